@@ -1,0 +1,58 @@
+"""Errors raised by ldm_runtime.
+
+LdmError
+├── RequestError      a field of a generation request is unknown, of the wrong type or out of range
+├── BundleError       the folder is not a bundle, or a file of it is missing or altered
+│   └── ManifestError   the bundle's manifest.json is absent, malformed or too new
+├── BackendError      the requested backend cannot run on this machine
+└── ShapeError        an engine was fed a tensor it does not accept
+
+Every message says what was found, with the value, and what to do about it.
+"""
+
+from collections.abc import Sequence
+
+
+class LdmError(Exception):
+    """Anything a user of this package can act on."""
+
+
+class RequestError(LdmError):
+    """A generation request asks for something impossible.
+
+    Attributes:
+        field: Name of the offending field of `GenerationRequest`.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {message}")
+
+
+class BundleError(LdmError):
+    """A bundle lacks a file, or a file is not the one the manifest describes."""
+
+
+class ManifestError(BundleError):
+    """A bundle's manifest is absent, malformed or written by a newer exporter."""
+
+
+class BackendError(LdmError):
+    """A backend is unknown, not installed, or cannot run here."""
+
+
+class ShapeError(LdmError):
+    """A tensor does not fit the engine it was given to.
+
+    Attributes:
+        name: Name of the engine input.
+        shape: The shape that was passed.
+    """
+
+    def __init__(self, name: str, shape: Sequence[int], expected: Sequence[int | str]) -> None:
+        self.name = name
+        self.shape = tuple(shape)
+        wanted = "x".join(map(str, expected))
+        super().__init__(
+            f"input {name!r} has shape {'x'.join(map(str, shape))}, but this engine takes {wanted}"
+        )

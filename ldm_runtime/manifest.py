@@ -1,0 +1,365 @@
+"""The records of a bundle, and the one function that reads them.
+
+`manifest.json` in a bundle decodes straight into `Manifest`. No field has a default, so that a
+misspelt or forgotten key is always an error. The records are also what `ldm_export` passes
+around while it works: `ModelSpec` says what a checkpoint is, everything else is derived from it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ldm_runtime.components import TensorSignature
+from ldm_runtime.errors import BundleError, ManifestError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+WeightsDType = Literal["float16", "float32"]
+GraphVariant = Literal["fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetSpec:
+    """Hyperparameters of a CompVis `UNetModel` with SpatialTransformer attention.
+
+    Attributes:
+        in_channels: Channels of the input, conditioning channels included.
+        out_channels: Channels of the prediction.
+        model_channels: Channels of the first level; level i has this times `channel_mult[i]`.
+        channel_mult: One multiplier a level, from full latent resolution down.
+        num_res_blocks: Residual blocks a level (one more on the way up).
+        transformer_depth: Transformer blocks in each attention of a level, 0 for none; one a level.
+        middle_depth: Transformer blocks in the middle attention.
+        num_heads: Attention heads everywhere, or None if the head size is fixed instead.
+        num_head_channels: Channels a head, or None if the number of heads is fixed instead.
+        context_dim: Width of the text conditioning.
+        linear_projection: Whether a transformer is entered and left by linear layers (SD 2) and
+            not by 1x1 convolutions (LDM, SD 1).
+    """
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    transformer_depth: tuple[int, ...]
+    middle_depth: int
+    num_heads: int | None
+    num_head_channels: int | None
+    context_dim: int
+    linear_projection: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSpec:
+    """Hyperparameters of a first stage.
+
+    Attributes:
+        kind: "kl": a diagonal Gaussian posterior.
+        image_channels: Channels of the picture.
+        channels: Channels of the first level; level i has this times `channel_mult[i]`.
+        channel_mult: One multiplier a level, from full resolution down.
+        num_res_blocks: Residual blocks a level in the encoder (one more in the decoder).
+        attention_levels: Levels that carry attention besides the middle.
+        z_channels: Channels inside, before the 1x1 quantisation convolutions.
+        embed_dim: Channels of the latents.
+        latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+    """
+
+    kind: Literal["kl"]
+    image_channels: int
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_levels: tuple[int, ...]
+    z_channels: int
+    embed_dim: int
+    latent_scale_factor: float
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent pixel covers in each direction: f in the paper."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSpec:
+    """Hyperparameters of a CLIP text transformer and its tokenizer.
+
+    Attributes:
+        kind: "clip": causal pre-norm transformer, output after the final LayerNorm.
+        width: Channels of a token, which is the UNet's `context_dim`.
+        num_layers: Transformer layers.
+        num_heads: Attention heads.
+        feed_forward_dim: Inner width of the feed-forward layers.
+        vocab_size: Rows of the token embedding.
+        max_tokens: Length every prompt is padded or cut to, start and end tokens included.
+        activation: Feed-forward activation.
+        pad_token_id: What short prompts are filled with.
+    """
+
+    kind: Literal["clip"]
+    width: int
+    num_layers: int
+    num_heads: int
+    feed_forward_dim: int
+    vocab_size: int
+    max_tokens: int
+    activation: Literal["quick_gelu", "gelu"]
+    pad_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What a request that leaves a field open gets. Sizes in pixels."""
+
+    height: int
+    width: int
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumption:
+    """One fact that the weights cannot tell, and where it was taken from.
+
+    Attributes:
+        field: Dotted name of a field of `ModelSpec`.
+        value: Its value, as text.
+        source: "family", "config" or "flag".
+    """
+
+    field: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a checkpoint is: everything downstream is derived from this record.
+
+    Attributes:
+        family: Row of the family table that recognised it.
+        task: What the model does with a request.
+        weights: Which of a checkpoint's two sets of UNet weights was used.
+        alphas_cumprod: Training noise schedule, one value a training timestep.
+        prediction_type: What the UNet was trained to output.
+        assumptions: What the weights could not tell.
+    """
+
+    family: str
+    task: Literal["text-to-image"]
+    weights: Literal["ema", "model"]
+    unet: UNetSpec
+    autoencoder: AutoencoderSpec
+    text_encoder: TextEncoderSpec
+    alphas_cumprod: tuple[float, ...]
+    prediction_type: PredictionType
+    defaults: SamplingDefaults
+    assumptions: tuple[Assumption, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRecord:
+    """One ONNX graph of a component: "fp16" for GPU builders, "fp32" for the CPU engine."""
+
+    variant: GraphVariant
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRecord:
+    """How far one graph was from torch on one set of inputs when it was exported.
+
+    Attributes:
+        variant: Which graph.
+        reference: "stored" for torch fp32 over the bundle's weights, "checkpoint" for torch fp32
+            over the checkpoint's own weights.
+        batch: Batch size of the inputs.
+        height: Latent height of the inputs (0 where the component has none).
+        width: Latent width of the inputs (0 where the component has none).
+        max_relative_error: Largest absolute difference over the largest absolute reference value.
+        relative_l2: Euclidean norm of the difference over that of the reference.
+    """
+
+    variant: GraphVariant
+    reference: Literal["stored", "checkpoint"]
+    batch: int
+    height: int
+    width: int
+    max_relative_error: float
+    relative_l2: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRecord:
+    """One network of the bundle.
+
+    Attributes:
+        name: Its name in `components.COMPONENTS`, which is also its folder.
+        inputs: Inputs of every graph.
+        outputs: Outputs of every graph.
+        graphs: The graphs, all over `weights_file`.
+        weights_file: Path of the one file of weights.
+        fp32_islands: What stays in fp32 inside the fp16 graph, as operator or pattern names.
+        parity: Measured differences from torch.
+        key: Hash of everything the component was made from; equal keys mean equal components.
+    """
+
+    name: str
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
+    graphs: tuple[GraphRecord, ...]
+    weights_file: str
+    fp32_islands: tuple[str, ...]
+    parity: tuple[ParityRecord, ...]
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of the bundle, by its path inside it."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRecord:
+    """How and with what the bundle was built."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    versions: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a runtime needs to know about a bundle.
+
+    Attributes:
+        tokenizer_file: Path of the vocabulary inside the bundle.
+        golden: Folders with a golden request, its latents and images.
+        files: Every file of the bundle but the manifest itself.
+    """
+
+    schema_version: int
+    spec: ModelSpec
+    weights_dtype: WeightsDType
+    components: tuple[ComponentRecord, ...]
+    tokenizer_file: str
+    golden: tuple[str, ...]
+    files: tuple[FileRecord, ...]
+    build: BuildRecord
+
+    def component(self, name: str) -> ComponentRecord:
+        """Return the record of component `name`.
+
+        Raises:
+            BundleError: The bundle has no such component.
+        """
+        for record in self.components:
+            if record.name == name:
+                return record
+        names = ", ".join(record.name for record in self.components)
+        raise BundleError(f"this bundle has no component {name!r}; it has {names}")
+
+
+def axis_sizes(spec: ModelSpec) -> Mapping[str, int]:
+    """Return the length of every axis of `components.COMPONENTS` that is fixed for a model."""
+    return {
+        "unet_channels": spec.unet.in_channels,
+        "latent_channels": spec.unet.out_channels,
+        "moment_channels": 2 * spec.autoencoder.embed_dim,
+        "image_channels": spec.autoencoder.image_channels,
+        "tokens": spec.text_encoder.max_tokens,
+        "context_dim": spec.unet.context_dim,
+    }
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and check `bundle/manifest.json`.
+
+    Raises:
+        ManifestError: The file is missing, does not match this schema, or was written by a
+            newer `ldm-export`.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ManifestError(
+            f"{path} not found; is {bundle} a folder made by `ldm-export --out {bundle}`?"
+        ) from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise ManifestError(
+                f"{path} has schema {version}, this runtime reads up to {SCHEMA_VERSION}; "
+                "upgrade ldm-deploy or export again"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: {error}; export the bundle again") from error
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the JSON text of `manifest`, one key a line."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    schema_version: int
+
+
+def check_file(bundle: Path, record: FileRecord, *, hashed: bool = True) -> None:
+    """Check that a file of a bundle is the one its record describes.
+
+    Args:
+        bundle: The bundle's folder.
+        record: What the manifest says of the file.
+        hashed: Whether to compare the contents and not only the size.
+
+    Raises:
+        BundleError: The file is missing, or its size or hash differs.
+    """
+    path = bundle / record.path
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise BundleError(f"{path} is missing; export the bundle again") from None
+    if size != record.size_bytes:
+        raise BundleError(
+            f"{path} has {size} bytes, the manifest says {record.size_bytes}; "
+            "export the bundle again"
+        )
+    if hashed and (found := sha256_of(path)) != record.sha256:
+        raise BundleError(
+            f"{path} has sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…; "
+            "export the bundle again"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file; repeated calls on an unchanged file are free."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, modified: int, inode: int) -> str:  # noqa: ARG001
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,158 @@
+import math
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from ldm_runtime.denoiser import GuidedDenoiser, timestep_of, to_x0
+from ldm_runtime.manifest import PredictionType
+
+TABLE = np.geomspace(0.03, 15.0, 12)
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+class FakeNetwork:
+    """Predicts a different multiple of its input for each row of the context, and records it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, latents, timesteps, context):
+        self.calls.append((latents, timesteps, context))
+        return latents * context[:, :1, :1, None]
+
+
+def rows(*values):
+    """Context of shape (rows, 2, 3) whose rows are constant."""
+    return np.broadcast_to(
+        np.asarray(values, dtype=np.float32)[:, None, None], (len(values), 2, 3)
+    ).copy()
+
+
+def guided(network, **changes):
+    denoiser = GuidedDenoiser(
+        network=network,
+        training_sigmas=TABLE,
+        context=rows(0.25, 0.5),
+        guidance_scale=3.0,
+        prediction_type="epsilon",
+    )
+    return replace(denoiser, **changes)
+
+
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
+def test_a_perfect_prediction_gives_back_the_clean_latents(prediction_type):
+    x0, noise, sigma = normal(2, 4, 3, 3), normal(2, 4, 3, 3), 1.7
+    alpha, beta = 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)  # a^2 + b^2 = 1
+    perfect = {"epsilon": noise, "v_prediction": alpha * noise - beta * x0, "sample": x0}
+
+    result = to_x0(perfect[prediction_type], x0 + sigma * noise, sigma, prediction_type)
+
+    np.testing.assert_allclose(result, x0, atol=2e-6)
+    assert result.dtype == np.float32
+
+
+def test_a_table_entry_is_a_whole_timestep():
+    timesteps = [timestep_of(float(sigma), TABLE) for sigma in TABLE]
+
+    assert timesteps == [float(index) for index in range(len(TABLE))]
+
+
+def test_a_sigma_between_two_entries_is_interpolated_in_log_sigma():
+    sigma = float(TABLE[4] ** 0.75 * TABLE[5] ** 0.25)
+
+    assert timestep_of(sigma, TABLE) == pytest.approx(4.25, rel=1e-12)
+
+
+@pytest.mark.parametrize(("sigma", "expected"), [(1e-9, 0.0), (0.0, 0.0), (99.0, 11.0)])
+def test_a_sigma_outside_the_table_is_the_first_or_the_last_timestep(sigma, expected):
+    assert timestep_of(sigma, TABLE) == expected
+
+
+def test_guidance_moves_from_the_first_half_of_the_context_to_the_second():
+    latents, sigma = normal(1, 4, 3, 3), float(TABLE[7])
+
+    x0 = guided(FakeNetwork())(latents, sigma)
+
+    epsilon = (0.25 + 3.0 * (0.5 - 0.25)) * latents / math.hypot(1, sigma)
+    np.testing.assert_allclose(x0, latents - sigma * epsilon, rtol=1e-5)
+
+
+def test_the_network_gets_unit_variance_latents_and_the_timestep_for_every_row_in_one_call():
+    network, latents, sigma = FakeNetwork(), normal(2, 4, 3, 3), float(TABLE[7])
+    context = rows(0.1, 0.2, 0.3, 0.4)
+
+    guided(network, context=context)(latents, sigma)
+
+    [(batch, timesteps, seen_context)] = network.calls
+    np.testing.assert_array_equal(timesteps, np.full(4, 7, dtype=np.float32))
+    np.testing.assert_allclose(batch[:2], latents / math.sqrt(1 + sigma**2), rtol=1e-6)
+    np.testing.assert_array_equal(batch[2:], batch[:2])
+    assert seen_context is context
+    assert batch.dtype == timesteps.dtype == np.float32
+
+
+def test_each_image_is_guided_by_its_own_rows():
+    latents, sigma = normal(2, 4, 3, 3), float(TABLE[3])
+
+    both = guided(FakeNetwork(), context=rows(0.1, 0.2, 0.7, 0.9))(latents, sigma)
+
+    first = guided(FakeNetwork(), context=rows(0.1, 0.7))(latents[:1], sigma)
+    second = guided(FakeNetwork(), context=rows(0.2, 0.9))(latents[1:], sigma)
+    np.testing.assert_array_equal(both, np.concatenate([first, second]))
+
+
+def test_guidance_scale_one_is_one_call_of_half_the_size():
+    network, latents, sigma = FakeNetwork(), normal(2, 4, 3, 3), float(TABLE[3])
+
+    x0 = guided(network, context=rows(0.5, 0.25), guidance_scale=1.0)(latents, sigma)
+
+    assert [len(batch) for batch, _, _ in network.calls] == [2]
+    factors = 1 - sigma / math.hypot(1, sigma) * rows(0.5, 0.25)[:, :1, :1, None]
+    np.testing.assert_allclose(x0, factors * latents, rtol=1e-5)
+
+
+def test_guidance_scale_zero_is_the_unconditional_model():
+    latents, sigma = normal(1, 4, 3, 3), float(TABLE[3])
+
+    x0 = guided(FakeNetwork(), guidance_scale=0.0)(latents, sigma)
+
+    plain = guided(FakeNetwork(), context=rows(0.25), guidance_scale=1.0)(latents, sigma)
+    np.testing.assert_array_equal(x0, plain)
+
+
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
+def test_guidance_acts_on_the_raw_prediction_and_keeps_float32(prediction_type):
+    latents, sigma = normal(1, 4, 3, 3), 0.9
+
+    x0 = guided(FakeNetwork(), prediction_type=prediction_type)(latents, sigma)
+
+    prediction = latents / math.hypot(1, sigma)  # 0.25 + 3 * (0.5 - 0.25) is 1
+    np.testing.assert_allclose(
+        x0, to_x0(prediction, latents, sigma, prediction_type), rtol=1e-5, atol=1e-6
+    )
+    assert x0.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("context_rows", "guidance_scale", "message"),
+    [
+        ((0.1,), 3.0, "context has 1 rows, but 1 latents at guidance scale 3.0 need 2"),
+        ((0.1, 0.2), 1.0, "context has 2 rows, but 1 latents at guidance scale 1.0 need 1"),
+    ],
+)
+def test_a_context_of_another_length_is_refused_before_the_network_runs(
+    context_rows, guidance_scale, message
+):
+    network = FakeNetwork()
+    denoiser = guided(network, context=rows(*context_rows), guidance_scale=guidance_scale)
+
+    with pytest.raises(ValueError, match=message):
+        denoiser(normal(1, 4, 3, 3), 1.0)
+
+    assert network.calls == []
