@@ -250,6 +250,7 @@ class Manifest:
     Attributes:
         tokenizer_file: Path of the vocabulary inside the bundle.
         golden: Folders with a golden request, its latents and images.
+        golden_key: Hash of everything the golden outputs were made from.
         files: Every file of the bundle but the manifest itself.
     """
 
@@ -259,6 +260,7 @@ class Manifest:
     components: tuple[ComponentRecord, ...]
     tokenizer_file: str
     golden: tuple[str, ...]
+    golden_key: str
     files: tuple[FileRecord, ...]
     build: BuildRecord
 

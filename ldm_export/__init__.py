@@ -1,0 +1,49 @@
+"""Turns a latent-diffusion checkpoint into a bundle that `ldm_runtime` runs without torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ldm_export.families import Overrides
+    from ldm_export.progress import Progress
+    from ldm_runtime.manifest import Manifest, WeightsDType
+
+__all__ = ["export"]
+
+
+def export(
+    ckpt: str | Path,
+    out: str | Path,
+    *,
+    config: str | Path | None = None,
+    overrides: "Overrides | None" = None,
+    weights_dtype: "WeightsDType" = "float16",
+    progress: "Progress | None" = None,
+) -> "Manifest":
+    """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out …`.
+
+    Args:
+        ckpt: A `.ckpt`, `.pt` or `.safetensors` file. It is never unpickled.
+        out: Folder of the bundle. A bundle that is there is replaced in one step; anything else
+            that is there is an error.
+        config: CompVis configuration for what weights cannot tell; by default `<ckpt>.yaml` or
+            `config.yaml` beside the checkpoint, if there is one.
+        overrides: Facts the weights cannot tell, stated by hand.
+        weights_dtype: How weights are stored: "float16" or "float32".
+        progress: Told when stages begin and end.
+
+    Raises:
+        LdmError: The checkpoint cannot be read, is unknown or does not fit, or the bundle cannot
+            be written; see `ldm_export.errors`.
+    """
+    from ldm_export.bundle import ExportOptions, export_bundle  # torch is imported here
+    from ldm_export.families import Overrides
+
+    options = ExportOptions(
+        checkpoint=Path(ckpt),
+        out=Path(out),
+        config=None if config is None else Path(config),
+        overrides=overrides or Overrides(),
+        weights_dtype=weights_dtype,
+    )
+    return export_bundle(options, progress=progress)

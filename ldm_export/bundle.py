@@ -1,0 +1,312 @@
+"""Runs the steps of an export: one checkpoint in, one bundle out, or nothing."""
+
+import gc
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ldm_export.checkpoint import Checkpoint, LazyTensor, open_checkpoint
+from ldm_export.compvis_config import read_config
+from ldm_export.families import Detection, Overrides, detect
+from ldm_export.golden import golden_requests, write_golden
+from ldm_export.networks.loading import load_network
+from ldm_export.onnx_export import (
+    WEIGHTS_FILE,
+    Sample,
+    measure,
+    round_stored,
+    sample_inputs,
+    write_graphs,
+)
+from ldm_export.plan import Plan, make_plan
+from ldm_export.precision import FP32_ISLANDS
+from ldm_export.progress import Progress, Silent
+from ldm_export.reference import TorchEngine
+from ldm_export.workspace import Stage, Workspace
+from ldm_runtime.backends import Tensors
+from ldm_runtime.components import COMPONENTS
+from ldm_runtime.manifest import (
+    SCHEMA_VERSION,
+    BuildRecord,
+    ComponentRecord,
+    Manifest,
+    ModelSpec,
+    WeightsDType,
+    sha256_of,
+)
+from ldm_runtime.request import GenerationRequest
+
+_LOGGER = logging.getLogger(__name__)
+
+VOCABULARY = Path(__file__).parent / "vocabularies/clip_bpe_simple_vocab_16e6.txt.gz"
+TOKENIZER_FILE = f"tokenizer/{VOCABULARY.name}"
+
+#: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
+_RECIPE = 1
+_PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export, where to, and what the checkpoint does not say.
+
+    Attributes:
+        checkpoint: The `.ckpt`, `.pt` or `.safetensors` file.
+        out: Folder of the bundle.
+        config: CompVis configuration; None takes `<checkpoint>.yaml` or `config.yaml` beside the
+            checkpoint if there is one.
+        overrides: Facts the user states.
+        weights_dtype: How weights are stored.
+    """
+
+    checkpoint: Path
+    out: Path
+    config: Path | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    weights_dtype: WeightsDType = "float16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """An opened checkpoint and what is known of it."""
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    detection: Detection
+    sha256: str
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.detection.spec
+
+    def weights(self, component: str) -> Mapping[str, LazyTensor]:
+        names = self.detection.weights[component]
+        return {name: self.checkpoint.tensors[stored] for name, stored in names.items()}
+
+    def parameters(self, component: str) -> int:
+        return sum(int(np.prod(each.shape)) for each in self.weights(component).values())
+
+    def key(self, stage: str) -> str:
+        """Return the hash of everything a stage is made from."""
+        spec = msgspec.to_builtins(self.spec)
+        spec.pop("assumptions")
+        facts = [_RECIPE, stage, self.sha256, spec, self.options.weights_dtype, _versions()]
+        return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
+
+
+def export_bundle(
+    options: ExportOptions,
+    *,
+    progress: Progress | None = None,
+    on_write: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Export a checkpoint to a bundle at `options.out`.
+
+    A bundle that is there is replaced in one step, and what of it is still true is reused. An
+    interrupted export leaves the old bundle, and what it had finished for the next one.
+
+    Args:
+        options: What to export.
+        progress: Told when stages begin and end.
+        on_write: Called with a label before every change on disk; tests interrupt here.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        UnknownModelError: It is of no known family.
+        WeightsError: Weights are missing or left over.
+        ExportError: A graph is wrong, or the bundle cannot go where it should.
+    """
+    started = time.monotonic()
+    workspace = Workspace(options.out, on_write)
+    with open_checkpoint(options.checkpoint) as checkpoint:
+        source = _open_source(options, checkpoint)
+        with workspace.locked():
+            components = _run_stages(source, workspace, progress or Silent())
+            manifest = Manifest(
+                schema_version=SCHEMA_VERSION,
+                spec=source.spec,
+                weights_dtype=options.weights_dtype,
+                components=components,
+                tokenizer_file=TOKENIZER_FILE,
+                golden=_golden_folders(source),
+                golden_key=source.key("golden"),
+                files=workspace.files,
+                build=BuildRecord(
+                    checkpoint=options.checkpoint.name,
+                    checkpoint_sha256=source.sha256,
+                    versions=_versions(),
+                    seconds=round(time.monotonic() - started, 1),
+                ),
+            )
+            workspace.publish(manifest)
+    return manifest
+
+
+def plan_export(options: ExportOptions) -> Plan:
+    """Say what `export_bundle` would do, and write nothing.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        UnknownModelError: It is of no known family.
+        WeightsError: Weights are missing or left over.
+        ExportError: The bundle cannot go where it should.
+    """
+    Workspace(options.out)  # checks the destination
+    with open_checkpoint(options.checkpoint) as checkpoint:
+        return _plan(_open_source(options, checkpoint, hashed=False))
+
+
+def _run_stages(
+    source: _Source, workspace: Workspace, progress: Progress
+) -> tuple[ComponentRecord, ...]:
+    stages = _stages(source)
+    estimates = _plan(source).stage_seconds
+    progress.plan(
+        {
+            stage.name: 0.0 if workspace.can_reuse(stage) else estimates[stage.name]
+            for stage in stages
+        }
+    )
+    records = []
+    for stage in stages:
+        progress.begin(stage.name)
+        record, outcome = workspace.run(stage)
+        progress.end(stage.name, outcome)
+        records.append(record)
+    return tuple(record.component for record in records if record.component)
+
+
+def _plan(source: _Source) -> Plan:
+    return make_plan(
+        source.spec,
+        {name: source.parameters(name) for name in COMPONENTS},
+        source.options.weights_dtype,
+    )
+
+
+def _open_source(
+    options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True
+) -> _Source:
+    path = options.config or _config_beside(options.checkpoint)
+    if path and not options.config:
+        _LOGGER.info("reading %s, which lies beside the checkpoint", path)
+    config = read_config(path) if path else None
+    return _Source(
+        options=options,
+        checkpoint=checkpoint,
+        detection=detect(checkpoint.tensors, config=config, overrides=options.overrides),
+        sha256=sha256_of(options.checkpoint) if hashed else "",
+    )
+
+
+def _config_beside(checkpoint: Path) -> Path | None:
+    candidates = (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _requests(source: _Source) -> tuple[GenerationRequest, ...]:
+    return golden_requests(source.spec, source.parameters("unet"))
+
+
+def _golden_folders(source: _Source) -> tuple[str, ...]:
+    return tuple(f"golden/{index}" for index in range(len(_requests(source))))
+
+
+def _stages(source: _Source) -> list[Stage]:
+    tokenizer = Stage(
+        name="tokenizer",
+        key=source.key("tokenizer"),
+        paths=(TOKENIZER_FILE,),
+        build=_copy_tokenizer,
+    )
+    components = [
+        Stage(
+            name=name,
+            key=source.key(name),
+            paths=(name, f"golden/components/{name}.npz"),
+            build=partial(_build_component, source, name),
+        )
+        for name in COMPONENTS
+    ]
+    golden = Stage(
+        name="golden",
+        key=source.key("golden"),
+        paths=_golden_folders(source),
+        build=partial(_build_golden, source),
+    )
+    return [tokenizer, *components, golden]
+
+
+def _copy_tokenizer(folder: Path) -> None:
+    target = folder / TOKENIZER_FILE
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(VOCABULARY, target)
+
+
+def _build_golden(source: _Source, folder: Path) -> None:
+    write_golden(
+        folder,
+        _requests(source),
+        source.spec,
+        VOCABULARY,
+        lambda name: TorchEngine(name, load_network(name, source.spec, source.weights(name))),
+    )
+
+
+def _build_component(source: _Source, name: str, folder: Path) -> ComponentRecord:
+    place = folder / name
+    place.mkdir()
+    network = load_network(name, source.spec, source.weights(name))
+    engine = TorchEngine(name, network)
+    inputs = sample_inputs(name, source.spec)
+    expected = [engine.run(arrays) for _, arrays in inputs]
+    _write_golden_component(folder / f"golden/components/{name}.npz", inputs[0][1], expected[0])
+    changed = round_stored(network, source.options.weights_dtype)
+    stored = [engine.run(arrays) for _, arrays in inputs] if changed else expected
+    graphs = write_graphs(name, network, source.spec, place, source.options.weights_dtype)
+    del network, engine
+    gc.collect()  # torch's copy of the weights goes before ONNX Runtime makes its own
+    samples = [
+        Sample(batch=b, height=h, width=w, inputs=arrays, expected=wanted, stored=rounded)
+        for ((b, h, w), arrays), wanted, rounded in zip(inputs, expected, stored, strict=True)
+    ]
+    parity = [record for graph in graphs for record in measure(name, graph, place, samples)]
+    component = COMPONENTS[name]
+    return ComponentRecord(
+        name=name,
+        inputs=component.inputs,
+        outputs=component.outputs,
+        graphs=graphs,
+        weights_file=f"{name}/{WEIGHTS_FILE}",
+        fp32_islands=FP32_ISLANDS,
+        parity=tuple(parity),
+        key=source.key(name),
+    )
+
+
+def _write_golden_component(
+    path: Path, inputs: Tensors, outputs: Tensors
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"in.{name}": array for name, array in inputs.items()}
+    np.savez(path, **arrays, **{f"out.{name}": array for name, array in outputs.items()})
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,116 @@
+"""`ldm-export`: one checkpoint in, one bundle out."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from ldm_runtime.errors import LdmError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `ldm-export`; nothing heavy is imported for `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="ldm-export",
+        description="Turn a latent-diffusion checkpoint into a bundle that runs without torch.",
+    )
+    parser.add_argument("--ckpt", type=Path, required=True, help=".ckpt, .pt or .safetensors file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument(
+        "--plan", action="store_true", help="say what would be done and what it costs, then stop"
+    )
+    parser.add_argument(
+        "--weights-dtype",
+        choices=("fp16", "fp32"),
+        default="fp16",
+        help="how weights are stored (default: %(default)s)",
+    )
+    facts = parser.add_argument_group("facts that the weights cannot tell")
+    facts.add_argument(
+        "--config", type=Path, help="CompVis yaml (default: <ckpt>.yaml or config.yaml beside it)"
+    )
+    facts.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        help="averaged or last UNet weights (default: ema if the checkpoint has them)",
+    )
+    facts.add_argument("--num-heads", type=int, help="attention heads of the UNet")
+    facts.add_argument("--num-head-channels", type=int, help="channels of a head of the UNet")
+    facts.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction", "sample"),
+        help="what the UNet was trained to predict",
+    )
+    facts.add_argument(
+        "--latent-scale-factor", type=float, help="from the autoencoder's latents to the UNet's"
+    )
+    facts.add_argument("--height", type=int, help="default height in pixels")
+    facts.add_argument("--width", type=int, help="default width in pixels")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for name in ("ldm_export", "ldm_runtime"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        _export(args)
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(
+            f"error: exporting needs the package {error.name!r}; "
+            "install it with `pip install ldm-deploy[export]`",
+            file=sys.stderr,
+        )
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from ldm_export.bundle import ExportOptions, export_bundle, plan_export
+    from ldm_export.families import Overrides
+    from ldm_export.progress import Bar, Lines
+
+    options = ExportOptions(
+        checkpoint=args.ckpt,
+        out=args.out,
+        config=args.config,
+        overrides=Overrides(
+            weights=args.weights,
+            num_heads=args.num_heads,
+            num_head_channels=args.num_head_channels,
+            prediction_type=args.prediction_type,
+            latent_scale_factor=args.latent_scale_factor,
+            height=args.height,
+            width=args.width,
+        ),
+        weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
+    )
+    if args.plan:
+        print(plan_export(options).describe())
+        return
+    reporter = Bar(sys.stderr) if sys.stderr.isatty() else nullcontext(Lines(sys.stderr))
+    with reporter as progress:
+        manifest = export_bundle(options, progress=progress)
+    for assumption in manifest.spec.assumptions:
+        print(
+            f"assumed {assumption.field} = {assumption.value} (from {assumption.source})",
+            file=sys.stderr,
+        )
+    print(args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

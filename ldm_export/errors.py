@@ -1,0 +1,48 @@
+"""Errors raised by ldm_export.
+
+ldm_runtime.errors.LdmError
+├── CheckpointError     a file is not a checkpoint, is damaged, or is made to do harm
+├── UnknownModelError   the tensors are sound, but no family in the table looks like them
+├── WeightsError        a component misses a tensor, or a tensor belongs to no component
+└── ExportError         a component cannot be turned into a graph, or its graph is not equal to it
+
+Every message says what was found, in which file or component, and what to do about it.
+"""
+
+from pathlib import Path
+
+from ldm_runtime.errors import LdmError
+
+
+class CheckpointError(LdmError):
+    """A file cannot be read as a checkpoint.
+
+    Attributes:
+        path: The file.
+        fault: What is wrong with it and what to do about it.
+    """
+
+    def __init__(self, path: Path, fault: str) -> None:
+        self.path = path
+        self.fault = fault
+        super().__init__(f"{path}: {fault}")
+
+
+class UnknownModelError(LdmError):
+    """No family of models that can be exported has tensors like these."""
+
+
+class WeightsError(LdmError):
+    """The tensors of a checkpoint and the networks they should fill do not match one to one."""
+
+
+class ExportError(LdmError):
+    """A component could not be exported, or what was exported computes something else."""
+
+
+class FormatError(ValueError):
+    """Bytes from outside are not what their format demands.
+
+    The parsers of such bytes raise it without knowing the file; it never leaves this package,
+    because `checkpoint.py` turns it into a `CheckpointError` that names the file.
+    """

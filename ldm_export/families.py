@@ -1,0 +1,98 @@
+"""What a checkpoint is: from tensor names, shapes and schedule buffers to one `ModelSpec`.
+
+The rows are in `family_table`, what shapes tell is read by the `*_shapes` modules, and what they
+cannot tell is settled in `spec_reading`.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ldm_export.claims import claimed_weights
+from ldm_export.compvis_config import Config, check_architecture, config_facts
+from ldm_export.errors import ExportError, WeightsError
+from ldm_export.family_match import match_family
+from ldm_export.fingerprint import Tensors
+from ldm_export.spec_reading import Overrides, Sources, read_spec
+from ldm_runtime.manifest import ModelSpec
+
+__all__ = ["Detection", "Overrides", "claimed_weights", "detect"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """What a checkpoint is and where its weights go.
+
+    Attributes:
+        spec: What it is.
+        weights: For every component, checkpoint tensor name by network parameter name.
+        unused: Why a tensor is in no component, by its name.
+    """
+
+    spec: ModelSpec
+    weights: Mapping[str, Mapping[str, str]]
+    unused: Mapping[str, str]
+
+
+def detect(
+    tensors: Tensors, *, config: Config | None = None, overrides: Overrides | None = None
+) -> Detection:
+    """Recognise a checkpoint.
+
+    Args:
+        tensors: Its tensors by name. Values are read of schedule buffers and scale factor only.
+        config: A parsed CompVis configuration, see `compvis_config.read_config`.
+        overrides: What the user says.
+
+    Raises:
+        UnknownModelError: It is of no family that is exported.
+        WeightsError: Tensors are missing, left over, or contradict each other or `config`.
+        ExportError: A flag or an entry of `config` is impossible.
+    """
+    flags = overrides or Overrides()
+    _check_flags(flags)
+    family, knowledge = match_family(tensors)
+    claims = claimed_weights(tensors, family, flags.weights)
+    sources = Sources(tensors=tensors, flags=flags, config=config_facts(config), family=knowledge)
+    spec = read_spec(sources, family.name, claims)
+    _check_consistent(spec)
+    check_architecture(config, spec)
+    logger.info("recognised %s; using the %s weights of the UNet", spec.family, spec.weights)
+    return Detection(spec=spec, weights=claims.weights, unused=claims.unused)
+
+
+def _check_flags(flags: Overrides) -> None:
+    if flags.num_heads is not None and flags.num_head_channels is not None:
+        raise ExportError(
+            f"--num-heads {flags.num_heads} and --num-head-channels {flags.num_head_channels} "
+            "exclude each other; give one"
+        )
+    for name in ("num_heads", "num_head_channels", "latent_scale_factor", "height", "width"):
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < math.inf:
+            flag = name.replace("_", "-")
+            raise ExportError(f"--{flag} is {value}; a positive number was expected")
+
+
+def _check_consistent(spec: ModelSpec) -> None:
+    """Check what one component says about another, and that the default size can be drawn."""
+    if spec.text_encoder.width != spec.unet.context_dim:
+        raise WeightsError(
+            f"the text encoder is {spec.text_encoder.width} wide, but the UNet attends to a "
+            f"context of width {spec.unet.context_dim}; they are not of one model"
+        )
+    if spec.autoencoder.embed_dim != spec.unet.out_channels:
+        raise WeightsError(
+            f"the first stage has {spec.autoencoder.embed_dim} latent channels, but the UNet "
+            f"predicts {spec.unet.out_channels}; they are not of one model"
+        )
+    multiple = spec.autoencoder.factor * 2 ** (len(spec.unet.channel_mult) - 1)
+    for name, size in (("height", spec.defaults.height), ("width", spec.defaults.width)):
+        if size % multiple:
+            raise ExportError(
+                f"the default {name} is {size}, but this model draws multiples of {multiple} "
+                f"pixels; give --{name} {max(1, round(size / multiple)) * multiple}"
+            )

@@ -1,0 +1,125 @@
+"""The CLIP text transformer that Stable Diffusion 1 is conditioned on.
+
+Architecture: Radford et al. 2021 (arXiv:2103.00020), section 2.4: causal, pre-normalised. The
+output is every token after the final LayerNorm. Parameter names are those of
+`transformers.CLIPTextModel`, which checkpoints hold under `cond_stage_model.transformer.`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_runtime.manifest import TextEncoderSpec
+
+
+class Embeddings(nn.Module):
+    """Token embedding plus learned position embedding."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(spec.vocab_size, spec.width)
+        self.position_embedding = nn.Embedding(spec.max_tokens, spec.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) to (B, T, width)."""
+        positions = self.position_embedding.weight[: tokens.shape[1]]
+        embedded: Tensor = self.token_embedding(tokens) + positions
+        return embedded
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (B, T, width) to the same shape; token i sees tokens 0 to i."""
+        heads = [
+            layer(hidden).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.quick = spec.activation == "quick_gelu"
+        self.fc1 = nn.Linear(spec.width, spec.feed_forward_dim)
+        self.fc2 = nn.Linear(spec.feed_forward_dim, spec.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (B, T, width) to the same shape."""
+        inner = self.fc1(hidden)
+        inner = inner * torch.sigmoid(1.702 * inner) if self.quick else F.gelu(inner)
+        out: Tensor = self.fc2(inner)
+        return out
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each pre-normalised and residual."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(spec.width)
+        self.self_attn = SelfAttention(spec.width, spec.num_heads)
+        self.layer_norm2 = nn.LayerNorm(spec.width)
+        self.mlp = FeedForward(spec)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (B, T, width) to the same shape."""
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        out: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
+        return out
+
+
+class Layers(nn.Module):
+    """The stack, one level deeper because the checkpoint's names are."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (B, T, width) to the same shape."""
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class TextModel(nn.Module):
+    """Embeddings, layers and the final LayerNorm."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(spec)
+        self.encoder = Layers(spec)
+        self.final_layer_norm = nn.LayerNorm(spec.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) to (B, T, width)."""
+        out: Tensor = self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+        return out
+
+
+class ClipTextEncoder(nn.Module):
+    """Token ids to the UNet's context."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.text_model = TextModel(spec)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map token ids (B, T) int64 to context (B, T, width)."""
+        context: Tensor = self.text_model(tokens)
+        return context

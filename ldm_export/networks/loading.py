@@ -1,0 +1,95 @@
+"""Builds a component's network without weights and fills it strictly from a checkpoint."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ldm_export.errors import WeightsError
+from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
+from ldm_export.networks.clip import ClipTextEncoder
+from ldm_export.networks.unet import UNet
+from ldm_runtime.manifest import ModelSpec
+
+_NAMED = 5  # how many tensors an error lists before it only counts
+
+
+class Weight(Protocol):
+    """A tensor of a checkpoint that has not been read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of its axes."""
+        ...
+
+    def numpy(self) -> npt.NDArray[np.generic]:
+        """Return its values."""
+        ...
+
+
+_BUILDERS = MappingProxyType(
+    {
+        "text_encoder": lambda spec: ClipTextEncoder(spec.text_encoder),
+        "unet": lambda spec: UNet(spec.unet),
+        "vae_decoder": lambda spec: LatentDecoder(spec.autoencoder),
+        "vae_encoder": lambda spec: LatentEncoder(spec.autoencoder),
+    }
+)
+
+
+def build_network(component: str, spec: ModelSpec) -> nn.Module:
+    """Return the network of `component` on the meta device: shapes, no memory."""
+    with torch.device("meta"):
+        network: nn.Module = _BUILDERS[component](spec)
+    return network.eval().requires_grad_(False)
+
+
+def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight]) -> nn.Module:
+    """Return the network of `component` in float32 with a checkpoint's weights.
+
+    Args:
+        component: Name in `ldm_runtime.components.COMPONENTS`.
+        spec: What the checkpoint is.
+        weights: The checkpoint's tensors by parameter name of the network.
+
+    Raises:
+        WeightsError: A parameter has no tensor, a tensor no parameter, or shapes differ.
+    """
+    network = build_network(component, spec)
+    expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    _check_same(component, expected, {name: weight.shape for name, weight in weights.items()})
+    state = {name: _as_float32(weight) for name, weight in weights.items()}
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.requires_grad_(False)
+
+
+def _as_float32(weight: Weight) -> torch.Tensor:
+    return torch.from_numpy(np.array(weight.numpy(), dtype=np.float32, order="C"))
+
+
+def _check_same(
+    component: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    faults = {
+        "missing": [name for name in expected if name not in found],
+        "not part of it": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} ({found[name]}, expected {shape})"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != shape
+        ],
+    }
+    sentences = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
+    if sentences:
+        raise WeightsError(
+            f"the checkpoint's weights do not fit the {component}; {'; '.join(sentences)}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

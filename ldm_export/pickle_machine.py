@@ -1,0 +1,118 @@
+"""The stack machine that a pickle programs: its registers, and what a program may cost.
+
+`pickle_reader.py` holds the instructions. They touch the registers through these methods, which
+keep every read inside the pickle and every pop inside the innermost open collection.
+"""
+
+from dataclasses import dataclass
+
+from ldm_export.errors import FormatError
+
+MAX_LINE_BYTES = 1024  # names of globals, integers in decimal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a pickle may cost. The defaults are some twenty times what Stable Diffusion 1 needs.
+
+    Attributes:
+        max_bytes: Size of the pickle.
+        max_opcodes: Opcodes run.
+        max_stack: Values on the stack at once.
+        max_open_marks: Collections begun and not finished: how deep brackets nest.
+        max_memo_index: Highest slot of the memo, the table of values to be referred to again.
+        max_string_bytes: Length of one string.
+        max_tensors: Tensors and parameters rebuilt.
+    """
+
+    max_bytes: int = 32 << 20
+    max_opcodes: int = 2_000_000
+    max_stack: int = 1 << 18
+    max_open_marks: int = 1000
+    max_memo_index: int = 1_000_000
+    max_string_bytes: int = 16 << 20
+    max_tensors: int = 50_000
+
+
+class Machine:
+    """The stack machine: registers and the few ways to touch them that keep the limits."""
+
+    __slots__ = ("data", "limits", "marks", "memo", "num_tensors", "position", "stack")
+
+    def __init__(self, data: bytes, limits: Limits) -> None:
+        self.data = data
+        self.limits = limits
+        self.position = 0
+        self.stack: list[object] = []
+        self.marks: list[int] = []  # heights of the stack
+        self.memo: dict[int, object] = {}
+        self.num_tensors = 0
+        if len(data) > limits.max_bytes:
+            raise self.fault(f"{len(data)} bytes, more than the {limits.max_bytes} allowed")
+
+    def fault(self, text: str) -> FormatError:
+        """An error that says where in the pickle it arose."""
+        return FormatError(f"{text} (at byte {self.position} of the pickle)")
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes of the pickle."""
+        start = self.position
+        if count > len(self.data) - start:
+            raise self.fault(f"an opcode wants {count} bytes and {len(self.data) - start} are left")
+        self.position = start + count
+        return self.data[start : self.position]
+
+    def number(self, width: int) -> int:
+        """The next `width` bytes as a little-endian unsigned integer."""
+        return int.from_bytes(self.take(width), "little")
+
+    def counted(self, width: int, limit: int) -> bytes:
+        """Bytes that follow their own number, itself `width` bytes wide."""
+        count = self.number(width)
+        if count > limit:
+            raise self.fault(f"a value of {count} bytes, more than the {limit} allowed")
+        return self.take(count)
+
+    def line(self) -> str:
+        """The text up to the next newline, which is skipped."""
+        end = self.data.find(b"\n", self.position, self.position + MAX_LINE_BYTES)
+        if end < 0:
+            raise self.fault("a line of text has no end")
+        text = self.take(end - self.position)
+        self.position = end + 1
+        return self.text(text)
+
+    def text(self, raw: bytes) -> str:
+        """Decode UTF-8 as Python's pickler encodes it, lone surrogates included."""
+        try:
+            return raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise self.fault(f"a string is not UTF-8 ({error.reason})") from error
+
+    def top(self) -> object:
+        """The value on top of the stack, above the latest mark."""
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise self.fault("an opcode wants a value and the stack has none")
+        return self.stack[-1]
+
+    def pop(self) -> object:
+        """Take the value on top off the stack."""
+        value = self.top()
+        self.stack.pop()
+        return value
+
+    def pop_to_mark(self) -> list[object]:
+        """Take everything above the latest mark, and the mark, off the stack."""
+        if not self.marks:
+            raise self.fault("an opcode wants a mark and there is none")
+        height = self.marks.pop()
+        values = self.stack[height:]
+        del self.stack[height:]
+        return values
+
+    def pop_tuple(self) -> tuple[object, ...]:
+        """Take a tuple, the arguments of a call, off the stack."""
+        value = self.pop()
+        if not isinstance(value, tuple):
+            raise self.fault(f"arguments are a {type(value).__name__}, not a tuple")
+        return value

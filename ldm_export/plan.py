@@ -1,0 +1,74 @@
+"""What an export will do and cost, estimated from the number of parameters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ldm_runtime.manifest import ModelSpec, WeightsDType
+
+# Fitted to exports of the shapes model and of Stable Diffusion 1.5 on a 2-core machine
+# (benchmarks/export_full_size.py). Tracing costs much the same for a small network as for a large.
+_TRACE_SECONDS = {"text_encoder": 5.0, "unet": 18.0, "vae_decoder": 5.0, "vae_encoder": 4.0}
+_SECONDS_PER_PARAMETER = 90e-9
+_GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
+_BASE_BYTES, _BYTES_PER_PARAMETER = 900_000_000, 7.5
+_GRAPH_BYTES = 1_500_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Estimates of one export.
+
+    Attributes:
+        spec: What the checkpoint is.
+        parameters: Number of weights of each component.
+        stage_seconds: Time of each stage on two cores.
+        bundle_bytes: Size of the bundle.
+        peak_bytes: Highest resident memory.
+    """
+
+    spec: ModelSpec
+    parameters: Mapping[str, int]
+    stage_seconds: Mapping[str, float]
+    bundle_bytes: int
+    peak_bytes: int
+
+    def describe(self) -> str:
+        """Return the plan as lines for a person."""
+        lines = [f"family            {self.spec.family} ({self.spec.weights} weights)"]
+        lines += [
+            f"{name:<17} {count / 1e6:,.2f} M parameters, about {self.stage_seconds[name]:.0f} s"
+            for name, count in self.parameters.items()
+        ]
+        lines += [
+            f"bundle            about {self.bundle_bytes / 1e6:,.0f} MB",
+            f"memory            about {self.peak_bytes / 1e9:.1f} GB",
+            f"time              about {sum(self.stage_seconds.values()):.0f} s on two cores",
+        ]
+        lines += [
+            f"assumed           {each.field} = {each.value} (from {each.source})"
+            for each in self.spec.assumptions
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(spec: ModelSpec, parameters: Mapping[str, int], dtype: WeightsDType) -> Plan:
+    """Return the estimates for a checkpoint.
+
+    Args:
+        spec: What the checkpoint is.
+        parameters: Number of weights of each component.
+        dtype: How weights are stored.
+    """
+    width = 2 if dtype == "float16" else 4
+    seconds = {"tokenizer": 0.1}
+    for name, count in parameters.items():
+        seconds[name] = _TRACE_SECONDS.get(name, 5.0) + _SECONDS_PER_PARAMETER * count
+    total = sum(parameters.values())
+    seconds["golden"] = _GOLDEN_SECONDS + _GOLDEN_SECONDS_PER_PARAMETER * total
+    return Plan(
+        spec=spec,
+        parameters=dict(parameters),
+        stage_seconds=seconds,
+        bundle_bytes=width * total + _GRAPH_BYTES * len(parameters),
+        peak_bytes=_BASE_BYTES + int(_BYTES_PER_PARAMETER * max(parameters.values())),
+    )

@@ -1,0 +1,45 @@
+"""Latent diffusion without torch: open a bundle that `ldm-export` made, and draw images.
+
+>>> with Generator("engines/") as generator:
+...     result = generator(prompt="a red circle", seed=7)
+>>> result.images[0].save("circle.png")
+"""
+
+from ldm_runtime.errors import (
+    BackendError,
+    BundleError,
+    LdmError,
+    ManifestError,
+    RequestError,
+    ShapeError,
+)
+from ldm_runtime.generator import Generator, Result, Step
+from ldm_runtime.request import GenerationRequest
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "GenerationRequest",
+    "Generator",
+    "LdmError",
+    "ManifestError",
+    "RequestError",
+    "Result",
+    "ShapeError",
+    "Step",
+    "__version__",
+]
+
+__version__: str
+
+
+def __getattr__(name: str) -> str:
+    # Looked up on demand: importlib.metadata takes longer to import than the rest of this package.
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ldm-deploy")
+    except PackageNotFoundError:
+        return "0+unknown"  # run from a source tree that is not installed

@@ -1,0 +1,195 @@
+"""Procedural scenes: small pictures of coloured shapes, and captions that say what is in them.
+
+A scene is a record; `render` draws it with anti-aliased edges and `caption` describes it in
+English. Everything is derived from a NumPy generator, so a seed names a data set.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+SIZE = 64
+
+#: RGB of the shapes. Hues are at least 40 degrees apart, so that a picture can be read back.
+COLORS: Mapping[str, tuple[int, int, int]] = {
+    "red": (222, 40, 44),
+    "green": (36, 168, 60),
+    "blue": (40, 76, 224),
+    "yellow": (240, 212, 36),
+    "purple": (156, 48, 196),
+    "cyan": (48, 204, 220),
+}
+BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
+    "white": (244, 244, 244),
+    "gray": (132, 132, 132),
+    "black": (22, 22, 22),
+}
+#: Half the extent of a shape in pixels, lowest and highest.
+SIZES: Mapping[str, tuple[float, float]] = {"small": (6.0, 7.5), "large": (11.0, 12.5)}
+#: Direction from the first object named to the second: (x, y), y pointing down.
+RELATIONS: Mapping[str, tuple[int, int]] = {
+    "left of": (1, 0),
+    "right of": (-1, 0),
+    "above": (0, 1),
+    "below": (0, -1),
+}
+_GRADIENT = 56  # grey levels between the top and the bottom of a gradient background
+_HELD_OUT_SHARE = 16  # one caption in this many is never trained on
+
+Image = npt.NDArray[np.float32]
+
+
+class Thing(NamedTuple):
+    """One shape: what, which colour, which size class, where (pixels) and how big (half extent)."""
+
+    kind: str
+    color: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One to three things on a background.
+
+    Attributes:
+        things: The first is the one the relations start from.
+        relations: `relations[i]` leads from things[0] to things[i + 1].
+        background: Name of its colour.
+        gradient: Whether the background grows darker (or, if black, lighter) towards the bottom.
+    """
+
+    things: tuple[Thing, ...]
+    relations: tuple[str, ...]
+    background: str
+    gradient: bool
+
+
+def caption(scene: Scene) -> str:
+    """Return e.g. "a large red circle left of a small blue square on a white background"."""
+    names = [f"a {thing.size} {thing.color} {thing.kind}" for thing in scene.things]
+    parts = [
+        f"{relation} {name}" for relation, name in zip(scene.relations, names[1:], strict=True)
+    ]
+    objects = " ".join([names[0], " and ".join(parts)]).strip()
+    gradient = " gradient" if scene.gradient else ""
+    return f"{objects} on a {scene.background}{gradient} background"
+
+
+def is_held_out(text: str) -> bool:
+    """Tell whether a caption is kept for evaluation and never trained on."""
+    return zlib.crc32(text.encode()) % _HELD_OUT_SHARE == 0
+
+
+def random_scenes(rng: np.random.Generator, *, held_out: bool) -> Iterator[Scene]:
+    """Yield scenes for ever, either only with held-out captions or only with the others."""
+    while True:
+        scene = random_scene(rng)
+        if is_held_out(caption(scene)) == held_out:
+            yield scene
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """Draw one scene; things do not touch, and no two share both kind and colour."""
+    count = int(rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25]))
+    while True:
+        relations = _random_relations(rng, count - 1)
+        things = tuple(_random_thing(rng) for _ in range(count))
+        if _is_possible(things, relations):
+            break
+    background = str(rng.choice(list(BACKGROUNDS)))
+    return Scene(
+        things=things,
+        relations=relations,
+        background=background,
+        gradient=bool(rng.random() < 1 / 3),
+    )
+
+
+def render(scene: Scene) -> Image:
+    """Return the picture (SIZE, SIZE, 3) in [0, 1]."""
+    base = np.array(BACKGROUNDS[scene.background], np.float32)
+    rows = np.linspace(0, _GRADIENT, SIZE, dtype=np.float32)[:, None, None]
+    slope = 0.0 if not scene.gradient else (1.0 if scene.background == "black" else -1.0)
+    picture = np.broadcast_to(base + slope * rows, (SIZE, SIZE, 3)).copy()
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+    for thing in scene.things:
+        distance = SHAPES[thing.kind]((x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
+        coverage = np.clip(0.5 - distance * thing.radius, 0, 1)[..., None]
+        picture += coverage * (np.array(COLORS[thing.color], np.float32) - picture)
+    return picture / np.float32(255)
+
+
+def _circle(x: Image, y: Image) -> Image:
+    return np.hypot(x, y) - np.float32(1)
+
+
+def _square(x: Image, y: Image) -> Image:
+    return np.maximum(abs(x), abs(y)) - np.float32(0.9)
+
+
+def _triangle(x: Image, y: Image) -> Image:
+    """Point up: base at y = 0.8, apex at y = -1."""
+    height, half_base = 1.8, 1.04
+    norm = np.hypot(height, half_base)
+    side = (abs(x) * height - (y + 1) * half_base) / norm
+    return np.maximum(side, y - np.float32(0.8)).astype(np.float32)
+
+
+def _cross(x: Image, y: Image) -> Image:
+    long, short = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+    return np.maximum(long - np.float32(1), short - np.float32(0.34))
+
+
+#: Signed distance (in half extents, negative inside) of a point from each kind of shape.
+SHAPES: Mapping[str, Callable[[Image, Image], Image]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+}
+
+
+def _random_thing(rng: np.random.Generator) -> Thing:
+    size = str(rng.choice(list(SIZES)))
+    radius = float(rng.uniform(*SIZES[size]))
+    x, y = rng.uniform(radius + 2, SIZE - radius - 2, size=2)
+    kind, color = str(rng.choice(list(SHAPES))), str(rng.choice(list(COLORS)))
+    return Thing(kind=kind, color=color, size=size, x=float(x), y=float(y), radius=radius)
+
+
+def _random_relations(rng: np.random.Generator, count: int) -> tuple[str, ...]:
+    """Draw relations; of two, one is horizontal and one vertical, so that both can be read."""
+    if count == 2:
+        pair = [rng.choice(["left of", "right of"]), rng.choice(["above", "below"])]
+        return tuple(str(relation) for relation in rng.permutation(pair))
+    return tuple(str(rng.choice(list(RELATIONS))) for _ in range(count))
+
+
+def _is_possible(things: tuple[Thing, ...], relations: tuple[str, ...]) -> bool:
+    looks = {(thing.kind, thing.color) for thing in things}
+    apart = all(
+        np.hypot(a.x - b.x, a.y - b.y) > 1.15 * (a.radius + b.radius) + 2
+        for index, a in enumerate(things)
+        for b in things[:index]
+    )
+    return (
+        len(looks) == len(things)
+        and apart
+        and all(map(_holds, relations, things[1:], [things[0]] * 2))
+    )
+
+
+def _holds(relation: str, other: Thing, first: Thing) -> bool:
+    """Tell whether `relation` leads from `first` to `other` clearly: along it more than across."""
+    toward_x, toward_y = RELATIONS[relation]
+    dx, dy = other.x - first.x, other.y - first.y
+    along = dx * toward_x + dy * toward_y
+    across = abs(dx * toward_y) + abs(dy * toward_x)
+    return bool(along > 12 and along > 1.5 * across)

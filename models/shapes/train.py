@@ -1,0 +1,344 @@
+"""Train the shapes model: first stage, then text encoder and UNet, then one CompVis checkpoint.
+
+    python models/shapes/train.py autoencoder   # about 30 minutes on two cores
+    python models/shapes/train.py diffusion     # about 70 minutes
+    python models/shapes/train.py pack          # writes models/shapes/shapes.ckpt and config.yaml
+
+Every stage goes on from its last saved state, seeds are fixed, and the loss goes to `log.jsonl`.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scenes
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
+from ldm_export.networks.clip import ClipTextEncoder
+from ldm_export.networks.unet import UNet
+from ldm_runtime.manifest import AutoencoderSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.tokenizers import ClipTokenizer
+
+HERE = Path(__file__).parent
+WORK = HERE / "work"
+VOCABULARY = HERE.parents[1] / "ldm_export/vocabularies/clip_bpe_simple_vocab_16e6.txt.gz"
+NUM_SCENES = 20_000
+NUM_CHECKED = 256  # the last scenes are never trained on
+MAX_TOKENS = 77
+END_TOKEN = 49407
+
+AUTOENCODER = AutoencoderSpec(
+    kind="kl",
+    image_channels=3,
+    channels=64,
+    channel_mult=(1, 1, 2),
+    num_res_blocks=1,
+    attention_levels=(),
+    z_channels=4,
+    embed_dim=4,
+    latent_scale_factor=1.0,
+)
+TEXT_ENCODER = TextEncoderSpec(
+    kind="clip",
+    width=64,
+    num_layers=4,
+    num_heads=1,
+    feed_forward_dim=256,
+    vocab_size=49408,
+    max_tokens=MAX_TOKENS,
+    activation="quick_gelu",
+    pad_token_id=END_TOKEN,
+)
+UNET = UNetSpec(
+    in_channels=4,
+    out_channels=4,
+    model_channels=64,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    transformer_depth=(1, 1),
+    middle_depth=1,
+    num_heads=8,
+    num_head_channels=None,
+    context_dim=64,
+    linear_projection=False,
+)
+LINEAR_START, LINEAR_END, NUM_TRAIN_TIMESTEPS = 0.00085, 0.012, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Part of the first stage's training: how many steps, on squares of how many pixels."""
+
+    steps: int
+    size: int
+    batch: int
+
+
+#: Small crops first: four times the steps for the same work.
+AUTOENCODER_PHASES = (
+    Phase(steps=4500, size=32, batch=8),
+    Phase(steps=1500, size=64, batch=8),
+)
+#: Weight of saturated pixels in the first stage's loss. Without it the mean picture, grey, is a
+#: good answer for a long time, because the shapes cover a tenth of a scene.
+SATURATION_WEIGHT = 4.0
+KL_WEIGHT = 1e-6
+DIFFUSION_STEPS = 9000
+DIFFUSION_BATCH = 64
+CAPTION_DROPOUT = 0.1
+EMA_DECAY = 0.999
+LEARNING_RATE = 1e-3
+
+
+def load_data() -> tuple[Tensor, list[str]]:
+    """Return pictures (N, 3, 64, 64) uint8 and their captions, drawn once and cached."""
+    path = WORK / "data.npz"
+    if not path.exists():
+        source = scenes.random_scenes(np.random.default_rng(1), held_out=False)
+        drawn = [next(source) for _ in range(NUM_SCENES)]
+        pictures = [np.rint(scenes.render(scene) * 255).astype(np.uint8) for scene in drawn]
+        captions = [scenes.caption(scene) for scene in drawn]
+        WORK.mkdir(exist_ok=True)
+        np.savez(path, pictures=np.stack(pictures), captions=np.array(captions))
+    with np.load(path) as data:
+        pictures = torch.from_numpy(data["pictures"]).permute(0, 3, 1, 2).contiguous()
+        return pictures, data["captions"].tolist()
+
+
+def as_input(pictures: Tensor) -> Tensor:
+    """Map uint8 pictures to float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay, an EMA of the weights, saved state and a log."""
+
+    def __init__(self, name: str, model: nn.Module, steps: int) -> None:
+        self.name, self.model, self.steps, self.step = name, model, steps, 0
+        self.ema = {key: value.clone() for key, value in model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        self.path = WORK / f"{name}.pt"
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema, self.step = state["ema"], state["step"]
+
+    def run(self, loss_at: Callable[[int], Tensor], check: Callable[[], dict[str, float]]) -> None:
+        """Take the steps that are left; `loss_at(step)` must depend on the step alone."""
+        started, total = time.monotonic(), 0.0
+        while self.step < self.steps:
+            torch.manual_seed(1_000_000 + self.step)
+            self._set_learning_rate()
+            loss = loss_at(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.step, total = self.step + 1, total + loss.item()
+            self._update_ema()
+            if self.step % 100 == 0 or self.step == self.steps:
+                row = {"loss": total / 100, "seconds": time.monotonic() - started}
+                total = 0.0
+                if self.step % 500 == 0 or self.step == self.steps:
+                    row |= check()
+                    self.save()
+                self.log(row)
+
+    def save(self) -> None:
+        """Write the whole state, then rename, so that a crash never loses it."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
+            "step": self.step,
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.rename(self.path)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append one line to the log."""
+        rounded = {key: float(f"{value:.4g}") for key, value in row.items()}
+        line = json.dumps({"stage": self.name, "step": self.step} | rounded)
+        with (HERE / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    def _set_learning_rate(self) -> None:
+        warm = min(1.0, (self.step + 1) / 200)
+        decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warm * max(decay, 0.01)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        for key, value in self.model.state_dict().items():
+            self.ema[key].lerp_(value, 1 - decay)
+
+
+def train_autoencoder() -> None:
+    """Train the first stage: reconstruction with saturated pixels weighted, plus a small KL."""
+    pictures, _ = load_data()
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"encoder": LatentEncoder(AUTOENCODER), "decoder": LatentDecoder(AUTOENCODER)}
+    )
+    trainer = Trainer("autoencoder", model, sum(phase.steps for phase in AUTOENCODER_PHASES))
+
+    def loss_at(step: int) -> Tensor:
+        image = as_input(_crops(pictures[:-NUM_CHECKED], step))
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, log_variance = model["encoder"](image).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            noise = torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+            error = model["decoder"](mean + noise).float() - image
+        saturation = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
+        weight = 1 + SATURATION_WEIGHT * saturation
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
+
+    trainer.run(loss_at, lambda: check_autoencoder(trainer.ema, pictures[-NUM_CHECKED:]))
+
+
+def _crops(pictures: Tensor, step: int) -> Tensor:
+    first, second = AUTOENCODER_PHASES
+    phase = first if step < first.steps else second
+    chosen = pictures[torch.randint(len(pictures), (phase.batch,))]
+    top, left = (4 * torch.randint((scenes.SIZE - phase.size) // 4 + 1, (2,))).tolist()
+    return chosen[:, :, top : top + phase.size, left : left + phase.size]
+
+
+@torch.no_grad()
+def check_autoencoder(weights: dict[str, Tensor], pictures: Tensor) -> dict[str, float]:
+    """Return PSNR (dB) on held-out pictures and the mean error on saturated pixels (grey levels)."""
+    encoder, decoder = load_autoencoder(weights)
+    image = as_input(pictures)
+    means = [encoder(part).chunk(2, dim=1)[0] for part in image.split(32)]
+    output = torch.cat([decoder(part) for part in means]).clamp(-1, 1)
+    error = 127.5 * (output - image)
+    inside = (image.amax(1) - image.amin(1)) > 0.5
+    return {
+        "psnr": 20 * math.log10(255) - 10 * math.log10(error.square().mean().item()),
+        "shape_error": error.abs().mean(1)[inside].mean().item(),
+    }
+
+
+def load_autoencoder(weights: dict[str, Tensor]) -> tuple[LatentEncoder, LatentDecoder]:
+    """Return the two halves of the first stage with the given trained weights."""
+    encoder, decoder = LatentEncoder(AUTOENCODER), LatentDecoder(AUTOENCODER)
+    for name, half in (("encoder", encoder), ("decoder", decoder)):
+        prefix = f"{name}."
+        half.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        )
+        half.eval()
+    return encoder, decoder
+
+
+@torch.no_grad()
+def load_latents() -> tuple[Tensor, float]:
+    """Return the data's latents with unit variance, and the factor that makes it so."""
+    path = WORK / "latents.pt"
+    if not path.exists():
+        pictures, _ = load_data()
+        state = torch.load(WORK / "autoencoder.pt", weights_only=True)
+        encoder, _ = load_autoencoder(state["ema"])
+        with torch.autocast("cpu", torch.bfloat16):
+            means = [encoder(as_input(part)).chunk(2, dim=1)[0] for part in pictures.split(64)]
+        torch.save(torch.cat(means).float(), path)
+    latents: Tensor = torch.load(path, weights_only=True)
+    scale = 1 / latents.std().item()
+    return latents * scale, scale
+
+
+def training_alphas_cumprod() -> Tensor:
+    """Return the noise schedule of Stable Diffusion: linear in the root of beta, float64."""
+    roots = torch.linspace(
+        LINEAR_START**0.5, LINEAR_END**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64
+    )
+    return torch.cumprod(1 - roots.square(), dim=0)
+
+
+def load_tokens(captions: list[str]) -> Tensor:
+    """Return token ids (N, 77) of captions; the last row is the empty caption."""
+    tokenizer = ClipTokenizer.from_file(VOCABULARY)
+    cache: dict[str, tuple[int, ...]] = {}
+    for text in [*captions, ""]:
+        if text not in cache:
+            cache[text] = tokenizer.encode(text, MAX_TOKENS, END_TOKEN).ids
+    return torch.tensor([cache[text] for text in [*captions, ""]])
+
+
+def train_diffusion() -> None:
+    """Train UNet and text encoder to predict the noise (Ho et al. 2020, equation 14)."""
+    _, captions = load_data()
+    latents, _ = load_latents()
+    tokens, alphas = load_tokens(captions), training_alphas_cumprod().float()
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"unet": UNet(UNET), "text": ClipTextEncoder(TEXT_ENCODER)})
+    nn.init.normal_(model["text"].text_model.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(model["text"].text_model.embeddings.position_embedding.weight, std=0.02)
+    for name, parameter in model["unet"].named_parameters():
+        if name.endswith(("out_layers.3.weight", "proj_out.weight", "out.2.weight")):
+            nn.init.zeros_(parameter)  # every block starts as the identity
+    trainer = Trainer("diffusion", model, DIFFUSION_STEPS)
+
+    def loss_on(rows: Tensor) -> Tensor:
+        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (len(rows),))
+        alpha = alphas[timesteps][:, None, None, None]
+        clean, noise = latents[rows], torch.randn(len(rows), *latents.shape[1:])
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            context = model["text"](_drop_captions(tokens, rows))
+            prediction = model["unet"](noisy, timesteps.float(), context).float()
+        return F.mse_loss(prediction, noise)
+
+    def check() -> dict[str, float]:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            rows = torch.arange(len(latents) - NUM_CHECKED, len(latents))
+            return {"held_out_loss": torch.stack([loss_on(rows) for _ in range(4)]).mean().item()}
+
+    trainer.run(
+        lambda _: loss_on(torch.randint(len(latents) - NUM_CHECKED, (DIFFUSION_BATCH,))), check
+    )
+
+
+def _drop_captions(tokens: Tensor, rows: Tensor) -> Tensor:
+    chosen = tokens[rows]
+    chosen[torch.rand(len(rows)) < CAPTION_DROPOUT] = tokens[-1]
+    return chosen
+
+
+def pack() -> None:
+    """Write the trained weights as a CompVis-style checkpoint in fp16, and its config."""
+    from checkpoint_writer import write_checkpoint
+
+    first_stage = torch.load(WORK / "autoencoder.pt", weights_only=True)
+    diffusion = torch.load(WORK / "diffusion.pt", weights_only=True)
+    _, scale = load_latents()
+    write_checkpoint(HERE, first_stage["ema"], diffusion, scale)
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    stages = {"autoencoder": train_autoencoder, "diffusion": train_diffusion, "pack": pack}
+    parser.add_argument("stage", choices=stages)
+    stages[parser.parse_args().stage]()
+
+
+if __name__ == "__main__":
+    main()

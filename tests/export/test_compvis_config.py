@@ -1,0 +1,187 @@
+import pytest
+
+from ldm_export.compvis_config import ConfigFacts, config_facts, read_config
+from ldm_export.errors import ExportError, WeightsError
+from ldm_export.families import detect
+from tests.export.sd_layout import SD1, TINY, checkpoint
+
+V1_INFERENCE = """
+model:
+  base_learning_rate: 1.0e-04
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    linear_start: 0.00085
+    linear_end: 0.0120
+    timesteps: 1000
+    image_size: 64
+    conditioning_key: crossattn
+    scale_factor: 0.18215
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params:
+        image_size: 32
+        in_channels: 4
+        out_channels: 4
+        model_channels: 320
+        attention_resolutions: [ 4, 2, 1 ]
+        num_res_blocks: 2
+        channel_mult: [ 1, 2, 4, 4 ]
+        num_heads: 8
+        transformer_depth: 1
+        context_dim: 768
+    first_stage_config:
+      params:
+        embed_dim: 4
+        ddconfig: {z_channels: 4, resolution: 256, in_channels: 3, ch: 128, ch_mult: [1, 2, 4, 4],
+                   num_res_blocks: 2}
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
+"""
+
+
+def of_params(**params):
+    return {"model": {"params": params}}
+
+
+def test_a_released_configuration_agrees_with_its_weights(tmp_path):
+    path = tmp_path / "v1 inference.yaml"
+    path.write_text(V1_INFERENCE)
+
+    spec = detect(checkpoint(SD1), config=read_config(path)).spec
+
+    by_source = {assumption.field: assumption.source for assumption in spec.assumptions}
+    assert by_source["unet.num_heads"] == "config"
+    assert by_source["autoencoder.latent_scale_factor"] == "config"
+    assert by_source["defaults.height"] == "config"
+    assert by_source["prediction_type"] == "family"
+    assert spec.defaults.height == 512
+
+
+def test_facts_are_read_and_minus_one_leaves_them_open():
+    config = of_params(
+        parameterization="x0",
+        scale_factor="1e-1",
+        linear_start=0.0015,
+        timesteps=500,
+        unet_config={"params": {"num_heads": -1, "num_head_channels": 32}},
+        cond_stage_config={"params": {"num_attention_heads": 4, "hidden_act": "gelu"}},
+    )
+
+    facts = config_facts(config)
+
+    assert facts == ConfigFacts(
+        prediction_type="sample",
+        latent_scale_factor=0.1,
+        linear_start=0.0015,
+        num_train_timesteps=500,
+        num_head_channels=32,
+        text_num_heads=4,
+        text_activation="gelu",
+    )
+
+
+def test_no_configuration_says_nothing():
+    assert config_facts(None) == ConfigFacts()
+
+
+def test_a_schedule_from_the_configuration_is_recorded_as_such():
+    tensors = checkpoint(TINY, schedule=False)
+
+    spec = detect(tensors, config=of_params(linear_end=0.02, timesteps=200)).spec
+
+    recorded = {a.field: (a.value, a.source) for a in spec.assumptions}["alphas_cumprod"]
+    assert recorded == ("scaled-linear from 0.00085 to 0.02 in 200 steps", "config")
+    assert len(spec.alphas_cumprod) == 200
+
+
+def test_heads_of_the_text_encoder_come_from_the_configuration():
+    heads = of_params(cond_stage_config={"params": {"num_attention_heads": 4}})
+    wrong = of_params(cond_stage_config={"params": {"num_attention_heads": 5}})
+
+    spec = detect(checkpoint(TINY), config=heads).spec
+
+    assert spec.text_encoder.num_heads == 4
+    with pytest.raises(ExportError, match=r"num_attention_heads is 5, .* width 96"):
+        detect(checkpoint(TINY), config=wrong)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"unet_config": {"params": {"model_channels": 64}}}, "model_channels is 64, .* have 32"),
+        (
+            {"unet_config": {"params": {"channel_mult": [1, 2, 4]}}},
+            r"channel_mult is \[1, 2, 4\], .* have \(1, 2, 3\)",
+        ),
+        ({"unet_config": {"params": {"transformer_depth": 1}}}, "transformer_depth is 1"),
+        ({"first_stage_config": {"params": {"embed_dim": 3}}}, "embed_dim is 3, .* have 4"),
+        (
+            {"first_stage_config": {"params": {"ddconfig": {"num_res_blocks": [1, 2]}}}},
+            "num_res_blocks",
+        ),
+    ],
+)
+def test_a_configuration_of_another_model_is_an_error_that_shows_both(params, message):
+    with pytest.raises(WeightsError, match=message):
+        detect(checkpoint(TINY), config=of_params(**params))
+
+
+def test_one_number_a_level_is_the_same_as_one_number():
+    config = of_params(unet_config={"params": {"num_res_blocks": [1, 1, 1]}})
+
+    assert detect(checkpoint(TINY), config=config).spec.unet.num_res_blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"parameterization": "score"}, "'score'; choose from eps, v, x0"),
+        ({"parameterization": ["eps"]}, "choose from eps"),
+        ({"scale_factor": 0}, "scale_factor is 0; a positive number"),
+        ({"scale_factor": "big"}, "scale_factor is 'big'"),
+        ({"linear_start": float("inf")}, "linear_start is inf"),
+        ({"timesteps": 10.5}, "timesteps is 10.5; a positive integer"),
+        ({"timesteps": True}, "timesteps is True"),
+        ({"beta_schedule": "cosine"}, "beta_schedule 'cosine'"),
+    ],
+)
+def test_impossible_values_are_an_error_that_names_the_entry(params, message):
+    with pytest.raises(ExportError, match=message):
+        config_facts(of_params(**params))
+
+
+def test_a_scale_by_std_configuration_leaves_the_scale_to_the_checkpoint():
+    facts = config_facts(of_params(scale_by_std=True, scale_factor=1.0))
+
+    assert facts.latent_scale_factor is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1, 2", "is no YAML file"),
+        ("- 1\n- 2\n", "holds list"),
+        ("", "holds NoneType"),
+        ("model: {target: x}", "no `model: params:` mapping"),
+        ("a: !!python/object/apply:os.system ['touch ran']", "is no YAML file"),
+        ("[" * 5000, "is no YAML file"),
+        ("#" * (1 << 20 | 1), "is no model configuration"),
+    ],
+)
+def test_files_that_are_no_configuration_are_an_error(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ExportError, match=message):
+        read_config(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_configuration_that_is_not_there_or_not_text_is_an_error(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(ExportError, match="cannot be read"):
+        read_config(tmp_path / "absent.yaml")
+    with pytest.raises(ExportError, match="is no YAML file"):
+        read_config(tmp_path / "binary.yaml")

@@ -1,0 +1,450 @@
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ldm_export.errors import ExportError, WeightsError
+from ldm_export.families import Overrides, detect
+from ldm_export.unet_shapes import read_unet
+from ldm_runtime.components import COMPONENTS
+from tests.export.sd_layout import (
+    SD1,
+    TINY,
+    FakeTensor,
+    checkpoint,
+    first_stage_shapes,
+    text_shapes,
+    unet_shapes,
+    with_values,
+)
+
+
+def parameter_count(tensors, names):
+    return sum(math.prod(tensors[name].shape) for name in names)
+
+
+def sources(spec):
+    return {
+        assumption.field: (assumption.value, assumption.source) for assumption in spec.assumptions
+    }
+
+
+def test_stable_diffusion_1_is_read_from_its_shapes():
+    spec = detect(checkpoint(SD1)).spec
+
+    assert (spec.family, spec.task) == ("stable-diffusion-1", "text-to-image")
+    assert spec.unet.model_channels == 320
+    assert spec.unet.channel_mult == (1, 2, 4, 4)
+    assert spec.unet.transformer_depth == (1, 1, 1, 0)
+    assert (spec.unet.num_heads, spec.unet.num_head_channels) == (8, None)
+    assert not spec.unet.linear_projection
+    assert spec.autoencoder.factor == 8
+    assert spec.autoencoder.latent_scale_factor == 0.18215
+    assert (spec.text_encoder.num_heads, spec.text_encoder.pad_token_id) == (12, 49407)
+    assert spec.prediction_type == "epsilon"
+    assert (spec.defaults.height, spec.defaults.width) == (512, 512)
+
+
+def test_the_components_of_stable_diffusion_1_have_the_published_sizes():
+    tensors = checkpoint(SD1)
+
+    weights = detect(tensors).weights
+
+    millions = {
+        component: round(parameter_count(tensors, names.values()) / 1e6, 2)
+        for component, names in weights.items()
+    }
+    assert millions == {
+        "unet": 859.52,
+        "vae_decoder": 49.49,
+        "vae_encoder": 34.16,
+        "text_encoder": 123.06,
+    }
+    assert millions.keys() == COMPONENTS.keys()
+
+
+def test_every_hyperparameter_of_a_small_sibling_is_read_from_its_shapes():
+    spec = detect(checkpoint(TINY)).spec
+
+    unet, first_stage, text = spec.unet, spec.autoencoder, spec.text_encoder
+    for field in (
+        *("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks"),
+        *("middle_depth", "context_dim", "linear_projection"),
+    ):
+        assert getattr(unet, field) == getattr(TINY, field), field
+    assert unet.transformer_depth == TINY.depth
+    assert (first_stage.channels, first_stage.channel_mult) == (32, (1, 2, 2))
+    assert (first_stage.num_res_blocks, first_stage.attention_levels) == (1, (2,))
+    assert (first_stage.z_channels, first_stage.embed_dim, first_stage.factor) == (6, 4, 4)
+    assert first_stage.image_channels == 3
+    assert (text.width, text.num_layers, text.feed_forward_dim) == (96, 3, 200)
+    assert (text.vocab_size, text.max_tokens, text.pad_token_id) == (600, 24, 599)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (128, 2), (64, 1), (96, 1), (32, 1)])
+def test_the_text_encoder_has_64_channels_a_head_where_that_divides_its_width(width, heads):
+    layout = replace(TINY, text_width=width, context_dim=width)
+
+    spec = detect(checkpoint(layout)).spec
+
+    assert spec.text_encoder.num_heads == heads
+
+
+def test_words_added_to_the_vocabulary_do_not_move_the_padding():
+    layout = replace(TINY, vocab_size=49411)
+
+    spec = detect(checkpoint(layout)).spec
+
+    assert spec.text_encoder.pad_token_id == 49407
+
+
+def test_parameters_have_the_names_of_their_networks():
+    weights = detect(checkpoint(TINY)).weights
+
+    assert weights["unet"].keys() == unet_shapes(TINY).keys()
+    assert weights["text_encoder"].keys() == text_shapes(TINY).keys()
+    first_stage = weights["vae_encoder"].keys() | weights["vae_decoder"].keys()
+    assert first_stage == first_stage_shapes(TINY).keys()
+    assert (
+        weights["vae_decoder"]["post_quant_conv.bias"] == "first_stage_model.post_quant_conv.bias"
+    )
+    assert "quant_conv.bias" in weights["vae_encoder"]
+
+
+def test_old_text_encoder_names_get_the_level_they_lack():
+    new = checkpoint(TINY)
+    old = {name.replace("transformer.text_model.", "transformer."): new[name] for name in new}
+
+    weights = detect(old).weights["text_encoder"]
+
+    assert weights.keys() == text_shapes(TINY).keys()
+    name = "encoder.layers.0.mlp.fc1.weight"
+    assert weights[f"text_model.{name}"] == f"cond_stage_model.transformer.{name}"
+
+
+def test_old_and_new_text_encoder_names_together_are_an_error():
+    tensors = checkpoint(TINY)
+    name = "cond_stage_model.transformer.final_layer_norm.bias"
+    tensors[name] = FakeTensor(shape=(96,))
+
+    with pytest.raises(WeightsError, match=r"both the text_encoder's text_model\.final_layer_norm"):
+        detect(tensors)
+
+
+def test_complete_moving_averages_win_over_training_weights():
+    detection = detect(checkpoint(TINY, ema=True))
+
+    assert detection.spec.weights == "ema"
+    name = detection.weights["unet"]["input_blocks.0.0.weight"]
+    assert name == "model_ema.diffusion_modelinput_blocks00weight"
+    assert detection.weights["unet"].keys() == unet_shapes(TINY).keys()
+    raw = "model.diffusion_model.input_blocks.0.0.weight"
+    assert detection.unused[raw] == "training weights, their moving average is used"
+    assert "model_ema.decay" in detection.unused
+
+
+def test_training_weights_are_used_on_request():
+    detection = detect(checkpoint(TINY, ema=True), overrides=Overrides(weights="model"))
+
+    assert detection.spec.weights == "model"
+    assert detection.weights["unet"]["out.2.bias"] == "model.diffusion_model.out.2.bias"
+    assert detection.unused["model_ema.diffusion_modelout2bias"] == "moving average, not used"
+
+
+def test_incomplete_moving_averages_are_not_used_and_said_to_be_incomplete(caplog):
+    tensors = checkpoint(TINY, ema=True)
+    del tensors["model_ema.diffusion_modelout2bias"]
+
+    detection = detect(tensors)
+
+    assert detection.spec.weights == "model"
+    assert "model_ema.diffusion_modelout2bias" in caplog.text
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_asking_for_moving_averages_that_are_not_complete_is_an_error(ema):
+    tensors = checkpoint(TINY, ema=ema)
+    tensors.pop("model_ema.diffusion_modelout2bias", None)
+
+    with pytest.raises(WeightsError, match=r"moving averages .* --weights model"):
+        detect(tensors, overrides=Overrides(weights="ema"))
+
+
+def test_a_moving_average_of_another_shape_is_an_error():
+    tensors = checkpoint(TINY, ema=True)
+    tensors["model_ema.diffusion_modelout2bias"] = FakeTensor(shape=(9,))
+
+    with pytest.raises(WeightsError, match=r"modelout2bias has shape \(9,\)"):
+        detect(tensors)
+
+
+def test_known_leftovers_are_kept_with_their_reason():
+    tensors = checkpoint(TINY)
+    for name in (
+        "loss.logvar",
+        "first_stage_model.loss.perceptual_loss.lin0.model.1.weight",
+        "logvar",
+        "cond_stage_model.logit_scale",
+        "ddim_alphas_prev",
+    ):
+        tensors[name] = FakeTensor(shape=(3,))
+
+    unused = detect(tensors).unused
+
+    assert unused["loss.logvar"] == "used in training only"
+    assert unused["betas"] == "noise schedule, recorded in the bundle"
+    assert "cond_stage_model.transformer.text_model.embeddings.position_ids" in unused
+    assert len(unused) == 9
+
+
+def test_every_tensor_is_in_a_component_or_among_the_leftovers():
+    tensors = checkpoint(TINY, ema=True)
+
+    detection = detect(tensors)
+
+    claimed = [name for names in detection.weights.values() for name in names.values()]
+    assert sorted([*claimed, *detection.unused]) == sorted(tensors)
+
+
+def test_tensors_that_nobody_claims_are_counted_and_the_first_are_listed():
+    tensors = checkpoint(TINY)
+    for index in range(11):
+        tensors[f"stray.{index:02}"] = FakeTensor(shape=(1,))
+
+    with pytest.raises(WeightsError, match=r"^11 tensors .* stray\.00, .*stray\.07 and 3 more;"):
+        detect(tensors)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component"),
+    [
+        ("first_stage_model.encoder.", "encoder.conv_in.weight"),
+        ("model.diffusion_model.output_blocks.3.", r"output_blocks\.3 is missing"),
+        ("cond_stage_model.transformer.text_model.encoder.", r"no layer"),
+        ("model.diffusion_model.time_embed.0.weight", "time_embed.0.weight is missing"),
+        ("model.diffusion_model.middle_block.1.", "no attention in its middle"),
+        ("model.diffusion_model.output_blocks.5.", "5 output blocks; .* need 6"),
+        ("first_stage_model.encoder.down.", r"no level under encoder\.down"),
+        ("first_stage_model.decoder.mid.attn_1.", r"decoder\.mid\.attn_1\.q\.weight is missing"),
+        ("first_stage_model.decoder.up.1.upsample.", r"upsample\.conv\.weight is missing: level 1"),
+    ],
+)
+def test_a_part_that_is_missing_is_named(prefix, component):
+    tensors = {
+        name: tensor for name, tensor in checkpoint(TINY).items() if not name.startswith(prefix)
+    }
+
+    with pytest.raises(WeightsError, match=component):
+        detect(tensors)
+
+
+def without(tensors, *parts):
+    return {name: tensors[name] for name in tensors if not any(part in name for part in parts)}
+
+
+def test_a_unet_that_never_attends_to_text_is_an_error():
+    tensors = without(checkpoint(TINY), ".attn2.")
+
+    with pytest.raises(WeightsError, match=r"no attention to a context"):
+        detect(tensors)
+
+
+def test_transformers_that_nothing_leads_into_are_an_error():
+    shapes = without(unet_shapes(TINY), ".proj_in.")
+
+    with pytest.raises(WeightsError, match=r"no proj_in\.weight"):
+        read_unet(shapes, num_heads=8, num_head_channels=None)
+
+
+def test_a_level_without_residual_blocks_is_an_error():
+    tensors = checkpoint(TINY)
+    block = "model.diffusion_model.input_blocks.3."
+    tensors = without(tensors, block)
+    tensors[f"{block}0.op.weight"] = FakeTensor(shape=(32, 32, 3, 3))
+
+    with pytest.raises(WeightsError, match=r"level without residual blocks"):
+        detect(tensors)
+
+
+def test_a_checkpoint_without_encoder_says_which_component_is_missing():
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint(TINY).items()
+        if not name.startswith(("first_stage_model.encoder.", "first_stage_model.quant_conv."))
+    }
+
+    with pytest.raises(
+        WeightsError, match=r"no weights for the vae_encoder \(first_stage_model\.enc"
+    ):
+        detect(tensors)
+
+
+U, F, C = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (f"{U}time_embed.0.weight", (64, 32), r"\(128, 32\)"),
+        (f"{U}input_blocks.1.0.out_layers.3.weight", (32,), "4 axes"),
+        (f"{U}input_blocks.1.0.emb_layers.1.weight", (64, 128), "use_scale_shift_norm"),
+        (f"{U}output_blocks.0.0.out_layers.3.weight", (64, 96, 3, 3), "output_blocks.0"),
+        (f"{U}input_blocks.3.0.out_layers.3.weight", (50, 32, 3, 3), "no multiple"),
+        (f"{U}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (96, 80), "attn2.to_k"),
+        (f"{U}middle_block.1.transformer_blocks.0.attn1.to_k.weight", (96, 80), "disabled"),
+        (f"{U}middle_block.1.proj_in.weight", (96, 96), "rank"),
+        (f"{U}input_blocks.0.0.weight", (48, 4, 3, 3), "UNet has 48 channels"),
+        (f"{F}encoder.conv_in.weight", (48, 3, 3, 3), "multiple of 32"),
+        (f"{F}decoder.up.2.block.1.conv1.weight", (96, 64, 3, 3), r"decoder\.up\.2\.block\.1"),
+        (f"{F}decoder.conv_out.weight", (1, 32, 3, 3), "decoder.conv_out"),
+        (f"{F}quant_conv.weight", (4, 12, 1, 1), r"\(8, 12\)"),
+        (f"{C}embeddings.position_embedding.weight", (24, 64), "position_embedding"),
+        (f"{C}encoder.layers.2.mlp.fc1.weight", (201, 96), r"layers\.2\.mlp"),
+    ],
+)
+def test_shapes_that_contradict_each_other_are_an_error(name, shape, message):
+    tensors = checkpoint(TINY)
+    assert name in tensors
+    tensors[name] = FakeTensor(shape=shape)
+    if "input_blocks.3" in name:
+        for other in ("output_blocks.2", "output_blocks.3"):
+            tensors[f"{U}{other}.0.out_layers.3.weight"] = FakeTensor(shape=shape)
+
+    with pytest.raises(WeightsError, match=message):
+        detect(tensors)
+
+
+def test_components_of_different_models_are_an_error():
+    narrow_text = replace(TINY, text_width=64)
+    other_latents = replace(TINY, embed_dim=3)
+
+    with pytest.raises(WeightsError, match=r"64 wide, .* width 96"):
+        detect(checkpoint(narrow_text))
+    with pytest.raises(WeightsError, match=r"3 latent channels, .* predicts 4"):
+        detect(checkpoint(other_latents))
+
+
+def test_quantised_weights_are_an_error():
+    tensors = checkpoint(TINY)
+    tensors["model.diffusion_model.out.2.weight"] = FakeTensor(shape=(4, 32, 3, 3), dtype="int8")
+
+    with pytest.raises(WeightsError, match="stored as int8"):
+        detect(tensors)
+
+
+def test_what_the_weights_cannot_tell_is_recorded_with_its_source():
+    spec = detect(checkpoint(SD1)).spec
+
+    assert sources(spec) == {
+        "unet.num_heads": ("8", "family"),
+        "autoencoder.latent_scale_factor": ("0.18215", "family"),
+        "text_encoder.num_heads": ("12", "family"),
+        "text_encoder.activation": ("quick_gelu", "family"),
+        "text_encoder.pad_token_id": ("49407", "family"),
+        "prediction_type": ("epsilon", "family"),
+        "defaults.height": ("512", "family"),
+        "defaults.width": ("512", "family"),
+        "defaults.sampler": ("ddim", "family"),
+        "defaults.num_inference_steps": ("50", "family"),
+        "defaults.guidance_scale": ("7.5", "family"),
+    }
+
+
+def test_flags_win_over_the_configuration_which_wins_over_the_family():
+    config = {
+        "model": {
+            "params": {
+                "parameterization": "v",
+                "scale_factor": 0.5,
+                "image_size": 16,
+                "unet_config": {"params": {"num_heads": -1, "num_head_channels": 16}},
+            }
+        }
+    }
+    flags = Overrides(prediction_type="sample", num_heads=4, width=128)
+
+    by_config = detect(checkpoint(TINY), config=config).spec
+    by_flags = detect(checkpoint(TINY), config=config, overrides=flags).spec
+
+    assert by_config.prediction_type == "v_prediction"
+    assert (by_config.unet.num_heads, by_config.unet.num_head_channels) == (None, 16)
+    assert by_config.autoencoder.latent_scale_factor == 0.5
+    assert (by_config.defaults.height, by_config.defaults.width) == (64, 64)
+    assert by_flags.prediction_type == "sample"
+    assert (by_flags.unet.num_heads, by_flags.unet.num_head_channels) == (4, None)
+    assert (by_flags.defaults.height, by_flags.defaults.width) == (64, 128)
+    assert sources(by_flags)["defaults.height"] == ("64", "config")
+    assert sources(by_flags)["unet.num_heads"] == ("4", "flag")
+
+
+def test_a_scale_factor_in_the_checkpoint_is_no_assumption():
+    tensors = checkpoint(TINY) | {"scale_factor": with_values(0.75)}
+
+    spec = detect(tensors).spec
+    forced = detect(tensors, overrides=Overrides(latent_scale_factor=0.5)).spec
+
+    assert spec.autoencoder.latent_scale_factor == 0.75
+    assert "autoencoder.latent_scale_factor" not in sources(spec)
+    assert forced.autoencoder.latent_scale_factor == 0.5
+    assert sources(forced)["autoencoder.latent_scale_factor"] == ("0.5", "flag")
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, [1.0, 2.0]])
+def test_an_impossible_scale_factor_in_the_checkpoint_is_an_error(value):
+    tensors = checkpoint(TINY) | {"scale_factor": with_values(value)}
+
+    with pytest.raises(WeightsError, match="one positive number"):
+        detect(tensors)
+
+
+def test_a_scale_factor_that_contradicts_the_configuration_is_an_error():
+    tensors = checkpoint(TINY) | {"scale_factor": with_values(0.75)}
+
+    with pytest.raises(WeightsError, match=r"0\.75 in the checkpoint but 0\.5"):
+        detect(tensors, config={"model": {"params": {"scale_factor": 0.5}}})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (Overrides(num_heads=4, num_head_channels=8), "exclude each other"),
+        (Overrides(num_heads=0), "--num-heads is 0"),
+        (Overrides(latent_scale_factor=math.nan), "--latent-scale-factor is nan"),
+        (Overrides(height=-64), "--height is -64"),
+        (Overrides(width=100), "multiples of 16 pixels; give --width 96"),
+    ],
+)
+def test_impossible_flags_are_an_error(flags, message):
+    with pytest.raises(ExportError, match=message):
+        detect(checkpoint(TINY), overrides=flags)
+
+
+@pytest.mark.parametrize("flags", [Overrides(num_heads=5), Overrides(num_head_channels=40)])
+def test_heads_that_do_not_divide_the_channels_are_an_error(flags):
+    with pytest.raises(WeightsError, match=r"do not divide the 64 channels .*attn1.*--num-heads"):
+        detect(checkpoint(TINY), overrides=flags)
+
+
+def test_the_schedule_is_the_checkpoints_own():
+    tensors = checkpoint(TINY)
+    own = np.linspace(0.99, 0.01, 50).astype(np.float32)
+    tensors["alphas_cumprod"] = with_values(own)
+
+    spec = detect(tensors).spec
+
+    assert spec.alphas_cumprod == tuple(own.astype(np.float64).tolist())
+    assert "alphas_cumprod" not in sources(spec)
+
+
+def test_detection_reads_no_weight_and_imports_nothing_heavy():
+    code = "import sys, ldm_export.families; print(*sys.modules)"
+
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    detect(checkpoint(TINY, ema=True))  # FakeTensor refuses to hand out weights
+
+    assert {"torch", "onnx", "transformers", "yaml"}.isdisjoint(modules)

@@ -1,0 +1,181 @@
+import re
+from dataclasses import replace
+
+import pytest
+
+from ldm_export.errors import UnknownModelError
+from ldm_export.family_match import match_family, recognise
+from ldm_export.family_table import FAMILIES
+from ldm_export.fingerprint import fingerprint
+from tests.export.sd_layout import SD1, TINY, FakeTensor, checkpoint
+
+CLIP = "cond_stage_model.transformer.text_model."
+TOKENS = f"{CLIP}embeddings.token_embedding.weight"
+
+
+def changed(tensors, *, without=(), **added):
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(without))}
+    extra = {name: FakeTensor(shape=shape) for name, shape in added.items()}
+    return kept | extra
+
+
+def openclip(layout, **added):
+    names = {"cond_stage_model.model.ln_final.weight": (1024,)} | added
+    return changed(checkpoint(layout), without=["cond_stage_model."], **names)
+
+
+SD2 = replace(SD1, context_dim=1024, linear_projection=True)
+LABELS = "model.diffusion_model.label_emb"
+
+RECOGNISED = {
+    "stable-diffusion-1-inpainting": checkpoint(replace(SD1, in_channels=9)),
+    "instruct-pix2pix": checkpoint(replace(SD1, in_channels=8)),
+    "stable-diffusion-2": openclip(SD2),
+    "stable-diffusion-2-inpainting": openclip(replace(SD2, in_channels=9)),
+    "stable-diffusion-2-depth": openclip(replace(SD2, in_channels=5)),
+    "stable-diffusion-x4-upscaler": openclip(
+        replace(SD2, in_channels=7, model_channels=256), **{f"{LABELS}.weight": (1000, 1024)}
+    ),
+    "stable-diffusion-2-unclip-h": openclip(SD2, **{f"{LABELS}.0.0.weight": (1280, 2048)}),
+    "stable-diffusion-2-unclip-l": openclip(SD2, **{f"{LABELS}.0.0.weight": (1280, 1536)}),
+    "stable-diffusion-xl": changed(
+        checkpoint(replace(SD2, context_dim=2048)),
+        without=["cond_stage_model."],
+        **{
+            f"{LABELS}.0.0.weight": (1280, 2816),
+            "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (
+                49408,
+                768,
+            ),
+        },
+    ),
+    "ldm-cin256-v2": changed(
+        checkpoint(
+            replace(SD1, model_channels=192, in_channels=3, out_channels=3, context_dim=512)
+        ),
+        without=["cond_stage_model."],
+        **{
+            "cond_stage_model.embedding.weight": (1001, 512),
+            "first_stage_model.quantize.embedding.weight": (8192, 3),
+        },
+    ),
+    "ldm-txt2img-1p4b": changed(
+        checkpoint(replace(SD1, context_dim=1280)),
+        without=["cond_stage_model."],
+        **{"cond_stage_model.transformer.token_emb.weight": (30522, 1280)},
+    ),
+    "a latent diffusion model with a VQ first stage": changed(
+        checkpoint(TINY), **{"first_stage_model.quantize.embedding.weight": (256, 4)}
+    ),
+    "a class-conditional latent diffusion model": changed(
+        checkpoint(TINY),
+        without=["cond_stage_model."],
+        **{"cond_stage_model.embedding.weight": (11, 96)},
+    ),
+    "a latent diffusion model with vector conditioning": changed(
+        checkpoint(TINY), **{f"{LABELS}.0.0.weight": (128, 77)}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_a_family_that_is_not_exported_yet_is_refused_by_name(name):
+    tensors = RECOGNISED[name]
+
+    with pytest.raises(
+        UnknownModelError, match=f"recognised but not supported yet .*: {re.escape(name)} "
+    ):
+        match_family(tensors)
+
+
+@pytest.mark.parametrize("layout", [SD1, TINY, replace(TINY, model_channels=192, context_dim=640)])
+def test_stable_diffusion_1_and_its_siblings_are_one_family(layout):
+    family, knowledge = match_family(checkpoint(layout))
+
+    assert family.name == "stable-diffusion-1"
+    assert knowledge is family.knowledge
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    for tensors in (*RECOGNISED.values(), checkpoint(SD1)):
+        found = fingerprint(tensors)
+
+        assert recognise(found, FAMILIES) is recognise(found, FAMILIES[::-1])
+
+
+def test_an_unknown_checkpoint_is_described_and_compared_with_the_nearest_family():
+    tensors = changed(checkpoint(SD1), without=["cond_stage_model."])
+
+    with pytest.raises(UnknownModelError) as error:
+        match_family(tensors)
+
+    message = str(error.value)
+    for part in (
+        "model_channels 320, in_channels 4, out_channels 4",
+        "context_dim 768",
+        "first_stage kl",
+        "model.* (686)",
+        "Nearest family: stable-diffusion-1",
+        f"text_encoder: found none, expected clip ({TOKENS})",
+    ):
+        assert part in message
+
+
+def test_a_difference_names_the_tensor_that_shows_it():
+    tensors = changed(checkpoint(TINY), **{"control_model.zero_convs.0.0.weight": (1, 1)})
+
+    with pytest.raises(
+        UnknownModelError,
+        match=r"ControlNet.*extra: found control network \(control_model\.zero_convs\.0",
+    ):
+        match_family(tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("down_blocks.0.resnets.0.conv1.weight", "layout of diffusers"),
+        ("unet.up_blocks.0.resnets.0.conv1.weight", "layout of diffusers"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+        ("unet.down_blocks.0.attn1.to_q.lora_A.weight", "a LoRA"),
+        ("time_embedding.cond_proj.weight", "latent consistency model"),
+        ("input_blocks.0.0.weight", "UNet only"),
+        ("decoder.conv_in.weight", "first stage .* only"),
+        ("text_model.embeddings.token_embedding.weight", "text encoder only"),
+        ("string_to_param.*", "textual inversion"),
+        ("double_blocks.0.img_attn.qkv.weight", "diffusion transformer"),
+    ],
+)
+def test_files_that_are_no_whole_checkpoint_are_told_apart(name, advice):
+    tensors = {name: FakeTensor(shape=(320, 4, 3, 3))}
+
+    with pytest.raises(UnknownModelError, match=advice):
+        match_family(tensors)
+
+
+def test_a_vq_first_stage_alone_is_told_from_a_kl_one():
+    tensors = {
+        name: FakeTensor(shape=(1, 1))
+        for name in ("decoder.conv_in.weight", "quantize.embedding.weight")
+    }
+
+    with pytest.raises(UnknownModelError, match="a VQ first stage only"):
+        match_family(tensors)
+
+
+def test_an_empty_checkpoint_is_of_no_family():
+    with pytest.raises(UnknownModelError, match="no UNet, no first stage and no text encoder"):
+        match_family({})
+
+
+def test_no_two_rows_have_the_same_name_or_the_same_facts():
+    names = [family.name for family in FAMILIES]
+    facts = [tuple(sorted(family.facts.items())) for family in FAMILIES]
+
+    assert len(set(names)) == len(set(facts)) == len(FAMILIES)
+
+
+def test_every_fact_of_every_row_is_one_that_is_looked_for():
+    looked_for = fingerprint({}).keys()
+
+    assert all(family.facts.keys() <= looked_for for family in FAMILIES)

@@ -1,0 +1,156 @@
+import json
+import math
+import pickle
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm_export.errors import CheckpointError
+from ldm_export.inspection import inspect_checkpoint
+from tests.export.sd_layout import TINY, checkpoint, scaled_linear
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
+SMALL = replace(TINY, model_channels=32, channel_mult=(1, 2), depth=(0, 1), middle_depth=1)
+
+
+def tensors_of(layout, **options):
+    tensors = {
+        name: torch.zeros(tensor.shape, dtype=DTYPES[tensor.dtype])
+        for name, tensor in checkpoint(layout, **options).items()
+    }
+    tensors["alphas_cumprod"] = torch.from_numpy(scaled_linear()).float()
+    return tensors
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save(
+        {"global_step": 12, "state_dict": tensors_of(SMALL, ema=True, dtype="float16")}, path
+    )
+    return path
+
+
+def test_a_torch_checkpoint_is_described(ckpt):
+    report = inspect_checkpoint(ckpt)
+
+    assert report["kind"] == "checkpoint"
+    assert report["family"] == "stable-diffusion-1"
+    assert report["task"] == "text-to-image"
+    assert report["global_step"] == 12
+    assert report["ema_present"] is True
+    assert report["weights"] == "ema"
+    assert report["prediction_type"] == "epsilon"
+    assert report["unet"]["channel_mult"] == (1, 2)
+    assert report["autoencoder"]["factor"] == 4
+    assert report["num_train_timesteps"] == 1000
+    assert {"field": "unet.num_heads", "value": "8", "source": "family"} in report["assumptions"]
+
+
+def test_parameters_and_types_are_counted_by_component(ckpt):
+    shapes = checkpoint(SMALL)
+    text = [
+        tensor.shape
+        for name, tensor in shapes.items()
+        if name.startswith("cond_stage_model.") and not name.endswith("position_ids")
+    ]
+
+    report = inspect_checkpoint(ckpt)
+
+    assert report["components"].keys() == {"unet", "vae_decoder", "vae_encoder", "text_encoder"}
+    assert report["components"]["text_encoder"] == {
+        "parameters": sum(map(math.prod, text)),
+        "dtypes": {"float16": len(text)},
+    }
+    assert report["dtypes"]["int64"] == 2
+    assert report["tensors"] == sum(report["dtypes"].values())
+
+
+def test_a_safetensors_checkpoint_is_described(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(tensors_of(SMALL), path)
+
+    report = inspect_checkpoint(path)
+
+    assert report["family"] == "stable-diffusion-1"
+    assert report["ema_present"] is False
+    assert report["weights"] == "model"
+    assert report["global_step"] is None
+
+
+def test_a_report_can_be_written_as_json(ckpt):
+    report = inspect_checkpoint(ckpt)
+
+    assert json.loads(json.dumps(report))["family"] == "stable-diffusion-1"
+
+
+def test_a_model_of_no_exported_family_is_described_with_the_reason(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_mid.lora_down.weight": torch.zeros(4, 8)}, path)
+
+    report = inspect_checkpoint(path)
+
+    assert report["family"] is None
+    assert "a LoRA" in report["problem"]
+    assert report["dtypes"] == {"float32": 1}
+
+
+def test_files_and_folders_that_are_no_checkpoints_are_none_whatever_their_name(tmp_path):
+    for name, content in {
+        "picture.ckpt": b"\x89PNG\r\n\x1a\n" + bytes(64),
+        "text.safetensors": b"not a header at all",
+        "empty.ckpt": b"",
+        "json.safetensors": b'{"model": {"params": {}}}',
+        "other.pickle": pickle.dumps([1, 2, 3]),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "archive.ckpt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+    reports = {path.name: inspect_checkpoint(path) for path in tmp_path.iterdir()}
+
+    assert len(reports) == 6
+    assert set(reports.values()) == {None}
+    assert inspect_checkpoint(tmp_path) is None
+    assert inspect_checkpoint(tmp_path / "absent.ckpt") is None
+
+
+def test_a_checkpoint_is_known_by_its_content_and_not_by_its_name(ckpt, tmp_path):
+    path = ckpt.rename(tmp_path / "download")
+
+    report = inspect_checkpoint(path)
+
+    assert report["family"] == "stable-diffusion-1"
+
+
+def test_a_checkpoint_that_was_cut_short_is_an_error_and_not_something_else(ckpt):
+    ckpt.write_bytes(ckpt.read_bytes()[:5000])
+
+    with pytest.raises(CheckpointError, match=r"model\.ckpt"):
+        inspect_checkpoint(ckpt)
+
+
+def test_a_checkpoint_in_the_format_before_zip_is_an_error_and_not_something_else(tmp_path):
+    path = tmp_path / "old.ckpt"
+    torch.save({"state_dict": {}}, path, _use_new_zipfile_serialization=False)
+
+    with pytest.raises(CheckpointError, match=r"old\.ckpt"):
+        inspect_checkpoint(path)
+
+
+def test_inspecting_needs_no_torch(ckpt):
+    code = (
+        "import pathlib, sys; from ldm_export.inspection import inspect_checkpoint;"
+        "inspect_checkpoint(pathlib.Path(sys.argv[1])); print(*sys.modules)"
+    )
+
+    modules = subprocess.run(
+        [sys.executable, "-c", code, ckpt], capture_output=True, text=True, check=True
+    ).stdout.split()
+
+    assert {"torch", "onnx", "transformers", "safetensors"}.isdisjoint(modules)

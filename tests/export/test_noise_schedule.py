@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+
+from ldm_export.errors import WeightsError
+from ldm_export.noise_schedule import ScheduleFormula, read_schedule
+from tests.export.sd_layout import scaled_linear, with_values
+
+FORMULA = ScheduleFormula(
+    linear_start=0.00085, linear_end=0.012, num_train_timesteps=1000, source="family"
+)
+FROM_CONFIG = ScheduleFormula(
+    linear_start=0.00085, linear_end=0.012, num_train_timesteps=1000, source="config"
+)
+
+
+def test_without_buffers_the_formula_is_used_in_float64():
+    schedule = read_schedule({}, FORMULA)
+
+    assert schedule.formula is FORMULA
+    assert str(FORMULA) == "scaled-linear from 0.00085 to 0.012 in 1000 steps"
+    np.testing.assert_allclose(schedule.alphas_cumprod, scaled_linear(), rtol=1e-14)
+    sigma_max = (1 / schedule.alphas_cumprod[-1] - 1) ** 0.5
+    assert sigma_max == pytest.approx(14.6146, abs=1e-4)
+    assert type(schedule.alphas_cumprod[0]) is float
+
+
+def test_float32_values_are_taken_as_they_are():
+    own = np.linspace(0.9, 0.1, 10).astype(np.float32)
+
+    schedule = read_schedule({"alphas_cumprod": with_values(own)}, FORMULA)
+
+    assert schedule.formula is None
+    assert schedule.alphas_cumprod == tuple(float(value) for value in own)
+
+
+def test_betas_do_where_there_are_no_cumulative_products():
+    betas = np.array([0.1, 0.2, 0.5])
+
+    schedule = read_schedule({"betas": with_values(betas, "float64")}, FORMULA)
+
+    assert schedule.alphas_cumprod == pytest.approx((0.9, 0.72, 0.36), rel=1e-15)
+
+
+@pytest.mark.parametrize("name", ["alphas_cumprod", "betas"])
+def test_half_precision_only_confirms_the_formula(name):
+    alphas = scaled_linear()
+    exact = {"alphas_cumprod": alphas, "betas": 1 - alphas / np.concatenate([[1], alphas[:-1]])}
+    rounded = exact[name].astype(np.float16)
+    tensors = {name: with_values(rounded, "float16")}
+
+    schedule = read_schedule(tensors, FORMULA)
+
+    assert schedule.formula is FORMULA
+    assert schedule.alphas_cumprod == tuple(FORMULA.alphas_cumprod().tolist())
+
+
+def test_half_precision_that_contradicts_the_formula_is_an_error():
+    other = scaled_linear(0.0015, 0.0195).astype(np.float16)
+
+    with pytest.raises(WeightsError, match=r"contradicts the family's schedule .*--config"):
+        read_schedule({"alphas_cumprod": with_values(other, "float16")}, FORMULA)
+
+
+def test_a_configuration_that_contradicts_the_buffers_is_an_error():
+    other = scaled_linear(0.0015, 0.0195).astype(np.float32)
+    tensors = {"alphas_cumprod": with_values(other)}
+
+    with pytest.raises(WeightsError, match="contradicts the config's schedule"):
+        read_schedule(tensors, FROM_CONFIG)
+    with pytest.raises(WeightsError, match="500 timesteps"):
+        read_schedule({"alphas_cumprod": with_values(other[:500])}, FROM_CONFIG)
+
+
+def test_a_configuration_that_agrees_leaves_the_checkpoints_own_values():
+    own = scaled_linear().astype(np.float32)
+
+    schedule = read_schedule({"alphas_cumprod": with_values(own)}, FROM_CONFIG)
+
+    assert schedule.formula is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.5, 0.9], "decrease strictly"),
+        ([0.9, 0.9], "decrease strictly"),
+        ([1.0, 0.5], "decrease strictly"),
+        ([0.9, 0.0], "decrease strictly"),
+        ([0.9, float("nan")], "decrease strictly"),
+        ([[0.9, 0.5]], r"shape \(1, 2\)"),
+        ([], r"shape \(0,\)"),
+    ],
+)
+def test_buffers_that_are_no_schedule_are_an_error(values, message):
+    tensors = {"alphas_cumprod": with_values(np.array(values, np.float32))}
+
+    with pytest.raises(WeightsError, match=message):
+        read_schedule(tensors, FORMULA)
+
+
+def test_integer_buffers_are_an_error():
+    with pytest.raises(WeightsError, match="stored as int64"):
+        read_schedule({"betas": with_values(np.array([1]), "int64")}, FORMULA)

@@ -1,0 +1,311 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldm_runtime
+from ldm_runtime.backends import get_backend
+from ldm_runtime.cli import build_parser, main
+from ldm_runtime.generator import Generator
+from ldm_runtime.images import read_metadata
+from ldm_runtime.request import GenerationRequest
+
+
+@pytest.fixture
+def draw(tiny_bundle, tmp_path):
+    """Runs `ldm generate` into tmp_path/out."""
+
+    def run(*arguments):
+        folders = ("--bundle", str(tiny_bundle), "--out-dir", str(tmp_path / "out"))
+        return main(["generate", *folders, *arguments])
+
+    return run
+
+
+def run_command(*arguments):
+    code = "import sys; from ldm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(ldm_runtime.__file__).parents[1],
+    )
+
+
+def test_generate_writes_a_file_an_image_and_prints_only_their_paths(draw, tmp_path, capsys):
+    status = draw("a red circle", "--seed", "7", "-n", "3")
+
+    names = ["0000-seed7.png", "0001-seed8.png", "0002-seed9.png"]
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "out" / name) for name in names]
+
+
+def test_generate_draws_what_the_generator_draws(draw, tmp_path, tiny_bundle):
+    draw("red", "--seed", "7", "-n", "2", "--sampler", "euler_ancestral", "--height", "24")
+
+    with Generator(tiny_bundle) as generator:
+        result = generator(prompt="red", seed=7, num_images=2, sampler="euler_ancestral", height=24)
+    for name, expected in zip(["0000-seed7", "0001-seed8"], result.images, strict=True):
+        with Image.open(tmp_path / f"out/{name}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_every_flag_reaches_the_request(draw, tmp_path):
+    draw(
+        *("red", "--negative-prompt", "blue", "--height", "24", "--width", "32"),
+        *("--num-inference-steps", "3", "--guidance-scale", "2.5", "--sampler", "ddim"),
+        *("--schedule", "trailing", "--eta", "0.5", "--seed", "11"),
+    )
+
+    metadata = read_metadata(tmp_path / "out/0000-seed11.png")
+
+    assert GenerationRequest(**metadata["request"]) == GenerationRequest(
+        prompt="red",
+        negative_prompt="blue",
+        height=24,
+        width=32,
+        num_inference_steps=3,
+        guidance_scale=2.5,
+        sampler="ddim",
+        schedule="trailing",
+        eta=0.5,
+        seed=11,
+        num_images=1,
+    )
+
+
+def test_generate_never_replaces_a_file(draw, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/0004-other.txt").write_text("mine")
+
+    draw("red", "--seed", "1")
+    draw("red", "--seed", "1")
+
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "0004-other.txt",
+        "0005-seed1.png",
+        "0006-seed1.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "17"], "height: 17 is not a multiple of 4; the nearest sizes are 16 and 20"),
+        (["--steps", "0"], "num_inference_steps: must lie between 1 and"),
+        (["--steps", "1001"], "num_inference_steps: 1001 steps are impossible"),
+        (["--guidance-scale", "nan"], "guidance_scale: must lie between 0 and 100, got nan"),
+        (["--sampler", "plms"], "sampler: unknown sampler 'plms'; choose ddim, euler"),
+        (["--schedule", "cosine"], "schedule: unknown schedule 'cosine'; choose leading"),
+        (["--sampler", "euler", "--eta", "1"], "eta: sampler 'euler' has none"),
+        (["--seed", "-1"], "seed: must lie between 0"),
+        (["-n", "0"], "num_images: must lie between 1"),
+    ],
+)
+def test_a_bad_request_is_one_sentence_and_exit_2(draw, arguments, message, capsys, tmp_path):
+    status = draw("red", *arguments)
+
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "red", "--steps", "many"],
+        ["generate", "red", "--threads", "0"],
+        ["generate", "red", "--frobnicate"],
+        ["generate"],
+        ["paint"],
+        [],
+    ],
+)
+def test_wrong_usage_is_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["no bundle", "missing file", "wrong hash", "bad manifest"])
+def test_a_spoilt_bundle_is_one_sentence_and_exit_1(own_bundle, damage, capsys):
+    file = own_bundle / "unet/weights.bin"
+    match damage:
+        case "no bundle":
+            (own_bundle / "manifest.json").unlink()
+        case "missing file":
+            file.unlink()
+        case "wrong hash":
+            file.write_bytes(file.read_bytes()[::-1])
+        case "bad manifest":
+            (own_bundle / "manifest.json").write_text("{")
+
+    status = main(["generate", "red", "--bundle", str(own_bundle)])
+
+    out, err = capsys.readouterr()
+    assert (status, out) == (1, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_backend_is_one_sentence_and_exit_1(draw, capsys):
+    assert draw("red", "--backend", "abacus") == 1
+    assert capsys.readouterr().err == (
+        "error: unknown backend 'abacus'; choose auto, onnxruntime\n"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence_and_exit_1(draw, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file, not a folder")
+
+    status = draw("red")
+
+    assert status == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: File exists\n"
+
+
+def test_a_prompt_that_is_not_text_is_one_sentence(tiny_bundle, tmp_path):
+    result = run_command(
+        *("generate", b"caf\xe9", "--bundle", str(tiny_bundle), "--out-dir", str(tmp_path))
+    )
+
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: prompt: is not valid Unicode at character 3")
+
+
+def test_progress_goes_to_stderr_as_plain_lines_where_there_is_no_terminal(draw, capsys):
+    draw("red", "-n", "2")
+
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["image 1/2", "image 2/2"]
+
+
+def test_progress_is_a_bar_on_a_terminal(draw, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    draw("red", "-n", "2")
+
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "image 2/2 step 4/4, 0 s left" in err
+    assert err.endswith("\r\x1b[K")  # and nothing is left of it
+
+
+def test_an_over_long_prompt_warns_once_on_stderr(tiny_bundle, tmp_path):
+    result = run_command(
+        *("generate", "red " * 40, "-n", "2"),
+        *("--bundle", str(tiny_bundle), "--out-dir", str(tmp_path)),
+    )
+
+    assert result.returncode == 0
+    assert result.stderr.startswith("warning: prompt is longer than 14 tokens; left out: 'red")
+    assert result.stderr.count("warning") == 1
+
+
+def test_an_interrupt_is_exit_130_and_keeps_what_was_drawn(draw, capsys, monkeypatch, tmp_path):
+    stream = Generator.stream
+    drawn = []
+
+    def interrupted(self, request):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(request)
+        return stream(self, request)
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+
+    status = draw("red", "-n", "3", "--seed", "1")
+
+    assert status == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0000-seed1.png"]
+
+
+def test_verify_prints_a_line_a_check_and_exits_0(tiny_bundle, capsys):
+    status = main(["verify", str(tiny_bundle)])
+
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert len(lines) == 13
+    assert all(line.endswith(" ok") for line in lines)
+    assert any(line.startswith("golden/0 image 0     psnr") for line in lines)
+
+
+def test_verify_exits_1_on_a_miss(own_bundle, capsys, make_missing_bundle):
+    make_missing_bundle(own_bundle)
+
+    status = main(["verify", str(own_bundle)])
+
+    out, err = capsys.readouterr()
+    assert status == 1
+    assert "MISSED" in out
+    assert err.startswith("error: 2 of the promises")
+
+
+@pytest.fixture
+def make_missing_bundle():
+    """Makes a bundle's pictures differ from its golden ones, with hashes that agree."""
+
+    def change(bundle):
+        manifest = json.loads((bundle / "manifest.json").read_bytes())
+        for name in ("0", "1"):
+            path = bundle / f"golden/0/{name}.png"
+            Image.new("RGB", (16, 16)).save(path)
+            (record,) = (
+                each for each in manifest["files"] if each["path"].endswith(f"0/{name}.png")
+            )
+            data = path.read_bytes()
+            record.update(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+def test_inspect_shows_a_picture_to_people_and_to_programs(draw, tmp_path, capsys):
+    draw("ein roter Kreis", "--seed", "3")
+    path = str(tmp_path / "out/0000-seed3.png")
+    capsys.readouterr()
+
+    assert main(["inspect", path]) == 0
+    assert "  prompt: ein roter Kreis" in capsys.readouterr().out.splitlines()
+    assert main(["inspect", "--json", path]) == 0
+    assert json.loads(capsys.readouterr().out)["request"]["seed"] == 3
+
+
+def test_inspect_shows_a_bundle(tiny_bundle, capsys):
+    assert main(["inspect", str(tiny_bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["spec"]["family"] == "tiny"
+
+
+def test_inspect_of_nothing_is_one_sentence_and_exit_1(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_doctor_names_every_backend(capsys):
+    assert main(["doctor"]) == 0
+    version = get_backend("onnxruntime").version()
+    assert f"onnxruntime {version}: can run" in capsys.readouterr().out.splitlines()
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["can_run"] is True
+
+
+def test_the_version_is_one_line(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_every_field_of_a_request_has_a_flag():
+    args = build_parser().parse_args(["generate", "red"])
+
+    assert set(GenerationRequest.__dataclass_fields__) <= set(vars(args))

@@ -1,0 +1,29 @@
+import numpy as np
+import onnxruntime
+
+from ldm_runtime.backends import BACKENDS, BackendEntry
+from ldm_runtime.doctor import diagnose
+
+
+def test_this_machine_is_described():
+    diagnosis = diagnose()
+
+    assert diagnosis.numpy == np.__version__
+    assert diagnosis.processors >= 1
+    assert [backend.name for backend in diagnosis.backends] == list(BACKENDS)
+
+
+def test_a_backend_that_can_run_has_a_version_and_no_reason():
+    (report,) = diagnose({"onnxruntime": BACKENDS["onnxruntime"]}).backends
+
+    assert report.version == onnxruntime.__version__
+    assert report.why_not is None
+    assert diagnose().can_run
+
+
+def test_a_backend_that_cannot_run_says_why_and_what_to_do():
+    diagnosis = diagnose({"fast": BackendEntry(module="module_that_is_not_there", extra="faster")})
+
+    assert "pip install 'ldm-deploy[faster]'" in str(diagnosis.backends[0].why_not)
+    assert diagnosis.backends[0].version is None
+    assert not diagnosis.can_run

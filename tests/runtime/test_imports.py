@@ -1,0 +1,110 @@
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ldm_runtime
+
+PACKAGE = Path(ldm_runtime.__file__).parent
+HEAVY = {"torch", "transformers", "onnx", "diffusers", "onnxscript", "onnx_ir", "safetensors"}
+#: The rooms that import nothing of ours, so that they can be read and used on their own.
+ALONE = ("samplers", "schedules", "noise", "tokenizers", "errors", "components")
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+
+
+def imported_by(path):
+    """Every module that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield node.module
+
+
+def test_importing_the_runtime_and_drawing_a_picture_load_nothing_heavy(tiny_bundle):
+    code = (
+        "import sys; from ldm_runtime import Generator\n"
+        "with Generator(sys.argv[1]) as generator: generator(prompt='a red circle')\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+
+    modules = set(python("-c", code, str(tiny_bundle)).stdout.split())
+
+    assert "onnxruntime" in modules
+    assert HEAVY.isdisjoint(modules)
+    assert "ldm_export" not in modules
+
+
+def test_importing_the_runtime_loads_no_engine():
+    modules = python("-c", "import sys, ldm_runtime; print(*sys.modules)").stdout.split()
+
+    assert "onnxruntime" not in modules
+    assert "importlib.metadata" not in modules  # slow, and only the version needs it
+
+
+def test_importing_the_runtime_takes_at_most_150_ms_beyond_numpy():
+    code = "import numpy, ldm_runtime"
+    seconds = []
+    for _ in range(5):
+        report = python("-X", "importtime", "-c", code).stderr
+        (cumulative,) = re.findall(r"\| +(\d+) \| ldm_runtime$", report, re.MULTILINE)
+        seconds.append(int(cumulative) / 1e6)
+
+    assert statistics.median(seconds) <= 0.150
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_file_of_the_runtime_imports_the_exporter_or_anything_heavy(path):
+    roots = {module.partition(".")[0] for module in imported_by(path)}
+
+    assert roots.isdisjoint(HEAVY | {"ldm_export"})
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_room_that_stands_alone_imports_only_numpy_and_the_standard_library(name):
+    roots = {module.partition(".")[0] for module in imported_by(PACKAGE / f"{name}.py")}
+
+    assert roots <= {"numpy", *sys.stdlib_module_names}
+
+
+def test_imports_run_one_way():
+    rooms = {
+        path.stem: {
+            module.split(".")[1]
+            for module in imported_by(path)
+            if module.startswith("ldm_runtime.")
+        }
+        for path in PACKAGE.glob("*.py")
+        if path.stem != "__init__"
+    }
+
+    order = []
+    while rooms:
+        free = [name for name, needs in rooms.items() if not needs & rooms.keys()]
+        assert free, f"these import each other: {sorted(rooms)}"
+        order += free
+        for name in free:
+            del rooms[name]
+
+    assert order.index("generator") < order.index("cli")
+
+
+def test_everything_promised_is_there():
+    assert all(hasattr(ldm_runtime, name) for name in ldm_runtime.__all__)
+    assert re.match(r"\d+", ldm_runtime.__version__)
+    with pytest.raises(AttributeError, match="no attribute 'generate'"):
+        ldm_runtime.generate  # noqa: B018

@@ -1,0 +1,131 @@
+import pytest
+
+from ldm_runtime import Generator
+from ldm_runtime.errors import LdmError, ManifestError
+from ldm_runtime.images import save_png
+from ldm_runtime.inspection import inspect, readable
+from ldm_runtime.manifest import sha256_of
+
+
+@pytest.fixture
+def picture(tiny_bundle, tmp_path):
+    with Generator(tiny_bundle) as generator:
+        result = generator(prompt="a red circle", seed=7)
+    save_png(result.images[0], tmp_path / "a.png", result.metadata(0))
+    return tmp_path / "a.png"
+
+
+def test_a_bundle_is_described_by_its_manifest(tiny_bundle):
+    description = inspect(tiny_bundle, {})
+
+    assert description["kind"] == "bundle"
+    assert description["sha256"] == sha256_of(tiny_bundle / "manifest.json")
+    assert description["spec"]["family"] == "tiny"
+    assert description["spec"]["alphas_cumprod"]["length"] == 1000
+    assert description["size_bytes"] == sum(
+        path.stat().st_size
+        for path in tiny_bundle.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    )
+
+
+def test_a_picture_is_described_by_its_request(picture, tiny_bundle):
+    description = inspect(picture, {})
+
+    assert description["kind"] == "image"
+    assert description["request"]["prompt"] == "a red circle"
+    assert description["request"]["seed"] == 7
+    assert description["bundle_sha256"] == inspect(tiny_bundle, {})["sha256"]
+
+
+def test_a_picture_is_told_by_its_bytes_and_not_its_name(picture):
+    other = picture.rename(picture.with_suffix(".ckpt"))
+
+    assert inspect(other, {})["kind"] == "image"
+
+
+def test_other_files_are_shown_to_each_inspector_until_one_knows_them(tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"weights")
+    asked = []
+
+    def knows_nothing(path):
+        asked.append(path)
+
+    inspectors = {
+        "first": lambda: knows_nothing,
+        "second": lambda: lambda path: {"kind": "checkpoint", "name": path.name},
+        "third": lambda: pytest.fail("the second one knew it"),
+    }
+
+    assert inspect(path, inspectors) == {"kind": "checkpoint", "name": "model.ckpt"}
+    assert asked == [path]
+
+
+def test_a_file_that_nobody_knows_is_one_sentence(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+
+    with pytest.raises(LdmError, match=r"cannot tell what .*notes\.txt is: it is no bundle"):
+        inspect(tmp_path / "notes.txt", {"some": lambda: lambda path: None})
+
+
+def test_an_inspector_that_is_not_installed_is_named(tmp_path):
+    (tmp_path / "model.ckpt").write_text("hello")
+
+    def load():
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    with pytest.raises(LdmError, match=r"checkpoint \(No module named 'torch'\); install ldm-dep"):
+        inspect(tmp_path / "model.ckpt", {"checkpoint": load})
+
+
+def test_what_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(LdmError, match="nowhere cannot be read: No such file"):
+        inspect(tmp_path / "nowhere", {})
+
+
+def test_a_folder_that_is_no_bundle_is_one_sentence(tmp_path):
+    with pytest.raises(ManifestError, match="not found"):
+        inspect(tmp_path, {})
+
+
+def test_the_readable_form_of_a_bundle_is_a_page(tiny_bundle):
+    lines = readable(inspect(tiny_bundle, {})).splitlines()
+
+    assert lines[0] == "kind: bundle"
+    assert "  unet: fp32 graph" in lines
+    assert len(lines) < 80
+    assert max(map(len, lines)) < 120 + len(str(tiny_bundle))
+
+
+def test_the_readable_form_indents_records_and_lists_of_records():
+    text = readable({"kind": "x", "spec": {"size": 3}, "rows": [{"a": 1}, {"a": 2}], "none": []})
+
+    assert text.splitlines() == [
+        "kind: x",
+        "spec:",
+        "  size: 3",
+        "rows:",
+        "  0:",
+        "    a: 1",
+        "  1:",
+        "    a: 2",
+        "none: []",
+    ]
+
+
+def test_the_readable_form_shows_the_worst_parity_of_each_graph():
+    parity = [
+        {"variant": "fp32", "max_relative_error": 1e-6},
+        {"variant": "fp16", "max_relative_error": 2e-3},
+        {"variant": "fp32", "max_relative_error": 3e-5},
+    ]
+    graphs = [{"variant": "fp16"}, {"variant": "fp32"}]
+    component = {"name": "unet", "graphs": graphs, "parity": parity}
+
+    text = readable({"kind": "bundle", "components": [component], "files": []})
+
+    assert (
+        "  unet: fp16 graph (max relative error 2.0e-03), fp32 graph (max relative error 3.0e-05)"
+        in text.splitlines()
+    )

@@ -1,0 +1,146 @@
+import json
+
+import pytest
+
+from ldm_runtime.components import COMPONENTS, DYNAMIC_AXES
+from ldm_runtime.errors import BundleError, ManifestError
+from ldm_runtime.manifest import (
+    SCHEMA_VERSION,
+    FileRecord,
+    axis_sizes,
+    check_file,
+    encode_manifest,
+    load_manifest,
+    sha256_of,
+)
+from ldm_runtime.testing import TINY_SPEC
+
+
+def edit(bundle, change):
+    path = bundle / "manifest.json"
+    document = json.loads(path.read_bytes())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def all_keys(value, path=()):
+    """Every key of every record in a document, as a path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, each in items:
+        if isinstance(value, dict) and path != ("build", "versions"):
+            yield (*path, key)
+        if isinstance(each, dict | list) and not (isinstance(value, list) and key > 0):
+            yield from all_keys(each, (*path, key))
+
+
+def test_a_manifest_survives_its_file(tiny_bundle):
+    manifest = load_manifest(tiny_bundle)
+
+    assert encode_manifest(manifest) == (tiny_bundle / "manifest.json").read_bytes()
+    assert manifest.spec == TINY_SPEC
+
+
+def test_every_misspelt_key_is_an_error_that_names_it(own_bundle):
+    original = (own_bundle / "manifest.json").read_bytes()
+    paths = list(all_keys(json.loads(original)))
+
+    for path in paths:
+        (own_bundle / "manifest.json").write_bytes(original)
+
+        def misspell(document, path=path):
+            for key in path[:-1]:
+                document = document[key]
+            document[f"{path[-1]}x"] = document.pop(path[-1])
+
+        edit(own_bundle, misspell)
+        with pytest.raises(ManifestError, match=f"missing required field `{path[-1]}`"):
+            load_manifest(own_bundle)
+
+    assert len(paths) > 60
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(weights_dtype="fp17"), r"Invalid enum value 'fp17'.*weights_dtype"),
+        (lambda m: m["spec"]["unet"].update(in_channels="4"), r"in_channels"),
+        (lambda m: m["spec"]["unet"].update(in_channels=True), r"in_channels"),
+        (lambda m: m["spec"].update(alphas_cumprod=[None]), r"alphas_cumprod\[0\]|\[\.\.\.\]"),
+        (lambda m: m.update(schema_version="1"), r"schema_version"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_says_where(own_bundle, change, message):
+    edit(own_bundle, change)
+
+    with pytest.raises(ManifestError, match=message):
+        load_manifest(own_bundle)
+
+
+def test_a_newer_manifest_is_an_error_even_if_it_looks_different(own_bundle):
+    newer = json.dumps({"schema_version": SCHEMA_VERSION + 1, "everything": "else"})
+    (own_bundle / "manifest.json").write_text(newer)
+
+    with pytest.raises(ManifestError, match=f"reads up to {SCHEMA_VERSION}; upgrade"):
+        load_manifest(own_bundle)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"\xff"'])
+def test_what_is_no_json_record_is_an_error(own_bundle, content):
+    (own_bundle / "manifest.json").write_bytes(content)
+
+    with pytest.raises(ManifestError, match=r"manifest\.json: .*export the bundle again"):
+        load_manifest(own_bundle)
+
+
+def test_a_folder_without_a_manifest_and_a_file_are_no_bundle(tmp_path):
+    (tmp_path / "file").touch()
+
+    for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
+        with pytest.raises(ManifestError, match="not found"):
+            load_manifest(path)
+
+
+def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+
+    with pytest.raises(ManifestError, match="cannot be read"):
+        load_manifest(tmp_path)
+
+
+def test_an_unknown_component_is_an_error_that_lists_the_known_ones(tiny_bundle):
+    manifest = load_manifest(tiny_bundle)
+
+    assert manifest.component("unet").name == "unet"
+    with pytest.raises(BundleError, match="no component 'depth'; it has text_encoder, unet"):
+        manifest.component("depth")
+
+
+def test_every_axis_is_either_dynamic_or_has_a_length():
+    axes = {
+        axis
+        for component in COMPONENTS.values()
+        for each in (*component.inputs, *component.outputs)
+        for axis in each.axes
+    }
+
+    assert axes - DYNAMIC_AXES == set(axis_sizes(TINY_SPEC))
+    assert not DYNAMIC_AXES & set(axis_sizes(TINY_SPEC))
+
+
+def test_a_file_is_checked_by_size_and_then_by_content(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"weights")
+    record = FileRecord(path="a.bin", sha256=sha256_of(path), size_bytes=7)
+
+    check_file(tmp_path, record)
+    path.write_bytes(b"WEIGHTS")
+
+    check_file(tmp_path, record, hashed=False)
+    with pytest.raises(BundleError, match="sha256"):
+        check_file(tmp_path, record)
+    path.write_bytes(b"weight")
+    with pytest.raises(BundleError, match="has 6 bytes, the manifest says 7"):
+        check_file(tmp_path, record, hashed=False)
+    path.unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        check_file(tmp_path, record)

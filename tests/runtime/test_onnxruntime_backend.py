@@ -1,0 +1,236 @@
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ldm_runtime
+from ldm_runtime.backends.onnxruntime import OnnxRuntimeEngine
+from ldm_runtime.components import COMPONENTS, TensorSignature
+from ldm_runtime.errors import BackendError, ShapeError
+from ldm_runtime.manifest import ComponentRecord, axis_sizes, load_manifest
+from ldm_runtime.onnx_bytes import Node, encode_model
+from ldm_runtime.testing import TINY_SPEC, tiny_networks
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the switch is Linux's")
+
+
+def open_component(bundle, name, **options):
+    record = load_manifest(bundle).component(name)
+    path = bundle / record.graphs[0].file
+    return OnnxRuntimeEngine(path, record, axis_sizes(TINY_SPEC), **options)
+
+
+def random_inputs(name, *, batch=2, height=6, width=8):
+    sizes = dict(axis_sizes(TINY_SPEC)) | {
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "image_height": 2 * height,
+        "image_width": 2 * width,
+    }
+    rng = np.random.default_rng(0)
+    return {
+        each.name: rng.integers(0, 500, [sizes[axis] for axis in each.axes])
+        if each.dtype == "int64"
+        else rng.standard_normal([sizes[axis] for axis in each.axes], dtype=np.float32)
+        for each in COMPONENTS[name].inputs
+    }
+
+
+@pytest.fixture
+def squarer(tmp_path):
+    """Opens an engine that multiplies its one input with itself."""
+    signatures = [TensorSignature(name=name, axes=("batch",), dtype="float32") for name in "xy"]
+    path = tmp_path / "square.onnx"
+    node = Node(op="Mul", inputs=("x", "x"), output="y")
+    path.write_bytes(encode_model([node], signatures[:1], signatures[1:], {}, {}))
+    record = ComponentRecord(
+        name="square",
+        inputs=tuple(signatures[:1]),
+        outputs=tuple(signatures[1:]),
+        graphs=(),
+        weights_file="",
+        fp32_islands=(),
+        parity=(),
+        key="",
+    )
+    return lambda: OnnxRuntimeEngine(path, record, {}, threads=1)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_computes_what_its_numpy_twin_does_at_any_size(tiny_bundle, name):
+    inputs = random_inputs(name)
+
+    with open_component(tiny_bundle, name) as engine:
+        outputs = engine.run(inputs)
+
+    expected = tiny_networks()[name](inputs)
+    assert list(outputs) == [each.name for each in COMPONENTS[name].outputs]
+    for key, array in expected.items():
+        assert outputs[key].dtype == np.float32
+        np.testing.assert_allclose(outputs[key], array, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_need_not_be_contiguous(tiny_bundle):
+    inputs = random_inputs("vae_decoder")
+    reversed_columns = {"latents": inputs["latents"][..., ::-1]}
+
+    with open_component(tiny_bundle, "vae_decoder") as engine:
+        image = engine.run(reversed_columns)["image"]
+
+    expected = tiny_networks()["vae_decoder"](reversed_columns)["image"]
+    np.testing.assert_allclose(image, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("latents", (2, 3, 6, 8), "input 'latents' has shape 2x3x6x8, .* batchx4xheightxwidth"),
+        ("latents", (2, 4, 6), "input 'latents' has shape 2x4x6,"),
+        ("latents", (0, 4, 6, 8), "input 'latents' has shape 0x4x6x8,"),
+        ("timesteps", (1,), "input 'timesteps' has shape 1, but this engine takes 2"),
+        ("context", (2, 16, 9), "input 'context' has shape 2x16x9, .* 2x16x8"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_before_running(tiny_bundle, name, shape, message):
+    inputs = random_inputs("unet") | {name: np.zeros(shape, dtype=np.float32)}
+
+    with open_component(tiny_bundle, "unet") as engine, pytest.raises(ShapeError, match=message):
+        engine.run(inputs)
+
+
+def test_another_element_type_is_refused(tiny_bundle):
+    inputs = random_inputs("unet")
+    inputs["latents"] = inputs["latents"].astype(np.float64)
+
+    with (
+        open_component(tiny_bundle, "unet") as engine,
+        pytest.raises(BackendError, match="input 'latents' must be float32, is float64"),
+    ):
+        engine.run(inputs)
+
+
+@pytest.mark.parametrize("change", [{"timesteps": None}, {"noise": np.zeros(1)}])
+def test_a_missing_or_unknown_input_is_refused(tiny_bundle, change):
+    inputs = {
+        key: array for key, array in (random_inputs("unet") | change).items() if array is not None
+    }
+
+    with (
+        open_component(tiny_bundle, "unet") as engine,
+        pytest.raises(BackendError, match="unet takes latents, timesteps, context; it was given"),
+    ):
+        engine.run(inputs)
+
+
+def test_a_failure_inside_is_one_sentence_and_prints_nothing(tiny_bundle, capfd):
+    inputs = {"tokens": np.full((1, 16), 10**6)}
+
+    with (
+        open_component(tiny_bundle, "text_encoder") as engine,
+        pytest.raises(
+            BackendError, match=r"failed in text_encoder with tokens \(1, 16\)"
+        ) as caught,
+    ):
+        engine.run(inputs)
+
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("damage", ["graph", "no graph", "no weights", "short weights"])
+def test_a_graph_that_does_not_load_is_one_sentence_and_prints_nothing(own_bundle, damage, capfd):
+    graph, weights = own_bundle / "unet/model.cpu.onnx", own_bundle / "unet/weights.bin"
+    match damage:
+        case "graph":
+            graph.write_bytes(b"not a graph")
+        case "no graph":
+            graph.unlink()
+        case "no weights":
+            weights.unlink()
+        case "short weights":
+            weights.write_bytes(b"\0" * 100)
+
+    with pytest.raises(BackendError, match=r"cannot load .*model\.cpu\.onnx: ") as caught:
+        open_component(own_bundle, "unet")
+
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_with_other_inputs_than_the_manifest_says_is_refused(tiny_bundle):
+    record = load_manifest(tiny_bundle).component("unet")
+
+    with pytest.raises(BackendError, match="takes latents, but the manifest says context, lat"):
+        OnnxRuntimeEngine(tiny_bundle / "vae_decoder/model.cpu.onnx", record, axis_sizes(TINY_SPEC))
+
+
+@linux
+def test_denormals_are_flushed_on_every_thread_and_only_while_running(squarer):
+    tiny = np.full(8, 1e-20, dtype=np.float32)
+    seen = {}
+
+    def use(name):
+        with squarer() as engine:
+            seen[name, "engine"] = engine.run({"x": tiny})["y"].max()
+        seen[name, "numpy"] = (tiny * tiny).max()
+
+    waiting = threading.Event()
+    early = threading.Thread(target=lambda: (waiting.wait(), use("early")))
+    early.start()  # before any session, so that it inherits no processor flags
+    use("first")
+    waiting.set()
+    early.join()
+
+    assert seen["first", "engine"] == seen["early", "engine"] == 0
+    assert seen["first", "numpy"] == seen["early", "numpy"] > 0
+
+
+@linux
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_thread_count_includes_the_caller(tiny_bundle, threads):
+    code = (  # in a process of its own, where no other test's threads come to an end
+        "import os, sys; from ldm_runtime import Generator\n"
+        "import ldm_runtime.backends.onnxruntime\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "with Generator(sys.argv[1], threads=int(sys.argv[2])):\n"
+        "    print(len(os.listdir('/proc/self/task')) - before)"
+    )
+
+    started = subprocess.run(
+        [sys.executable, "-c", code, tiny_bundle, str(threads)],
+        capture_output=True,
+        check=True,
+        cwd=Path(ldm_runtime.__file__).parents[1],
+    ).stdout
+
+    assert int(started) == 3 * (threads - 1)  # for each of the three networks
+
+
+@linux
+def test_weights_are_mapped_and_not_read(tmp_path):
+    signatures = [
+        TensorSignature(name=name, axes=("batch", "height"), dtype="float32") for name in "xy"
+    ]
+    weights = {"w": np.ones((1, 1 << 20), dtype=np.float32)}
+    node = Node(op="Add", inputs=("x", "w"), output="y")
+    (tmp_path / "weights.bin").write_bytes(weights["w"].tobytes())
+    path = tmp_path / "add.onnx"
+    path.write_bytes(encode_model([node], signatures[:1], signatures[1:], weights, {}))
+    record = ComponentRecord(
+        name="add",
+        inputs=tuple(signatures[:1]),
+        outputs=tuple(signatures[1:]),
+        graphs=(),
+        weights_file="weights.bin",
+        fp32_islands=(),
+        parity=(),
+        key="",
+    )
+
+    with OnnxRuntimeEngine(path, record, {}, threads=1):
+        assert str(tmp_path / "weights.bin") in Path("/proc/self/maps").read_text()
