@@ -140,6 +140,7 @@ def export_bundle(
                 tokenizer_file=TOKENIZER_FILE,
                 golden=_golden_folders(source),
                 golden_key=source.key("golden"),
+                engines=(),
                 files=workspace.files,
                 build=BuildRecord(
                     checkpoint=options.checkpoint.name,

@@ -232,9 +232,9 @@ def _explain(head: bytes) -> str:
     """Say what a file is that is no checkpoint, and what to do about it."""
     if head.startswith(_LEGACY_MAGIC):
         return (
-            "is in the format of torch before 1.6, which cannot be read without running it; convert "
-            "it with `torch.save(torch.load(old, map_location='cpu', weights_only=True), new)`, or "
-            "with weights_only=False if torch refuses and you trust whoever made the file"
+            "is in the format of torch before 1.6, which cannot be read without running it; "
+            "convert it with `torch.save(torch.load(old, map_location='cpu', weights_only=True), "
+            "new)`, or with weights_only=False if torch refuses and you trust whoever made the file"
         )
     for start, explanation in _MISTAKES.items():
         if head.startswith(start):

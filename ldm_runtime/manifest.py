@@ -251,6 +251,7 @@ class Manifest:
         tokenizer_file: Path of the vocabulary inside the bundle.
         golden: Folders with a golden request, its latents and images.
         golden_key: Hash of everything the golden outputs were made from.
+        engines: Paths of the records of TensorRT engines, each beside its plan.
         files: Every file of the bundle but the manifest itself.
     """
 
@@ -261,6 +262,7 @@ class Manifest:
     tokenizer_file: str
     golden: tuple[str, ...]
     golden_key: str
+    engines: tuple[str, ...]
     files: tuple[FileRecord, ...]
     build: BuildRecord
 
@@ -362,6 +364,6 @@ def sha256_of(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _sha256(path: Path, size: int, modified: int, inode: int) -> str:  # noqa: ARG001
+def _sha256(path: Path, size: int, modified: int, inode: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -207,6 +207,7 @@ def write_tiny_bundle(folder: Path) -> Manifest:
         tokenizer_file="tokenizer/merges.txt",
         golden=golden,
         golden_key="tiny",
+        engines=(),
         files=tuple(_file_records(folder)),
         build=BuildRecord(
             checkpoint="tiny",

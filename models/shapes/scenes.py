@@ -114,16 +114,26 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 def render(scene: Scene) -> Image:
     """Return the picture (SIZE, SIZE, 3) in [0, 1]."""
-    base = np.array(BACKGROUNDS[scene.background], np.float32)
-    rows = np.linspace(0, _GRADIENT, SIZE, dtype=np.float32)[:, None, None]
-    slope = 0.0 if not scene.gradient else (1.0 if scene.background == "black" else -1.0)
-    picture = np.broadcast_to(base + slope * rows, (SIZE, SIZE, 3)).copy()
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+    picture = np.repeat(backdrop(scene.background, gradient=scene.gradient)[..., None], 3, axis=2)
     for thing in scene.things:
-        distance = SHAPES[thing.kind]((x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
-        coverage = np.clip(0.5 - distance * thing.radius, 0, 1)[..., None]
-        picture += coverage * (np.array(COLORS[thing.color], np.float32) - picture)
+        share = coverage(thing)[..., None]
+        picture += share * (np.array(COLORS[thing.color], np.float32) - picture)
     return picture / np.float32(255)
+
+
+def backdrop(background: str, *, gradient: bool) -> Image:
+    """Return the grey levels (SIZE, SIZE) of a background, 0 to 255."""
+    level = np.float32(BACKGROUNDS[background][0])  # all three are grey
+    rows = np.linspace(0, _GRADIENT, SIZE, dtype=np.float32)[:, None]
+    slope = 0.0 if not gradient else (1.0 if background == "black" else -1.0)
+    return np.broadcast_to(level + slope * rows, (SIZE, SIZE)).astype(np.float32)
+
+
+def coverage(thing: Thing) -> Image:
+    """Return the share (SIZE, SIZE) of each pixel that a thing covers, 0 to 1."""
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+    distance = SHAPES[thing.kind]((x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
+    return np.clip(0.5 - distance * thing.radius, 0, 1)
 
 
 def _circle(x: Image, y: Image) -> Image:

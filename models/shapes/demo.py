@@ -1,0 +1,134 @@
+"""Export the trained shapes model and draw a contact sheet from its bundle, without torch.
+
+    python models/shapes/demo.py    # writes out/engines and out/demo.png
+
+The export is a process of its own, so that this one, which draws, never loads torch.
+"""
+
+import argparse
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import detector
+import evaluate
+import numpy as np
+import scenes
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm_runtime import Generator
+from ldm_runtime.errors import LdmError
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+COLUMNS, ROWS = 4, 4
+SCENES_SEED = 7  # the first 16 held-out scenes of this seed, whatever they are
+NOISE_SEED = 0  # picture i is drawn from noise i
+
+_ZOOM = 3
+_MARGIN = 12
+_LINE_LETTERS = 34
+_LINE_HEIGHT = 13
+_CAPTION_LINES = 4
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+
+
+def export_bundle(checkpoint: Path, bundle: Path) -> None:
+    """Run `ldm-export` in another process.
+
+    Raises:
+        CalledProcessError: It failed, and has said why.
+    """
+    command = ["-m", "ldm_export.cli", "--ckpt", str(checkpoint), "--out", str(bundle)]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def verdict(scene: scenes.Scene, reading: detector.Reading) -> str:
+    """Return "right", or what is wrong with a picture."""
+    matched = evaluate.match(scene.things, reading.things)
+    faults = []
+    for wanted, found in zip(scene.things, matched, strict=True):
+        if found is None:
+            faults.append(f"no {wanted.color} {wanted.kind}")
+        elif found.size != wanted.size:
+            faults.append(f"{wanted.color} {wanted.kind} is {found.size}")
+    for relation, other in zip(scene.relations, matched[1:], strict=True):
+        both = matched[0] is not None and other is not None
+        if both and not evaluate.relation_holds(relation, matched[0], other):  # type: ignore[arg-type]
+            faults.append(f"not {relation}")
+    shown = (reading.background, reading.gradient)
+    if shown != (scene.background, scene.gradient):
+        faults.append(f"background is {reading.background}{' gradient' * reading.gradient}")
+    extra = len(reading.things) - sum(found is not None for found in matched)
+    if extra:
+        faults.append(f"{extra} more than asked for")
+    return ", ".join(faults) or "right"
+
+
+def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Return the pictures in a grid, enlarged without smoothing, each over its caption."""
+    side = scenes.SIZE * _ZOOM
+    width, height = side + _MARGIN, side + _CAPTION_LINES * _LINE_HEIGHT + _MARGIN
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width + _MARGIN, rows * height + _MARGIN), _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for index, (picture, text) in enumerate(zip(pictures, captions, strict=True)):
+        row, column = divmod(index, COLUMNS)
+        left, top = _MARGIN + column * width, _MARGIN + row * height
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
+        draw.rectangle((left - 1, top - 1, left + side, top + side), outline=(200, 200, 200))
+        for line, words in enumerate(textwrap.wrap(text, _LINE_LETTERS)):
+            draw.text((left, top + side + 3 + line * _LINE_HEIGHT), words, fill=_INK, font=font)
+    return sheet
+
+
+def draw_sheet(bundle: Path, path: Path) -> evaluate.Tally:
+    """Draw the prompts, print what the detector reads in each picture, and save the sheet."""
+    wanted = evaluate.held_out_scenes(COLUMNS * ROWS, SCENES_SEED)
+    pictures, tally = [], evaluate.Tally()
+    with Generator(bundle) as generator:
+        for index, scene in enumerate(wanted):
+            result = generator(prompt=scenes.caption(scene), seed=NOISE_SEED + index)
+            pictures += result.images
+            reading = detector.read_picture(np.asarray(result.images[0]))
+            tally += evaluate.judge(scene, reading)
+            print(f"{index + 1:2}  {scenes.caption(scene)}: {verdict(scene, reading)}", flush=True)
+    assert "torch" not in sys.modules, "the process that draws must not load torch"
+    contact_sheet(pictures, [scenes.caption(scene) for scene in wanted]).save(path)
+    return tally
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo: 0 on success, 1 for an error."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ckpt", type=Path, default=HERE / "shapes.ckpt")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for what is made")
+    args = parser.parse_args(argv)
+    bundle, sheet = args.out.resolve() / "engines", args.out.resolve() / "demo.png"
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        export_bundle(args.ckpt.resolve(), bundle)
+        exported = time.perf_counter()
+        tally = draw_sheet(bundle, sheet)
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    drawn = time.perf_counter()
+    print(
+        f"\n{tally.objects_right} of {tally.objects} objects, "
+        f"{tally.relations_right} of {tally.relations} relations and "
+        f"{tally.pictures_right} of {tally.pictures} whole pictures are right\n"
+        f"export {exported - started:.1f} s, {tally.pictures} pictures {drawn - exported:.1f} s\n"
+        f"{sheet}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Every network of ours against its twin in diffusers or transformers, in torch and float32.
+
+All weights are random, also those that training starts at zero, and no output is near zero: a
+comparison of zeros cannot pass here. What is left between two twins is the rounding of float32.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    create_vae_diffusers_config_from_ldm,
+    update_vae_attentions_ldm_to_diffusers,
+)
+
+from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
+from ldm_export.networks.clip import ClipTextEncoder
+from ldm_export.networks.unet import UNet
+from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
+from tests.reference.twins import (
+    compvis_config,
+    load_autoencoder,
+    load_text_encoder,
+    load_unet,
+)
+
+pytestmark = pytest.mark.reference
+
+TOLERANCE = 1e-5  # of the largest value; measured: UNet X, autoencoder X, text encoder X
+
+UNETS = {
+    "stable_diffusion_1": UNET,
+    "eight_heads_deep": replace(
+        UNET, channel_mult=(1, 2, 4), num_res_blocks=2, transformer_depth=(1, 1, 0)
+    ),
+    "attention_everywhere": replace(UNET, channel_mult=(1, 3), transformer_depth=(1, 1)),
+    "stable_diffusion_2": replace(
+        UNET,
+        channel_mult=(1, 2, 4),
+        transformer_depth=(1, 1, 0),
+        num_heads=None,
+        num_head_channels=16,
+        linear_projection=True,
+    ),
+    "depth_2": replace(UNET, transformer_depth=(0, 2), middle_depth=2),
+    "depth_2_linear": replace(
+        UNET,
+        channel_mult=(1, 2, 2),
+        transformer_depth=(2, 2, 0),
+        middle_depth=2,
+        num_heads=None,
+        num_head_channels=8,
+        linear_projection=True,
+    ),
+    "inpainting": replace(UNET, in_channels=9),
+}
+AUTOENCODERS = {
+    "factor_4": AUTOENCODER,
+    "factor_8": replace(AUTOENCODER, channel_mult=(1, 2, 2, 4), num_res_blocks=2),
+    "one_level": replace(AUTOENCODER, channel_mult=(1,), z_channels=3, embed_dim=3),
+}
+TEXT_ENCODERS = {
+    "quick_gelu": replace(TEXT_ENCODER, num_heads=4, vocab_size=600),
+    "gelu": replace(TEXT_ENCODER, num_heads=2, vocab_size=600, num_layers=3, activation="gelu"),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def randomised(network, seed=0):
+    """Fill every parameter with values that keep the activations near 1."""
+    torch.manual_seed(seed)
+    for name, parameter in network.eval().requires_grad_(False).named_parameters():
+        if parameter.ndim > 1:
+            spread = 0.5 if "embedding" in name else parameter[0].numel() ** -0.5
+            parameter.normal_(std=spread)
+        else:
+            parameter.normal_(mean=1.0 if name.endswith("weight") else 0.0, std=0.1)
+    return network
+
+
+def checkpoint_of(prefix, *networks):
+    return {
+        prefix + name: parameter
+        for network in networks
+        for name, parameter in network.state_dict().items()
+    }
+
+
+def relative_error(ours, theirs):
+    """Return the largest difference as a share of the largest value; refuse to compare nothing."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.01
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 12)])
+@pytest.mark.parametrize("spec", UNETS.values(), ids=UNETS)
+def test_unet_predicts_what_diffusers_unet_predicts(spec, size):
+    ours = randomised(UNet(spec))
+    state = checkpoint_of("model.diffusion_model.", ours)
+    theirs = load_unet(state, compvis_config(spec, AUTOENCODER))
+    latents = torch.randn(2, spec.in_channels, *size)
+    timesteps = torch.tensor([981.0, 17.25])
+    context = torch.randn(2, 77, spec.context_dim)
+
+    prediction = ours(latents, timesteps, context)
+
+    expected = theirs(latents, timesteps, context).sample
+    assert relative_error(prediction, expected) <= TOLERANCE
+
+
+def test_unet_heeds_every_input():
+    network = randomised(UNet(UNET))
+    latents, timesteps, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 7, 64)
+
+    prediction = network(latents, timesteps, context)
+
+    changed = [
+        network(latents.flip(3), timesteps, context),
+        network(latents, timesteps - 100, context),
+        network(latents, timesteps, context.flip(2)),
+    ]
+    assert all((other - prediction).std() > 0.01 for other in changed)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (72, 40)])
+@pytest.mark.parametrize("spec", AUTOENCODERS.values(), ids=AUTOENCODERS)
+def test_autoencoder_encodes_and_decodes_as_diffusers_does(spec, size):
+    encoder, decoder = randomised(LatentEncoder(spec)), randomised(LatentDecoder(spec), seed=1)
+    state = checkpoint_of("first_stage_model.", encoder, decoder)
+    theirs = load_autoencoder(state, compvis_config(UNET, spec))
+    image = torch.rand(2, spec.image_channels, *size) * 2 - 1
+    latents = torch.randn(2, spec.embed_dim, *(side // spec.factor for side in size))
+
+    moments, decoded = encoder(image), decoder(latents)
+
+    expected_moments = theirs.encode(image).latent_dist.parameters
+    assert relative_error(moments, expected_moments) <= TOLERANCE
+    assert relative_error(decoded, theirs.decode(latents).sample) <= TOLERANCE
+
+
+def test_autoencoder_attends_on_the_levels_where_diffusers_does():
+    spec = replace(AUTOENCODER, attention_levels=(1, 2))
+    encoder, decoder = randomised(LatentEncoder(spec)), randomised(LatentDecoder(spec), seed=1)
+    theirs = load_attending_autoencoder(spec, encoder, decoder)
+    image, latents = torch.rand(2, 3, 40, 24) * 2 - 1, torch.randn(2, 4, 10, 6)
+
+    moments, decoded = encoder(image), decoder(latents)
+
+    expected_moments = theirs.encode(image).latent_dist.parameters
+    assert relative_error(moments, expected_moments) <= TOLERANCE
+    assert relative_error(decoded, theirs.decode(latents).sample) <= TOLERANCE
+
+
+def load_attending_autoencoder(spec, encoder, decoder):
+    """Return diffusers' twin with attention on levels, which its loader leaves to the reader."""
+    state = checkpoint_of("first_stage_model.", encoder, decoder)
+    config = create_vae_diffusers_config_from_ldm(compvis_config(UNET, spec), state)
+    levels = len(spec.channel_mult)
+    attends = [level in spec.attention_levels for level in range(levels)]
+    config["down_block_types"] = [("Attn" if each else "") + "DownEncoderBlock2D" for each in attends]
+    config["up_block_types"] = [("Attn" if each else "") + "UpDecoderBlock2D" for each in attends[::-1]]
+    attention = {
+        name.removeprefix("first_stage_model."): value
+        for name, value in state.items()
+        if ".attn." in name
+    }
+    for name in attention:
+        del state[f"first_stage_model.{name}"]
+    converted = convert_ldm_vae_checkpoint(state, config)
+    for level in range(levels):
+        for old, new in (
+            (f"encoder.down.{level}", f"encoder.down_blocks.{level}"),
+            (f"decoder.up.{level}", f"decoder.up_blocks.{levels - 1 - level}"),
+        ):
+            update_vae_attentions_ldm_to_diffusers(
+                [name for name in attention if name.startswith(f"{old}.")],
+                converted,
+                attention,
+                {"old": f"{old}.attn", "new": f"{new}.attentions"},
+            )
+    squeezed = {
+        name: value[:, :, 0, 0] if ".attentions." in name and value.ndim == 4 else value
+        for name, value in converted.items()
+    }
+    twin = AutoencoderKL.from_config(config)
+    twin.load_state_dict(squeezed, strict=True)
+    return twin.eval()
+
+
+@pytest.mark.parametrize("length", [77, 5])
+@pytest.mark.parametrize("spec", TEXT_ENCODERS.values(), ids=TEXT_ENCODERS)
+def test_text_encoder_gives_the_context_of_transformers(spec, length, tmp_path):
+    ours = randomised(ClipTextEncoder(spec))
+    state = checkpoint_of("cond_stage_model.transformer.", ours)
+    theirs = load_text_encoder(state, spec, tmp_path)
+    tokens = torch.randint(spec.vocab_size, (2, length))
+
+    context = ours(tokens)
+
+    expected = theirs(tokens).last_hidden_state
+    assert relative_error(context, expected) <= TOLERANCE
+
+
+def test_text_encoder_activations_differ_enough_to_be_told_apart():
+    spec = TEXT_ENCODERS["quick_gelu"]
+    tokens = torch.randint(spec.vocab_size, (1, 77))
+
+    quick = randomised(ClipTextEncoder(spec))(tokens)
+    exact = randomised(ClipTextEncoder(replace(spec, activation="gelu")))(tokens)
+
+    assert relative_error(quick, exact) > 100 * TOLERANCE

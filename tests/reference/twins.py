@@ -1,0 +1,92 @@
+"""The networks of diffusers and transformers for a checkpoint in the CompVis layout.
+
+Names and hyperparameters are translated by diffusers' own single-file loader, from the checkpoint
+and a configuration as CompVis wrote them, so that a misreading of ours cannot cancel out.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, just below
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+
+def compvis_config(unet, autoencoder):
+    """Return `config.yaml` of a model, as far as diffusers reads it."""
+    depths = {depth for depth in (*unet.transformer_depth, unet.middle_depth) if depth}
+    (depth,) = depths  # the configurations of that time have one number
+    heads = {"num_heads": unet.num_heads, "num_head_channels": unet.num_head_channels}
+    unet_params = {
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "model_channels": unet.model_channels,
+        "attention_resolutions": [
+            2**level for level, depth in enumerate(unet.transformer_depth) if depth
+        ],
+        "num_res_blocks": unet.num_res_blocks,
+        "channel_mult": list(unet.channel_mult),
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": unet.linear_projection,
+        "transformer_depth": depth,
+        "context_dim": unet.context_dim,
+        **{name: value for name, value in heads.items() if value is not None},
+    }
+    ddconfig = {
+        "z_channels": autoencoder.z_channels,
+        "in_channels": autoencoder.image_channels,
+        "out_ch": autoencoder.image_channels,
+        "ch": autoencoder.channels,
+        "ch_mult": list(autoencoder.channel_mult),
+        "num_res_blocks": autoencoder.num_res_blocks,
+        "attn_resolutions": [],
+    }
+    return {
+        "model": {
+            "params": {
+                "scale_factor": autoencoder.latent_scale_factor,
+                "unet_config": {"params": unet_params},
+                "first_stage_config": {"params": {"ddconfig": ddconfig}},
+            }
+        }
+    }
+
+
+def load_unet(checkpoint, config):
+    """Return diffusers' UNet for a checkpoint: a path or a state dict."""
+    return _loaded(UNet2DConditionModel, checkpoint, config)
+
+
+def load_autoencoder(checkpoint, config):
+    """Return diffusers' first stage for a checkpoint: a path or a state dict."""
+    return _loaded(AutoencoderKL, checkpoint, config)
+
+
+def load_text_encoder(state, spec, folder):
+    """Return transformers' text encoder for a state dict; `folder` takes its configuration."""
+    config = CLIPTextConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.width,
+        intermediate_size=spec.feed_forward_dim,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        max_position_embeddings=spec.max_tokens,
+        hidden_act=spec.activation,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=spec.pad_token_id,
+    )
+    config.save_pretrained(folder)
+    twin = create_diffusers_clip_model_from_ldm(
+        CLIPTextModel, state, config=str(folder), torch_dtype=torch.float32, local_files_only=True
+    )
+    return twin.requires_grad_(False)
+
+
+def _loaded(network, checkpoint, config):
+    twin = network.from_single_file(
+        checkpoint, original_config=config, torch_dtype=torch.float32, local_files_only=True
+    )
+    return twin.eval().requires_grad_(False)
