@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import detector
-import evaluate
 import numpy as np
-import scenes
 from PIL import Image, ImageDraw, ImageFont
 
+import detector
+import evaluate
+import scenes
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+
 import scenes
 
 Float32Array = npt.NDArray[np.float32]
@@ -166,7 +167,8 @@ def _smooth(image: Float32Array) -> Float32Array:
     for axis in (0, 1):
         padding = [(1, 1) if each == axis else (0, 0) for each in range(image.ndim)]
         padded = np.moveaxis(np.pad(image, padding, mode="edge"), axis, 0)
-        image = np.moveaxis((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4, 0, axis)
+        total = padded[:-2] + 2 * padded[1:-1] + padded[2:]
+        image = np.moveaxis(total / np.float32(4), 0, axis)
     return image
 
 

@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
-import detector
 import numpy as np
 import numpy.typing as npt
-import scenes
 
+import detector
+import scenes
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
 
@@ -204,7 +204,8 @@ def photograph(
             windows = np.lib.stride_tricks.sliding_window_view(padded, 3, axis=axis)
             picture = windows @ np.array([0.25, 0.5, 0.25], np.float32)
     noisy = picture + noise * rng.standard_normal(picture.shape, np.float32)
-    return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
+    return levels
 
 
 def _is_exact(scene: scenes.Scene, reading: detector.Reading) -> bool:

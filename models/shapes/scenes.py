@@ -133,15 +133,18 @@ def coverage(thing: Thing) -> Image:
     """Return the share (SIZE, SIZE) of each pixel that a thing covers, 0 to 1."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
     distance = SHAPES[thing.kind]((x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
-    return np.clip(0.5 - distance * thing.radius, 0, 1)
+    share: Image = np.clip(0.5 - distance * thing.radius, 0, 1)
+    return share
 
 
 def _circle(x: Image, y: Image) -> Image:
-    return np.hypot(x, y) - np.float32(1)
+    distance: Image = np.hypot(x, y) - np.float32(1)
+    return distance
 
 
 def _square(x: Image, y: Image) -> Image:
-    return np.maximum(abs(x), abs(y)) - np.float32(0.9)
+    distance: Image = np.maximum(abs(x), abs(y)) - np.float32(0.9)
+    return distance
 
 
 def _triangle(x: Image, y: Image) -> Image:

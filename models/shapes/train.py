@@ -93,7 +93,7 @@ AUTOENCODER_PHASES = (
 #: good answer for a long time, because the shapes cover a tenth of a scene.
 SATURATION_WEIGHT = 4.0
 KL_WEIGHT = 1e-6
-DIFFUSION_STEPS = 11000
+DIFFUSION_STEPS = 8000
 DIFFUSION_BATCH = 32
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
@@ -127,7 +127,7 @@ class Trainer:
         self.name, self.model, self.steps, self.step = name, model, steps, 0
         self.ema = {key: value.clone() for key, value in model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.path = WORK / f"{name}.pt"
         if self.path.exists():
@@ -276,7 +276,7 @@ def load_tokens(captions: list[str]) -> Tensor:
     cache: dict[str, tuple[int, ...]] = {}
     for text in [*captions, ""]:
         if text not in cache:
-            cache[text] = tokenizer.encode(text, MAX_TOKENS, END_TOKEN).ids
+            cache[text] = tokenizer.encode(text, MAX_TOKENS, pad_token_id=END_TOKEN).ids
     return torch.tensor([cache[text] for text in [*captions, ""]])
 
 

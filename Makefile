@@ -1,0 +1,52 @@
+# The same commands for people and for CI. `make demo` and `make test` do all the set-up: they need
+# Python 3.11, a C library and pip, and install into .venv and .venv-wheel only.
+
+PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3)
+PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
+PINS := pyproject.toml constraints.txt
+
+.NOTPARALLEL:
+.PHONY: help demo test check bench clean distclean
+
+help:
+	@echo "make demo       export the small model that comes along and draw out/demo.png"
+	@echo "make test       all tests, then the runtime's against the wheel, without torch"
+	@echo "make check      format, lint, types and spelling"
+	@echo "make bench      measure this machine"
+	@echo "make clean      remove caches and build outputs; distclean also the environments"
+
+demo: .venv/demo.stamp
+	.venv/bin/python models/shapes/demo.py
+
+test: .venv/test.stamp
+	.venv/bin/python -m pytest -m "not gpu" --cov=ldm_runtime --cov-fail-under=95
+	scripts/test_wheel.sh
+
+check: .venv/test.stamp
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/codespell
+
+bench: .venv/demo.stamp
+	.venv/bin/python benchmarks/latency.py
+
+clean:
+	rm -rf .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-wheel
+
+# What draws is installed first and alone, so that the demo does not wait for what tests.
+.venv/demo.stamp: $(PINS)
+	@echo "installing into .venv, which takes a few minutes the first time"
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable '.[export,cpu]'
+	touch $@
+
+.venv/test.stamp: $(PINS)
+	@echo "installing into .venv, which takes a few minutes the first time"
+	$(PYTHON) -m venv .venv
+	$(PIP) hatchling --editable '.[export,cpu,test]'
+	touch .venv/demo.stamp $@
