@@ -4,7 +4,11 @@ They import torch only when asked for, because tests/runtime also runs where the
 export takes half a minute; a test that asks for a bundle is slow.
 """
 
+import os
+
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when a test module imports huggingface_hub
 
 
 @pytest.fixture(scope="session")

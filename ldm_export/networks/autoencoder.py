@@ -5,6 +5,9 @@ Esser et al. 2021 (arXiv:2012.09841). Parameter names are those under `first_sta
 CompVis checkpoints. Every normalisation has 32 groups and epsilon 1e-6.
 """
 
+from itertools import pairwise
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +33,8 @@ class ResnetBlock(nn.Module):
         inner = self.conv1(F.silu(self.norm1(hidden)))
         inner = self.conv2(F.silu(self.norm2(inner)))
         skip = self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden
-        return skip + inner
+        out: Tensor = skip + inner
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -49,7 +53,7 @@ class AttnBlock(nn.Module):
         normed, size = self.norm(hidden), hidden.shape[2:]
         heads = [layer(normed).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v)]
         mixed = F.scaled_dot_product_attention(*heads)[:, 0].mT
-        out: Tensor = hidden + self.proj_out(mixed.unflatten(2, size))
+        out: Tensor = hidden + self.proj_out(torch.unflatten(mixed, 2, size))
         return out
 
 
@@ -99,7 +103,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: list[int], *, attention: bool) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.block = nn.ModuleList(ResnetBlock(*pair) for pair in pairs)
         self.attn = nn.ModuleList(AttnBlock(width) for _, width in pairs if attention)
 

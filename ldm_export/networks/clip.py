@@ -40,11 +40,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (B, T, width) to the same shape; token i sees tokens 0 to i."""
-        heads = [
+        query, key, value = (
             layer(hidden).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
-        ]
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 

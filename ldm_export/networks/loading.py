@@ -1,6 +1,7 @@
 """Builds a component's network without weights and fills it strictly from a checkpoint."""
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -31,7 +32,7 @@ class Weight(Protocol):
         ...
 
 
-_BUILDERS = MappingProxyType(
+_BUILDERS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType(
     {
         "text_encoder": lambda spec: ClipTextEncoder(spec.text_encoder),
         "unet": lambda spec: UNet(spec.unet),
@@ -44,7 +45,7 @@ _BUILDERS = MappingProxyType(
 def build_network(component: str, spec: ModelSpec) -> nn.Module:
     """Return the network of `component` on the meta device: shapes, no memory."""
     with torch.device("meta"):
-        network: nn.Module = _BUILDERS[component](spec)
+        network = _BUILDERS[component](spec)
     return network.eval().requires_grad_(False)
 
 
@@ -57,18 +58,40 @@ def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight])
         weights: The checkpoint's tensors by parameter name of the network.
 
     Raises:
-        WeightsError: A parameter has no tensor, a tensor no parameter, or shapes differ.
+        WeightsError: A parameter has no tensor, a tensor no parameter, shapes differ, or a value
+            is not finite.
     """
     network = build_network(component, spec)
     expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     _check_same(component, expected, {name: weight.shape for name, weight in weights.items()})
-    state = {name: _as_float32(weight) for name, weight in weights.items()}
+    state = {name: _as_float32(component, name, weight) for name, weight in weights.items()}
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False)
 
 
-def _as_float32(weight: Weight) -> torch.Tensor:
-    return torch.from_numpy(np.array(weight.numpy(), dtype=np.float32, order="C"))
+def _as_float32(component: str, name: str, weight: Weight) -> torch.Tensor:
+    stored = weight.numpy()
+    tensor = torch.from_numpy(np.array(stored, dtype=np.float32, order="C"))
+    _give_back(stored)
+    lowest, highest = torch.aminmax(tensor)
+    if not (lowest.isfinite() and highest.isfinite()):  # NaN is the extreme of whatever has it
+        raise WeightsError(
+            f"tensor {name} of the {component} has values that are not finite numbers; the "
+            "training that made this checkpoint failed, take an earlier one"
+        )
+    return tensor
+
+
+def _give_back(array: npt.NDArray[np.generic]) -> None:
+    """Let the system take back the pages of a mapped file that `array` was read from.
+
+    A checkpoint is read once, front to back; without this both it and the copy stay resident.
+    """
+    owner: object = array
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def _check_same(

@@ -24,8 +24,10 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     Source: Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, in the order of the DDPM code.
     """
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps[:, None] * torch.exp(-math.log(_TIMESTEP_PERIOD) * exponents)[None]
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    # Multiply, then divide, as in training: the timestep multiplies any difference in rounding.
+    frequencies = torch.exp(-math.log(_TIMESTEP_PERIOD) * steps / half)
+    angles = timesteps[:, None] * frequencies[None]
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
@@ -53,8 +55,8 @@ class ResBlock(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) and (B, embedding_dim) to (B, out_channels, h, w)."""
         inner = self.in_layers(hidden) + self.emb_layers(embedding)[:, :, None, None]
-        skip: Tensor = self.skip_connection(hidden)
-        return skip + self.out_layers(inner)
+        out: Tensor = self.skip_connection(hidden) + self.out_layers(inner)
+        return out
 
 
 class Attention(nn.Module):
@@ -89,7 +91,8 @@ class GatedLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (B, N, channels) to (B, N, inner); the gate is the second half."""
         value, gate = self.proj(hidden).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        out: Tensor = value * F.gelu(gate)
+        return out
 
 
 class FeedForward(nn.Module):
@@ -153,8 +156,8 @@ class SpatialTransformer(nn.Module):
             inner = block(inner, context)
         inner = self.proj_out(inner) if self.linear else inner
         inner = inner.transpose(1, 2).unflatten(2, size)
-        inner = inner if self.linear else self.proj_out(inner)
-        return hidden + inner
+        out: Tensor = hidden + (inner if self.linear else self.proj_out(inner))
+        return out
 
 
 class Downsample(nn.Module):

@@ -55,10 +55,7 @@ def verdict(scene: scenes.Scene, reading: detector.Reading) -> str:
             faults.append(f"no {wanted.color} {wanted.kind}")
         elif found.size != wanted.size:
             faults.append(f"{wanted.color} {wanted.kind} is {found.size}")
-    for relation, other in zip(scene.relations, matched[1:], strict=True):
-        both = matched[0] is not None and other is not None
-        if both and not evaluate.relation_holds(relation, matched[0], other):  # type: ignore[arg-type]
-            faults.append(f"not {relation}")
+    faults += _false_relations(scene, matched)
     shown = (reading.background, reading.gradient)
     if shown != (scene.background, scene.gradient):
         faults.append(f"background is {reading.background}{' gradient' * reading.gradient}")
@@ -66,6 +63,17 @@ def verdict(scene: scenes.Scene, reading: detector.Reading) -> str:
     if extra:
         faults.append(f"{extra} more than asked for")
     return ", ".join(faults) or "right"
+
+
+def _false_relations(scene: scenes.Scene, matched: Sequence[scenes.Thing | None]) -> list[str]:
+    """Return what to say of relations between things that were found, but elsewhere."""
+    first = matched[0]
+    return [
+        f"not {relation}"
+        for relation, other in zip(scene.relations, matched[1:], strict=True)
+        if first is not None and other is not None
+        if not evaluate.relation_holds(relation, first, other)
+    ]
 
 
 def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
@@ -91,9 +99,8 @@ def draw_sheet(bundle: Path, path: Path) -> evaluate.Tally:
     pictures, tally = [], evaluate.Tally()
     with Generator(bundle) as generator:
         for index, scene in enumerate(wanted):
-            result = generator(prompt=scenes.caption(scene), seed=NOISE_SEED + index)
-            pictures += result.images
-            reading = detector.read_picture(np.asarray(result.images[0]))
+            pictures.append(evaluate.draw(generator, scene, NOISE_SEED + index, {}))
+            reading = detector.read_picture(np.asarray(pictures[-1]))
             tally += evaluate.judge(scene, reading)
             print(f"{index + 1:2}  {scenes.caption(scene)}: {verdict(scene, reading)}", flush=True)
     assert "torch" not in sys.modules, "the process that draws must not load torch"

@@ -74,8 +74,8 @@ def read_picture(picture: npt.NDArray[np.uint8]) -> Reading:
     wanted = (scenes.SIZE, scenes.SIZE, 3)
     if picture.dtype != np.uint8 or picture.shape != wanted:
         raise ValueError(f"a picture is uint8 {wanted}, got {picture.dtype} {picture.shape}")
-    smooth = _smooth(picture.astype(np.float32))
-    chroma = smooth @ _PLANE
+    softened = smooth(picture.astype(np.float32))
+    chroma = softened @ _PLANE
     blobs = list(_blobs(chroma))
     nothing = np.zeros(wanted[:2], np.bool_)
     occupied: Mask = np.any([nothing, *(mask for _, mask in blobs)], axis=0)
@@ -85,7 +85,7 @@ def read_picture(picture: npt.NDArray[np.uint8]) -> Reading:
         if overlap >= LOWEST_OVERLAP:
             found.append((thing, overlap))
     found.sort(key=lambda pair: -pair[0].radius)
-    background, gradient = _read_background(smooth.mean(axis=2), ~_grow(occupied))
+    background, gradient = _read_background(softened.mean(axis=2), ~_grow(occupied))
     return Reading(
         things=tuple(thing for thing, _ in found),
         overlaps=tuple(overlap for _, overlap in found),
@@ -129,7 +129,7 @@ def _fit(chroma: Float32Array, color: int, blob: Mask, region: Mask) -> tuple[sc
     # A model's colours may be pale; what counts is how far a pixel is from this blob's own colour.
     share = np.clip(along / np.percentile(along[blob], 75), 0, 1) * region
     candidates = [_same_moments(kind, _COLORS[color], share) for kind in scenes.SHAPES]
-    overlaps = [_overlap(share, _smooth(scenes.coverage(thing))) for thing in candidates]
+    overlaps = [_overlap(share, smooth(scenes.coverage(thing))) for thing in candidates]
     best = int(np.argmax(overlaps))
     return candidates[best], overlaps[best]
 
@@ -162,7 +162,7 @@ def _read_background(gray: Float32Array, free: Mask) -> tuple[str, bool]:
     return choices[int(np.argmin(errors))]
 
 
-def _smooth(image: Float32Array) -> Float32Array:
+def smooth(image: Float32Array) -> Float32Array:
     """Blur (H, W) or (H, W, C) with the weights 1 2 1 down and across."""
     for axis in (0, 1):
         padding = [(1, 1) if each == axis else (0, 0) for each in range(image.ndim)]

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 import detector
 import scenes
@@ -91,13 +92,15 @@ def match(
 
     Of several, one of the right size is preferred, then the earlier.
     """
-    left, matched = list(found), []
+    left = list(found)
+    matched: list[scenes.Thing | None] = []
     for thing in wanted:
         alike = [each for each in left if (each.kind, each.color) == (thing.kind, thing.color)]
-        alike.sort(key=lambda each, size=thing.size: each.size != size)  # type: ignore[misc]
-        matched.append(alike[0] if alike else None)
-        if alike:
-            left.remove(alike[0])
+        same_size = [each for each in alike if each.size == thing.size]
+        best = next(iter(same_size + alike), None)
+        matched.append(best)
+        if best is not None:
+            left.remove(best)
     return matched
 
 
@@ -150,7 +153,7 @@ def held_out_scenes(count: int, seed: int) -> list[scenes.Scene]:
 
 
 def evaluate_bundle(
-    generator: Generator, wanted: Sequence[scenes.Scene], settings: dict[str, object]
+    generator: Generator, wanted: Sequence[scenes.Scene], settings: Mapping[str, object]
 ) -> tuple[Tally, float]:
     """Draw each scene's caption and return the tally and the mean seconds a picture took.
 
@@ -162,16 +165,18 @@ def evaluate_bundle(
     total, seconds = Tally(), 0.0
     for index, scene in enumerate(wanted):
         started = time.perf_counter()
-        result = generator(
-            prompt=scenes.caption(scene),
-            seed=SEED + index,
-            height=scenes.SIZE,
-            width=scenes.SIZE,
-            **settings,
-        )
+        image = draw(generator, scene, SEED + index, settings)
         seconds += time.perf_counter() - started
-        total += judge(scene, detector.read_picture(np.asarray(result.images[0])))
+        total += judge(scene, detector.read_picture(np.asarray(image)))
     return total, seconds / max(len(wanted), 1)
+
+
+def draw(
+    generator: Generator, scene: scenes.Scene, seed: int, settings: Mapping[str, object]
+) -> Image.Image:
+    """Return the picture a bundle draws for a scene's caption; `settings` are request fields."""
+    size = {"height": scenes.SIZE, "width": scenes.SIZE}
+    return generator(prompt=scenes.caption(scene), seed=seed, **size, **settings).images[0]
 
 
 def evaluate_detector(
@@ -199,10 +204,7 @@ def photograph(
     """Render a scene to uint8 through a bad lens: blurred (weights 1 2 1), then noisy."""
     picture = scenes.render(scene) * 255
     for _ in range(blurs):
-        for axis in (0, 1):
-            padded = np.pad(picture, [(int(axis == each),) * 2 for each in range(3)], mode="edge")
-            windows = np.lib.stride_tricks.sliding_window_view(padded, 3, axis=axis)
-            picture = windows @ np.array([0.25, 0.5, 0.25], np.float32)
+        picture = detector.smooth(picture)
     noisy = picture + noise * rng.standard_normal(picture.shape, np.float32)
     levels: npt.NDArray[np.uint8] = np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
     return levels
@@ -278,8 +280,8 @@ def _run_bundle(args: argparse.Namespace) -> int:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
     }
-    wanted = held_out_scenes(args.captions, SEED)
     with Generator(args.bundle) as generator:
+        wanted = held_out_scenes(args.captions, SEED)
         tally, seconds = evaluate_bundle(generator, wanted, settings)
     if not args.json:
         print(table(tally))

@@ -4,6 +4,7 @@ A scene is a record; `render` draws it with anti-aliased edges and `caption` des
 English. Everything is derived from a NumPy generator, so a seed names a data set.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
         things = tuple(_random_thing(rng) for _ in range(count))
         if _is_possible(things, relations):
             break
-    background = str(rng.choice(list(BACKGROUNDS)))
+    background = _pick(rng, tuple(BACKGROUNDS))
     return Scene(
         things=things,
         relations=relations,
@@ -152,12 +153,14 @@ def _triangle(x: Image, y: Image) -> Image:
     height, half_base = 1.8, 1.04
     norm = np.hypot(height, half_base)
     side = (abs(x) * height - (y + 1) * half_base) / norm
-    return np.maximum(side, y - np.float32(0.8)).astype(np.float32)
+    distance: Image = np.maximum(side, y - np.float32(0.8)).astype(np.float32)
+    return distance
 
 
 def _cross(x: Image, y: Image) -> Image:
     long, short = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-    return np.maximum(long - np.float32(1), short - np.float32(0.34))
+    distance: Image = np.maximum(long - np.float32(1), short - np.float32(0.34))
+    return distance
 
 
 #: Signed distance (in half extents, negative inside) of a point from each kind of shape.
@@ -170,33 +173,41 @@ SHAPES: Mapping[str, Callable[[Image, Image], Image]] = {
 
 
 def _random_thing(rng: np.random.Generator) -> Thing:
-    size = str(rng.choice(list(SIZES)))
-    radius = float(rng.uniform(*SIZES[size]))
-    x, y = rng.uniform(radius + 2, SIZE - radius - 2, size=2)
-    kind, color = str(rng.choice(list(SHAPES))), str(rng.choice(list(COLORS)))
-    return Thing(kind=kind, color=color, size=size, x=float(x), y=float(y), radius=radius)
+    size = _pick(rng, tuple(SIZES))
+    radius = _uniform(rng, *SIZES[size])
+    x = _uniform(rng, radius + 2, SIZE - radius - 2)
+    y = _uniform(rng, radius + 2, SIZE - radius - 2)
+    kind, color = _pick(rng, tuple(SHAPES)), _pick(rng, tuple(COLORS))
+    return Thing(kind=kind, color=color, size=size, x=x, y=y, radius=radius)
 
 
 def _random_relations(rng: np.random.Generator, count: int) -> tuple[str, ...]:
     """Draw relations; of two, one is horizontal and one vertical, so that both can be read."""
     if count == 2:
-        pair = [rng.choice(["left of", "right of"]), rng.choice(["above", "below"])]
+        pair = [_pick(rng, ("left of", "right of")), _pick(rng, ("above", "below"))]
         return tuple(str(relation) for relation in rng.permutation(pair))
-    return tuple(str(rng.choice(list(RELATIONS))) for _ in range(count))
+    return tuple(_pick(rng, tuple(RELATIONS)) for _ in range(count))
+
+
+# Scenes are drawn by rejection; these return what `rng.choice` and `rng.uniform` would, sooner.
+def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+    return names[int(rng.integers(len(names)))]
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * rng.random()
 
 
 def _is_possible(things: tuple[Thing, ...], relations: tuple[str, ...]) -> bool:
+    if not all(map(_holds, relations, things[1:], [things[0]] * 2)):
+        return False
     looks = {(thing.kind, thing.color) for thing in things}
     apart = all(
-        np.hypot(a.x - b.x, a.y - b.y) > 1.15 * (a.radius + b.radius) + 2
+        math.hypot(a.x - b.x, a.y - b.y) > 1.15 * (a.radius + b.radius) + 2
         for index, a in enumerate(things)
         for b in things[:index]
     )
-    return (
-        len(looks) == len(things)
-        and apart
-        and all(map(_holds, relations, things[1:], [things[0]] * 2))
-    )
+    return len(looks) == len(things) and apart
 
 
 def _holds(relation: str, other: Thing, first: Thing) -> bool:

@@ -93,9 +93,12 @@ AUTOENCODER_PHASES = (
 #: good answer for a long time, because the shapes cover a tenth of a scene.
 SATURATION_WEIGHT = 4.0
 KL_WEIGHT = 1e-6
-DIFFUSION_STEPS = 8000
+DIFFUSION_STEPS = 9500
 DIFFUSION_BATCH = 32
 CAPTION_DROPOUT = 0.1
+#: From this step on a timestep's loss is weighted by min(SNR, 5) / SNR (Hang et al. 2023,
+#: arXiv:2303.09556): what is decided at high noise, where things go, had lagged behind the details.
+MIN_SNR_FROM, MIN_SNR = 3000, 5.0
 EMA_DECAY = 0.999
 LEARNING_RATE = 1e-3
 
@@ -106,10 +109,10 @@ def load_data() -> tuple[Tensor, list[str]]:
     if not path.exists():
         source = scenes.random_scenes(np.random.default_rng(1), held_out=False)
         drawn = [next(source) for _ in range(NUM_SCENES)]
-        pictures = [np.rint(scenes.render(scene) * 255).astype(np.uint8) for scene in drawn]
+        drawings = [np.rint(scenes.render(scene) * 255).astype(np.uint8) for scene in drawn]
         captions = [scenes.caption(scene) for scene in drawn]
         WORK.mkdir(exist_ok=True)
-        np.savez(path, pictures=np.stack(pictures), captions=np.array(captions))
+        np.savez(path, pictures=np.stack(drawings), captions=np.array(captions))
     with np.load(path) as data:
         pictures = torch.from_numpy(data["pictures"]).permute(0, 3, 1, 2).contiguous()
         return pictures, data["captions"].tolist()
@@ -209,7 +212,8 @@ def train_autoencoder() -> None:
         saturation = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
         weight = 1 + SATURATION_WEIGHT * saturation
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
+        loss: Tensor = (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
+        return loss
 
     trainer.run(loss_at, lambda: check_autoencoder(trainer.ema, pictures[-NUM_CHECKED:]))
 
@@ -227,7 +231,7 @@ def check_autoencoder(weights: dict[str, Tensor], pictures: Tensor) -> dict[str,
     """Return PSNR (dB) on held-out pictures and the mean error (grey levels) inside shapes."""
     encoder, decoder = load_autoencoder(weights)
     image = as_input(pictures)
-    means = [encoder(part).chunk(2, dim=1)[0] for part in image.split(32)]
+    means = [encoder(part).chunk(2, dim=1)[0] for part in torch.split(image, 32)]
     output = torch.cat([decoder(part) for part in means]).clamp(-1, 1)
     error = 127.5 * (output - image)
     inside = (image.amax(1) - image.amin(1)) > 0.5
@@ -255,7 +259,7 @@ def load_latents() -> tuple[Tensor, float]:
         state = torch.load(WORK / "autoencoder.pt", weights_only=True)
         encoder, _ = load_autoencoder(state["ema"])
         with torch.autocast("cpu", torch.bfloat16):
-            means = [encoder(as_input(part)).chunk(2, dim=1)[0] for part in pictures.split(64)]
+            means = [encoder(as_input(part)).chunk(2, dim=1)[0] for part in torch.split(pictures, 64)]
         torch.save(torch.cat(means).float(), path)
     latents: Tensor = torch.load(path, weights_only=True)
     scale = 1 / latents.std().item()
@@ -286,15 +290,19 @@ def train_diffusion() -> None:
     latents, _ = load_latents()
     tokens, alphas = load_tokens(captions), training_alphas_cumprod().float()
     torch.manual_seed(0)
-    model = nn.ModuleDict({"unet": UNet(UNET), "text": ClipTextEncoder(TEXT_ENCODER)})
-    nn.init.normal_(model["text"].text_model.embeddings.token_embedding.weight, std=0.02)
-    nn.init.normal_(model["text"].text_model.embeddings.position_embedding.weight, std=0.02)
+    text = ClipTextEncoder(TEXT_ENCODER)
+    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
+    model = nn.ModuleDict({"unet": UNet(UNET), "text": text})
     for name, parameter in model["unet"].named_parameters():
         if name.endswith(("out_layers.3.weight", "proj_out.weight", "out.2.weight")):
             nn.init.zeros_(parameter)  # every block starts as the identity
     trainer = Trainer("diffusion", model, DIFFUSION_STEPS)
 
-    def loss_on(rows: Tensor) -> Tensor:
+    signal_to_noise = alphas / (1 - alphas)
+    weights = signal_to_noise.clamp(max=MIN_SNR) / signal_to_noise
+
+    def loss_on(rows: Tensor, *, weighted: bool) -> Tensor:
         timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (len(rows),))
         alpha = alphas[timesteps][:, None, None, None]
         clean, noise = latents[rows], torch.randn(len(rows), *latents.shape[1:])
@@ -302,16 +310,22 @@ def train_diffusion() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             context = model["text"](_drop_captions(tokens, rows))
             prediction = model["unet"](noisy, timesteps.float(), context).float()
-        return F.mse_loss(prediction, noise)
+        errors = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
+        return (errors * weights[timesteps] if weighted else errors).mean()
 
     def check() -> dict[str, float]:
         torch.manual_seed(0)
         with torch.no_grad():
             rows = torch.arange(len(latents) - NUM_CHECKED, len(latents))
-            return {"held_out_loss": torch.stack([loss_on(rows) for _ in range(4)]).mean().item()}
+            return {
+                "held_out_loss": torch.stack([loss_on(rows, weighted=False) for _ in range(4)])
+                .mean()
+                .item()
+            }
 
     def loss_at(step: int) -> Tensor:
-        return loss_on(torch.randint(len(latents) - NUM_CHECKED, (DIFFUSION_BATCH,)))
+        rows = torch.randint(len(latents) - NUM_CHECKED, (DIFFUSION_BATCH,))
+        return loss_on(rows, weighted=step >= MIN_SNR_FROM)
 
     with sdpa_kernel(SDPBackend.MATH):  # three times as fast backward for so few tokens
         trainer.run(loss_at, check)

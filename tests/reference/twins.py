@@ -4,14 +4,21 @@ Names and hyperparameters are translated by diffusers' own single-file loader, f
 and a configuration as CompVis wrote them, so that a misreading of ours cannot cancel out.
 """
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, just below
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+VOCABULARY = Path(
+    find_spec("ldm_export").submodule_search_locations[0],
+    "vocabularies",
+    "clip_bpe_simple_vocab_16e6.txt.gz",
+)
 
 
 def compvis_config(unet, autoencoder):
@@ -90,3 +97,18 @@ def _loaded(network, checkpoint, config):
         checkpoint, original_config=config, torch_dtype=torch.float32, local_files_only=True
     )
     return twin.eval().requires_grad_(False)
+
+
+def clip_tokenizer(folder):
+    """Return transformers' tokenizer over CLIP's vocabulary; `folder` takes its files."""
+    merges = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")[1:48895]
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)]
+    symbols = [chr(byte) for byte in visible]
+    symbols += [chr(0x100 + index) for index in range(0x100 - len(visible))]
+    vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    vocabulary += [merge.replace(" ", "") for merge in merges]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=77)

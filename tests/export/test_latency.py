@@ -1,0 +1,270 @@
+"""The benchmarks' own logic, and one short run of each part of `latency.py`."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import export_full_size
+import flops
+import latency
+import runs
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.families import Overrides, detect
+from ldm_export.networks.loading import build_network, load_network
+from ldm_runtime.errors import BackendError, LdmError
+from ldm_runtime.testing import TINY_SPEC, write_tiny_bundle
+from measure import Findings
+from rows import ROOT, Row, as_line
+from tests.export import small_checkpoint
+
+SMALL_SPEC = replace(
+    TINY_SPEC,
+    unet=replace(
+        small_checkpoint.UNET, channel_mult=(1, 2, 3), transformer_depth=(0, 1, 2), in_channels=5
+    ),
+    autoencoder=replace(
+        small_checkpoint.AUTOENCODER, attention_levels=(1,), z_channels=6, num_res_blocks=2
+    ),
+    text_encoder=replace(small_checkpoint.TEXT_ENCODER, vocab_size=100),
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latency") / "engines"
+    write_tiny_bundle(folder)
+    return folder
+
+
+def row(*seconds, **changes):
+    blank = Row(
+        name="unet",
+        system="onnxruntime",
+        commit="0123abc",
+        bundle_sha256="00",
+        device="a machine",
+        settings={"state": "steady", "calls": 1},
+        seconds=seconds,
+    )
+    return replace(blank, **changes)
+
+
+def run_latency(*arguments, python=(), status=0):
+    done = subprocess.run(
+        [sys.executable, *python, str(ROOT / "benchmarks/latency.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": "" if python else str(ROOT)},
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def test_a_row_keeps_every_repetition_and_derives_the_median():
+    kept = json.loads(as_line(row(3.0, 1.0, 2.0).as_dict()))
+
+    assert kept["seconds"] == [3.0, 1.0, 2.0]
+    assert kept["median_seconds"] == 2.0
+
+
+@pytest.mark.parametrize(("slowest", "stable"), [(1.09, True), (1.11, False)])
+def test_a_row_is_stable_if_its_slowest_repetition_is_within_a_tenth(slowest, stable):
+    assert row(0.5, 1.0, slowest).is_stable is stable
+
+
+def test_small_and_large_numbers_keep_six_digits_in_a_line():
+    line = as_line({"seconds": (1.23456789e-9, 123456.789)})
+
+    assert json.loads(line) == {"seconds": [1.23457e-9, 123457.0]}
+
+
+def inputs_of(component, rows, height, width, spec):
+    tokens = spec.text_encoder.max_tokens
+    context = torch.zeros(rows, tokens, spec.unet.context_dim, device="meta")
+    latents = torch.zeros(rows, spec.unet.in_channels, height, width, device="meta")
+    return {
+        "text_encoder": (torch.zeros(rows, tokens, dtype=torch.int64, device="meta"),),
+        "unet": (latents, torch.zeros(rows, device="meta"), context),
+        "vae_decoder": (latents[:, : spec.autoencoder.embed_dim],),
+    }[component]
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_work_of_a_network_is_what_torch_counts(component, linear):
+    spec = replace(SMALL_SPEC, unet=replace(SMALL_SPEC.unet, linear_projection=linear))
+    network = build_network(component, spec)
+    images, rows = 2, 4
+    batch = {"text_encoder": rows // images, "unet": rows, "vae_decoder": images}[component]
+
+    work = flops.network_work(spec, 8, 12, images, rows)[component]
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(*inputs_of(component, batch, 8, 12, spec))
+    assert work.flops == counter.get_total_flops()
+    assert work.parameters == sum(each.numel() for each in network.parameters())
+
+
+def test_a_short_run_prints_a_table_and_one_line_of_json(bundle):
+    arguments = ("--bundle", bundle, "--repetitions", 2, "--steps", 3, "--size", "16x24")
+
+    done = run_latency(*arguments, "--batch", 2)
+
+    *lines, last = done.stdout.splitlines()
+    kept = json.loads(last)
+    steady = {each["name"]: each for each in kept["rows"] if each["settings"]["state"] == "steady"}
+    first = {each["name"]: each for each in kept["rows"] if each["settings"]["state"] == "first"}
+    assert lines[1].startswith("ceilings")
+    assert any("import + load + first image" in line for line in lines)
+    assert steady.keys() == {"load", "text_encoder", "unet", "vae_decoder", "image", "rest"}
+    assert first.keys() == steady.keys() | {"import", "cold_start"}
+    assert steady["unet"]["settings"].items() >= {"calls": 3, "unet_rows": 4, "width": 24}.items()
+    assert steady["image"]["peak_bytes"] > 10_000_000
+    for repetition in range(2):
+        parts = [steady["text_encoder"], *[steady["unet"]] * 3, steady["vae_decoder"]]
+        network = sum(part["seconds"][repetition] for part in parts)
+        rest = steady["rest"]["seconds"][repetition]
+        assert rest > 0
+        assert network + rest == pytest.approx(steady["image"]["seconds"][repetition], rel=1e-4)
+
+
+def test_json_alone_is_one_line(bundle):
+    done = run_latency("--bundle", bundle, "--repetitions", 1, "--json")
+
+    assert len(done.stdout.splitlines()) == 1
+    assert json.loads(done.stdout)["benchmark"] == "latency"
+
+
+def test_the_table_adds_the_parts_of_the_median_picture_up():
+    steady = {
+        "text_encoder": row(0.001, 0.002, 0.009),
+        "unet": row(0.020, 0.030, 0.040, settings={"calls": 2}),
+        "rest": row(0.003, 0.004, 0.005),
+        "image": row(0.044, 0.066, 0.094),
+        "load": row(1.0, 1.0, 1.0),
+    }
+
+    line = latency.summed(steady)
+
+    assert line == (
+        "66 ms = text_encoder 2 ms + 2 calls of unet 60 ms + sampler, tokenizer and Python 4 ms"
+    )
+
+
+def test_without_the_package_installed_the_error_says_how_to_install_it():
+    done = run_latency(python=("-S",), status=1)
+
+    assert done.stderr.startswith("error: the package 'ldm_runtime' is not installed; run `pip ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--bundle", "/nowhere"), 1, "/nowhere/manifest.json not found"),
+        (("--steps", "0"), 2, "must be at least 1"),
+        (("--size", "64x"), 1, "is not a multiple"),
+        (("--backend", "abacus"), 1, "unknown backend 'abacus'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(
+    arguments, status, message, bundle, capsys
+):
+    if "--bundle" not in arguments:
+        arguments = ("--bundle", str(bundle), *arguments)
+    arguments = [each.replace("64x", "63") for each in arguments]
+
+    try:
+        code = latency.main(arguments)
+    except SystemExit as error:
+        code = error.code
+
+    assert code == status
+    assert message in capsys.readouterr().err
+
+
+def test_a_process_that_loads_torch_is_no_measurement(bundle, monkeypatch):
+    subject = runs.open_subject(bundle, {})
+    loaded = Findings(first={}, steady={}, calls={}, peak_bytes=1, version="1", heavy=["torch"])
+    answer = json.dumps(vars(loaded))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, answer, "")
+    )
+
+    with pytest.raises(LdmError, match="loaded torch"):
+        list(runs.find(subject, ["onnxruntime"], 1))
+
+
+def test_a_failing_process_gives_its_reason(bundle):
+    subject = replace(runs.open_subject(bundle, {}), bundle=Path("/nowhere"))
+
+    with pytest.raises(LdmError, match=r"onnxruntime failed: /nowhere/manifest\.json not"):
+        list(runs.find(subject, ["onnxruntime"], 1))
+
+
+def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(bundle):
+    manifest = runs.open_subject(bundle, {}).manifest
+
+    with pytest.raises(BackendError, match="unknown backend"):
+        runs.runnable_backends(["onnxruntime", "abacus"], manifest)
+
+
+def test_the_cached_bundle_is_reused_while_the_checkpoint_is_absent(bundle, tmp_path):
+    assert runs.shapes_bundle(tmp_path / "absent.ckpt", bundle) == bundle
+
+
+def test_another_models_bundle_in_the_cache_is_left_alone(bundle, tmp_path):
+    checkpoint = tmp_path / "shapes.ckpt"
+    checkpoint.write_bytes(b"a checkpoint")
+
+    with pytest.raises(LdmError, match=r"was made from tiny, not from shapes\.ckpt"):
+        runs.shapes_bundle(checkpoint, bundle)
+
+
+def test_without_bundle_and_checkpoint_the_error_names_what_to_give(tmp_path):
+    with pytest.raises(LdmError, match="give --bundle"):
+        runs.shapes_bundle(tmp_path / "absent.ckpt", tmp_path / "engines")
+
+
+def test_the_stages_of_an_export_add_up_to_its_time():
+    arrivals = [
+        (2.0, "about 40 s to go"),
+        (2.5, "tokenizer      built in 0.1 s"),
+        (12.5, "unet           built in 9.9 s"),
+        (13.0, "reading something"),
+    ]
+
+    stages = export_full_size.stage_seconds(arrivals, 15.0)
+
+    assert stages["unet"] == 9.9
+    assert stages["start, read, hash"] == pytest.approx(2.4)
+    assert sum(stages.values()) == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_random_checkpoint_is_a_model_without_layers_at_zero(half, tmp_path):
+    model = export_full_size.tiny(export_full_size.stable_diffusion_1())
+    model = replace(model, text_encoder=replace(model.text_encoder, num_layers=1))
+    path = tmp_path / "random.ckpt"
+
+    export_full_size.write_checkpoint(path, model, half=half)
+
+    with open_checkpoint(path) as checkpoint:
+        detection = detect(checkpoint.tensors, config=None, overrides=Overrides())
+        late = checkpoint.tensors["model.diffusion_model.out.2.weight"]
+        assert detection.spec.family == "stable-diffusion-1"
+        assert late.dtype == ("float16" if half else "float32")
+        assert late.numpy().std() > 0.01
+        assert checkpoint.tensors["alphas_cumprod"].dtype == "float32"
+        names = detection.weights["vae_decoder"]
+        weights = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+        decoder = load_network("vae_decoder", detection.spec, weights)
+        image = decoder(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert 0.1 < image.std() < 3
