@@ -6,13 +6,14 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench clean distclean
+.PHONY: help demo test check bench gpu-report clean distclean
 
 help:
 	@echo "make demo       export the small model that comes along and draw out/demo.png"
 	@echo "make test       all tests, then the runtime's against the wheel, without torch"
 	@echo "make check      format, lint, types and spelling"
 	@echo "make bench      measure this machine"
+	@echo "make gpu-report run all that needs an NVIDIA GPU and write out/gpu-report.txt, to be sent"
 	@echo "make clean      remove caches and build outputs; distclean also the environments"
 
 demo: .venv/demo.stamp
@@ -30,6 +31,9 @@ check: .venv/test.stamp
 
 bench: .venv/demo.stamp
 	.venv/bin/python benchmarks/latency.py
+
+gpu-report: .venv/test.stamp
+	.venv/bin/python scripts/gpu_report.py
 
 clean:
 	rm -rf .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -195,6 +195,7 @@ def measure_export(checkpoint: Path, out: Path, weights_dtype: str) -> Measureme
         RuntimeError: It failed; its reason went to stderr.
     """
     command = ["-m", "ldm_export.cli", "--ckpt", str(checkpoint), "--out", str(out)]
+    command += ["--engines", "none"]
     command += ["--weights-dtype", weights_dtype]
     started = time.monotonic()
     process = subprocess.Popen(

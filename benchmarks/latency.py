@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
     height, width = args.size or (None, None)
     fields = {"height": height, "width": width, "num_inference_steps": args.steps}
     subject = open_subject(args.bundle, fields | {"num_images": args.batch})
-    backends, reasons = runnable_backends(args.backend or [], subject.manifest)
+    backends, reasons = runnable_backends(args.backend or [], subject)
     ceilings = measure_apart()
     if not args.json:
         print("\n".join(heading(subject, ceilings, reasons)), flush=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,31 +97,33 @@ def shapes_bundle(checkpoint: Path = CHECKPOINT, cache: Path = CACHE) -> Path:
         )
     print(f"exporting {checkpoint.name} to {cache}, once", file=sys.stderr)
     command = ["-m", "ldm_export.cli", "--ckpt", str(checkpoint), "--out", str(cache)]
+    command += ["--engines", "none"]
     if subprocess.run([sys.executable, *command], stdout=sys.stderr, cwd=ROOT).returncode:
         raise LdmError(f"exporting {checkpoint} failed; the reason is above")
     return cache
 
 
-def runnable_backends(names: Sequence[str], manifest: Manifest) -> tuple[list[str], list[str]]:
+def runnable_backends(names: Sequence[str], subject: Subject) -> tuple[list[str], list[str]]:
     """Return the backends to measure and, for those that cannot run here, the reasons.
 
     Args:
         names: Those that were asked for; none is every one that can run.
-        manifest: Of the bundle.
+        subject: What is measured.
 
     Raises:
         BackendError: One that was asked for cannot run, or there is none at all.
     """
+    choose = partial(choose_backend, manifest=subject.manifest, bundle=subject.bundle)
     if names:
-        return [choose_backend(name, manifest) for name in dict.fromkeys(names)], []
+        return [choose(name) for name in dict.fromkeys(names)], []
     able, reasons = [], []
     for name in BACKENDS:
         try:
-            able.append(choose_backend(name, manifest))
+            able.append(choose(name))
         except LdmError as error:
             reasons.append(f"{name}: {error}")
     if not able:
-        choose_backend("auto", manifest)  # raises, with every reason
+        choose("auto")  # raises, with every reason
     return able, reasons
 
 

@@ -6,21 +6,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ldm_export.families import Overrides
     from ldm_export.progress import Progress
+    from ldm_runtime.engine_recipes import EngineOptions
     from ldm_runtime.manifest import Manifest, WeightsDType
 
 __all__ = ["export"]
 
 
-def export(
+def export(  # noqa: PLR0913  (the flags of the command that are not facts)
     ckpt: str | Path,
     out: str | Path,
     *,
     config: str | Path | None = None,
     overrides: "Overrides | None" = None,
     weights_dtype: "WeightsDType" = "float16",
+    engines: "EngineOptions | None" = None,
     progress: "Progress | None" = None,
 ) -> "Manifest":
-    """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out …`.
+    """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out … --engines none`.
 
     Args:
         ckpt: A `.ckpt`, `.pt` or `.safetensors` file. It is never unpickled.
@@ -30,14 +32,17 @@ def export(
             `config.yaml` beside the checkpoint, if there is one.
         overrides: Facts the weights cannot tell, stated by hand.
         weights_dtype: How weights are stored: "float16" or "float32".
+        engines: Which TensorRT engines to build; None builds none.
         progress: Told when stages begin and end.
 
     Raises:
         LdmError: The checkpoint cannot be read, is unknown or does not fit, or the bundle cannot
             be written; see `ldm_export.errors`.
+        OSError: The system refused to read or write: the disk is full, say.
     """
     from ldm_export.bundle import ExportOptions, export_bundle  # torch is imported here
     from ldm_export.families import Overrides
+    from ldm_runtime.engine_recipes import EngineOptions
 
     options = ExportOptions(
         checkpoint=Path(ckpt),
@@ -45,5 +50,6 @@ def export(
         config=None if config is None else Path(config),
         overrides=overrides or Overrides(),
         weights_dtype=weights_dtype,
+        engines=engines or EngineOptions(builder="none"),
     )
     return export_bundle(options, progress=progress)

@@ -1,6 +1,5 @@
 """Runs the steps of an export: one checkpoint in, one bundle out, or nothing."""
 
-import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -8,33 +7,33 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
 
 from ldm_export.checkpoint import Checkpoint, LazyTensor, open_checkpoint
 from ldm_export.compvis_config import read_config
+from ldm_export.engine_stages import engine_stages, planned_engines
+from ldm_export.errors import CheckpointError, ExportError
 from ldm_export.families import Detection, Overrides, detect
 from ldm_export.golden import golden_requests, write_golden
+from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import load_network
-from ldm_export.onnx_export import (
-    WEIGHTS_FILE,
-    Sample,
-    measure,
-    round_stored,
-    sample_inputs,
-    write_graphs,
-)
+from ldm_export.onnx_export import WEIGHTS_FILE, round_stored, sample_inputs, write_graphs
+from ldm_export.parity import Sample, measure
 from ldm_export.plan import Plan, make_plan
 from ldm_export.precision import FP32_ISLANDS
 from ldm_export.progress import Progress, Silent
 from ldm_export.reference import TorchEngine
-from ldm_export.workspace import Stage, Workspace
+from ldm_export.workspace import Stage, StageRecord, Workspace
 from ldm_runtime.backends import Tensors
 from ldm_runtime.components import COMPONENTS
+from ldm_runtime.engine_recipes import EngineOptions, Toolchain, choose_toolchain
+from ldm_runtime.engines import ENGINES_FOLDER
 from ldm_runtime.manifest import (
     SCHEMA_VERSION,
     BuildRecord,
@@ -53,6 +52,7 @@ TOKENIZER_FILE = f"tokenizer/{VOCABULARY.name}"
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
 _RECIPE = 1
+_SAMPLING_FACTS = ("defaults", "prediction_type")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -67,6 +67,7 @@ class ExportOptions:
             checkpoint if there is one.
         overrides: Facts the user states.
         weights_dtype: How weights are stored.
+        engines: Which TensorRT engines to build; none by default.
     """
 
     checkpoint: Path
@@ -74,6 +75,14 @@ class ExportOptions:
     config: Path | None = None
     overrides: Overrides = field(default_factory=Overrides)
     weights_dtype: WeightsDType = "float16"
+    engines: EngineOptions = field(default_factory=lambda: EngineOptions(builder="none"))
+
+    def __post_init__(self) -> None:
+        if self.weights_dtype not in get_args(WeightsDType):
+            raise ExportError(
+                f"weights_dtype is {self.weights_dtype!r}; use "
+                f"{' or '.join(map(repr, get_args(WeightsDType)))}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,7 @@ class _Source:
     checkpoint: Checkpoint
     detection: Detection
     sha256: str
+    toolchain: Toolchain | None
 
     @property
     def spec(self) -> ModelSpec:
@@ -97,10 +107,16 @@ class _Source:
         return sum(int(np.prod(each.shape)) for each in self.weights(component).values())
 
     def key(self, stage: str) -> str:
-        """Return the hash of everything a stage is made from."""
+        """Return the hash of everything a stage is made from.
+
+        Networks do not depend on how they are sampled: another default size does not rebuild them.
+        """
         spec = msgspec.to_builtins(self.spec)
-        spec.pop("assumptions")
+        for name in ("assumptions", *(_SAMPLING_FACTS if stage in COMPONENTS else ())):
+            del spec[name]
+        requests = [asdict(each) for each in _requests(self)] if stage == "golden" else []
         facts = [_RECIPE, stage, self.sha256, spec, self.options.weights_dtype, _versions()]
+        facts += requests
         return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
 
@@ -125,22 +141,24 @@ def export_bundle(
         UnknownModelError: It is of no known family.
         WeightsError: Weights are missing or left over.
         ExportError: A graph is wrong, or the bundle cannot go where it should.
+        EngineBuildError: An engine cannot be built as it was asked for.
     """
     started = time.monotonic()
     workspace = Workspace(options.out, on_write)
     with open_checkpoint(options.checkpoint) as checkpoint:
         source = _open_source(options, checkpoint)
         with workspace.locked():
-            components = _run_stages(source, workspace, progress or Silent())
+            records = _run_stages(source, workspace, progress or Silent())
+            _check_unchanged(source)
             manifest = Manifest(
                 schema_version=SCHEMA_VERSION,
                 spec=source.spec,
                 weights_dtype=options.weights_dtype,
-                components=components,
+                components=tuple(each.component for each in records if each.component),
                 tokenizer_file=TOKENIZER_FILE,
                 golden=_golden_folders(source),
                 golden_key=source.key("golden"),
-                engines=(),
+                engines=_engine_paths(records),
                 files=workspace.files,
                 build=BuildRecord(
                     checkpoint=options.checkpoint.name,
@@ -167,24 +185,44 @@ def plan_export(options: ExportOptions) -> Plan:
         return _plan(_open_source(options, checkpoint, hashed=False))
 
 
-def _run_stages(
-    source: _Source, workspace: Workspace, progress: Progress
-) -> tuple[ComponentRecord, ...]:
+def _run_stages(source: _Source, workspace: Workspace, progress: Progress) -> list[StageRecord]:
     stages = _stages(source)
-    estimates = _plan(source).stage_seconds
-    progress.plan(
-        {
-            stage.name: 0.0 if workspace.can_reuse(stage) else estimates[stage.name]
-            for stage in stages
-        }
+    found = [record for stage in stages if (record := workspace.find(stage))]
+    known = [*stages, *_engine_stages(source, found, progress)]
+    seconds = dict(_plan(source).stage_seconds)
+    seconds |= {stage.name: 0.0 for stage in known if workspace.can_reuse(stage)}
+    progress.plan(seconds)
+    records = [_run_stage(stage, workspace, progress) for stage in stages]
+    engines = _engine_stages(source, records, progress)
+    return records + [_run_stage(stage, workspace, progress) for stage in engines]
+
+
+def _run_stage(stage: Stage, workspace: Workspace, progress: Progress) -> StageRecord:
+    progress.begin(stage.name)
+    record, outcome = workspace.run(stage)
+    give_back_memory()
+    progress.end(stage.name, outcome)
+    return record
+
+
+def _engine_stages(source: _Source, records: list[StageRecord], progress: Progress) -> list[Stage]:
+    if source.toolchain is None:
+        return []
+    sizes = source.options.engines.sizes
+    return engine_stages(source.toolchain, sizes, source.spec, records, progress)
+
+
+def _engine_paths(records: list[StageRecord]) -> tuple[str, ...]:
+    paths = (file.path for record in records for file in record.files)
+    return tuple(
+        path for path in paths if path.startswith(f"{ENGINES_FOLDER}/") and path.endswith(".json")
     )
-    records = []
-    for stage in stages:
-        progress.begin(stage.name)
-        record, outcome = workspace.run(stage)
-        progress.end(stage.name, outcome)
-        records.append(record)
-    return tuple(record.component for record in records if record.component)
+
+
+def _check_unchanged(source: _Source) -> None:
+    path = source.options.checkpoint
+    if sha256_of(path) != source.sha256:  # free, unless somebody wrote to the file
+        raise CheckpointError(path, "changed while it was being exported; export it again")
 
 
 def _plan(source: _Source) -> Plan:
@@ -192,22 +230,33 @@ def _plan(source: _Source) -> Plan:
         source.spec,
         {name: source.parameters(name) for name in COMPONENTS},
         source.options.weights_dtype,
+        _planned_engines(source),
     )
 
 
-def _open_source(
-    options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True
-) -> _Source:
+def _planned_engines(source: _Source) -> dict[str, str]:
+    if source.toolchain is None:
+        return {}
+    return planned_engines(source.toolchain, source.options.engines.sizes, source.spec)
+
+
+def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> _Source:
     path = options.config or _config_beside(options.checkpoint)
     if path and not options.config:
         _LOGGER.info("reading %s, which lies beside the checkpoint", path)
     config = read_config(path) if path else None
-    return _Source(
+    toolchain = choose_toolchain(options.engines)
+    if isinstance(toolchain, str) and options.engines.builder == "auto":
+        _LOGGER.warning("%s", toolchain)
+    source = _Source(
         options=options,
         checkpoint=checkpoint,
         detection=detect(checkpoint.tensors, config=config, overrides=options.overrides),
         sha256=sha256_of(options.checkpoint) if hashed else "",
+        toolchain=None if isinstance(toolchain, str) else toolchain,
     )
+    _planned_engines(source)  # complains of impossible sizes before anything is built
+    return source
 
 
 def _config_beside(checkpoint: Path) -> Path | None:
@@ -276,7 +325,7 @@ def _build_component(source: _Source, name: str, folder: Path) -> ComponentRecor
     stored = [engine.run(arrays) for _, arrays in inputs] if changed else expected
     graphs = write_graphs(name, network, source.spec, place, source.options.weights_dtype)
     del network, engine
-    gc.collect()  # torch's copy of the weights goes before ONNX Runtime makes its own
+    give_back_memory()  # torch's copy of the weights goes before ONNX Runtime reads its own
     samples = [
         Sample(batch=b, height=h, width=w, inputs=arrays, expected=wanted, stored=rounded)
         for ((b, h, w), arrays), wanted, rounded in zip(inputs, expected, stored, strict=True)
@@ -295,12 +344,11 @@ def _build_component(source: _Source, name: str, folder: Path) -> ComponentRecor
     )
 
 
-def _write_golden_component(
-    path: Path, inputs: Tensors, outputs: Tensors
-) -> None:
+def _write_golden_component(path: Path, inputs: Tensors, outputs: Tensors) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"in.{name}": array for name, array in inputs.items()}
-    np.savez(path, **arrays, **{f"out.{name}": array for name, array in outputs.items()})
+    arrays |= {f"out.{name}": array for name, array in outputs.items()}
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def _versions() -> dict[str, str]:

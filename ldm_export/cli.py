@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from ldm_runtime.cli_engines import add_engine_arguments, engine_options
 from ldm_runtime.errors import LdmError
 
 
@@ -27,6 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
         default="fp16",
         help="how weights are stored (default: %(default)s)",
     )
+    parser.add_argument(
+        "--engines",
+        choices=("auto", "none", "tensorrt", "tensorrt-rtx"),
+        default="auto",
+        help="what builds engines for NVIDIA GPUs (default: TensorRT if it and a GPU are here, "
+        "else TensorRT-RTX if it is installed, else nothing)",
+    )
+    add_engine_arguments(parser)
     facts = parser.add_argument_group("facts that the weights cannot tell")
     facts.add_argument(
         "--config", type=Path, help="CompVis yaml (default: <ckpt>.yaml or config.yaml beside it)"
@@ -62,12 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ModuleNotFoundError as error:
-        print(
-            f"error: exporting needs the package {error.name!r}; "
-            "install it with `pip install ldm-deploy[export]`",
-            file=sys.stderr,
-        )
+    except ImportError as error:
+        print(f"error: {_missing(error)}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
@@ -78,7 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _missing(error: ImportError) -> str:
+    install = "install what exporting needs with `pip install 'ldm-deploy[export]'`"
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name!r} is not installed; {install}"
+    return f"the package {error.name!r} does not load ({error}); {install}"
+
+
 def _export(args: argparse.Namespace) -> None:
+    from ldm_export.checkpoint import open_checkpoint
+
+    with open_checkpoint(args.ckpt):  # a file that cannot be read is reported before torch loads
+        pass
     from ldm_export.bundle import ExportOptions, export_bundle, plan_export
     from ldm_export.families import Overrides
     from ldm_export.progress import Bar, Lines
@@ -97,6 +113,7 @@ def _export(args: argparse.Namespace) -> None:
             width=args.width,
         ),
         weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
+        engines=engine_options(args, args.engines),
     )
     if args.plan:
         print(plan_export(options).describe())

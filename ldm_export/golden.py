@@ -42,6 +42,8 @@ _MAX_PIXELS = 256  # a side: golden outputs show that a bundle works, not how go
 _MANY_PARAMETERS = 100_000_000
 _STEPS, _FEW_STEPS = 20, 4
 
+Array = npt.NDArray[np.float32]
+
 #: Opens a component in torch, float32, with the checkpoint's own weights.
 OpenReference = Callable[[str], Runner]
 
@@ -85,15 +87,8 @@ def write_golden(
     Returns:
         The folders, relative to the bundle.
     """
-    tokenizer = open_tokenizer(tokenizer_file, spec)
-    engine = open_reference("text_encoder")
-    with _quiet_cuts():
-        contexts = [encode_prompts(engine, tokenizer, request, spec) for request in requests]
-    engine = open_reference("unet")
-    latents = [
-        _draw(engine, context, request, spec)
-        for context, request in zip(contexts, requests, strict=True)
-    ]
+    contexts = _encode(open_reference, requests, spec, tokenizer_file)
+    latents = _sample(open_reference, requests, spec, contexts)
     engine = open_reference("vae_decoder")
     names = tuple(f"golden/{index}" for index in range(len(requests)))
     for index, name in enumerate(names):
@@ -108,12 +103,35 @@ def write_golden(
     return names
 
 
-def _draw(
-    engine: Runner,
-    context: npt.NDArray[np.float32],
-    request: GenerationRequest,
+# A network is a local variable of a function of its own, so that it is gone before the next comes.
+
+
+def _encode(
+    open_reference: OpenReference,
+    requests: Sequence[GenerationRequest],
     spec: ModelSpec,
-) -> npt.NDArray[np.float32]:
+    tokenizer_file: Path,
+) -> list[Array]:
+    tokenizer = open_tokenizer(tokenizer_file, spec)
+    engine = open_reference("text_encoder")
+    with _quiet_cuts():
+        return [encode_prompts(engine, tokenizer, request, spec) for request in requests]
+
+
+def _sample(
+    open_reference: OpenReference,
+    requests: Sequence[GenerationRequest],
+    spec: ModelSpec,
+    contexts: Sequence[Array],
+) -> list[Array]:
+    engine = open_reference("unet")
+    return [
+        _draw(engine, context, request, spec)
+        for context, request in zip(contexts, requests, strict=True)
+    ]
+
+
+def _draw(engine: Runner, context: Array, request: GenerationRequest, spec: ModelSpec) -> Array:
     rows = []
     for images in batches(request.num_images, 1):
         *_, last = sample_latents(engine, context, request, spec, images)

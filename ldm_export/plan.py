@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ldm_runtime.manifest import ModelSpec, WeightsDType
 
@@ -10,7 +11,9 @@ from ldm_runtime.manifest import ModelSpec, WeightsDType
 _TRACE_SECONDS = {"text_encoder": 5.0, "unet": 18.0, "vae_decoder": 5.0, "vae_encoder": 4.0}
 _SECONDS_PER_PARAMETER = 90e-9
 _GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
-_BASE_BYTES, _BYTES_PER_PARAMETER = 900_000_000, 7.5
+_BASE_BYTES, _BYTES_PER_PARAMETER = 700_000_000, 5.7
+# Measured with TensorRT-RTX (benchmarks/engines_full_size.py); TensorRT takes minutes more.
+_ENGINE_SECONDS, _ENGINE_SECONDS_PER_PARAMETER = 3.0, 20e-9
 _GRAPH_BYTES = 1_500_000
 
 
@@ -40,6 +43,11 @@ class Plan:
             for name, count in self.parameters.items()
         ]
         lines += [
+            f"{stage:<17} about {seconds:.0f} s"
+            for stage, seconds in self.stage_seconds.items()
+            if stage.endswith("engine") or " engine " in stage
+        ]
+        lines += [
             f"bundle            about {self.bundle_bytes / 1e6:,.0f} MB",
             f"memory            about {self.peak_bytes / 1e9:.1f} GB",
             f"time              about {sum(self.stage_seconds.values()):.0f} s on two cores",
@@ -51,13 +59,19 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(spec: ModelSpec, parameters: Mapping[str, int], dtype: WeightsDType) -> Plan:
+def make_plan(
+    spec: ModelSpec,
+    parameters: Mapping[str, int],
+    dtype: WeightsDType,
+    engines: Mapping[str, str] = MappingProxyType({}),
+) -> Plan:
     """Return the estimates for a checkpoint.
 
     Args:
         spec: What the checkpoint is.
         parameters: Number of weights of each component.
         dtype: How weights are stored.
+        engines: The component of every engine to build, by the name of its stage.
     """
     width = 2 if dtype == "float16" else 4
     seconds = {"tokenizer": 0.1}
@@ -65,10 +79,13 @@ def make_plan(spec: ModelSpec, parameters: Mapping[str, int], dtype: WeightsDTyp
         seconds[name] = _TRACE_SECONDS.get(name, 5.0) + _SECONDS_PER_PARAMETER * count
     total = sum(parameters.values())
     seconds["golden"] = _GOLDEN_SECONDS + _GOLDEN_SECONDS_PER_PARAMETER * total
+    for stage, name in engines.items():
+        seconds[stage] = _ENGINE_SECONDS + _ENGINE_SECONDS_PER_PARAMETER * parameters[name]
+    engine_bytes = sum(2 * parameters[name] for name in engines.values())
     return Plan(
         spec=spec,
         parameters=dict(parameters),
         stage_seconds=seconds,
-        bundle_bytes=width * total + _GRAPH_BYTES * len(parameters),
+        bundle_bytes=width * total + _GRAPH_BYTES * len(parameters) + engine_bytes,
         peak_bytes=_BASE_BYTES + int(_BYTES_PER_PARAMETER * max(parameters.values())),
     )

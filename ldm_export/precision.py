@@ -24,7 +24,7 @@ _PERIODIC = frozenset({"Sin", "Cos"})
 FP32_ISLANDS = ("timestep features", *sorted(NORMALISATIONS))
 
 
-def all_fp32(graph: ir.Graph) -> NodePrecision:  # noqa: ARG001  (same signature as fp16)
+def all_fp32(graph: ir.Graph) -> NodePrecision:
     """Return the plan of the CPU engine's graph: everything in fp32."""
     return lambda _: ir.DataType.FLOAT
 

@@ -21,6 +21,10 @@ class Progress(Protocol):
         """A stage starts."""
         ...
 
+    def advance(self, fraction: float) -> None:
+        """The running stage is as far as `fraction` of the whole; called from any thread."""
+        ...
+
     def end(self, stage: str, outcome: str) -> None:
         """A stage is done; `outcome` is "built" or "reused"."""
         ...
@@ -33,6 +37,9 @@ class Silent:
         """Ignore it."""
 
     def begin(self, stage: str) -> None:
+        """Ignore it."""
+
+    def advance(self, fraction: float) -> None:
         """Ignore it."""
 
     def end(self, stage: str, outcome: str) -> None:
@@ -54,6 +61,9 @@ class Lines:
         """Start the stage's clock."""
         self._started = time.monotonic()
 
+    def advance(self, fraction: float) -> None:
+        """Wait for the end."""
+
     def end(self, stage: str, outcome: str) -> None:
         """Print the stage and its time."""
         seconds = time.monotonic() - self._started
@@ -66,7 +76,9 @@ class Bar:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._seconds: dict[str, float] = {}
+        self._left: dict[str, float] = {}
         self._stage, self._stage_started = "", time.monotonic()
+        self._fraction: float | None = None
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
@@ -79,8 +91,14 @@ class Bar:
         """Show the stage."""
         with self._lock:
             self._stage, self._stage_started = stage, time.monotonic()
+            self._fraction = None
 
-    def end(self, stage: str, outcome: str) -> None:  # noqa: ARG002  (the bar shows no outcomes)
+    def advance(self, fraction: float) -> None:
+        """Show what the stage says of itself, beside the time left."""
+        with self._lock:
+            self._fraction = fraction
+
+    def end(self, stage: str, outcome: str) -> None:
         """Count the stage as done."""
         with self._lock:
             self._left[stage] = 0.0
@@ -106,15 +124,16 @@ class Bar:
                 print(f"\r\x1b[K{self._line()}", end="", file=self._stream, flush=True)
 
     def _line(self) -> str:
-        total = sum(self._seconds.values())
-        if not total:
+        if not self._seconds:
             return "reading the checkpoint"
+        total = sum(self._seconds.values()) or 1.0  # 0 if everything is reused
         elapsed = time.monotonic() - self._stage_started if self._stage else 0.0
         left = sum(self._left.values())
         left -= min(elapsed, 0.95 * self._left.get(self._stage, 0.0))
         done = round(_BAR_WIDTH * (1 - left / total))
         bar = "#" * done + "." * (_BAR_WIDTH - done)
-        return f"[{bar}] {self._stage} (about {_clock(left)} left)"
+        own = "" if self._fraction is None else f", at {self._fraction:.0%}"
+        return f"[{bar}] {self._stage}{own} (about {_clock(left)} left)"
 
 
 def _clock(seconds: float) -> str:

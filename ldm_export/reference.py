@@ -3,7 +3,6 @@
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,7 +26,8 @@ class TorchEngine:
 
     def run(self, inputs: Tensors) -> Tensors:
         """Run once; see `ldm_runtime.backends.Runner`."""
-        arguments = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self._inputs]
+        # A copy, because torch warns of arrays that it might write to but must not.
+        arguments = [torch.tensor(inputs[name]) for name in self._inputs]
         with torch.inference_mode():
             output: torch.Tensor = self.network(*arguments)
         return {self._output: output.numpy()}

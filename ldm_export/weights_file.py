@@ -4,8 +4,9 @@ Tensors lie one after another, each at a multiple of 4096 bytes, so that a runti
 file and any of its pages straight into memory.
 """
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -13,39 +14,46 @@ import onnx_ir as ir
 from ldm_runtime.manifest import WeightsDType
 
 ALIGNMENT = 4096
-#: Tensors up to this many bytes stay inside the graphs.
+#: Weights up to this many bytes stay inside the graphs.
 INLINE_BYTES = 256
 
-_DTYPES = {
-    "float16": (np.dtype(np.float16), ir.DataType.FLOAT16),
-    "float32": (np.dtype(np.float32), ir.DataType.FLOAT),
+_DTYPES: Mapping[WeightsDType, tuple[np.dtype[Any], ir.DataType]] = {
+    "float16": (np.dtype("<f2"), ir.DataType.FLOAT16),
+    "float32": (np.dtype("<f4"), ir.DataType.FLOAT),
 }
 
 
-def store_weights(model: ir.Model, path: Path, dtype: WeightsDType) -> None:
-    """Write the floating initializers of `model` to `path` and make the model refer to them.
+def store_weights(
+    model: ir.Model, path: Path, dtype: WeightsDType, weights: Collection[str]
+) -> None:
+    """Write the weights of `model` to `path` and make the model refer to them.
+
+    Constants that are no weights, such as the frequencies of timestep features, stay inside the
+    graphs in float32: rounding them would cost accuracy and save nothing.
 
     Args:
-        model: Changed in place: its large floating initializers become external, of type `dtype`.
-            The nodes that use them are not adapted, see `onnx_passes.AssignPrecision`.
+        model: Changed in place: its large weights become external, of type `dtype`. The nodes that
+            use them are not adapted, see `onnx_passes.AssignPrecision`.
         path: The file to write. The model refers to it by its bare name.
         dtype: What to store.
+        weights: Names of the initializers that are weights, in float32.
     """
     array_dtype, ir_dtype = _DTYPES[dtype]
     with path.open("wb") as file:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None  # an initializer has a value
-            if tensor.dtype != ir.DataType.FLOAT or tensor.nbytes <= INLINE_BYTES:
+            if name not in weights or tensor.nbytes <= INLINE_BYTES:
                 continue
             offset = _align(file)
-            length = file.write(np.ascontiguousarray(tensor.numpy(), dtype=array_dtype))
+            array = np.ascontiguousarray(tensor.numpy(), dtype=array_dtype)
+            length = file.write(array.data)
             value.const_value = ir.ExternalTensor(
                 path.name,
                 offset,
                 length,
                 ir_dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(array.shape),
                 name=name,
                 base_dir=path.parent,
             )

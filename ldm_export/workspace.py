@@ -1,26 +1,31 @@
 """Where a bundle is put together, so that no crash leaves a broken one.
 
-Work goes on in a sibling of the bundle, `<out>.partial`. Each stage (a component, the golden
-outputs, …) writes its files, syncs them and then its record; a later export takes over every stage
-whose record is equal, from the partial folder or from the bundle that is about to be replaced.
-When all is there the manifest is written and the two folders change places in one step.
+Work goes on in a sibling of the bundle, `<out>.partial`, which holds
+
+* `stages/`  the records of finished stages; by this folder the whole is recognised,
+* `bundle/`  the bundle to be; once it is published, the one it replaced,
+* `old/`     the replaced bundle, where the system cannot exchange two folders in one step.
+
+Each stage (a component, the golden outputs, …) writes its files, syncs them and then its record; a
+later export takes over every stage whose record is equal, from the partial folder or from the
+bundle that is about to be replaced. When all is there the manifest is written and the two bundles
+change places.
 """
 
-import ctypes
-import errno
-import fcntl
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import msgspec
 
+from ldm_export.durable import exchange_folders, lock_folder, sync, sync_folders, write_file
 from ldm_export.errors import ExportError
+from ldm_runtime.engine_store import engine_stage
+from ldm_runtime.engines import ENGINES_FOLDER, engine_key, load_engine_records
 from ldm_runtime.errors import BundleError, ManifestError
 from ldm_runtime.manifest import (
     MANIFEST_NAME,
@@ -33,8 +38,7 @@ from ldm_runtime.manifest import (
     sha256_of,
 )
 
-_RECORDS = ".stages"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_STAGES, _BUNDLE, _OLD = "stages", "bundle", "old"
 
 #: What became of a stage.
 Outcome = Literal["built", "reused"]
@@ -73,22 +77,23 @@ class Stage:
 
 
 def check_destination(out: Path) -> None:
-    """Refuse to export over anything that is not a bundle.
+    """Refuse to export over anything that is not a bundle, or not only a bundle.
 
     Raises:
-        ExportError: `out` is a file, or a folder with something else in it.
+        ExportError: `out` is a file, a mount point, or a folder with something else in it; or the
+            place for the partial bundle is taken.
     """
+    out = out.resolve()
     if out.exists() and not out.is_dir():
         raise ExportError(f"{out} is a file; give --out the name of a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise ExportError(
-            f"{out} exists and is not a bundle (it has no {MANIFEST_NAME}), so it is left alone; "
-            "give --out another folder"
-        )
+    if os.path.ismount(out):
+        raise ExportError(f"{out} is a mount point, which cannot be replaced; add a folder's name")
+    if out.is_dir() and any(out.iterdir()):
+        _check_bundle(out)
     partial = _partial(out)
     if partial.exists() and not partial.is_dir():
         raise ExportError(f"{partial} is a file, but the export needs a folder there; move it")
-    if partial.is_dir() and any(partial.iterdir()) and not (partial / _RECORDS).is_dir():
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / _STAGES).is_dir():
         raise ExportError(
             f"{partial} exists and is not an interrupted export; move it or give another --out"
         )
@@ -100,53 +105,65 @@ class Workspace:
     Args:
         out: The bundle's final place.
         on_write: Called with a label before every change on disk; tests interrupt here.
+        exchange: Lets two folders change places, or returns False if the system cannot.
     """
 
-    def __init__(self, out: Path, on_write: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        on_write: Callable[[str], None] = lambda _: None,
+        exchange: Callable[[Path, Path], bool] = exchange_folders,
+    ) -> None:
         check_destination(out)
-        self.out, self.folder, self._on_write = out, _partial(out), on_write
-        self._previous = _published_stages(out)
+        self.out = out.resolve()
+        self._partial = _partial(self.out)
+        self._folder = self._partial / _BUNDLE
+        self._on_write, self._exchange = on_write, exchange
+        self._previous: dict[str, StageRecord] = {}
         self._finished: dict[str, StageRecord] = {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and keep others out of it.
+        """Create the partial folder and keep others out of it.
 
         Raises:
             ExportError: Another export to the same place is running.
         """
-        (self.folder / _RECORDS).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder, os.O_RDONLY)
+        self._on_write("lock")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
+            lock = lock_folder(self._partial)
+        except BlockingIOError:
             raise ExportError(f"another export to {self.out} is running; wait for it") from None
         try:
+            self._prepare()
             yield
         finally:
-            os.close(descriptor)
+            os.close(lock)
+
+    def find(self, stage: Stage) -> StageRecord | None:
+        """Return the record of a stage that is already there, unchanged, or None."""
+        return self._saved(stage) or self._published(stage)
 
     def can_reuse(self, stage: Stage) -> bool:
         """Tell whether a stage is already there, unchanged."""
-        return self._saved(stage) is not None or self._published(stage) is not None
+        return self.find(stage) is not None
 
     def run(self, stage: Stage) -> tuple[StageRecord, Outcome]:
         """Take a stage over if its record and files are what they should be, or build it."""
-        saved, outcome = self._saved(stage), "reused"
-        if saved is None:
+        outcome: Outcome = "reused"
+        record = self._saved(stage)
+        if record is None:
             self._clear(stage)
-            published = self._published(stage)
-            if published is not None:
-                self._link(published.files)
-                saved = published
+            record = self._published(stage)
+            if record is not None:
+                self._link(record.files)
             else:
                 self._on_write(f"build {stage.name}")
-                saved, outcome = self._build(stage), "built"
+                record, outcome = self._build(stage), "built"
             self._on_write(f"record {stage.name}")
-            _write(self._record_path(stage), msgspec.json.encode(saved))
-        self._finished[stage.name] = saved
-        return saved, "built" if outcome == "built" else "reused"
+            write_file(self._record_path(stage), msgspec.json.encode(record))
+        self._finished[stage.name] = record
+        return record, outcome
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
@@ -154,34 +171,62 @@ class Workspace:
         return tuple(file for record in self._finished.values() for file in record.files)
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the manifest and put the bundle in its place, in one step."""
-        wanted = {record.path for record in manifest.files}
-        for path in _files(self.folder):
-            relative = path.relative_to(self.folder)
-            if relative.parts[0] != _RECORDS and relative.as_posix() not in wanted:
-                self._on_write(f"remove {relative}")
-                path.unlink()
+        """Write the manifest, put the bundle in its place, and remove what it replaces."""
+        self._remove_strays({record.path for record in manifest.files})
         self._on_write("manifest")
-        _write(self.folder / MANIFEST_NAME, encode_manifest(manifest))
-        check_destination(self.out)
+        write_file(self._folder / MANIFEST_NAME, encode_manifest(manifest))
+        check_destination(self.out)  # an export takes minutes, in which anything may have happened
+        self._swap()
+        sync(self.out.parent)
+        for leftover in (_BUNDLE, _OLD, _STAGES):  # without stages/ it would not be recognised
+            if (self._partial / leftover).exists():
+                self._on_write(f"remove {leftover}")
+                shutil.rmtree(self._partial / leftover)
+        self._on_write("remove partial")
+        self._partial.rmdir()
+
+    def _prepare(self) -> None:
+        self._on_write("prepare")
+        (self._partial / _STAGES).mkdir(exist_ok=True)
+        old = self._partial / _OLD
+        if old.exists() and not self.out.exists():  # interrupted between the renames of _swap
+            self._on_write("restore")
+            old.rename(self.out)
+        self._folder.mkdir(exist_ok=True)
+        (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
+        self._previous = _published_stages(self.out)
+
+    def _swap(self) -> None:
         self._on_write("swap")
-        _swap(self.folder, self.out)
-        _sync(self.out.parent)
-        self._on_write("tidy")
-        shutil.rmtree(self.out / _RECORDS)
-        self._on_write("remove old")
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        if not self.out.exists():
+            self._folder.rename(self.out)
+        elif not self._exchange(self._folder, self.out):
+            old = self._partial / _OLD
+            if old.exists():
+                shutil.rmtree(old)
+            self.out.rename(old)
+            self._on_write("replace")
+            self._folder.rename(self.out)
+
+    def _remove_strays(self, wanted: set[str]) -> None:
+        """Remove what an earlier, interrupted export of something else left behind."""
+        for folder, _, names in os.walk(self._folder, topdown=False):
+            for path in (Path(folder, name) for name in names):
+                if path.relative_to(self._folder).as_posix() not in wanted:
+                    self._on_write(f"remove {path.relative_to(self._folder)}")
+                    path.unlink()
+            if not any(Path(folder).iterdir()) and Path(folder) != self._folder:
+                Path(folder).rmdir()
 
     def _record_path(self, stage: Stage) -> Path:
-        return self.folder / _RECORDS / f"{stage.name}.json"
+        return self._partial / _STAGES / f"{stage.name}.json"
 
     def _saved(self, stage: Stage) -> StageRecord | None:
         try:
             record = msgspec.json.decode(self._record_path(stage).read_bytes(), type=StageRecord)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return None
-        return record if _is_intact(self.folder, record, stage.key) else None
+        return record if _is_intact(self._folder, record, stage.key) else None
 
     def _published(self, stage: Stage) -> StageRecord | None:
         record = self._previous.get(stage.name)
@@ -190,49 +235,79 @@ class Workspace:
     def _clear(self, stage: Stage) -> None:
         self._on_write(f"clear {stage.name}")
         self._record_path(stage).unlink(missing_ok=True)
-        for path in (self.folder / name for name in stage.paths):
+        for path in (self._folder / name for name in stage.paths):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
-    def _link(self, files: Iterable[FileRecord]) -> None:
-        for file in files:
+    def _link(self, files: Sequence[FileRecord]) -> None:
+        targets = [self._folder / file.path for file in files]
+        for file, target in zip(files, targets, strict=True):
             self._on_write(f"link {file.path}")
-            target = self.folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(self.out / file.path, target)
             except OSError:  # a file system without hard links
                 shutil.copy2(self.out / file.path, target)
+                sync(target)
+        sync_folders(targets, self._folder)
 
     def _build(self, stage: Stage) -> StageRecord:
-        component = stage.build(self.folder)
-        paths = sorted(
-            path
-            for name in stage.paths
-            for path in (_files(self.folder / name) if (self.folder / name).is_dir() else
-                         [self.folder / name])
-        )
+        component = stage.build(self._folder)
+        paths = [path for name in stage.paths for path in _files(self._folder / name)]
         for path in paths:
-            self._on_write(f"sync {path.relative_to(self.folder)}")
-            _sync(path)
-        return StageRecord(
-            key=stage.key,
-            files=tuple(
-                FileRecord(
-                    path=path.relative_to(self.folder).as_posix(),
-                    sha256=sha256_of(path),
-                    size_bytes=path.stat().st_size,
-                )
-                for path in paths
-            ),
-            component=component,
+            self._on_write(f"sync {path.relative_to(self._folder)}")
+            sync(path)
+        sync_folders(paths, self._folder)
+        files = tuple(
+            FileRecord(
+                path=path.relative_to(self._folder).as_posix(),
+                sha256=sha256_of(path),
+                size_bytes=path.stat().st_size,
+            )
+            for path in paths
         )
+        return StageRecord(key=stage.key, files=files, component=component)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ListedFile:
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Listing:
+    """As much of a manifest as every version of it has."""
+
+    schema_version: int
+    files: tuple[_ListedFile, ...]
 
 
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
+
+
+def _check_bundle(folder: Path) -> None:
+    """Raise unless `folder` is a bundle, of any version, and holds no file besides."""
+    try:
+        listing = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_Listing)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        raise ExportError(
+            f"{folder} exists and is not a bundle (it has no {MANIFEST_NAME} of one), so it is "
+            "left alone; give --out another folder"
+        ) from None
+    known = {MANIFEST_NAME, *(file.path for file in listing.files)}
+    found = (path.relative_to(folder).as_posix() for path in _files(folder))
+    # Beside engines lie what runtimes remember of them and what interrupted builds left.
+    foreign = sorted(
+        path for path in set(found) - known if not path.startswith(f"{ENGINES_FOLDER}/")
+    )
+    if foreign:
+        raise ExportError(
+            f"{folder} holds files that are not of its bundle and would be lost "
+            f"({', '.join(foreign[:3])}); move them or give --out another folder"
+        )
 
 
 def _published_stages(out: Path) -> dict[str, StageRecord]:
@@ -241,27 +316,38 @@ def _published_stages(out: Path) -> dict[str, StageRecord]:
         manifest = load_manifest(out)
     except ManifestError:
         return {}
-    files = {record.path: record for record in manifest.files}
-    stages = {}
-    for component in manifest.components:
-        golden = f"golden/components/{component.name}.npz"
-        own = tuple(f for path, f in files.items() if path.startswith(f"{component.name}/"))
-        stages[component.name] = StageRecord(
-            key=component.key,
-            files=(*own, *(files[path] for path in [golden] if path in files)),
-            component=component,
+    files = {
+        each.path: each for each in manifest.files if ".." not in PurePosixPath(each.path).parts
+    }
+    stages = {
+        each.name: StageRecord(
+            key=each.key,
+            files=_listed(files, (f"{each.name}/", f"golden/components/{each.name}.npz")),
+            component=each,
         )
-    golden_files = tuple(
-        record
-        for path, record in files.items()
-        if any(path.startswith(f"{folder}/") for folder in manifest.golden)
-    )
-    stages["golden"] = StageRecord(key=manifest.golden_key, files=golden_files, component=None)
+        for each in manifest.components
+    }
+    golden = _listed(files, tuple(f"{folder}/" for folder in manifest.golden))
+    stages["golden"] = StageRecord(key=manifest.golden_key, files=golden, component=None)
+    try:
+        engines = load_engine_records(out, manifest)
+    except BundleError:
+        engines = ()
+    for engine in engines:
+        stages[engine_stage(engine)] = StageRecord(
+            key=engine_key(engine),
+            files=_listed(files, (engine.plan_path, engine.record_path)),
+            component=None,
+        )
     return stages
 
 
+def _listed(files: dict[str, FileRecord], prefixes: tuple[str, ...]) -> tuple[FileRecord, ...]:
+    return tuple(file for path, file in files.items() if path.startswith(prefixes))
+
+
 def _is_intact(folder: Path, record: StageRecord, key: str) -> bool:
-    if record.key != key:
+    if record.key != key or not record.files:
         return False
     try:
         for file in record.files:
@@ -271,40 +357,8 @@ def _is_intact(folder: Path, record: StageRecord, key: str) -> bool:
     return True
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it has all of `data` or does not exist."""
-    partial = path.with_name(path.name + ".new")
-    partial.write_bytes(data)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(new: Path, out: Path) -> None:
-    """Put `new` at `out`; what was there, if anything, is at `new` afterwards."""
-    if not out.exists():
-        new.rename(out)
-        return
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        names = os.fsencode(new), os.fsencode(out)
-        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(out))
-    old = out.with_name(out.name + ".old")
-    out.rename(old)
-    new.rename(out)
-    old.rename(new)
+def _files(place: Path) -> list[Path]:
+    """Return the files below a folder, sorted; of a file, itself."""
+    if not place.is_dir():
+        return [place]
+    return sorted(path for path in place.rglob("*") if path.is_symlink() or not path.is_dir())

@@ -1,4 +1,4 @@
-"""The command `ldm`: generate, verify, inspect, doctor."""
+"""The command `ldm`: generate, verify, inspect, doctor, build-engines."""
 
 import argparse
 import json
@@ -11,6 +11,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TextIO
 
+from ldm_runtime.backends import BACKENDS
+from ldm_runtime.cli_engines import EngineLines, add_engine_arguments, engine_options
 from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.generator import Generator, Result, Step
 from ldm_runtime.images import save_png
@@ -36,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     doctor = commands.add_parser("doctor", help="say which backends can run here, and why not")
     doctor.set_defaults(run=_doctor)
+    _add_build_engines(
+        commands.add_parser("build-engines", help="build TensorRT engines into a bundle")
+    )
     for command in (inspect, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.version:
             return _version(args)
         if args.command is None:
-            parser.error("say what to do: generate, verify, inspect or doctor")
+            parser.error("say what to do: generate, verify, inspect, doctor or build-engines")
         return int(args.run(args))
     except LdmError as error:
         _say(f"error: {error}")
@@ -96,8 +101,22 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_verify)
 
 
+def _add_build_engines(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--builder",
+        choices=("auto", "tensorrt", "tensorrt-rtx"),
+        default="auto",
+        help="default: TensorRT if it and a GPU are here, else TensorRT-RTX",
+    )
+    add_engine_arguments(parser)
+    parser.set_defaults(run=_build_engines)
+
+
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="auto", help="what runs the networks; default: auto")
+    parser.add_argument(
+        "--backend", default="auto", help=f"{', '.join(BACKENDS)}, or the best that can: auto"
+    )
     parser.add_argument("--threads", type=_positive, help="default: one a physical core")
 
 
@@ -204,6 +223,15 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
+def _build_engines(args: argparse.Namespace) -> int:
+    from ldm_runtime.engine_store import add_engines
+
+    options = engine_options(args, args.builder)
+    add_engines(args.bundle, options, progress=EngineLines(sys.stderr))
+    print(args.bundle)
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from ldm_runtime.inspection import inspect, readable
 
@@ -224,6 +252,8 @@ def _doctor(args: argparse.Namespace) -> int:
         for backend in diagnosis.backends:
             verdict = "can run" if backend.why_not is None else f"cannot run: {backend.why_not}"
             print(f"{backend.name} {backend.version or ''}".strip(), verdict, sep=": ")
+        if diagnosis.problem:
+            print(f"problem: {diagnosis.problem}")
     return 0 if diagnosis.can_run else 1
 
 

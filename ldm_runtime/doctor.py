@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm_runtime.backends import BACKENDS, BackendEntry, get_backend
+from ldm_runtime.backends.onnxruntime_packages import conflict, installed_packages
 from ldm_runtime.errors import BackendError
 
 
@@ -36,6 +37,8 @@ class Diagnosis:
         system: Operating system and processor.
         processors: Logical processors that this process may use.
         backends: Every backend, the one to prefer first.
+        problem: What is wrong with the installed packages, with what to do about it; None if
+            nothing is.
     """
 
     python: str
@@ -43,6 +46,7 @@ class Diagnosis:
     system: str
     processors: int
     backends: tuple[BackendReport, ...]
+    problem: str | None
 
     @property
     def can_run(self) -> bool:
@@ -50,14 +54,22 @@ class Diagnosis:
         return any(backend.why_not is None for backend in self.backends)
 
 
-def diagnose(entries: Mapping[str, BackendEntry] = BACKENDS) -> Diagnosis:
-    """Try every backend."""
+def diagnose(
+    entries: Mapping[str, BackendEntry] = BACKENDS, packages: Mapping[str, str] | None = None
+) -> Diagnosis:
+    """Try every backend.
+
+    Args:
+        entries: The backends.
+        packages: Versions of the packages of ONNX Runtime; None is those installed.
+    """
     return Diagnosis(
         python=platform.python_version(),
         numpy=np.__version__,
         system=f"{platform.system()} {platform.machine()}",
         processors=_processors(),
         backends=tuple(_report(name, entries) for name in entries),
+        problem=conflict(installed_packages() if packages is None else packages),
     )
 
 

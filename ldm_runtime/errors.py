@@ -5,6 +5,7 @@ LdmError
 ├── BundleError       the folder is not a bundle, or a file of it is missing or altered
 │   └── ManifestError   the bundle's manifest.json is absent, malformed or too new
 ├── BackendError      the requested backend cannot run on this machine
+├── EngineBuildError  a TensorRT engine cannot be built from a graph, or not on this machine
 └── ShapeError        an engine was fed a tensor it does not accept
 
 Every message says what was found, with the value, and what to do about it.
@@ -41,6 +42,10 @@ class BackendError(LdmError):
     """A backend is unknown, not installed, or cannot run here."""
 
 
+class EngineBuildError(LdmError):
+    """A TensorRT engine cannot be built: the message quotes the builder and names the node."""
+
+
 class ShapeError(LdmError):
     """A tensor does not fit the engine it was given to.
 
@@ -49,10 +54,12 @@ class ShapeError(LdmError):
         shape: The shape that was passed.
     """
 
-    def __init__(self, name: str, shape: Sequence[int], expected: Sequence[int | str]) -> None:
+    def __init__(
+        self, name: str, shape: Sequence[int], expected: Sequence[int | str], *, fix: str = ""
+    ) -> None:
         self.name = name
         self.shape = tuple(shape)
         wanted = "x".join(map(str, expected))
-        super().__init__(
-            f"input {name!r} has shape {'x'.join(map(str, shape))}, but this engine takes {wanted}"
-        )
+        message = f"input {name!r} has shape {'x'.join(map(str, shape))}, "
+        message += f"but this engine takes {wanted}"
+        super().__init__(f"{message}; {fix}" if fix else message)

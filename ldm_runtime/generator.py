@@ -23,6 +23,8 @@ from PIL import Image
 from ldm_runtime.backends import (
     EngineSource,
     Runner,
+    RunOptions,
+    Shared,
     bind_constants,
     checked_file,
     choose_backend,
@@ -111,6 +113,7 @@ class Generator:
             how many were asked for to the last bit, which larger batches promise only as far as
             the backend computes rows independently.
         check_hashes: Whether to compare the files with the manifest's hashes, not only sizes.
+        options: How the engines run, where the backend has the choice.
 
     Raises:
         BundleError: The bundle is incomplete or altered.
@@ -125,13 +128,14 @@ class Generator:
         threads: int | None = None,
         batch_size: int | None = None,
         check_hashes: bool = True,
+        options: RunOptions | None = None,
     ) -> None:
         _check_positive("threads", threads)
         _check_positive("batch_size", batch_size)
         self.bundle = Path(bundle)
         self.manifest = load_manifest(self.bundle)
         self.spec = self.manifest.spec
-        self.backend = choose_backend(backend, self.manifest)
+        self.backend = choose_backend(backend, self.manifest, bundle=self.bundle)
         self._batch_size = batch_size or 1
         self._sha256 = sha256_of(self.bundle / MANIFEST_NAME)
         self._tokenizer = open_tokenizer(
@@ -146,6 +150,8 @@ class Generator:
             manifest=self.manifest,
             threads=threads,
             check_hashes=check_hashes,
+            options=options or RunOptions(),
+            shared=Shared(),
         )
         open_engine = get_backend(self.backend).open_engine
         with ExitStack() as engines:

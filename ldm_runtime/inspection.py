@@ -4,13 +4,14 @@ Packages add kinds of files through the entry point group `ldm_runtime.inspector
 a path to a dictionary, or to None for a file that is not theirs.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from ldm_runtime.engines import load_engine_records
 from ldm_runtime.errors import LdmError
 from ldm_runtime.images import read_metadata
 from ldm_runtime.manifest import MANIFEST_NAME, load_manifest, sha256_of
@@ -48,6 +49,7 @@ def readable(description: Mapping[str, Any]) -> str:
         description = {
             **description,
             "components": {each["name"]: _summary(each) for each in description["components"]},
+            "engines": dict(map(_engine_summary, description.get("engines", ()))),
             "files": len(description["files"]),
         }
     return "\n".join(_lines(description))
@@ -84,6 +86,25 @@ def _summary(component: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _engine_summary(engine: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what an engine is called and what it is."""
+    shapes = [
+        f"{each['input']} {_times(each['min'])} to {_times(each['max'])}"
+        if each["min"] != each["max"]
+        else f"{each['input']} {_times(each['min'])}"
+        for each in engine["profiles"]
+    ]
+    built_with = f"{engine['builder']} {engine['builder_version']}"
+    gpu = [engine["gpu_name"]] if engine["gpu_name"] else []
+    megabytes = f"{engine['size_bytes'] / 1e6:.1f} MB"
+    name = f"{engine['component']} for {', '.join(engine['targets'])}"
+    return name, ", ".join((built_with, *gpu, megabytes, *shapes, *engine["flags"]))
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
 def _starts_like_png(path: Path) -> bool:
     try:
         with path.open("rb") as file:
@@ -95,12 +116,13 @@ def _starts_like_png(path: Path) -> bool:
 def _inspect_bundle(path: Path) -> dict[str, Any]:
     manifest = load_manifest(path)
     description: dict[str, Any] = msgspec.to_builtins(manifest)
+    engines = msgspec.to_builtins(load_engine_records(path, manifest))
     return {
         "kind": "bundle",
         "path": str(path),
         "sha256": sha256_of(path / MANIFEST_NAME),
         "size_bytes": sum(record.size_bytes for record in manifest.files),
-        **_shortened(description),
+        **_shortened(description | {"engines": engines}),
     }
 
 

@@ -5,12 +5,13 @@ package that is not installed only matters to whoever asks for it.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import numpy.typing as npt
 
@@ -18,6 +19,8 @@ from ldm_runtime.errors import BackendError, BundleError
 from ldm_runtime.manifest import ComponentRecord, GraphVariant, Manifest, check_file
 
 _LOGGER = logging.getLogger(__name__)
+
+Thing = TypeVar("Thing")
 
 #: Arrays by the names of `ldm_runtime.components.COMPONENTS`.
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -88,6 +91,36 @@ def bind_constants(runner: Runner, constants: Tensors) -> Runner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How engines run, for the backends that have the choice; the others ignore it.
+
+    Attributes:
+        cuda_graphs: Whether a GPU replays a recorded graph for shapes that it has seen, which
+            saves the launch of every kernel; the results are the same.
+        specialization: When TensorRT-RTX compiles kernels for the very shapes asked for: "lazy" in
+            the background while general ones run, "eager" before the first result, "none" never.
+    """
+
+    cuda_graphs: bool = True
+    specialization: Literal["lazy", "eager", "none"] = "lazy"
+
+
+class Shared:
+    """What the engines of one generator have in common, such as scratch memory on a GPU."""
+
+    def __init__(self) -> None:
+        self._things: dict[str, Any] = {}
+        self._lock = Lock()
+
+    def obtain(self, name: str, make: Callable[[], Thing]) -> Thing:
+        """Return the thing of that name, made by the first to ask."""
+        with self._lock:
+            if name not in self._things:
+                self._things[name] = make()
+            return cast("Thing", self._things[name])
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineSource:
     """What a backend opens: one component of one bundle.
 
@@ -97,6 +130,8 @@ class EngineSource:
         component: The record of the network to open.
         threads: How many threads may compute; None leaves it to the backend.
         check_hashes: Whether to compare the contents of files with the manifest, or only sizes.
+        options: How the engine runs.
+        shared: What it has in common with the other engines of its generator.
     """
 
     bundle: Path
@@ -104,6 +139,8 @@ class EngineSource:
     component: ComponentRecord
     threads: int | None = None
     check_hashes: bool = True
+    options: RunOptions = RunOptions()
+    shared: Shared = field(default_factory=Shared, compare=False)
 
     def graph(self, variant: GraphVariant) -> Path:
         """Return the path of a graph, having checked it and its weights.
@@ -154,8 +191,13 @@ class Backend(Protocol):
         """
         ...
 
-    def why_not(self, manifest: Manifest | None) -> str | None:
-        """Say why this machine cannot run a bundle (None: any bundle); None if it can."""
+    def why_not(self, manifest: Manifest | None, bundle: Path | None = None) -> str | None:
+        """Say why this machine cannot run a bundle (None: any bundle); None if it can.
+
+        Args:
+            manifest: The bundle's.
+            bundle: Its folder, for backends that run more than the manifest describes.
+        """
         ...
 
     def version(self) -> str:
@@ -165,15 +207,32 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BackendEntry:
-    """Where a backend's module is, and the extra of `ldm-deploy` that installs what it needs."""
+    """Where a backend's module is, and the extra of `ldm-deploy` that installs what it needs.
+
+    Attributes:
+        module: The module.
+        extra: The extra.
+        automatic: Whether "auto" may choose it; the others run only when asked for by name.
+    """
 
     module: str
     extra: str
+    automatic: bool = True
 
 
 #: Every backend, the one to prefer first.
 BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
-    {"onnxruntime": BackendEntry(module="ldm_runtime.backends.onnxruntime", extra="cpu")}
+    {
+        "tensorrt": BackendEntry(module="ldm_runtime.backends.tensorrt", extra="tensorrt"),
+        "cuda": BackendEntry(module="ldm_runtime.backends.onnxruntime_cuda", extra="cuda"),
+        "onnxruntime": BackendEntry(module="ldm_runtime.backends.onnxruntime", extra="cpu"),
+        "tensorrt-ort": BackendEntry(
+            module="ldm_runtime.backends.onnxruntime_tensorrt", extra="cuda", automatic=False
+        ),
+        "tensorrt-rtx-ort": BackendEntry(
+            module="ldm_runtime.backends.onnxruntime_tensorrt_rtx", extra="cpu", automatic=False
+        ),
+    }
 )
 
 
@@ -199,34 +258,52 @@ def get_backend(name: str, entries: Mapping[str, BackendEntry] = BACKENDS) -> Ba
 
 
 def choose_backend(
-    name: str, manifest: Manifest | None, entries: Mapping[str, BackendEntry] = BACKENDS
+    name: str,
+    manifest: Manifest | None,
+    entries: Mapping[str, BackendEntry] = BACKENDS,
+    *,
+    bundle: Path | None = None,
 ) -> str:
     """Return the name of the backend to use: `name` itself, or for "auto" the first that can run.
 
-    Every step down from a preferred backend is logged in one sentence.
+    Every step down from a backend that the bundle or the machine was made ready for is logged in
+    one sentence.
 
     Raises:
         BackendError: `name` cannot run this bundle here, or for "auto" none can.
     """
     if name != "auto":
-        if reason := _why_not(name, manifest, entries):
+        if reason := _why_not(name, manifest, bundle, entries):
             raise BackendError(reason)
         return name
-    reasons: list[str] = []
-    for candidate in entries:
-        reason = _why_not(candidate, manifest, entries)
+    reasons: dict[str, str] = {}
+    for candidate in (name for name, entry in entries.items() if entry.automatic):
+        reason = _why_not(candidate, manifest, bundle, entries)
         if reason is None:
-            for each in reasons:
-                _LOGGER.warning("%s; using %s", each, candidate)
+            for passed_over, why in reasons.items():
+                if _is_prepared(passed_over, manifest, entries):
+                    _LOGGER.warning("%s; using %s", why, candidate)
             return candidate
-        reasons.append(reason)
-    raise BackendError(f"no backend can run here: {'; '.join(reasons)}")
+        reasons[candidate] = reason
+    raise BackendError(f"no backend can run here: {'; '.join(reasons.values())}")
 
 
 def _why_not(
-    name: str, manifest: Manifest | None, entries: Mapping[str, BackendEntry]
+    name: str,
+    manifest: Manifest | None,
+    bundle: Path | None,
+    entries: Mapping[str, BackendEntry],
 ) -> str | None:
     try:
-        return get_backend(name, entries).why_not(manifest)
+        return get_backend(name, entries).why_not(manifest, bundle)
     except BackendError as error:
         return str(error)
+
+
+def _is_prepared(name: str, manifest: Manifest | None, entries: Mapping[str, BackendEntry]) -> bool:
+    """Say whether somebody would expect it to run, by its own `is_prepared` if it has one."""
+    try:
+        ask = getattr(get_backend(name, entries), "is_prepared", None)
+    except BackendError:
+        return True
+    return ask is None or bool(ask(manifest))

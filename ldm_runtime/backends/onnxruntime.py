@@ -8,27 +8,21 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from ldm_runtime.backends import BoundInputs, EngineSource, Runner, Tensors
 from ldm_runtime.backends.denormals import flushed_denormals
-from ldm_runtime.components import DYNAMIC_AXES, TensorSignature
-from ldm_runtime.errors import BackendError, ShapeError
+from ldm_runtime.backends.onnxruntime_session import (
+    NATIVE_ERRORS,
+    SILENT,
+    check_inputs,
+    check_names,
+    describe,
+    lacks_graph,
+)
+from ldm_runtime.errors import BackendError
 from ldm_runtime.manifest import ComponentRecord, Manifest, axis_sizes
 
 _PROVIDERS = ("CPUExecutionProvider",)
-_SILENT = 4  # errors are raised; ONNX Runtime need not also print them
-
-# Its exceptions share no base class but Exception; which there are depends on the version.
-_NATIVE_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    ValueError,
-    *(
-        item
-        for item in vars(native).values()
-        if isinstance(item, type) and issubclass(item, Exception)
-    ),
-)
 
 
 class OnnxRuntimeEngine:
@@ -55,30 +49,28 @@ class OnnxRuntimeEngine:
         *,
         threads: int | None = None,
     ) -> None:
-        self._name = component.name
-        self._inputs = {signature.name: signature for signature in component.inputs}
+        self._component = component
         self._outputs = [signature.name for signature in component.outputs]
         self._sizes = sizes
         self._session: Any = _open_session(path, threads)
-        self._check_names(path)
+        check_names(path, [each.name for each in self._session.get_inputs()], component)
 
     def run(self, inputs: Tensors) -> dict[str, npt.NDArray[Any]]:
         """Run once; see `ldm_runtime.backends.Runner`."""
-        session = self._session
+        session, name = self._session, self._component.name
         if session is None:
-            raise BackendError(f"the {self._name} engine is closed; open the bundle again")
-        self._check_inputs(inputs)
-        options = onnxruntime.RunOptions()
-        options.log_severity_level = _SILENT
-        feed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            raise BackendError(f"the {name} engine is closed; open the bundle again")
+        check_inputs(self._component, self._sizes, inputs)
+        run_options = onnxruntime.RunOptions()
+        run_options.log_severity_level = SILENT
+        feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
         try:
             with flushed_denormals():
-                outputs = session.run(self._outputs, feed, options)
-        except _NATIVE_ERRORS as error:
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+                outputs = session.run(self._outputs, feed, run_options)
+        except NATIVE_ERRORS as error:
+            shapes = ", ".join(f"{key} {array.shape}" for key, array in feed.items())
             raise BackendError(
-                f"ONNX Runtime failed in {self._name} with {shapes}: {_first_line(error)}; "
-                "if memory ran out, ask for fewer or smaller images"
+                f"ONNX Runtime failed in {name} with {shapes}: {describe(error)}"
             ) from error
         return dict(zip(self._outputs, outputs, strict=True))
 
@@ -101,24 +93,6 @@ class OnnxRuntimeEngine:
     ) -> None:
         self.close()
 
-    def _check_names(self, path: Path) -> None:
-        found = sorted(each.name for each in self._session.get_inputs())
-        if found != sorted(self._inputs):
-            raise BackendError(
-                f"{path} takes {', '.join(found)}, but the manifest says "
-                f"{', '.join(sorted(self._inputs))}; export the bundle again"
-            )
-
-    def _check_inputs(self, inputs: Tensors) -> None:
-        if inputs.keys() != self._inputs.keys():
-            raise BackendError(
-                f"{self._name} takes {', '.join(self._inputs)}; "
-                f"it was given {', '.join(inputs) or 'nothing'}"
-            )
-        lengths = dict(self._sizes)
-        for name, signature in self._inputs.items():
-            _check_input(signature, inputs[name], lengths)
-
 
 def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
@@ -130,12 +104,9 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
     )
 
 
-def why_not(manifest: Manifest | None) -> str | None:
+def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
     """Say why a bundle cannot run: only one without graphs for the CPU cannot."""
-    for component in manifest.components if manifest else ():
-        if not any(graph.variant == "fp32" for graph in component.graphs):
-            return f"onnxruntime needs an fp32 graph, which {component.name} lacks"
-    return None
+    return lacks_graph("onnxruntime", "fp32", manifest)
 
 
 def version() -> str:
@@ -144,34 +115,12 @@ def version() -> str:
 
 
 def _open_session(path: Path, threads: int | None) -> Any:  # noqa: ANN401  (ships no types)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _SILENT
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = SILENT
+    session_options.intra_op_num_threads = threads or 0
+    session_options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
         with flushed_denormals():
-            return onnxruntime.InferenceSession(path, options, providers=list(_PROVIDERS))
-    except _NATIVE_ERRORS as error:
-        raise BackendError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
-
-
-def _check_input(
-    signature: TensorSignature, array: npt.NDArray[Any], lengths: dict[str, int]
-) -> None:
-    """Compare one input with its signature; `lengths` learns the dynamic axes as they come."""
-    if array.dtype != signature.dtype:
-        raise BackendError(f"input {signature.name!r} must be {signature.dtype}, is {array.dtype}")
-    expected = [lengths.get(axis, axis) for axis in signature.axes]
-    fits = array.ndim == len(expected) and all(
-        length == want if isinstance(want, int) else length > 0
-        for length, want in zip(array.shape, expected, strict=True)
-    )
-    if not fits:
-        raise ShapeError(signature.name, array.shape, expected)
-    for axis, length in zip(signature.axes, array.shape, strict=True):
-        if axis in DYNAMIC_AXES:
-            lengths.setdefault(axis, length)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return onnxruntime.InferenceSession(path, session_options, providers=list(_PROVIDERS))
+    except NATIVE_ERRORS as error:
+        raise BackendError(f"ONNX Runtime cannot load {path}: {describe(error)}") from error

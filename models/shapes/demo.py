@@ -43,6 +43,7 @@ def export_bundle(checkpoint: Path, bundle: Path) -> None:
         CalledProcessError: It failed, and has said why.
     """
     command = ["-m", "ldm_export.cli", "--ckpt", str(checkpoint), "--out", str(bundle)]
+    command += ["--engines", "none"]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 

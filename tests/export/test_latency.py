@@ -210,10 +210,10 @@ def test_a_failing_process_gives_its_reason(bundle):
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(bundle):
-    manifest = runs.open_subject(bundle, {}).manifest
+    subject = runs.open_subject(bundle, {})
 
     with pytest.raises(BackendError, match="unknown backend"):
-        runs.runnable_backends(["onnxruntime", "abacus"], manifest)
+        runs.runnable_backends(["onnxruntime", "abacus"], subject)
 
 
 def test_the_cached_bundle_is_reused_while_the_checkpoint_is_absent(bundle, tmp_path):

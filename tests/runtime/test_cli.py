@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import ldm_runtime
-from ldm_runtime.backends import get_backend
+from ldm_runtime.backends import BACKENDS, get_backend
 from ldm_runtime.cli import build_parser, main
 from ldm_runtime.generator import Generator
 from ldm_runtime.images import read_metadata
@@ -161,7 +161,7 @@ def test_a_spoilt_bundle_is_one_sentence_and_exit_1(own_bundle, damage, capsys):
 def test_an_unknown_backend_is_one_sentence_and_exit_1(draw, capsys):
     assert draw("red", "--backend", "abacus") == 1
     assert capsys.readouterr().err == (
-        "error: unknown backend 'abacus'; choose auto, onnxruntime\n"
+        f"error: unknown backend 'abacus'; choose auto, {', '.join(BACKENDS)}\n"
     )
 
 

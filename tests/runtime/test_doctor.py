@@ -27,3 +27,14 @@ def test_a_backend_that_cannot_run_says_why_and_what_to_do():
     assert "pip install 'ldm-deploy[faster]'" in str(diagnosis.backends[0].why_not)
     assert diagnosis.backends[0].version is None
     assert not diagnosis.can_run
+
+
+def test_two_packages_of_onnx_runtime_are_a_problem_with_a_remedy():
+    packages = {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.31.1"}
+
+    assert diagnose(packages={"onnxruntime": "1.31.1"}).problem is None
+    problem = str(diagnose(packages=packages).problem)
+
+    assert "onnxruntime 1.31.0 and onnxruntime-gpu 1.31.1" in problem
+    assert "overwrite each other's files" in problem
+    assert "`pip install onnxruntime-gpu`" in problem

@@ -1,0 +1,241 @@
+"""The one place that works with CUDA: memory on a GPU, copies, one stream, recorded graphs.
+
+`Device` is what the TensorRT backend needs of a GPU, and what tests put a fake in place of;
+`CudaDevice` is that over `cuda.core`, as thin as can be. Whether there is a GPU at all is for
+`ldm_runtime.cuda_driver` to say, before anything here is made.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime.errors import BackendError
+
+_MIB = 1024**2
+
+
+class DeviceMemory(Protocol):
+    """Some bytes on the GPU."""
+
+    @property
+    def address(self) -> int:
+        """Where they are."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    def close(self) -> None:
+        """Free them once the stream has come so far. Closing twice is harmless."""
+        ...
+
+
+class HostMemory(Protocol):
+    """Some pinned bytes on the host."""
+
+    @property
+    def address(self) -> int:
+        """Where they are."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The bytes, to read and write."""
+        ...
+
+    def close(self) -> None:
+        """Free them; nothing may be using them."""
+        ...
+
+
+class RecordedGraph(Protocol):
+    """Work recorded on a stream, to be repeated at once."""
+
+    def launch(self) -> None:
+        """Enqueue the work again."""
+        ...
+
+    def close(self) -> None:
+        """Forget it."""
+        ...
+
+
+class Device(Protocol):
+    """A GPU as the TensorRT backend needs it: all work is in order on one non-default stream."""
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle."""
+        ...
+
+    def make_current(self) -> None:
+        """Use this GPU in the calling thread."""
+        ...
+
+    def allocate(self, size: int) -> DeviceMemory:
+        """Reserve memory on the GPU.
+
+        Raises:
+            BackendError: There is not enough.
+        """
+        ...
+
+    def allocate_pinned(self, size: int) -> HostMemory:
+        """Reserve memory on the host that the GPU can copy from and to directly.
+
+        Raises:
+            BackendError: There is not enough.
+        """
+        ...
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy between two addresses, each on the GPU or pinned."""
+        ...
+
+    def record(self, work: Callable[[], None]) -> RecordedGraph:
+        """Record what `work` enqueues, which does not run it.
+
+        Raises:
+            BackendError: The work cannot be recorded.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything enqueued has been done."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        ...
+
+
+class CudaDevice:
+    """The first GPU through `cuda.core`; see `Device`.
+
+    Args:
+        load: Imports the modules of NVIDIA's bindings; tests pass fakes.
+
+    Raises:
+        BackendError: `cuda.core` is not installed, or the GPU cannot be used.
+    """
+
+    def __init__(self, load: Callable[[str], Any] = import_module) -> None:
+        try:
+            core = load("cuda.core")
+            self._driver = load("cuda.bindings.driver")
+            self._fault = load("cuda.core._utils.cuda_utils").CUDAError  # has no public name
+        except (ImportError, AttributeError) as error:
+            raise BackendError(
+                f"a GPU needs the package cuda-core, which does not load ({error}); "
+                "run `pip install 'cuda-core>=1.0' 'cuda-bindings>=13.0'`"
+            ) from error
+        with self._translated("starting the GPU"):
+            self._device = core.Device(0)
+            self._device.set_current()
+            self._pinned = core.LegacyPinnedMemoryResource()
+            self._stream = self._device.create_stream()
+        self.stream = int(self._stream.handle)
+
+    def make_current(self) -> None:
+        """Use this GPU in the calling thread."""
+        with self._translated("turning to the GPU"):
+            self._device.set_current()
+
+    def allocate(self, size: int) -> DeviceMemory:
+        """Reserve memory on the GPU, in the order of the stream."""
+        with self._translated(f"reserving {size / _MIB:.0f} MiB on the GPU"):
+            return _CudaMemory(self._device.allocate(size, stream=self._stream), size)
+
+    def allocate_pinned(self, size: int) -> HostMemory:
+        """Reserve pinned memory on the host."""
+        with self._translated(f"reserving {size / _MIB:.0f} MiB of pinned memory"):
+            return _PinnedMemory(self._pinned.allocate(size), size)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Enqueue a copy; the addresses say in which direction."""
+        status, *_ = self._driver.cuMemcpyAsync(target, source, size, self.stream)
+        if int(status) != 0:
+            raise BackendError(f"CUDA failed copying {size} bytes: {status}")
+
+    def record(self, work: Callable[[], None]) -> RecordedGraph:
+        """Record what `work` enqueues on the stream."""
+        with self._translated("recording a graph"):
+            builder = self._stream.create_graph_builder()
+            builder.begin_building("thread_local")
+            try:
+                work()
+            finally:
+                builder.end_building()
+            return _CudaGraph(builder.complete(), self._launch)
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        with self._translated("computing"):
+            self._stream.sync()
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        self._stream.close()
+
+    def _launch(self, graph: Any) -> None:  # noqa: ANN401  (ships few types)
+        with self._translated("replaying a graph"):
+            graph.launch(self._stream)
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        """Turn what cuda.core raises into our error."""
+        try:
+            yield
+        except (self._fault, RuntimeError, MemoryError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            if isinstance(error, MemoryError) or "OUT_OF_MEMORY" in lines[0].upper():
+                raise out_of_memory(f"{doing}: {lines[0]}") from error
+            raise BackendError(f"CUDA failed {doing}: {lines[0]}") from error
+
+
+class _CudaMemory:
+    def __init__(self, buffer: Any, size: int) -> None:  # noqa: ANN401  (ships few types)
+        self._buffer = buffer
+        self.address = int(buffer.handle)
+        self.size = size
+
+    def close(self) -> None:
+        self._buffer.close()
+
+
+class _PinnedMemory(_CudaMemory):
+    def __init__(self, buffer: Any, size: int) -> None:  # noqa: ANN401  (ships few types)
+        super().__init__(buffer, size)
+        self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
+
+
+class _CudaGraph:
+    def __init__(self, graph: Any, launch: Callable[[Any], None]) -> None:  # noqa: ANN401
+        self._graph = graph
+        self._launch = launch
+
+    def launch(self) -> None:
+        self._launch(self._graph)
+
+    def close(self) -> None:
+        self._graph.close()
+
+
+def out_of_memory(doing: str) -> BackendError:
+    """Return the error that says that memory ran out, and what to do."""
+    return BackendError(
+        f"the GPU ran out of memory {doing}; ask for fewer or smaller images, "
+        "or close what else runs on it"
+    )

@@ -1,0 +1,25 @@
+"""What the checkpoint of `small_checkpoint` is, without detecting it."""
+
+from ldm_runtime.manifest import ModelSpec, SamplingDefaults
+from tests.export.small_checkpoint import (
+    AUTOENCODER,
+    SIZE,
+    TEXT_ENCODER,
+    UNET,
+    schedule_buffers,
+)
+
+SPEC = ModelSpec(
+    family="stable-diffusion-1",
+    task="text-to-image",
+    weights="model",
+    unet=UNET,
+    autoencoder=AUTOENCODER,
+    text_encoder=TEXT_ENCODER,
+    alphas_cumprod=tuple(schedule_buffers()["alphas_cumprod"].tolist()),
+    prediction_type="epsilon",
+    defaults=SamplingDefaults(
+        height=SIZE, width=SIZE, sampler="ddim", num_inference_steps=4, guidance_scale=7.5
+    ),
+    assumptions=(),
+)

@@ -1,0 +1,196 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ldm_export.cli import build_parser, main
+
+pytestmark = pytest.mark.usefixtures("quiet_loggers")
+
+
+@pytest.fixture
+def quiet_loggers(caplog):
+    """Let pytest restore the levels that the command sets."""
+    for name in ("ldm_export", "ldm_runtime"):
+        caplog.set_level("INFO", logger=name)
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Run the command; return its exit status, stdout and stderr lines, and what it wrote."""
+
+    def run(ckpt, *arguments, out="engines"):
+        before = set(tmp_path.rglob("*"))
+        status = main(["--ckpt", str(ckpt), "--out", str(tmp_path / out), *arguments])
+        captured = capsys.readouterr()
+        written = set(tmp_path.rglob("*")) - before
+        return status, captured.out, captured.err.splitlines(), written
+
+    return run
+
+
+def test_a_missing_checkpoint_is_one_line(command, tmp_path):
+    status, out, lines, written = command(tmp_path / "absent.ckpt")
+
+    assert status == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert "absent.ckpt" in lines[0]
+    assert (out, written) == ("", set())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"hello, world", "neither a torch archive"), (b"", "is empty"), (b"PK\3\4junk", "")],
+)
+def test_what_is_not_a_checkpoint_is_one_line(command, tmp_path, content, words):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+
+    status, out, lines, written = command(path)
+
+    assert status == 1
+    assert len(lines) == 1
+    assert "model.ckpt" in lines[0]
+    assert words in lines[0]
+    assert (out, written) == ("", set())
+
+
+def test_an_unknown_model_is_an_error_without_a_traceback(command, tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"transformer.weight": torch.zeros(3, 3)}}, path)
+
+    status, out, lines, written = command(path)
+
+    assert status == 1
+    assert lines[0].startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+    assert (out, written) == ("", set())
+
+
+def test_a_folder_that_is_no_bundle_is_an_error(command, tmp_path, small_checkpoint_path):
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines/thesis.tex").write_text("years of work")
+
+    status, _, lines, written = command(small_checkpoint_path)
+
+    assert status == 1
+    assert len(lines) == 1
+    assert "is not a bundle" in lines[0]
+    assert written == set()
+
+
+def test_a_size_that_the_model_cannot_draw_is_an_error(command, small_checkpoint_path):
+    status, _, lines, written = command(small_checkpoint_path, "--height", "65")
+
+    assert status == 1
+    assert any("--height" in line for line in lines)
+    assert written == set()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(command, tmp_path, small_checkpoint_path):
+    (tmp_path / "file").write_text("")
+
+    status, _, lines, _ = command(small_checkpoint_path, out="file/engines")
+
+    assert status == 1
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "file" in errors[0]
+
+
+def test_a_plan_names_everything_and_writes_nothing(command, small_checkpoint_path):
+    status, out, _, written = command(
+        small_checkpoint_path, "--plan", "--height", "64", "--width", "64"
+    )
+
+    assert status == 0
+    for word in ("stable-diffusion-1", "text_encoder", "unet", "vae_decoder", "memory", "time"):
+        assert word in out
+    assert "defaults.height = 64 (from flag)" in out
+    assert written == set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--ckpt", "a.ckpt"],
+        ["--ckpt", "a", "--out", "b", "--weights-dtype", "int8"],
+        ["--ckpt", "a", "--out", "b", "--height", "tall"],
+        ["--ckpt", "a", "--out", "b", "--unknown"],
+    ],
+)
+def test_bad_usage_exits_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+
+    assert caught.value.code == 2
+    assert "usage: ldm-export" in capsys.readouterr().err
+
+
+def test_every_fact_has_a_flag():
+    flags = {
+        "--ckpt": "a.ckpt",
+        "--out": "engines",
+        "--config": "a.yaml",
+        "--weights": "model",
+        "--num-heads": "8",
+        "--prediction-type": "v_prediction",
+        "--latent-scale-factor": "0.5",
+        "--height": "64",
+        "--width": "32",
+    }
+
+    args = build_parser().parse_args([word for pair in flags.items() for word in pair])
+
+    assert (args.weights, args.num_heads, args.height, args.width) == ("model", 8, 64, 32)
+    assert args.latent_scale_factor == 0.5
+
+
+def test_help_needs_neither_torch_nor_onnx():
+    code = (
+        "import sys\nfrom ldm_export.cli import build_parser\nbuild_parser().format_help()\n"
+        "print(*sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert {"torch", "onnx", "onnx_ir", "onnxscript", "transformers"}.isdisjoint(
+        done.stdout.split()
+    )
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx_ir"])
+def test_without_a_package_that_exporting_needs_the_command_says_which(package, tmp_path):
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] == {package!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "from ldm_export.cli import main\n"
+        f"sys.exit(main(['--ckpt', 'a.ckpt', '--out', {str(tmp_path / 'engines')!r}]))\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"the package '{package}' is not installed" in line
+    assert "pip install 'ldm-deploy[export]'" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, small_checkpoint_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldm_export.bundle.export_bundle", interrupted)
+
+    status = main(["--ckpt", str(small_checkpoint_path), "--out", str(tmp_path / "engines")])
+
+    assert status == 130
+    assert "run the same command again" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+import dataclasses
+
+import pytest
+
+from ldm_export.plan import make_plan
+from ldm_runtime.components import COMPONENTS
+from ldm_runtime.manifest import Assumption
+from tests.export.small_spec import SPEC
+
+PARAMETERS = {"text_encoder": 123e6, "unet": 860e6, "vae_decoder": 50e6, "vae_encoder": 34e6}
+STABLE_DIFFUSION = {name: int(count) for name, count in PARAMETERS.items()}
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float16", 2), ("float32", 4)])
+def test_the_size_of_a_bundle_is_that_of_its_weights(dtype, width):
+    plan = make_plan(SPEC, STABLE_DIFFUSION, dtype)
+
+    assert plan.bundle_bytes == pytest.approx(width * sum(STABLE_DIFFUSION.values()), rel=0.01)
+
+
+def test_every_stage_is_estimated():
+    plan = make_plan(SPEC, STABLE_DIFFUSION, "float16")
+
+    assert set(plan.stage_seconds) == {"tokenizer", *COMPONENTS, "golden"}
+    assert all(seconds > 0 for seconds in plan.stage_seconds.values())
+
+
+def test_stable_diffusion_keeps_its_promises():
+    plan = make_plan(SPEC, STABLE_DIFFUSION, "float16")
+
+    assert plan.peak_bytes <= 8e9
+    assert sum(plan.stage_seconds.values()) <= 5 * 60
+    assert plan.bundle_bytes <= 2.3e9
+
+
+def test_memory_is_that_of_the_largest_component_alone():
+    alone = make_plan(SPEC, {"unet": 10**9}, "float16")
+
+    with_others = make_plan(SPEC, {"unet": 10**9, "vae_decoder": 10**9}, "float16")
+
+    assert with_others.peak_bytes == alone.peak_bytes
+
+
+def test_a_plan_names_the_family_the_components_and_every_assumption():
+    assumption = Assumption(field="unet.num_heads", value="8", source="family")
+    spec = dataclasses.replace(SPEC, assumptions=(assumption,))
+
+    text = make_plan(spec, STABLE_DIFFUSION, "float16").describe()
+
+    assert "stable-diffusion-1 (model weights)" in text
+    assert all(name in text for name in COMPONENTS)
+    assert "860.00 M parameters" in text
+    assert "unet.num_heads = 8 (from family)" in text
+    assert "GB" in text
+    assert "s on two cores" in text
