@@ -52,5 +52,5 @@ distclean: clean
 .venv/test.stamp: $(PINS)
 	@echo "installing into .venv, which takes a few minutes the first time"
 	$(PYTHON) -m venv .venv
-	$(PIP) hatchling --editable '.[export,cpu,test]'
+	$(PIP) hatchling --editable '.[export,cpu,tensorrt-rtx,test]'
 	touch .venv/demo.stamp $@

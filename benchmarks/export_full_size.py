@@ -315,6 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--weights-dtype", choices=("fp16", "fp32"), default="fp16", help="bundle's"
     )
     parser.add_argument("--folder", type=Path, help="where to put files (default: temporary)")
+    parser.add_argument("--keep", action="store_true", help="leave checkpoint and bundle there")
     return parser
 
 
@@ -335,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     finally:
-        shutil.rmtree(folder)
+        if not args.keep:
+            shutil.rmtree(folder)
     print("\n".join(table(record)))
     print(as_line(record))
     if not args.tiny:

@@ -93,7 +93,7 @@ AUTOENCODER_PHASES = (
 #: good answer for a long time, because the shapes cover a tenth of a scene.
 SATURATION_WEIGHT = 4.0
 KL_WEIGHT = 1e-6
-DIFFUSION_STEPS = 13000
+DIFFUSION_STEPS = 12500
 DIFFUSION_BATCH = 32
 CAPTION_DROPOUT = 0.1
 #: From this step on a timestep's loss is weighted by min(SNR, 5) / SNR (Hang et al. 2023,
