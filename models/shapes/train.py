@@ -93,7 +93,7 @@ AUTOENCODER_PHASES = (
 #: good answer for a long time, because the shapes cover a tenth of a scene.
 SATURATION_WEIGHT = 4.0
 KL_WEIGHT = 1e-6
-DIFFUSION_STEPS = 12500
+DIFFUSION_STEPS = 13300
 DIFFUSION_BATCH = 32
 CAPTION_DROPOUT = 0.1
 #: From this step on a timestep's loss is weighted by min(SNR, 5) / SNR (Hang et al. 2023,
@@ -102,6 +102,15 @@ MIN_SNR_FROM, MIN_SNR = 3000, 5.0
 #: From this step on every channel's noise gets a common offset of this spread ("offset noise").
 #: Without it the mean of noisy latents gives the background away, and the caption is not read.
 OFFSET_FROM, OFFSET = 4500, 0.15
+#: From this step on half of the timesteps are drawn from the noisier half, and a timestep's weight
+#: in terms of x0 is at least this, however low its SNR. Until then "left of" was not learned.
+LAYOUT_FROM, LAYOUT_WEIGHT = 8000, 0.3
+#: From this step on the text encoder also has to say, through a fixed random projection, on which
+#: side of the first thing the second and third are; see `token_sides`. Until then "left" and
+#: "right" hardly changed a context: nothing used them, so nothing taught them.
+SIDES_FROM, SIDES_WEIGHT = 9000, 0.1
+#: Where the learning rate starts anew (Loshchilov and Hutter 2017, arXiv:1608.03983).
+DIFFUSION_RESTART = 8500
 EMA_DECAY = 0.999
 LEARNING_RATE = 1e-3
 
@@ -129,8 +138,9 @@ def as_input(pictures: Tensor) -> Tensor:
 class Trainer:
     """AdamW with warm-up and cosine decay, an EMA of the weights, saved state and a log."""
 
-    def __init__(self, name: str, model: nn.Module, steps: int) -> None:
+    def __init__(self, name: str, model: nn.Module, steps: int, restart: int = 0) -> None:
         self.name, self.model, self.steps, self.step = name, model, steps, 0
+        self.restart = restart
         self.ema = {key: value.clone() for key, value in model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -184,8 +194,9 @@ class Trainer:
         print(line, flush=True)
 
     def _set_learning_rate(self) -> None:
-        warm = min(1.0, (self.step + 1) / 200)
-        decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        begin, end = (self.restart, self.steps) if self.step >= self.restart else (0, self.restart)
+        warm = min(1.0, (self.step - begin + 1) / 200)
+        decay = 0.5 * (1 + math.cos(math.pi * (self.step - begin) / (end - begin)))
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warm * max(decay, 0.01)
 
@@ -289,57 +300,123 @@ def load_tokens(captions: list[str]) -> Tensor:
     return torch.tensor([cache[text] for text in [*captions, ""]])
 
 
-def train_diffusion() -> None:
-    """Train UNet and text encoder to predict the noise (Ho et al. 2020, equation 14)."""
-    _, captions = load_data()
-    latents, _ = load_latents()
-    tokens, alphas = load_tokens(captions), training_alphas_cumprod().float()
-    torch.manual_seed(0)
-    text = ClipTextEncoder(TEXT_ENCODER)
-    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.02)
-    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
-    model = nn.ModuleDict({"unet": UNet(UNET), "text": text})
-    for name, parameter in model["unet"].named_parameters():
-        if name.endswith(("out_layers.3.weight", "proj_out.weight", "out.2.weight")):
-            nn.init.zeros_(parameter)  # every block starts as the identity
-    trainer = Trainer("diffusion", model, DIFFUSION_STEPS)
+def token_sides(caption: str) -> Tensor:
+    """Return on which side of the first thing a token's thing is: (77, 2) of x and y, -1, 0 or 1.
 
-    signal_to_noise = alphas / (1 - alphas)
-    weights = signal_to_noise.clamp(max=MIN_SNR) / signal_to_noise
+    Rows are NaN for tokens that do not name a second or third thing. In CLIP's vocabulary each word
+    of these captions is one token.
+    """
+    sides = torch.full((MAX_TOKENS, 2), math.nan)
+    words = caption.split()
+    for index, word in enumerate(words):
+        relation = word if word in scenes.RELATIONS else " ".join(words[index : index + 2])
+        if relation in scenes.RELATIONS:
+            begin = 1 + index + len(relation.split())  # the start token comes first
+            sides[begin : begin + 4] = torch.tensor(scenes.RELATIONS[relation], dtype=torch.float32)
+    return sides
 
-    def loss_on(rows: Tensor, step: int) -> Tensor:
-        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (len(rows),))
-        alpha = alphas[timesteps][:, None, None, None]
-        clean, noise = latents[rows], torch.randn(len(rows), *latents.shape[1:])
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePrediction:
+    """The loss of UNet and text encoder: Ho et al. 2020 (arXiv:2006.11239), equation 14, weighted.
+
+    Attributes:
+        unet: Predicts noise.
+        text: Captions to context.
+        latents: Of every picture, (N, 4, 16, 16).
+        tokens: Of every caption, (N + 1, 77); the last row is the empty caption.
+        alphas: The noise schedule's `alphas_cumprod`, float32.
+        sides: `token_sides` of every caption, (N + 1, 77, 2).
+        projection: Fixed and random, from context to sides, (64, 2).
+    """
+
+    unet: nn.Module
+    text: nn.Module
+    latents: Tensor
+    tokens: Tensor
+    alphas: Tensor
+    sides: Tensor
+    projection: Tensor
+
+    def __call__(self, rows: Tensor, step: int) -> Tensor:
+        """Return the loss on some rows of the data, as it is defined at a step of the recipe."""
+        timesteps = self._timesteps(len(rows), step)
+        alpha = self.alphas[timesteps][:, None, None, None]
+        clean, noise = self.latents[rows], torch.randn(len(rows), *self.latents.shape[1:])
         if step >= OFFSET_FROM:
             noise = noise + OFFSET * torch.randn(len(rows), clean.shape[1], 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        captions = self._captions(rows)
         with torch.autocast("cpu", torch.bfloat16):
-            context = model["text"](_drop_captions(tokens, rows))
-            prediction = model["unet"](noisy, timesteps.float(), context).float()
+            context = self.text(self.tokens[captions])
+            prediction = self.unet(noisy, timesteps.float(), context).float()
         errors = F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3))
-        return (errors * weights[timesteps] if step >= MIN_SNR_FROM else errors).mean()
+        loss = (errors * self._weights(timesteps, step)).mean()
+        if step >= SIDES_FROM:
+            loss = loss + SIDES_WEIGHT * self._sides_error(context.float(), captions)
+        return loss
 
+    def _sides_error(self, context: Tensor, captions: Tensor) -> Tensor:
+        sides = self.sides[captions]
+        said = ~sides.isnan()
+        return F.mse_loss((context @ self.projection)[said], sides[said])
+
+    def _timesteps(self, count: int, step: int) -> Tensor:
+        timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (count,))
+        if step >= LAYOUT_FROM:
+            noisier = NUM_TRAIN_TIMESTEPS // 2
+            timesteps[::2] = timesteps[::2] % noisier + noisier
+        return timesteps
+
+    def _captions(self, rows: Tensor) -> Tensor:
+        dropped = torch.rand(len(rows)) < CAPTION_DROPOUT
+        return torch.where(dropped, len(self.tokens) - 1, rows)
+
+    def _weights(self, timesteps: Tensor, step: int) -> Tensor:
+        if step < MIN_SNR_FROM:
+            return torch.ones(len(timesteps))
+        ratio = self.alphas[timesteps] / (1 - self.alphas[timesteps])
+        low = LAYOUT_WEIGHT if step >= LAYOUT_FROM else 0.0
+        return ratio.clamp(min=low, max=MIN_SNR) / ratio
+
+
+def train_diffusion() -> None:
+    """Train UNet and text encoder to predict noise."""
+    _, captions = load_data()
+    latents, _ = load_latents()
+    torch.manual_seed(0)
+    text, unet = ClipTextEncoder(TEXT_ENCODER), UNet(UNET)
+    _initialise(text, unet)
+    model = nn.ModuleDict({"unet": unet, "text": text})
+    loss = NoisePrediction(
+        unet=unet,
+        text=text,
+        latents=latents,
+        tokens=load_tokens(captions),
+        alphas=training_alphas_cumprod().float(),
+        sides=torch.stack([token_sides(text) for text in [*captions, ""]]),
+        projection=torch.randn(UNET.context_dim, 2) / UNET.context_dim**0.5,
+    )
+    trained = len(latents) - NUM_CHECKED
+
+    @torch.no_grad()
     def check() -> dict[str, float]:
         torch.manual_seed(0)
-        with torch.no_grad():
-            rows = torch.arange(len(latents) - NUM_CHECKED, len(latents))
-            return {
-                "held_out_loss": torch.stack([loss_on(rows, 0) for _ in range(4)]).mean().item()
-            }
-
-    def loss_at(step: int) -> Tensor:
-        rows = torch.randint(len(latents) - NUM_CHECKED, (DIFFUSION_BATCH,))
-        return loss_on(rows, step)
+        losses = [loss(torch.arange(trained, len(latents)), 0) for _ in range(4)]
+        return {"held_out_loss": torch.stack(losses).mean().item()}
 
     with sdpa_kernel(SDPBackend.MATH):  # three times as fast backward for so few tokens
-        trainer.run(loss_at, check)
+        Trainer("diffusion", model, DIFFUSION_STEPS, DIFFUSION_RESTART).run(
+            lambda step: loss(torch.randint(trained, (DIFFUSION_BATCH,)), step), check
+        )
 
 
-def _drop_captions(tokens: Tensor, rows: Tensor) -> Tensor:
-    chosen = tokens[rows]
-    chosen[torch.rand(len(rows)) < CAPTION_DROPOUT] = tokens[-1]
-    return chosen
+def _initialise(text: ClipTextEncoder, unet: UNet) -> None:
+    nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.02)
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("out_layers.3.weight", "proj_out.weight", "out.2.weight")):
+            nn.init.zeros_(parameter)  # every block starts as the identity
 
 
 def pack() -> None:

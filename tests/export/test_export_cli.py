@@ -163,7 +163,9 @@ def test_help_needs_neither_torch_nor_onnx():
 
 
 @pytest.mark.parametrize("package", ["torch", "onnx_ir"])
-def test_without_a_package_that_exporting_needs_the_command_says_which(package, tmp_path):
+def test_without_a_package_that_exporting_needs_the_command_says_which(
+    package, tmp_path, small_checkpoint_path
+):
     code = (
         "import sys\n"
         "class Absent:\n"
@@ -172,7 +174,8 @@ def test_without_a_package_that_exporting_needs_the_command_says_which(package, 
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "from ldm_export.cli import main\n"
-        f"sys.exit(main(['--ckpt', 'a.ckpt', '--out', {str(tmp_path / 'engines')!r}]))\n"
+        f"sys.exit(main(['--ckpt', {str(small_checkpoint_path)!r}, "
+        f"'--out', {str(tmp_path / 'engines')!r}]))\n"
     )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
