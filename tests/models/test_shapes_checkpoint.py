@@ -1,0 +1,53 @@
+"""The checkpoint that comes along, through the whole path: export, engines, verify, pictures."""
+
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from ldm_export import export
+from ldm_runtime import Generator
+from ldm_runtime.engine_recipes import EngineOptions
+from ldm_runtime.engines import load_engine_records
+from ldm_runtime.manifest import load_manifest
+from ldm_runtime.verify import verify
+
+CHECKPOINT = Path(__file__).parents[2] / "models/shapes/shapes.ckpt"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shapes_bundle(tmp_path_factory):
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    bundle = tmp_path_factory.mktemp("shapes") / "engines"
+    export(CHECKPOINT, bundle, engines=EngineOptions(builder="tensorrt_rtx"))
+    return bundle
+
+
+def test_the_checkpoint_is_small_enough_to_come_along():
+    assert CHECKPOINT.stat().st_size <= 32_000_000
+
+
+def test_its_engines_are_built_for_text_encoder_unet_and_decoder(shapes_bundle):
+    records = load_engine_records(shapes_bundle, load_manifest(shapes_bundle))
+
+    assert sorted(record.component for record in records) == ["text_encoder", "unet", "vae_decoder"]
+    assert all(record.size_bytes > 0 for record in records)
+
+
+def test_its_bundle_keeps_every_promise(shapes_bundle):
+    checks = list(verify(shapes_bundle, backend="onnxruntime"))
+
+    assert [check for check in checks if not check.passed] == []
+    assert any(check.measure == "psnr" for check in checks)
+
+
+def test_it_draws_what_held_out_captions_say(shapes_bundle):
+    wanted = evaluate.held_out_scenes(12, evaluate.SEED)
+
+    with Generator(shapes_bundle) as generator:
+        tally, _ = evaluate.evaluate_bundle(generator, wanted, {"num_inference_steps": 25})
+
+    assert tally.objects_right >= 0.8 * tally.objects
+    assert tally.backgrounds_right >= 0.8 * tally.pictures
