@@ -22,8 +22,8 @@ from typing import Literal
 
 import msgspec
 
-from ldm_export.durable import exchange_folders, lock_folder, sync, sync_folders, write_file
 from ldm_export.errors import ExportError
+from ldm_runtime.durable import exchange_folders, lock_folder, sync, sync_folders, write_file
 from ldm_runtime.engine_store import engine_stage
 from ldm_runtime.engines import ENGINES_FOLDER, engine_key, load_engine_records
 from ldm_runtime.errors import BundleError, ManifestError

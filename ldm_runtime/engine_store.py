@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm_runtime.build_progress import BuildProgress, SilentBuild
+from ldm_runtime.durable import sync, write_file
 from ldm_runtime.engine_build import build_plan
 from ldm_runtime.engine_profiles import ROWS_AN_IMAGE
 from ldm_runtime.engine_recipes import (
@@ -137,7 +138,7 @@ def write_engine(
     started = time.monotonic()
     plan = folder / Path(recipe.plan_path).name
     build_plan(graph, recipe, plan, on_progress=on_progress, timing_cache=_timing_cache(recipe))
-    _sync(plan)
+    sync(plan)
     record = EngineRecord(
         **recipe.as_fields(),
         plan=plan.name,
@@ -146,7 +147,7 @@ def write_engine(
         seconds=round(time.monotonic() - started, 1),
         size_bytes=plan.stat().st_size,
     )
-    _write(folder / Path(recipe.record_path).name, encode_engine_record(record))
+    write_file(folder / Path(recipe.record_path).name, encode_engine_record(record))
     return record
 
 
@@ -169,7 +170,7 @@ class _Store:
     def write_manifest(self, manifest: Manifest) -> None:
         """Replace the bundle's manifest in one step."""
         self.on_write("manifest")
-        _write(self.bundle / MANIFEST_NAME, encode_manifest(manifest))
+        write_file(self.bundle / MANIFEST_NAME, encode_manifest(manifest))
 
 
 def _obtain(
@@ -217,7 +218,7 @@ def _publish(store: _Store, recipes: Sequence[EngineRecipe]) -> Manifest:
             shutil.rmtree(target)
         store.on_write(f"place {folder}")
         store.bundle.joinpath(folder + _PARTIAL).rename(target)
-        _sync(store.bundle / ENGINES_FOLDER)
+        sync(store.bundle / ENGINES_FOLDER)
     if new:
         kept = replace(
             kept,
@@ -324,22 +325,5 @@ def _locked(bundle: Path) -> Iterator[None]:
         ) from None
     try:
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it has all of `data` or does not exist."""
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(data)
-    _sync(new)
-    new.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

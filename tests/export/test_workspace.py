@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm_export.durable import exchange_folders
 from ldm_export.errors import ExportError
 from ldm_export.workspace import Stage, Workspace, check_destination
 from ldm_runtime.components import COMPONENTS
+from ldm_runtime.durable import exchange_folders
 from ldm_runtime.errors import BundleError
 from ldm_runtime.manifest import (
     SCHEMA_VERSION,
