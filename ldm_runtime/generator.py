@@ -8,7 +8,7 @@ reference images of an export come out of the very loop that draws the deployed 
 import collections.abc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from ldm_runtime.images import decode_latents
 from ldm_runtime.manifest import MANIFEST_NAME, ModelSpec, load_manifest, sha256_of
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.request import GenerationRequest, parse_request, resolve, sigmas_of
-from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.samplers import SAMPLERS, Draw
 from ldm_runtime.schedules import initial_scale, training_sigmas
 
 Float32Array = npt.NDArray[np.float32]
@@ -259,7 +259,7 @@ def sample_latents(
     draw = _noise(request, spec, images)
     sampler = SAMPLERS[str(request.sampler)].function(
         _denoiser(engine, context, request, spec, len(images)),
-        draw() * initial_scale(sigmas, str(request.schedule)),
+        draw(math.inf, sigmas[0]) * initial_scale(sigmas, str(request.schedule)),
         sigmas,
         eta=request.eta,
         draw=draw,
@@ -285,9 +285,7 @@ def batches(num_images: int, batch_size: int) -> Iterator[range]:
         yield range(start, min(start + batch_size, num_images))
 
 
-def _noise(
-    request: GenerationRequest, spec: ModelSpec, images: range
-) -> Callable[[], Float32Array]:
+def _noise(request: GenerationRequest, spec: ModelSpec, images: range) -> Draw:
     """Return what draws a batch of noise, every image from a generator of its own."""
     assert request.seed is not None, "the request is not resolved"
     assert request.height is not None, "the request is not resolved"
@@ -295,7 +293,7 @@ def _noise(
     factor = spec.autoencoder.factor
     shape = (1, spec.unet.out_channels, request.height // factor, request.width // factor)
     generators = [TorchCpuGenerator(request.seed + i) for i in images]
-    return lambda: np.concatenate([generator.randn(shape) for generator in generators])
+    return lambda *_: np.concatenate([generator.randn(shape) for generator in generators])
 
 
 def _denoiser(

@@ -77,7 +77,7 @@ def guided(latents, timestep, network):
 
 def make_draw(seed):
     generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(SHAPE, generator=generator, dtype=torch.float64).numpy()
+    return lambda *_: torch.randn(SHAPE, generator=generator, dtype=torch.float64).numpy()
 
 
 @dataclass(frozen=True, kw_only=True)

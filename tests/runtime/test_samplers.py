@@ -4,7 +4,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ldm_runtime.samplers import SAMPLERS, ddim, dpmpp_2m, euler
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.samplers.dpm_solver import dpmpp_2m
+from ldm_runtime.samplers.first_order import ddim, euler
 from ldm_runtime.schedules import SCHEDULES, sampling_sigmas, training_sigmas
 
 DATA_MEAN, DATA_STD = 1.5, 0.5
@@ -22,13 +24,13 @@ def curved_denoise(latents, sigma):
     return (0.3 + 0.1 * sigma) / (1 + latents * latents) - 0.05 * sigma * latents
 
 
-def no_draw():
+def no_draw(sigma, sigma_next):
     raise AssertionError("a deterministic sampler must not draw noise")
 
 
 def normal_draw(shape, seed=0, dtype=np.float64):
     rng = np.random.default_rng(seed)
-    return lambda: rng.standard_normal(shape).astype(dtype)
+    return lambda sigma, sigma_next: rng.standard_normal(shape).astype(dtype)
 
 
 def some_latents(dtype=np.float64):
@@ -99,7 +101,7 @@ def ddim_as_in_the_paper(denoise, latents, sigmas, eta, draw):
         epsilon = (z - math.sqrt(a) * x0) / math.sqrt(1 - a)
         std = eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)
         z = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - std**2) * epsilon
-        z = z + std * draw()
+        z = z + std * draw(math.nan, math.nan)
         yield z / math.sqrt(a_prev)
 
 
@@ -118,7 +120,7 @@ def test_ddim_is_the_paper_s_update_for_every_eta(eta):
 def test_an_eta_above_one_adds_no_more_noise_than_the_next_sigma():
     latents = some_latents()
 
-    [result] = ddim(curved_denoise, latents, [4.0, 3.0], eta=2.0, draw=lambda: 0 * latents + 1)
+    [result] = ddim(curved_denoise, latents, [4.0, 3.0], eta=2.0, draw=lambda *_: 0 * latents + 1)
 
     np.testing.assert_allclose(result, curved_denoise(latents, 4.0) + 3.0, rtol=1e-14)
 
@@ -182,7 +184,7 @@ def test_a_stochastic_sampler_reaches_the_mean_and_variance_of_the_data(name, et
     if final_sigma == 0:
         sigmas = [*sigmas[:-1], *np.geomspace(0.3, 0.01, num_steps).tolist(), 0.0]
     draw = normal_draw(shape, seed=7)
-    latents = DATA_MEAN + math.hypot(DATA_STD, sigmas[0]) * draw()
+    latents = DATA_MEAN + math.hypot(DATA_STD, sigmas[0]) * draw(math.inf, sigmas[0])
 
     *_, result = SAMPLERS[name].function(ideal_denoise, latents, sigmas, eta=eta, draw=draw)
 
@@ -196,7 +198,7 @@ def test_a_stochastic_sampler_reaches_the_mean_and_variance_of_the_data(name, et
 def test_noise_is_drawn_once_for_every_step_that_ends_above_zero(name, eta):
     draws = []
 
-    def draw():
+    def draw(sigma, sigma_next):
         draws.append(1)
         return np.zeros((2, 2, 2, 2))
 
@@ -259,7 +261,7 @@ def test_no_array_is_written_to(name):
         frozen(some_latents()),
         UNEVEN,
         eta=1.0,
-        draw=lambda: frozen(np.ones((2, 2, 2, 2))),
+        draw=lambda *_: frozen(np.ones((2, 2, 2, 2))),
     )
 
     assert len([frozen(result) for result in results]) == len(UNEVEN) - 1

@@ -1,0 +1,20 @@
+"""Samplers: generators that carry noisy latents down a list of sigmas.
+
+`contract` says what they all take and give; `SAMPLERS` is the list of them.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ldm_runtime.samplers import dpm_solver, first_order
+from ldm_runtime.samplers.contract import (
+    Denoise,
+    Draw,
+    Latents,
+    Sampler,
+    SamplerRecord,
+)
+
+__all__ = ["SAMPLERS", "Denoise", "Draw", "Latents", "Sampler", "SamplerRecord"]
+
+SAMPLERS: Mapping[str, SamplerRecord] = MappingProxyType(first_order.RECORDS | dpm_solver.RECORDS)

@@ -1,0 +1,55 @@
+"""First-order samplers: one denoiser call, one straight step."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, split_step
+
+
+def ddim(
+    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+) -> Iterator[Latents]:
+    """First-order steps, of which a share `eta` is fresh noise.
+
+    With eta 0 this is Euler's method on the probability-flow equation, with eta 1 ancestral
+    sampling: DDIM, Euler and Euler ancestral are one function in these coordinates.
+
+    Source: Song et al. 2021 (arXiv:2010.02502), equations 12 and 16, divided by sqrt(a_prev);
+    k-diffusion's `sample_euler_ancestral`.
+    """
+    for sigma, sigma_next in pairwise(sigmas):
+        x0 = denoise(latents, sigma)
+        sigma_down, sigma_up = split_step(sigma, sigma_next, eta)
+        latents = x0 + sigma_down / sigma * (latents - x0)
+        if sigma_up > 0:
+            latents = latents + sigma_up * draw(sigma, sigma_next)
+        yield latents
+
+
+def euler(
+    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+) -> Iterator[Latents]:
+    """Euler's method on the probability-flow equation: `ddim` without noise.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without the correction.
+    """
+    return ddim(denoise, latents, sigmas, eta=0.0, draw=draw)
+
+
+RECORDS = {
+    "ddim": SamplerRecord(
+        function=ddim,
+        source="Song et al. 2021 (arXiv:2010.02502); CompVis' DDIMSampler",
+        final_sigma="smallest",
+        uses_eta=True,
+    ),
+    "euler": SamplerRecord(
+        function=euler, source="Karras et al. 2022 (arXiv:2206.00364), algorithm 1"
+    ),
+    "euler_ancestral": SamplerRecord(
+        function=ddim,
+        source="k-diffusion, sample_euler_ancestral",
+        default_eta=1.0,
+        uses_eta=True,
+    ),
+}

@@ -1,0 +1,85 @@
+"""The training loop that every stage shares: AdamW, an EMA, saved state and a log."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+WORK = HERE / "work"
+EMA_DECAY = 0.999
+LEARNING_RATE = 1e-3
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay, an EMA of the weights, saved state and a log."""
+
+    def __init__(self, name: str, model: nn.Module, steps: int) -> None:
+        self.name, self.model, self.steps, self.step = name, model, steps, 0
+        self.ema = {key: value.clone() for key, value in model.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.path = WORK / f"{name}.pt"
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema, self.step = state["ema"], state["step"]
+
+    def run(self, loss_at: Callable[[int], Tensor], check: Callable[[], dict[str, float]]) -> None:
+        """Take the steps that are left; `loss_at(step)` must depend on the step alone."""
+        started, total = time.monotonic(), 0.0
+        while self.step < self.steps:
+            torch.manual_seed(1_000_000 + self.step)
+            self._set_learning_rate()
+            loss = loss_at(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.step, total = self.step + 1, total + loss.item()
+            self._update_ema()
+            if self.step % 100 == 0 or self.step == self.steps:
+                row = {"loss": total / 100, "seconds": time.monotonic() - started}
+                total = 0.0
+                if self.step % 500 == 0 or self.step == self.steps:
+                    row |= check()
+                    self.save()
+                self.log(row)
+
+    def save(self) -> None:
+        """Write the whole state, then rename, so that a crash never loses it."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
+            "step": self.step,
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.rename(self.path)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append one line to the log."""
+        rounded = {key: float(f"{value:.4g}") for key, value in row.items()}
+        line = json.dumps({"stage": self.name, "step": self.step} | rounded)
+        with (HERE / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    def _set_learning_rate(self) -> None:
+        warm = min(1.0, (self.step + 1) / 200)
+        decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warm * max(decay, 0.01)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        for key, value in self.model.state_dict().items():
+            self.ema[key].lerp_(value, 1 - decay)
