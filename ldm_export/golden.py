@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from ldm_runtime.backends import Runner
 from ldm_runtime.conditioning import encode_prompts, open_tokenizer
-from ldm_runtime.generator import batches, sample_latents
 from ldm_runtime.images import decode_latents
 from ldm_runtime.manifest import ModelSpec
 from ldm_runtime.request import GenerationRequest, resolve, size_step
+from ldm_runtime.sampling import batches, sample_latents
 
 #: Drawn by every bundle. They differ in sampler, guidance, number of images and noise a step.
 PROMPTS: tuple[GenerationRequest, ...] = (

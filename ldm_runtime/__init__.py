@@ -13,8 +13,9 @@ from ldm_runtime.errors import (
     RequestError,
     ShapeError,
 )
-from ldm_runtime.generator import Generator, Result, Step
+from ldm_runtime.generator import Generator, Result
 from ldm_runtime.request import GenerationRequest
+from ldm_runtime.sampling import Step
 
 __all__ = [
     "BackendError",

@@ -14,10 +14,11 @@ from typing import TextIO
 from ldm_runtime.backends import BACKENDS
 from ldm_runtime.cli_engines import EngineLines, add_engine_arguments, engine_options
 from ldm_runtime.errors import LdmError, RequestError
-from ldm_runtime.generator import Generator, Result, Step
+from ldm_runtime.generator import Generator, Result
 from ldm_runtime.images import save_png
 from ldm_runtime.request import GenerationRequest, parse_request, resolve
 from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.sampling import Step
 from ldm_runtime.schedules import SCHEDULES
 
 _INTERRUPTED = 130
@@ -92,6 +93,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, help="share of fresh noise a step, 0 to 1")
     parser.add_argument("--seed", type=int, help="of the first image; default: drawn")
     parser.add_argument("--num-images", "-n", type=int, default=1, help="default: 1")
+    parser.add_argument("--plain-prompt", action="store_true", help="take the prompt literally")
     parser.set_defaults(run=_generate)
 
 

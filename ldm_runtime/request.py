@@ -39,6 +39,8 @@ class GenerationRequest:
         eta: Share of fresh noise a step, 0 deterministic to 1 ancestral, for samplers that have it.
         seed: Image i draws its noise from seed + i. None draws a seed and records it.
         num_images: How many pictures.
+        plain_prompt: Take prompts literally: no weights `(word:1.2)`, no `BREAK`, cut where the
+            text encoder ends.
 
     Raises:
         RequestError: A field has the wrong type or lies out of range.
@@ -55,6 +57,7 @@ class GenerationRequest:
     eta: float | None = None
     seed: int | None = None
     num_images: int = 1
+    plain_prompt: bool = False
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -211,7 +214,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-_REQUIRED = ("prompt", "negative_prompt", "num_images")
+def _switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(name, f"must be true or false, got {_shown(value)}")
+    return value
+
+
+_REQUIRED = ("prompt", "negative_prompt", "num_images", "plain_prompt")
 _CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
     {
         "prompt": _text,
@@ -225,6 +234,7 @@ _CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
         "schedule": partial(_name, choices=tuple(SCHEDULES)),
         "eta": partial(_number, low=0.0, high=1.0),
         "seed": partial(_whole_number, low=0, high=MAX_SEED),
+        "plain_prompt": _switch,
         "num_images": partial(_whole_number, low=1, high=MAX_IMAGES),
     }
 )

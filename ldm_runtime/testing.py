@@ -20,7 +20,6 @@ from ldm_runtime.backends import BoundInputs, Runner, Tensors
 from ldm_runtime.components import COMPONENTS
 from ldm_runtime.conditioning import encode_prompts
 from ldm_runtime.errors import BackendError
-from ldm_runtime.generator import sample_latents
 from ldm_runtime.images import decode_latents
 from ldm_runtime.manifest import (
     MANIFEST_NAME,
@@ -40,6 +39,7 @@ from ldm_runtime.manifest import (
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.onnx_bytes import Node, encode_model, pack_weights
 from ldm_runtime.request import GenerationRequest, resolve
+from ldm_runtime.sampling import sample_latents
 from ldm_runtime.tokenizers import ClipTokenizer
 
 Float32Array = npt.NDArray[np.float32]

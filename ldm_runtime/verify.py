@@ -29,10 +29,11 @@ from ldm_runtime.backends import (
 )
 from ldm_runtime.conditioning import encode_prompts, open_tokenizer
 from ldm_runtime.errors import BundleError, ShapeError
-from ldm_runtime.generator import TEXT_TO_IMAGE, batches, sample_latents
+from ldm_runtime.generator import TEXT_TO_IMAGE
 from ldm_runtime.images import decode_latents
 from ldm_runtime.manifest import ComponentRecord, Manifest, WeightsDType, load_manifest
 from ldm_runtime.request import GenerationRequest, parse_request, resolve
+from ldm_runtime.sampling import batches, sample_latents
 
 _LOGGER = logging.getLogger(__name__)
 

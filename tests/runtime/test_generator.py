@@ -12,11 +12,11 @@ import pytest
 from ldm_runtime import GenerationRequest, Generator, Result, Step
 from ldm_runtime.conditioning import encode_prompts, open_tokenizer
 from ldm_runtime.errors import BackendError, BundleError, ManifestError, RequestError
-from ldm_runtime.generator import batches, sample_latents
 from ldm_runtime.images import decode_latents
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.request import resolve, sigmas_of
 from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.sampling import batches, sample_latents
 from ldm_runtime.schedules import initial_scale
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
 
