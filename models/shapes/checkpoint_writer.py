@@ -83,6 +83,7 @@ def write_config(
         "linear_start": start,
         "linear_end": end,
         "timesteps": timesteps,
+        "parameterization": "v",
         "image_size": latent_size,
         "channels": unet.in_channels,
         "scale_by_std": True,
