@@ -6,11 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_runtime.noise import TorchCpuGenerator, _box_muller
+from ldm_runtime.noise import TorchCpuGenerator
+from ldm_runtime.noise.torch_cpu import _box_muller
 
 # Elsewhere torch calls the C library's logf, sinf and cosf, which round differently. To try that:
 # ATEN_CPU_CAPABILITY=default pytest tests/reference/test_noise_reference.py
 VECTOR_KERNELS = torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
+DTYPES = {np.float32: torch.float32, np.float64: torch.float64}
 SEEDS = [0, 1, 12345, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 
 pytestmark = pytest.mark.reference
@@ -19,41 +21,56 @@ pytestmark = pytest.mark.reference
 def assert_same_bits(ours, torchs):
     expected = torchs.numpy()
     assert ours.shape == expected.shape
-    if VECTOR_KERNELS:
-        np.testing.assert_array_equal(ours.view(np.uint32), expected.view(np.uint32))
+    assert ours.dtype == expected.dtype
+    if VECTOR_KERNELS or ours.dtype == np.float64:
+        np.testing.assert_array_equal(ours, expected)
+        np.testing.assert_array_equal(np.signbit(ours), np.signbit(expected))
     else:
         np.testing.assert_allclose(ours, expected, rtol=0, atol=4e-6)
 
 
+def draw_both(ours, theirs, shape, dtype):
+    return ours.randn(shape, dtype), torch.randn(shape, generator=theirs, dtype=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_noise_equals_torch_for_every_size_up_to_40(seed):
+def test_noise_equals_torch_for_every_size_up_to_40(seed, dtype):
     for count in range(41):
         ours, theirs = TorchCpuGenerator(seed), torch.Generator().manual_seed(seed)
 
         for _ in range(3):
-            assert_same_bits(ours.randn((count,)), torch.randn(count, generator=theirs))
+            assert_same_bits(*draw_both(ours, theirs, (count,), dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shape", [(1, 4, 64, 64), (1, 4, 8, 8), (3, 4, 17, 23), (1009,), (2, 7)])
-def test_noise_equals_torch_for_latents_of_any_shape(seed, shape):
-    theirs = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def test_noise_equals_torch_for_latents_of_any_shape(seed, shape, dtype):
+    ours, theirs = TorchCpuGenerator(seed), torch.Generator().manual_seed(seed)
 
-    ours = TorchCpuGenerator(seed).randn(shape)
-
-    assert_same_bits(ours, theirs)
+    assert_same_bits(*draw_both(ours, theirs, shape, dtype))
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),
-    counts=st.lists(st.integers(0, 40) | st.integers(0, 3000), max_size=8),
+    calls=st.lists(
+        st.tuples(st.integers(0, 40) | st.integers(0, 3000), st.sampled_from([*DTYPES])),
+        max_size=8,
+    ),
 )
-def test_any_sequence_of_calls_equals_torch(seed, counts):
+def test_any_sequence_of_calls_of_either_precision_equals_torch(seed, calls):
     ours, theirs = TorchCpuGenerator(seed), torch.Generator().manual_seed(seed)
 
-    for count in counts:
-        assert_same_bits(ours.randn((count,)), torch.randn(count, generator=theirs))
+    for count, dtype in calls:
+        assert_same_bits(*draw_both(ours, theirs, (count,), dtype))
+
+
+def test_a_million_numbers_in_float64_equal_torch():
+    ours, theirs = TorchCpuGenerator(11), torch.Generator().manual_seed(11)
+
+    assert_same_bits(*draw_both(ours, theirs, (1_000_003,), np.float64))
 
 
 @pytest.mark.slow

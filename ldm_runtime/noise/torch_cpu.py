@@ -3,27 +3,32 @@
 What torch does (checked against torch 2.13; the float32 path is older than that):
 
 * A Mersenne Twister MT19937 seeded with the low 32 bits of the seed.
-* 16 numbers or more: uniforms of 24 bits, Box-Muller in groups of 16 (8 radii, then 8 angles), in
-  float32 with the logarithm, sine and cosine of the Cephes library (S. Moshier, single/logf.c and
-  single/sinf.c) and every product that feeds a sum fused into it. If the count is no multiple of
-  16, the last 16 numbers are drawn again.
-* Fewer than 16: one at a time, in double precision, from uniforms of 53 bits. Each pair gives two
-  numbers and the second waits in the generator, even across calls of the other kind.
+* 16 numbers or more: Box-Muller in groups of 16 (8 radii, then 8 angles). If the count is no
+  multiple of 16, the last 16 numbers are drawn again.
+  float32 comes from uniforms of 24 bits, with the logarithm, sine and cosine of the Cephes library
+  (S. Moshier, single/logf.c and single/sinf.c) and every product that feeds a sum fused into it.
+  float64 comes from uniforms of 53 bits, two words each, and the C library's functions.
+* Fewer than 16: one at a time, in double precision, from uniforms of 53 bits, then rounded to the
+  precision asked for. Each pair gives two numbers and the second waits in the generator, even
+  across calls of the other kinds.
 
-The float32 arithmetic is that of torch's AVX2 and AVX-512 kernels, which agree; on a processor
-without AVX2 torch calls the C library instead and its noise differs from this by up to 3e-6.
+The C library's functions are called through `math`, since NumPy's own may round differently; the
+bits are torch's wherever torch runs on the same C library. The float32 arithmetic is that of
+torch's AVX2 and AVX-512 kernels, which agree; on a processor without AVX2 torch calls the C library
+instead and its noise differs from this by up to 3e-6.
 
-Here that arithmetic runs on float64 arrays that hold float32 values: a product of two of them is
-exact, so rounding once after the sum gives the fused result. (The float64 sum is itself rounded;
-a test shows that this spoils none of the 2**24 radii and 2**24 angles that can occur.)
+Here the float32 arithmetic runs on float64 arrays that hold float32 values: a product of two of
+them is exact, so rounding once after the sum gives the fused result. (The float64 sum is itself
+rounded; a test shows that this spoils none of the 2**24 radii and 2**24 angles that can occur.)
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-Float64Array = npt.NDArray[np.float64]
+from ldm_runtime.noise.contract import Float32Array, Float64Array, NoiseGenerator, Words
 
 _GROUP = 16
 
@@ -59,41 +64,34 @@ _COS_POLYNOMIAL = tuple(
 _SIN_POLYNOMIAL = tuple(map(_float32, (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)))
 
 
-class TorchCpuGenerator:
+class TorchCpuGenerator(NoiseGenerator):
     """The random stream of `torch.Generator().manual_seed(seed)`.
 
-    Successive calls continue the stream. Only the low 32 bits of a seed count, as in torch.
+    Only the low 32 bits of a seed count, as in torch.
 
     Raises:
         ValueError: The seed does not fit 64 unsigned bits.
     """
 
     def __init__(self, seed: int) -> None:
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must lie between 0 and 2**64 - 1, got {seed}")
+        super().__init__(seed)
         self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
         self._waiting: float | None = None
 
-    def randn(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """Draw standard normal numbers, equal to `torch.randn(shape, generator=...)`."""
-        count = math.prod(shape)
-        numbers = self._in_groups(count) if count >= _GROUP else self._one_by_one(count)
-        return numbers.reshape(shape)
-
-    def _words(self, count: int) -> npt.NDArray[np.uint32]:
-        return self._twister.randint(0, 2**32, size=count, dtype=np.uint32)
-
-    def _in_groups(self, count: int) -> npt.NDArray[np.float32]:
-        numbers = np.empty(count, dtype=np.float32)
-        words = self._words(count)
+    def _draw(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
+        if count < _GROUP:
+            return np.array([self._next_double() for _ in range(count)], dtype)
+        per_number, to_normal = (1, _box_muller) if dtype == np.float32 else (2, _box_muller_double)
+        words = self._words(count * per_number)  # also those of the last count % 16 numbers
+        numbers = np.empty(count, dtype)
         whole = count - count % _GROUP
-        numbers[:whole] = _box_muller(words[:whole])
+        numbers[:whole] = to_normal(words[: whole * per_number])
         if whole < count:
-            numbers[-_GROUP:] = _box_muller(self._words(_GROUP))
+            numbers[-_GROUP:] = to_normal(self._words(_GROUP * per_number))
         return numbers
 
-    def _one_by_one(self, count: int) -> npt.NDArray[np.float32]:
-        return np.array([self._next_double() for _ in range(count)], dtype=np.float32)
+    def _words(self, count: int) -> Words:
+        return self._twister.randint(0, 2**32, size=count, dtype=np.uint32)
 
     def _next_double(self) -> float:
         if self._waiting is not None:
@@ -108,13 +106,28 @@ class TorchCpuGenerator:
         return radius * math.cos(theta)
 
 
-def _box_muller(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
-    """Turn words (a multiple of 16) into as many normal numbers, in torch's order."""
+def _box_muller(words: Words) -> Float32Array:
+    """Turn words (a multiple of 16) into as many float32 numbers, in torch's order."""
     uniform = (words & 0xFFFFFF).astype(np.float64).reshape(-1, 2, _GROUP // 2) * 2.0**-24
     radius = _rounded(np.sqrt(-2 * _log(1 - uniform[:, 0])))
     sin, cos = _sin_cos(_rounded(_TWO_PI * uniform[:, 1]))
     numbers = np.stack([radius * cos, radius * sin], axis=1).astype(np.float32)
     return numbers.reshape(-1) + np.float32(0)  # torch adds the mean, which turns -0 into 0
+
+
+def _box_muller_double(words: Words) -> Float64Array:
+    """Turn words (a multiple of 32) into half as many float64 numbers, in torch's order."""
+    high, low = words.astype(np.uint64).reshape(-1, 2).T
+    bits = (high << np.uint64(32) | low) & np.uint64(2**53 - 1)
+    uniform = bits.astype(np.float64).reshape(-1, 2, _GROUP // 2) * 2.0**-53
+    radius = np.sqrt(-2 * _each(math.log, 1 - uniform[:, 0]))
+    angle = 2 * math.pi * uniform[:, 1]
+    waves = np.stack([_each(math.cos, angle), _each(math.sin, angle)], axis=1)
+    return (radius[:, None] * waves).reshape(-1) + 0.0
+
+
+def _each(function: Callable[[float], float], x: Float64Array) -> Float64Array:
+    return np.fromiter(map(function, x.ravel().tolist()), np.float64, x.size).reshape(x.shape)
 
 
 def _log(x: Float64Array) -> Float64Array:

@@ -1,0 +1,63 @@
+"""The training schedule: the noise level of every training timestep."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+#: Increasing noise levels, indexed by the training timestep, shape (num_train_timesteps,).
+SigmaTable = npt.NDArray[np.float64]
+
+# diffusers' Euler puts it in the place of the zero; sigma is then 4096.
+_SMALLEST_ALPHA = 2.0**-24
+
+
+def training_sigmas(alphas_cumprod: Sequence[float]) -> SigmaTable:
+    """Return the noise level sqrt((1 - a) / a) of every training timestep, increasing.
+
+    Raises:
+        ValueError: `alphas_cumprod` has fewer than two values, a value outside (0, 1), or does
+            not decrease.
+    """
+    alphas = _checked(alphas_cumprod)
+    return np.sqrt((1 - alphas) / alphas)
+
+
+def rescale_zero_terminal_snr(alphas_cumprod: Sequence[float]) -> tuple[float, ...]:
+    """Shift and stretch sqrt(alphas_cumprod) so that the last timestep is nothing but noise.
+
+    A model must have been trained for it, with v-prediction. The last value becomes not 0 but
+    2**-24, as in diffusers' Euler, so that its sigma is 4096 and not infinite; or half of the
+    value before it where that is less, so that the values still decrease.
+
+    Source: Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
+
+    Raises:
+        ValueError: As in `training_sigmas`.
+    """
+    signal = np.sqrt(_checked(alphas_cumprod))
+    stretched = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    alphas = stretched**2
+    alphas[-1] = min(_SMALLEST_ALPHA, alphas[-2] / 2)
+    return tuple(alphas.tolist())
+
+
+def _checked(alphas_cumprod: Sequence[float]) -> npt.NDArray[np.float64]:
+    alphas = np.asarray(alphas_cumprod, dtype=np.float64)
+    if alphas.ndim != 1 or alphas.size < 2:
+        raise ValueError(f"alphas_cumprod must be a list of two or more, got shape {alphas.shape}")
+    outside = np.flatnonzero(~((alphas > 0) & (alphas < 1)))
+    if outside.size:
+        index = int(outside[0])
+        raise ValueError(
+            f"alphas_cumprod[{index}] is {float(alphas[index])}, but every value must lie between "
+            "0 and 1, both excluded"
+        )
+    rising = np.flatnonzero(np.diff(alphas) >= 0)
+    if rising.size:
+        index = int(rising[0]) + 1
+        raise ValueError(
+            f"alphas_cumprod must decrease, but value {index} is {float(alphas[index])} "
+            f"after {float(alphas[index - 1])}"
+        )
+    return alphas
