@@ -6,7 +6,14 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ldm_runtime.samplers import dpm_solver, first_order
+from ldm_runtime.samplers import (
+    dpm_solver,
+    first_order,
+    multistep,
+    stochastic,
+    two_stage,
+    unipc,
+)
 from ldm_runtime.samplers.contract import (
     Denoise,
     Draw,
@@ -17,4 +24,11 @@ from ldm_runtime.samplers.contract import (
 
 __all__ = ["SAMPLERS", "Denoise", "Draw", "Latents", "Sampler", "SamplerRecord"]
 
-SAMPLERS: Mapping[str, SamplerRecord] = MappingProxyType(first_order.RECORDS | dpm_solver.RECORDS)
+SAMPLERS: Mapping[str, SamplerRecord] = MappingProxyType(
+    first_order.RECORDS
+    | two_stage.RECORDS
+    | multistep.RECORDS
+    | dpm_solver.RECORDS
+    | stochastic.RECORDS
+    | unipc.RECORDS
+)

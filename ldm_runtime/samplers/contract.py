@@ -54,10 +54,10 @@ class SamplerRecord:
     Attributes:
         function: The sampler.
         source: The paper or program it follows, in one line.
-        order: Order of convergence without noise.
+        order: Order of convergence of a whole run without noise, its start included.
         schedule: Name of its schedule in `ldm_runtime.schedules.SCHEDULES`.
         final_sigma: Where its last step leads, as in `schedules.sampling_sigmas`.
-        default_eta: The `eta` it gets.
+        default_eta: The `eta` it gets; 1 without `uses_eta` is a sampler that always adds noise.
         uses_eta: Whether `eta` makes a difference to it.
         noise: What its `draw` returns: independent noise, or increments of a Brownian path.
         calls_per_step: Denoiser calls of a step in the middle of a run.

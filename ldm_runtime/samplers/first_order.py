@@ -36,7 +36,50 @@ def euler(
     return ddim(denoise, latents, sigmas, eta=0.0, draw=draw)
 
 
+def ddpm(
+    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+) -> Iterator[Latents]:
+    """Ancestral sampling with the posterior's own variance, beta-tilde: `ddim` with eta 1.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7, over the timesteps visited;
+    CompVis' `p_sample_loop`, which visits all.
+    """
+    return ddim(denoise, latents, sigmas, eta=1.0, draw=draw)
+
+
+def lcm(
+    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+) -> Iterator[Latents]:
+    """Jump to x0 and add noise anew in every step: for latent consistency models.
+
+    The scalings c_skip and c_out, which make a network a consistency function, are part of that
+    function and so of `denoise`. They differ from 0 and 1 by less than 1e-5 at the timesteps
+    that these models are distilled at.
+
+    Source: Luo et al. 2023 (arXiv:2310.04378), multistep sampling, divided by alpha; the
+    `sample_lcm` that programs built on k-diffusion share.
+    """
+    for sigma, sigma_next in pairwise(sigmas):
+        latents = denoise(latents, sigma)
+        if sigma_next > 0:
+            latents = latents + sigma_next * draw(sigma, sigma_next)
+        yield latents
+
+
+def slope_at(denoise: Denoise, latents: Latents, sigma: float) -> Latents:
+    """Return d latents / d sigma of the probability-flow equation, which is the predicted noise.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1, line 4.
+    """
+    return (latents - denoise(latents, sigma)) / sigma
+
+
 RECORDS = {
+    "ddpm": SamplerRecord(
+        function=ddpm,
+        source="Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7; CompVis, p_sample_loop",
+        default_eta=1.0,
+    ),
     "ddim": SamplerRecord(
         function=ddim,
         source="Song et al. 2021 (arXiv:2010.02502); CompVis' DDIMSampler",
@@ -51,5 +94,11 @@ RECORDS = {
         source="k-diffusion, sample_euler_ancestral",
         default_eta=1.0,
         uses_eta=True,
+    ),
+    "lcm": SamplerRecord(
+        function=lcm,
+        source="Luo et al. 2023 (arXiv:2310.04378), multistep sampling",
+        schedule="trailing",
+        default_eta=1.0,
     ),
 }

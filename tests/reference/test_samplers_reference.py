@@ -1,11 +1,8 @@
-"""Our samplers and denoiser against their diffusers schedulers, step by step.
+"""Our samplers and schedules against their diffusers schedulers, step by step.
 
-Both sides run a guided fake network in float64 from the same noise with the same draws, and must
-agree to 1e-6 of the largest latent after every step. diffusers keeps its tables in float32 and
-rounds the latents to float32 in every Euler and DPM-Solver step; what is left of that is all the
-difference there is (it grows with the number of steps: 1e-7 to 7e-7 up to 20, 1e-6 at 50).
-
-Where diffusers and the source we follow differ, a test at the end shows both:
+Both sides must agree to 1e-6 of the largest latent after every step. The samplers' rows are in
+`sampler_twin_table`; how schedulers differ from our sources is shown by
+`test_sampler_differences_reference`, and how they space their steps by the end of this file:
 
 * `DPMSolverMultistepScheduler` spaces "leading" over num_steps + 1 points and so visits other
   timesteps than DDIM and Euler do. As its twin it gets ours through `timesteps=`.
@@ -21,205 +18,53 @@ Where diffusers and the source we follow differ, a test at the end shows both:
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
 )
 
-from ldm_runtime.denoiser import GuidedDenoiser, timestep_of
-from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.denoiser import timestep_of
 from ldm_runtime.schedules import SCHEDULES, initial_scale, sampling_sigmas, training_sigmas
+from tests.reference.sampler_twin_table import LDM_DDIM, TWINS
+from tests.reference.sampler_twins import (
+    CONTEXT,
+    KARRAS,
+    LEADING,
+    PREDICTION_TYPES,
+    STABLE_DIFFUSION,
+    TOLERANCE,
+    TRAILING,
+    largest_difference,
+)
 
 pytestmark = [
     pytest.mark.reference,
-    # torch's __array__ lacks NumPy 2's `copy`, and diffusers passes tensors to np.array.
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    # torch's __array__ lacks NumPy 2's `copy`, and diffusers passes tensors to NumPy functions.
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
 ]
 
-TOLERANCE = 1e-6
-SHAPE = (2, 4, 6, 6)
-GUIDANCE_SCALE = 3.0
-STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-CONTEXT = np.linspace(-1.0, 1.0, 4 * 3 * 2).reshape(4, 3, 2)  # 2 images, uncond first
-
-LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
-TRAILING = {"timestep_spacing": "trailing"}
-KARRAS = {"timestep_spacing": "linspace", "use_karras_sigmas": True}
-LDM_DDIM = {"set_alpha_to_one": False, "clip_sample": False}
+ONE_OF_EACH = {twin.name: twin for twin in TWINS if twin.schedule == "trailing"}.values()
 
 
-def network(latents, timesteps, context):
-    """Smooth, bounded and curved in every argument."""
-    time = timesteps.astype(np.float64)[:, None, None, None] / 1000
-    text = context.mean(axis=(1, 2))[:, None, None, None]
-    mixed = latents + 0.4 * np.roll(latents, 1, axis=-1) + text
-    return np.tanh(1.3 * mixed) * (0.6 + 0.4 * np.cos(5 * time))
-
-
-def network_of_whole_timesteps(latents, timesteps, context):
-    return network(latents, timesteps.round(), context)
-
-
-def guided(latents, timestep, network):
-    """The guided prediction for variance-preserving latents, written without our denoiser."""
-    timesteps = np.full(len(latents), timestep)
-    uncond = network(latents, timesteps, CONTEXT[:2])
-    cond = network(latents, timesteps, CONTEXT[2:])
-    return (1 - GUIDANCE_SCALE) * uncond + GUIDANCE_SCALE * cond
-
-
-def make_draw(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *_: torch.randn(SHAPE, generator=generator, dtype=torch.float64).numpy()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Twin:
-    """A sampler of ours on one schedule, and the diffusers scheduler that should equal it."""
-
-    name: str
-    schedule: str
-    scheduler: type
-    options: dict
-    eta: float = 0.0
-    passes_eta: bool = False
-    given_timesteps: bool = False
-    network: object = network
-
-    def build(self, num_steps, prediction_type):
-        """Their scheduler, ready to run, our table made from its, and our sigmas."""
-        scheduler = self.scheduler(
-            **STABLE_DIFFUSION, **self.options, prediction_type=prediction_type
-        )
-        table = training_sigmas(scheduler.alphas_cumprod.tolist())
-        sigmas = sampling_sigmas(table, num_steps, self.schedule, SAMPLERS[self.name].final_sigma)
-        if self.given_timesteps:
-            scheduler.set_timesteps(timesteps=[int(timestep_of(s, table)) for s in sigmas[:-1]])
-        else:
-            scheduler.set_timesteps(num_steps)
-        return scheduler, table, sigmas
-
-    def vp_scale(self, sigma):
-        """What their latents are multiplied with to become ours at `sigma`."""
-        preserves_variance = self.scheduler in (DDIMScheduler, DPMSolverMultistepScheduler)
-        return math.hypot(1.0, sigma) if preserves_variance else 1.0
-
-
-TWINS = {
-    "ddim": Twin(
-        name="ddim",
-        schedule="leading",
-        scheduler=DDIMScheduler,
-        options=LDM_DDIM | LEADING,
-        passes_eta=True,
-    ),
-    "ddim, eta 1": Twin(
-        name="ddim",
-        schedule="leading",
-        scheduler=DDIMScheduler,
-        options=LDM_DDIM | LEADING,
-        eta=1.0,
-        passes_eta=True,
-    ),
-    "euler": Twin(
-        name="euler", schedule="leading", scheduler=EulerDiscreteScheduler, options=LEADING
-    ),
-    "euler, trailing": Twin(
-        name="euler", schedule="trailing", scheduler=EulerDiscreteScheduler, options=TRAILING
-    ),
-    "euler, karras": Twin(
-        name="euler", schedule="karras", scheduler=EulerDiscreteScheduler, options=KARRAS
-    ),
-    "euler_ancestral": Twin(
-        name="euler_ancestral",
-        schedule="leading",
-        scheduler=EulerAncestralDiscreteScheduler,
-        options=LEADING,
-        eta=1.0,
-    ),
-    "euler_ancestral, trailing": Twin(
-        name="euler_ancestral",
-        schedule="trailing",
-        scheduler=EulerAncestralDiscreteScheduler,
-        options=TRAILING,
-        eta=1.0,
-    ),
-    "dpmpp_2m": Twin(
-        name="dpmpp_2m",
-        schedule="leading",
-        scheduler=DPMSolverMultistepScheduler,
-        options=LEADING,
-        given_timesteps=True,
-    ),
-    "dpmpp_2m, trailing": Twin(
-        name="dpmpp_2m",
-        schedule="trailing",
-        scheduler=DPMSolverMultistepScheduler,
-        options=TRAILING,
-    ),
-    "dpmpp_2m, karras": Twin(
-        name="dpmpp_2m",
-        schedule="karras",
-        scheduler=DPMSolverMultistepScheduler,
-        options=KARRAS,
-        network=network_of_whole_timesteps,
-    ),
-}
-
-
-def their_steps(twin, scheduler, noise):
-    """Latents after every step, as a pipeline of diffusers would have them."""
-    generator = torch.Generator().manual_seed(1)
-    options = {"eta": twin.eta} if twin.passes_eta else {}
-    sample = torch.from_numpy(noise * float(scheduler.init_noise_sigma))
-    for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(sample, timestep)
-        prediction = torch.from_numpy(guided(scaled.numpy(), float(timestep), twin.network))
-        result = scheduler.step(prediction, timestep, sample, generator=generator, **options)
-        sample = result.prev_sample
-        yield sample.numpy()
-
-
-def largest_difference(twin, num_steps, prediction_type, plant=lambda denoise: denoise):
-    """Largest difference after any step, over the largest latent of that step."""
-    scheduler, table, sigmas = twin.build(num_steps, prediction_type)
-    noise = make_draw(0)()
-    denoise = GuidedDenoiser(
-        network=twin.network,
-        training_sigmas=table,
-        context=CONTEXT,
-        guidance_scale=GUIDANCE_SCALE,
-        prediction_type=prediction_type,
-    )
-    latents = noise * float(scheduler.init_noise_sigma) * twin.vp_scale(sigmas[0])
-
-    ours = SAMPLERS[twin.name].function(
-        plant(denoise), latents, sigmas, eta=twin.eta, draw=make_draw(1)
-    )
-
-    differences = []
-    for mine, other, sigma in zip(
-        ours, their_steps(twin, scheduler, noise), sigmas[1:], strict=True
-    ):
-        wanted = other * twin.vp_scale(sigma)
-        differences.append(np.abs(mine - wanted).max() / np.abs(wanted).max())
-    return max(differences)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("num_steps", [2, 7, 20])  # 7 does not divide 1000
-@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    ("twin", "num_steps"), [(twin, count) for twin in TWINS for count in twin.num_steps], ids=str
+)
 def test_every_step_equals_that_of_the_diffusers_twin(twin, num_steps, prediction_type):
     difference = largest_difference(twin, num_steps, prediction_type)
 
-    assert difference <= TOLERANCE
+    assert difference <= twin.difference
+
+
+def test_every_sampler_here_is_compared_on_three_schedules():
+    for name in {twin.name for twin in TWINS}:
+        schedules = {twin.schedule for twin in TWINS if twin.name == name}
+        assert schedules == {"leading", "trailing", "karras"}
 
 
 def swap_uncond_and_cond(denoise):
@@ -251,9 +96,9 @@ def forget_to_scale_the_input(denoise):
         forget_to_scale_the_input,
     ],
 )
-@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+@pytest.mark.parametrize("twin", ONE_OF_EACH, ids=str)
 def test_a_planted_bug_is_seen_far_above_the_tolerance(twin, plant):
-    difference = largest_difference(twin, 7, "epsilon", plant)
+    difference = largest_difference(twin, twin.num_steps[1], "epsilon", plant)
 
     assert difference > 100 * TOLERANCE
 
@@ -274,22 +119,6 @@ def test_a_schedule_visits_the_timesteps_of_diffusers_for_every_number_of_steps(
         assert ours == scheduler.timesteps.tolist()[:num_steps]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "options"), [("leading", LEADING), ("trailing", TRAILING), ("karras", KARRAS)]
-)
-def test_sigmas_and_the_initial_scale_are_those_of_the_euler_scheduler(schedule, options):
-    scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION, **options)
-    table = training_sigmas(scheduler.alphas_cumprod.tolist())
-
-    for num_steps in (2, 7, 20, 50, 333):
-        scheduler.set_timesteps(num_steps)
-        sigmas = sampling_sigmas(table, num_steps, schedule, "zero")
-        # Their float32 fractions of Karras timesteps are compared by the twins.
-        np.testing.assert_allclose(sigmas, scheduler.sigmas, rtol=5e-7)
-        scale = initial_scale(sigmas, schedule)
-        assert scale == pytest.approx(float(scheduler.init_noise_sigma), rel=5e-7)
-
-
 def linspace_sigmas(num_steps):
     scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION, timestep_spacing="linspace")
     scheduler.set_timesteps(num_steps)
@@ -302,13 +131,6 @@ def test_linspace_equals_diffusers_where_all_timesteps_are_whole(num_steps):
     ours, theirs, _ = linspace_sigmas(num_steps)
 
     np.testing.assert_allclose(ours, theirs, rtol=5e-7)
-
-
-def test_linspace_is_interpolated_in_log_sigma_where_diffusers_is_linear():
-    ours, theirs, table = linspace_sigmas(3)
-
-    assert theirs[1] == pytest.approx((table[499] + table[500]) / 2, rel=1e-6)
-    assert ours[1] == pytest.approx(math.sqrt(table[499] * table[500]), rel=1e-12)
 
 
 def test_one_linspace_step_starts_at_the_last_timestep_where_diffusers_starts_at_the_first():

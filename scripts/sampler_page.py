@@ -1,0 +1,154 @@
+"""Write docs/samplers.md from the code and its tests: `python -m scripts.sampler_page`.
+
+Runs every sampler beside its diffusers twin to measure how far they are apart, which takes a minute
+and needs what the tests need.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ldm_runtime.samplers import SAMPLERS, SamplerRecord
+from ldm_runtime.schedules import SCHEDULES, training_sigmas
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/samplers.md"
+COLUMNS = (
+    "name",
+    "source",
+    "order",
+    "calls per step",
+    "eta",
+    "schedule",
+    "ends at",
+    "diffusers twin",
+    "largest difference",
+)
+
+_INTRODUCTION = """\
+# Samplers and schedules
+
+<!-- Written by `python -m scripts.sampler_page`; change the code or that script, not this page. -->
+
+A sampler carries noisy latents down a list of sigmas; a schedule makes the list. They are chosen
+apart: `ldm generate --sampler heun --schedule karras`.
+
+## Samplers
+
+* **order**: the error of a whole run without noise falls with this power of the number of steps,
+  as `tests/runtime/test_samplers_convergence.py` measures on a Gaussian. The first steps of a
+  multistep sampler know no earlier ones and cost it the order of its formula: `lms` has 4 and
+  `deis` 3 from a fine start. `plms` and `ipndm` take all steps for equally long, and where the
+  lengths of neighbouring steps differ much they fall to order 1.
+* **calls per step**: denoiser calls, each of the size of the batch (twice with guidance). `plms`
+  makes one call more in its first step; samplers with two calls make one in a step to sigma 0.
+* **eta**: whether the share of fresh noise can be chosen, and what it is unless given.
+* **ends at**: 0, or the smallest training sigma, as LDM's DDIM and PLMS do.
+* **largest difference** to the diffusers scheduler, after any step, over the largest latent, in
+  float64 with the same noise: on three schedules (leading, trailing, Karras), for epsilon and
+  v-prediction, in up to 20 steps. Most of it is diffusers' rounding to float32. What a scheduler is
+  made to do for that is said in `sampler_twin_table.py` and `dpm_twin_table.py` in
+  `tests/reference` and shown by `test_sampler_differences_reference.py` and
+  `test_dpm_solver_reference.py` there.
+  `dpmpp_2s_ancestral` has a twin without noise only. The tests in `tests/runtime` compare it, with
+  noise and as all others, with the formulas of its source.
+"""
+
+_SCHEDULES = """
+## Schedules
+
+"""
+
+_LDM_STEPS = """
+## The number of steps in LDM
+
+LDM's DDIM and PLMS visit every k-th timestep, where k is 1000 // S for S steps. If S does not
+divide 1000 there may be more of them than asked for, and for some S the last one does not exist.
+The default, `leading`, makes S steps with the same k; `ldm` does what LDM does:
+
+| asked for | `leading` | `ldm` |
+|---|---|---|
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=PAGE)
+    out = parser.parse_args(argv).out
+    importlib.import_module("diffusers.utils.logging").set_verbosity_error()
+    out.write_text(page(largest_difference), encoding="utf-8")
+    return 0
+
+
+def page(difference_of: Callable[[str], float]) -> str:
+    """Return the page, the last column from a function of the sampler's name."""
+    rows = [_row(name, record, difference_of) for name, record in SAMPLERS.items()]
+    table = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, rows)]
+    schedules = [
+        f"* `{name}`: {(schedule.__doc__ or '').splitlines()[0]}\n"
+        for name, schedule in SCHEDULES.items()
+    ]
+    return "".join([_INTRODUCTION, "\n", *table, _SCHEDULES, *schedules, _LDM_STEPS, *_ldm_steps()])
+
+
+def largest_difference(name: str) -> float:
+    """Measure the largest difference between a sampler and its twins; NaN if it has none."""
+    twins = _twins_of(name)
+    return float(_tests("sampler_twins").measured_difference(twins)) if twins else float("nan")
+
+
+def _row(
+    name: str, record: SamplerRecord, difference_of: Callable[[str], float]
+) -> tuple[str, ...]:
+    order = str(record.order) if record.uses_eta or not record.default_eta else "–"
+    schedulers = dict.fromkeys(f"`{twin.scheduler.__name__}`" for twin in _twins_of(name))
+    return (
+        f"`{name}`",
+        record.source,
+        order,
+        str(record.calls_per_step),
+        _eta(record),
+        f"`{record.schedule}`",
+        {"zero": "0", "smallest": "smallest"}[record.final_sigma],
+        ", ".join(schedulers) or "none",
+        f"{difference_of(name):.0e}",
+    )
+
+
+def _eta(record: SamplerRecord) -> str:
+    if record.uses_eta:
+        return f"yes, {record.default_eta:g}"
+    return "no, always noise" if record.default_eta else "no"
+
+
+def _ldm_steps() -> list[str]:
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # only their number matters here
+    table = training_sigmas(np.cumprod(1 - betas).tolist())
+    made = {
+        count: [len(SCHEDULES[name](table, count)) for name in ("leading", "ldm")]
+        for count in (20, 30, 50, 75, 150, 200)
+    }
+    return [_line([str(count), *map(str, steps)]) for count, steps in made.items()]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _twins_of(name: str) -> list[Any]:
+    tables = _tests("sampler_twin_table").TWINS + _tests("dpm_twin_table").DPM_TWINS
+    return [twin for twin in tables if twin.name == name]
+
+
+def _tests(module: str) -> ModuleType:
+    return importlib.import_module(f"tests.reference.{module}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
