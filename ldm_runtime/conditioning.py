@@ -1,20 +1,40 @@
 """What each task feeds the UNet besides latents: for text, the context."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends import Runner
-from ldm_runtime.errors import BundleError
-from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.manifest import ModelSpec, TextEncoderSpec
+from ldm_runtime.prompts import Token, parse_prompt, split_chunks
 from ldm_runtime.request import GenerationRequest
 from ldm_runtime.tokenizers import ClipTokenizer
 
 _LOGGER = logging.getLogger(__name__)
 
+#: Chunks of the text encoder's length in one prompt; each lengthens every attention to the text.
+MAX_CHUNKS = 16
+
 Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What the text encoder reads in one go.
+
+    Attributes:
+        ids: (max_tokens,) int64: start token, text, end token, padding.
+        weights: (max_tokens,) float32: 1 for all but the text.
+    """
+
+    ids: npt.NDArray[np.int64]
+    weights: Float32Array
 
 
 def open_tokenizer(path: Path, spec: ModelSpec) -> ClipTokenizer:
@@ -40,26 +60,64 @@ def encode_prompts(
 ) -> Float32Array:
     """Return the context of one image: (2, T, D), unconditional first, or (1, T, D) unguided.
 
-    What a prompt has too much is logged as a warning.
+    T is the text encoder's `max_tokens` times the number of chunks that the longer prompt takes;
+    the other is filled up with empty chunks. Each chunk is encoded alone, then weighted. A plain
+    prompt has one chunk without weights; what it has too much is logged as a warning.
 
     Args:
         engine: The text encoder.
         tokenizer: From `open_tokenizer`.
         request: A resolved request.
         spec: The model.
+
+    Raises:
+        RequestError: A prompt takes too many chunks, or its weights make no sense.
     """
     texts = {"prompt": request.prompt}
     if request.guidance_scale != 1:
         texts = {"negative_prompt": request.negative_prompt, **texts}
-    tokens = np.array(
-        [_encode(tokenizer, field, text, spec) for field, text in texts.items()], dtype=np.int64
-    )
+    read = _plain_chunk if request.plain_prompt else _weighted_chunks
+    prompts = {
+        field: read(tokenizer, field, text, spec.text_encoder) for field, text in texts.items()
+    }
+    empty = _chunk((), tokenizer, spec.text_encoder)
+    # A call for each chunk never has more rows than one for short prompts, whatever the length.
+    contexts = [
+        _encode(engine, dict(zip(prompts, chunks, strict=True)))
+        for chunks in zip_longest(*prompts.values(), fillvalue=empty)
+    ]
+    return np.concatenate(contexts, axis=1)
+
+
+def _encode(engine: Runner, chunks: Mapping[str, Chunk]) -> Float32Array:
+    """Encode one chunk of every prompt: (number of prompts, max_tokens, D)."""
+    tokens = np.stack([chunk.ids for chunk in chunks.values()])
     context: Float32Array = engine.run({"tokens": tokens})["context"]
-    return context
+    return np.stack(
+        [
+            _weighted(field, each, chunk.weights)
+            for each, (field, chunk) in zip(context, chunks.items(), strict=True)
+        ]
+    )
 
 
-def _encode(tokenizer: ClipTokenizer, field: str, text: str, spec: ModelSpec) -> tuple[int, ...]:
-    record = spec.text_encoder
+def _weighted(field: str, context: Float32Array, weights: Float32Array) -> Float32Array:
+    """Multiply a chunk's context (T, D) with its weights (T,), then restore its mean.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui 1.10, "Original" in `modules/sd_emphasis.py`.
+    """
+    if (weights == 1).all():
+        return context
+    weighted = context * weights[:, None]
+    mean = float(weighted.mean(dtype=np.float64))
+    if mean == 0:
+        raise RequestError(field, "its weights cancel each other; change one of them")
+    return weighted * (float(context.mean(dtype=np.float64)) / mean)
+
+
+def _plain_chunk(
+    tokenizer: ClipTokenizer, field: str, text: str, record: TextEncoderSpec
+) -> list[Chunk]:
     encoding = tokenizer.encode(text, record.max_tokens, pad_token_id=record.pad_token_id)
     if encoding.cut:
         _LOGGER.warning(
@@ -68,4 +126,43 @@ def _encode(tokenizer: ClipTokenizer, field: str, text: str, spec: ModelSpec) ->
             record.max_tokens - 2,
             encoding.cut,
         )
-    return encoding.ids
+    return [Chunk(np.array(encoding.ids), np.ones(record.max_tokens, dtype=np.float32))]
+
+
+def _weighted_chunks(
+    tokenizer: ClipTokenizer, field: str, text: str, record: TextEncoderSpec
+) -> list[Chunk]:
+    room = record.max_tokens - 2
+    try:
+        parts = [
+            [
+                Token(token, fragment.weight)
+                for fragment in part
+                for token in tokenizer.token_ids(fragment.text)
+            ]
+            for part in parse_prompt(text)
+        ]
+    except ValueError as error:
+        raise RequestError(field, str(error)) from error
+    (comma_id,) = tokenizer.token_ids(",")
+    chunks = split_chunks(parts, room, comma_id)
+    if len(chunks) > MAX_CHUNKS:
+        raise RequestError(
+            field,
+            f"takes {len(chunks)} chunks of {room} tokens, more than {MAX_CHUNKS}; shorten it",
+        )
+    return [_chunk(chunk, tokenizer, record) for chunk in chunks]
+
+
+def _chunk(tokens: Sequence[Token], tokenizer: ClipTokenizer, record: TextEncoderSpec) -> Chunk:
+    """Add start token, end token and padding, all of weight 1."""
+    ids = np.full(record.max_tokens, record.pad_token_id, dtype=np.int64)
+    weights = np.ones(record.max_tokens, dtype=np.float32)
+    end = len(tokens) + 1
+    ids[0], ids[1:end], ids[end] = (
+        tokenizer.start_id,
+        [each.id for each in tokens],
+        tokenizer.end_id,
+    )
+    weights[1:end] = [each.weight for each in tokens]
+    return Chunk(ids, weights)

@@ -6,6 +6,7 @@ Samplers see `denoise(latents, sigma) -> x0` and none of what this module hides.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +59,24 @@ def timestep_of(sigma: float, training_sigmas: npt.NDArray[np.float64]) -> float
     return above - 1 + math.log(sigma / low) / math.log(high / low)
 
 
+def rescale_guidance(guided: Float32Array, cond: Float32Array, share: float) -> Float32Array:
+    """Give a guided prediction back the contrast of the conditional one, wholly or in part.
+
+    Guidance widens the spread of the prediction, which over-exposes pictures, most of all in models
+    whose schedule ends without any signal.
+
+    Args:
+        guided: Prediction after guidance, shape (B, C, h, w).
+        cond: The conditional prediction, likewise.
+        share: 0 leaves `guided` as it is, 1 gives it the standard deviation of `cond`, image by
+            image over channels and pixels; between them the two are mixed.
+
+    Source: Lin et al. 2023 (arXiv:2305.08891), section 3.4.
+    """
+    ratio = _spread(cond) / _spread(guided)
+    return guided * (share * ratio + (1 - share))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuidedDenoiser:
     """A network as a denoiser, with classifier-free guidance in one batched call.
@@ -67,12 +86,17 @@ class GuidedDenoiser:
 
     Attributes:
         network: Maps latents (N, C, h, w) of unit variance, timesteps (N,) and context (N, T, D)
-            to the prediction, shaped like the latents; all float32.
+            to the prediction, shaped like the latents; all float32. Its context is always one and
+            the same array where guidance is on, and one other where it is off.
         training_sigmas: Noise level of every training timestep.
         context: Text conditioning, shape (B, T, D) if `guidance_scale` is 1 and else (2B, T, D),
             the unconditional half first.
         guidance_scale: 1 is the plain conditional model, in a call of half the size.
         prediction_type: What the network was trained to output.
+        guidance_rescale: Share of `rescale_guidance`.
+        guidance_interval: Lowest and highest noise level with guidance, both included; outside it
+            the model is the plain conditional one, in a call of half the size. None is everywhere.
+            Source: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
     """
 
     network: Network
@@ -80,6 +104,8 @@ class GuidedDenoiser:
     context: Float32Array
     guidance_scale: float
     prediction_type: PredictionType
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
 
     def __call__(self, latents: Float32Array, sigma: float) -> Float32Array:
         """Predict x0 from `latents` (B, C, h, w) at noise level `sigma`.
@@ -87,24 +113,45 @@ class GuidedDenoiser:
         Raises:
             ValueError: The context has another number of rows than the network's batch.
         """
+        self._check_context(len(latents))
         batch = latents / math.hypot(1.0, sigma)
-        if self._is_guided:
-            batch = np.concatenate([batch, batch])
-        self._check_context(len(latents), len(batch))
-        timesteps = np.full(len(batch), timestep_of(sigma, self.training_sigmas), dtype=np.float32)
-        prediction = self.network(batch, timesteps, self.context)
-        if self._is_guided:
-            uncond, cond = np.split(prediction, 2)
-            prediction = uncond + self.guidance_scale * (cond - uncond)
-        return to_x0(prediction, latents, sigma, self.prediction_type)
+        timestep = timestep_of(sigma, self.training_sigmas)
+        predict = self._guided if self.is_guided(sigma) else self._conditional
+        return to_x0(predict(batch, timestep), latents, sigma, self.prediction_type)
 
-    @property
-    def _is_guided(self) -> bool:
-        return self.guidance_scale != 1
+    def is_guided(self, sigma: float) -> bool:
+        """Whether guidance is on at a noise level, and a call thus twice the size."""
+        low, high = self.guidance_interval or (0.0, math.inf)
+        return self.guidance_scale != 1 and low <= sigma <= high
 
-    def _check_context(self, images: int, rows: int) -> None:
+    def _guided(self, batch: Float32Array, timestep: float) -> Float32Array:
+        pair = self._run(np.concatenate([batch, batch]), timestep, self.context)
+        uncond, cond = np.split(pair, 2)
+        guided = uncond + self.guidance_scale * (cond - uncond)
+        if self.guidance_rescale == 0:
+            return guided
+        return rescale_guidance(guided, cond, self.guidance_rescale)
+
+    def _conditional(self, batch: Float32Array, timestep: float) -> Float32Array:
+        return self._run(batch, timestep, self._conditional_context)
+
+    def _run(self, batch: Float32Array, timestep: float, context: Float32Array) -> Float32Array:
+        return self.network(batch, np.full(len(batch), timestep, dtype=np.float32), context)
+
+    @cached_property
+    def _conditional_context(self) -> Float32Array:
+        return self.context if self.guidance_scale == 1 else np.split(self.context, 2)[1]
+
+    def _check_context(self, images: int) -> None:
+        rows = images if self.guidance_scale == 1 else 2 * images
         if len(self.context) != rows:
             raise ValueError(
                 f"context has {len(self.context)} rows, but {images} latents at guidance scale "
                 f"{self.guidance_scale} need {rows}"
             )
+
+
+def _spread(predictions: Float32Array) -> Float32Array:
+    """Standard deviation of each image: (B, 1, 1, 1)."""
+    spread: Float32Array = predictions.std(axis=(1, 2, 3), keepdims=True)
+    return spread

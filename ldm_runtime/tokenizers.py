@@ -91,8 +91,7 @@ class ClipTokenizer:
         """
         if max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2 (start and end), got {max_tokens}")
-        _check_encodable(text)
-        pieces = [unicodedata.normalize("NFC", piece) for piece in _SPECIAL.split(text)]
+        pieces = _pieces(text)
         room = max_tokens - 2
         ids: list[int] = []
         cut = ""
@@ -104,6 +103,14 @@ class ClipTokenizer:
         ids = [self.start_id, *ids[:room], self.end_id]
         padding = [self.end_id if pad_token_id is None else pad_token_id] * (max_tokens - len(ids))
         return Encoding(ids=(*ids, *padding), cut=cut)
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a whole text, without start, end and padding.
+
+        Raises:
+            ValueError: The text holds half a surrogate pair.
+        """
+        return tuple(token for _, word_ids in self._words(_pieces(text)) for token in word_ids)
 
     def _words(self, pieces: Sequence[str]) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Yield every word's offset in the joined pieces, and its ids."""
@@ -120,6 +127,12 @@ class ClipTokenizer:
         symbols = [self._alphabet[byte] for byte in word.encode()]
         symbols[-1] += _WORD_END
         return tuple(self._ids[symbol] for symbol in _merge(symbols, self._ranks))
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut out the special tokens and compose the characters of the rest."""
+    _check_encodable(text)
+    return [unicodedata.normalize("NFC", piece) for piece in _SPECIAL.split(text)]
 
 
 def _merge(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[str]:
