@@ -27,6 +27,7 @@ from ldm_export.onnx_export import WEIGHTS_FILE, round_stored, sample_inputs, wr
 from ldm_export.parity import Sample, measure
 from ldm_export.plan import Plan, make_plan
 from ldm_export.precision import FP32_ISLANDS
+from ldm_export.preview import PAIRS_FILE, fit_preview, write_pairs
 from ldm_export.progress import Progress, Silent
 from ldm_export.reference import TorchEngine
 from ldm_export.workspace import Stage, StageRecord, Workspace
@@ -40,6 +41,7 @@ from ldm_runtime.manifest import (
     ComponentRecord,
     Manifest,
     ModelSpec,
+    PreviewRecord,
     WeightsDType,
     sha256_of,
 )
@@ -51,7 +53,8 @@ VOCABULARY = Path(__file__).parent / "vocabularies/clip_bpe_simple_vocab_16e6.tx
 TOKENIZER_FILE = f"tokenizer/{VOCABULARY.name}"
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-_RECIPE = 1
+_RECIPE = 2
+_ENCODER = "vae_encoder"
 _SAMPLING_FACTS = ("defaults", "prediction_type")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -120,6 +123,16 @@ class _Source:
         return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
 
+class _Fit:
+    """The preview's map, which a stage without files fits anew to what the encoder left."""
+
+    def __init__(self) -> None:
+        self.preview: PreviewRecord | None = None
+
+    def build(self, folder: Path) -> None:
+        self.preview = fit_preview(folder / _ENCODER / PAIRS_FILE)
+
+
 def export_bundle(
     options: ExportOptions,
     *,
@@ -148,7 +161,8 @@ def export_bundle(
     with open_checkpoint(options.checkpoint) as checkpoint:
         source = _open_source(options, checkpoint)
         with workspace.locked():
-            records = _run_stages(source, workspace, progress or Silent())
+            fit = _Fit()
+            records = _run_stages(source, fit, workspace, progress or Silent())
             _check_unchanged(source)
             manifest = Manifest(
                 schema_version=SCHEMA_VERSION,
@@ -158,6 +172,7 @@ def export_bundle(
                 tokenizer_file=TOKENIZER_FILE,
                 golden=_golden_folders(source),
                 golden_key=source.key("golden"),
+                preview=fit.preview,
                 engines=_engine_paths(records),
                 files=workspace.files,
                 build=BuildRecord(
@@ -185,8 +200,10 @@ def plan_export(options: ExportOptions) -> Plan:
         return _plan(_open_source(options, checkpoint, hashed=False))
 
 
-def _run_stages(source: _Source, workspace: Workspace, progress: Progress) -> list[StageRecord]:
-    stages = _stages(source)
+def _run_stages(
+    source: _Source, fit: _Fit, workspace: Workspace, progress: Progress
+) -> list[StageRecord]:
+    stages = _stages(source, fit)
     found = [record for stage in stages if (record := workspace.find(stage))]
     known = [*stages, *_engine_stages(source, found, progress)]
     seconds = dict(_plan(source).stage_seconds)
@@ -272,7 +289,7 @@ def _golden_folders(source: _Source) -> tuple[str, ...]:
     return tuple(f"golden/{index}" for index in range(len(_requests(source))))
 
 
-def _stages(source: _Source) -> list[Stage]:
+def _stages(source: _Source, fit: _Fit) -> list[Stage]:
     tokenizer = Stage(
         name="tokenizer",
         key=source.key("tokenizer"),
@@ -288,13 +305,14 @@ def _stages(source: _Source) -> list[Stage]:
         )
         for name in COMPONENTS
     ]
+    preview = Stage(name="preview", key=source.key("preview"), paths=(), build=fit.build)
     golden = Stage(
         name="golden",
         key=source.key("golden"),
         paths=_golden_folders(source),
         build=partial(_build_golden, source),
     )
-    return [tokenizer, *components, golden]
+    return [tokenizer, *components, preview, golden]
 
 
 def _copy_tokenizer(folder: Path) -> None:
@@ -321,14 +339,16 @@ def _build_component(source: _Source, name: str, folder: Path) -> ComponentRecor
     inputs = sample_inputs(name, source.spec)
     expected = [engine.run(arrays) for _, arrays in inputs]
     _write_golden_component(folder / f"golden/components/{name}.npz", inputs[0][1], expected[0])
+    if name == _ENCODER:
+        write_pairs(place / PAIRS_FILE, engine, source.spec)
     changed = round_stored(network, source.options.weights_dtype)
     stored = [engine.run(arrays) for _, arrays in inputs] if changed else expected
     graphs = write_graphs(name, network, source.spec, place, source.options.weights_dtype)
     del network, engine
     give_back_memory()  # torch's copy of the weights goes before ONNX Runtime reads its own
     samples = [
-        Sample(batch=b, height=h, width=w, inputs=arrays, expected=wanted, stored=rounded)
-        for ((b, h, w), arrays), wanted, rounded in zip(inputs, expected, stored, strict=True)
+        Sample(size=size, inputs=arrays, expected=wanted, stored=rounded)
+        for (size, arrays), wanted, rounded in zip(inputs, expected, stored, strict=True)
     ]
     parity = [record for graph in graphs for record in measure(name, graph, place, samples)]
     component = COMPONENTS[name]

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,8 @@ from ldm_runtime.backends import Runner
 from ldm_runtime.conditioning import encode_prompts, open_tokenizer
 from ldm_runtime.images import decode_latents
 from ldm_runtime.manifest import ModelSpec
-from ldm_runtime.request import GenerationRequest, resolve, size_step
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.resolution import resolve, size_step
 from ldm_runtime.sampling import batches, sample_latents
 
 #: Drawn by every bundle. They differ in sampler, guidance, number of images and noise a step.
@@ -56,13 +57,7 @@ def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[GenerationRe
         for size in (spec.defaults.height, spec.defaults.width)
     )
     return tuple(
-        resolve(
-            GenerationRequest(
-                **(asdict(request) | {"height": height, "width": width})
-                | {"num_inference_steps": steps}
-            ),
-            spec,
-        )
+        resolve(replace(request, height=height, width=width, num_inference_steps=steps), spec)
         for request in PROMPTS
     )
 

@@ -35,6 +35,7 @@ from ldm_export.onnx_passes import (
     ShareConstants,
     name_dynamic_axes,
 )
+from ldm_export.parity import SampleSize
 from ldm_export.precision import NodePrecision, all_fp32, fp16_with_islands
 from ldm_export.weights_file import INLINE_BYTES, store_weights
 from ldm_runtime.backends import Tensors
@@ -52,23 +53,28 @@ _PLANS: Mapping[GraphVariant, tuple[str, Callable[[ir.Graph], NodePrecision]]] =
 _TALKATIVE = "torch.onnx._internal.exporter._registration"
 
 
-def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[tuple[int, int, int], Tensors]]:
-    """Return inputs of component `name` at two sizes and two batch sizes, small and fixed.
+def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]]:
+    """Return inputs of component `name`, small and fixed: one of each length, and others.
+
+    The first has one row and a context of one chunk, the second three rows, another width and a
+    context of two chunks.
 
     Returns:
-        Pairs of (batch, latent height, latent width) and arrays by input name. Height and width
-        are 0 where the component has none.
+        Lengths of the dynamic axes, and arrays by input name.
     """
-    step = _size_step(spec)
-    samples: list[tuple[tuple[int, int, int], Tensors]] = []
-    for batch, height, width in ((1, 2 * step, 2 * step), (3, 2 * step, 3 * step)):
+    step, tokens = _size_step(spec), spec.text_encoder.max_tokens
+    axes = _axes(COMPONENTS[name])
+    samples: list[tuple[SampleSize, Tensors]] = []
+    for batch, height, width, chunks in ((1, 2 * step, 2 * step, 1), (3, 2 * step, 3 * step, 2)):
         rng = np.random.default_rng(batch)
-        sizes = _sizes(spec, {"batch": batch, "height": height, "width": width})
+        lengths = {"batch": batch, "height": height, "width": width}
+        lengths["context_tokens"] = chunks * tokens
+        sizes = _sizes(spec, lengths)
         arrays = {
             tensor.name: _sample(tensor, sizes, spec, rng) for tensor in COMPONENTS[name].inputs
         }
-        has_size = "height" in _axes(COMPONENTS[name])
-        samples.append(((batch, height * has_size, width * has_size), arrays))
+        size = SampleSize(**{axis: length * (axis in axes) for axis, length in lengths.items()})
+        samples.append((size, arrays))
     return samples
 
 
@@ -206,6 +212,7 @@ def _dynamic_shapes(
         "width": step * width if step > 1 else width,
         "image_height": factor * height if factor > 1 else height,
         "image_width": factor * width if factor > 1 else width,
+        "context_tokens": torch.export.Dim("context_tokens", min=1),
     }
     return tuple(
         {index: dims[axis] for index, axis in enumerate(tensor.axes) if axis in DYNAMIC_AXES}

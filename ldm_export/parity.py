@@ -1,7 +1,7 @@
 """How far a graph is from torch: measured on fixed inputs, recorded, and bounded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnxruntime
@@ -18,21 +18,34 @@ MAX_RELATIVE_L2 = 5e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One set of inputs and torch's outputs for it.
+class SampleSize:
+    """Lengths of the dynamic axes of one set of inputs, 0 where the component has no such axis.
 
     Attributes:
         batch: Batch size.
-        height: Latent height, 0 where the component has none.
-        width: Latent width, likewise.
-        inputs: Arrays by input name.
-        expected: Torch's output over the checkpoint's own weights.
-        stored: Torch's output over the weights as the bundle stores them.
+        height: Latent height.
+        width: Latent width.
+        context_tokens: Tokens of the context.
     """
 
     batch: int
     height: int
     width: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One set of inputs and torch's outputs for it.
+
+    Attributes:
+        size: Lengths of its dynamic axes.
+        inputs: Arrays by input name.
+        expected: Torch's output over the checkpoint's own weights.
+        stored: Torch's output over the weights as the bundle stores them.
+    """
+
+    size: SampleSize
     inputs: Tensors
     expected: Tensors
     stored: Tensors
@@ -72,9 +85,7 @@ def _parity(
     return ParityRecord(
         variant=variant,
         reference="stored" if reference == "stored" else "checkpoint",
-        batch=sample.batch,
-        height=sample.height,
-        width=sample.width,
+        **asdict(sample.size),
         max_relative_error=max_relative_error(outputs[name], array),
         relative_l2=relative_l2(outputs[name], array),
     )
@@ -94,8 +105,8 @@ def _check_bound(name: str, record: ParityRecord) -> None:
     if not value <= bound:  # NaN is above every bound
         raise ExportError(
             f"the {record.variant} graph of {name} differs from torch: {measured} {value:.2e} at "
-            f"batch {record.batch}, latents {record.height}x{record.width}, more than {bound:.0e}; "
-            f"{advice}"
+            f"batch {record.batch}, latents {record.height}x{record.width}, context of "
+            f"{record.context_tokens} tokens, more than {bound:.0e}; {advice}"
         )
 
 

@@ -10,6 +10,7 @@ from ldm_runtime.manifest import ModelSpec, WeightsDType
 # (benchmarks/export_full_size.py). Tracing costs much the same for a small network as for a large.
 _TRACE_SECONDS = {"text_encoder": 5.0, "unet": 18.0, "vae_decoder": 5.0, "vae_encoder": 4.0}
 _SECONDS_PER_PARAMETER = 90e-9
+_PREVIEW_SECONDS_PER_PARAMETER = 250e-9  # of the encoder, which encodes the pictures
 _GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
 _BASE_BYTES, _BYTES_PER_PARAMETER = 700_000_000, 5.7
 # Measured with TensorRT-RTX (benchmarks/engines_full_size.py); TensorRT takes minutes more.
@@ -77,6 +78,9 @@ def make_plan(
     seconds = {"tokenizer": 0.1}
     for name, count in parameters.items():
         seconds[name] = _TRACE_SECONDS.get(name, 5.0) + _SECONDS_PER_PARAMETER * count
+        if name == "vae_encoder":
+            seconds[name] += _PREVIEW_SECONDS_PER_PARAMETER * count
+    seconds["preview"] = 0.1  # a fit to what the encoder left
     total = sum(parameters.values())
     seconds["golden"] = _GOLDEN_SECONDS + _GOLDEN_SECONDS_PER_PARAMETER * total
     for stage, name in engines.items():

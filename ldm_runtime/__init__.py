@@ -8,22 +8,26 @@
 from ldm_runtime.errors import (
     BackendError,
     BundleError,
+    DeadlineError,
     LdmError,
     ManifestError,
     RequestError,
     ShapeError,
 )
 from ldm_runtime.generator import Generator, Result
+from ldm_runtime.pictures import Picture
 from ldm_runtime.request import GenerationRequest
 from ldm_runtime.sampling import Step
 
 __all__ = [
     "BackendError",
     "BundleError",
+    "DeadlineError",
     "GenerationRequest",
     "Generator",
     "LdmError",
     "ManifestError",
+    "Picture",
     "RequestError",
     "Result",
     "ShapeError",

@@ -3,26 +3,17 @@
 import argparse
 import json
 import logging
-import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
+from ldm_runtime import cli_generate
 from ldm_runtime.backends import BACKENDS
 from ldm_runtime.cli_engines import EngineLines, add_engine_arguments, engine_options
 from ldm_runtime.errors import LdmError, RequestError
-from ldm_runtime.generator import Generator, Result
-from ldm_runtime.images import save_png
-from ldm_runtime.request import GenerationRequest, parse_request, resolve
-from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.sampling import Step
-from ldm_runtime.schedules import SCHEDULES
 
 _INTERRUPTED = 130
-_BAR_WIDTH = 30
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", dest="command")
-    _add_generate(commands.add_parser("generate", help="draw images from a prompt"))
+    generate = commands.add_parser("generate", help="draw images from a prompt")
+    cli_generate.add_arguments(generate)
+    _add_engine_options(generate.add_argument_group("what runs it"))
+    generate.set_defaults(run=cli_generate.generate)
     _add_verify(commands.add_parser("verify", help="compare this machine's images with torch's"))
     inspect = commands.add_parser("inspect", help="describe an image, a bundle or a checkpoint")
     inspect.add_argument("path", type=Path)
@@ -78,25 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="what to draw")
-    _add_engine_options(parser)
-    parser.add_argument("--bundle", type=Path, default=Path("engines"), help="default: engines")
-    parser.add_argument("--out-dir", type=Path, default=Path("out"), help="default: out")
-    parser.add_argument("--negative-prompt", default="", help="what to steer away from")
-    parser.add_argument("--height", type=int, help="pixels")
-    parser.add_argument("--width", type=int, help="pixels")
-    parser.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the sampler")
-    parser.add_argument("--guidance-scale", type=float, help="1 is the plain model")
-    parser.add_argument("--sampler", help=", ".join(SAMPLERS))
-    parser.add_argument("--schedule", help=", ".join(SCHEDULES))
-    parser.add_argument("--eta", type=float, help="share of fresh noise a step, 0 to 1")
-    parser.add_argument("--seed", type=int, help="of the first image; default: drawn")
-    parser.add_argument("--num-images", "-n", type=int, default=1, help="default: 1")
-    parser.add_argument("--plain-prompt", action="store_true", help="take the prompt literally")
-    parser.set_defaults(run=_generate)
-
-
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     _add_engine_options(parser)
@@ -115,7 +90,7 @@ def _add_build_engines(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_build_engines)
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_engine_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--backend", default="auto", help=f"{', '.join(BACKENDS)}, or the best that can: auto"
     )
@@ -126,45 +101,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    request = parse_request(
-        {field.name: getattr(args, field.name) for field in fields(GenerationRequest)}
-    )
-    with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
-        request = resolve(request, generator.spec)
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        for result in _draw_one_by_one(generator, request):
-            print(_write(result, args.out_dir), flush=True)
-    return 0
-
-
-def _draw_one_by_one(generator: Generator, request: GenerationRequest) -> Iterator[Result]:
-    """Draw image i from seed + i as a request of its own, so that it can be written at once."""
-    assert request.seed is not None, "the request is not resolved"
-    progress = _Progress(request.num_images, sys.stderr)
-    for index in range(request.num_images):
-        alone = replace(request, seed=request.seed + index, num_images=1)
-        for event in generator.stream(alone):
-            if isinstance(event, Result):
-                progress.finish(index, event)
-                yield event
-            else:
-                progress.show(index, event)
-
-
-def _write(result: Result, folder: Path) -> Path:
-    """Write the one picture under the next free number."""
-    while True:
-        numbers = (re.match(r"(\d{4,})-", path.name) for path in folder.iterdir())
-        index = 1 + max((int(found[1]) for found in numbers if found), default=-1)
-        path = folder / f"{index:04d}-seed{result.request.seed}.png"
-        try:
-            save_png(result.images[0], path, result.metadata(0))
-        except FileExistsError:
-            continue  # another process took the number
-        return path
 
 
 class _Once(logging.Filter):
@@ -179,35 +115,6 @@ class _Once(logging.Filter):
         is_new = message not in self._shown
         self._shown.add(message)
         return is_new
-
-
-class _Progress:
-    """A bar on a terminal, one line an image elsewhere."""
-
-    def __init__(self, num_images: int, stream: TextIO) -> None:
-        self._num_images = num_images
-        self._stream = stream
-        self._started = time.perf_counter()
-
-    def show(self, index: int, step: Step) -> None:
-        """Show a step of image `index`."""
-        if not self._stream.isatty():
-            return
-        done = (index + step.index / step.total) / self._num_images
-        left = (time.perf_counter() - self._started) * (1 - done) / done
-        bar = ("#" * round(done * _BAR_WIDTH)).ljust(_BAR_WIDTH)
-        self._stream.write(
-            f"\r[{bar}] image {index + 1}/{self._num_images} step {step.index}/{step.total}, "
-            f"{left:.0f} s left\x1b[K"
-        )
-        self._stream.flush()
-
-    def finish(self, index: int, result: Result) -> None:
-        """Report image `index`."""
-        end = "\n" if not self._stream.isatty() else "\r\x1b[K"
-        line = f"image {index + 1}/{self._num_images}: {result.timings['total']:.2f} s"
-        self._stream.write(f"{line}{end}" if end == "\n" else end)
-        self._stream.flush()
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -13,8 +13,11 @@ from typing import Literal
 DType = Literal["float32", "int64"]
 
 #: Axes whose length may differ from call to call. `height` and `width` are in latent pixels;
-#: `image_height` and `image_width` are those times the autoencoder's factor f.
-DYNAMIC_AXES = frozenset({"batch", "height", "width", "image_height", "image_width"})
+#: `image_height` and `image_width` are those times the autoencoder's factor f; `context_tokens` is
+#: what a prompt of any length becomes, chunks of `tokens` each, one behind the other.
+DYNAMIC_AXES = frozenset(
+    {"batch", "height", "width", "image_height", "image_width", "context_tokens"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,6 @@ class Component:
 
 _LATENTS = ("batch", "latent_channels", "height", "width")
 _IMAGE = ("batch", "image_channels", "image_height", "image_width")
-_CONTEXT = ("batch", "tokens", "context_dim")
 
 
 def _tensor(name: str, axes: tuple[str, ...], dtype: DType = "float32") -> TensorSignature:
@@ -51,14 +53,14 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
             Component(
                 name="text_encoder",
                 inputs=(_tensor("tokens", ("batch", "tokens"), "int64"),),
-                outputs=(_tensor("context", _CONTEXT),),
+                outputs=(_tensor("context", ("batch", "tokens", "context_dim")),),
             ),
             Component(
                 name="unet",
                 inputs=(
                     _tensor("latents", ("batch", "unet_channels", "height", "width")),
                     _tensor("timesteps", ("batch",)),
-                    _tensor("context", _CONTEXT),
+                    _tensor("context", ("batch", "context_tokens", "context_dim")),
                 ),
                 outputs=(_tensor("prediction", _LATENTS),),
             ),

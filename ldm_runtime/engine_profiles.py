@@ -2,7 +2,9 @@
 
 Guidance asks the text encoder and the UNet for two rows an image, one with and one without the
 prompt, so that their profiles are made for twice as many rows as images. One row stays possible,
-for a guidance scale of 1, unless the shapes are static.
+for a guidance scale of 1, unless the shapes are static. The UNet is made for prompts that the text
+encoder takes in one piece and serves longer ones, in up to four pieces, unless the shapes are
+static.
 """
 
 import math
@@ -14,7 +16,7 @@ from ldm_runtime.components import COMPONENTS
 from ldm_runtime.engines import ProfileRecord
 from ldm_runtime.errors import EngineBuildError
 from ldm_runtime.manifest import ModelSpec, axis_sizes
-from ldm_runtime.request import size_step
+from ldm_runtime.resolution import size_step
 
 #: The components that become engines, and how many rows an image asks of each with guidance.
 ROWS_AN_IMAGE: Mapping[str, int] = MappingProxyType(
@@ -22,6 +24,7 @@ ROWS_AN_IMAGE: Mapping[str, int] = MappingProxyType(
 )
 
 _BELOW_PIXELS, _ABOVE, _MAX_BATCH = 256, 1.5, 4
+_MAX_CHUNKS = 4  # of a prompt, each as long as the text encoder takes
 
 #: Height and width in pixels.
 Size = tuple[int, int]
@@ -36,7 +39,8 @@ class SizeRange:
         opt_size: Picture that the engines are made for.
         max_size: Largest picture.
         max_batch: Most images in one call.
-        static: Serve pictures of `opt_size` in batches of `max_batch` with guidance, nothing else.
+        static: Serve pictures of `opt_size` in batches of `max_batch` with guidance and prompts of
+            one chunk, nothing else.
     """
 
     min_size: Size | None = None
@@ -105,9 +109,9 @@ def component_profiles(
     rows = ROWS_AN_IMAGE[name]
     most = rows * shapes.max_batch
     sizes = {
-        "min": _axes(spec, shapes.min_size, most if shapes.static else 1),
-        "opt": _axes(spec, shapes.opt_size, most if shapes.static else rows),
-        "max": _axes(spec, shapes.max_size, most),
+        "min": _axes(spec, shapes.min_size, most if shapes.static else 1, 1),
+        "opt": _axes(spec, shapes.opt_size, most if shapes.static else rows, 1),
+        "max": _axes(spec, shapes.max_size, most, 1 if shapes.static else _MAX_CHUNKS),
     }
     return tuple(
         ProfileRecord(
@@ -118,7 +122,7 @@ def component_profiles(
     )
 
 
-def _axes(spec: ModelSpec, size: Size, batch: int) -> dict[str, int]:
+def _axes(spec: ModelSpec, size: Size, batch: int, chunks: int) -> dict[str, int]:
     factor = spec.autoencoder.factor
     return {
         **axis_sizes(spec),
@@ -127,6 +131,7 @@ def _axes(spec: ModelSpec, size: Size, batch: int) -> dict[str, int]:
         "width": size[1] // factor,
         "image_height": size[0],
         "image_width": size[1],
+        "context_tokens": chunks * spec.text_encoder.max_tokens,
     }
 
 

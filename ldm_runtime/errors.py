@@ -4,6 +4,7 @@ LdmError
 ├── RequestError      a field of a generation request is unknown, of the wrong type or out of range
 ├── BundleError       the folder is not a bundle, or a file of it is missing or altered
 │   └── ManifestError   the bundle's manifest.json is absent, malformed or too new
+├── DeadlineError     a request took longer than it was given
 ├── BackendError      the requested backend cannot run on this machine
 ├── EngineBuildError  a TensorRT engine cannot be built from a graph, or not on this machine
 └── ShapeError        an engine was fed a tensor it does not accept
@@ -28,6 +29,10 @@ class RequestError(LdmError):
     def __init__(self, field: str, message: str) -> None:
         self.field = field
         super().__init__(f"{field}: {message}")
+
+
+class DeadlineError(LdmError):
+    """A request took longer than it was given."""
 
 
 class BundleError(LdmError):

@@ -1,17 +1,17 @@
 """Opens a bundle and turns requests into images: the sum of the other rooms.
 
 Every phase is a function of its own over anything with `run` (`conditioning.encode_prompts`,
-`sample_latents`, `images.decode_latents`), so that one network at a time can be in memory and the
-reference images of an export come out of the very loop that draws the deployed ones.
+`sampling.sample_latents`, `images.decode_latents`), so that one network at a time can be in memory
+and the reference images of an export come out of the very loop that draws the deployed ones.
 """
 
 import collections.abc
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,22 +20,29 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends import (
+    Engine,
     EngineSource,
+    Runner,
     RunOptions,
     Shared,
     checked_file,
     choose_backend,
     get_backend,
 )
-from ldm_runtime.conditioning import encode_prompts, open_tokenizer
-from ldm_runtime.images import decode_latents
-from ldm_runtime.manifest import MANIFEST_NAME, load_manifest, sha256_of
-from ldm_runtime.request import GenerationRequest, parse_request, resolve
+from ldm_runtime.batching import in_order, run_together
+from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.deadline import Deadline
+from ldm_runtime.drawing import Drawer, Drawing, Drawn, Networks, Pass, Timings, open_drawer
+from ldm_runtime.errors import BundleError
+from ldm_runtime.manifest import MANIFEST_NAME, PreviewRecord, load_manifest, sha256_of
+from ldm_runtime.previews import preview_image
+from ldm_runtime.request import GenerationRequest, parse_request, request_to_json
+from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import Step, batches, sample_latents
 
 Float32Array = npt.NDArray[np.float32]
 
-#: Networks a text-to-image request runs.
+#: Networks every text-to-image request runs.
 TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
 
 
@@ -47,8 +54,9 @@ class Result:
         images: In order; image i came from seed + i.
         request: The request with nothing left open: what was drawn.
         latents: (N, C, h, w) in the UNet's scale, as they were decoded.
-        timings: Seconds in "text_encoder", "unet" and "vae_decoder", each with what surrounds it,
-            and "total" from the first to the last, a stream's consumer included.
+        timings: Seconds in "text_encoder", "unet", "vae_decoder" and, if a picture was given or
+            drawn over, "vae_encoder", each with what surrounds it, and "total" from the first to
+            the last, a stream's consumer included.
         bundle_sha256: Hash of the bundle's manifest.
     """
 
@@ -62,10 +70,8 @@ class Result:
         """Return what to store with image `index`: all that it takes to draw it again, alone."""
         from ldm_runtime import __version__
 
-        assert self.request.seed is not None, "a result's request is resolved"
-        alone = replace(self.request, seed=self.request.seed + index, num_images=1)
         return {
-            "request": asdict(alone),
+            "request": request_to_json(self.request.of_image(index)),
             "bundle_sha256": self.bundle_sha256,
             "version": __version__,
         }
@@ -117,7 +123,7 @@ class Generator:
             ),
             self.spec,
         )
-        source = partial(
+        self._source = partial(
             EngineSource,
             bundle=self.bundle,
             manifest=self.manifest,
@@ -126,13 +132,18 @@ class Generator:
             options=options or RunOptions(),
             shared=Shared(),
         )
-        open_engine = get_backend(self.backend).open_engine
-        with ExitStack() as engines:
-            self._text_encoder, self._unet, self._vae_decoder = (
-                engines.enter_context(open_engine(source(component=self.manifest.component(name))))
-                for name in TEXT_TO_IMAGE
+        self._engines = ExitStack()
+        self._image_encoder: Engine | None = None
+        self._opening = Lock()
+        with ExitStack() as opened:
+            opened.callback(self._engines.close)
+            self._networks = Networks(
+                text_encoder=self._open_engine("text_encoder"),
+                unet=self._open_engine("unet"),
+                vae_decoder=self._open_engine("vae_decoder"),
+                vae_encoder=self._open_image_encoder,
             )
-            self._engines = engines.pop_all()
+            opened.pop_all()
 
     def __call__(self, prompt: str, **fields: Any) -> Result:  # noqa: ANN401  (checked one by one)
         """Draw what the fields of a `GenerationRequest` say.
@@ -142,28 +153,67 @@ class Generator:
         """
         return self.generate(parse_request({"prompt": prompt, **fields}))
 
-    def generate(self, request: GenerationRequest) -> Result:
+    def generate(
+        self, request: GenerationRequest, *, deadline_seconds: float | None = None
+    ) -> Result:
         """Draw a request.
+
+        Args:
+            request: What to draw.
+            deadline_seconds: How long it may take.
 
         Raises:
             RequestError: The model cannot do what the request asks for.
+            DeadlineError: It takes longer than it may.
         """
-        for event in self.stream(request):
+        for event in self.stream(request, deadline_seconds=deadline_seconds):
             if isinstance(event, Result):
                 return event
         raise AssertionError("a stream ends with its result")
 
     def stream(
-        self, request: GenerationRequest
+        self,
+        request: GenerationRequest,
+        *,
+        previews: bool = False,
+        deadline_seconds: float | None = None,
     ) -> collections.abc.Generator[Step | Result, None, None]:
         """Draw a request and yield a `Step` after each step, then the `Result`.
 
         Nothing runs between two items, so closing the stream cancels the rest.
 
+        Args:
+            request: What to draw.
+            previews: Whether steps carry small pictures of what is being drawn.
+            deadline_seconds: How long it may take from the first item on.
+
         Raises:
             RequestError: At once, if the model cannot do what the request asks for.
+            BundleError: At once, if there should be previews and the bundle was exported without.
+            DeadlineError: Between two steps, when time is up.
         """
-        return self._draw(resolve(request, self.spec))
+        record = self._preview_record() if previews else None
+        return self._draw(resolve(request, self.spec), record, Deadline(deadline_seconds))
+
+    def run_many(
+        self, requests: Iterable[GenerationRequest], *, max_batch: int = 4
+    ) -> Iterator[Result]:
+        """Draw several requests at once and yield their results in order.
+
+        Requests share calls of the UNet, whatever their prompts, seeds, samplers and guidance,
+        where their pictures have the same size. On the CPU every result is what `generate` returns,
+        bit for bit.
+
+        Args:
+            requests: What to draw.
+            max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
+
+        Raises:
+            RequestError: At once, if the model cannot do what one of them asks for.
+        """
+        _check_positive("max_batch", max_batch)
+        resolved = [resolve(request, self.spec) for request in requests]
+        return self._draw_together(resolved, max_batch)
 
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""
@@ -180,46 +230,111 @@ class Generator:
     ) -> None:
         self.close()
 
+    def _open_engine(self, name: str) -> Engine:
+        source = self._source(component=self.manifest.component(name))
+        return self._engines.enter_context(get_backend(self.backend).open_engine(source))
+
+    def _open_image_encoder(self) -> Engine:
+        """Return the encoder of images, which the first request with a picture opens."""
+        with self._opening:
+            if self._image_encoder is None:
+                self._image_encoder = self._open_engine("vae_encoder")
+            return self._image_encoder
+
+    def _preview_record(self) -> PreviewRecord:
+        if self.manifest.preview is None:
+            raise BundleError(f"{self.bundle} was exported without previews; export it again")
+        return self.manifest.preview
+
     def _draw(
-        self, request: GenerationRequest
+        self, request: GenerationRequest, preview: PreviewRecord | None, deadline: Deadline
     ) -> collections.abc.Generator[Step | Result, None, None]:
-        started = time.perf_counter()
-        timings = dict.fromkeys(TEXT_TO_IMAGE, 0.0)
-        images: list[Image.Image] = []
-        latents: list[Float32Array] = []
-        with _timed(timings, "text_encoder"):
-            context = encode_prompts(self._text_encoder, self._tokenizer, request, self.spec)
-        for batch in batches(request.num_images, self._batch_size):
-            steps = sample_latents(self._unet, context, request, self.spec, batch)
-            for step in _timed_steps(timings, steps):
-                yield replace(step, latents=step.latents.copy())
-            with _timed(timings, "vae_decoder"):
-                images += decode_latents(self._vae_decoder, step.latents, self.spec)
-            latents.append(step.latents)
-        yield Result(
-            images=images,
-            request=request,
-            latents=np.concatenate(latents),
-            timings={**timings, "total": time.perf_counter() - started},
+        deadline.start()
+        drawer = open_drawer(self._networks, self._tokenizer, request, self.spec)
+        drawn = []
+        for images in batches(request.num_images, self._batch_size):
+            drawing = self._run_passes(drawer.draw(images), self._networks.unet, drawer.timings)
+            while not isinstance(event := next(drawing), Drawn):
+                deadline.check(event)
+                yield _for_caller(event, preview)
+            drawn.append(event)
+        yield self._result(drawer, drawn)
+
+    def _draw_together(
+        self, requests: Sequence[GenerationRequest], max_batch: int
+    ) -> Iterator[Result]:
+        drawers: dict[int, Drawer] = {}
+
+        def draw(number: int, image: int, unet: Runner) -> Iterator[Drawn]:
+            if number not in drawers:  # loops take turns, so that nobody else is opening it
+                request = requests[number]
+                drawers[number] = open_drawer(self._networks, self._tokenizer, request, self.spec)
+            drawing = drawers[number].draw(range(image, image + 1))
+            for event in self._run_passes(drawing, unet, drawers[number].timings):
+                if isinstance(event, Drawn):
+                    yield event
+
+        loops = (
+            partial(draw, number, image)
+            for number, request in enumerate(requests)
+            for image in range(request.num_images)
+        )
+        drawn = in_order(
+            run_together(
+                loops, self._networks.unet, max_rows=2 * max_batch, min_rows=self._min_shared_rows
+            )
+        )
+        with closing(drawn):
+            for number, request in enumerate(requests):
+                images = [next(drawn) for _ in range(request.num_images)]
+                yield self._result(drawers.pop(number), images)
+
+    @property
+    def _min_shared_rows(self) -> int:
+        """Rows from which on a row has the same bits in any company; see `run_together`."""
+        return 2 if self.backend == "onnxruntime" else 1
+
+    def _run_passes(
+        self, drawing: Drawing, unet: Runner, timings: Timings
+    ) -> Iterator[Step | Drawn]:
+        """Run the passes of a drawing one after the other; what was drawn comes last."""
+        wanted = next(drawing)
+        while True:
+            steps = self._sample(wanted, unet)
+            while True:
+                with timings.of("unet"):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                last = step
+                yield step
+            try:
+                wanted = drawing.send(last.latents)
+            except StopIteration as end:
+                yield end.value
+                return
+
+    def _sample(self, wanted: Pass, unet: Runner) -> Iterator[Step]:
+        for step in sample_latents(
+            unet, wanted.context, wanted.request, self.spec, wanted.images, wanted.start
+        ):
+            index = wanted.steps_before + step.index
+            yield replace(step, index=index, total=wanted.total_steps)
+
+    def _result(self, drawer: Drawer, drawn: Sequence[Drawn]) -> Result:
+        return Result(
+            images=[image for each in drawn for image in each.images],
+            request=drawer.request,
+            latents=np.concatenate([each.latents for each in drawn]),
+            timings=drawer.timings.finish(),
             bundle_sha256=self._sha256,
         )
 
 
-def _timed_steps(timings: dict[str, float], steps: Iterator[Step]) -> Iterator[Step]:
-    """Pass steps on, counting only the time it takes to make them."""
-    while True:
-        with _timed(timings, "unet"):
-            step = next(steps, None)
-        if step is None:
-            return
-        yield step
-
-
-@contextmanager
-def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    timings[phase] += time.perf_counter() - started
+def _for_caller(step: Step, preview: PreviewRecord | None) -> Step:
+    """Return a step that the caller may do with as it likes."""
+    pictures = () if preview is None else tuple(preview_image(step.x0, preview))
+    return replace(step, latents=step.latents.copy(), x0=step.x0.copy(), previews=pictures)
 
 
 def _check_positive(name: str, value: int | None) -> None:

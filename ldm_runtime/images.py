@@ -1,4 +1,4 @@
-"""From latents to pixels to files that say how they were made."""
+"""Between latents and pixels, and from pixels to files that say how they were made."""
 
 import errno
 import os
@@ -15,6 +15,8 @@ from PIL import Image, PngImagePlugin
 from ldm_runtime.backends import Runner
 from ldm_runtime.errors import LdmError
 from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.pictures import Picture
+from ldm_runtime.tiles import decode_tiled
 
 #: Keyword of the PNG text chunk that holds the metadata, as JSON.
 METADATA_KEY = "ldm-deploy"
@@ -22,17 +24,70 @@ METADATA_KEY = "ldm-deploy"
 Float32Array = npt.NDArray[np.float32]
 
 
-def decode_latents(engine: Runner, latents: Float32Array, spec: ModelSpec) -> list[Image.Image]:
+def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec) -> Float32Array:
+    """Return the latents (B, C, h, w) of pictures, in the UNet's scale.
+
+    These are the means of the autoencoder's posterior. CompVis and diffusers draw from it instead;
+    its deviation is small beside the noise that sampling adds, and a mean is the same every time.
+
+    Args:
+        engine: The autoencoder's encoder.
+        pixels: RGB, (B, H, W, 3).
+        spec: The model.
+
+    Raises:
+        ValueError: A side is not a multiple of the autoencoder's factor.
+    """
+    factor = spec.autoencoder.factor
+    height, width = pixels.shape[1:3]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"the picture has {width}x{height} pixels; make both sides multiples of {factor}"
+        )
+    image = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
+    moments: Float32Array = engine.run({"image": image})["moments"]
+    mean = moments[:, : spec.autoencoder.embed_dim]
+    return mean * float(spec.autoencoder.latent_scale_factor)
+
+
+def resize(picture: Picture, width: int, height: int) -> Picture:
+    """Return a picture of another size, by Lanczos' filter; the same one if it has that size.
+
+    It is stretched if the sides are in another proportion; cropping is left to the caller.
+    """
+    if picture.size == (width, height):
+        return picture
+    resized = picture.to_image().resize((width, height), Image.Resampling.LANCZOS)
+    return Picture(np.asarray(resized))
+
+
+def decode_latents(
+    engine: Runner, latents: Float32Array, spec: ModelSpec, tile_size: int = 0
+) -> list[Image.Image]:
     """Return the pictures of the UNet's latents (B, C, h, w).
 
     Args:
         engine: The autoencoder's decoder.
         latents: Latents in the UNet's scale, as `generator.sample_latents` ends with.
         spec: The model.
+        tile_size: Side in pixels of the tiles to decode in, one image at a time; 0 decodes the
+            whole batch at once.
+
+    Raises:
+        ValueError: The tile size is not a multiple of the autoencoder's factor, or too small.
     """
     latents = latents / float(spec.autoencoder.latent_scale_factor)
-    pixels = to_uint8(engine.run({"latents": latents})["image"])
-    return [Image.fromarray(each) for each in pixels]
+    factor = spec.autoencoder.factor
+    if tile_size % factor:
+        raise ValueError(f"tile_size {tile_size} is not a multiple of {factor}; make it one")
+
+    def decode(part: Float32Array) -> Float32Array:
+        return engine.run({"latents": part})["image"]
+
+    image = (
+        decode_tiled(decode, latents, factor, tile_size // factor) if tile_size else decode(latents)
+    )
+    return [Image.fromarray(each) for each in to_uint8(image)]
 
 
 def to_uint8(image: Float32Array) -> npt.NDArray[np.uint8]:

@@ -17,7 +17,7 @@ import msgspec
 from ldm_runtime.components import TensorSignature
 from ldm_runtime.errors import BundleError, ManifestError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -186,6 +186,7 @@ class ParityRecord:
         batch: Batch size of the inputs.
         height: Latent height of the inputs (0 where the component has none).
         width: Latent width of the inputs (0 where the component has none).
+        context_tokens: Tokens of the context (0 where the component takes none).
         max_relative_error: Largest absolute difference over the largest absolute reference value.
         relative_l2: Euclidean norm of the difference over that of the reference.
     """
@@ -195,6 +196,7 @@ class ParityRecord:
     batch: int
     height: int
     width: int
+    context_tokens: int
     max_relative_error: float
     relative_l2: float
 
@@ -225,6 +227,22 @@ class ComponentRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreviewRecord:
+    """A linear map from latents to a picture of one pixel a latent pixel, fitted at export.
+
+    Attributes:
+        matrix: Red, green and blue, from -1 to 1, of every channel of latents in the UNet's scale.
+        bias: What is added to each.
+        r2: Share of the variance that the map explains of pictures it was not fitted to; at most 1,
+            and below 0 where their mean colour would be the better guess.
+    """
+
+    matrix: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    bias: tuple[float, float, float]
+    r2: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """One file of the bundle, by its path inside it."""
 
@@ -251,6 +269,7 @@ class Manifest:
         tokenizer_file: Path of the vocabulary inside the bundle.
         golden: Folders with a golden request, its latents and images.
         golden_key: Hash of everything the golden outputs were made from.
+        preview: What latents look like without decoding them, or None if that cannot be said.
         engines: Paths of the records of TensorRT engines, each beside its plan.
         files: Every file of the bundle but the manifest itself.
     """
@@ -262,6 +281,7 @@ class Manifest:
     tokenizer_file: str
     golden: tuple[str, ...]
     golden_key: str
+    preview: PreviewRecord | None
     engines: tuple[str, ...]
     files: tuple[FileRecord, ...]
     build: BuildRecord
@@ -295,8 +315,8 @@ def load_manifest(bundle: Path) -> Manifest:
     """Read and check `bundle/manifest.json`.
 
     Raises:
-        ManifestError: The file is missing, does not match this schema, or was written by a
-            newer `ldm-export`.
+        ManifestError: The file is missing, does not match this schema, or was written by an
+            older or newer `ldm-export`.
     """
     path = bundle / MANIFEST_NAME
     try:
@@ -308,12 +328,7 @@ def load_manifest(bundle: Path) -> Manifest:
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        version = msgspec.json.decode(data, type=_Version).schema_version
-        if version > SCHEMA_VERSION:
-            raise ManifestError(
-                f"{path} has schema {version}, this runtime reads up to {SCHEMA_VERSION}; "
-                "upgrade ldm-deploy or export again"
-            )
+        _check_version(path, msgspec.json.decode(data, type=_Version).schema_version)
         return msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: {error}; export the bundle again") from error
@@ -327,6 +342,19 @@ def encode_manifest(manifest: Manifest) -> bytes:
 @dataclass(frozen=True, kw_only=True)
 class _Version:
     schema_version: int
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise ManifestError(
+            f"{path} has schema {version}, this runtime reads {SCHEMA_VERSION}; "
+            "upgrade ldm-deploy or export again"
+        )
+    if version < SCHEMA_VERSION:
+        raise ManifestError(
+            f"{path} has schema {version} of an older ldm-export, this runtime reads "
+            f"{SCHEMA_VERSION}; export the checkpoint again"
+        )
 
 
 def check_file(bundle: Path, record: FileRecord, *, hashed: bool = True) -> None:

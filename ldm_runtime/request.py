@@ -1,46 +1,66 @@
 """The one record behind the Python call, the command line and the metadata of a PNG."""
 
-import math
-import numbers
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any
 
-from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.manifest import ModelSpec
+from ldm_runtime import request_checks as checks
+from ldm_runtime.errors import RequestError
+from ldm_runtime.noise import NOISES
+from ldm_runtime.pictures import Picture
+from ldm_runtime.request_checks import MAX_SEED
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.schedules import SCHEDULES, sampling_sigmas, training_sigmas
+from ldm_runtime.schedules import SCHEDULES
 
-MAX_SEED = 2**64 - 1
 MAX_SIDE = 16384
 MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
+MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 
-_T = TypeVar("_T")
+#: The schedule of a request whose noise levels are listed in `sigmas`.
+GIVEN = "given"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to draw. Fields left at None take the bundle's default.
+    """What to draw. Fields left at None take the bundle's default, or switch their feature off.
 
     Attributes:
         prompt: What to draw.
         negative_prompt: What to steer away from; used where guidance is on.
+        plain_prompt: Take prompts literally: no weights `(word:1.2)`, no `BREAK`, cut where the
+            text encoder ends.
         height: Pixels; a multiple of the size step of the bundle.
         width: Pixels, likewise.
         num_inference_steps: Steps of the sampler, at least 1.
         guidance_scale: Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598);
             1 is the plain conditional model, at half the work.
+        guidance_rescale: How far guided predictions get the contrast of unguided ones, 0 to 1
+            (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+        guidance_interval: Lowest and highest sigma at which guidance is on (Kynkäänniemi et al.
+            2024, arXiv:2404.07724); None is everywhere.
         sampler: Name in `ldm_runtime.samplers.SAMPLERS`.
         schedule: Name in `ldm_runtime.schedules.SCHEDULES`; None is the sampler's own.
+        sigmas: Noise levels to visit, decreasing, instead of a schedule and a number of steps.
         eta: Share of fresh noise a step, 0 deterministic to 1 ancestral, for samplers that have it.
+        zero_terminal_snr: Sample from pure noise, for models that were trained so (Lin et al. 2023,
+            algorithm 1).
         seed: Image i draws its noise from seed + i. None draws a seed and records it.
+        noise: Name in `ldm_runtime.noise.NOISES`: whose random numbers a seed means.
+        variation_seed: Seed of the noise to go towards. With a variation every image starts from
+            `seed`, and image i goes towards variation_seed + i.
+        variation_strength: How far, 0 (not at all) to 1.
         num_images: How many pictures.
-        plain_prompt: Take prompts literally: no weights `(word:1.2)`, no `BREAK`, cut where the
-            text encoder ends.
+        image: Picture to start from.
+        strength: How much of it to forget, above 0 to 1; the share of the steps that are made.
+        mask_image: What of `image` to draw anew: white yes, black no. Black pixels are kept as
+            they are, to the last bit.
+        outpaint: Pixels to add to `image` left, above, right and below it, and to draw.
+        hires_scale: Draw, enlarge the picture this many times, and draw over it once more.
+        hires_strength: `strength` of that second pass.
+        tile_size: Decode in tiles of this many pixels, which bounds memory; 0 is in one piece.
 
     Raises:
         RequestError: A field has the wrong type or lies out of range.
@@ -48,24 +68,53 @@ class GenerationRequest:
 
     prompt: str
     negative_prompt: str = ""
+    plain_prompt: bool = False
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None
     schedule: str | None = None
+    sigmas: tuple[float, ...] | None = None
     eta: float | None = None
+    zero_terminal_snr: bool = False
     seed: int | None = None
+    noise: str = "torch-cpu"
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
     num_images: int = 1
-    plain_prompt: bool = False
+    image: Picture | None = None
+    strength: float | None = None
+    mask_image: Picture | None = None
+    outpaint: tuple[int, int, int, int] | None = None
+    hires_scale: float | None = None
+    hires_strength: float | None = None
+    tile_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            if value is not None or name in _REQUIRED:
-                object.__setattr__(self, name, check(name, value))
-        if self.seed is not None and self.seed + self.num_images - 1 > MAX_SEED:
-            raise RequestError("seed", f"{self.seed} + num_images exceeds {MAX_SEED}; lower it")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                object.__setattr__(self, field.name, _CHECKS[field.name](field.name, value))
+        for name in ("seed", "variation_seed"):
+            seed = getattr(self, name)
+            if seed is not None and seed + self.num_images - 1 > MAX_SEED:
+                raise RequestError(name, f"{seed} + num_images exceeds {MAX_SEED}; lower it")
+
+    @property
+    def is_variation(self) -> bool:
+        """Whether the noise leans towards that of another seed."""
+        return self.variation_strength > 0
+
+    def of_image(self, index: int) -> "GenerationRequest":
+        """Return the request, of a resolved one, that draws image `index` alone."""
+        assert self.seed is not None, "the request is not resolved"
+        if not self.is_variation:
+            return replace(self, seed=self.seed + index, num_images=1)
+        assert self.variation_seed is not None, "the request is not resolved"
+        return replace(self, variation_seed=self.variation_seed + index, num_images=1)
 
 
 def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
@@ -84,157 +133,52 @@ def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
     return GenerationRequest(**mapping)  # type: ignore[arg-type]
 
 
-def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
-    """Return `request` with every field filled in and checked against a model.
-
-    Resolving a resolved request changes nothing, and the result is all that decides a picture.
-
-    Raises:
-        RequestError: The model cannot do what the request asks for.
-    """
-    defaults = spec.defaults
-    request = replace(
-        request,
-        height=_first(request.height, defaults.height),
-        width=_first(request.width, defaults.width),
-        num_inference_steps=_first(request.num_inference_steps, defaults.num_inference_steps),
-        guidance_scale=_first(request.guidance_scale, defaults.guidance_scale),
-        sampler=_first(request.sampler, defaults.sampler),
-        # 32 bits, because torch's generator uses no more; short enough to read out.
-        seed=_first(request.seed, secrets.randbelow(2**32 - MAX_IMAGES)),
-    )
-    record = SAMPLERS[str(request.sampler)]
-    request = replace(
-        request,
-        schedule=_first(request.schedule, record.schedule),
-        eta=_first(request.eta, record.default_eta),
-    )
-    _check_size(request, spec)
-    _check_eta(request)
-    sigmas_of(request, spec)
-    return request
+def request_to_json(request: GenerationRequest) -> dict[str, Any]:
+    """Return what `parse_request` reads, as JSON values; of pictures what identifies them."""
+    values = {field.name: getattr(request, field.name) for field in fields(request)}
+    return {
+        name: _description(value) if isinstance(value, Picture) else value
+        for name, value in values.items()
+    }
 
 
-def sigmas_of(request: GenerationRequest, spec: ModelSpec) -> list[float]:
-    """Return the noise levels that a resolved request visits.
-
-    Raises:
-        RequestError: The model's schedule has no such steps.
-        BundleError: The model has no schedule.
-    """
-    assert request.num_inference_steps is not None, "the request is not resolved"
-    try:
-        table = training_sigmas(spec.alphas_cumprod)
-    except ValueError as error:
-        raise BundleError(f"{error}; export the bundle again") from error
-    final = SAMPLERS[str(request.sampler)].final_sigma
-    try:
-        return sampling_sigmas(table, request.num_inference_steps, str(request.schedule), final)
-    except ValueError as error:
-        raise RequestError("num_inference_steps", str(error)) from error
+def _description(picture: Picture) -> dict[str, Any]:
+    width, height = picture.size
+    return {"sha256": picture.sha256, "width": width, "height": height}
 
 
-def size_step(spec: ModelSpec) -> int:
-    """Return what height and width are multiples of, in pixels.
+_pixels = partial(checks.whole_number, low=1, high=MAX_SIDE)
+_seed = partial(checks.whole_number, low=0, high=MAX_SEED)
+_share = partial(checks.number, low=0.0, high=1.0)
 
-    Latents must survive the UNet's halvings, or its skip connections no longer fit.
-    """
-    return int(spec.autoencoder.factor * 2 ** (len(spec.unet.channel_mult) - 1))
-
-
-def _first(value: _T | None, default: _T) -> _T:
-    return default if value is None else value
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise RequestError(name, f"must be text, got {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            name, f"is not valid Unicode at character {error.start}; was it typed in UTF-8?"
-        ) from error
-    return value
-
-
-# NumPy's numbers are welcome and become Python's, so that records compare and encode.
-def _whole_number(name: str, value: object, *, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise RequestError(name, f"must be a whole number, got {_shown(value)}")
-    number = int(value)
-    if not low <= number <= high:
-        raise RequestError(name, f"must lie between {low} and {high}, got {_shown(number)}")
-    return number
-
-
-def _number(name: str, value: object, *, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise RequestError(name, f"must be a number, got {_shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not low <= number <= high:  # which NaN never does
-        raise RequestError(name, f"must lie between {low:g} and {high:g}, got {_shown(value)}")
-    return number
-
-
-def _name(name: str, value: object, *, choices: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise RequestError(name, f"unknown {name} {_shown(value)}; choose {', '.join(choices)}")
-    return value
-
-
-def _check_size(request: GenerationRequest, spec: ModelSpec) -> None:
-    step = size_step(spec)
-    for name, size in (("height", request.height), ("width", request.width)):
-        assert size is not None, "the request is not resolved"
-        below = size // step * step
-        if size != below:
-            nearest = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
-            raise RequestError(
-                name, f"{size} is not a multiple of {step}; the nearest sizes are {nearest}"
-            )
-
-
-def _check_eta(request: GenerationRequest) -> None:
-    record = SAMPLERS[str(request.sampler)]
-    if not record.uses_eta and request.eta != record.default_eta:
-        users = ", ".join(name for name, each in SAMPLERS.items() if each.uses_eta)
-        raise RequestError(
-            "eta",
-            f"sampler {request.sampler!r} has none, got {request.eta}; leave it out or choose "
-            f"one of {users}",
-        )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _switch(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(name, f"must be true or false, got {_shown(value)}")
-    return value
-
-
-_REQUIRED = ("prompt", "negative_prompt", "num_images", "plain_prompt")
 _CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
     {
-        "prompt": _text,
-        "negative_prompt": _text,
-        "height": partial(_whole_number, low=1, high=MAX_SIDE),
-        "width": partial(_whole_number, low=1, high=MAX_SIDE),
-        "num_inference_steps": partial(_whole_number, low=1, high=MAX_STEPS),
+        "prompt": checks.text,
+        "negative_prompt": checks.text,
+        "plain_prompt": checks.switch,
+        "height": _pixels,
+        "width": _pixels,
+        "num_inference_steps": partial(checks.whole_number, low=1, high=MAX_STEPS),
         # Beyond 100, guidance leaves all that a network was ever fed, and float32 soon after.
-        "guidance_scale": partial(_number, low=0.0, high=100.0),
-        "sampler": partial(_name, choices=tuple(SAMPLERS)),
-        "schedule": partial(_name, choices=tuple(SCHEDULES)),
-        "eta": partial(_number, low=0.0, high=1.0),
-        "seed": partial(_whole_number, low=0, high=MAX_SEED),
-        "plain_prompt": _switch,
-        "num_images": partial(_whole_number, low=1, high=MAX_IMAGES),
+        "guidance_scale": partial(checks.number, low=0.0, high=100.0),
+        "guidance_rescale": _share,
+        "guidance_interval": partial(checks.interval, low=0.0, high=MAX_SIGMA),
+        "sampler": partial(checks.choice, choices=tuple(SAMPLERS)),
+        "schedule": partial(checks.choice, choices=(*SCHEDULES, GIVEN)),
+        "sigmas": partial(checks.numbers_list, low=0.0, high=MAX_SIGMA),
+        "eta": _share,
+        "zero_terminal_snr": checks.switch,
+        "seed": _seed,
+        "noise": partial(checks.choice, choices=tuple(NOISES)),
+        "variation_seed": _seed,
+        "variation_strength": _share,
+        "num_images": partial(checks.whole_number, low=1, high=MAX_IMAGES),
+        "image": checks.picture,
+        "strength": partial(checks.number, low=1e-6, high=1.0),
+        "mask_image": checks.picture,
+        "outpaint": partial(checks.margins, high=MAX_SIDE),
+        "hires_scale": partial(checks.number, low=1.0, high=8.0),
+        "hires_strength": partial(checks.number, low=1e-6, high=1.0),
+        "tile_size": partial(checks.whole_number, low=0, high=MAX_SIDE),
     }
 )

@@ -1,20 +1,24 @@
 """The sampling loop: from a request and its context to latents, a step at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from ldm_runtime.backends import Runner, bind_constants
+from ldm_runtime.backends import Runner, Tensors, bind_constants
+from ldm_runtime.brownian import BrownianPath
 from ldm_runtime.denoiser import GuidedDenoiser
 from ldm_runtime.errors import BackendError
 from ldm_runtime.manifest import ModelSpec
-from ldm_runtime.noise import TorchCpuGenerator
-from ldm_runtime.request import GenerationRequest, sigmas_of
-from ldm_runtime.samplers import SAMPLERS, Draw
-from ldm_runtime.schedules import initial_scale, training_sigmas
+from ldm_runtime.masks import MaskedDenoiser
+from ldm_runtime.noise import NOISES, NoiseGenerator
+from ldm_runtime.request import GIVEN, GenerationRequest
+from ldm_runtime.resolution import last_sigmas, sampler_of, sigma_table, sigmas_of
+from ldm_runtime.samplers import Denoise, Draw
+from ldm_runtime.schedules import initial_scale
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -29,14 +33,33 @@ class Step:
         sigma: Noise level that is left.
         latents: (B, C, h, w) in the UNet's scale: clean latents plus sigma times noise, divided by
             sqrt(1 + sigma^2). The caller's own copy.
+        x0: The clean latents that the model last saw in them, (B, C, h, w); the caller's own copy.
         images: Which images of the request these are.
+        previews: Small pictures of what they are becoming, if the stream was asked for them.
     """
 
     index: int
     total: int
     sigma: float
     latents: Float32Array
+    x0: Float32Array
     images: range
+    previews: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """What sampling starts from instead of noise.
+
+    Attributes:
+        latents: Clean latents in the UNet's scale, (1, C, h, w) or one for each image.
+        strength: The share of the steps that are made.
+        mask: Where to draw (1) and what to keep (0), (1, 1, h, w), or None for everything.
+    """
+
+    latents: Float32Array
+    strength: float
+    mask: Float32Array | None = None
 
 
 def sample_latents(
@@ -45,6 +68,7 @@ def sample_latents(
     request: GenerationRequest,
     spec: ModelSpec,
     images: range | None = None,
+    start: Start | None = None,
 ) -> Iterator[Step]:
     """Yield the latents of some images of a request after each step, as one batch.
 
@@ -56,23 +80,25 @@ def sample_latents(
         request: A resolved request.
         spec: The model.
         images: Which images; None is all of them.
+        start: What to start from; None is noise.
 
     Raises:
         BackendError: The network produced NaN or infinity.
     """
     images = range(request.num_images) if images is None else images
     sigmas = sigmas_of(request, spec)
+    if start is not None:
+        sigmas = last_sigmas(sigmas, start.strength)
     assert request.eta is not None, "the request is not resolved"
-    draw = _noise(request, spec, images)
-    sampler = SAMPLERS[str(request.sampler)].function(
-        _denoiser(engine, context, request, spec, len(images)),
-        draw(math.inf, sigmas[0]) * initial_scale(sigmas, str(request.schedule)),
-        sigmas,
-        eta=request.eta,
-        draw=draw,
-    )
-    for index, (sigma, latents) in enumerate(zip(sigmas[1:], sampler, strict=True), start=1):
-        if not np.isfinite(latents).all():
+    noise, draw = _noise(request, spec, images)
+    denoise: Denoise = _denoiser(engine, context, request, spec, len(images))
+    latents = _first_latents(noise, sigmas, request, start)
+    if start is not None and start.mask is not None:
+        denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
+    seen = _Remembering(denoise)
+    sampler = sampler_of(request).function(seen, latents, sigmas, eta=request.eta, draw=draw)
+    for index, (sigma, after) in enumerate(zip(sigmas[1:], sampler, strict=True), start=1):
+        if not np.isfinite(after).all():
             raise BackendError(
                 f"the UNet produced NaN or infinity in step {index} of {len(sigmas) - 1}; "
                 "run `ldm verify`, and export with --weights-dtype fp32 if that fails"
@@ -81,7 +107,8 @@ def sample_latents(
             index=index,
             total=len(sigmas) - 1,
             sigma=sigma,
-            latents=latents / math.hypot(1.0, sigma),
+            latents=after / math.hypot(1.0, sigma),
+            x0=seen.last(),
             images=images,
         )
 
@@ -92,15 +119,104 @@ def batches(num_images: int, batch_size: int) -> Iterator[range]:
         yield range(start, min(start + batch_size, num_images))
 
 
-def _noise(request: GenerationRequest, spec: ModelSpec, images: range) -> Draw:
-    """Return what draws a batch of noise, every image from a generator of its own."""
-    assert request.seed is not None, "the request is not resolved"
+def slerp(low: Float32Array, high: Float32Array, share: float) -> Float32Array:
+    """Turn `low` by a share of the angle to `high`: mixed noise that keeps its strength.
+
+    Source: Shoemake 1985 (doi:10.1145/325165.325242), of whole arrays as vectors.
+    """
+    norms = float(np.linalg.norm(low)) * float(np.linalg.norm(high))
+    angle = math.acos(max(-1.0, min(1.0, float(np.sum(low * high, dtype=np.float64)) / norms)))
+    if math.sin(angle) < 1e-6:
+        return (1 - share) * low + share * high
+    parts = (
+        math.sin((1 - share) * angle) / math.sin(angle),
+        math.sin(share * angle) / math.sin(angle),
+    )
+    return parts[0] * low + parts[1] * high
+
+
+def _first_latents(
+    noise: Float32Array, sigmas: Sequence[float], request: GenerationRequest, start: Start | None
+) -> Float32Array:
+    """Return the latents at the first of `sigmas`."""
+    is_given = request.schedule == GIVEN
+    scale = sigmas[0] if is_given else initial_scale(sigmas, str(request.schedule))
+    if start is None:
+        return noise * scale
+    noisy = start.latents + sigmas[0] * noise
+    if start.mask is None or start.strength < 1:
+        return noisy
+    # Nothing of what is to be drawn anew is known then, not even its mean.
+    return start.mask * (noise * scale) + (1 - start.mask) * noisy
+
+
+def _noise(request: GenerationRequest, spec: ModelSpec, images: range) -> tuple[Float32Array, Draw]:
+    """Return the first noise of a batch and what draws more, every image from its own seed."""
     assert request.height is not None, "the request is not resolved"
     assert request.width is not None, "the request is not resolved"
     factor = spec.autoencoder.factor
     shape = (1, spec.unet.out_channels, request.height // factor, request.width // factor)
-    generators = [TorchCpuGenerator(request.seed + i) for i in images]
-    return lambda *_: np.concatenate([generator.randn(shape) for generator in generators])
+    alone = [request.of_image(index) for index in images]
+    generators = [NOISES[request.noise](int(each.seed or 0)) for each in alone]
+    first = np.concatenate(
+        [
+            _first_noise(each, generator, shape)
+            for each, generator in zip(alone, generators, strict=True)
+        ]
+    )
+    if sampler_of(request).noise == "brownian":
+        paths = [BrownianPath(int(each.seed or 0), shape) for each in alone]
+        return first, lambda *stretch: np.concatenate([path(*stretch) for path in paths])
+    return first, lambda *_: np.concatenate([generator.randn(shape) for generator in generators])
+
+
+def _first_noise(
+    request: GenerationRequest, generator: NoiseGenerator, shape: tuple[int, ...]
+) -> Float32Array:
+    noise = generator.randn(shape)
+    if not request.is_variation:
+        return noise
+    other = NOISES[request.noise](int(request.variation_seed or 0)).randn(shape)
+    return slerp(noise, other, request.variation_strength)
+
+
+class _Remembering:
+    """A denoiser that keeps its last prediction, for whoever wants to look at it."""
+
+    def __init__(self, denoise: Denoise) -> None:
+        self._denoise = denoise
+        self._x0: Float32Array | None = None
+
+    def __call__(self, latents: Float32Array, sigma: float) -> Float32Array:
+        self._x0 = self._denoise(latents, sigma)
+        return self._x0
+
+    def last(self) -> Float32Array:
+        """Return the prediction of the last call."""
+        assert self._x0 is not None, "every sampler calls the denoiser before it yields"
+        return self._x0
+
+
+class _BoundNetwork:
+    """The UNet with a context bound once for each array that the denoiser passes."""
+
+    def __init__(self, engine: Runner) -> None:
+        self._engine = engine
+        self._bound: list[tuple[Float32Array, Runner]] = []
+
+    def __call__(
+        self, latents: Float32Array, timesteps: Float32Array, context: Float32Array
+    ) -> Float32Array:
+        inputs: Tensors = {"latents": latents, "timesteps": timesteps}
+        return self._runner(context).run(inputs)["prediction"]
+
+    def _runner(self, context: Float32Array) -> Runner:
+        for known, runner in self._bound:
+            if known is context:
+                return runner
+        runner = bind_constants(self._engine, {"context": context})
+        self._bound.append((context, runner))
+        return runner
 
 
 def _denoiser(
@@ -111,18 +227,12 @@ def _denoiser(
     batch_size: int,
 ) -> GuidedDenoiser:
     assert request.guidance_scale is not None, "the request is not resolved"
-    context = np.repeat(context, batch_size, axis=0)
-    unet = bind_constants(engine, {"context": context})
-
-    def network(
-        latents: Float32Array, timesteps: Float32Array, _bound: Float32Array
-    ) -> Float32Array:
-        return unet.run({"latents": latents, "timesteps": timesteps})["prediction"]
-
     return GuidedDenoiser(
-        network=network,
-        training_sigmas=training_sigmas(spec.alphas_cumprod),
-        context=context,
+        network=_BoundNetwork(engine),
+        training_sigmas=sigma_table(request, spec),
+        context=np.repeat(context, batch_size, axis=0),
         guidance_scale=request.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        guidance_interval=request.guidance_interval,
         prediction_type=spec.prediction_type,
     )

@@ -6,8 +6,9 @@ golden outputs come from the latter. Nothing here needs more than NumPy.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,6 +32,7 @@ from ldm_runtime.manifest import (
     GraphRecord,
     Manifest,
     ModelSpec,
+    PreviewRecord,
     SamplingDefaults,
     TextEncoderSpec,
     UNetSpec,
@@ -38,7 +40,9 @@ from ldm_runtime.manifest import (
 )
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.onnx_bytes import Node, encode_model, pack_weights
-from ldm_runtime.request import GenerationRequest, resolve
+from ldm_runtime.previews import explained_variance, preview_pixels
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import sample_latents
 from ldm_runtime.tokenizers import ClipTokenizer
 
@@ -207,6 +211,7 @@ def write_tiny_bundle(folder: Path) -> Manifest:
         tokenizer_file="tokenizer/merges.txt",
         golden=golden,
         golden_key="tiny",
+        preview=_tiny_preview(networks["vae_decoder"]),
         engines=(),
         files=tuple(_file_records(folder)),
         build=BuildRecord(
@@ -282,6 +287,18 @@ def _tiny_weights() -> dict[str, dict[str, Float32Array]]:
     }
     weights["unet"]["time"] *= 0.001
     return weights
+
+
+def _tiny_preview(decoder: Function) -> PreviewRecord:
+    """Return the decoder's own weights as a map to colours, and how well that does on noise."""
+    factor, scale = TINY_SPEC.autoencoder.factor, TINY_SPEC.autoencoder.latent_scale_factor
+    kernel = _tiny_weights()["vae_decoder"]["kernel"].reshape(factor**2, 3, 4)
+    red, green, blue = (tuple(row) for row in (kernel.mean(axis=0) / scale).tolist())
+    record = PreviewRecord(matrix=(red, green, blue), bias=(0.0, 0.0, 0.0), r2=math.nan)
+    latents = TorchCpuGenerator(2).randn((4, 4, 8, 8))
+    image = decoder({"latents": latents / scale})["image"]
+    colours = image.reshape(4, 3, 8, factor, 8, factor).mean(axis=(3, 5))
+    return replace(record, r2=explained_variance(preview_pixels(latents, record), colours))
 
 
 def _tiny_inputs(name: str) -> dict[str, npt.NDArray[Any]]:

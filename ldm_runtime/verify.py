@@ -32,7 +32,8 @@ from ldm_runtime.errors import BundleError, ShapeError
 from ldm_runtime.generator import TEXT_TO_IMAGE
 from ldm_runtime.images import decode_latents
 from ldm_runtime.manifest import ComponentRecord, Manifest, WeightsDType, load_manifest
-from ldm_runtime.request import GenerationRequest, parse_request, resolve
+from ldm_runtime.request import GenerationRequest, parse_request
+from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import batches, sample_latents
 
 _LOGGER = logging.getLogger(__name__)

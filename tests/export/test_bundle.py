@@ -11,7 +11,9 @@ from ldm_export import export
 from ldm_export.bundle import ExportOptions, export_bundle, plan_export
 from ldm_export.errors import CheckpointError, ExportError, WeightsError
 from ldm_export.families import Overrides
+from ldm_export.preview import fit_preview
 from ldm_runtime.components import COMPONENTS
+from ldm_runtime.errors import ManifestError
 from ldm_runtime.manifest import check_file, load_manifest, sha256_of
 from ldm_runtime.verify import verify
 from tests.export.small_checkpoint import SIZE, random_networks, write_checkpoint
@@ -80,12 +82,41 @@ def test_every_component_has_both_graphs_and_what_was_measured(bundle):
     for each in manifest.components:
         assert {graph.variant for graph in each.graphs} == {"fp16", "fp32"}
         assert {record.batch for record in each.parity} == {1, 3}
+        lengths = {record.context_tokens for record in each.parity}
+        assert lengths == ({77, 154} if each.name == "unet" else {0})
         assert {(r.variant, r.reference) for r in each.parity} == {
             ("fp32", "stored"),
             ("fp32", "checkpoint"),
             ("fp16", "checkpoint"),
         }
         assert (folder / each.weights_file).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_preview_is_fitted_to_the_pairs_that_the_bundle_keeps(bundle):
+    folder, _ = bundle
+
+    preview = load_manifest(folder).preview
+
+    assert preview == fit_preview(folder / "vae_encoder/preview.npz")
+    assert all(len(row) == 4 for row in preview.matrix)
+    assert preview.r2 <= 1
+
+
+@pytest.mark.slow
+def test_an_old_bundle_is_replaced_by_a_whole_new_one(
+    bundle_copy, small_checkpoint_path, small_bundle_fp16
+):
+    path = bundle_copy / "manifest.json"
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(ManifestError, match="schema 1 of an older ldm-export"):
+        load_manifest(bundle_copy)
+    outcomes = Outcomes()
+
+    export_bundle(options(small_checkpoint_path, bundle_copy), progress=outcomes)
+
+    assert set(outcomes.of.values()) == {"built"}
+    assert load_manifest(bundle_copy).preview == load_manifest(small_bundle_fp16).preview
 
 
 @pytest.mark.slow
@@ -166,7 +197,7 @@ def test_one_altered_component_alone_is_built_again(bundle_copy, small_checkpoin
     export_bundle(options(small_checkpoint_path, bundle_copy), progress=outcomes)
 
     built = {name for name, outcome in outcomes.of.items() if outcome == "built"}
-    assert built == {"tokenizer", "text_encoder"}
+    assert built == {"tokenizer", "text_encoder", "preview"}  # the preview is fitted every time
     assert weights.read_bytes() == original
 
 

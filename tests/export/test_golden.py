@@ -11,7 +11,8 @@ from PIL import Image
 from ldm_export.bundle import VOCABULARY
 from ldm_export.golden import PROMPTS, golden_requests, write_golden
 from ldm_export.reference import TorchEngine
-from ldm_runtime.request import parse_request, resolve
+from ldm_runtime.request import parse_request
+from ldm_runtime.resolution import resolve
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
 

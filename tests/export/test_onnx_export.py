@@ -83,15 +83,8 @@ def samples(name, network, spec, reference=None):
     """What bundle.py measures: torch's outputs on the sample inputs."""
     engine, own = TorchEngine(name, network), TorchEngine(name, reference or network)
     return [
-        Sample(
-            batch=batch,
-            height=height,
-            width=width,
-            inputs=arrays,
-            expected=own.run(arrays),
-            stored=engine.run(arrays),
-        )
-        for (batch, height, width), arrays in sample_inputs(name, spec)
+        Sample(size=size, inputs=arrays, expected=own.run(arrays), stored=engine.run(arrays))
+        for size, arrays in sample_inputs(name, spec)
     ]
 
 
@@ -99,10 +92,20 @@ def test_samples_have_two_sizes_and_two_batch_sizes():
     for name, table in COMPONENTS.items():
         (one, first), (three, second) = sample_inputs(name, SPEC)
 
-        assert (one[0], three[0]) == (1, 3)
+        assert (one.batch, three.batch) == (1, 3)
         assert list(first) == [tensor.name for tensor in table.inputs]
-        assert (one[1:] != three[1:]) == (name != "text_encoder")
+        sizes = {(each.height, each.width) for each in (one, three)}
+        assert sizes == {(0, 0)} if name == "text_encoder" else len(sizes) == 2
         assert [str(array.dtype) for array in second.values()] == [t.dtype for t in table.inputs]
+
+
+def test_the_context_is_sampled_at_one_and_two_chunks_of_the_text_encoder():
+    samples_of_unet = sample_inputs("unet", SPEC)
+
+    assert [arrays["context"].shape[1] for _, arrays in samples_of_unet] == [77, 154]
+    assert [size.context_tokens for size, _ in samples_of_unet] == [77, 154]
+    for name in ("text_encoder", "vae_decoder"):
+        assert [size.context_tokens for size, _ in sample_inputs(name, SPEC)] == [0, 0]
 
 
 def test_samples_are_the_same_every_time():
@@ -377,15 +380,17 @@ def test_tracing_leaves_the_network_as_it_was(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", FILES)
-@pytest.mark.parametrize(("batch", "height", "width"), [(1, 2, 4), (2, 6, 10), (4, 16, 4)])
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "tokens"), [(1, 2, 4, 77), (2, 6, 10, 308), (4, 16, 4, 1)]
+)
 def test_the_unet_takes_sizes_it_was_never_traced_with(
-    small_bundle_fp32, variant, batch, height, width
+    small_bundle_fp32, variant, batch, height, width, tokens
 ):
     rng = np.random.default_rng(0)
     inputs = {
         "latents": rng.normal(size=(batch, 4, height, width)).astype(np.float32),
         "timesteps": np.linspace(998.6, 3, batch, dtype=np.float32),
-        "context": rng.normal(size=(batch, 77, 64)).astype(np.float32),
+        "context": rng.normal(size=(batch, tokens, 64)).astype(np.float32),
     }
     expected = TorchEngine("unet", random_networks().unet).run(inputs)["prediction"]
 

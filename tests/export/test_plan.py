@@ -21,7 +21,7 @@ def test_the_size_of_a_bundle_is_that_of_its_weights(dtype, width):
 def test_every_stage_is_estimated():
     plan = make_plan(SPEC, STABLE_DIFFUSION, "float16")
 
-    assert set(plan.stage_seconds) == {"tokenizer", *COMPONENTS, "golden"}
+    assert set(plan.stage_seconds) == {"tokenizer", *COMPONENTS, "preview", "golden"}
     assert all(seconds > 0 for seconds in plan.stage_seconds.values())
 
 

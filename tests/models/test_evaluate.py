@@ -197,6 +197,20 @@ def test_a_bundle_is_judged_on_pictures_it_drew_for_the_captions(tmp_path):
     assert seconds > 0
 
 
+def test_every_caption_is_drawn_from_noise_of_its_own(tmp_path):
+    write_tiny_bundle(tmp_path)
+    (scene,) = evaluate.held_out_scenes(1, seed=5)
+
+    with Generator(tmp_path) as generator:
+        settings = {"num_inference_steps": 1}
+        (first, second), seconds = evaluate.draw_all(generator, [scene, scene], settings)
+        alone = evaluate.draw(generator, scene, evaluate.SEED + 1, settings)
+
+    assert (first != second).any()
+    np.testing.assert_array_equal(second, alone)
+    assert len(seconds) == 2
+
+
 def test_the_command_prints_a_table_and_one_json_line(tmp_path, capsys):
     write_tiny_bundle(tmp_path)
 

@@ -11,17 +11,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 
 from ldm_runtime import Generator
-from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
-from tests.reference.twins import (
-    clip_tokenizer,
-    compvis_config,
-    load_autoencoder,
-    load_text_encoder,
-    load_unet,
-)
+from tests.export.small_checkpoint import AUTOENCODER, UNET
+from tests.reference.twins import SCHEDULERS
 
 pytestmark = [
     pytest.mark.reference,
@@ -37,37 +30,6 @@ FIELDS = {
     "num_inference_steps": 6,  # does not divide 1000
     "guidance_scale": 5.0,
 }
-TRAINED = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
-SCHEDULERS = {
-    "ddim": DDIMScheduler(**TRAINED, set_alpha_to_one=False, clip_sample=False),
-    "euler": EulerDiscreteScheduler(**TRAINED),
-}
-
-
-@pytest.fixture(scope="module")
-def pipeline(small_checkpoint_path, tmp_path_factory):
-    """diffusers' pipeline over the checkpoint."""
-    config = compvis_config(UNET, AUTOENCODER)
-    path = str(small_checkpoint_path)
-    state = torch.load(path, weights_only=True)["state_dict"]
-    pipeline = StableDiffusionPipeline(
-        vae=load_autoencoder(path, config),
-        text_encoder=load_text_encoder(state, TEXT_ENCODER, tmp_path_factory.mktemp("text")),
-        tokenizer=clip_tokenizer(tmp_path_factory.mktemp("tokenizer")),
-        unet=load_unet(path, config),
-        scheduler=SCHEDULERS["ddim"],
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

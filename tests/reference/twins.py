@@ -10,7 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -19,6 +24,17 @@ VOCABULARY = Path(
     "vocabularies",
     "clip_bpe_simple_vocab_16e6.txt.gz",
 )
+TRAINED = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
+SCHEDULERS = {
+    "ddim": DDIMScheduler(**TRAINED, set_alpha_to_one=False, clip_sample=False),
+    "euler": EulerDiscreteScheduler(**TRAINED),
+}
 
 
 def compvis_config(unet, autoencoder):

@@ -77,7 +77,97 @@ def test_every_flag_reaches_the_request(draw, tmp_path):
         eta=0.5,
         seed=11,
         num_images=1,
+        tile_size=0,
     )
+
+
+def test_pictures_and_lists_reach_the_request_too(draw, tmp_path):
+    gray = np.full((16, 20, 3), 99, dtype=np.uint8)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray[:, :, 0] * 0).save(tmp_path / "mask.png")
+
+    status = draw(
+        *("red", "--image", str(tmp_path / "gray.png"), "--mask-image", str(tmp_path / "mask.png")),
+        *("--sigmas", "9,3,1", "--guidance-interval", "0.5,5"),
+    )
+
+    (path,) = (tmp_path / "out").iterdir()
+    request = read_metadata(path)["request"]
+    assert status == 0
+    assert (request["sigmas"], request["guidance_interval"]) == ([9.0, 3.0, 1.0, 0.0], [0.5, 5.0])
+    assert request["image"]["width"] == 20
+    assert (np.asarray(Image.open(path)) == 99).all()  # a black mask keeps everything
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sigmas", "9;3"], "must be numbers with commas, got '9;3'"),
+        (["--outpaint", "1,2,x,4"], "must be whole numbers with commas, got '1,2,x,4'"),
+    ],
+)
+def test_a_list_that_is_none_is_wrong_usage(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "red", *flags])
+
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_requests_from_a_file_are_drawn_together_in_order(draw, tmp_path):
+    lines = [{"prompt": "red", "seed": 4}, {"prompt": "blue", "seed": 9, "sampler": "euler"}]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+
+    status = draw("--requests", str(tmp_path / "r.jsonl"))
+
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "0000-seed4.png",
+        "0001-seed9.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": 3}', "requests: {}, line 1: prompt: must be text, got 3"),
+        ("[1]", "requests: {}, line 1 is no JSON object"),
+        ("{", "requests: {}, line 1 is no JSON object"),
+    ],
+)
+def test_a_bad_line_of_requests_is_one_sentence_that_names_it(
+    draw, capsys, tmp_path, line, message
+):
+    path = tmp_path / "r.jsonl"
+    path.write_text(line)
+
+    status = draw("--requests", str(path))
+
+    assert status == 2
+    assert message.format(path) in capsys.readouterr().err
+
+
+def test_a_prompt_comes_from_one_place(draw, capsys):
+    assert draw() == 2
+    assert (
+        "prompt: is required; say what to draw, or give --requests FILE" in capsys.readouterr().err
+    )
+    assert draw("red", "--requests", "r.jsonl") == 2
+    assert "prompt: does not go with --requests" in capsys.readouterr().err
+
+
+def test_a_preview_file_shows_what_is_being_drawn(draw, tmp_path):
+    draw("red", "--preview-file", str(tmp_path / "preview.png"))
+
+    with Image.open(tmp_path / "preview.png") as preview:
+        assert preview.size == (8, 8)
+
+
+def test_a_deadline_is_exit_1_and_one_sentence(draw, capsys):
+    status = draw("red", "--deadline-seconds", "0.000001")
+
+    assert status == 1
+    assert "are over after step 1 of 4 of image 1" in capsys.readouterr().err
 
 
 def test_generate_never_replaces_a_file(draw, tmp_path):
@@ -101,7 +191,7 @@ def test_generate_never_replaces_a_file(draw, tmp_path):
         (["--steps", "0"], "num_inference_steps: must lie between 1 and"),
         (["--steps", "1001"], "num_inference_steps: 1001 steps are impossible"),
         (["--guidance-scale", "nan"], "guidance_scale: must lie between 0 and 100, got nan"),
-        (["--sampler", "plms"], "sampler: unknown sampler 'plms'; choose ddim, euler"),
+        (["--sampler", "ddim2"], "sampler: unknown sampler 'ddim2'; choose ddpm, ddim, euler"),
         (["--schedule", "cosine"], "schedule: unknown schedule 'cosine'; choose leading"),
         (["--sampler", "euler", "--eta", "1"], "eta: sampler 'euler' has none"),
         (["--seed", "-1"], "seed: must lie between 0"),
@@ -124,7 +214,6 @@ def test_a_bad_request_is_one_sentence_and_exit_2(draw, arguments, message, caps
         ["generate", "red", "--steps", "many"],
         ["generate", "red", "--threads", "0"],
         ["generate", "red", "--frobnicate"],
-        ["generate"],
         ["paint"],
         [],
     ],
@@ -203,7 +292,7 @@ def test_progress_is_a_bar_on_a_terminal(draw, capsys, monkeypatch):
 
 def test_an_over_long_prompt_warns_once_on_stderr(tiny_bundle, tmp_path):
     result = run_command(
-        *("generate", "red " * 40, "-n", "2"),
+        *("generate", "red " * 40, "-n", "2", "--plain-prompt"),
         *("--bundle", str(tiny_bundle), "--out-dir", str(tmp_path)),
     )
 
@@ -216,11 +305,11 @@ def test_an_interrupt_is_exit_130_and_keeps_what_was_drawn(draw, capsys, monkeyp
     stream = Generator.stream
     drawn = []
 
-    def interrupted(self, request):
+    def interrupted(self, request, **options):
         if drawn:
             raise KeyboardInterrupt
         drawn.append(request)
-        return stream(self, request)
+        return stream(self, request, **options)
 
     monkeypatch.setattr(Generator, "stream", interrupted)
 

@@ -12,7 +12,7 @@ from ldm_runtime.engine_profiles import (
     resolve_shapes,
 )
 from ldm_runtime.errors import EngineBuildError
-from ldm_runtime.request import size_step
+from ldm_runtime.resolution import size_step
 from ldm_runtime.testing import TINY_SPEC
 
 #: Stable Diffusion 1 as far as shapes go: f = 8, four levels, 77 tokens of 768, 512 pixels.
@@ -42,7 +42,10 @@ def test_by_default_engines_serve_256_pixels_below_to_half_above_and_four_images
 def test_guidance_doubles_the_rows_of_the_unet_and_one_row_stays_possible():
     assert profile("unet", "latents") == ((1, 4, 32, 32), (2, 4, 64, 64), (8, 4, 96, 96))
     assert profile("unet", "timesteps") == ((1,), (2,), (8,))
-    assert profile("unet", "context") == ((1, 77, 768), (2, 77, 768), (8, 77, 768))
+
+
+def test_engines_are_made_for_prompts_of_one_chunk_and_serve_four():
+    assert profile("unet", "context") == ((1, 77, 768), (2, 77, 768), (8, 308, 768))
 
 
 def test_only_the_batch_of_the_text_encoder_varies():
@@ -54,6 +57,7 @@ def test_static_engines_take_one_shape_with_guidance():
 
     assert profile("unet", "latents", wanted) == ((4, 4, 64, 96),) * 3
     assert profile("vae_decoder", "latents", wanted) == ((2, 4, 64, 96),) * 3
+    assert profile("unet", "context", wanted) == ((4, 77, 768),) * 3
     assert profile("text_encoder", "tokens", wanted) == ((4, 77),) * 3
 
 
@@ -112,3 +116,5 @@ def test_every_profile_is_ordered_and_has_the_axes_of_the_component_table(native
             assert all(0 < low <= opt <= high for _, low, opt, high in axes)
             lengths = [ends for axis, *ends in axes if axis in ("height", "width")]
             assert all(length % 8 == 0 for ends in lengths for length in ends)
+            chunks = [ends for axis, *ends in axes if axis == "context_tokens"]
+            assert all(ends == [77, 77, 77 if static else 308] for ends in chunks)

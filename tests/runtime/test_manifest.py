@@ -67,6 +67,8 @@ def test_every_misspelt_key_is_an_error_that_names_it(own_bundle):
         (lambda m: m["spec"]["unet"].update(in_channels=True), r"in_channels"),
         (lambda m: m["spec"].update(alphas_cumprod=[None]), r"alphas_cumprod\[0\]|\[\.\.\.\]"),
         (lambda m: m.update(schema_version="1"), r"schema_version"),
+        (lambda m: m["preview"]["matrix"].pop(), r"length 3.*preview\.matrix"),
+        (lambda m: m["preview"].update(r2=None), r"preview\.r2"),
     ],
 )
 def test_a_wrong_value_is_an_error_that_says_where(own_bundle, change, message):
@@ -80,8 +82,29 @@ def test_a_newer_manifest_is_an_error_even_if_it_looks_different(own_bundle):
     newer = json.dumps({"schema_version": SCHEMA_VERSION + 1, "everything": "else"})
     (own_bundle / "manifest.json").write_text(newer)
 
-    with pytest.raises(ManifestError, match=f"reads up to {SCHEMA_VERSION}; upgrade"):
+    with pytest.raises(ManifestError, match=f"this runtime reads {SCHEMA_VERSION}; upgrade"):
         load_manifest(own_bundle)
+
+
+def test_a_manifest_of_schema_1_is_too_old_and_not_malformed(own_bundle):
+    def age(document):
+        document["schema_version"] = 1
+        del document["preview"]
+
+    edit(own_bundle, age)
+
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(own_bundle)
+    assert str(caught.value) == (
+        f"{own_bundle / 'manifest.json'} has schema 1 of an older ldm-export, this runtime reads "
+        f"{SCHEMA_VERSION}; export the checkpoint again"
+    )
+
+
+def test_a_bundle_may_have_no_preview(own_bundle):
+    edit(own_bundle, lambda document: document.update(preview=None))
+
+    assert load_manifest(own_bundle).preview is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"\xff"'])

@@ -1,27 +1,18 @@
-import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.errors import RequestError
 from ldm_runtime.request import (
     MAX_SEED,
     GenerationRequest,
     parse_request,
-    resolve,
-    sigmas_of,
-    size_step,
+    request_to_json,
 )
-from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.testing import TINY_SPEC
 
-
-def resolved(**fields):
-    return resolve(parse_request({"prompt": "a red circle", **fields}), TINY_SPEC)
+PICTURE = np.zeros((8, 8, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +38,7 @@ def resolved(**fields):
         ("guidance_scale", 10**400),
         ("guidance_scale", "7.5"),
         ("guidance_scale", True),
-        ("sampler", "plms"),
+        ("sampler", "ddim2"),
         ("sampler", ["ddim"]),
         ("schedule", "cosine"),
         ("eta", 1.01),
@@ -58,6 +49,32 @@ def resolved(**fields):
         ("num_images", 0),
         ("num_images", None),
         ("num_images", 10**12),
+        ("plain_prompt", 1),
+        ("plain_prompt", None),
+        ("guidance_rescale", 1.5),
+        ("guidance_interval", 3.0),
+        ("guidance_interval", (3.0, 1.0)),
+        ("guidance_interval", (1.0, 2.0, 3.0)),
+        ("guidance_interval", "12"),
+        ("sigmas", "3,2,1"),
+        ("sigmas", (3.0, math.nan)),
+        ("sigmas", (3.0, -1.0)),
+        ("zero_terminal_snr", "yes"),
+        ("noise", "philox"),
+        ("variation_seed", -1),
+        ("variation_strength", 1.1),
+        ("image", 3),
+        ("image", "no/such/file.png"),
+        ("image", b"no picture"),
+        ("mask_image", {"sha256": "abc", "width": 8, "height": 8}),
+        ("strength", 0.0),
+        ("strength", 1.1),
+        ("outpaint", (1, 2, 3)),
+        ("outpaint", (0, 0, 0, 0)),
+        ("outpaint", (1.5, 0, 0, 0)),
+        ("hires_scale", 0.5),
+        ("hires_strength", 0.0),
+        ("tile_size", -1),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_its_field_from_python_and_from_json(field, value):
@@ -112,94 +129,27 @@ def test_seeds_of_all_images_must_fit_64_bits():
         GenerationRequest(prompt="red", seed=MAX_SEED, num_images=2)
 
 
-def test_resolving_fills_every_field_from_the_model_and_the_sampler():
-    request = resolved(seed=5)
+def test_of_image_i_moves_the_seed_or_that_of_the_variation():
+    plain = GenerationRequest(prompt="red", seed=5, num_images=3)
+    varied = GenerationRequest(
+        prompt="red", seed=5, variation_seed=9, variation_strength=0.2, num_images=3
+    )
 
-    assert request == GenerationRequest(
-        prompt="a red circle",
-        negative_prompt="",
-        height=16,
-        width=16,
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        sampler="ddim",
-        schedule="leading",
-        eta=0.0,
-        seed=5,
-        num_images=1,
+    assert plain.of_image(2) == GenerationRequest(prompt="red", seed=7)
+    assert varied.of_image(2) == GenerationRequest(
+        prompt="red", seed=5, variation_seed=11, variation_strength=0.2
     )
 
 
-def test_what_a_request_says_wins_over_the_defaults():
-    request = resolved(height=32, guidance_scale=0.0, sampler="euler_ancestral", schedule="karras")
+def test_json_says_of_a_picture_what_identifies_it_and_of_the_rest_everything():
+    request = GenerationRequest(
+        prompt="red", image=PICTURE, outpaint=(0, 0, 8, 0), sigmas=(3.0, 1.0), seed=2
+    )
 
-    assert (request.height, request.guidance_scale) == (32, 0.0)
-    assert (request.sampler, request.schedule, request.eta) == ("euler_ancestral", "karras", 1.0)
+    values = json.loads(json.dumps(request_to_json(request)))
 
-
-@given(
-    sampler=st.sampled_from([None, *SAMPLERS]),
-    seed=st.none() | st.integers(0, MAX_SEED),
-    steps=st.none() | st.integers(1, 1000),
-    scale=st.none() | st.floats(0, 100),
-)
-def test_a_resolved_request_survives_json_and_resolves_to_itself(sampler, seed, steps, scale):
-    request = resolved(sampler=sampler, seed=seed, num_inference_steps=steps, guidance_scale=scale)
-
-    again = parse_request(json.loads(json.dumps(dataclasses.asdict(request))))
-
-    assert again == request
-    assert resolve(again, TINY_SPEC) == request
-    assert None not in dataclasses.asdict(request).values()
-
-
-def test_open_seeds_are_drawn_anew_and_leave_room_for_every_image():
-    seeds = {resolved(num_images=10_000).seed for _ in range(8)}
-
-    assert len(seeds) > 1
-    assert max(seeds) + 10_000 <= 2**32
-
-
-def test_the_size_step_counts_the_autoencoder_and_the_halvings_of_the_unet():
-    deeper = dataclasses.replace(TINY_SPEC.unet, channel_mult=(1, 2, 4, 4))
-
-    assert size_step(TINY_SPEC) == 2 * 2
-    assert size_step(dataclasses.replace(TINY_SPEC, unet=deeper)) == 2 * 8
-
-
-@pytest.mark.parametrize(
-    ("size", "nearest"), [(17, "16 and 20"), (15, "12 and 16"), (1, "4 and 8"), (3, "4 and 8")]
-)
-def test_a_size_between_two_steps_is_an_error_that_names_both(size, nearest):
-    with pytest.raises(RequestError, match=f"width: {size} .* of 4; .* {nearest}$"):
-        resolved(width=size)
-
-
-def test_more_steps_than_the_training_schedule_has_are_an_error():
-    assert resolved(num_inference_steps=1000).num_inference_steps == 1000
-
-    with pytest.raises(RequestError, match=r"num_inference_steps: 1001 .* 1 to 1000"):
-        resolved(num_inference_steps=1001)
-
-
-def test_a_model_without_a_usable_schedule_is_an_error_of_the_bundle():
-    spec = dataclasses.replace(TINY_SPEC, alphas_cumprod=(0.5, 0.9))
-
-    with pytest.raises(BundleError, match="alphas_cumprod must decrease"):
-        resolve(GenerationRequest(prompt="red"), spec)
-
-
-def test_eta_is_an_error_for_a_sampler_without_noise():
-    assert resolved(sampler="ddim", eta=0.3).eta == 0.3
-    assert resolved(sampler="euler", eta=0.0).eta == 0.0
-
-    with pytest.raises(RequestError, match=r"eta: sampler 'euler' has none.*ddim"):
-        resolved(sampler="euler", eta=0.3)
-
-
-def test_the_sigmas_of_a_request_are_those_of_its_sampler():
-    ddim, euler = resolved(sampler="ddim"), resolved(sampler="euler")
-
-    assert sigmas_of(ddim, TINY_SPEC)[:-1] == sigmas_of(euler, TINY_SPEC)[:-1]
-    assert sigmas_of(euler, TINY_SPEC)[-1] == 0
-    assert sigmas_of(ddim, TINY_SPEC)[-1] > 0
+    assert values["image"]["sha256"] == request.image.sha256
+    assert (values["image"]["width"], values["image"]["height"]) == (8, 8)
+    assert parse_request(values | {"image": PICTURE}) == request
+    with pytest.raises(RequestError, match=r"image: is known by its hash alone"):
+        parse_request(values)

@@ -1,0 +1,91 @@
+"""Pictures that a request starts from: what sampling gets of them, and what comes back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.backends import Runner
+from ldm_runtime.images import encode_image, resize
+from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.masks import composite, latent_mask, outpaint_canvas
+from ldm_runtime.pictures import Picture
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.sampling import Start
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InitImage:
+    """The picture of a request in the size that is drawn.
+
+    Attributes:
+        picture: What to start from.
+        mask: What of it to draw anew, or None for all of it.
+    """
+
+    picture: Picture
+    mask: Picture | None
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """Put back what is known."""
+        return image if self.mask is None else composite(self.picture, image, self.mask)
+
+
+def init_image(request: GenerationRequest) -> InitImage | None:
+    """Return what a resolved request starts from, or None if it starts from noise."""
+    if request.image is None:
+        return None
+    assert request.height is not None, "the request is not resolved"
+    assert request.width is not None, "the request is not resolved"
+    picture, mask = request.image, request.mask_image
+    if request.outpaint is not None:
+        picture, mask = outpaint_canvas(picture, *request.outpaint)
+    size = request.width, request.height
+    return InitImage(
+        picture=resize(picture, *size), mask=None if mask is None else resize(mask, *size)
+    )
+
+
+def start_from(
+    engine: Runner, init: InitImage, request: GenerationRequest, spec: ModelSpec
+) -> Start:
+    """Return what sampling starts from.
+
+    Args:
+        engine: The autoencoder's encoder.
+        init: From `init_image`.
+        request: A resolved request.
+        spec: The model.
+    """
+    assert request.strength is not None, "the request is not resolved"
+    factor = spec.autoencoder.factor
+    return Start(
+        latents=encode_image(engine, init.picture.pixels[None], spec),
+        strength=request.strength,
+        mask=None if init.mask is None else latent_mask(init.mask, factor),
+    )
+
+
+def hires_start(
+    engine: Runner,
+    images: Sequence[Image.Image],
+    request: GenerationRequest,
+    spec: ModelSpec,
+) -> Start:
+    """Return what the second pass starts from: the first pass's pictures, enlarged.
+
+    Args:
+        engine: The autoencoder's encoder.
+        images: What the first pass drew.
+        request: The request of the second pass: resolved, with its size.
+        spec: The model.
+    """
+    assert request.hires_strength is not None, "the request is not resolved"
+    size = int(request.width or 0), int(request.height or 0)
+    enlarged = [resize(Picture.read(image), *size).pixels for image in images]
+    latents = [encode_image(engine, pixels[None], spec) for pixels in enlarged]
+    return Start(latents=np.concatenate(latents), strength=request.hires_strength)

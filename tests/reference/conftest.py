@@ -1,0 +1,33 @@
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
+from tests.reference.twins import (
+    SCHEDULERS,
+    clip_tokenizer,
+    compvis_config,
+    load_autoencoder,
+    load_text_encoder,
+    load_unet,
+)
+
+
+@pytest.fixture(scope="package")
+def pipeline(small_checkpoint_path, tmp_path_factory):
+    """diffusers' pipeline over the checkpoint."""
+    config = compvis_config(UNET, AUTOENCODER)
+    path = str(small_checkpoint_path)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    pipeline = StableDiffusionPipeline(
+        vae=load_autoencoder(path, config),
+        text_encoder=load_text_encoder(state, TEXT_ENCODER, tmp_path_factory.mktemp("text")),
+        tokenizer=clip_tokenizer(tmp_path_factory.mktemp("tokenizer")),
+        unet=load_unet(path, config),
+        scheduler=SCHEDULERS["ddim"],
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,83 @@
+"""A real decoder, in tiles and as a whole: the promise of 45 dB, and how much it sees at a time.
+
+The decoder is that of the shapes model, in torch. Its pictures here are 25 times as large as those
+it was trained on, one scene beside the other on one background, as sampling beyond the trained size
+would draw them; the whole decodes such pictures as well as it does small ones, which is checked.
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import scenes
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.families import detect
+from ldm_export.networks.loading import load_network
+from ldm_export.reference import TorchEngine
+from ldm_runtime.images import decode_latents, encode_image
+from ldm_runtime.testing import FakeEngine
+
+CHECKPOINT = Path(__file__).parents[2] / "models/shapes/shapes.ckpt"
+SIDE = 5 * scenes.SIZE
+TILE = 192
+
+pytestmark = [pytest.mark.reference, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    """The model's spec, encoder and decoder."""
+    with open_checkpoint(CHECKPOINT) as checkpoint:
+        detection = detect(checkpoint.tensors)
+        engines = [
+            TorchEngine(
+                name,
+                load_network(
+                    name,
+                    detection.spec,
+                    {
+                        parameter: checkpoint.tensors[tensor]
+                        for parameter, tensor in detection.weights[name].items()
+                    },
+                ),
+            )
+            for name in ("vae_encoder", "vae_decoder")
+        ]
+    return detection.spec, *engines
+
+
+def large_scene(background):
+    """Many scenes on one background, (SIDE, SIDE, 3) uint8."""
+    source = (
+        scene
+        for scene in scenes.random_scenes(np.random.default_rng(3), held_out=True)
+        if scene.background == background and not scene.gradient
+    )
+    rows = [
+        np.hstack([scenes.render(scene) for scene in itertools.islice(source, 5)]) for _ in range(5)
+    ]
+    return np.rint(np.vstack(rows) * 255).astype(np.uint8)
+
+
+def psnr(a, b):
+    """In decibels, of pictures from 0 to 255."""
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    return float(10 * np.log10(255**2 / np.mean(difference**2)))
+
+
+def test_a_large_picture_in_tiles_is_within_45_db_of_the_whole(autoencoder):
+    spec, encoder, decoder = autoencoder
+    counting = FakeEngine(decoder.run)
+    original = large_scene("gray")
+    latents = encode_image(encoder, original[None], spec)
+
+    (whole,) = decode_latents(decoder, latents, spec)
+    (tiled,) = decode_latents(counting, latents, spec, tile_size=TILE)
+
+    side = TILE // spec.autoencoder.factor
+    assert {call["latents"].shape for call in counting.calls} == {(1, latents.shape[1], side, side)}
+    assert len(counting.calls) == 4
+    assert psnr(whole, original) >= 30
+    assert psnr(tiled, whole) >= 45

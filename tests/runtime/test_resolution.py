@@ -1,0 +1,241 @@
+import dataclasses
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.request import MAX_SEED, GenerationRequest, parse_request, request_to_json
+from ldm_runtime.resolution import (
+    TILE_SIZE,
+    hires_size,
+    last_sigmas,
+    resolve,
+    sigma_table,
+    sigmas_of,
+    size_step,
+)
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.testing import TINY_SPEC
+
+PICTURE = np.zeros((24, 32, 3), dtype=np.uint8)
+
+
+def resolved(**fields):
+    return resolve(parse_request({"prompt": "a red circle", **fields}), TINY_SPEC)
+
+
+def test_resolving_fills_every_field_from_the_model_and_the_sampler():
+    request = resolved(seed=5)
+
+    assert request == GenerationRequest(
+        prompt="a red circle",
+        negative_prompt="",
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        sampler="ddim",
+        schedule="leading",
+        eta=0.0,
+        seed=5,
+        num_images=1,
+        tile_size=0,
+    )
+
+
+def test_what_a_request_says_wins_over_the_defaults():
+    request = resolved(height=32, guidance_scale=0.0, sampler="euler_ancestral", schedule="karras")
+
+    assert (request.height, request.guidance_scale) == (32, 0.0)
+    assert (request.sampler, request.schedule, request.eta) == ("euler_ancestral", "karras", 1.0)
+
+
+@given(
+    sampler=st.sampled_from([None, *SAMPLERS]),
+    seed=st.none() | st.integers(0, MAX_SEED),
+    steps=st.none() | st.integers(1, 1000),
+    scale=st.none() | st.floats(0, 100),
+)
+def test_a_resolved_request_survives_json_and_resolves_to_itself(sampler, seed, steps, scale):
+    request = resolved(sampler=sampler, seed=seed, num_inference_steps=steps, guidance_scale=scale)
+
+    again = parse_request(json.loads(json.dumps(request_to_json(request))))
+
+    assert again == request
+    assert resolve(again, TINY_SPEC) == request
+
+
+def test_open_seeds_are_drawn_anew_and_leave_room_for_every_image():
+    seeds = {resolved(num_images=10_000).seed for _ in range(8)}
+
+    assert len(seeds) > 1
+    assert max(seeds) + 10_000 <= 2**32
+
+
+def test_the_size_step_counts_the_autoencoder_and_the_halvings_of_the_unet():
+    deeper = dataclasses.replace(TINY_SPEC.unet, channel_mult=(1, 2, 4, 4))
+
+    assert size_step(TINY_SPEC) == 2 * 2
+    assert size_step(dataclasses.replace(TINY_SPEC, unet=deeper)) == 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [(17, "16 and 20"), (15, "12 and 16"), (1, "4 and 8"), (3, "4 and 8")]
+)
+def test_a_size_between_two_steps_is_an_error_that_names_both(size, nearest):
+    with pytest.raises(RequestError, match=f"width: {size} .* of 4; .* {nearest}$"):
+        resolved(width=size)
+
+
+def test_more_steps_than_the_training_schedule_has_are_an_error():
+    assert resolved(num_inference_steps=1000).num_inference_steps == 1000
+
+    with pytest.raises(RequestError, match=r"num_inference_steps: 1001 .* 1 to 1000"):
+        resolved(num_inference_steps=1001)
+
+
+def test_a_model_without_a_usable_schedule_is_an_error_of_the_bundle():
+    spec = dataclasses.replace(TINY_SPEC, alphas_cumprod=(0.5, 0.9))
+
+    with pytest.raises(BundleError, match="alphas_cumprod must decrease"):
+        resolve(GenerationRequest(prompt="red"), spec)
+
+
+def test_eta_is_an_error_for_a_sampler_without_noise():
+    assert resolved(sampler="ddim", eta=0.3).eta == 0.3
+    assert resolved(sampler="euler", eta=0.0).eta == 0.0
+
+    with pytest.raises(RequestError, match=r"eta: sampler 'euler' has none.*ddim"):
+        resolved(sampler="euler", eta=0.3)
+
+
+def test_the_sigmas_of_a_request_are_those_of_its_sampler():
+    ddim, euler = resolved(sampler="ddim"), resolved(sampler="euler")
+
+    assert sigmas_of(ddim, TINY_SPEC)[:-1] == sigmas_of(euler, TINY_SPEC)[:-1]
+    assert sigmas_of(euler, TINY_SPEC)[-1] == 0
+    assert sigmas_of(ddim, TINY_SPEC)[-1] > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": PICTURE},
+        {"image": PICTURE, "mask_image": PICTURE},
+        {"image": PICTURE, "outpaint": (4, 0, 4, 0)},
+        {"hires_scale": 1.5},
+        {"variation_strength": 0.5},
+        {"sigmas": (9.0, 3.0, 1.0)},
+        {"zero_terminal_snr": True, "schedule": "trailing"},
+    ],
+)
+def test_a_request_that_steers_resolves_once_and_for_all(fields):
+    request = resolved(**fields)
+
+    assert resolve(request, TINY_SPEC) == request
+
+
+def test_a_picture_decides_the_size_unless_a_size_is_asked_for():
+    odd = np.zeros((23, 33, 3), dtype=np.uint8)
+
+    assert (resolved(image=PICTURE).height, resolved(image=PICTURE).width) == (24, 32)
+    assert (resolved(image=odd).height, resolved(image=odd).width) == (20, 32)
+    assert resolved(image=PICTURE, width=64).width == 64
+
+
+def test_what_is_added_around_a_picture_must_make_a_size_that_can_be_drawn():
+    grown = resolved(image=PICTURE, outpaint=(4, 8, 0, 0))
+
+    assert (grown.height, grown.width) == (32, 36)
+    with pytest.raises(RequestError, match=r"outpaint: makes 35x24 .* 32x24 can be drawn"):
+        resolved(image=PICTURE, outpaint=(3, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"strength": 0.5}, "strength"),
+        ({"mask_image": PICTURE}, "mask_image"),
+        ({"outpaint": (4, 0, 0, 0)}, "outpaint"),
+        ({"hires_strength": 0.5}, "hires_strength"),
+        ({"hires_scale": 2.0, "image": PICTURE, "mask_image": PICTURE}, "hires_scale"),
+        ({"hires_scale": 8.0, "height": 16384}, "hires_scale"),
+        ({"outpaint": (4, 0, 0, 0), "image": PICTURE, "mask_image": PICTURE}, "outpaint"),
+        ({"variation_seed": 3}, "variation_seed"),
+        ({"schedule": "given"}, "schedule"),
+        ({"sigmas": (3.0, 1.0), "schedule": "karras"}, "schedule"),
+        ({"sigmas": (3.0, 1.0), "num_inference_steps": 7}, "num_inference_steps"),
+        ({"sigmas": (1.0, 3.0)}, "sigmas"),
+        ({"image": PICTURE, "strength": 0.1, "num_inference_steps": 4}, "strength"),
+        ({"hires_scale": 2.0, "hires_strength": 0.1, "num_inference_steps": 4}, "hires_strength"),
+        ({"tile_size": 7}, "tile_size"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_an_error_that_names_one(fields, field):
+    with pytest.raises(RequestError) as caught:
+        resolved(**fields)
+
+    assert caught.value.field == field
+
+
+def test_sigmas_given_replace_schedule_and_steps():
+    request = resolved(sigmas=(9.0, 3.0, 1.0), sampler="euler")
+
+    assert request.schedule == "given"
+    assert request.num_inference_steps == 3
+    assert sigmas_of(request, TINY_SPEC) == [9.0, 3.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 10), (0.75, 7), (0.5, 5), (0.19, 1)])
+def test_strength_keeps_the_last_steps(strength, steps):
+    sigmas = [float(10 - i) for i in range(11)]
+
+    assert last_sigmas(sigmas, strength) == sigmas[10 - steps :]
+
+
+def test_strength_defaults_to_everything_where_a_mask_says_what():
+    assert resolved(image=PICTURE).strength == 0.8
+    assert resolved(image=PICTURE, mask_image=PICTURE).strength == 1.0
+    assert resolved().strength is None
+
+
+def test_the_second_pass_has_a_size_the_model_can_draw():
+    assert hires_size(resolved(height=20, width=32, hires_scale=1.5), TINY_SPEC) == (32, 48)
+    assert hires_size(resolved(), TINY_SPEC) == (16, 16)
+
+
+def test_large_pictures_are_decoded_in_tiles_unless_told_otherwise():
+    assert resolved(height=1024, width=1024).tile_size == 0
+    assert resolved(height=1024, width=1028).tile_size == TILE_SIZE
+    assert resolved(height=640, width=640, hires_scale=2.0).tile_size == TILE_SIZE
+    assert resolved(height=1024, width=1028, tile_size=0).tile_size == 0
+
+
+def test_zero_terminal_snr_moves_the_last_sigma_and_keeps_the_first():
+    plain, rescaled = (
+        sigma_table(resolved(zero_terminal_snr=each), TINY_SPEC) for each in (False, True)
+    )
+
+    assert rescaled[0] == pytest.approx(plain[0])
+    assert rescaled[-1] > 100 * plain[-1]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_can_take_a_schedule_that_repeats_a_timestep(sampler):
+    request = resolved(sampler=sampler, schedule="ldm_quadratic", num_inference_steps=50)
+    sigmas = sigmas_of(request, TINY_SPEC)
+    latents = np.ones((1, 4, 2, 2), dtype=np.float32)
+
+    def denoise(latents, sigma):
+        return latents / (1 + sigma)
+
+    *_, last = SAMPLERS[sampler].function(
+        denoise, latents, sigmas, eta=0.0, draw=lambda *_: 0 * latents
+    )
+
+    assert any(sigma == sigma_next for sigma, sigma_next in pairwise(sigmas))
+    assert np.isfinite(last).all()
