@@ -14,7 +14,7 @@ from flops import Work, network_work
 from ldm_runtime import GenerationRequest, LdmError
 from ldm_runtime.backends import BACKENDS, choose_backend
 from ldm_runtime.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_of
-from ldm_runtime.request import resolve
+from ldm_runtime.resolution import resolve
 from measure import IMAGE, Findings, Job
 from rows import ROOT, Row, commit, machine
 

@@ -56,7 +56,8 @@ class Result:
         latents: (N, C, h, w) in the UNet's scale, as they were decoded.
         timings: Seconds in "text_encoder", "unet", "vae_decoder" and, if a picture was given or
             drawn over, "vae_encoder", each with what surrounds it, and "total" from the first to
-            the last, a stream's consumer included.
+            the last, a stream's consumer included. With `run_many` a request's time includes its
+            waiting for others.
         bundle_sha256: Hash of the bundle's manifest.
     """
 
@@ -88,7 +89,7 @@ class Generator:
         backend: What runs the networks; "auto" takes the best that can run here.
         threads: Threads that compute; None is one a physical core.
         batch_size: Images in one network call; with guidance the UNet sees twice as many. The
-            default of 1 bounds memory, costs a CPU nothing, and makes every picture independent of
+            default of 1 bounds memory, costs a CPU little, and makes every picture independent of
             how many were asked for to the last bit, which larger batches promise only as far as
             the backend computes rows independently.
         check_hashes: Whether to compare the files with the manifest's hashes, not only sizes.
@@ -201,8 +202,9 @@ class Generator:
         """Draw several requests at once and yield their results in order.
 
         Requests share calls of the UNet, whatever their prompts, seeds, samplers and guidance,
-        where their pictures have the same size. On the CPU every result is what `generate` returns,
-        bit for bit.
+        where their pictures have the same size. On the CPU every result is what `generate` returns
+        at a `batch_size` of 1, bit for bit; there, what needs a single row of the UNet (guidance
+        off) is not shared.
 
         Args:
             requests: What to draw.
@@ -292,7 +294,7 @@ class Generator:
     @property
     def _min_shared_rows(self) -> int:
         """Rows from which on a row has the same bits in any company; see `run_together`."""
-        return 2 if self.backend == "onnxruntime" else 1
+        return int(getattr(get_backend(self.backend), "MIN_SHARED_ROWS", 1))
 
     def _run_passes(
         self, drawing: Drawing, unet: Runner, timings: Timings

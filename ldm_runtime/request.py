@@ -9,12 +9,11 @@ from typing import Any
 from ldm_runtime import request_checks as checks
 from ldm_runtime.errors import RequestError
 from ldm_runtime.noise import NOISES
-from ldm_runtime.pictures import Picture
+from ldm_runtime.pictures import MAX_SIDE, Picture
 from ldm_runtime.request_checks import MAX_SEED
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
 
-MAX_SIDE = 16384
 MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
 MAX_SIGMA = 16383.0  # Brownian paths end at 2^14

@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.pictures import MAX_SIDE
 from ldm_runtime.prompts import parse_prompt
-from ldm_runtime.request import GIVEN, MAX_IMAGES, MAX_SIDE, GenerationRequest
+from ldm_runtime.request import GIVEN, MAX_IMAGES, GenerationRequest
 from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import (
     SigmaTable,
@@ -16,12 +17,14 @@ from ldm_runtime.schedules import (
     sampling_sigmas,
     training_sigmas,
 )
+from ldm_runtime.tiles import MIN_TILE
 
 #: How much of a picture is forgotten unless a request says so: `strength` without and with a mask,
 #: and that of the second pass at high resolution.
 IMAGE_STRENGTH, MASK_STRENGTH, HIRES_STRENGTH = 0.8, 1.0, 0.6
-#: Pictures of more pixels than this are decoded in tiles, each of so many pixels a side.
-WHOLE_PIXELS, TILE_SIZE = 1024 * 1024, 512
+#: Pictures of more latent pixels than this are decoded in tiles of so many a side: memory goes with
+#: latent pixels, and from this size on tiles are within 48 dB of the whole (`docs/steering.md`).
+WHOLE_LATENTS, TILE_LATENTS = 128 * 128, 96
 
 _T = TypeVar("_T")
 
@@ -254,12 +257,17 @@ def _check_outpaint(request: GenerationRequest) -> None:
 
 def _with_tile_size(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
     height, width = hires_size(request, spec)
-    default = TILE_SIZE if height * width > WHOLE_PIXELS else 0
+    factor, step = spec.autoencoder.factor, size_step(spec)
+    is_large = height * width > WHOLE_LATENTS * factor**2
+    default = -(-TILE_LATENTS * factor // step) * step if is_large else 0
     tile = _first(request.tile_size, default)
-    step = size_step(spec)
     if tile % step:
         raise RequestError(
             "tile_size", f"{tile} is not a multiple of {step}; take {-(-tile // step) * step}"
+        )
+    if 0 < tile < MIN_TILE * factor:
+        raise RequestError(
+            "tile_size", f"{tile} is too small; take 0 or at least {MIN_TILE * factor}"
         )
     return replace(request, tile_size=tile)
 

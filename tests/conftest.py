@@ -1,12 +1,15 @@
-"""Fixtures that several folders of tests share: a small checkpoint and the bundles made of it.
+"""Fixtures that several folders of tests share: checkpoints and the bundles made of them.
 
 They import torch only when asked for, because tests/runtime also runs where there is none. An
 export takes half a minute; a test that asks for a bundle is slow.
 """
 
 import os
+from pathlib import Path
 
 import pytest
+
+SHAPES_CHECKPOINT = Path(__file__).parents[1] / "models/shapes/shapes.ckpt"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when a test module imports huggingface_hub
 
@@ -30,6 +33,18 @@ def small_bundle_fp32(small_checkpoint_path, tmp_path_factory):
 def small_bundle_fp16(small_checkpoint_path, tmp_path_factory):
     """The bundle of the small checkpoint, weights stored in float16; do not change it."""
     return _export(small_checkpoint_path, tmp_path_factory.mktemp("fp16") / "engines", "float16")
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(tmp_path_factory):
+    """The bundle of the shapes model, with engines of TensorRT for RTX; do not change it."""
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    from ldm_export import export
+    from ldm_runtime.engine_recipes import EngineOptions
+
+    bundle = tmp_path_factory.mktemp("shapes") / "engines"
+    export(SHAPES_CHECKPOINT, bundle, engines=EngineOptions(builder="tensorrt_rtx"))
+    return bundle
 
 
 def _export(checkpoint, out, weights_dtype):

@@ -22,6 +22,9 @@ from ldm_runtime.backends.onnxruntime_session import (
 from ldm_runtime.errors import BackendError
 from ldm_runtime.manifest import ComponentRecord, Manifest, axis_sizes
 
+#: Rows from which on a row has the same bits in any company: see `ldm_runtime.batching`.
+MIN_SHARED_ROWS = 2
+
 _PROVIDERS = ("CPUExecutionProvider",)
 
 

@@ -2,6 +2,7 @@
 
     python models/shapes/evaluate.py --bundle engines/        # 200 captions
     python models/shapes/evaluate.py --detector               # the ruler itself, on clean renders
+    python models/shapes/evaluate.py --sweep --help           # samplers and steps, docs/quality.md
 
 Prints a table and one JSON line (`--json`: the line alone).
 """
@@ -24,6 +25,9 @@ import detector
 import scenes
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
+
+#: RGB (64, 64, 3).
+Picture = npt.NDArray[np.uint8]
 
 #: Of the captions, not of the training scenes; caption i is drawn from noise seed + i.
 SEED = 20_220_413
@@ -162,13 +166,27 @@ def evaluate_bundle(
         wanted: The scenes; picture i is drawn from noise SEED + i.
         settings: Further fields of the requests.
     """
-    total, seconds = Tally(), 0.0
+    pictures, seconds = draw_all(generator, wanted, settings)
+    return judge_all(wanted, pictures), sum(seconds) / max(len(wanted), 1)
+
+
+def draw_all(
+    generator: Generator, wanted: Sequence[scenes.Scene], settings: Mapping[str, object]
+) -> tuple[list[Picture], list[float]]:
+    """Return a picture for each scene's caption, i from noise SEED + i, and the seconds of each."""
+    pictures, seconds = [], []
     for index, scene in enumerate(wanted):
         started = time.perf_counter()
         image = draw(generator, scene, SEED + index, settings)
-        seconds += time.perf_counter() - started
-        total += judge(scene, detector.read_picture(np.asarray(image)))
-    return total, seconds / max(len(wanted), 1)
+        seconds.append(time.perf_counter() - started)
+        pictures.append(np.asarray(image))
+    return pictures, seconds
+
+
+def judge_all(wanted: Sequence[scenes.Scene], pictures: Sequence[Picture]) -> Tally:
+    """Read the pictures and compare each with its scene."""
+    readings = map(detector.read_picture, pictures)
+    return sum(map(judge, wanted, readings), Tally())
 
 
 def draw(
@@ -198,15 +216,13 @@ def evaluate_detector(
     return {"pictures": count, "right": right / count, "lowest_overlap": min(overlaps, default=0)}
 
 
-def photograph(
-    scene: scenes.Scene, rng: np.random.Generator, noise: float, blurs: int
-) -> npt.NDArray[np.uint8]:
+def photograph(scene: scenes.Scene, rng: np.random.Generator, noise: float, blurs: int) -> Picture:
     """Render a scene to uint8 through a bad lens: blurred (weights 1 2 1), then noisy."""
     picture = scenes.render(scene) * 255
     for _ in range(blurs):
         picture = detector.smooth(picture)
     noisy = picture + noise * rng.standard_normal(picture.shape, np.float32)
-    levels: npt.NDArray[np.uint8] = np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
+    levels: Picture = np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
     return levels
 
 
@@ -256,12 +272,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, help="default: the bundle's")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--detector", action="store_true", help="test the detector, no bundle")
+    parser.add_argument(
+        "--sweep", action="store_true", help="compare samplers and steps; see --sweep --help"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="write docs/quality.md from the sweep's results"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation: 0 on success, 1 for an error or a detector below its goal."""
-    args = build_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if {"--sweep", "--report"} & set(arguments):
+        import sweep  # which imports this module
+
+        return sweep.main(arguments)
+    args = build_parser().parse_args(arguments)
     if args.captions < 1:
         print(f"error: --captions must be at least 1, got {args.captions}", file=sys.stderr)
         return 2
@@ -311,4 +338,6 @@ def _run_detector() -> int:
 
 
 if __name__ == "__main__":
+    # The sweep writes its rows as the benchmarks do.
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     sys.exit(main())

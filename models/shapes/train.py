@@ -1,6 +1,7 @@
-"""Train the shapes model: first stage, then text encoder and UNet, then one CompVis checkpoint.
+"""Train the shapes model: first stage, text encoder, UNet, then one CompVis checkpoint of all.
 
     python models/shapes/train.py autoencoder   # about 30 minutes on two cores
+    python models/shapes/train.py text          # about 5 minutes on one core
     python models/shapes/train.py diffusion     # about 90 minutes on one core
     python models/shapes/train.py pack          # writes models/shapes/shapes.ckpt and shapes.yaml
 
@@ -17,12 +18,12 @@ from diffusion import (
     LINEAR_END,
     LINEAR_START,
     NUM_TRAIN_TIMESTEPS,
-    TEXT_ENCODER,
     UNET,
     train_diffusion,
     training_alphas_cumprod,
 )
-from first_stage import AUTOENCODER, load_latents, train_autoencoder, under
+from first_stage import AUTOENCODER, load_latents, train_autoencoder
+from text import TEXT_ENCODER, load_text_encoder, train_text
 from trainer import HERE, WORK
 
 
@@ -35,9 +36,9 @@ def pack() -> None:
     halves = {name.split(".", 1)[1]: value for name, value in first_stage["ema"].items()}
     state = compvis_state(
         halves,
-        under("text.", diffusion["ema"]),
-        under("unet.", diffusion["model"]),
-        under("unet.", diffusion["ema"]),
+        load_text_encoder().state_dict(),
+        diffusion["model"],
+        diffusion["ema"],
     )
     state |= schedule_buffers(training_alphas_cumprod())
     state["scale_factor"] = torch.tensor(scale)
@@ -55,7 +56,12 @@ def pack() -> None:
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    stages = {"autoencoder": train_autoencoder, "diffusion": train_diffusion, "pack": pack}
+    stages = {
+        "autoencoder": train_autoencoder,
+        "text": train_text,
+        "diffusion": train_diffusion,
+        "pack": pack,
+    }
     parser.add_argument("stage", choices=stages)
     stages[parser.parse_args().stage]()
 

@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from ldm_export import export
 from ldm_runtime import Generator
-from ldm_runtime.engine_recipes import EngineOptions
 from ldm_runtime.engines import load_engine_records
 from ldm_runtime.manifest import load_manifest
 from ldm_runtime.verify import verify
@@ -15,14 +13,6 @@ from ldm_runtime.verify import verify
 CHECKPOINT = Path(__file__).parents[2] / "models/shapes/shapes.ckpt"
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shapes_bundle(tmp_path_factory):
-    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
-    bundle = tmp_path_factory.mktemp("shapes") / "engines"
-    export(CHECKPOINT, bundle, engines=EngineOptions(builder="tensorrt_rtx"))
-    return bundle
 
 
 def test_the_checkpoint_is_small_enough_to_come_along():

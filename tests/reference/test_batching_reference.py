@@ -8,13 +8,11 @@ with more rows is divided among four threads another way and sums in another ord
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import batching as benchmark
-from ldm_export import export
 from ldm_runtime import GenerationRequest
 from ldm_runtime.backends import EngineSource, get_backend
 from ldm_runtime.batching import run_together
@@ -23,8 +21,6 @@ from ldm_runtime.manifest import load_manifest
 from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import sample_latents
 from ldm_runtime.testing import write_tiny_bundle
-
-CHECKPOINT = Path(__file__).parents[2] / "models/shapes/shapes.ckpt"
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
@@ -38,13 +34,6 @@ REQUESTS = (
     {"prompt": "two squares", "seed": 7, "sampler": "unipc", "height": 32, "width": 96},
     {"prompt": "a circle", "seed": 8, "sampler": "dpmpp_2m", "guidance_scale": 3.0},
 )
-
-
-@pytest.fixture(scope="module")
-def shapes_bundle(tmp_path_factory):
-    bundle = tmp_path_factory.mktemp("shapes") / "engines"
-    export(CHECKPOINT, bundle)
-    return bundle
 
 
 @pytest.fixture(scope="module", params=["shapes", "small"])

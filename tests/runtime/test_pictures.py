@@ -286,6 +286,7 @@ def test_it_shows_itself_in_one_short_line():
         ("data:image/png;base64,aGVsbG8=", "the data: URL is no picture that can be read"),
         (PIXELS.astype(np.float32), "an array of float32 is no picture; give uint8, from 0 to 255"),
         (PIXELS.transpose(2, 0, 1), r"an array of shape \(3, 6, 9\) is no picture"),
+        (PIXELS[..., :1], r"an array of shape \(6, 9, 1\) is no picture"),
         (np.zeros(3, np.uint8), r"an array of shape \(3,\) is no picture"),
         (np.zeros((0, 4, 3), np.uint8), "the array has 4x0 pixels; both sides must lie between 1"),
         (np.zeros((1, MAX_SIDE + 1), np.uint8), "the array has 16385x1 pixels"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.request import MAX_SEED, GenerationRequest, parse_request, request_to_json
 from ldm_runtime.resolution import (
-    TILE_SIZE,
+    TILE_LATENTS,
     hires_size,
     last_sigmas,
     resolve,
@@ -209,10 +209,14 @@ def test_the_second_pass_has_a_size_the_model_can_draw():
 
 
 def test_large_pictures_are_decoded_in_tiles_unless_told_otherwise():
-    assert resolved(height=1024, width=1024).tile_size == 0
-    assert resolved(height=1024, width=1028).tile_size == TILE_SIZE
-    assert resolved(height=640, width=640, hires_scale=2.0).tile_size == TILE_SIZE
-    assert resolved(height=1024, width=1028, tile_size=0).tile_size == 0
+    tile = 2 * TILE_LATENTS
+
+    assert resolved(height=256, width=256).tile_size == 0
+    assert resolved(height=256, width=260).tile_size == tile
+    assert resolved(height=160, width=160, hires_scale=2.0).tile_size == tile
+    assert resolved(height=256, width=260, tile_size=0).tile_size == 0
+    with pytest.raises(RequestError, match="tile_size: 12 is too small; take 0 or at least 16"):
+        resolved(tile_size=12)
 
 
 def test_zero_terminal_snr_moves_the_last_sigma_and_keeps_the_first():
