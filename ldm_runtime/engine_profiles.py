@@ -20,7 +20,7 @@ from ldm_runtime.resolution import size_step
 
 #: The components that become engines, and how many rows an image asks of each with guidance.
 ROWS_AN_IMAGE: Mapping[str, int] = MappingProxyType(
-    {"text_encoder": 2, "unet": 2, "vae_decoder": 1}
+    {"text_encoder": 2, "unet": 2, "vae_decoder": 1, "vae_encoder": 1}
 )
 
 _BELOW_PIXELS, _ABOVE, _MAX_BATCH = 256, 1.5, 4

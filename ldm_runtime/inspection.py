@@ -65,10 +65,10 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _inner(value: object) -> Mapping[str, Any]:
-    """Return what to lay out below a value: a record's fields, a list's records by number."""
+    """Return what to lay out below a value: a record's fields, a list's items by number."""
     if isinstance(value, Mapping):
         return value
-    if isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value):
+    if isinstance(value, list | tuple) and any(isinstance(each, Mapping | list) for each in value):
         return {str(number): each for number, each in enumerate(value)}
     return {}
 

@@ -31,7 +31,7 @@ from ldm_runtime.conditioning import encode_prompts, open_tokenizer
 from ldm_runtime.errors import BundleError, ShapeError
 from ldm_runtime.generator import TEXT_TO_IMAGE
 from ldm_runtime.images import decode_latents
-from ldm_runtime.manifest import ComponentRecord, Manifest, WeightsDType, load_manifest
+from ldm_runtime.manifest import Manifest, WeightsDType, load_manifest
 from ldm_runtime.request import GenerationRequest, parse_request
 from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import batches, sample_latents
@@ -101,8 +101,8 @@ def verify(
 ) -> Iterator[Check]:
     """Check every file of a bundle, then rerun its golden outputs, one network at a time.
 
-    What a backend of limited shapes cannot compare is left out, each time with a logged sentence:
-    a network that it can do without, or one alone whose golden inputs are outside its range.
+    Where a backend of limited shapes does not take a network's golden inputs, that network is only
+    compared in whole pictures, with a logged sentence.
 
     Raises:
         BundleError: A file is missing or altered, or the bundle has no golden outputs.
@@ -122,7 +122,7 @@ def verify(
     goldens = [_load_golden(bundle, manifest, folder) for folder in manifest.golden]
     contexts: list[Array] = []
     latents: list[Array] = []
-    for component in _compared(chosen, manifest):
+    for component in sorted(manifest.components, key=lambda each: _phase(each.name)):
         with chosen.open_engine(source(component=component)) as engine:
             inputs, expected = _golden_component(component.name, bundle, manifest)
             outputs = _outputs(chosen, engine, component.name, inputs)
@@ -165,16 +165,6 @@ def _bounds(backend: Backend, manifest: Manifest) -> Bounds:
     """Return the promise that holds: fp16 somewhere, in weights or graphs, is fp16's."""
     variant = getattr(backend, "VARIANT", "fp32")
     return BOUNDS["float16" if variant == "fp16" else manifest.weights_dtype]
-
-
-def _compared(backend: Backend, manifest: Manifest) -> Iterator[ComponentRecord]:
-    """Yield the components in the order of drawing, but not those that the backend does without."""
-    why_skipped = getattr(backend, "why_skipped", lambda *_: None)
-    for component in sorted(manifest.components, key=lambda each: _phase(each.name)):
-        if reason := why_skipped(manifest, component.name):
-            _LOGGER.warning("%s; it is not compared", reason)
-        else:
-            yield component
 
 
 def _phase(name: str) -> int:

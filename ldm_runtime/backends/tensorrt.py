@@ -94,13 +94,6 @@ def is_prepared(manifest: Manifest | None) -> bool:
     return manifest is not None and bool(manifest.engines)
 
 
-def why_skipped(manifest: Manifest, component: str) -> str | None:
-    """Say why one component cannot be opened in a bundle whose others can; None if it can."""
-    if any(Path(path).stem == component for path in manifest.engines):
-        return None
-    return f"{component} has no TensorRT engine, because drawing does not need one"
-
-
 def version() -> str:
     """Return what is installed, such as "TensorRT-RTX 1.7.1.116"."""
     found = installed_versions(_BUILDERS)

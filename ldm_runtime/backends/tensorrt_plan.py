@@ -201,7 +201,11 @@ def _check_range(
             low if low == high else f"{low}-{high}"
             for low, high in zip(profile.min, profile.max, strict=True)
         ]
+        limits = zip(signature.axes, profile.min, shape, profile.max, strict=False)
+        outside = {axis for axis, low, length, high in limits if not low <= length <= high}
         fix = f"{_rebuild(bundle)} with a wider --min-size, --max-size or --max-batch"
+        if outside == {"context_tokens"}:
+            fix = "shorten the prompt and the negative prompt"
         raise ShapeError(signature.name, shape, ranges, fix=fix)
 
 

@@ -2,7 +2,7 @@
 
     python models/shapes/train.py autoencoder   # about 30 minutes on two cores
     python models/shapes/train.py text          # about 5 minutes on one core
-    python models/shapes/train.py diffusion     # about 90 minutes on one core
+    python models/shapes/train.py diffusion     # about 75 minutes
     python models/shapes/train.py pack          # writes models/shapes/shapes.ckpt and shapes.yaml
 
 Every stage goes on from its last saved state, seeds are fixed, and the loss goes to `log.jsonl`.

@@ -98,6 +98,7 @@ def export(out, *, version=None, on_write=never, built=None, exchange=exchange_f
             tokenizer_file="tokenizer/none",
             golden=("golden/0",),
             golden_key=records[-1].key,
+            preview=None,
             engines=(),
             files=workspace.files,
             build=BuildRecord(checkpoint="a.ckpt", checkpoint_sha256="", versions={}, seconds=0),
@@ -391,7 +392,8 @@ def test_a_folder_that_fills_up_during_the_export_is_left_alone(out):
 def test_a_bundle_of_a_newer_schema_can_be_replaced(out, finished):
     export(out)
     manifest = out / "manifest.json"
-    text = manifest.read_text().replace('"schema_version": 1', '"schema_version": 99')
+    known = f'"schema_version": {SCHEMA_VERSION}'
+    text = manifest.read_text().replace(known, '"schema_version": 99')
     manifest.write_text(text.replace('"spec"', '"model"'))
 
     export(out)

@@ -43,7 +43,7 @@ from tests.runtime.fake_tensorrt import GPU_NAME, FakeTensorRT
 
 GPU = Gpu(name=GPU_NAME, compute_capability=(9, 0), driver_version="13.0")
 TENSORRT, RTX = EngineOptions(builder="tensorrt"), EngineOptions(builder="tensorrt_rtx")
-NAMES = ["text_encoder", "unet", "vae_decoder"]
+NAMES = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 RECORD = EngineRecord(
     component="unet",
     builder="tensorrt_rtx",
@@ -213,7 +213,7 @@ def test_three_engines_are_built_and_listed_with_their_hashes(bundle, vendor):
 def test_the_builder_gets_the_profiles_flags_and_targets_of_the_record(bundle, vendor):
     add_engines(bundle, replace(RTX, targets=("sm89", "sm86"), refittable=True))
 
-    _, unet, _ = assert_whole(bundle)
+    _, unet, *_ = assert_whole(bundle)
     flags, capabilities, profiles, _ = json.loads((bundle / unet.plan_path).read_bytes())
     assert flags == list(unet.flags) == ["REQUIRE_USER_ALLOCATION", "REFIT"]
     assert capabilities == {"0": "SM86", "1": "SM89"}
@@ -227,7 +227,7 @@ def test_turing_gets_engines_of_its_own(bundle, vendor):
 
     folders = {Path(path).parent.name for path in manifest.engines}
     assert folders == {"tensorrt_rtx-11.4.0.106-sm75", "tensorrt_rtx-11.4.0.106-sm86"}
-    assert len(manifest.engines) == 6
+    assert len(manifest.engines) == 2 * len(NAMES)
 
 
 def test_engines_that_would_come_out_the_same_are_not_built_again(bundle, vendor):
@@ -237,7 +237,7 @@ def test_engines_that_would_come_out_the_same_are_not_built_again(bundle, vendor
 
     add_engines(bundle, RTX, on_write=writes.append)
 
-    assert len(vendor.configs) == 3
+    assert len(vendor.configs) == len(NAMES)
     assert writes == []
     assert (bundle / "manifest.json").read_bytes() == before
 
@@ -251,7 +251,7 @@ def test_changed_weights_rebuild_one_engine_and_keep_the_others(bundle, vendor):
     add_engines(bundle, RTX)
 
     after = {each.component: each for each in assert_whole(bundle)}
-    assert len(vendor.configs) == 4
+    assert len(vendor.configs) == len(NAMES) + 1
     assert after["unet"].weights_sha256 != before["unet"].weights_sha256
     assert after["text_encoder"] == before["text_encoder"]
 
@@ -269,7 +269,7 @@ def test_other_options_replace_the_engines_of_the_same_folder(options, bundle, v
 
     second = add_engines(bundle, options)
 
-    assert len(vendor.configs) == 6
+    assert len(vendor.configs) == 2 * len(NAMES)
     assert sorted(second.engines) == sorted(first.engines)
     assert_whole(bundle)
 
@@ -282,8 +282,8 @@ def test_engines_of_another_version_stay_while_their_weights_do(bundle, vendor):
     change_file(bundle, load_manifest(bundle).component("unet").weights_file)
     after = add_engines(bundle, RTX)
 
-    assert len(both.engines) == 6
-    assert len([path for path in after.engines if "11.4" in path]) == 2
+    assert len(both.engines) == 2 * len(NAMES)
+    assert len([path for path in after.engines if "11.4" in path]) == len(NAMES) - 1
     assert not (bundle / both.engines[1]).exists()
     assert_whole(bundle)
 
@@ -295,7 +295,7 @@ def test_an_engine_whose_plan_was_damaged_is_built_again(bundle, vendor):
 
     add_engines(bundle, RTX)
 
-    assert len(vendor.configs) == 4
+    assert len(vendor.configs) == len(NAMES) + 1
     assert_whole(bundle)
 
 
@@ -332,7 +332,7 @@ def test_a_build_interrupted_anywhere_leaves_a_whole_bundle_and_can_be_finished(
 
         add_engines(copy, RTX)
 
-        assert len(assert_whole(copy)) == 3
+        assert len(assert_whole(copy)) == len(NAMES)
         assert [path.name for path in (copy / "tensorrt").iterdir() if "partial" in path.name] == []
     assert len(labels) >= 6
 
@@ -343,7 +343,7 @@ def test_what_an_interrupted_build_finished_is_taken_over(bundle, vendor):
 
     add_engines(bundle, RTX)
 
-    assert len(vendor.configs) == 3
+    assert len(vendor.configs) == len(NAMES)
 
 
 def test_a_second_build_in_the_same_bundle_is_told_to_wait(bundle, vendor):
@@ -353,7 +353,7 @@ def test_a_second_build_in_the_same_bundle_is_told_to_wait(bundle, vendor):
 
     add_engines(bundle, RTX, on_write=on_write)
 
-    assert len(vendor.configs) == 3
+    assert len(vendor.configs) == len(NAMES)
 
 
 def test_an_altered_graph_is_not_built_from(bundle, vendor):
@@ -415,8 +415,10 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(bundle, vendor):
     assert {record.driver_version for record in records} == {"13.0"}
     assert {record.flags for record in records} == {("SAME_COMPUTE_CAPABILITY",)}
     level = vendor.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
-    assert [config.hardware_compatibility_level for config in vendor.configs] == [level] * 3
-    assert [config.num_compute_capabilities for config in vendor.configs] == [0] * 3
+    assert [config.hardware_compatibility_level for config in vendor.configs] == [level] * len(
+        NAMES
+    )
+    assert [config.num_compute_capabilities for config in vendor.configs] == [0] * len(NAMES)
 
 
 def test_kernel_times_are_kept_for_the_next_build_outside_the_bundle(bundle, vendor, tmp_path):
@@ -424,8 +426,8 @@ def test_kernel_times_are_kept_for_the_next_build_outside_the_bundle(bundle, ven
 
     (path,) = (tmp_path / "home/.cache/ldm-deploy").iterdir()
     assert path.name == "tensorrt-11.4.0.106-NVIDIA-Fake-9000.timing"
-    assert [config.cache.data for config in vendor.configs] == [b"", b"+", b"++"]
-    assert path.read_bytes() == b"+++"
+    assert [config.cache.data for config in vendor.configs] == [b"", b"+", b"++", b"+++"]
+    assert path.read_bytes() == b"++++"
 
 
 def test_kernel_times_of_another_machine_are_not_used(bundle, vendor, tmp_path):
@@ -435,7 +437,7 @@ def test_kernel_times_of_another_machine_are_not_used(bundle, vendor, tmp_path):
 
     add_engines(bundle, TENSORRT)
 
-    assert [config.cache.data for config in vendor.configs] == [b"", b"+", b"++"]
+    assert [config.cache.data for config in vendor.configs] == [b"", b"+", b"++", b"+++"]
 
 
 def test_a_home_that_cannot_be_written_does_not_stop_a_build(bundle, vendor, tmp_path):
@@ -443,7 +445,7 @@ def test_a_home_that_cannot_be_written_does_not_stop_a_build(bundle, vendor, tmp
 
     add_engines(bundle, TENSORRT)
 
-    assert len(assert_whole(bundle)) == 3
+    assert len(assert_whole(bundle)) == len(NAMES)
 
 
 # What to build with
@@ -627,7 +629,7 @@ def test_the_command_builds_and_inspect_describes(bundle, vendor, capsys):
     assert (status, out) == (0, f"{bundle}\n")
     assert [line.split()[0] for line in err.splitlines()] == NAMES
     description = inspect(bundle, {})
-    assert [each["targets"] for each in description["engines"]] == [["sm86", "sm89"]] * 3
+    assert [each["targets"] for each in description["engines"]] == [["sm86", "sm89"]] * len(NAMES)
     assert "unet for sm86, sm89: tensorrt_rtx 11.4.0.106" in readable(description)
     assert "latents 1x4x4x4 to 4x4x12x16" in readable(description)
 

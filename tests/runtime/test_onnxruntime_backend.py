@@ -30,6 +30,7 @@ def random_inputs(name, *, batch=2, height=6, width=8):
         "width": width,
         "image_height": 2 * height,
         "image_width": 2 * width,
+        "context_tokens": 32,
     }
     rng = np.random.default_rng(0)
     return {
@@ -92,7 +93,7 @@ def test_inputs_need_not_be_contiguous(tiny_bundle):
         ("latents", (2, 4, 6), "input 'latents' has shape 2x4x6,"),
         ("latents", (0, 4, 6, 8), "input 'latents' has shape 0x4x6x8,"),
         ("timesteps", (1,), "input 'timesteps' has shape 1, but this engine takes 2"),
-        ("context", (2, 16, 9), "input 'context' has shape 2x16x9, .* 2x16x8"),
+        ("context", (2, 16, 9), "input 'context' has shape 2x16x9, .* 2xcontext_tokensx8"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused_before_running(tiny_bundle, name, shape, message):

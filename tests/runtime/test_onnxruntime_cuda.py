@@ -124,6 +124,7 @@ def shaped(name, *, batch, height, width):
         "width": width,
         "image_height": FACTOR * height,
         "image_width": FACTOR * width,
+        "context_tokens": 32,
     }
     rng = np.random.default_rng(1)
     return {

@@ -21,7 +21,7 @@ from ldm_runtime.errors import BackendError, BundleError, ShapeError
 from ldm_runtime.generator import Generator
 from ldm_runtime.manifest import load_manifest
 from ldm_runtime.testing import tiny_networks
-from ldm_runtime.verify import BOUNDS, _bounds, _compared, _outputs, verify
+from ldm_runtime.verify import BOUNDS, _bounds, _outputs, verify
 from tests.runtime.fake_gpu import GPU, VERSION, FakeDevice, FakeVendor, add_engines
 
 no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="about machines without a GPU")
@@ -488,27 +488,6 @@ def test_a_bundle_that_nobody_built_engines_for_steps_down_silently(tiny_bundle,
 
 
 # Comparing.
-
-
-def test_a_network_that_drawing_does_without_has_a_sentence(bundle):
-    manifest = load_manifest(bundle)
-
-    assert tensorrt.why_skipped(manifest, "unet") is None
-    assert tensorrt.why_skipped(manifest, "vae_encoder").startswith(
-        "vae_encoder has no TensorRT engine"
-    )
-
-
-def test_verify_leaves_out_what_has_no_engine_and_says_so(bundle, caplog):
-    manifest = load_manifest(bundle)
-
-    with caplog.at_level(logging.WARNING):
-        compared = [component.name for component in _compared(tensorrt, manifest)]
-
-    assert compared == ["text_encoder", "unet", "vae_decoder"]
-    (message,) = caplog.messages
-    assert message.startswith("vae_encoder has no TensorRT engine")
-    assert message.endswith("; it is not compared")
 
 
 def test_golden_inputs_outside_the_range_of_an_engine_are_a_sentence_and_no_fault(

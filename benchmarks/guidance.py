@@ -1,0 +1,105 @@
+"""Measure what guidance costs: everywhere, between two noise levels, and nowhere.
+
+    python benchmarks/guidance.py
+
+Without arguments: the shapes model, exported on first use. Prints one line of JSON. Where guidance
+is off the UNet gets one row an image and not two, which should be half the work. The three take
+turns, so that a disturbance of the machine does not hit one alone.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ldm_runtime import GenerationRequest, Generator, LdmError
+from ldm_runtime.backends import get_backend
+from ldm_runtime.manifest import MANIFEST_NAME, sha256_of
+from ldm_runtime.resolution import resolve, sigmas_of
+from rows import Row, as_line, commit, machine
+from runs import PROMPT, shapes_bundle
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", type=Path, help="folder made by ldm-export (default: shapes)")
+    parser.add_argument("--backend", default="auto", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="threads that compute (default: all cores)")
+    parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=10, help="default: %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
+    args = build_parser().parse_args(argv)
+    try:
+        bundle = args.bundle or shapes_bundle()
+        with Generator(bundle, backend=args.backend, threads=args.threads) as generator:
+            print(as_line(record(generator, args.steps, args.repetitions)))
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def record(generator: Generator, steps: int, repetitions: int) -> dict[str, Any]:
+    """Measure and return the JSON line as a mapping."""
+    everywhere = resolve(
+        GenerationRequest(prompt=PROMPT, seed=0, num_inference_steps=steps, guidance_scale=7.5),
+        generator.spec,
+    )
+    sigmas = sigmas_of(everywhere, generator.spec)
+    half = (sigmas[steps - 1], sigmas[steps // 2])  # the later half of the steps
+    ways = {
+        "everywhere": everywhere,
+        "half of the steps": replace(everywhere, guidance_interval=half),
+        "nowhere": replace(everywhere, guidance_scale=1.0),
+    }
+    seconds = measure(
+        {name: _unet_seconds(generator, way) for name, way in ways.items()}, repetitions
+    )
+    rows = [as_row(generator, name, steps, each) for name, each in seconds.items()]
+    whole = rows[0].median_seconds
+    return {
+        "benchmark": "guidance",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "share_of_everywhere": {row.name: row.median_seconds / whole for row in rows},
+        "rows": [row.as_dict() for row in rows],
+    }
+
+
+def measure(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """Return the seconds of every repetition by way, after one of each to warm up."""
+    for way in ways.values():
+        way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repetitions):
+        for name, way in ways.items():
+            seconds[name].append(way())
+    return seconds
+
+
+def as_row(generator: Generator, name: str, steps: int, seconds: Sequence[float]) -> Row:
+    """Return what was measured as a row."""
+    return Row(
+        name=f"unet, guidance {name}",
+        system=generator.backend,
+        commit=commit(),
+        bundle_sha256=sha256_of(generator.bundle / MANIFEST_NAME),
+        device=f"{machine()}; {generator.backend} {get_backend(generator.backend).version()}",
+        settings={"num_inference_steps": steps},
+        seconds=tuple(seconds),
+    )
+
+
+def _unet_seconds(generator: Generator, request: GenerationRequest) -> Callable[[], float]:
+    return lambda: generator.generate(request).timings["unet"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
