@@ -30,7 +30,7 @@ UNET = UNetSpec(
 )
 LINEAR_START, LINEAR_END, NUM_TRAIN_TIMESTEPS = 0.00085, 0.012, 1000
 
-STEPS = 11_000
+STEPS = 12_000
 BATCH = 32
 CAPTION_DROPOUT = 0.1
 #: A timestep's loss, in terms of x0, is weighted by its signal-to-noise ratio within these bounds.
