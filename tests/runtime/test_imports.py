@@ -12,7 +12,16 @@ import ldm_runtime
 PACKAGE = Path(ldm_runtime.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "diffusers", "onnxscript", "onnx_ir", "safetensors"}
 #: The rooms that import nothing of ours, so that they can be read and used on their own.
-ALONE = ("samplers", "schedules", "noise", "tokenizers", "errors", "components")
+ALONE = (
+    "samplers",
+    "schedules",
+    "noise",
+    "brownian",
+    "prompts",
+    "tokenizers",
+    "errors",
+    "components",
+)
 
 
 def python(*arguments):
