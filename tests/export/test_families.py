@@ -348,7 +348,7 @@ def test_what_the_weights_cannot_tell_is_recorded_with_its_source():
         "defaults.height": ("512", "family"),
         "defaults.width": ("512", "family"),
         "defaults.sampler": ("ddim", "family"),
-        "defaults.num_inference_steps": ("50", "family"),
+        "defaults.num_inference_steps": ("25", "family"),
         "defaults.guidance_scale": ("7.5", "family"),
     }
 
