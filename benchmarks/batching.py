@@ -13,14 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from ldm_runtime import GenerationRequest, Generator, LdmError, Result
-from ldm_runtime.backends import get_backend
-from ldm_runtime.manifest import MANIFEST_NAME, sha256_of
-from rows import Row, as_line, commit, machine
-from runs import PROMPT, shapes_bundle
+from opened import add_generator_arguments, generator_row, open_generator
+from rows import Row, as_line
+from runs import PROMPT
 
 #: Ways to draw the requests, and clocks to measure them with.
 WAYS, CLOCKS = ("alone", "together"), ("wall", "process")
@@ -29,9 +27,7 @@ WAYS, CLOCKS = ("alone", "together"), ("wall", "process")
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, help="folder made by ldm-export (default: shapes)")
-    parser.add_argument("--backend", default="auto", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="threads that compute (default: all cores)")
+    add_generator_arguments(parser)
     parser.add_argument("--requests", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--max-batch", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
@@ -44,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
     args = build_parser().parse_args(argv)
     try:
-        bundle = args.bundle or shapes_bundle()
-        with Generator(bundle, backend=args.backend, threads=args.threads) as generator:
+        with open_generator(args) as generator:
             print(as_line(record(generator, args)))
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,17 +102,8 @@ def as_rows(
     seconds: Mapping[tuple[str, str], Sequence[float]],
 ) -> dict[tuple[str, str], Row]:
     """Return one row a way and clock."""
-    version = get_backend(generator.backend).version()
     return {
-        (way, clock): Row(
-            name=way,
-            system=generator.backend,
-            commit=commit(),
-            bundle_sha256=sha256_of(generator.bundle / MANIFEST_NAME),
-            device=f"{machine()}; {generator.backend} {version}",
-            settings={**settings, "clock": clock},
-            seconds=tuple(each),
-        )
+        (way, clock): generator_row(generator, way, {**settings, "clock": clock}, each)
         for (way, clock), each in seconds.items()
     }
 

@@ -12,23 +12,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from ldm_runtime import GenerationRequest, Generator, LdmError
-from ldm_runtime.backends import get_backend
-from ldm_runtime.manifest import MANIFEST_NAME, sha256_of
 from ldm_runtime.resolution import resolve, sigmas_of
-from rows import Row, as_line, commit, machine
-from runs import PROMPT, shapes_bundle
+from opened import add_generator_arguments, generator_row, open_generator
+from rows import as_line
+from runs import PROMPT
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, help="folder made by ldm-export (default: shapes)")
-    parser.add_argument("--backend", default="auto", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="threads that compute (default: all cores)")
+    add_generator_arguments(parser)
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--repetitions", type=int, default=10, help="default: %(default)s")
     return parser
@@ -38,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
     args = build_parser().parse_args(argv)
     try:
-        bundle = args.bundle or shapes_bundle()
-        with Generator(bundle, backend=args.backend, threads=args.threads) as generator:
+        with open_generator(args) as generator:
             print(as_line(record(generator, args.steps, args.repetitions)))
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,7 +58,10 @@ def record(generator: Generator, steps: int, repetitions: int) -> dict[str, Any]
     seconds = measure(
         {name: _unet_seconds(generator, way) for name, way in ways.items()}, repetitions
     )
-    rows = [as_row(generator, name, steps, each) for name, each in seconds.items()]
+    rows = [
+        generator_row(generator, f"unet, guidance {name}", {"num_inference_steps": steps}, each)
+        for name, each in seconds.items()
+    ]
     whole = rows[0].median_seconds
     return {
         "benchmark": "guidance",
@@ -82,19 +80,6 @@ def measure(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str,
         for name, way in ways.items():
             seconds[name].append(way())
     return seconds
-
-
-def as_row(generator: Generator, name: str, steps: int, seconds: Sequence[float]) -> Row:
-    """Return what was measured as a row."""
-    return Row(
-        name=f"unet, guidance {name}",
-        system=generator.backend,
-        commit=commit(),
-        bundle_sha256=sha256_of(generator.bundle / MANIFEST_NAME),
-        device=f"{machine()}; {generator.backend} {get_backend(generator.backend).version()}",
-        settings={"num_inference_steps": steps},
-        seconds=tuple(seconds),
-    )
 
 
 def _unet_seconds(generator: Generator, request: GenerationRequest) -> Callable[[], float]:

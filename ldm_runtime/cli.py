@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ldm_runtime import cli_generate
 from ldm_runtime.backends import BACKENDS
 from ldm_runtime.cli_engines import EngineLines, add_engine_arguments, engine_options
+from ldm_runtime.cli_generate import add_generate_arguments, generate
 from ldm_runtime.errors import LdmError, RequestError
 
 _INTERRUPTED = 130
@@ -23,10 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", dest="command")
-    generate = commands.add_parser("generate", help="draw images from a prompt")
-    cli_generate.add_arguments(generate)
-    _add_engine_options(generate.add_argument_group("what runs it"))
-    generate.set_defaults(run=cli_generate.generate)
+    drawing = commands.add_parser("generate", help="draw images from a prompt")
+    add_generate_arguments(drawing)
+    _add_engine_options(drawing.add_argument_group("what runs it"))
+    drawing.set_defaults(run=generate)
     _add_verify(commands.add_parser("verify", help="compare this machine's images with torch's"))
     inspect = commands.add_parser("inspect", help="describe an image, a bundle or a checkpoint")
     inspect.add_argument("path", type=Path)

@@ -26,7 +26,7 @@ _BAR_WIDTH = 30
 _NAMES = tuple(field.name for field in fields(GenerationRequest))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ldm generate`, but for those that open a bundle."""
     parser.add_argument("prompt", nargs="?", help="what to draw")
     _add_output(parser.add_argument_group("what comes out"))

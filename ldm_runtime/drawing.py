@@ -99,6 +99,7 @@ class Drawer:
         spec: The model.
         context: Of its prompts.
         init: The picture it starts from, if any.
+        start: What sampling starts from: that picture's latents, or None for noise.
         timings: Where the time goes.
     """
 
@@ -107,16 +108,12 @@ class Drawer:
     spec: ModelSpec
     context: Float32Array
     init: InitImage | None
+    start: Start | None
     timings: Timings
 
     def draw(self, images: range) -> Drawing:
         """Draw some of the images."""
-        start = None
-        if self.init is not None:
-            with self.timings.of("vae_encoder"):
-                encoder = self.networks.vae_encoder()
-                start = start_from(encoder, self.init, self.request, self.spec)
-        latents = yield self._pass(self.request, images, start, "strength")
+        latents = yield self._pass(self.request, images, self.start, "strength")
         pictures = self._decode(latents)
         if self.request.hires_scale is not None:
             height, width = hires_size(self.request, self.spec)
@@ -156,15 +153,20 @@ class Drawer:
 def open_drawer(
     networks: Networks, tokenizer: ClipTokenizer, request: GenerationRequest, spec: ModelSpec
 ) -> Drawer:
-    """Encode the prompts of a resolved request and read its picture."""
+    """Encode the prompts and the picture of a resolved request, once for all its images."""
     timings = Timings()
     with timings.of("text_encoder"):
         context = encode_prompts(networks.text_encoder, tokenizer, request, spec)
+    init, start = init_image(request), None
+    if init is not None:
+        with timings.of("vae_encoder"):
+            start = start_from(networks.vae_encoder(), init, request, spec)
     return Drawer(
         networks=networks,
         request=request,
         spec=spec,
         context=context,
-        init=init_image(request),
+        init=init,
+        start=start,
         timings=timings,
     )

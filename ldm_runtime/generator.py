@@ -42,9 +42,6 @@ from ldm_runtime.sampling import Step, batches, sample_latents
 
 Float32Array = npt.NDArray[np.float32]
 
-#: Networks every text-to-image request runs.
-TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:

@@ -68,7 +68,7 @@ def decode_latents(
 
     Args:
         engine: The autoencoder's decoder.
-        latents: Latents in the UNet's scale, as `generator.sample_latents` ends with.
+        latents: Latents in the UNet's scale, as `sampling.sample_latents` ends with.
         spec: The model.
         tile_size: Side in pixels of the tiles to decode in, one image at a time; 0 decodes the
             whole batch at once.

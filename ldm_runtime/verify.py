@@ -29,7 +29,6 @@ from ldm_runtime.backends import (
 )
 from ldm_runtime.conditioning import encode_prompts, open_tokenizer
 from ldm_runtime.errors import BundleError, ShapeError
-from ldm_runtime.generator import TEXT_TO_IMAGE
 from ldm_runtime.images import decode_latents
 from ldm_runtime.manifest import Manifest, WeightsDType, load_manifest
 from ldm_runtime.request import GenerationRequest, parse_request
@@ -39,6 +38,8 @@ from ldm_runtime.sampling import batches, sample_latents
 _LOGGER = logging.getLogger(__name__)
 
 COMPONENTS_FOLDER = "golden/components"
+#: Networks in the order of drawing.
+TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
 
 Array = npt.NDArray[Any]
 

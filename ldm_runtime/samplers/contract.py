@@ -83,3 +83,12 @@ def split_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, floa
     sigma_up = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
     sigma_up = min(sigma_next, sigma_up)  # binds only for eta above 1
     return math.sqrt(sigma_next**2 - sigma_up**2), sigma_up
+
+
+def ancestral_step(
+    latents: Latents, target: Latents, sigma: float, sigma_next: float, eta: float, draw: Draw
+) -> Latents:
+    """Step straight towards the x0 in `target`, below `sigma_next`, and return to it with noise."""
+    sigma_down, sigma_up = split_step(sigma, sigma_next, eta)
+    latents = target + sigma_down / sigma * (latents - target)
+    return latents + sigma_up * draw(sigma, sigma_next) if sigma_up > 0 else latents

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, split_step
+from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, ancestral_step
 
 
 def ddim(
@@ -19,10 +19,7 @@ def ddim(
     """
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(latents, sigma)
-        sigma_down, sigma_up = split_step(sigma, sigma_next, eta)
-        latents = x0 + sigma_down / sigma * (latents - x0)
-        if sigma_up > 0:
-            latents = latents + sigma_up * draw(sigma, sigma_next)
+        latents = ancestral_step(latents, x0, sigma, sigma_next, eta, draw)
         yield latents
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, split_step
+from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, ancestral_step
 from ldm_runtime.samplers.exponential import (
     History,
     exponential_step,
@@ -92,18 +92,10 @@ def dpmpp_sde(
         target = denoise(latents, sigma)
         if sigma_next > 0:
             middle = math.sqrt(sigma * sigma_next)
-            guess = _ancestral_step(latents, target, sigma, middle, eta, draw)
+            guess = ancestral_step(latents, target, sigma, middle, eta, draw)
             target = denoise(guess, middle)
-        latents = _ancestral_step(latents, target, sigma, sigma_next, eta, draw)
+        latents = ancestral_step(latents, target, sigma, sigma_next, eta, draw)
         yield latents
-
-
-def _ancestral_step(
-    latents: Latents, target: Latents, sigma: float, sigma_next: float, eta: float, draw: Draw
-) -> Latents:
-    sigma_down, sigma_up = split_step(sigma, sigma_next, eta)
-    latents = target + sigma_down / sigma * (latents - target)
-    return latents + sigma_up * draw(sigma, sigma_next) if sigma_up > 0 else latents
 
 
 RECORDS = {
