@@ -6,10 +6,11 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo test check bench gpu-report clean distclean
+.PHONY: help demo gallery test check bench gpu-report clean distclean
 
 help:
 	@echo "make demo       export the small model that comes along and draw out/demo.png"
+	@echo "make gallery    export the examples of every other task and draw a sheet of each"
 	@echo "make test       all tests, then the runtime's against the wheel, without torch"
 	@echo "make check      format, lint, types and spelling"
 	@echo "make bench      measure this machine"
@@ -18,6 +19,9 @@ help:
 
 demo: .venv/demo.stamp
 	.venv/bin/python models/shapes/demo.py
+
+gallery: .venv/demo.stamp
+	.venv/bin/python models/shapes/gallery.py
 
 test: .venv/test.stamp
 	.venv/bin/python -m pytest -m "not gpu" --cov=ldm_runtime --cov-fail-under=95

@@ -10,12 +10,9 @@ Plans go to a temporary folder and are removed; the bundle stays as it is. Needs
 
 import argparse
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import ROOT, as_line, commit, machine
+from watched_export import ask, run_apart
 
 RESULTS = Path(__file__).parent / "results/engines_full_size.jsonl"
 #: What the README promises: all engines one after the other, and the largest process.
@@ -95,31 +93,19 @@ def measure(arguments: argparse.Namespace, number: int, recipe: Any) -> Build:  
     """Build one engine in a process of its own and watch it.
 
     Raises:
-        RuntimeError: It failed; its reason went to stderr.
+        RuntimeError: It failed; the sentence it ended with.
     """
     with tempfile.TemporaryDirectory(prefix="ldm-engine-", dir=arguments.folder) as out:
-        command = [sys.executable, __file__, "--bundle", str(arguments.bundle)]
-        command += ["--one", str(number), "--out", out, "--target", arguments.target]
-        command += ["--static"] if arguments.static else []
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        assert process.stdout is not None, "it is a pipe"
-        answer = process.stdout.read()
-        # What the child inherits of this process's peak (0.3 GB) is little against an engine's.
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"building the {recipe.component} ended with {process.returncode}")
-    found = json.loads(answer)
+        words = ["--bundle", str(arguments.bundle), "--one", str(number), "--out", out]
+        words += ["--target", arguments.target, *(["--static"] if arguments.static else [])]
+        answer = ask(Path(__file__), *words)
     return Build(
         component=recipe.component,
         targets=recipe.targets,
-        seconds=seconds,
-        build_seconds=found["build_seconds"],
-        peak_bytes=usage.ru_maxrss * 1024,
-        plan_bytes=found["plan_bytes"],
+        seconds=answer.seconds,
+        build_seconds=answer.value["build_seconds"],
+        peak_bytes=answer.peak_bytes,
+        plan_bytes=answer.value["plan_bytes"],
     )
 
 
@@ -170,14 +156,7 @@ def make_bundle(folder: Path, *, is_tiny: bool) -> Path:
     model = full_size.tiny(model) if is_tiny else model
     checkpoint, out = folder / "random.ckpt", folder / "engines"
     print(f"exporting a random checkpoint to {folder}", file=sys.stderr, flush=True)
-    # In processes of their own, so that this one stays small; see `measure`.
-    writer = multiprocessing.get_context("spawn").Process(
-        target=full_size.write_checkpoint, args=(checkpoint, model), kwargs={"half": True}
-    )
-    writer.start()
-    writer.join()
-    if writer.exitcode:
-        raise RuntimeError(f"writing the checkpoint ended with {writer.exitcode}")
+    run_apart(full_size.write_checkpoint, "writing the checkpoint", checkpoint, model, half=True)
     command = [sys.executable, "-m", "ldm_export.cli", "--engines", "none"]
     done = subprocess.run([*command, "--ckpt", str(checkpoint), "--out", str(out)], cwd=ROOT)
     if done.returncode:
@@ -219,6 +198,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         with RESULTS.open("a") as file:
             file.write(as_line(record) + "\n")
     return 0
+
+
+def measure_bundle(bundle: Path, folder: Path) -> tuple[list[Build], dict[str, str]]:
+    """Build every engine of a bundle, for default sizes and targets, each in its own process.
+
+    Args:
+        bundle: What to build from; it stays as it is.
+        folder: Where plans go until they are removed.
+
+    Returns:
+        What was built, and of the other components why not.
+
+    Raises:
+        LdmError: There is nothing to build with, or the sizes are impossible.
+    """
+    arguments = build_parser().parse_args(["--bundle", str(bundle), "--folder", str(folder)])
+    builds, reasons = [], {}
+    for number, recipe in enumerate(recipes(arguments)):
+        try:
+            builds.append(measure(arguments, number, recipe))
+        except RuntimeError as error:
+            reasons[recipe.component] = str(error)
+    return builds, reasons
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from functools import reduce
 
 from ldm_runtime.manifest import AutoencoderSpec, ModelSpec, TextEncoderSpec, UNetSpec
 
+_BERT_HEAD_CHANNELS = 64  # whatever the width
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -33,7 +35,7 @@ class Work:
 def network_work(
     spec: ModelSpec, height: int, width: int, images: int, rows: int
 ) -> dict[str, Work]:
-    """Return the work of one call of each network a text-to-image request runs.
+    """Return the work of one call of each network a request runs, lookups in tables left out.
 
     Args:
         spec: The model.
@@ -42,11 +44,14 @@ def network_work(
         images: Images in a call of the decoder.
         rows: Rows in a call of the UNet: twice the images with guidance.
     """
-    return {
-        "text_encoder": text_encoder_work(spec.text_encoder).rows(rows // images),
-        "unet": unet_work(spec.unet, height, width, spec.text_encoder.max_tokens).rows(rows),
-        "vae_decoder": decoder_work(spec.autoencoder, height, width).rows(images),
-    }
+    work = {}
+    tokens = 1 if spec.text_encoder is None else spec.text_encoder.max_tokens
+    if spec.text_encoder is not None:
+        work["text_encoder"] = text_encoder_work(spec.text_encoder).rows(rows // images)
+    if spec.unet is not None:
+        work["unet"] = unet_work(spec.unet, height, width, tokens).rows(rows)
+    work["vae_decoder"] = decoder_work(spec.autoencoder, height, width).rows(images)
+    return work
 
 
 def unet_work(spec: UNetSpec, height: int, width: int, tokens: int) -> Work:
@@ -58,36 +63,37 @@ def unet_work(spec: UNetSpec, height: int, width: int, tokens: int) -> Work:
     skips = [channels]
     for level, mult in enumerate(spec.channel_mult):
         for _ in range(spec.num_res_blocks):
-            work += _unet_res_block(channels, mult * spec.model_channels, embedding, pixels)
+            work += _unet_res_block(spec, channels, mult * spec.model_channels, pixels)
             channels = mult * spec.model_channels
-            work += _transformer(spec, channels, spec.transformer_depth[level], pixels, tokens)
+            work += _mixing(spec, channels, spec.transformer_depth[level], pixels, tokens)
             skips.append(channels)
         if level + 1 < len(spec.channel_mult):
             pixels //= 4
-            work += _conv(channels, channels, pixels)
+            work += _resizing(spec, channels, pixels)
             skips.append(channels)
-    work += _unet_res_block(channels, channels, embedding, pixels)
-    work += _transformer(spec, channels, spec.middle_depth, pixels, tokens)
-    work += _unet_res_block(channels, channels, embedding, pixels)
+    work += _unet_res_block(spec, channels, channels, pixels)
+    work += _mixing(spec, channels, spec.middle_depth, pixels, tokens)
+    work += _unet_res_block(spec, channels, channels, pixels)
     for level, mult in reversed(list(enumerate(spec.channel_mult))):
         for _ in range(spec.num_res_blocks + 1):
             wide = channels + skips.pop()
             channels = mult * spec.model_channels
-            work += _unet_res_block(wide, channels, embedding, pixels)
-            work += _transformer(spec, channels, spec.transformer_depth[level], pixels, tokens)
+            work += _unet_res_block(spec, wide, channels, pixels)
+            work += _mixing(spec, channels, spec.transformer_depth[level], pixels, tokens)
         if level:
             pixels *= 4
-            work += _conv(channels, channels, pixels)
+            work += _resizing(spec, channels, pixels)
     return work + _norm(channels) + _conv(channels, spec.out_channels, pixels)
 
 
 def decoder_work(spec: AutoencoderSpec, height: int, width: int) -> Work:
     """Return the work of the autoencoder's decoder on latents of a height and width."""
     channels, pixels = spec.channels * spec.channel_mult[-1], height * width
-    work = _conv(spec.embed_dim, spec.z_channels, pixels, kernel=1)
+    work = _codebook(spec) + _conv(spec.embed_dim, spec.z_channels, pixels, kernel=1)
     work += _conv(spec.z_channels, channels, pixels)
     work += _res_block(channels, channels, pixels) + _res_block(channels, channels, pixels)
-    work += _pixel_attention(channels, pixels)
+    if spec.middle_attention:
+        work += _pixel_attention(channels, pixels)
     for level, mult in reversed(list(enumerate(spec.channel_mult))):
         for _ in range(spec.num_res_blocks + 1):
             work += _res_block(channels, mult * spec.channels, pixels)
@@ -101,12 +107,15 @@ def decoder_work(spec: AutoencoderSpec, height: int, width: int) -> Work:
 
 
 def text_encoder_work(spec: TextEncoderSpec) -> Work:
-    """Return the work of the text encoder on one prompt."""
+    """Return the work of the text encoder on one prompt or layout."""
     width, tokens = spec.width, spec.max_tokens
+    is_bert = spec.kind == "bert"
+    inner = spec.num_heads * _BERT_HEAD_CHANNELS if is_bert else width
     layer = _sum(
         _norm(width),
-        *[_linear(width, width, tokens)] * 4,
-        _attention(tokens, tokens, width),
+        *[_linear(width, inner, tokens, bias=not is_bert)] * 3,
+        _attention(tokens, tokens, inner),
+        _linear(inner, width, tokens),
         _norm(width),
         _linear(width, spec.feed_forward_dim, tokens),
         _linear(spec.feed_forward_dim, width, tokens),
@@ -115,8 +124,17 @@ def text_encoder_work(spec: TextEncoderSpec) -> Work:
     return _sum(embeddings, *[layer] * spec.num_layers, _norm(width))
 
 
-def _unet_res_block(inputs: int, outputs: int, embedding: int, pixels: int) -> Work:
-    return _res_block(inputs, outputs, pixels) + _linear(embedding, outputs, 1)
+def _unet_res_block(spec: UNetSpec, inputs: int, outputs: int, pixels: int) -> Work:
+    shifts = 2 if spec.scale_shift_norm else 1
+    embedded = _linear(4 * spec.model_channels, shifts * outputs, 1)
+    return _res_block(inputs, outputs, pixels) + embedded
+
+
+def _resizing(spec: UNetSpec, channels: int, pixels: int) -> Work:
+    """Return the work of a change of resolution to `pixels` pixels."""
+    if spec.resblock_updown:
+        return _unet_res_block(spec, channels, channels, pixels)
+    return _conv(channels, channels, pixels)
 
 
 def _res_block(inputs: int, outputs: int, pixels: int) -> Work:
@@ -129,9 +147,17 @@ def _res_block(inputs: int, outputs: int, pixels: int) -> Work:
     return work if inputs == outputs else work + _conv(inputs, outputs, pixels, kernel=1)
 
 
-def _transformer(spec: UNetSpec, channels: int, depth: int, pixels: int, tokens: int) -> Work:
+def _mixing(spec: UNetSpec, channels: int, depth: int, pixels: int, tokens: int) -> Work:
+    """Return the work of the attention of a level."""
     if not depth:
         return Work()
+    if spec.attention == "qkv":
+        return _pixel_attention(channels, pixels)
+    return _transformer(spec, channels, depth, pixels, tokens)
+
+
+def _transformer(spec: UNetSpec, channels: int, depth: int, pixels: int, tokens: int) -> Work:
+    assert spec.context_dim is not None, "transformer blocks attend to a context"
     own = _linear(channels, channels, pixels, bias=False)
     from_text = _linear(spec.context_dim, channels, tokens, bias=False)
     block = _sum(
@@ -151,6 +177,11 @@ def _transformer(spec: UNetSpec, channels: int, depth: int, pixels: int, tokens:
 def _pixel_attention(channels: int, pixels: int) -> Work:
     projections = [_conv(channels, channels, pixels, kernel=1)] * 4
     return _sum(_norm(channels), *projections, _attention(pixels, pixels, channels))
+
+
+def _codebook(spec: AutoencoderSpec) -> Work:
+    """Return the work of looking up vectors; comparing them is element by element."""
+    return Work(parameters=(spec.codebook_size or 0) * spec.embed_dim)
 
 
 def _conv(inputs: int, outputs: int, pixels: int, *, kernel: int = 3) -> Work:

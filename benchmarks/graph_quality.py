@@ -97,9 +97,9 @@ def _computes_in(layer: Any) -> str:  # noqa: ANN401  (a class of the vendor's)
 def written_as(opset: int, *, fused: bool) -> Iterator[None]:
     """Make `ldm_export` write another opset, and UNets with attention as one operator."""
     from ldm_export import onnx_export
-    from ldm_export.networks import unet
+    from ldm_export.networks.attention import Attention
 
-    exporter, attention = _anything(onnx_export), _anything(unet.Attention)
+    exporter, attention = _anything(onnx_export), _anything(Attention)
     before = exporter.OPSET, attention.forward
     exporter.OPSET = opset
     if fused:

@@ -2,14 +2,15 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 from ldm_export.errors import WeightsError
-from ldm_export.family_table import LEFTOVERS, Family
-from ldm_export.fingerprint import Tensors
+from ldm_export.facts import Tensors
+from ldm_export.family_records import Family
+from ldm_export.leftovers import LEFTOVERS
 from ldm_export.weight_shapes import Shapes, listed
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,6 @@ WeightsChoice = Literal["ema", "model"]
 
 _STORED_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 _EMA_PREFIX = "model_ema."
-_EMA_COMPONENT = "unet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Claims:
 
     Attributes:
         weights: For every component, checkpoint tensor name by network parameter name.
-        chosen: Which of the two sets of UNet weights that is.
+        chosen: Which of the two sets of trained weights that is.
         unused: Why a tensor is in no component, by its name.
     """
 
@@ -39,7 +39,8 @@ class Claims:
 def claimed_weights(tensors: Tensors, family: Family, asked: WeightsChoice | None = None) -> Claims:
     """Assign every tensor of a checkpoint to a component of `family` or to the leftovers.
 
-    The moving average is used if it is there for the whole UNet and `asked` does not say "model".
+    The moving average is used if it is there for all that the family averages (the UNet, or a first
+    stage that comes alone) and `asked` does not say "model".
 
     Raises:
         WeightsError: A tensor is neither claimed nor a known leftover, a component has none, two
@@ -47,12 +48,14 @@ def claimed_weights(tensors: Tensors, family: Family, asked: WeightsChoice | Non
             and the average is incomplete.
     """
     weights = _assign(tensors, family)
-    averages = {name: ema_name(raw) for name, raw in weights[_EMA_COMPONENT].items()}
-    chosen = _choose(tensors, weights[_EMA_COMPONENT], averages, asked)
+    raw = [name for component in family.averaged for name in weights[component].values()]
+    chosen = _choose(tensors, raw, asked)
     replaced: frozenset[str] = frozenset()
     if chosen == "ema":
-        replaced = frozenset(weights[_EMA_COMPONENT].values())
-        weights[_EMA_COMPONENT] = averages
+        replaced = frozenset(raw)
+        for component in family.averaged:
+            names = weights[component].items()
+            weights[component] = {parameter: ema_name(name) for parameter, name in names}
     claimed = frozenset(name for names in weights.values() for name in names.values())
     _check_types(tensors, claimed)
     return Claims(
@@ -60,7 +63,7 @@ def claimed_weights(tensors: Tensors, family: Family, asked: WeightsChoice | Non
             {component: MappingProxyType(names) for component, names in weights.items()}
         ),
         chosen=chosen,
-        unused=MappingProxyType(_leftovers(tensors, claimed, replaced)),
+        unused=MappingProxyType(_leftovers(tensors, family, claimed, replaced)),
     )
 
 
@@ -110,14 +113,10 @@ def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
     return weights
 
 
-def _choose(
-    tensors: Tensors,
-    raw: Mapping[str, str],
-    averages: Mapping[str, str],
-    asked: WeightsChoice | None,
-) -> WeightsChoice:
+def _choose(tensors: Tensors, raw: Sequence[str], asked: WeightsChoice | None) -> WeightsChoice:
     if asked == "model":
         return "model"
+    averages = {name: ema_name(name) for name in raw}
     missing = [name for name in averages.values() if name not in tensors]
     if asked == "ema" and missing:
         raise WeightsError(
@@ -133,11 +132,11 @@ def _choose(
                 listed(missing),
             )
         return "model"
-    for parameter, name in averages.items():
-        if tensors[name].shape != tensors[raw[parameter]].shape:
+    for name, average in averages.items():
+        if tensors[average].shape != tensors[name].shape:
             raise WeightsError(
-                f"{name} has shape {tensors[name].shape}, but {raw[parameter]} has "
-                f"{tensors[raw[parameter]].shape}; use --weights model if its average is broken"
+                f"{average} has shape {tensors[average].shape}, but {name} has "
+                f"{tensors[name].shape}; use --weights model if its average is broken"
             )
     return "ema"
 
@@ -153,7 +152,7 @@ def _check_types(tensors: Tensors, claimed: frozenset[str]) -> None:
 
 
 def _leftovers(
-    tensors: Tensors, claimed: frozenset[str], replaced: frozenset[str]
+    tensors: Tensors, family: Family, claimed: frozenset[str], replaced: frozenset[str]
 ) -> dict[str, str]:
     unused, unclaimed = {}, []
     for name in tensors:
@@ -162,7 +161,7 @@ def _leftovers(
         reason = (
             "training weights, their moving average is used"
             if name in replaced
-            else _leftover_reason(name)
+            else _leftover_reason(name) or _copy_reason(tensors, family, name)
         )
         if reason:
             unused[name] = reason
@@ -181,3 +180,12 @@ def _leftover_reason(name: str) -> str:
     return next(
         (leftover.reason for leftover in LEFTOVERS if re.fullmatch(leftover.pattern, name)), ""
     )
+
+
+def _copy_reason(tensors: Tensors, family: Family, name: str) -> str:
+    """Return that a tensor repeats another of its shape, if it does."""
+    for prefix, original in family.copies:
+        twin = original + name.removeprefix(prefix)
+        if name.startswith(prefix) and twin in tensors:
+            return f"a copy of {original}*" if tensors[twin].shape == tensors[name].shape else ""
+    return ""

@@ -43,10 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     facts.add_argument(
         "--weights",
         choices=("ema", "model"),
-        help="averaged or last UNet weights (default: ema if the checkpoint has them)",
+        help="averaged or last trained weights (default: ema if the checkpoint has them)",
     )
     facts.add_argument("--num-heads", type=int, help="attention heads of the UNet")
     facts.add_argument("--num-head-channels", type=int, help="channels of a head of the UNet")
+    facts.add_argument(
+        "--null-class", type=int, help="the class that stands for none, which guidance needs"
+    )
     facts.add_argument(
         "--prediction-type",
         choices=("epsilon", "v_prediction", "sample"),
@@ -107,6 +110,7 @@ def _export(args: argparse.Namespace) -> None:
             weights=args.weights,
             num_heads=args.num_heads,
             num_head_channels=args.num_head_channels,
+            null_class=args.null_class,
             prediction_type=args.prediction_type,
             latent_scale_factor=args.latent_scale_factor,
             height=args.height,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ldm_export.errors import ExportError, WeightsError
-from ldm_runtime.manifest import ModelSpec, PredictionType
+from ldm_export.errors import ExportError
+from ldm_runtime.manifest import PredictionType
 
 _MAX_BYTES = 1 << 20
 _PARAMETERIZATIONS: Mapping[str, PredictionType] = {
@@ -14,7 +14,8 @@ _PARAMETERIZATIONS: Mapping[str, PredictionType] = {
     "v": "v_prediction",
     "x0": "sample",
 }
-_ABSENT = object()
+#: What `lookup` returns for an entry that is not there.
+ABSENT = object()
 
 Config = Mapping[str, Any]
 T = TypeVar("T")
@@ -22,11 +23,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFacts:
-    """What a configuration says that no shape tells; None where it says nothing."""
+    """What a configuration says that no shape tells; None where it says nothing.
+
+    Attributes:
+        prediction_type: What the UNet was trained to output.
+        latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+        latent_size: Height and width in latent pixels that the UNet was trained on.
+        resolution: Height and width in pixels that the first stage was trained on.
+        linear_start: First beta of the schedule that is linear in sqrt(beta) …
+        linear_end: … and the last, after …
+        num_train_timesteps: … so many steps.
+        num_heads: Attention heads of the UNet.
+        num_head_channels: Channels a head of the UNet.
+        text_num_heads: Attention heads of a CLIP text encoder.
+        text_activation: Feed-forward activation of a CLIP text encoder.
+        num_classes: Classes of a class embedding.
+        class_dropout: Share of labels that training replaced by the last class.
+        num_halvings: How often a rescaler halves semantic maps.
+    """
 
     prediction_type: PredictionType | None = None
     latent_scale_factor: float | None = None
     latent_size: int | None = None
+    resolution: int | None = None
     linear_start: float | None = None
     linear_end: float | None = None
     num_train_timesteps: int | None = None
@@ -34,6 +53,9 @@ class ConfigFacts:
     num_head_channels: int | None = None
     text_num_heads: int | None = None
     text_activation: Literal["quick_gelu", "gelu"] | None = None
+    num_classes: int | None = None
+    class_dropout: float | None = None
+    num_halvings: int | None = None
 
 
 def read_config(path: Path) -> Config:
@@ -55,7 +77,7 @@ def read_config(path: Path) -> Config:
         raise ExportError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ExportError(f"{path} holds {type(config).__name__}, not the mapping `model: …`")
-    _params(config)
+    params_of(config)
     return config
 
 
@@ -63,22 +85,19 @@ def config_facts(config: Config | None) -> ConfigFacts:
     """Return the facts in a configuration that the weights cannot tell.
 
     Raises:
-        ExportError: One of them has an impossible value, or the noise schedule is not "linear".
+        ExportError: One of them has an impossible value, or one that is not exported.
     """
     if config is None:
         return ConfigFacts()
-    params = _params(config)
-    schedule = params.get("beta_schedule", "linear")
-    if schedule != "linear":
-        raise ExportError(
-            f"config: beta_schedule {schedule!r} is not exported by this version; only 'linear' is"
-        )
+    params = params_of(config)
+    _check_exported(params)
     return ConfigFacts(
         prediction_type=_choice(params, "parameterization", _PARAMETERIZATIONS),
         latent_scale_factor=(
             None if params.get("scale_by_std") else _number(params, "scale_factor")
         ),
         latent_size=_integer(params, "image_size"),
+        resolution=_integer(first_stage_of(params), "ddconfig.resolution"),
         linear_start=_number(params, "linear_start"),
         linear_end=_number(params, "linear_end"),
         num_train_timesteps=_integer(params, "timesteps"),
@@ -90,59 +109,19 @@ def config_facts(config: Config | None) -> ConfigFacts:
             "cond_stage_config.params.hidden_act",
             {"quick_gelu": "quick_gelu", "gelu": "gelu"},
         ),
+        num_classes=_integer(params, "cond_stage_config.params.n_classes"),
+        class_dropout=_share(params, "cond_stage_config.params.ucg_rate"),
+        num_halvings=_integer(params, "cond_stage_config.params.n_stages"),
     )
 
 
-def check_architecture(config: Config | None, spec: ModelSpec) -> None:
-    """Check that what a configuration says about shapes is what the weights have.
+def params_of(config: Config) -> Config:
+    """Return the mapping `model: params:`, which has all that is of interest.
 
     Raises:
-        WeightsError: It says something else.
+        ExportError: There is none.
     """
-    if config is None:
-        return
-    params = _params(config)
-    for path, found in _architecture(spec).items():
-        value = _get(params, path)
-        said = tuple(value) if isinstance(value, list) else value
-        if said is _ABSENT or said == found:
-            continue
-        # One number may stand for every level, or be repeated for each.
-        if isinstance(said, tuple) and set(said) == {found}:
-            continue
-        raise WeightsError(
-            f"the configuration says model.params.{path} is {value}, but the weights have {found}; "
-            "is it the configuration of another checkpoint?"
-        )
-
-
-def _architecture(spec: ModelSpec) -> Mapping[str, int | tuple[int, ...]]:
-    unet, first_stage = spec.unet, spec.autoencoder
-    depths = {depth for depth in (*unet.transformer_depth, unet.middle_depth) if depth}
-    of_unet: dict[str, int | tuple[int, ...]] = {
-        "in_channels": unet.in_channels,
-        "out_channels": unet.out_channels,
-        "model_channels": unet.model_channels,
-        "channel_mult": unet.channel_mult,
-        "num_res_blocks": unet.num_res_blocks,
-        "context_dim": unet.context_dim,
-        "transformer_depth": depths.pop() if len(depths) == 1 else unet.transformer_depth,
-    }
-    of_first_stage: dict[str, int | tuple[int, ...]] = {
-        "embed_dim": first_stage.embed_dim,
-        "ddconfig.z_channels": first_stage.z_channels,
-        "ddconfig.ch": first_stage.channels,
-        "ddconfig.ch_mult": first_stage.channel_mult,
-        "ddconfig.num_res_blocks": first_stage.num_res_blocks,
-        "ddconfig.in_channels": first_stage.image_channels,
-    }
-    return {f"unet_config.params.{name}": value for name, value in of_unet.items()} | {
-        f"first_stage_config.params.{name}": value for name, value in of_first_stage.items()
-    }
-
-
-def _params(config: Config) -> Config:
-    params = _get(config, "model.params")
+    params = lookup(config, "model.params")
     if not isinstance(params, dict):
         raise ExportError(
             "the configuration has no `model: params:` mapping; give the config.yaml of a CompVis "
@@ -151,18 +130,43 @@ def _params(config: Config) -> Config:
     return params
 
 
-def _get(config: Config, path: str) -> object:
+def first_stage_of(params: Config) -> Config:
+    """Return what describes the first stage: the whole, if the model is one, else a part."""
+    part = lookup(params, "first_stage_config.params")
+    if isinstance(part, dict):
+        return part
+    return params if "ddconfig" in params else {}
+
+
+def lookup(config: Config, path: str) -> object:
+    """Return the entry at a dotted path, or `ABSENT` if there is none or it is empty."""
     value: object = config
     for key in path.split("."):
         if not isinstance(value, dict):
-            return _ABSENT
-        value = value.get(key, _ABSENT)
-    return _ABSENT if value is None else value
+            return ABSENT
+        value = value.get(key, ABSENT)
+    return ABSENT if value is None else value
+
+
+def _check_exported(params: Config) -> None:
+    """Check that no entry asks for arithmetic that weights do not show and networks do not do."""
+    only: Mapping[str, object] = {
+        "beta_schedule": "linear",
+        "unet_config.params.use_new_attention_order": False,
+        "cond_stage_config.params.method": "bilinear",
+        "cond_stage_config.params.multiplier": 0.5,
+    }
+    for path, exported in only.items():
+        value = lookup(params, path)
+        if value is not ABSENT and value != exported:
+            raise ExportError(
+                f"config: {path} {value!r} is not exported by this version; only {exported!r} is"
+            )
 
 
 def _number(params: Config, path: str) -> float | None:
-    value = _get(params, path)
-    if value is _ABSENT:
+    value = lookup(params, path)
+    if value is ABSENT:
         return None
     try:
         # YAML 1.1 reads 1e-4, without a point, as text.
@@ -176,17 +180,26 @@ def _number(params: Config, path: str) -> float | None:
 
 def _integer(params: Config, path: str) -> int | None:
     """Return a positive integer; -1 is CompVis's way to leave a number open."""
-    value = _get(params, path)
-    if value is _ABSENT or value == -1:
+    value = lookup(params, path)
+    if value is ABSENT or value == -1:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ExportError(f"config: {path} is {value!r}; a positive integer was expected")
     return value
 
 
+def _share(params: Config, path: str) -> float | None:
+    value = lookup(params, path)
+    if value is ABSENT:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ExportError(f"config: {path} is {value!r}; a number from 0 to 1 was expected")
+    return float(value)
+
+
 def _choice(params: Config, path: str, choices: Mapping[str, T]) -> T | None:
-    value = _get(params, path)
-    if value is _ABSENT:
+    value = lookup(params, path)
+    if value is ABSENT:
         return None
     if not isinstance(value, str) or value not in choices:
         raise ExportError(f"config: {path} is {value!r}; choose from {', '.join(choices)}")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ldm_export.progress import Progress
 from ldm_export.workspace import Stage, StageRecord
-from ldm_runtime.engine_profiles import ROWS_AN_IMAGE, SizeRange
+from ldm_runtime.engine_profiles import SizeRange
 from ldm_runtime.engine_recipes import ComponentFiles, Toolchain, make_recipes
 from ldm_runtime.engine_store import component_files, engine_stage, write_engine
 from ldm_runtime.engines import EngineRecipe, engine_key
-from ldm_runtime.manifest import ComponentRecord, ModelSpec
+from ldm_runtime.manifest import ComponentRecord, ModelSpec, components_of
 
 
 def engine_stages(
@@ -54,7 +54,7 @@ def planned_engines(toolchain: Toolchain, sizes: SizeRange, spec: ModelSpec) -> 
         EngineBuildError: The sizes are not possible for this model.
     """
     unknown = ComponentFiles(graph_sha256="", weights_sha256="")
-    recipes = make_recipes(toolchain, sizes, spec, dict.fromkeys(ROWS_AN_IMAGE, unknown))
+    recipes = make_recipes(toolchain, sizes, spec, dict.fromkeys(components_of(spec), unknown))
     return {engine_stage(recipe): recipe.component for recipe in recipes}
 
 

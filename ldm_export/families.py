@@ -1,7 +1,7 @@
 """What a checkpoint is: from tensor names, shapes and schedule buffers to one `ModelSpec`.
 
-The rows are in `family_table`, what shapes tell is read by the `*_shapes` modules, and what they
-cannot tell is settled in `spec_reading`.
+The rows are in `family_table`, what shapes tell is read by the `*_shapes` modules, what they cannot
+tell is settled in `spec_reading`, and whether it all fits together is asked in `consistency`.
 """
 
 import logging
@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ldm_export.claims import claimed_weights
-from ldm_export.compvis_config import Config, check_architecture, config_facts
-from ldm_export.errors import ExportError, WeightsError
+from ldm_export.compvis_config import Config, config_facts
+from ldm_export.config_check import check_architecture
+from ldm_export.consistency import check_consistent
+from ldm_export.errors import ExportError
+from ldm_export.facts import Tensors
 from ldm_export.family_match import match_family
-from ldm_export.fingerprint import Tensors
-from ldm_export.spec_reading import Overrides, Sources, read_spec
+from ldm_export.family_records import Knowledge
+from ldm_export.settling import Overrides, Sources
+from ldm_export.spec_reading import read_spec
 from ldm_runtime.manifest import ModelSpec
 
 __all__ = ["Detection", "Overrides", "claimed_weights", "detect"]
@@ -55,12 +59,13 @@ def detect(
     flags = overrides or Overrides()
     _check_flags(flags)
     family, knowledge = match_family(tensors)
+    _check_needed(flags, knowledge)
     claims = claimed_weights(tensors, family, flags.weights)
     sources = Sources(tensors=tensors, flags=flags, config=config_facts(config), family=knowledge)
     spec = read_spec(sources, family.name, claims)
-    _check_consistent(spec)
     check_architecture(config, spec)
-    logger.info("recognised %s; using the %s weights of the UNet", spec.family, spec.weights)
+    check_consistent(spec)
+    logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
     return Detection(spec=spec, weights=claims.weights, unused=claims.unused)
 
 
@@ -77,22 +82,18 @@ def _check_flags(flags: Overrides) -> None:
             raise ExportError(f"--{flag} is {value}; a positive number was expected")
 
 
-def _check_consistent(spec: ModelSpec) -> None:
-    """Check what one component says about another, and that the default size can be drawn."""
-    if spec.text_encoder.width != spec.unet.context_dim:
-        raise WeightsError(
-            f"the text encoder is {spec.text_encoder.width} wide, but the UNet attends to a "
-            f"context of width {spec.unet.context_dim}; they are not of one model"
-        )
-    if spec.autoencoder.embed_dim != spec.unet.out_channels:
-        raise WeightsError(
-            f"the first stage has {spec.autoencoder.embed_dim} latent channels, but the UNet "
-            f"predicts {spec.unet.out_channels}; they are not of one model"
-        )
-    multiple = spec.autoencoder.factor * 2 ** (len(spec.unet.channel_mult) - 1)
-    for name, size in (("height", spec.defaults.height), ("width", spec.defaults.width)):
-        if size % multiple:
+def _check_needed(flags: Overrides, knowledge: Knowledge) -> None:
+    """Check that flags are about something that this checkpoint has."""
+    unneeded = []
+    if knowledge.task == "first-stage":
+        unneeded += ["num_heads", "num_head_channels", "prediction_type"]
+    if knowledge.task != "class-to-image":
+        unneeded += ["null_class"]
+    for name in unneeded:
+        value = getattr(flags, name)
+        if value is not None:
+            flag = name.replace("_", "-")
             raise ExportError(
-                f"the default {name} is {size}, but this model draws multiples of {multiple} "
-                f"pixels; give --{name} {max(1, round(size / multiple)) * multiple}"
+                f"--{flag} {value} does not go with this checkpoint, which is for "
+                f"{knowledge.task}; leave it out"
             )

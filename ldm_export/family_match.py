@@ -4,8 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ldm_export.errors import UnknownModelError
-from ldm_export.family_table import FAMILIES, FOREIGN, Family, Knowledge
-from ldm_export.fingerprint import NONE, Fact, Tensors, expected_tensor, fingerprint, prefixes
+from ldm_export.facts import NONE, Fact, Tensors
+from ldm_export.family_records import Expected, Family, Knowledge
+from ldm_export.family_table import FAMILIES
+from ldm_export.fingerprint import expected_tensor, fingerprint, prefixes
+from ldm_export.leftovers import FOREIGN
 
 Fingerprint = Mapping[str, Fact]
 
@@ -25,11 +28,7 @@ def match_family(
     if family is None:
         raise UnknownModelError(_unknown(tensors, found, families))
     if family.knowledge is None:
-        exported = ", ".join(row.name for row in families if row.knowledge)
-        raise UnknownModelError(
-            f"recognised but not supported yet by this version: {family.name} "
-            f"({describe(found)}). Exported today: {exported}"
-        )
+        raise UnknownModelError(_refusal(family, found, families))
     return family, family.knowledge
 
 
@@ -46,7 +45,25 @@ def describe(found: Fingerprint) -> str:
 
 
 def _differing(found: Fingerprint, family: Family) -> list[str]:
-    return [name for name, value in family.facts.items() if found[name].value != value]
+    return [
+        name
+        for name, expected in family.facts.items()
+        if found[name].value not in _alternatives(expected)
+    ]
+
+
+def _alternatives(expected: Expected) -> tuple[int | str, ...]:
+    return expected if isinstance(expected, tuple) else (expected,)
+
+
+def _refusal(family: Family, found: Fingerprint, families: Sequence[Family]) -> str:
+    if not family.is_whole:
+        return f"this is {family.name}; give the whole checkpoint. Found: {describe(found)}"
+    tasks = sorted({row.knowledge.task for row in families if row.knowledge})
+    return (
+        f"recognised but not supported yet by this version: {family.name} ({describe(found)}); "
+        f"latent diffusion models for {', '.join(tasks)} and Stable Diffusion 1 are exported"
+    )
 
 
 def _unknown(tensors: Tensors, found: Fingerprint, families: Sequence[Family]) -> str:
@@ -61,20 +78,34 @@ def _unknown(tensors: Tensors, found: Fingerprint, families: Sequence[Family]) -
     )
     if all(fact.value == NONE for fact in found.values()):
         return message
-    nearest = min(
-        families, key=lambda family: len(_differing(found, family)) / (len(family.facts) or 1)
-    )
+    nearest = _nearest(found, families)
     differences = "; ".join(
         _difference(name, found[name], nearest.facts[name]) for name in _differing(found, nearest)
     )
     return f"{message}. Nearest family: {nearest.name}, which differs in {differences}"
 
 
-def _difference(name: str, fact: Fact, expected: int | str) -> str:
+def _nearest(found: Fingerprint, families: Sequence[Family]) -> Family:
+    """Return the family with the largest share of facts found; a UNet is never overlooked."""
+    has_unet = found["model_channels"].value != NONE
+    comparable = [
+        family
+        for family in families
+        if family.is_whole and (family.facts.get("model_channels") != NONE) == has_unet
+    ]
+    return min(
+        comparable or families,
+        key=lambda family: len(_differing(found, family)) / (len(family.facts) or 1),
+    )
+
+
+def _difference(name: str, fact: Fact, expected: Expected) -> str:
     seen = f" ({fact.tensor})" if fact.tensor else ""
-    tensor = expected_tensor(name, expected)
-    wanted = f" ({tensor})" if tensor else ""
-    return f"{name}: found {fact.value}{seen}, expected {expected}{wanted}"
+    wanted = []
+    for value in _alternatives(expected):
+        tensor = expected_tensor(name, value)
+        wanted.append(f"{value} ({tensor})" if tensor else f"{value}")
+    return f"{name}: found {fact.value}{seen}, expected {' or '.join(wanted)}"
 
 
 def _advice(tensors: Tensors) -> str:

@@ -1,101 +1,75 @@
 """The facts that tell families of checkpoints apart, each with the tensor that shows it."""
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
 
-import numpy.typing as npt
+from ldm_export.facts import ABSENT, NONE, Fact, Tensors, difference, present, size_of
+from ldm_export.unet_facts import UNET_PREFIX, VECTORS, unet_facts
+from ldm_export.weight_shapes import Shapes
 
-UNET_PREFIX = "model.diffusion_model."
-NONE = "none"
-
-
-class CheckpointTensor(Protocol):
-    """What is asked of a tensor; its values are read only when `numpy` is called."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Length of every axis."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Element type as stored, such as "float16"."""
-        ...
-
-    def numpy(self) -> npt.NDArray[Any]:
-        """Return the values."""
-        ...
-
-
-Tensors = Mapping[str, CheckpointTensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fact:
-    """One fact about a checkpoint.
-
-    Attributes:
-        value: What was found; "none" where there is no such thing.
-        tensor: Name of the tensor that shows it, or "" if it shows by absence.
-    """
-
-    value: int | str
-    tensor: str
-
+_BERT = "cond_stage_model.transformer."
+_FIRST_STAGE_PREFIXES = ("first_stage_model.", "")
+_WORDPIECES = 30522  # rows of BERT's uncased vocabulary
 
 #: Tensors that give a kind of first stage or conditioner away; the first that is present decides.
-FIRST_STAGES = (
-    ("vq", "first_stage_model.quantize.embedding.weight"),
-    ("kl", "first_stage_model.post_quant_conv.weight"),
+FIRST_STAGES = tuple(
+    (kind, f"{prefix}{tensor}")
+    for prefix in _FIRST_STAGE_PREFIXES
+    for kind, tensor in (("vq", "quantize.embedding.weight"), ("kl", "post_quant_conv.weight"))
 )
-TEXT_ENCODERS = (
+CONDITIONERS = (
     ("clip", "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"),
     ("clip", "cond_stage_model.transformer.embeddings.token_embedding.weight"),
     ("openclip", "cond_stage_model.model.ln_final.weight"),
-    ("bert", "cond_stage_model.transformer.token_emb.weight"),
+    ("bert", f"{_BERT}token_emb.weight"),
     ("class embedding", "cond_stage_model.embedding.weight"),
     ("spatial rescaler", "cond_stage_model.channel_mapper.weight"),
+    ("first stage", "cond_stage_model.encoder.conv_in.weight"),
     (
         "clip + openclip",
         "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
     ),
     ("openclip (sgm)", "conditioner.embedders.0.model.ln_final.weight"),
 )
-VECTORS = (
-    ("mlp", f"{UNET_PREFIX}label_emb.0.0.weight"),
-    ("embedding", f"{UNET_PREFIX}label_emb.weight"),
-)
 EXTRAS = (
     ("depth estimator", "depth_model."),
     ("image embedder", "embedder.model."),
     ("low-resolution image", "low_scale_model."),
     ("control network", "control_model."),
+    ("layout of diffusers", "encoder.down_blocks."),
+    ("layout of diffusers", "decoder.up_blocks."),
 )
-#: Endings of UNet tensors that give the kind of attention away.
-ATTENTIONS = (("transformer", ".attn1.to_q.weight"), ("qkv", ".qkv.weight"))
 
 
 def fingerprint(tensors: Tensors) -> Mapping[str, Fact]:
     """Return what is known about a checkpoint from names and shapes alone, by name of the fact."""
     unet = {name: tensors[name].shape for name in tensors if name.startswith(UNET_PREFIX)}
-    model_channels = _size(unet, f"{UNET_PREFIX}input_blocks.0.0.weight", axis=0)
-    in_channels = _size(unet, f"{UNET_PREFIX}input_blocks.0.0.weight", axis=1)
-    out_channels = _size(unet, f"{UNET_PREFIX}out.2.weight", axis=0)
-    vector = _present(tensors, VECTORS)
+    rest = {name: tensors[name].shape for name in tensors if name not in unet}
+    return unet_facts(unet) | _first_stage_facts(rest) | _conditioner_facts(unet, rest)
+
+
+def _first_stage_facts(tensors: Shapes) -> dict[str, Fact]:
+    kind = present(tensors, FIRST_STAGES)
+    found = (prefix for prefix in _FIRST_STAGE_PREFIXES if kind.tensor.startswith(prefix))
+    prefix = next(found, "")
+    codebook = "quantize.embedding.weight"
     return {
-        "model_channels": model_channels,
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "conditioning_channels": _difference(in_channels, out_channels),
-        "context_dim": _size(unet, _ending(unet, ".attn2.to_k.weight"), axis=1),
-        "attention": _attention(unet),
-        "projection": _projection(unet),
-        "vector": vector,
-        "vector_width": _size(unet, vector.tensor, axis=1),
-        "first_stage": _present(tensors, FIRST_STAGES),
-        "text_encoder": _present(tensors, TEXT_ENCODERS),
-        "extra": _extra(tensors),
+        "first_stage": kind,
+        "first_stage_channels": size_of(tensors, f"{prefix}encoder.conv_in.weight", axis=0),
+        "factor": _factor(tensors, prefix),
+        "latent_channels": size_of(tensors, f"{prefix}post_quant_conv.weight", axis=1),
+        "codebook_size": size_of(tensors, f"{prefix}{codebook}", axis=0),
+        "middle_attention": _middle_attention(tensors, prefix),
+    }
+
+
+def _conditioner_facts(unet: Shapes, rest: Shapes) -> dict[str, Fact]:
+    return {
+        "concat": _concat(unet, rest),
+        "conditioner": present(rest, CONDITIONERS),
+        "classes": size_of(rest, "cond_stage_model.embedding.weight", axis=0),
+        "tokens": _tokens(rest),
+        "extra": _extra(rest),
     }
 
 
@@ -111,54 +85,61 @@ def prefixes(names: Iterable[str]) -> Mapping[str, int]:
 
 def expected_tensor(fact: str, value: int | str) -> str:
     """Return the tensor that would show that `fact` is `value`, or "" if there is no one tensor."""
-    tables = {"first_stage": FIRST_STAGES, "text_encoder": TEXT_ENCODERS, "vector": VECTORS}
+    tables = {"first_stage": FIRST_STAGES, "conditioner": CONDITIONERS, "vector": VECTORS}
     return next((tensor for kind, tensor in tables.get(fact, ()) if kind == value), "")
 
 
-def _present(tensors: Tensors, kinds: Iterable[tuple[str, str]]) -> Fact:
-    for kind, tensor in kinds:
-        if tensor in tensors:
-            return Fact(value=kind, tensor=tensor)
-    return Fact(value=NONE, tensor="")
-
-
-def _size(shapes: Mapping[str, tuple[int, ...]], tensor: str, axis: int) -> Fact:
-    shape = shapes.get(tensor, ())
-    if axis >= len(shape):
-        return Fact(value=NONE, tensor="")
-    return Fact(value=shape[axis], tensor=tensor)
-
-
-def _difference(whole: Fact, part: Fact) -> Fact:
-    if isinstance(whole.value, int) and isinstance(part.value, int):
-        return Fact(value=whole.value - part.value, tensor=whole.tensor)
-    return Fact(value=NONE, tensor="")
-
-
-def _ending(names: Iterable[str], ending: str) -> str:
-    return next((name for name in names if name.endswith(ending)), "")
-
-
-def _attention(unet: Iterable[str]) -> Fact:
-    names = list(unet)
-    for kind, ending in ATTENTIONS:
-        if tensor := _ending(names, ending):
-            return Fact(value=kind, tensor=tensor)
-    return Fact(value=NONE, tensor="")
-
-
-def _projection(unet: Mapping[str, tuple[int, ...]]) -> Fact:
-    kinds = {2: "linear", 4: "convolution"}
-    for name in unet:
-        # An AttentionBlock has a proj_out only, so proj_in is a transformer's.
-        if name.endswith(".proj_in.weight"):
-            return Fact(value=kinds.get(len(unet[name]), NONE), tensor=name)
-    return Fact(value=NONE, tensor="")
-
-
-def _extra(tensors: Tensors) -> Fact:
+def _extra(tensors: Shapes) -> Fact:
     for kind, prefix in EXTRAS:
         tensor = next((name for name in tensors if name.startswith(prefix)), "")
         if tensor:
             return Fact(value=kind, tensor=tensor)
-    return Fact(value=NONE, tensor="")
+    return ABSENT
+
+
+def _factor(tensors: Shapes, prefix: str) -> Fact:
+    """Return the pixels that a latent pixel covers in each direction."""
+    pattern = re.compile(rf"{re.escape(prefix)}decoder\.up\.([0-9]{{1,2}})\.")
+    levels = {int(match[1]): name for name in tensors if (match := pattern.match(name))}
+    if not levels:
+        return ABSENT
+    return Fact(value=2 ** max(levels), tensor=levels[max(levels)])
+
+
+def _middle_attention(tensors: Shapes, prefix: str) -> Fact:
+    if f"{prefix}decoder.mid.block_1.conv1.weight" not in tensors:
+        return ABSENT
+    attention = f"{prefix}decoder.mid.attn_1.q.weight"
+    if attention in tensors:
+        return Fact(value="yes", tensor=attention)
+    return Fact(value="no", tensor="")
+
+
+def _concat(unet: Shapes, rest: Shapes) -> Fact:
+    """Return what the UNet's extra input channels look like beside those of its first stage."""
+    tensor = f"{UNET_PREFIX}input_blocks.0.0.weight"
+    extra = difference(
+        size_of(unet, tensor, axis=1), size_of(unet, f"{UNET_PREFIX}out.2.weight", axis=0)
+    )
+    if extra.value in (NONE, 0):
+        return ABSENT
+    latents = size_of(rest, "first_stage_model.post_quant_conv.weight", axis=1).value
+    kinds = {
+        "picture": size_of(rest, "first_stage_model.encoder.conv_in.weight", axis=1).value,
+        "masked latents": latents + 1 if isinstance(latents, int) else NONE,
+    }
+    fitting = [kind for kind, channels in kinds.items() if channels == extra.value]
+    return Fact(value=" or ".join(fitting) or "something else", tensor=tensor)
+
+
+def _tokens(tensors: Shapes) -> Fact:
+    """Return what a BERT encoder reads: words, or three tokens an object and two of the crop."""
+    tensor = f"{_BERT}token_emb.weight"
+    vocabulary = size_of(tensors, tensor, axis=0)
+    length = size_of(tensors, f"{_BERT}pos_emb.emb.weight", axis=0)
+    if not isinstance(vocabulary.value, int):
+        return vocabulary
+    if vocabulary.value == _WORDPIECES:
+        return Fact(value="words", tensor=tensor)
+    is_layout = isinstance(length.value, int) and length.value > 2 and length.value % 3 == 2
+    return Fact(value="layout" if is_layout else "something else", tensor=tensor)

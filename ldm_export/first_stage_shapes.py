@@ -1,10 +1,15 @@
-"""The hyperparameters of a KL autoencoder, read from the names and shapes of its parameters."""
+"""The hyperparameters of a first stage, read from the names and shapes of its parameters."""
+
+from typing import Literal
 
 from ldm_export.errors import WeightsError
 from ldm_export.weight_shapes import Shapes, indices, multipliers, same, shape_of
 from ldm_runtime.manifest import AutoencoderSpec
 
 _NORM_GROUPS = 32
+_CODEBOOK = "quantize.embedding.weight"
+
+Kind = Literal["kl", "vq"]
 
 
 def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> AutoencoderSpec:
@@ -26,9 +31,9 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
     encoder = _level_channels(shapes, "encoder.down")
     decoder = _level_channels(shapes, "decoder.up")
     same({"channels of the encoder's levels": encoder, "channels of the decoder's": decoder})
-    _check_middle(shapes)
     _check_resampling(shapes, len(encoder))
-    z_channels, embed_dim = _latent_channels(shapes)
+    kind: Kind = "vq" if _CODEBOOK in shapes else "kl"
+    z_channels, embed_dim = _latent_channels(shapes, kind)
     same(
         {
             "the number of channels encoder.conv_in.weight reads": image_channels,
@@ -38,14 +43,16 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
         }
     )
     return AutoencoderSpec(
-        kind="kl",
+        kind=kind,
         image_channels=image_channels,
         channels=channels,
         channel_mult=multipliers(encoder, channels, "first stage"),
         num_res_blocks=_num_res_blocks(shapes, len(encoder)),
         attention_levels=_attention_levels(shapes, len(encoder)),
+        middle_attention=_middle_attention(shapes),
         z_channels=z_channels,
         embed_dim=embed_dim,
+        codebook_size=_codebook_size(shapes, embed_dim) if kind == "vq" else None,
         latent_scale_factor=latent_scale_factor,
     )
 
@@ -87,13 +94,24 @@ def _attention_levels(shapes: Shapes, num_levels: int) -> tuple[int, ...]:
     return same(sides)
 
 
-def _check_middle(shapes: Shapes) -> None:
-    for name in ("encoder.mid.attn_1.q.weight", "decoder.mid.attn_1.q.weight"):
-        if name not in shapes:
-            raise WeightsError(
-                f"the tensor {name} is missing: a first stage without attention in the middle is "
-                "not exported by this version"
-            )
+def _middle_attention(shapes: Shapes) -> bool:
+    return same(
+        {
+            f"the presence of {name}": name in shapes
+            for name in ("encoder.mid.attn_1.q.weight", "decoder.mid.attn_1.q.weight")
+        }
+    )
+
+
+def _codebook_size(shapes: Shapes, embed_dim: int) -> int:
+    size, width = shape_of(shapes, _CODEBOOK, 2)
+    same(
+        {
+            f"columns of {_CODEBOOK}": width,
+            "the number of channels post_quant_conv.weight reads": embed_dim,
+        }
+    )
+    return size
 
 
 def _check_resampling(shapes: Shapes, num_levels: int) -> None:
@@ -108,25 +126,29 @@ def _check_resampling(shapes: Shapes, num_levels: int) -> None:
                 )
 
 
-def _latent_channels(shapes: Shapes) -> tuple[int, int]:
-    """Return (z_channels, embed_dim), checked over the four convolutions that touch latents."""
+def _latent_channels(shapes: Shapes, kind: Kind) -> tuple[int, int]:
+    """Return (z_channels, embed_dim), checked over the four convolutions that touch latents.
+
+    A KL encoder gives two numbers a channel, mean and logarithm of the variance; a VQ encoder one.
+    """
     z_channels = shape_of(shapes, "decoder.conv_in.weight", 4)[1]
     embed_dim = shape_of(shapes, "post_quant_conv.weight", 4)[1]
+    numbers = 2 if kind == "kl" else 1
     found = {
         "encoder.conv_out.weight": shape_of(shapes, "encoder.conv_out.weight", 4)[:1],
         "quant_conv.weight": shape_of(shapes, "quant_conv.weight", 4)[:2],
         "post_quant_conv.weight": shape_of(shapes, "post_quant_conv.weight", 4)[:2],
     }
     expected = {
-        "encoder.conv_out.weight": (2 * z_channels,),
-        "quant_conv.weight": (2 * embed_dim, 2 * z_channels),
+        "encoder.conv_out.weight": (numbers * z_channels,),
+        "quant_conv.weight": (numbers * embed_dim, numbers * z_channels),
         "post_quant_conv.weight": (z_channels, embed_dim),
     }
     for name, shape in found.items():
         if shape != expected[name]:
             raise WeightsError(
-                f"{name} begins with {shape}, but a KL autoencoder of z_channels {z_channels} and "
-                f"embed_dim {embed_dim} (decoder.conv_in.weight, post_quant_conv.weight) has "
-                f"{expected[name]}"
+                f"{name} begins with {shape}, but a {kind.upper()} autoencoder of z_channels "
+                f"{z_channels} and embed_dim {embed_dim} (decoder.conv_in.weight, "
+                f"post_quant_conv.weight) has {expected[name]}"
             )
     return z_channels, embed_dim

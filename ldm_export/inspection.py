@@ -10,8 +10,9 @@ from typing import Any
 from ldm_export.checkpoint import Checkpoint, open_checkpoint
 from ldm_export.claims import has_ema
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
+from ldm_export.facts import Tensors
 from ldm_export.families import Detection, detect
-from ldm_export.fingerprint import Tensors
+from ldm_runtime.manifest import ModelSpec
 
 _ZIP_MAGIC = b"PK\x03\x04"
 #: torch.save before version 1.6 began with this number as a pickle of protocol 2.
@@ -81,14 +82,23 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "weights": spec.weights,
         "prediction_type": spec.prediction_type,
         "components": _components(checkpoint.tensors, detection),
-        "unet": asdict(spec.unet),
-        "autoencoder": asdict(spec.autoencoder) | {"factor": spec.autoencoder.factor},
-        "text_encoder": asdict(spec.text_encoder),
+        **_records(spec),
         "num_train_timesteps": len(spec.alphas_cumprod),
         "defaults": asdict(spec.defaults),
         "assumptions": [asdict(assumption) for assumption in spec.assumptions],
         "unused": _counts(detection.unused.values()),
     }
+
+
+def _records(spec: ModelSpec) -> dict[str, Any]:
+    """Return the hyperparameters of the networks that the model has."""
+    parts = {
+        name: asdict(part)
+        for name in ("unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
+        if (part := getattr(spec, name)) is not None
+    }
+    parts["autoencoder"]["factor"] = spec.autoencoder.factor
+    return parts
 
 
 def _components(tensors: Tensors, detection: Detection) -> dict[str, Any]:

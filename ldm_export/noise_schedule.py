@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.errors import WeightsError
-from ldm_export.fingerprint import Tensors
+from ldm_export.facts import Tensors
 
 _EXACT_TYPES = frozenset({"float32", "float64"})
 #: How far values near 1 may be off after rounding to a type that is too coarse to be used itself.

@@ -6,7 +6,7 @@ loaded for checking: `sample_inputs` → torch's outputs → `write_graphs` → 
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -36,18 +36,25 @@ from ldm_export.onnx_passes import (
     name_dynamic_axes,
 )
 from ldm_export.parity import SampleSize
-from ldm_export.precision import NodePrecision, all_fp32, fp16_with_islands
+from ldm_export.precision import FP32_WEIGHTS, NodePrecision, all_fp32, fp16_with_islands
 from ldm_export.weights_file import INLINE_BYTES, store_weights
 from ldm_runtime.backends import Tensors
-from ldm_runtime.components import COMPONENTS, DYNAMIC_AXES, Component, TensorSignature
-from ldm_runtime.manifest import GraphRecord, GraphVariant, ModelSpec, WeightsDType, axis_sizes
+from ldm_runtime.components import DYNAMIC_AXES, Component, TensorSignature
+from ldm_runtime.manifest import (
+    GraphRecord,
+    GraphVariant,
+    ModelSpec,
+    WeightsDType,
+    axis_sizes,
+    components_of,
+)
 
 #: InstanceNormalization and plain attention: the forms every engine has kernels for.
 OPSET = 20
 WEIGHTS_FILE = "weights.bin"
 
-_PLANS: Mapping[GraphVariant, tuple[str, Callable[[ir.Graph], NodePrecision]]] = MappingProxyType(
-    {"fp32": ("model.cpu.onnx", all_fp32), "fp16": ("model.onnx", fp16_with_islands)}
+_FILES: Mapping[GraphVariant, str] = MappingProxyType(
+    {"fp32": "model.cpu.onnx", "fp16": "model.onnx"}
 )
 # Without torchvision, which nothing here needs, every export begins with four warnings.
 _TALKATIVE = "torch.onnx._internal.exporter._registration"
@@ -56,23 +63,22 @@ _TALKATIVE = "torch.onnx._internal.exporter._registration"
 def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]]:
     """Return inputs of component `name`, small and fixed: one of each length, and others.
 
-    The first has one row and a context of one chunk, the second three rows, another width and a
-    context of two chunks.
+    The first has one row and a context of one chunk (of a text encoder, else of one token), the
+    second three rows, another width and a context of two chunks.
 
     Returns:
         Lengths of the dynamic axes, and arrays by input name.
     """
-    step, tokens = _size_step(spec), spec.text_encoder.max_tokens
-    axes = _axes(COMPONENTS[name])
+    step, component = _size_step(spec), components_of(spec)[name]
+    tokens = 1 if spec.text_encoder is None else spec.text_encoder.max_tokens
+    axes = _axes(component)
     samples: list[tuple[SampleSize, Tensors]] = []
     for batch, height, width, chunks in ((1, 2 * step, 2 * step, 1), (3, 2 * step, 3 * step, 2)):
         rng = np.random.default_rng(batch)
         lengths = {"batch": batch, "height": height, "width": width}
         lengths["context_tokens"] = chunks * tokens
         sizes = _sizes(spec, lengths)
-        arrays = {
-            tensor.name: _sample(tensor, sizes, spec, rng) for tensor in COMPONENTS[name].inputs
-        }
+        arrays = {tensor.name: _sample(tensor, sizes, spec, rng) for tensor in component.inputs}
         size = SampleSize(**{axis: length * (axis in axes) for axis, length in lengths.items()})
         samples.append((size, arrays))
     return samples
@@ -87,7 +93,7 @@ def round_stored(network: nn.Module, dtype: WeightsDType) -> bool:
     changed = False
     if dtype == "float16":
         for name, parameter in network.named_parameters():
-            if parameter.nbytes > INLINE_BYTES:
+            if parameter.nbytes > INLINE_BYTES and name not in FP32_WEIGHTS:
                 rounded = parameter.data.half()
                 if rounded.isinf().any():
                     raise ExportError(
@@ -117,13 +123,13 @@ def write_graphs(
     weights = frozenset(parameter for parameter, _ in network.named_parameters())
     model = _trace(name, network, spec)
     _tidy(model, weights)
-    store_weights(model, folder / WEIGHTS_FILE, dtype, weights)
+    store_weights(model, folder / WEIGHTS_FILE, dtype, weights, exact=FP32_WEIGHTS)
     light = ir.to_proto(model)
     del model  # and with it the last reference to torch's tensors but the caller's
     records = []
-    for variant, (file, plan) in _PLANS.items():
+    for variant, file in _FILES.items():
         graph = ir.from_proto(light)
-        AssignPrecision(plan(graph.graph))(graph)
+        AssignPrecision(_plan(variant, graph.graph, spec))(graph)
         RemoveUnusedNodesPass()(graph)
         ir.save(graph, folder / file)
         try:
@@ -136,8 +142,17 @@ def write_graphs(
     return tuple(records)
 
 
+def _plan(variant: GraphVariant, graph: ir.Graph, spec: ModelSpec) -> NodePrecision:
+    """Return what each node of a graph, which has the name of its component, computes in."""
+    if variant == "fp32":
+        return all_fp32(graph)
+    encoder = spec.text_encoder if graph.name == "text_encoder" else None
+    is_bert = encoder is not None and encoder.kind == "bert"
+    return fp16_with_islands(graph, residual_stream=is_bert)
+
+
 def _trace(name: str, network: nn.Module, spec: ModelSpec) -> ir.Model:
-    component = COMPONENTS[name]
+    component = components_of(spec)[name]
     _, arrays = sample_inputs(name, spec)[1]
     arguments = tuple(torch.from_numpy(arrays[tensor.name]) for tensor in component.inputs)
     try:
@@ -222,7 +237,7 @@ def _dynamic_shapes(
 
 def _size_step(spec: ModelSpec) -> int:
     """Return what latent heights and widths are multiples of."""
-    return int(2 ** (len(spec.unet.channel_mult) - 1))
+    return 1 if spec.unet is None else int(2 ** (len(spec.unet.channel_mult) - 1))
 
 
 def _axes(component: Component) -> set[str]:
@@ -245,7 +260,14 @@ def _sample(
     shape = [sizes[axis] for axis in tensor.axes]
     match tensor.name:
         case "tokens":
+            assert spec.text_encoder is not None, "only a text encoder takes tokens"
             return rng.integers(spec.text_encoder.vocab_size, size=shape)
+        case "class_labels":
+            assert spec.class_embedder is not None, "only a class embedder takes labels"
+            return rng.integers(spec.class_embedder.num_classes, size=shape)
+        case "segmentation":
+            assert spec.rescaler is not None, "only a rescaler takes semantic maps"
+            return rng.integers(spec.rescaler.num_classes, size=shape)
         case "timesteps":
             return rng.uniform(0, len(spec.alphas_cumprod) - 1, size=shape).astype(np.float32)
         case "image":

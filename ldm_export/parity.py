@@ -7,9 +7,10 @@ from pathlib import Path
 import onnxruntime
 
 from ldm_export.errors import ExportError
+from ldm_export.fp16_range import FP16_MAX, largest_value, watched_graph
 from ldm_runtime.backends import Tensors
 from ldm_runtime.manifest import GraphRecord, GraphVariant, ParityRecord
-from ldm_runtime.verify import max_relative_error, relative_l2
+from ldm_runtime.measures import max_relative_error, relative_l2
 
 #: Highest error of a graph that computes in fp32 against torch over the same stored weights, and of
 #: any graph against torch over the checkpoint's own weights: rounding to fp16 costs more.
@@ -63,9 +64,11 @@ def measure(
         samples: What to run it on.
 
     Raises:
-        ExportError: The graph does not load or run, or an error is above its bound.
+        ExportError: The graph does not load or run, an error is above its bound, or a value of the
+            fp16 graph is beyond the range of half precision.
     """
-    engine = _LeanSession(folder / Path(graph.file).name)
+    path = folder / Path(graph.file).name
+    engine = _LeanSession(path)
     records = []
     for sample in samples:
         outputs = engine.run(sample.inputs)
@@ -74,6 +77,9 @@ def measure(
         records.append(_parity(graph.variant, "checkpoint", sample, outputs))
     for record in records:
         _check_bound(name, record)
+    if graph.variant == "fp16":
+        del engine  # its weights, before there is another one
+        _check_range(name, path, samples)
     return tuple(records)
 
 
@@ -108,6 +114,19 @@ def _check_bound(name: str, record: ParityRecord) -> None:
             f"batch {record.batch}, latents {record.height}x{record.width}, context of "
             f"{record.context_tokens} tokens, more than {bound:.0e}; {advice}"
         )
+
+
+def _check_range(name: str, path: Path, samples: Sequence[Sample]) -> None:
+    with watched_graph(path) as watched:
+        engine = _LeanSession(watched)
+        for sample in samples:
+            value, size = largest_value(engine.run(sample.inputs))
+            if size > FP16_MAX:
+                raise ExportError(
+                    f"the fp16 graph of {name} would overflow: {value} reaches {size:.3g}, half "
+                    f"precision ends at {FP16_MAX:.0f}; it needs an fp32 island, see "
+                    "ldm_export/precision.py"
+                )
 
 
 class _LeanSession:

@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ldm_runtime.manifest import ModelSpec, WeightsDType
+from ldm_runtime.tasks import task_record
 
 # Fitted to exports of the shapes model and of Stable Diffusion 1.5 on a 2-core machine
 # (benchmarks/export_full_size.py). Tracing costs much the same for a small network as for a large.
-_TRACE_SECONDS = {"text_encoder": 5.0, "unet": 18.0, "vae_decoder": 5.0, "vae_encoder": 4.0}
+_TRACE_SECONDS = {
+    "text_encoder": 5.0,
+    "class_embedder": 1.0,
+    "rescaler": 1.0,
+    "unet": 18.0,
+    "vae_decoder": 5.0,
+    "vae_encoder": 4.0,
+}
 _SECONDS_PER_PARAMETER = 90e-9
 _PREVIEW_SECONDS_PER_PARAMETER = 250e-9  # of the encoder, which encodes the pictures
 _GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
@@ -38,7 +46,10 @@ class Plan:
 
     def describe(self) -> str:
         """Return the plan as lines for a person."""
-        lines = [f"family            {self.spec.family} ({self.spec.weights} weights)"]
+        lines = [
+            f"family            {self.spec.family} ({self.spec.weights} weights)",
+            f"task              {self.spec.task}{_needs(self.spec)}",
+        ]
         lines += [
             f"{name:<17} {count / 1e6:,.2f} M parameters, about {self.stage_seconds[name]:.0f} s"
             for name, count in self.parameters.items()
@@ -75,9 +86,9 @@ def make_plan(
         engines: The component of every engine to build, by the name of its stage.
     """
     width = 2 if dtype == "float16" else 4
-    seconds = {"tokenizer": 0.1}
+    seconds = {"tokenizer": 0.1} if spec.task == "text-to-image" else {}
     for name, count in parameters.items():
-        seconds[name] = _TRACE_SECONDS.get(name, 5.0) + _SECONDS_PER_PARAMETER * count
+        seconds[name] = _TRACE_SECONDS[name] + _SECONDS_PER_PARAMETER * count
         if name == "vae_encoder":
             seconds[name] += _PREVIEW_SECONDS_PER_PARAMETER * count
     seconds["preview"] = 0.1  # a fit to what the encoder left
@@ -93,3 +104,9 @@ def make_plan(
         bundle_bytes=width * total + _GRAPH_BYTES * len(parameters) + engine_bytes,
         peak_bytes=_BASE_BYTES + int(_BYTES_PER_PARAMETER * max(parameters.values())),
     )
+
+
+def _needs(spec: ModelSpec) -> str:
+    """Return what requests to a model must have, in brackets."""
+    groups = [" or ".join(group) for group in task_record(spec).needs]
+    return f" (from {' and '.join(groups)})" if groups else ""

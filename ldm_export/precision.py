@@ -3,6 +3,11 @@
 * Timestep features: t times a frequency needs more than fp16's 11 bits for t near 1000, or the
   sines are wrong.
 * Normalisation statistics: a sum of squares over a feature map passes fp16's 65504.
+* Codebook distances: what is chosen by comparing is chosen among numbers that are nearly equal. For
+  the same reason a codebook is stored in fp32.
+* The residual stream of BERT, with the matrix products that add to it: the sum of 64 unbounded
+  contributions, which nothing normalises before the end, of weights that were trained in fp32;
+  diffusers' port clamps infinities there. CLIP was trained in half precision and stays in it.
 
 Everything else computes in fp16; matrix products and softmax accumulate in fp32 inside the GPU
 kernels, and the attention scores are scaled before the product, so that they stay in range.
@@ -19,9 +24,19 @@ NORMALISATIONS = frozenset(
     {"InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization"}
 )
 _PERIODIC = frozenset({"Sin", "Cos"})
+_CHOICES = frozenset({"ArgMax", "ArgMin"})
+_PRODUCTS = frozenset({"MatMul", "Gemm"})
 
 #: Names of the islands, for the manifest.
-FP32_ISLANDS = ("timestep features", *sorted(NORMALISATIONS))
+FP32_ISLANDS = (
+    "timestep features",
+    "codebook distances",
+    "residual stream of BERT",
+    *sorted(NORMALISATIONS),
+)
+
+#: Weights that are stored in fp32 in every bundle: rounded codes have other neighbours.
+FP32_WEIGHTS = frozenset({"quantize.embedding.weight"})
 
 
 def all_fp32(graph: ir.Graph) -> NodePrecision:
@@ -29,15 +44,45 @@ def all_fp32(graph: ir.Graph) -> NodePrecision:
     return lambda _: ir.DataType.FLOAT
 
 
-def fp16_with_islands(graph: ir.Graph) -> NodePrecision:
-    """Return the plan of the GPU builders' graph: fp16 but for the islands."""
-    timestep_nodes = _ancestors(node for node in graph if node.op_type in _PERIODIC)
+def fp16_with_islands(graph: ir.Graph, *, residual_stream: bool = False) -> NodePrecision:
+    """Return the plan of the GPU builders' graph: fp16 but for the islands.
 
-    def plan(node: ir.Node) -> ir.DataType:
-        island = node.op_type in NORMALISATIONS or node in timestep_nodes
-        return ir.DataType.FLOAT if island else ir.DataType.FLOAT16
+    Args:
+        graph: The graph that the plan is for.
+        residual_stream: Whether what every LayerNormalization reads is one.
+    """
+    islands = {
+        *(node for node in graph if node.op_type in NORMALISATIONS),
+        *_ancestors(node for node in graph if node.op_type in _PERIODIC),
+        *_choosing(graph),
+        *(_residual_stream(graph) if residual_stream else ()),
+    }
+    return lambda node: ir.DataType.FLOAT if node in islands else ir.DataType.FLOAT16
 
-    return plan
+
+def _choosing(graph: ir.Graph) -> Collection[ir.Node]:
+    """Return whatever an index is computed from that is found by comparing."""
+    chosen = _ancestors(
+        producer
+        for node in graph
+        if node.op_type == "Gather" and (producer := _producer(node.inputs[1])) is not None
+    )
+    return chosen if any(node.op_type in _CHOICES for node in chosen) else ()
+
+
+def _residual_stream(graph: ir.Graph) -> Collection[ir.Node]:
+    """Return the additions that lead to a LayerNormalization, and the products they add."""
+    found: set[ir.Node] = set()
+    waiting = [node.inputs[0] for node in graph if node.op_type == "LayerNormalization"]
+    while waiting:
+        node = _producer(waiting.pop())
+        if node is None or node in found:
+            continue
+        if node.op_type == "Add":
+            waiting += node.inputs
+        if node.op_type == "Add" or node.op_type in _PRODUCTS:
+            found.add(node)
+    return found
 
 
 def _ancestors(nodes: Iterable[ir.Node]) -> Collection[ir.Node]:
@@ -48,6 +93,10 @@ def _ancestors(nodes: Iterable[ir.Node]) -> Collection[ir.Node]:
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            producers = [value.producer() for value in node.inputs if value is not None]
+            producers = map(_producer, node.inputs)
             waiting += [producer for producer in producers if producer is not None]
     return found
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()

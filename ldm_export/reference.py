@@ -15,7 +15,8 @@ class TorchEngine:
 
     Args:
         component: Name in `ldm_runtime.components.COMPONENTS`.
-        network: Takes the component's inputs in order and returns its one output.
+        network: Takes those of the component's inputs that the model has, in order, and returns its
+            one output.
     """
 
     def __init__(self, component: str, network: nn.Module) -> None:
@@ -27,7 +28,7 @@ class TorchEngine:
     def run(self, inputs: Tensors) -> Tensors:
         """Run once; see `ldm_runtime.backends.Runner`."""
         # A copy, because torch warns of arrays that it might write to but must not.
-        arguments = [torch.tensor(inputs[name]) for name in self._inputs]
+        arguments = [torch.tensor(inputs[name]) for name in self._inputs if name in inputs]
         with torch.inference_mode():
             output: torch.Tensor = self.network(*arguments)
         return {self._output: output.numpy()}

@@ -5,17 +5,19 @@ it, and every such fact is noted with its source.
 """
 
 import math
-from dataclasses import dataclass
 from typing import TypeVar
 
-from ldm_export.claims import Claims, WeightsChoice, component_shapes
+from ldm_export.claims import Claims, component_shapes
 from ldm_export.compvis_config import ConfigFacts
-from ldm_export.errors import ExportError, WeightsError
-from ldm_export.family_table import Knowledge
-from ldm_export.fingerprint import Tensors
+from ldm_export.conditioner_reading import (
+    class_embedder_record,
+    rescaler_record,
+    text_encoder_record,
+)
+from ldm_export.errors import WeightsError
 from ldm_export.first_stage_shapes import read_autoencoder
 from ldm_export.noise_schedule import ScheduleFormula, read_schedule
-from ldm_export.text_encoder_shapes import read_clip
+from ldm_export.settling import Overrides, Sources, assumed, settle
 from ldm_export.unet_shapes import read_unet
 from ldm_export.weight_shapes import Shapes
 from ldm_runtime.manifest import (
@@ -24,46 +26,22 @@ from ldm_runtime.manifest import (
     ModelSpec,
     PredictionType,
     SamplingDefaults,
-    TextEncoderSpec,
     UNetSpec,
 )
 
 T = TypeVar("T")
 
-_CLIP_VOCAB_SIZE = 49408
+_FIRST_STAGE_SIZE = 256  # pixels a side of what the released first stages were trained on
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overrides:
-    """What the user says about a checkpoint; None leaves a fact to the configuration or family.
+class _Notes(list[Assumption]):
+    """What was assumed so far."""
 
-    Attributes:
-        weights: Which set of UNet weights to use.
-        num_heads: Attention heads of the UNet.
-        num_head_channels: Channels a head of the UNet, instead of `num_heads`.
-        prediction_type: What the UNet was trained to output.
-        latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
-        height: Default height in pixels.
-        width: Default width in pixels.
-    """
-
-    weights: WeightsChoice | None = None
-    num_heads: int | None = None
-    num_head_channels: int | None = None
-    prediction_type: PredictionType | None = None
-    latent_scale_factor: float | None = None
-    height: int | None = None
-    width: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Everything that can settle a fact, and the tensors."""
-
-    tensors: Tensors
-    flags: Overrides
-    config: ConfigFacts
-    family: Knowledge
+    def keep(self, settled: tuple[T, Assumption | list[Assumption]]) -> T:
+        """Note the assumptions that come with a value, and return the value."""
+        value, notes = settled
+        self.extend([notes] if isinstance(notes, Assumption) else notes)
+        return value
 
 
 def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
@@ -77,19 +55,17 @@ def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
         component: component_shapes(sources.tensors, names)
         for component, names in claims.weights.items()
     }
-    unet, of_unet = _unet(sources, shapes["unet"])
-    autoencoder, of_autoencoder = _autoencoder(
-        sources, {**shapes["vae_encoder"], **shapes["vae_decoder"]}
-    )
-    text_encoder, of_text_encoder = _text_encoder(sources, shapes["text_encoder"])
-    alphas_cumprod, of_schedule = _schedule(sources)
-    prediction_type, of_prediction = _settle(
-        "prediction_type",
-        sources.flags.prediction_type,
-        sources.config.prediction_type,
-        sources.family.prediction_type,
-    )
-    defaults, of_defaults = _defaults(sources, autoencoder.factor)
+    notes = _Notes()
+    unet = _unet(sources, shapes, notes)
+    autoencoder = _autoencoder(sources, {**shapes["vae_encoder"], **shapes["vae_decoder"]}, notes)
+    text_encoder, class_embedder, rescaler = None, None, None
+    if "text_encoder" in shapes:
+        text_encoder = notes.keep(text_encoder_record(sources, shapes["text_encoder"]))
+    if "class_embedder" in shapes:
+        class_embedder = notes.keep(class_embedder_record(sources, shapes["class_embedder"]))
+    if "rescaler" in shapes:
+        rescaler = notes.keep(rescaler_record(sources, shapes["rescaler"], autoencoder))
+    has_null = class_embedder is None or class_embedder.null_class is not None
     return ModelSpec(
         family=family,
         task=sources.family.task,
@@ -97,34 +73,23 @@ def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
         unet=unet,
         autoencoder=autoencoder,
         text_encoder=text_encoder,
-        alphas_cumprod=alphas_cumprod,
-        prediction_type=prediction_type,
-        defaults=defaults,
-        assumptions=(
-            *of_unet,
-            *of_autoencoder,
-            *of_text_encoder,
-            *of_schedule,
-            of_prediction,
-            *of_defaults,
-        ),
+        class_embedder=class_embedder,
+        rescaler=rescaler,
+        alphas_cumprod=() if unet is None else notes.keep(_schedule(sources)),
+        prediction_type=_prediction_type(sources, unet, notes),
+        defaults=_defaults(sources, autoencoder.factor, notes, has_null=has_null),
+        assumptions=tuple(notes),
     )
 
 
-def _settle(field: str, flag: T | None, config: T | None, family: T) -> tuple[T, Assumption]:
-    """Return the value of the first source that has one, and the record of it."""
-    for source, value in (("flag", flag), ("config", config)):
-        if value is not None:
-            return value, Assumption(field=field, value=str(value), source=source)
-    return family, Assumption(field=field, value=str(family), source="family")
-
-
-def _unet(sources: Sources, shapes: Shapes) -> tuple[UNetSpec, list[Assumption]]:
+def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpec | None:
+    if "unet" not in shapes:
+        return None
     (num_heads, num_head_channels), source = _heads(sources)
-    unet = read_unet(shapes, num_heads=num_heads, num_head_channels=num_head_channels)
+    unet = read_unet(shapes["unet"], num_heads=num_heads, num_head_channels=num_head_channels)
     field = "num_heads" if num_heads else "num_head_channels"
-    value = str(num_heads or num_head_channels)
-    return unet, [Assumption(field=f"unet.{field}", value=value, source=source)]
+    notes.append(assumed(f"unet.{field}", num_heads or num_head_channels, source))
+    return unet
 
 
 def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
@@ -142,15 +107,19 @@ def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
     return (sources.family.num_heads, sources.family.num_head_channels), "family"
 
 
-def _autoencoder(sources: Sources, shapes: Shapes) -> tuple[AutoencoderSpec, list[Assumption]]:
-    field = "autoencoder.latent_scale_factor"
+def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> AutoencoderSpec:
     flag, own = sources.flags.latent_scale_factor, _own_scale_factor(sources)
     if flag is None and own is not None:
-        return read_autoencoder(shapes, latent_scale_factor=own), []
-    factor, assumption = _settle(
-        field, flag, sources.config.latent_scale_factor, sources.family.latent_scale_factor
+        return read_autoencoder(shapes, latent_scale_factor=own)
+    factor = notes.keep(
+        settle(
+            "autoencoder.latent_scale_factor",
+            flag,
+            sources.config.latent_scale_factor,
+            sources.family.latent_scale_factor,
+        )
     )
-    return read_autoencoder(shapes, latent_scale_factor=factor), [assumption]
+    return read_autoencoder(shapes, latent_scale_factor=factor)
 
 
 def _own_scale_factor(sources: Sources) -> float | None:
@@ -170,45 +139,6 @@ def _own_scale_factor(sources: Sources) -> float | None:
     return own
 
 
-def _text_encoder(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assumption]]:
-    clip = read_clip(shapes)
-    head_channels = sources.family.text_head_channels
-    num_heads, of_heads = _settle(
-        "text_encoder.num_heads",
-        None,
-        sources.config.text_num_heads,
-        1 if clip.width % head_channels else clip.width // head_channels,
-    )
-    if clip.width % num_heads:
-        raise ExportError(
-            f"config: cond_stage_config.params.num_attention_heads is {num_heads}, which does not "
-            f"divide the text encoder's width {clip.width}"
-        )
-    activation, of_activation = _settle(
-        "text_encoder.activation",
-        None,
-        sources.config.text_activation,
-        sources.family.text_activation,
-    )
-    # Rows beyond CLIP's vocabulary are words that somebody added after the end token.
-    end_token = min(clip.vocab_size, _CLIP_VOCAB_SIZE) - 1
-    spec = TextEncoderSpec(
-        kind="clip",
-        width=clip.width,
-        num_layers=clip.num_layers,
-        num_heads=num_heads,
-        feed_forward_dim=clip.feed_forward_dim,
-        vocab_size=clip.vocab_size,
-        max_tokens=clip.max_tokens,
-        activation=activation,
-        pad_token_id=end_token,
-    )
-    of_padding = Assumption(
-        field="text_encoder.pad_token_id", value=f"{end_token}", source="family"
-    )
-    return spec, [of_heads, of_activation, of_padding]
-
-
 def _schedule(sources: Sources) -> tuple[tuple[float, ...], list[Assumption]]:
     config, family = sources.config, sources.family
     given = (config.linear_start, config.linear_end, config.num_train_timesteps)
@@ -223,29 +153,38 @@ def _schedule(sources: Sources) -> tuple[tuple[float, ...], list[Assumption]]:
     )
     if schedule.formula is None:
         return schedule.alphas_cumprod, []
-    assumption = Assumption(
-        field="alphas_cumprod", value=str(schedule.formula), source=schedule.formula.source
-    )
-    return schedule.alphas_cumprod, [assumption]
+    note = assumed("alphas_cumprod", schedule.formula, schedule.formula.source)
+    return schedule.alphas_cumprod, [note]
 
 
-def _defaults(sources: Sources, factor: int) -> tuple[SamplingDefaults, list[Assumption]]:
-    flags, family = sources.flags, sources.family
-    native = sources.config.latent_size
-    config = None if native is None else native * factor
-    height, of_height = _settle(
-        "defaults.height", flags.height, config, family.latent_size * factor
+def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> PredictionType:
+    settled = settle(
+        "prediction_type",
+        sources.flags.prediction_type,
+        sources.config.prediction_type,
+        sources.family.prediction_type,
     )
-    width, of_width = _settle("defaults.width", flags.width, config, family.latent_size * factor)
+    return settled[0] if unet is None else notes.keep(settled)
+
+
+def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -> SamplingDefaults:
+    flags, config, family = sources.flags, sources.config, sources.family
+    if family.latent_size is None:
+        native, usual = config.resolution, _FIRST_STAGE_SIZE
+    else:
+        native = None if config.latent_size is None else config.latent_size * factor
+        usual = family.latent_size * factor
     defaults = SamplingDefaults(
-        height=height,
-        width=width,
+        height=notes.keep(settle("defaults.height", flags.height, native, usual)),
+        width=notes.keep(settle("defaults.width", flags.width, native, usual)),
         sampler=family.sampler,
         num_inference_steps=family.num_inference_steps,
-        guidance_scale=family.guidance_scale,
+        guidance_scale=family.guidance_scale if has_null else 1.0,
+        eta=family.eta,
     )
-    of_sampling = [
-        Assumption(field=f"defaults.{name}", value=str(getattr(defaults, name)), source="family")
-        for name in ("sampler", "num_inference_steps", "guidance_scale")
-    ]
-    return defaults, [of_height, of_width, *of_sampling]
+    if family.task != "first-stage":
+        notes += [
+            assumed(f"defaults.{name}", getattr(defaults, name), "family")
+            for name in ("sampler", "num_inference_steps", "guidance_scale", "eta")
+        ]
+    return defaults

@@ -24,7 +24,11 @@ _DTYPES: Mapping[WeightsDType, tuple[np.dtype[Any], ir.DataType]] = {
 
 
 def store_weights(
-    model: ir.Model, path: Path, dtype: WeightsDType, weights: Collection[str]
+    model: ir.Model,
+    path: Path,
+    dtype: WeightsDType,
+    weights: Collection[str],
+    exact: Collection[str] = (),
 ) -> None:
     """Write the weights of `model` to `path` and make the model refer to them.
 
@@ -37,14 +41,15 @@ def store_weights(
         path: The file to write. The model refers to it by its bare name.
         dtype: What to store.
         weights: Names of the initializers that are weights, in float32.
+        exact: Names of weights that are stored in float32 whatever `dtype` is.
     """
-    array_dtype, ir_dtype = _DTYPES[dtype]
     with path.open("wb") as file:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             assert tensor is not None  # an initializer has a value
             if name not in weights or tensor.nbytes <= INLINE_BYTES:
                 continue
+            array_dtype, ir_dtype = _DTYPES["float32" if name in exact else dtype]
             offset = _align(file)
             array = np.ascontiguousarray(tensor.numpy(), dtype=array_dtype)
             length = file.write(array.data)

@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", dest="command")
-    drawing = commands.add_parser("generate", help="draw images from a prompt")
+    drawing = commands.add_parser("generate", help="draw images of what the bundle takes")
     add_generate_arguments(drawing)
     _add_engine_options(drawing.add_argument_group("what runs it"))
     drawing.set_defaults(run=generate)

@@ -1,8 +1,9 @@
 """What the networks of a bundle are called, take and give: the one place shapes are written.
 
 ONNX input and output names, dynamic axes, sample inputs, engine profiles and manifest entries
-are all derived from `COMPONENTS`. An axis is a name; `axis_sizes` says how long the fixed ones
-are for one model, and the dynamic ones are free at run time.
+are all derived from `COMPONENTS`. Which of them a model has, and which inputs, is what
+`manifest.components_of` says. An axis is a name; `axis_sizes` says how long the fixed ones are for
+one model, and the dynamic ones are free at run time.
 """
 
 from collections.abc import Mapping
@@ -54,6 +55,18 @@ COMPONENTS: Mapping[str, Component] = MappingProxyType(
                 name="text_encoder",
                 inputs=(_tensor("tokens", ("batch", "tokens"), "int64"),),
                 outputs=(_tensor("context", ("batch", "tokens", "context_dim")),),
+            ),
+            Component(
+                name="class_embedder",
+                inputs=(_tensor("class_labels", ("batch",), "int64"),),
+                outputs=(_tensor("context", ("batch", "class_tokens", "context_dim")),),
+            ),
+            Component(
+                name="rescaler",
+                inputs=(
+                    _tensor("segmentation", ("batch", "image_height", "image_width"), "int64"),
+                ),
+                outputs=(_tensor("concat", ("batch", "concat_channels", "height", "width")),),
             ),
             Component(
                 name="unet",

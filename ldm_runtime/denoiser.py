@@ -15,7 +15,7 @@ from ldm_runtime.manifest import PredictionType
 
 Float32Array = npt.NDArray[np.float32]
 #: Maps (latents, timesteps, context) to the prediction; latents have unit variance here.
-Network = Callable[[Float32Array, Float32Array, Float32Array], Float32Array]
+Network = Callable[[Float32Array, Float32Array, Float32Array | None], Float32Array]
 
 
 def to_x0(
@@ -86,11 +86,11 @@ class GuidedDenoiser:
 
     Attributes:
         network: Maps latents (N, C, h, w) of unit variance, timesteps (N,) and context (N, T, D)
-            to the prediction, shaped like the latents; all float32. Its context is always one and
-            the same array where guidance is on, and one other where it is off.
+            or None to the prediction, shaped like the latents; all float32. Its context is always
+            one and the same array where guidance is on, and one other where it is off.
         training_sigmas: Noise level of every training timestep.
-        context: Text conditioning, shape (B, T, D) if `guidance_scale` is 1 and else (2B, T, D),
-            the unconditional half first.
+        context: What the network attends to, shape (B, T, D) if `guidance_scale` is 1 and else
+            (2B, T, D), the unconditional half first. None without: then there is no guidance.
         guidance_scale: 1 is the plain conditional model, in a call of half the size.
         prediction_type: What the network was trained to output.
         guidance_rescale: Share of `rescale_guidance`.
@@ -101,7 +101,7 @@ class GuidedDenoiser:
 
     network: Network
     training_sigmas: npt.NDArray[np.float64]
-    context: Float32Array
+    context: Float32Array | None
     guidance_scale: float
     prediction_type: PredictionType
     guidance_rescale: float = 0.0
@@ -111,7 +111,8 @@ class GuidedDenoiser:
         """Predict x0 from `latents` (B, C, h, w) at noise level `sigma`.
 
         Raises:
-            ValueError: The context has another number of rows than the network's batch.
+            ValueError: The context has another number of rows than the network's batch, or there
+                is guidance without context.
         """
         self._check_context(len(latents))
         batch = latents / math.hypot(1.0, sigma)
@@ -135,14 +136,25 @@ class GuidedDenoiser:
     def _conditional(self, batch: Float32Array, timestep: float) -> Float32Array:
         return self._run(batch, timestep, self._conditional_context)
 
-    def _run(self, batch: Float32Array, timestep: float, context: Float32Array) -> Float32Array:
+    def _run(
+        self, batch: Float32Array, timestep: float, context: Float32Array | None
+    ) -> Float32Array:
         return self.network(batch, np.full(len(batch), timestep, dtype=np.float32), context)
 
     @cached_property
-    def _conditional_context(self) -> Float32Array:
-        return self.context if self.guidance_scale == 1 else np.split(self.context, 2)[1]
+    def _conditional_context(self) -> Float32Array | None:
+        if self.context is None or self.guidance_scale == 1:
+            return self.context
+        return np.split(self.context, 2)[1]
 
     def _check_context(self, images: int) -> None:
+        if self.context is None:
+            if self.guidance_scale != 1:
+                raise ValueError(
+                    f"guidance scale {self.guidance_scale} needs a context to steer away from, "
+                    "and there is none; make it 1"
+                )
+            return
         rows = images if self.guidance_scale == 1 else 2 * images
         if len(self.context) != rows:
             raise ValueError(

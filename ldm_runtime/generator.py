@@ -1,14 +1,14 @@
 """Opens a bundle and turns requests into images: the sum of the other rooms.
 
-Every phase is a function of its own over anything with `run` (`conditioning.encode_prompts`,
+Every phase is a function of its own over anything with `run` (`conditioning.encode_conditioning`,
 `sampling.sample_latents`, `images.decode_latents`), so that one network at a time can be in memory
 and the reference images of an export come out of the very loop that draws the deployed ones.
 """
 
 import collections.abc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -30,49 +30,29 @@ from ldm_runtime.backends import (
     get_backend,
 )
 from ldm_runtime.batching import in_order, run_together
-from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.conditioning import conditioning_components, open_tokenizer
 from ldm_runtime.deadline import Deadline
-from ldm_runtime.drawing import Drawer, Drawing, Drawn, Networks, Pass, Timings, open_drawer
-from ldm_runtime.errors import BundleError
-from ldm_runtime.manifest import MANIFEST_NAME, PreviewRecord, load_manifest, sha256_of
+from ldm_runtime.drawing import Drawer, Drawing, Drawn, Pass, Timings, open_drawer
+from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.images import decode_latents, encode_image
+from ldm_runtime.manifest import (
+    MANIFEST_NAME,
+    PreviewRecord,
+    components_of,
+    load_manifest,
+    sha256_of,
+)
+from ldm_runtime.pictures import Picture
 from ldm_runtime.previews import preview_image
-from ldm_runtime.request import GenerationRequest, parse_request, request_to_json
+from ldm_runtime.request import GenerationRequest, parse_request
 from ldm_runtime.resolution import resolve
+from ldm_runtime.results import Result
 from ldm_runtime.sampling import Step, batches, sample_latents
+from ldm_runtime.tokenizers import Tokenizer
+
+__all__ = ["Generator", "Result"]
 
 Float32Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
-    """The pictures of a request.
-
-    Attributes:
-        images: In order; image i came from seed + i.
-        request: The request with nothing left open: what was drawn.
-        latents: (N, C, h, w) in the UNet's scale, as they were decoded.
-        timings: Seconds in "text_encoder", "unet", "vae_decoder" and, if a picture was given or
-            drawn over, "vae_encoder", each with what surrounds it, and "total" from the first to
-            the last, a stream's consumer included. With `run_many` a request's time includes its
-            waiting for others.
-        bundle_sha256: Hash of the bundle's manifest.
-    """
-
-    images: list[Image.Image]
-    request: GenerationRequest
-    latents: Float32Array
-    timings: Mapping[str, float]
-    bundle_sha256: str
-
-    def metadata(self, index: int) -> dict[str, Any]:
-        """Return what to store with image `index`: all that it takes to draw it again, alone."""
-        from ldm_runtime import __version__
-
-        return {
-            "request": request_to_json(self.request.of_image(index)),
-            "bundle_sha256": self.bundle_sha256,
-            "version": __version__,
-        }
 
 
 class Generator:
@@ -115,12 +95,7 @@ class Generator:
         self.backend = choose_backend(backend, self.manifest, bundle=self.bundle)
         self._batch_size = batch_size or 1
         self._sha256 = sha256_of(self.bundle / MANIFEST_NAME)
-        self._tokenizer = open_tokenizer(
-            checked_file(
-                self.bundle, self.manifest, self.manifest.tokenizer_file, hashed=check_hashes
-            ),
-            self.spec,
-        )
+        self._tokenizer = self._open_tokenizer(check_hashes)
         self._source = partial(
             EngineSource,
             bundle=self.bundle,
@@ -131,25 +106,67 @@ class Generator:
             shared=Shared(),
         )
         self._engines = ExitStack()
-        self._image_encoder: Engine | None = None
+        self._opened: dict[str, Engine] = {}
         self._opening = Lock()
         with ExitStack() as opened:
             opened.callback(self._engines.close)
-            self._networks = Networks(
-                text_encoder=self._open_engine("text_encoder"),
-                unet=self._open_engine("unet"),
-                vae_decoder=self._open_engine("vae_decoder"),
-                vae_encoder=self._open_image_encoder,
-            )
+            for name in self._needed_components():
+                self._network(name)
             opened.pop_all()
 
-    def __call__(self, prompt: str, **fields: Any) -> Result:  # noqa: ANN401  (checked one by one)
+    def __call__(self, prompt: str | None = None, **fields: Any) -> Result:  # noqa: ANN401  (checked one by one)
         """Draw what the fields of a `GenerationRequest` say.
 
+        Args:
+            prompt: What to draw, for models that draw what a text says.
+            **fields: Other fields.
+
         Raises:
-            RequestError: A field is unknown, of the wrong type or out of range.
+            RequestError: A field is missing, unknown, of the wrong type or out of range.
         """
-        return self.generate(parse_request({"prompt": prompt, **fields}))
+        given = fields if prompt is None else {"prompt": prompt, **fields}
+        return self.generate(parse_request(given))
+
+    def encode(self, picture: object) -> Float32Array:
+        """Return the latents (1, C, h, w) of a picture, in the UNet's scale.
+
+        They are the autoencoder's times its `latent_scale_factor`: of a KL autoencoder the mean of
+        the posterior, of a VQ autoencoder what comes before the codebook.
+
+        Args:
+            picture: Whatever `Picture.read` can read; sides are multiples of the autoencoder's
+                factor.
+
+        Raises:
+            RequestError: It is no picture, or of another size.
+        """
+        try:
+            pixels = Picture.read(picture).pixels
+            return encode_image(self._network("vae_encoder"), pixels[None], self.spec)
+        except ValueError as error:
+            raise RequestError("picture", str(error)) from error
+
+    def decode(self, latents: Float32Array, *, tile_size: int = 0) -> list[Image.Image]:
+        """Return the pictures of latents (N, C, h, w) in the UNet's scale, such as `encode` gives.
+
+        A VQ autoencoder takes the nearest vectors of its codebook first.
+
+        Args:
+            latents: What to decode.
+            tile_size: Decode in tiles of this many pixels, which bounds memory; 0 is in one piece.
+
+        Raises:
+            RequestError: The latents are not those of this model, or the tiles are too small.
+        """
+        channels = self.spec.autoencoder.embed_dim
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            wanted = f"(images, {channels}, height, width)"
+            raise RequestError("latents", f"have shape {latents.shape}; this model has {wanted}")
+        latents = latents.astype(np.float32, copy=False)
+        try:
+            return decode_latents(self._network("vae_decoder"), latents, self.spec, tile_size)
+        except ValueError as error:
+            raise RequestError("tile_size", str(error)) from error
 
     def generate(
         self, request: GenerationRequest, *, deadline_seconds: float | None = None
@@ -201,7 +218,7 @@ class Generator:
         Requests share calls of the UNet, whatever their prompts, seeds, samplers and guidance,
         where their pictures have the same size. On the CPU every result is what `generate` returns
         at a `batch_size` of 1, bit for bit; there, what needs a single row of the UNet (guidance
-        off) is not shared.
+        off, or a model without) is not shared. A first stage alone draws one after the other.
 
         Args:
             requests: What to draw.
@@ -212,6 +229,8 @@ class Generator:
         """
         _check_positive("max_batch", max_batch)
         resolved = [resolve(request, self.spec) for request in requests]
+        if self.spec.unet is None:
+            return map(self.generate, resolved)
         return self._draw_together(resolved, max_batch)
 
     def close(self) -> None:
@@ -229,16 +248,26 @@ class Generator:
     ) -> None:
         self.close()
 
-    def _open_engine(self, name: str) -> Engine:
-        source = self._source(component=self.manifest.component(name))
-        return self._engines.enter_context(get_backend(self.backend).open_engine(source))
+    def _open_tokenizer(self, check_hashes: bool) -> Tokenizer | None:
+        path = self.manifest.tokenizer_file
+        if path is None:
+            return None
+        file = checked_file(self.bundle, self.manifest, path, hashed=check_hashes)
+        return open_tokenizer(file, self.spec)
 
-    def _open_image_encoder(self) -> Engine:
-        """Return the encoder of images, which the first request with a picture opens."""
+    def _needed_components(self) -> list[str]:
+        """Return the networks that requests take; the encoder of pictures mostly waits for one."""
+        waits = {"vae_encoder"}.difference(conditioning_components(self.spec))
+        return [name for name in components_of(self.spec) if name not in waits]
+
+    def _network(self, name: str) -> Engine:
+        """Return a network, which is opened by who asks for it first."""
         with self._opening:
-            if self._image_encoder is None:
-                self._image_encoder = self._open_engine("vae_encoder")
-            return self._image_encoder
+            if name not in self._opened:
+                source = self._source(component=self.manifest.component(name))
+                engine = get_backend(self.backend).open_engine(source)
+                self._opened[name] = self._engines.enter_context(engine)
+            return self._opened[name]
 
     def _preview_record(self) -> PreviewRecord:
         if self.manifest.preview is None:
@@ -249,10 +278,11 @@ class Generator:
         self, request: GenerationRequest, preview: PreviewRecord | None, deadline: Deadline
     ) -> collections.abc.Generator[Step | Result, None, None]:
         deadline.start()
-        drawer = open_drawer(self._networks, self._tokenizer, request, self.spec)
+        drawer = open_drawer(self._network, self._tokenizer, request, self.spec)
         drawn = []
         for images in batches(request.num_images, self._batch_size):
-            drawing = self._run_passes(drawer.draw(images), self._networks.unet, drawer.timings)
+            unet = partial(self._network, "unet")
+            drawing = self._run_passes(drawer.draw(images), unet, drawer.timings)
             while not isinstance(event := next(drawing), Drawn):
                 deadline.check(event)
                 yield _for_caller(event, preview)
@@ -267,9 +297,9 @@ class Generator:
         def draw(number: int, image: int, unet: Runner) -> Iterator[Drawn]:
             if number not in drawers:  # loops take turns, so that nobody else is opening it
                 request = requests[number]
-                drawers[number] = open_drawer(self._networks, self._tokenizer, request, self.spec)
+                drawers[number] = open_drawer(self._network, self._tokenizer, request, self.spec)
             drawing = drawers[number].draw(range(image, image + 1))
-            for event in self._run_passes(drawing, unet, drawers[number].timings):
+            for event in self._run_passes(drawing, lambda: unet, drawers[number].timings):
                 if isinstance(event, Drawn):
                     yield event
 
@@ -280,7 +310,10 @@ class Generator:
         )
         drawn = in_order(
             run_together(
-                loops, self._networks.unet, max_rows=2 * max_batch, min_rows=self._min_shared_rows
+                loops,
+                self._network("unet"),
+                max_rows=2 * max_batch,
+                min_rows=self._min_shared_rows,
             )
         )
         with closing(drawn):
@@ -294,12 +327,17 @@ class Generator:
         return int(getattr(get_backend(self.backend), "MIN_SHARED_ROWS", 1))
 
     def _run_passes(
-        self, drawing: Drawing, unet: Runner, timings: Timings
+        self, drawing: Drawing, unet: Callable[[], Runner], timings: Timings
     ) -> Iterator[Step | Drawn]:
         """Run the passes of a drawing one after the other; what was drawn comes last."""
-        wanted = next(drawing)
+        advance: Callable[[], Pass] = partial(next, drawing)
         while True:
-            steps = self._sample(wanted, unet)
+            try:
+                wanted = advance()
+            except StopIteration as end:
+                yield end.value
+                return
+            steps = self._sample(wanted, unet())
             while True:
                 with timings.of("unet"):
                     step = next(steps, None)
@@ -307,15 +345,11 @@ class Generator:
                     break
                 last = step
                 yield step
-            try:
-                wanted = drawing.send(last.latents)
-            except StopIteration as end:
-                yield end.value
-                return
+            advance = partial(drawing.send, last.latents)
 
     def _sample(self, wanted: Pass, unet: Runner) -> Iterator[Step]:
         for step in sample_latents(
-            unet, wanted.context, wanted.request, self.spec, wanted.images, wanted.start
+            unet, wanted.conditioning, wanted.request, self.spec, wanted.images, wanted.start
         ):
             index = wanted.steps_before + step.index
             yield replace(step, index=index, total=wanted.total_steps)

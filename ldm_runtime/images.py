@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from ldm_runtime.backends import Runner
 from ldm_runtime.errors import LdmError
 from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.patches import over_patches, runs_in_patches
 from ldm_runtime.pictures import Picture
 from ldm_runtime.tiles import decode_tiled
 
@@ -25,10 +26,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec) -> Float32Array:
-    """Return the latents (B, C, h, w) of pictures, in the UNet's scale.
-
-    These are the means of the autoencoder's posterior. CompVis and diffusers draw from it instead;
-    its deviation is small beside the noise that sampling adds, and a mean is the same every time.
+    """Return the latents (B, C, h, w) of pictures, in the UNet's scale; see `encode_pixels`.
 
     Args:
         engine: The autoencoder's encoder.
@@ -38,16 +36,38 @@ def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec)
     Raises:
         ValueError: A side is not a multiple of the autoencoder's factor.
     """
+    return encode_pixels(engine, to_float(pixels), spec)
+
+
+def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float32Array:
+    """Return the latents (B, C, h, w) of pictures (B, 3, H, W) from -1 to 1, in the UNet's scale.
+
+    Of a KL autoencoder these are the means of its posterior. CompVis and diffusers draw from it
+    instead; its deviation is small beside the noise that sampling adds, and a mean is the same
+    every time. Of a VQ autoencoder they are what comes before the codebook, as CompVis has it.
+
+    Args:
+        engine: The autoencoder's encoder.
+        image: The pictures.
+        spec: The model.
+
+    Raises:
+        ValueError: A side is not a multiple of the autoencoder's factor.
+    """
     factor = spec.autoencoder.factor
-    height, width = pixels.shape[1:3]
+    height, width = image.shape[2:]
     if height % factor or width % factor:
         raise ValueError(
             f"the picture has {width}x{height} pixels; make both sides multiples of {factor}"
         )
-    image = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
     moments: Float32Array = engine.run({"image": image})["moments"]
     mean = moments[:, : spec.autoencoder.embed_dim]
     return mean * float(spec.autoencoder.latent_scale_factor)
+
+
+def to_float(pixels: npt.NDArray[np.uint8]) -> Float32Array:
+    """Turn bytes (B, H, W, 3) into (B, 3, H, W) from -1 to 1."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
 
 
 def resize(picture: Picture, width: int, height: int) -> Picture:
@@ -71,7 +91,7 @@ def decode_latents(
         latents: Latents in the UNet's scale, as `sampling.sample_latents` ends with.
         spec: The model.
         tile_size: Side in pixels of the tiles to decode in, one image at a time; 0 decodes the
-            whole batch at once.
+            whole batch at once. Models that enlarge decode in the patches of `patches` instead.
 
     Raises:
         ValueError: The tile size is not a multiple of the autoencoder's factor, or too small.
@@ -84,9 +104,12 @@ def decode_latents(
     def decode(part: Float32Array) -> Float32Array:
         return engine.run({"latents": part})["image"]
 
-    image = (
-        decode_tiled(decode, latents, factor, tile_size // factor) if tile_size else decode(latents)
-    )
+    if runs_in_patches(spec):
+        image = over_patches(decode, latents, factor)
+    elif tile_size:
+        image = decode_tiled(decode, latents, factor, tile_size // factor)
+    else:
+        image = decode(latents)
     return [Image.fromarray(each) for each in to_uint8(image)]
 
 

@@ -1,4 +1,4 @@
-"""Pictures that a request starts from: what sampling gets of them, and what comes back."""
+"""Pictures that a request has: what sampling starts from, and what of them comes back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from ldm_runtime.manifest import ModelSpec
 from ldm_runtime.masks import composite, latent_mask, outpaint_canvas
 from ldm_runtime.pictures import Picture
 from ldm_runtime.request import GenerationRequest
-from ldm_runtime.sampling import Start
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -23,7 +22,7 @@ class InitImage:
     """The picture of a request in the size that is drawn.
 
     Attributes:
-        picture: What to start from.
+        picture: What there is.
         mask: What of it to draw anew, or None for all of it.
     """
 
@@ -35,8 +34,23 @@ class InitImage:
         return image if self.mask is None else composite(self.picture, image, self.mask)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """What sampling starts from instead of noise.
+
+    Attributes:
+        latents: Clean latents in the UNet's scale, (1, C, h, w) or one for each image.
+        strength: The share of the steps that are made; 0 without any.
+        mask: Where to draw (1) and what to keep (0), (1, 1, h, w), or None for everything.
+    """
+
+    latents: Float32Array
+    strength: float
+    mask: Float32Array | None = None
+
+
 def init_image(request: GenerationRequest) -> InitImage | None:
-    """Return what a resolved request starts from, or None if it starts from noise."""
+    """Return the picture of a resolved request, with what is to be added around it, or None."""
     if request.image is None:
         return None
     assert request.height is not None, "the request is not resolved"
@@ -53,7 +67,7 @@ def init_image(request: GenerationRequest) -> InitImage | None:
 def start_from(
     engine: Runner, init: InitImage, request: GenerationRequest, spec: ModelSpec
 ) -> Start:
-    """Return what sampling starts from.
+    """Return what sampling starts from; of a request without strength it is also where it ends.
 
     Args:
         engine: The autoencoder's encoder.
@@ -61,11 +75,10 @@ def start_from(
         request: A resolved request.
         spec: The model.
     """
-    assert request.strength is not None, "the request is not resolved"
     factor = spec.autoencoder.factor
     return Start(
         latents=encode_image(engine, init.picture.pixels[None], spec),
-        strength=request.strength,
+        strength=0.0 if request.strength is None else request.strength,
         mask=None if init.mask is None else latent_mask(init.mask, factor),
     )
 

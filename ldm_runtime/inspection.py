@@ -44,13 +44,17 @@ def inspect(
 
 
 def readable(description: Mapping[str, Any]) -> str:
-    """Lay a description out for people, one fact a line; of a bundle only what they ask about."""
+    """Lay a description out for people, one fact a line, without what is not there.
+
+    Of a bundle only what people ask about.
+    """
     if description.get("kind") == "bundle":
         description = {
             **description,
             "components": {each["name"]: _summary(each) for each in description["components"]},
             "engines": dict(map(_engine_summary, description.get("engines", ()))),
             "files": len(description["files"]),
+            "preview": _preview_summary(description.get("preview")),
         }
     return "\n".join(_lines(description))
 
@@ -60,7 +64,7 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         if inner := _inner(each):
             yield f"{indent}{key}:"
             yield from _lines(inner, f"{indent}  ")
-        else:
+        elif each is not None:
             yield f"{indent}{key}: {each}"
 
 
@@ -84,6 +88,10 @@ def _summary(component: Mapping[str, Any]) -> str:
         measured = f" (max relative error {max(errors):.1e})" if errors else ""
         parts.append(f"{graph['variant']} graph{measured}")
     return ", ".join(parts)
+
+
+def _preview_summary(preview: Mapping[str, Any] | None) -> str | None:
+    return None if preview is None else f"explains {preview['r2']:.0%} of a picture's colours"
 
 
 def _engine_summary(engine: Mapping[str, Any]) -> tuple[str, str]:

@@ -7,7 +7,10 @@ from types import MappingProxyType
 from typing import Any
 
 from ldm_runtime import request_checks as checks
+from ldm_runtime.class_maps import ClassMap
+from ldm_runtime.embeddings import Embeddings
 from ldm_runtime.errors import RequestError
+from ldm_runtime.layouts import LayoutObject
 from ldm_runtime.noise import NOISES
 from ldm_runtime.pictures import MAX_SIDE, Picture
 from ldm_runtime.request_checks import MAX_SEED
@@ -16,6 +19,7 @@ from ldm_runtime.schedules import SCHEDULES
 
 MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
+MAX_CLASS = 2**31 - 1
 MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 
 #: The schedule of a request whose noise levels are listed in `sigmas`.
@@ -26,8 +30,15 @@ GIVEN = "given"
 class GenerationRequest:
     """What to draw. Fields left at None take the bundle's default, or switch their feature off.
 
+    Which fields say what to draw, and which are welcome besides, depends on the bundle's task:
+    `ldm_runtime.tasks.TASKS` has them all.
+
     Attributes:
-        prompt: What to draw.
+        prompt: What to draw, in words.
+        class_label: What to draw, as the number of a class.
+        layout: What to draw where: labelled boxes.
+        segmentation: What to draw where: a class for every pixel.
+        embeddings: What to draw, as vectors of an encoder that the bundle does not hold.
         negative_prompt: What to steer away from; used where guidance is on.
         plain_prompt: Take prompts literally: no weights `(word:1.2)`, no `BREAK`, cut where the
             text encoder ends.
@@ -52,7 +63,7 @@ class GenerationRequest:
             `seed`, and image i goes towards variation_seed + i.
         variation_strength: How far, 0 (not at all) to 1.
         num_images: How many pictures.
-        image: Picture to start from.
+        image: Picture to start from; to enlarge, fill or encode, if that is the bundle's task.
         strength: How much of it to forget, above 0 to 1; the share of the steps that are made.
         mask_image: What of `image` to draw anew: white yes, black no. Black pixels are kept as
             they are, to the last bit.
@@ -65,7 +76,11 @@ class GenerationRequest:
         RequestError: A field has the wrong type or lies out of range.
     """
 
-    prompt: str
+    prompt: str | None = None
+    class_label: int | None = None
+    layout: tuple[LayoutObject, ...] | None = None
+    segmentation: ClassMap | None = None
+    embeddings: Embeddings | None = None
     negative_prompt: str = ""
     plain_prompt: bool = False
     height: int | None = None
@@ -120,30 +135,38 @@ def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
     """Return the request that `mapping` (JSON, keywords) describes; nothing is converted.
 
     Raises:
-        RequestError: A field is unknown, missing, of the wrong type or out of range.
+        RequestError: A field is unknown, of the wrong type or out of range.
     """
     names = [field.name for field in fields(GenerationRequest)]
     for name in mapping:
         if name not in names:
             raise RequestError(str(name), f"unknown field; a request has {', '.join(names)}")
-    if "prompt" not in mapping:
-        raise RequestError("prompt", "is required; say what to draw")
     # The record checks every value itself, so that Python, the command line and JSON agree.
     return GenerationRequest(**mapping)  # type: ignore[arg-type]
 
 
 def request_to_json(request: GenerationRequest) -> dict[str, Any]:
-    """Return what `parse_request` reads, as JSON values; of pictures what identifies them."""
+    """Return what `parse_request` reads, as JSON values.
+
+    Of pictures, class maps and embeddings it has what identifies them.
+    """
     values = {field.name: getattr(request, field.name) for field in fields(request)}
-    return {
-        name: _description(value) if isinstance(value, Picture) else value
-        for name, value in values.items()
-    }
+    return {name: _description(value) for name, value in values.items()}
 
 
-def _description(picture: Picture) -> dict[str, Any]:
-    width, height = picture.size
-    return {"sha256": picture.sha256, "width": width, "height": height}
+def _description(value: object) -> object:
+    match value:
+        case Picture() | ClassMap():
+            width, height = value.size
+            return {"sha256": value.sha256, "width": width, "height": height}
+        case Embeddings():
+            count, width = value.values.shape
+            return {"sha256": value.sha256, "count": count, "width": width}
+        case LayoutObject():
+            return {"label": value.label, "box": list(value.box)}
+        case tuple():
+            return [_description(each) for each in value]
+    return value
 
 
 _pixels = partial(checks.whole_number, low=1, high=MAX_SIDE)
@@ -153,6 +176,10 @@ _share = partial(checks.number, low=0.0, high=1.0)
 _CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
     {
         "prompt": checks.text,
+        "class_label": partial(checks.whole_number, low=0, high=MAX_CLASS),
+        "layout": checks.layout,
+        "segmentation": checks.class_map,
+        "embeddings": checks.embeddings,
         "negative_prompt": checks.text,
         "plain_prompt": checks.switch,
         "height": _pixels,

@@ -2,13 +2,19 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+from ldm_runtime.class_maps import ClassMap
+from ldm_runtime.embeddings import Embeddings
 from ldm_runtime.errors import RequestError
+from ldm_runtime.layouts import LayoutObject, read_layout
 from ldm_runtime.pictures import Picture
 
 MAX_SEED = 2**64 - 1
 _PAIR = 2
+
+_T = TypeVar("_T")
 
 
 def text(name: str, value: object) -> str:
@@ -87,14 +93,22 @@ def margins(name: str, value: object, *, high: int) -> tuple[int, int, int, int]
 
 def picture(name: str, value: object) -> Picture:
     """Accept whatever `Picture.read` can read."""
-    if isinstance(value, dict) and "sha256" in value:
-        raise RequestError(
-            name, f"is known by its hash alone, {value['sha256']}; give the picture itself"
-        )
-    try:
-        return Picture.read(value)
-    except ValueError as error:
-        raise RequestError(name, str(error)) from error
+    return _read(name, value, Picture.read, "picture")
+
+
+def class_map(name: str, value: object) -> ClassMap:
+    """Accept whatever `ClassMap.read` can read."""
+    return _read(name, value, ClassMap.read, "map")
+
+
+def embeddings(name: str, value: object) -> Embeddings:
+    """Accept whatever `Embeddings.read` can read."""
+    return _read(name, value, Embeddings.read, "array")
+
+
+def layout(name: str, value: object) -> tuple[LayoutObject, ...]:
+    """Accept whatever `read_layout` can read."""
+    return _read(name, value, read_layout, "layout")
 
 
 def shown(value: object) -> str:
@@ -107,3 +121,14 @@ def _items(name: str, value: object) -> Sequence[object]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise RequestError(name, f"must be a list of numbers, got {shown(value)}")
     return value
+
+
+def _read(name: str, value: object, read: Callable[[object], _T], noun: str) -> _T:
+    if isinstance(value, dict) and "sha256" in value:
+        raise RequestError(
+            name, f"is known by its hash alone, {value['sha256']}; give the {noun} itself"
+        )
+    try:
+        return read(value)
+    except ValueError as error:
+        raise RequestError(name, str(error)) from error

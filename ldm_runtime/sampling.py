@@ -1,4 +1,4 @@
-"""The sampling loop: from a request and its context to latents, a step at a time."""
+"""The sampling loop: from a request and its conditioning to latents, a step at a time."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,13 +10,22 @@ from PIL import Image
 
 from ldm_runtime.backends import Runner, Tensors, bind_constants
 from ldm_runtime.brownian import BrownianPath
+from ldm_runtime.conditioning import Conditioning
 from ldm_runtime.denoiser import GuidedDenoiser
 from ldm_runtime.errors import BackendError
+from ldm_runtime.init_image import Start
 from ldm_runtime.manifest import ModelSpec
 from ldm_runtime.masks import MaskedDenoiser
 from ldm_runtime.noise import NOISES, NoiseGenerator
+from ldm_runtime.patches import over_patches, runs_in_patches
 from ldm_runtime.request import GIVEN, GenerationRequest
-from ldm_runtime.resolution import last_sigmas, sampler_of, sigma_table, sigmas_of
+from ldm_runtime.resolution import (
+    last_sigmas,
+    latent_size,
+    sampler_of,
+    sigma_table,
+    sigmas_of,
+)
 from ldm_runtime.samplers import Denoise, Draw
 from ldm_runtime.schedules import initial_scale
 
@@ -47,24 +56,9 @@ class Step:
     previews: tuple[Image.Image, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Start:
-    """What sampling starts from instead of noise.
-
-    Attributes:
-        latents: Clean latents in the UNet's scale, (1, C, h, w) or one for each image.
-        strength: The share of the steps that are made.
-        mask: Where to draw (1) and what to keep (0), (1, 1, h, w), or None for everything.
-    """
-
-    latents: Float32Array
-    strength: float
-    mask: Float32Array | None = None
-
-
 def sample_latents(
     engine: Runner,
-    context: Float32Array,
+    conditioning: Conditioning,
     request: GenerationRequest,
     spec: ModelSpec,
     images: range | None = None,
@@ -76,7 +70,7 @@ def sample_latents(
 
     Args:
         engine: The UNet.
-        context: From `conditioning.encode_prompts`.
+        conditioning: From `conditioning.encode_conditioning`.
         request: A resolved request.
         spec: The model.
         images: Which images; None is all of them.
@@ -91,7 +85,7 @@ def sample_latents(
         sigmas = last_sigmas(sigmas, start.strength)
     assert request.eta is not None, "the request is not resolved"
     noise, draw = _noise(request, spec, images)
-    denoise: Denoise = _denoiser(engine, context, request, spec, len(images))
+    denoise: Denoise = _denoiser(engine, conditioning, request, spec, len(images))
     latents = _first_latents(noise, sigmas, request, start)
     if start is not None and start.mask is not None:
         denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
@@ -152,10 +146,7 @@ def _first_latents(
 
 def _noise(request: GenerationRequest, spec: ModelSpec, images: range) -> tuple[Float32Array, Draw]:
     """Return the first noise of a batch and what draws more, every image from its own seed."""
-    assert request.height is not None, "the request is not resolved"
-    assert request.width is not None, "the request is not resolved"
-    factor = spec.autoencoder.factor
-    shape = (1, spec.unet.out_channels, request.height // factor, request.width // factor)
+    shape = (1, spec.autoencoder.embed_dim, *latent_size(request, spec))
     alone = [request.of_image(index) for index in images]
     generators = [NOISES[request.noise](int(each.seed or 0)) for each in alone]
     first = np.concatenate(
@@ -197,18 +188,33 @@ class _Remembering:
         return self._x0
 
 
-class _BoundNetwork:
-    """The UNet with a context bound once for each array that the denoiser passes."""
+class _UNet:
+    """The UNet as the denoiser has it: a context is bound once, channels are joined every time."""
 
-    def __init__(self, engine: Runner) -> None:
+    def __init__(self, engine: Runner, concat: Float32Array | None, *, in_patches: bool) -> None:
         self._engine = engine
+        self._concat = concat
+        self._in_patches = in_patches
         self._bound: list[tuple[Float32Array, Runner]] = []
 
     def __call__(
-        self, latents: Float32Array, timesteps: Float32Array, context: Float32Array
+        self, latents: Float32Array, timesteps: Float32Array, context: Float32Array | None
     ) -> Float32Array:
-        inputs: Tensors = {"latents": latents, "timesteps": timesteps}
-        return self._runner(context).run(inputs)["prediction"]
+        runner = self._engine if context is None else self._runner(context)
+
+        def predict(part: Float32Array) -> Float32Array:
+            inputs: Tensors = {"latents": part, "timesteps": timesteps}
+            return runner.run(inputs)["prediction"]
+
+        joined = self._joined(latents)
+        return over_patches(predict, joined) if self._in_patches else predict(joined)
+
+    def _joined(self, latents: Float32Array) -> Float32Array:
+        """Lay what conditions the latents behind every row of them."""
+        if self._concat is None:
+            return latents
+        behind = np.repeat(self._concat, len(latents), axis=0)
+        return np.concatenate([latents, behind], axis=1)
 
     def _runner(self, context: Float32Array) -> Runner:
         for known, runner in self._bound:
@@ -221,16 +227,17 @@ class _BoundNetwork:
 
 def _denoiser(
     engine: Runner,
-    context: Float32Array,
+    conditioning: Conditioning,
     request: GenerationRequest,
     spec: ModelSpec,
     batch_size: int,
 ) -> GuidedDenoiser:
     assert request.guidance_scale is not None, "the request is not resolved"
+    context = conditioning.context
     return GuidedDenoiser(
-        network=_BoundNetwork(engine),
+        network=_UNet(engine, conditioning.concat, in_patches=runs_in_patches(spec)),
         training_sigmas=sigma_table(request, spec),
-        context=np.repeat(context, batch_size, axis=0),
+        context=None if context is None else np.repeat(context, batch_size, axis=0),
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
         guidance_interval=request.guidance_interval,

@@ -1,25 +1,22 @@
-"""Reruns a bundle's golden requests on this machine and measures how far they are from torch.
-
-The differences are also what `ldm_export` writes into parity records.
-"""
+"""Reruns a bundle's golden requests on this machine and measures how far they are from torch."""
 
 import logging
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends import (
     Backend,
+    Engine,
     EngineSource,
     Runner,
     Tensors,
@@ -27,19 +24,20 @@ from ldm_runtime.backends import (
     choose_backend,
     get_backend,
 )
-from ldm_runtime.conditioning import encode_prompts, open_tokenizer
+from ldm_runtime.conditioning import conditioning_components, open_tokenizer
+from ldm_runtime.drawing import Drawer, open_drawer
 from ldm_runtime.errors import BundleError, ShapeError
+from ldm_runtime.golden_requests import ATTACHMENTS, REQUEST_FILE, load_golden_request
 from ldm_runtime.images import decode_latents
-from ldm_runtime.manifest import Manifest, WeightsDType, load_manifest
-from ldm_runtime.request import GenerationRequest, parse_request
+from ldm_runtime.manifest import Manifest, ModelSpec, WeightsDType, components_of, load_manifest
+from ldm_runtime.measures import max_relative_error, psnr, relative_l2
+from ldm_runtime.request import GenerationRequest
 from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import batches, sample_latents
 
 _LOGGER = logging.getLogger(__name__)
 
 COMPONENTS_FOLDER = "golden/components"
-#: Networks in the order of drawing.
-TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
 
 Array = npt.NDArray[Any]
 
@@ -102,6 +100,9 @@ def verify(
 ) -> Iterator[Check]:
     """Check every file of a bundle, then rerun its golden outputs, one network at a time.
 
+    Golden images are what the decoder makes of golden latents: nothing is cropped, and of a picture
+    to fill nothing is put back.
+
     Where a backend of limited shapes does not take a network's golden inputs, that network is only
     compared in whole pictures, with a logged sentence.
 
@@ -116,50 +117,85 @@ def verify(
     if not manifest.golden:
         raise BundleError(f"{bundle} has no golden outputs to compare with; export it again")
     chosen = get_backend(choose_backend(backend, manifest, bundle=bundle))
-    bounds = _bounds(chosen, manifest)
-    source = partial(
-        EngineSource, bundle=bundle, manifest=manifest, threads=threads, check_hashes=False
+    verification = _Verification(
+        bundle=bundle,
+        manifest=manifest,
+        backend=chosen,
+        bounds=_bounds(chosen, manifest),
+        threads=threads,
     )
-    goldens = [_load_golden(bundle, manifest, folder) for folder in manifest.golden]
-    contexts: list[Array] = []
-    latents: list[Array] = []
-    for component in sorted(manifest.components, key=lambda each: _phase(each.name)):
-        with chosen.open_engine(source(component=component)) as engine:
-            inputs, expected = _golden_component(component.name, bundle, manifest)
-            outputs = _outputs(chosen, engine, component.name, inputs)
-            yield from _check_component(component.name, outputs, expected, bounds)
-            match component.name:
-                case "text_encoder":
-                    contexts = _contexts(engine, bundle, manifest, goldens)
-                case "unet":
-                    latents = [
-                        _latents(engine, context, golden.request, manifest)
-                        for context, golden in zip(contexts, goldens, strict=True)
-                    ]
-                case "vae_decoder":
-                    for golden, mine in zip(goldens, latents, strict=True):
-                        yield from _check_golden(engine, golden, mine, manifest, bounds)
+    yield from verification.checks()
 
 
-def max_relative_error(actual: Array, expected: Array) -> float:
-    """Return the largest absolute difference over the largest absolute expected value."""
-    difference, scale = _difference(actual, expected), np.abs(expected.astype(np.float64))
-    return _ratio(float(np.abs(difference).max()), float(scale.max()))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Verification:
+    """What is checked, with what, and what it promised."""
 
+    bundle: Path
+    manifest: Manifest
+    backend: Backend
+    bounds: Bounds
+    threads: int | None
 
-def relative_l2(actual: Array, expected: Array) -> float:
-    """Return the Euclidean norm of the difference over that of what was expected."""
-    difference = _difference(actual, expected)
-    return _ratio(
-        float(np.linalg.norm(difference)),
-        float(np.linalg.norm(expected.astype(np.float64).ravel())),
-    )
+    def checks(self) -> Iterator[Check]:
+        """Check every component and every golden request, in the order of drawing."""
+        spec = self.manifest.spec
+        goldens = [_load_golden(self.bundle, self.manifest, path) for path in self.manifest.golden]
+        encoders = _encoders(goldens, spec)
+        with ExitStack() as opened:
+            engines = {name: opened.enter_context(self._open(name)) for name in encoders}
+            for name, engine in engines.items():
+                yield from self._check_component(name, engine)
+            drawers = self._drawers(engines, goldens)
+        latents = [each.start.latents if each.start else np.empty(0) for each in drawers]
+        if spec.unet is not None:
+            with self._open("unet") as unet:
+                yield from self._check_component("unet", unet)
+                latents = [_latents(unet, each) for each in drawers]
+        with self._open("vae_decoder") as decoder:
+            yield from self._check_component("vae_decoder", decoder)
+            for golden, mine in zip(goldens, latents, strict=True):
+                yield from _check_golden(decoder, golden, mine, spec, self.bounds)
+        for name in components_of(spec):
+            if name not in {*encoders, "unet", "vae_decoder"}:
+                with self._open(name) as engine:
+                    yield from self._check_component(name, engine)
 
+    def _open(self, name: str) -> Engine:
+        source = EngineSource(
+            bundle=self.bundle,
+            manifest=self.manifest,
+            component=self.manifest.component(name),
+            threads=self.threads,
+            check_hashes=False,
+        )
+        return self.backend.open_engine(source)
 
-def psnr(actual: Array, expected: Array) -> float:
-    """Return the peak signal-to-noise ratio of two uint8 images in decibels; equal is infinite."""
-    mean_square = float(np.square(_difference(actual, expected)).mean())
-    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
+    def _drawers(self, engines: Mapping[str, Engine], goldens: Sequence[_Golden]) -> list[Drawer]:
+        path, spec = self.manifest.tokenizer_file, self.manifest.spec
+        tokenizer = None if path is None else open_tokenizer(self.bundle / path, spec)
+        return [
+            open_drawer(engines.__getitem__, tokenizer, golden.request, spec) for golden in goldens
+        ]
+
+    def _check_component(self, name: str, engine: Engine) -> Iterator[Check]:
+        inputs, expected = _golden_component(name, self.bundle, self.manifest)
+        outputs = _outputs(self.backend, engine, name, inputs)
+        if outputs is None:
+            return
+        pairs = [(outputs[output], expected[output]) for output in expected]
+        yield Check(
+            subject=name,
+            measure="max_relative_error",
+            value=max(max_relative_error(mine, theirs) for mine, theirs in pairs),
+            bound=self.bounds.max_relative_error,
+        )
+        yield Check(
+            subject=name,
+            measure="relative_l2",
+            value=max(relative_l2(mine, theirs) for mine, theirs in pairs),
+            bound=self.bounds.relative_l2,
+        )
 
 
 def _bounds(backend: Backend, manifest: Manifest) -> Bounds:
@@ -168,23 +204,21 @@ def _bounds(backend: Backend, manifest: Manifest) -> Bounds:
     return BOUNDS["float16" if variant == "fp16" else manifest.weights_dtype]
 
 
-def _phase(name: str) -> int:
-    return TEXT_TO_IMAGE.index(name) if name in TEXT_TO_IMAGE else len(TEXT_TO_IMAGE)
+def _encoders(goldens: Sequence[_Golden], spec: ModelSpec) -> list[str]:
+    """Return the networks that golden requests take before they are sampled."""
+    needed = {*conditioning_components(spec)}
+    if any(golden.request.image is not None for golden in goldens):
+        needed.add("vae_encoder")
+    return [name for name in components_of(spec) if name in needed]
 
 
-def _contexts(
-    engine: Runner, bundle: Path, manifest: Manifest, goldens: list[_Golden]
-) -> list[Array]:
-    tokenizer = open_tokenizer(bundle / manifest.tokenizer_file, manifest.spec)
-    return [encode_prompts(engine, tokenizer, each.request, manifest.spec) for each in goldens]
-
-
-def _latents(
-    engine: Runner, context: Array, request: GenerationRequest, manifest: Manifest
-) -> Array:
+def _latents(unet: Runner, drawer: Drawer) -> Array:
+    """Sample every image alone, as torch did."""
     rows = []
-    for batch in batches(request.num_images, 1):
-        *_, last = sample_latents(engine, context, request, manifest.spec, batch)
+    for images in batches(drawer.request.num_images, 1):
+        *_, last = sample_latents(
+            unet, drawer.conditioning, drawer.request, drawer.spec, images, drawer.start
+        )
         rows.append(last.latents)
     return np.concatenate(rows)
 
@@ -212,25 +246,8 @@ def _outputs(backend: Backend, engine: Runner, name: str, inputs: Tensors) -> Te
         return None
 
 
-def _check_component(
-    name: str, outputs: Tensors | None, expected: Tensors, bounds: Bounds
-) -> Iterator[Check]:
-    if outputs is None:
-        return
-    pairs = [(outputs[output], expected[output]) for output in expected]
-    worst = max(max_relative_error(mine, theirs) for mine, theirs in pairs)
-    yield Check(
-        subject=name,
-        measure="max_relative_error",
-        value=worst,
-        bound=bounds.max_relative_error,
-    )
-    distance = max(relative_l2(mine, theirs) for mine, theirs in pairs)
-    yield Check(subject=name, measure="relative_l2", value=distance, bound=bounds.relative_l2)
-
-
 def _check_golden(
-    engine: Runner, golden: _Golden, latents: Array, manifest: Manifest, bounds: Bounds
+    engine: Runner, golden: _Golden, latents: Array, spec: ModelSpec, bounds: Bounds
 ) -> Iterator[Check]:
     yield Check(
         subject=f"{golden.name} latents",
@@ -239,7 +256,7 @@ def _check_golden(
         bound=None,
     )
     for index, expected in enumerate(golden.images):
-        (image,) = decode_latents(engine, latents[index : index + 1], manifest.spec)
+        (image,) = decode_latents(engine, latents[index : index + 1], spec)
         yield Check(
             subject=f"{golden.name} image {index}",
             measure="psnr",
@@ -250,10 +267,10 @@ def _check_golden(
 
 def _load_golden(bundle: Path, manifest: Manifest, folder: str) -> _Golden:
     locate = partial(checked_file, bundle, manifest, hashed=False)
-    path = locate(f"{folder}/request.json")
-    with _readable(path):
-        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    request = resolve(parse_request(fields), manifest.spec)
+    request = load_golden_request(locate(f"{folder}/{REQUEST_FILE}").parent)
+    for name, attachment in ATTACHMENTS.items():
+        if getattr(request, name) is not None:
+            locate(f"{folder}/{attachment.file}")
     path = locate(f"{folder}/golden.npz")
     with _readable(path), np.load(path, allow_pickle=False) as arrays:
         latents = arrays["latents"]
@@ -262,7 +279,9 @@ def _load_golden(bundle: Path, manifest: Manifest, folder: str) -> _Golden:
         path = locate(f"{folder}/{index}.png")
         with _readable(path), Image.open(path, formats=["PNG"]) as image:
             images.append(np.asarray(image))
-    return _Golden(name=folder, request=request, latents=latents, images=images)
+    return _Golden(
+        name=folder, request=resolve(request, manifest.spec), latents=latents, images=images
+    )
 
 
 @contextmanager
@@ -271,18 +290,3 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path} is malformed: {error}; export the bundle again") from error
-
-
-def _difference(actual: Array, expected: Array) -> npt.NDArray[np.float64]:
-    if actual.shape != expected.shape:
-        raise BundleError(
-            f"golden output has shape {expected.shape}, this bundle produced {actual.shape}; "
-            "export the bundle again"
-        )
-    return (actual.astype(np.float64) - expected).ravel()
-
-
-def _ratio(difference: float, scale: float) -> float:
-    if scale == 0:
-        return math.inf if difference else 0.0
-    return difference / scale

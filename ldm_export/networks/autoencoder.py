@@ -1,8 +1,9 @@
-"""The first stage of latent diffusion: a convolutional autoencoder with a KL posterior.
+"""The first stage of latent diffusion: a convolutional autoencoder, with a codebook or without.
 
 Architecture: Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G, on the VQGAN of
 Esser et al. 2021 (arXiv:2012.09841). Parameter names are those under `first_stage_model.` in
-CompVis checkpoints. Every normalisation has 32 groups and epsilon 1e-6.
+CompVis checkpoints. Every normalisation has 32 groups and epsilon 1e-6. Of a VQ model the encoder
+ends before the codebook and the decoder begins with it: diffusion sees continuous latents.
 """
 
 from itertools import pairwise
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_export.networks.quantizer import Quantizer
 from ldm_runtime.manifest import AutoencoderSpec
 
 _GROUPS = 32
@@ -86,10 +88,10 @@ class Upsample(nn.Module):
 class Middle(nn.Module):
     """The blocks at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, attention: bool) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
+        self.attn_1: nn.Module = AttnBlock(channels) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -133,12 +135,12 @@ class Encoder(nn.Module):
             if index + 1 < len(spec.channel_mult):
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(width)
+        self.mid = Middle(width, attention=spec.middle_attention)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, 2 * spec.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, _halves(spec) * spec.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map (B, image_channels, H, W) in [-1, 1] to (B, 2 z_channels, H/f, W/f)."""
+        """Map (B, image_channels, H, W) in [-1, 1] to (B, z_channels or twice that, H/f, W/f)."""
         hidden = self.conv_in(image)
         for level in self.down:
             hidden = level(hidden)
@@ -153,7 +155,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = spec.channels * spec.channel_mult[-1]
         self.conv_in = nn.Conv2d(spec.z_channels, width, 3, padding=1)
-        self.mid = Middle(width)
+        self.mid = Middle(width, attention=spec.middle_attention)
         levels = []
         for index, mult in reversed(list(enumerate(spec.channel_mult))):
             widths = [width] + [mult * spec.channels] * (spec.num_res_blocks + 1)
@@ -175,34 +177,45 @@ class Decoder(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """The encoding half of the first stage: picture to the moments of the posterior."""
+    """The encoding half of the first stage: picture to what says where its latents are."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
+        halves = _halves(spec)
         self.encoder = Encoder(spec)
-        self.quant_conv = nn.Conv2d(2 * spec.z_channels, 2 * spec.embed_dim, 1)
+        self.quant_conv = nn.Conv2d(halves * spec.z_channels, halves * spec.embed_dim, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map pictures (B, 3, H, W) in [-1, 1] to moments (B, 2 embed_dim, H/f, W/f).
 
-        The first half of the channels is the posterior's mean, the second its log-variance.
+        The first half of the channels is the posterior's mean, the second its log-variance. Of a
+        VQ model there are only latents, (B, embed_dim, H/f, W/f), continuous.
         """
         moments: Tensor = self.quant_conv(self.encoder(image))
         return moments
 
 
 class LatentDecoder(nn.Module):
-    """The decoding half of the first stage: latents to picture."""
+    """The decoding half of the first stage: latents to picture, through the codebook if any."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
+        self.quantize: nn.Module = nn.Identity()
+        if spec.kind == "vq":
+            assert spec.codebook_size is not None  # of that kind it is read off the codebook
+            self.quantize = Quantizer(spec.codebook_size, spec.embed_dim)
         self.post_quant_conv = nn.Conv2d(spec.embed_dim, spec.z_channels, 1)
         self.decoder = Decoder(spec)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map latents (B, embed_dim, h, w), not scaled, to pictures (B, 3, f h, f w)."""
-        image: Tensor = self.decoder(self.post_quant_conv(latents))
+        image: Tensor = self.decoder(self.post_quant_conv(self.quantize(latents)))
         return image
+
+
+def _halves(spec: AutoencoderSpec) -> int:
+    """Return how many numbers say where one number of the latents is."""
+    return 2 if spec.kind == "kl" else 1
 
 
 def _norm(channels: int) -> nn.GroupNorm:

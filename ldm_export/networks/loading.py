@@ -12,7 +12,9 @@ from torch import nn
 
 from ldm_export.errors import WeightsError
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
+from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.clip import ClipTextEncoder
+from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.unet import UNet
 from ldm_runtime.manifest import ModelSpec
 
@@ -32,10 +34,33 @@ class Weight(Protocol):
         ...
 
 
+def _text_encoder(spec: ModelSpec) -> nn.Module:
+    assert spec.text_encoder is not None  # a component that `components_of` lists
+    kind = {"clip": ClipTextEncoder, "bert": BertTextEncoder}[spec.text_encoder.kind]
+    return kind(spec.text_encoder)
+
+
+def _class_embedder(spec: ModelSpec) -> nn.Module:
+    assert spec.class_embedder is not None  # a component that `components_of` lists
+    return ClassEmbedder(spec.class_embedder)
+
+
+def _rescaler(spec: ModelSpec) -> nn.Module:
+    assert spec.rescaler is not None  # a component that `components_of` lists
+    return SpatialRescaler(spec.rescaler)
+
+
+def _unet(spec: ModelSpec) -> nn.Module:
+    assert spec.unet is not None  # a component that `components_of` lists
+    return UNet(spec.unet)
+
+
 _BUILDERS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType(
     {
-        "text_encoder": lambda spec: ClipTextEncoder(spec.text_encoder),
-        "unet": lambda spec: UNet(spec.unet),
+        "text_encoder": _text_encoder,
+        "class_embedder": _class_embedder,
+        "rescaler": _rescaler,
+        "unet": _unet,
         "vae_decoder": lambda spec: LatentDecoder(spec.autoencoder),
         "vae_encoder": lambda spec: LatentEncoder(spec.autoencoder),
     }
@@ -43,7 +68,7 @@ _BUILDERS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType(
 
 
 def build_network(component: str, spec: ModelSpec) -> nn.Module:
-    """Return the network of `component` on the meta device: shapes, no memory."""
+    """Return the network of `component`, which the model has, on the meta device: no memory."""
     with torch.device("meta"):
         network = _BUILDERS[component](spec)
     return network.eval().requires_grad_(False)

@@ -1,14 +1,14 @@
-"""Writes trained weights as a CompVis-style checkpoint with its configuration beside it."""
+"""Writes trained weights as a CompVis-style checkpoint; `config_writer.py` says what they are."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from ldm_runtime.manifest import AutoencoderSpec, TextEncoderSpec, UNetSpec
+# Callers find both halves of a release in one place.
+from config_writer import ModelConfig as ModelConfig
+from config_writer import write_config as write_config
 
 Weights = Mapping[str, Tensor]
 
@@ -30,12 +30,38 @@ def compvis_state(
         unet: The UNet's last weights.
         unet_ema: Their moving average.
     """
-    state = {f"model.diffusion_model.{name}": value for name, value in unet.items()}
+    conditioner = {f"transformer.{name}": value for name, value in text.items()}
+    state = averaged_state(first_stage, conditioner, unet)
     for name, value in unet_ema.items():
-        state["model_ema." + f"diffusion_model.{name}".replace(".", "")] = value
-    state |= {f"first_stage_model.{name}": value for name, value in first_stage.items()}
-    state |= {f"cond_stage_model.transformer.{name}": value for name, value in text.items()}
-    return {name: value.half().contiguous() for name, value in state.items()}
+        state["model_ema." + f"diffusion_model.{name}".replace(".", "")] = _stored(value)
+    return state
+
+
+def averaged_state(first_stage: Weights, conditioner: Weights, unet: Weights) -> dict[str, Tensor]:
+    """Return one set of weights in fp16 under the names of `LatentDiffusion`.
+
+    Where the UNet's last weights and their average do not both fit, the average alone is stored as
+    if it were the weights, as in Stable Diffusion's "ema-pruned" files.
+
+    Args:
+        first_stage: The autoencoder's, by their names in `AutoencoderKL` or `VQModelInterface`.
+        conditioner: Those of `cond_stage_model`, none if it has none.
+        unet: The UNet's.
+    """
+    parts = {
+        "model.diffusion_model": unet,
+        "first_stage_model": first_stage,
+        "cond_stage_model": conditioner,
+    }
+    return {
+        f"{part}.{name}": _stored(value)
+        for part, weights in parts.items()
+        for name, value in weights.items()
+    }
+
+
+def _stored(weight: Tensor) -> Tensor:
+    return weight.half().contiguous()
 
 
 def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
@@ -65,66 +91,3 @@ def schedule_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
         "posterior_mean_coef2": (1 - previous) * alphas.sqrt() / rest,
     }
     return {name: value.float() for name, value in buffers.items()}
-
-
-def write_config(
-    path: Path,
-    *,
-    unet: UNetSpec,
-    autoencoder: AutoencoderSpec,
-    text_encoder: TextEncoderSpec,
-    schedule: tuple[float, float, int],
-    latent_size: int,
-) -> None:
-    """Write what the weights cannot tell, and what they can, as a CompVis configuration."""
-    start, end, timesteps = schedule
-    factors = [2**level for level, depth in enumerate(unet.transformer_depth) if depth]
-    params: dict[str, Any] = {
-        "linear_start": start,
-        "linear_end": end,
-        "timesteps": timesteps,
-        "parameterization": "v",
-        "image_size": latent_size,
-        "channels": unet.in_channels,
-        "scale_by_std": True,
-        "conditioning_key": "crossattn",
-        "unet_config": {
-            "params": {
-                "in_channels": unet.in_channels,
-                "out_channels": unet.out_channels,
-                "model_channels": unet.model_channels,
-                "channel_mult": list(unet.channel_mult),
-                "num_res_blocks": unet.num_res_blocks,
-                "attention_resolutions": factors,
-                "num_heads": unet.num_heads,
-                "use_spatial_transformer": True,
-                "transformer_depth": unet.middle_depth,
-                "context_dim": unet.context_dim,
-                "legacy": False,
-            }
-        },
-        "first_stage_config": {
-            "params": {
-                "embed_dim": autoencoder.embed_dim,
-                "ddconfig": {
-                    "double_z": True,
-                    "z_channels": autoencoder.z_channels,
-                    "resolution": latent_size * autoencoder.factor,
-                    "in_channels": autoencoder.image_channels,
-                    "out_ch": autoencoder.image_channels,
-                    "ch": autoencoder.channels,
-                    "ch_mult": list(autoencoder.channel_mult),
-                    "num_res_blocks": autoencoder.num_res_blocks,
-                    "attn_resolutions": [],
-                    "dropout": 0.0,
-                },
-            }
-        },
-        "cond_stage_config": {
-            "params": {
-                "num_attention_heads": text_encoder.num_heads,
-                "hidden_act": text_encoder.activation,
-            }
-        },
-    }
-    path.write_text(yaml.safe_dump({"model": {"params": params}}, sort_keys=False))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import scenes
+from cycles import Cycle
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_runtime.manifest import AutoencoderSpec
 from trainer import WORK, Trainer
@@ -22,8 +23,10 @@ AUTOENCODER = AutoencoderSpec(
     channel_mult=(1, 1, 2),
     num_res_blocks=1,
     attention_levels=(),
+    middle_attention=True,
     z_channels=4,
     embed_dim=4,
+    codebook_size=None,
     latent_scale_factor=1.0,
 )
 
@@ -75,7 +78,9 @@ def train_autoencoder() -> None:
     model = nn.ModuleDict(
         {"encoder": LatentEncoder(AUTOENCODER), "decoder": LatentDecoder(AUTOENCODER)}
     )
-    trainer = Trainer("autoencoder", model, sum(phase.steps for phase in AUTOENCODER_PHASES))
+    trainer = Trainer(
+        "autoencoder", model, Cycle(end=sum(phase.steps for phase in AUTOENCODER_PHASES))
+    )
 
     def loss_at(step: int) -> Tensor:
         image = as_input(_crops(pictures[:-NUM_CHECKED], step))

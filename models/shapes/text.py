@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import scenes
+from cycles import Cycle
 from first_stage import under
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_runtime.manifest import TextEncoderSpec
@@ -138,7 +139,7 @@ def train_text() -> None:
     lessons = make_lessons()
     torch.manual_seed(0)
     model = DescribingTextEncoder()
-    trainer = Trainer("text", model, STEPS)
+    trainer = Trainer("text", model, Cycle(end=STEPS))
     trained = len(lessons.tokens) - NUM_CHECKED
 
     def loss_at(_: int) -> Tensor:

@@ -4,6 +4,7 @@
     python models/shapes/train.py text          # about 5 minutes on one core
     python models/shapes/train.py diffusion     # about 75 minutes
     python models/shapes/train.py pack          # writes models/shapes/shapes.ckpt and shapes.yaml
+    python models/shapes/train.py unpack        # goes back from shapes.ckpt to where to go on
 
 Every stage goes on from its last saved state, seeds are fixed, and the loss goes to `log.jsonl`.
 """
@@ -22,7 +23,8 @@ from diffusion import (
     train_diffusion,
     training_alphas_cumprod,
 )
-from first_stage import AUTOENCODER, load_latents, train_autoencoder
+from first_stage import AUTOENCODER, load_latents, train_autoencoder, under
+from ldm_export.claims import ema_name
 from text import TEXT_ENCODER, load_text_encoder, train_text
 from trainer import HERE, WORK
 
@@ -53,6 +55,28 @@ def pack() -> None:
     )
 
 
+def unpack() -> None:
+    """Make what the stages go on from out of the packed checkpoint, in fp16 as it is there.
+
+    The state of the optimizer is not in a checkpoint: going on begins with a warm-up.
+    """
+    packed = torch.load(HERE / "shapes.ckpt", weights_only=True)
+    state = {name: value.float() for name, value in packed["state_dict"].items()}
+    encoders = ("encoder.", "quant_conv.")
+    first_stage = {
+        f"{'encoder' if name.startswith(encoders) else 'decoder'}.{name}": value
+        for name, value in under("first_stage_model.", state).items()
+    }
+    text = {f"text.{k}": v for k, v in under("cond_stage_model.transformer.", state).items()}
+    unet = under("model.diffusion_model.", state)
+    averages = {name: state[ema_name(f"model.diffusion_model.{name}")] for name in unet}
+    WORK.mkdir(exist_ok=True)
+    torch.save({"ema": first_stage}, WORK / "autoencoder.pt")
+    torch.save({"ema": text}, WORK / "text.pt")
+    diffusion = {"model": unet, "ema": averages, "optimizer": None}
+    torch.save(diffusion | {"step": packed["global_step"]}, WORK / "diffusion.pt")
+
+
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -61,6 +85,7 @@ def main() -> None:
         "text": train_text,
         "diffusion": train_diffusion,
         "pack": pack,
+        "unpack": unpack,
     }
     parser.add_argument("stage", choices=stages)
     stages[parser.parse_args().stage]()

@@ -1,7 +1,6 @@
 """The training loop that every stage shares: AdamW, an EMA, saved state and a log."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cycles import LEARNING_RATE, Cycle
+
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 EMA_DECAY = 0.999
-LEARNING_RATE = 1e-3
 
 
 class Trainer:
     """AdamW with warm-up and cosine decay, an EMA of the weights, saved state and a log."""
 
-    def __init__(self, name: str, model: nn.Module, steps: int) -> None:
-        self.name, self.model, self.steps, self.step = name, model, steps, 0
+    def __init__(self, name: str, model: nn.Module, *cycles: Cycle) -> None:
+        self.name, self.model, self.cycles, self.step = name, model, cycles, 0
         self.ema = {key: value.clone() for key, value in model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
@@ -28,13 +28,14 @@ class Trainer:
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if state["optimizer"] is not None:  # none where weights come from a checkpoint
+                self.optimizer.load_state_dict(state["optimizer"])
             self.ema, self.step = state["ema"], state["step"]
 
     def run(self, loss_at: Callable[[int], Tensor], check: Callable[[], dict[str, float]]) -> None:
         """Take the steps that are left; `loss_at(step)` must depend on the step alone."""
-        started, total = time.monotonic(), 0.0
-        while self.step < self.steps:
+        started, total, steps = time.monotonic(), 0.0, self.cycles[-1].end
+        while self.step < steps:
             torch.manual_seed(1_000_000 + self.step)
             self._set_learning_rate()
             loss = loss_at(self.step)
@@ -44,10 +45,10 @@ class Trainer:
             self.optimizer.step()
             self.step, total = self.step + 1, total + loss.item()
             self._update_ema()
-            if self.step % 100 == 0 or self.step == self.steps:
+            if self.step % 100 == 0 or self.step == steps:
                 row = {"loss": total / 100, "seconds": time.monotonic() - started}
                 total = 0.0
-                if self.step % 500 == 0 or self.step == self.steps:
+                if self.step % 500 == 0 or self.step == steps:
                     row |= check()
                     self.save()
                 self.log(row)
@@ -73,10 +74,9 @@ class Trainer:
         print(line, flush=True)
 
     def _set_learning_rate(self) -> None:
-        warm = min(1.0, (self.step + 1) / 200)
-        decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        begun = [cycle for cycle in self.cycles if cycle.start <= self.step]
         for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warm * max(decay, 0.01)
+            group["lr"] = begun[-1].rate_at(self.step)
 
     @torch.no_grad()
     def _update_ema(self) -> None:

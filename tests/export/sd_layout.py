@@ -1,4 +1,4 @@
-"""Names and shapes of checkpoints in the Stable Diffusion 1 layout, for tests.
+"""Names and shapes of checkpoints in the CompVis layout, for tests.
 
 Written from the description of the layout and from nothing in `ldm_export`, so that the two can
 disagree.
@@ -36,6 +36,9 @@ class Layout:
     model_channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
+    attention: str = "transformer"
+    scale_shift: bool = False
+    updown: bool = False
     depth: tuple[int, ...] = (1, 1, 1, 0)
     middle_depth: int = 1
     context_dim: int = 768
@@ -45,13 +48,19 @@ class Layout:
     vae_mult: tuple[int, ...] = (1, 2, 4, 4)
     vae_res_blocks: int = 2
     vae_attention: tuple[int, ...] = ()
+    vae_middle: bool = True
+    codebook: int | None = None
     z_channels: int = 4
     embed_dim: int = 4
+    conditioner: str = "clip"
     text_width: int = 768
     text_layers: int = 12
     text_inner: int = 3072
     vocab_size: int = 49408
     max_tokens: int = 77
+    bert_inner: int = 512
+    classes: int = 1000
+    map_classes: int = 182
 
 
 SD1 = Layout()
@@ -99,47 +108,65 @@ def unet_shapes(layout):
     stack, channels, index = [mc], mc, 1
     for level, mult in enumerate(layout.channel_mult):
         for _ in range(layout.num_res_blocks):
-            _unet_res_block(shapes, f"input_blocks.{index}.0", channels, mc * mult, 4 * mc)
+            _unet_res_block(shapes, f"input_blocks.{index}.0", channels, mc * mult, layout)
             channels = mc * mult
-            _transformer(shapes, f"input_blocks.{index}.1", channels, layout.depth[level], layout)
+            _attention(shapes, f"input_blocks.{index}.1", channels, layout.depth[level], layout)
             stack.append(channels)
             index += 1
         if level < len(layout.channel_mult) - 1:
-            shapes.conv(f"input_blocks.{index}.0.op", channels, channels)
+            _resampling(shapes, f"input_blocks.{index}.0", "op", channels, layout)
             stack.append(channels)
             index += 1
-    _unet_res_block(shapes, "middle_block.0", channels, channels, 4 * mc)
-    _transformer(shapes, "middle_block.1", channels, layout.middle_depth, layout)
-    _unet_res_block(shapes, "middle_block.2", channels, channels, 4 * mc)
+    _unet_res_block(shapes, "middle_block.0", channels, channels, layout)
+    _attention(shapes, "middle_block.1", channels, layout.middle_depth, layout)
+    _unet_res_block(shapes, "middle_block.2", channels, channels, layout)
     index = 0
     for level, mult in reversed(list(enumerate(layout.channel_mult))):
         for block in range(layout.num_res_blocks + 1):
             name = f"output_blocks.{index}"
-            _unet_res_block(shapes, f"{name}.0", channels + stack.pop(), mc * mult, 4 * mc)
+            _unet_res_block(shapes, f"{name}.0", channels + stack.pop(), mc * mult, layout)
             channels = mc * mult
-            _transformer(shapes, f"{name}.1", channels, layout.depth[level], layout)
+            _attention(shapes, f"{name}.1", channels, layout.depth[level], layout)
             if level and block == layout.num_res_blocks:
                 position = 2 if layout.depth[level] else 1
-                shapes.conv(f"{name}.{position}.conv", channels, channels)
+                _resampling(shapes, f"{name}.{position}", "conv", channels, layout)
             index += 1
     shapes.norm("out.0", channels)
     shapes.conv("out.2", mc, layout.out_channels)
     return shapes
 
 
-def _unet_res_block(shapes, name, cin, cout, embedding):
+def _unet_res_block(shapes, name, cin, cout, layout):
+    rows = 2 * cout if layout.scale_shift else cout
     shapes.norm(f"{name}.in_layers.0", cin)
     shapes.conv(f"{name}.in_layers.2", cin, cout)
-    shapes.linear(f"{name}.emb_layers.1", embedding, cout)
+    shapes.linear(f"{name}.emb_layers.1", 4 * layout.model_channels, rows)
     shapes.norm(f"{name}.out_layers.0", cout)
     shapes.conv(f"{name}.out_layers.3", cout, cout)
     if cin != cout:
         shapes.conv(f"{name}.skip_connection", cin, cout, 1)
 
 
-def _transformer(shapes, name, channels, depth, layout):
+def _resampling(shapes, name, convolution, channels, layout):
+    if layout.updown:
+        _unet_res_block(shapes, name, channels, channels, layout)
+    else:
+        shapes.conv(f"{name}.{convolution}", channels, channels)
+
+
+def _attention(shapes, name, channels, depth, layout):
     if not depth:
         return
+    if layout.attention == "transformer":
+        _transformer(shapes, name, channels, depth, layout)
+        return
+    shapes.norm(f"{name}.norm", channels)
+    for part, rows in (("qkv", 3 * channels), ("proj_out", channels)):
+        shapes[f"{name}.{part}.weight"] = (rows, channels, 1)
+        shapes[f"{name}.{part}.bias"] = (rows,)
+
+
+def _transformer(shapes, name, channels, depth, layout):
     shapes.norm(f"{name}.norm", channels)
     for part in ("proj_in", "proj_out"):
         if layout.linear_projection:
@@ -160,15 +187,17 @@ def _transformer(shapes, name, channels, depth, layout):
 
 
 def first_stage_shapes(layout):
-    shapes = _Shapes()
-    _encoder(shapes, layout)
-    shapes.conv("quant_conv", 2 * layout.z_channels, 2 * layout.embed_dim, 1)
+    shapes, numbers = _Shapes(), 2 if layout.codebook is None else 1
+    _encoder(shapes, layout, numbers)
+    shapes.conv("quant_conv", numbers * layout.z_channels, numbers * layout.embed_dim, 1)
+    if layout.codebook is not None:
+        shapes["quantize.embedding.weight"] = (layout.codebook, layout.embed_dim)
     shapes.conv("post_quant_conv", layout.embed_dim, layout.z_channels, 1)
     _decoder(shapes, layout)
     return shapes
 
 
-def _encoder(shapes, layout):
+def _encoder(shapes, layout, numbers):
     ch, mults = layout.vae_channels, layout.vae_mult
     shapes.conv("encoder.conv_in", layout.image_channels, ch)
     channels = ch
@@ -180,8 +209,8 @@ def _encoder(shapes, layout):
                 _vae_attention(shapes, f"encoder.down.{level}.attn.{block}", channels)
         if level < len(mults) - 1:
             shapes.conv(f"encoder.down.{level}.downsample.conv", channels, channels)
-    _vae_ends(shapes, "encoder", channels, channels)
-    shapes.conv("encoder.conv_out", channels, 2 * layout.z_channels)
+    _vae_ends(shapes, "encoder", channels, channels, layout)
+    shapes.conv("encoder.conv_out", channels, numbers * layout.z_channels)
 
 
 def _decoder(shapes, layout):
@@ -196,13 +225,14 @@ def _decoder(shapes, layout):
                 _vae_attention(shapes, f"decoder.up.{level}.attn.{block}", channels)
         if level:
             shapes.conv(f"decoder.up.{level}.upsample.conv", channels, channels)
-    _vae_ends(shapes, "decoder", ch * mults[-1], channels)
+    _vae_ends(shapes, "decoder", ch * mults[-1], channels, layout)
     shapes.conv("decoder.conv_out", channels, layout.image_channels)
 
 
-def _vae_ends(shapes, side, middle, last):
+def _vae_ends(shapes, side, middle, last, layout):
     _vae_res_block(shapes, f"{side}.mid.block_1", middle, middle)
-    _vae_attention(shapes, f"{side}.mid.attn_1", middle)
+    if layout.vae_middle:
+        _vae_attention(shapes, f"{side}.mid.attn_1", middle)
     _vae_res_block(shapes, f"{side}.mid.block_2", middle, middle)
     shapes.norm(f"{side}.norm_out", last)
 
@@ -238,6 +268,46 @@ def text_shapes(layout):
     return shapes
 
 
+def bert_shapes(layout):
+    width, inner, shapes = layout.text_width, layout.bert_inner, _Shapes()
+    shapes["transformer.token_emb.weight"] = (layout.vocab_size, width)
+    shapes["transformer.pos_emb.emb.weight"] = (layout.max_tokens, width)
+    for index in range(layout.text_layers):
+        attention, feed_forward = (
+            f"transformer.attn_layers.layers.{2 * index + half}" for half in (0, 1)
+        )
+        shapes.norm(f"{attention}.0", width)
+        for part in ("to_q", "to_k", "to_v"):
+            shapes.linear(f"{attention}.1.{part}", width, inner, bias=False)
+        shapes.linear(f"{attention}.1.to_out", inner, width)
+        shapes.norm(f"{feed_forward}.0", width)
+        shapes.linear(f"{feed_forward}.1.net.0.0", width, layout.text_inner)
+        shapes.linear(f"{feed_forward}.1.net.2", layout.text_inner, width)
+    shapes.norm("transformer.norm", width)
+    return shapes
+
+
+def conditioner_shapes(layout):
+    """Return the tensors under `cond_stage_model.`, those that no network needs included."""
+    match layout.conditioner:
+        case "clip":
+            named = {f"transformer.{name}": shape for name, shape in text_shapes(layout).items()}
+            return named | {"transformer.text_model.embeddings.position_ids": (1, 77)}
+        case "bert":
+            logits = _Shapes()
+            logits.linear("transformer.to_logits", layout.text_width, layout.vocab_size)
+            return bert_shapes(layout) | logits
+        case "class":
+            return {"embedding.weight": (layout.classes, layout.text_width)}
+        case "rescaler":
+            channels = layout.in_channels - layout.out_channels
+            return {"channel_mapper.weight": (channels, layout.map_classes, 1, 1)}
+        case "first stage":
+            return first_stage_shapes(layout)
+        case _:
+            return {}
+
+
 def scaled_linear(start=0.00085, end=0.012, steps=1000):
     betas = np.linspace(start**0.5, end**0.5, steps) ** 2
     return np.cumprod(1.0 - betas)
@@ -248,16 +318,15 @@ def checkpoint(layout=SD1, *, ema=False, schedule=True, dtype="float32"):
     parts = {
         "model.diffusion_model.": unet_shapes(layout),
         "first_stage_model.": first_stage_shapes(layout),
-        "cond_stage_model.transformer.": text_shapes(layout),
+        "cond_stage_model.": conditioner_shapes(layout),
     }
     tensors = {
-        prefix + name: FakeTensor(shape=shape, dtype=dtype)
+        prefix + name: FakeTensor(
+            shape=shape, dtype="int64" if name.endswith("position_ids") else dtype
+        )
         for prefix, shapes in parts.items()
         for name, shape in shapes.items()
     }
-    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = FakeTensor(
-        shape=(1, layout.max_tokens), dtype="int64"
-    )
     if ema:
         tensors["model_ema.decay"] = with_values(0.9999)
         tensors["model_ema.num_updates"] = with_values(7, "int64")

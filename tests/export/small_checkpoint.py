@@ -22,12 +22,15 @@ UNET = UNetSpec(
     model_channels=32,
     channel_mult=(1, 2),
     num_res_blocks=1,
+    attention="transformer",
     transformer_depth=(0, 1),
     middle_depth=1,
     num_heads=8,
     num_head_channels=None,
     context_dim=64,
     linear_projection=False,
+    scale_shift_norm=False,
+    resblock_updown=False,
 )
 AUTOENCODER = AutoencoderSpec(
     kind="kl",
@@ -36,8 +39,10 @@ AUTOENCODER = AutoencoderSpec(
     channel_mult=(1, 1, 2),
     num_res_blocks=1,
     attention_levels=(),
+    middle_attention=True,
     z_channels=4,
     embed_dim=4,
+    codebook_size=None,
     latent_scale_factor=0.18215,
 )
 TEXT_ENCODER = TextEncoderSpec(

@@ -16,10 +16,12 @@ SPEC = ModelSpec(
     unet=UNET,
     autoencoder=AUTOENCODER,
     text_encoder=TEXT_ENCODER,
+    class_embedder=None,
+    rescaler=None,
     alphas_cumprod=tuple(schedule_buffers()["alphas_cumprod"].tolist()),
     prediction_type="epsilon",
     defaults=SamplingDefaults(
-        height=SIZE, width=SIZE, sampler="ddim", num_inference_steps=4, guidance_scale=7.5
+        height=SIZE, width=SIZE, sampler="ddim", num_inference_steps=4, guidance_scale=7.5, eta=0.0
     ),
     assumptions=(),
 )

@@ -17,7 +17,6 @@ from ldm_export.bundle import ExportOptions, export_bundle
 from ldm_export.families import Overrides
 from ldm_export.progress import Silent
 from ldm_runtime import Generator
-from ldm_runtime.components import COMPONENTS
 from ldm_runtime.cuda_driver import find_gpu
 from ldm_runtime.engine_build import _attach_timing_cache, build_plan
 from ldm_runtime.engine_profiles import SizeRange
@@ -26,7 +25,7 @@ from ldm_runtime.engine_store import add_engines, component_files
 from ldm_runtime.engines import EngineRecipe, ProfileRecord, load_engine_records
 from ldm_runtime.errors import EngineBuildError
 from ldm_runtime.inspection import inspect, readable
-from ldm_runtime.manifest import check_file, load_manifest
+from ldm_runtime.manifest import check_file, components_of, load_manifest
 from ldm_runtime.tensorrt_library import import_builder, library_logger
 from tests.export.small_checkpoint import SIZE
 
@@ -116,7 +115,7 @@ def test_a_bundle_gets_engines_that_its_manifest_vouches_for(built_bundle):
     for file in manifest.files:
         check_file(built_bundle, file)
     hashes = {file.path: file.sha256 for file in manifest.files}
-    assert {record.component for record in records} == COMPONENTS.keys()
+    assert {record.component for record in records} == components_of(manifest.spec).keys()
     for record in records:
         assert record.graph_sha256 == hashes[f"{record.component}/model.onnx"]
         assert record.weights_sha256 == hashes[f"{record.component}/weights.bin"]

@@ -106,7 +106,8 @@ def test_a_plan_names_everything_and_writes_nothing(command, small_checkpoint_pa
     )
 
     assert status == 0
-    for word in ("stable-diffusion-1", "text_encoder", "unet", "vae_decoder", "memory", "time"):
+    words = ("stable-diffusion-1", "text-to-image (from prompt)", "text_encoder", "unet")
+    for word in (*words, "vae_decoder", "memory", "time"):
         assert word in out
     assert "defaults.height = 64 (from flag)" in out
     assert written == set()

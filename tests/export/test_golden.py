@@ -3,20 +3,52 @@ import gc
 import logging
 import weakref
 
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_export.bundle import VOCABULARY
-from ldm_export.golden import PROMPTS, golden_requests, write_golden
+import random_checkpoints
+from ldm_export.golden import golden_folders, write_golden
+from ldm_export.golden_inputs import golden_requests
+from ldm_export.networks.loading import build_network
 from ldm_export.reference import TorchEngine
-from ldm_runtime.request import parse_request
+from ldm_export.stages import vocabulary_of
+from ldm_runtime.golden_requests import load_golden_request
+from ldm_runtime.manifest import components_of
 from ldm_runtime.resolution import resolve
+from ldm_runtime.sizes import latent_size
+from ldm_runtime.tasks import can_guide, check_needs
+from released_systems import SYSTEMS
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
+from tests.export.small_systems import SIZE, small_system
 
 FEW_STEPS = 2
+VOCABULARY = vocabulary_of(SPEC)
+#: One system a task, and a second class-conditional one, which has a null class.
+ONE_A_TASK = (
+    "celeba256",
+    "cin256",
+    "cin256-v2",
+    "text2img256",
+    "layout2img-openimages256",
+    "semantic_synthesis256",
+    "bsr_sr",
+    "inpainting_big",
+    "rdm-768",
+    "vq-f4",
+)
+FIELDS = {
+    "unconditional": (),
+    "class-to-image": ("class_label",),
+    "text-to-image": ("prompt",),
+    "layout-to-image": ("layout",),
+    "semantic-synthesis": ("segmentation",),
+    "super-resolution": ("image",),
+    "inpainting": ("image",),
+    "retrieval": ("embeddings",),
+    "first-stage": ("image",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +67,14 @@ def requests():
 @pytest.fixture(scope="module")
 def golden(networks, requests, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
-    names = write_golden(
-        folder, requests, SPEC, VOCABULARY, lambda name: TorchEngine(name, networks[name])
-    )
-    return folder, names
+    write_golden(folder, requests, SPEC, VOCABULARY, lambda name: TorchEngine(name, networks[name]))
+    return folder, golden_folders(requests)
+
+
+@pytest.fixture(params=ONE_A_TASK)
+def released(request):
+    """The spec of a released model; nothing of it is large, because it has no weights."""
+    return random_checkpoints.as_spec(SYSTEMS[request.param])
 
 
 def with_size(height, width):
@@ -49,13 +85,90 @@ def with_size(height, width):
 def test_golden_requests_differ_in_what_can_go_wrong():
     requests = golden_requests(SPEC, 10**6)
 
-    assert len(requests) == len(PROMPTS) == 3
+    assert len(requests) == 3
     assert len({each.sampler for each in requests}) == 3
     assert {each.guidance_scale == 1 for each in requests} == {True, False}
     assert max(each.num_images for each in requests) > 1
     assert any(each.negative_prompt for each in requests)
     assert any(each.eta for each in requests)
     assert 0 in {each.seed for each in requests}
+
+
+def test_the_golden_requests_of_every_task_have_what_it_needs(released):
+    requests = golden_requests(released, 10**6)
+
+    inputs = [[getattr(each, name) for name in FIELDS[released.task]] for each in requests]
+    assert len(requests) == (2 if released.task == "first-stage" else 3)
+    for request in requests:
+        check_needs(request, released)
+        assert resolve(request, released) == request
+    for field in zip(*inputs, strict=True):
+        assert len(set(map(repr, field))) == len(requests)  # no two are of the same input
+    if can_guide(released):
+        guided = dataclasses.replace(released.defaults, guidance_scale=3.0)
+        requests = golden_requests(dataclasses.replace(released, defaults=guided), 10**6)
+        assert [each.guidance_scale for each in requests] == [3.0, 3.0, 1.0]
+    else:
+        scale = None if released.task == "first-stage" else 1.0
+        assert {each.guidance_scale for each in requests} == {scale}
+
+
+def test_the_inputs_of_golden_requests_are_the_same_every_time(released):
+    assert golden_requests(released, 10**6) == golden_requests(released, 10**6)
+
+
+def test_a_golden_request_of_any_task_reads_back_from_the_bundle_as_it_was(released, tmp_path):
+    requests = golden_requests(released, 10**9)[:1]
+    networks = Zeros(released)
+
+    write_golden(tmp_path, requests, released, vocabulary_of(released), networks)
+
+    assert resolve(load_golden_request(tmp_path / "golden/0"), released) == requests[0]
+
+
+class Zeros:
+    """Networks of any size that say nothing: outputs of the right shape, all zeros."""
+
+    def __init__(self, spec):
+        self.spec, self.asked = spec, []
+
+    def __call__(self, name):
+        self.asked.append(name)
+        self.name = name
+        return self
+
+    def run(self, inputs):
+        spec, factor = self.spec, self.spec.autoencoder.factor
+        channels = spec.autoencoder.embed_dim
+        component = components_of(spec)[self.name]
+        (output,), first = component.outputs, inputs[component.inputs[0].name]
+        rows, sides = len(first), first.shape[-2:]
+        shape = {
+            "unet": lambda: (rows, channels, *sides),
+            "vae_decoder": lambda: (rows, 3, sides[0] * factor, sides[1] * factor),
+            "vae_encoder": lambda: (
+                rows,
+                channels * (2 if spec.autoencoder.kind == "kl" else 1),
+                sides[0] // factor,
+                sides[1] // factor,
+            ),
+            "text_encoder": lambda: (*first.shape, spec.text_encoder.width),
+            "class_embedder": lambda: (rows, 1, spec.class_embedder.width),
+            "rescaler": lambda: (rows, 3, sides[0] // factor, sides[1] // factor),
+        }[self.name]()
+        return {output.name: np.zeros(shape, np.float32)}
+
+
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_no_network_is_opened_twice(name, tmp_path):
+    spec = random_checkpoints.as_spec(SYSTEMS[name])
+    networks = Zeros(spec)
+
+    write_golden(tmp_path, golden_requests(spec, 10**9), spec, vocabulary_of(spec), networks)
+
+    assert len(set(networks.asked)) == len(networks.asked)
+    assert set(networks.asked) <= components_of(spec).keys()
+    assert networks.asked[-1] == "vae_decoder"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +185,14 @@ def test_large_models_draw_few_steps():
     small, large = (golden_requests(SPEC, count) for count in (10**7, 10**9))
 
     assert large[0].num_inference_steps < small[0].num_inference_steps
+
+
+def test_large_models_draw_few_latents(released):
+    if released.unet is None:
+        pytest.skip("what a first stage encodes is not sampled")
+
+    for request in golden_requests(released, 10**9):
+        assert max(latent_size(request, released)) <= 32
 
 
 def test_every_request_comes_with_its_latents_and_images(golden, requests):
@@ -94,9 +215,7 @@ def test_a_written_request_reads_back_as_it_was(golden, requests):
     folder, names = golden
 
     for name, request in zip(names, requests, strict=True):
-        fields = msgspec.json.decode((folder / name / "request.json").read_bytes())
-
-        assert resolve(parse_request(fields), SPEC) == request
+        assert resolve(load_golden_request(folder / name), SPEC) == request
 
 
 def test_the_same_golden_outputs_come_out_twice(golden, networks, requests, tmp_path):
@@ -110,6 +229,34 @@ def test_the_same_golden_outputs_come_out_twice(golden, networks, requests, tmp_
         assert (tmp_path / names[0] / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_first_stage_is_shown_by_latents_and_what_they_become(tmp_path):
+    system = small_system("first-stage")
+    engines = {name: engine_of(name, system) for name in ("vae_encoder", "vae_decoder")}
+    requests = golden_requests(system.spec, 0)
+
+    write_golden(tmp_path, requests, system.spec, None, engines.__getitem__)
+
+    for name, request in zip(golden_folders(requests), requests, strict=True):
+        pixels = request.image.pixels[None].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        latents = engines["vae_encoder"].run({"image": pixels})["moments"]
+        (decoded,) = engines["vae_decoder"].run({"latents": latents})["image"]
+        with np.load(tmp_path / name / "golden.npz") as arrays:
+            np.testing.assert_allclose(arrays["latents"], latents, rtol=1e-5, atol=1e-5)
+        with Image.open(tmp_path / name / "0.png") as image:
+            wanted = np.clip(decoded / 2 + 0.5, 0, 1).transpose(1, 2, 0) * 255
+            np.testing.assert_allclose(np.asarray(image), wanted, atol=1)
+    assert requests[0].image.size == (SIZE, SIZE)
+
+
+def engine_of(name, system):
+    """A component of a small system in torch."""
+    network = build_network(name, system.spec)
+    network.load_state_dict(
+        {key: system.state[key] for key, _ in network.named_parameters()}, assign=True
+    )
+    return TorchEngine(name, network)
+
+
 def test_one_network_is_in_memory_at_a_time(networks, requests, tmp_path):
     alive, most = weakref.WeakSet(), []
 
@@ -120,7 +267,7 @@ def test_one_network_is_in_memory_at_a_time(networks, requests, tmp_path):
         alive.add(engine)
         return engine
 
-    write_golden(tmp_path, requests[:1], SPEC, VOCABULARY, open_reference)
+    write_golden(tmp_path, requests, SPEC, VOCABULARY, open_reference)
 
     assert most == [0, 0, 0]
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from ldm_export.errors import CheckpointError
 from ldm_export.inspection import inspect_checkpoint
 from tests.export.sd_layout import TINY, checkpoint, scaled_linear
+from tests.export.small_systems import small_system
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
 SMALL = replace(TINY, model_channels=32, channel_mult=(1, 2), depth=(0, 1), middle_depth=1)
@@ -81,6 +82,18 @@ def test_a_safetensors_checkpoint_is_described(tmp_path):
     assert report["ema_present"] is False
     assert report["weights"] == "model"
     assert report["global_step"] is None
+
+
+def test_only_what_a_model_has_is_described(tmp_path):
+    path = tmp_path / "first stage.ckpt"
+    torch.save({"state_dict": small_system("first-stage").state}, path)
+
+    report = inspect_checkpoint(path)
+
+    assert (report["family"], report["task"]) == ("first-stage-vq", "first-stage")
+    assert report["autoencoder"]["codebook_size"] == 600
+    assert report["components"].keys() == {"vae_decoder", "vae_encoder"}
+    assert {"unet", "text_encoder", "class_embedder", "rescaler"}.isdisjoint(report)
 
 
 def test_a_report_can_be_written_as_json(ckpt):

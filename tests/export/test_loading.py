@@ -6,7 +6,8 @@ import torch
 
 from ldm_export.errors import WeightsError
 from ldm_export.networks.loading import build_network, load_network
-from ldm_runtime.components import COMPONENTS
+from ldm_runtime.manifest import components_of
+from tests.export.paper_networks import CASES, FIRST_STAGE
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
 
@@ -36,7 +37,7 @@ def stored(network):
     return {name: Stored(tensor.numpy()) for name, tensor in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("component", sorted(COMPONENTS))
+@pytest.mark.parametrize("component", sorted(components_of(SPEC)))
 def test_a_loaded_network_is_equal_to_the_one_that_was_stored(component, networks):
     network = networks[component]
 
@@ -47,6 +48,86 @@ def test_a_loaded_network_is_equal_to_the_one_that_was_stored(component, network
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def shapes_of(component, spec):
+    network = build_network(component, spec)
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+
+
+#: Names as the code of the paper gives them, and shapes: one or two of each kind of layer.
+NAMES = {
+    "unet_of_attention_blocks": {
+        "input_blocks.0.0.weight": (32, 7, 3, 3),
+        "input_blocks.1.0.emb_layers.1.weight": (64, 128),
+        "input_blocks.2.0.in_layers.2.weight": (32, 32, 3, 3),  # halves the resolution
+        "input_blocks.3.1.qkv.weight": (192, 64, 1),
+        "input_blocks.3.1.proj_out.weight": (64, 64, 1),
+        "middle_block.1.norm.weight": (64,),
+        "output_blocks.1.2.out_layers.3.weight": (64, 64, 3, 3),  # doubles it
+    },
+    "unet_of_one_head_and_one_token": {
+        "middle_block.1.transformer_blocks.0.attn2.to_k.weight": (96, 48),
+        "input_blocks.2.0.op.weight": (32, 32, 3, 3),
+    },
+    "bert": {
+        "transformer.token_emb.weight": (8192, 96),
+        "transformer.pos_emb.emb.weight": (92, 96),
+        "transformer.attn_layers.layers.0.0.weight": (96,),
+        "transformer.attn_layers.layers.0.1.to_q.weight": (128, 96),
+        "transformer.attn_layers.layers.2.1.to_out.bias": (96,),
+        "transformer.attn_layers.layers.3.1.net.0.0.weight": (384, 96),
+        "transformer.attn_layers.layers.3.1.net.2.weight": (96, 384),
+        "transformer.norm.bias": (96,),
+    },
+    "class_embedder": {"embedding.weight": (11, 48)},
+    "rescaler": {"channel_mapper.weight": (3, 182, 1, 1)},
+    "encoder_without_attention": {
+        "encoder.conv_out.weight": (3, 64, 3, 3),
+        "quant_conv.weight": (3, 3, 1, 1),
+    },
+    "decoder_with_a_codebook": {
+        "quantize.embedding.weight": (1100, 3),
+        "decoder.mid.attn_1.q.weight": (64, 64, 1, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_have_the_names_and_shapes_of_the_papers_checkpoints(case):
+    found = shapes_of(*CASES[case])
+
+    assert NAMES[case].items() <= found.items()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_networks_of_the_paper_load_strictly(case):
+    weights = {
+        name: Stored(np.ones(shape, np.float32)) for name, shape in shapes_of(*CASES[case]).items()
+    }
+    component, spec = CASES[case]
+    dropped = next(iter(weights))
+
+    load_network(component, spec, weights)
+    del weights[dropped]
+
+    with pytest.raises(WeightsError, match=f"missing: {dropped}"):
+        load_network(component, spec, weights)
+
+
+def test_only_attention_that_is_there_has_weights():
+    assert not any("attn" in name for name in shapes_of(*CASES["encoder_without_attention"]))
+
+
+def test_a_codebook_of_another_size_is_not_loaded():
+    weights = {
+        name: Stored(np.ones(shape, np.float32))
+        for name, shape in shapes_of("vae_decoder", FIRST_STAGE).items()
+    }
+    weights["quantize.embedding.weight"] = Stored(np.ones((1000, 3), np.float32))
+
+    with pytest.raises(WeightsError, match=r"quantize\.embedding\.weight \(\(1000, 3\), expected"):
+        load_network("vae_decoder", FIRST_STAGE, weights)
 
 
 def test_a_network_without_weights_takes_no_memory():

@@ -15,7 +15,7 @@ from ldm_export.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, Sample, measu
 from ldm_export.precision import NORMALISATIONS
 from ldm_export.reference import TorchEngine
 from ldm_export.weights_file import INLINE_BYTES
-from ldm_runtime.components import COMPONENTS
+from ldm_runtime.manifest import components_of
 from ldm_runtime.verify import max_relative_error, relative_l2
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
@@ -89,7 +89,7 @@ def samples(name, network, spec, reference=None):
 
 
 def test_samples_have_two_sizes_and_two_batch_sizes():
-    for name, table in COMPONENTS.items():
+    for name, table in components_of(SPEC).items():
         (one, first), (three, second) = sample_inputs(name, SPEC)
 
         assert (one.batch, three.batch) == (1, 3)
@@ -158,7 +158,7 @@ def test_the_decoder_takes_sizes_it_was_never_traced_with(decoder, variant, batc
 @pytest.mark.parametrize("variant", FILES)
 def test_axes_are_those_of_the_table_and_types_are_float32(exported, variant):
     name, _, folder, _ = exported
-    table = COMPONENTS[name]
+    table = components_of(SPEC)[name]
 
     session = onnxruntime.InferenceSession(
         folder / FILES[variant], providers=["CPUExecutionProvider"]
@@ -262,7 +262,7 @@ def test_frequencies_of_timestep_features_are_not_rounded_with_the_weights(tmp_p
             self.out = nn.Linear(320, 4)
 
         def forward(self, latents, timesteps, context):
-            from ldm_export.networks.unet import timestep_embedding
+            from ldm_export.networks.unet_blocks import timestep_embedding
 
             features = timestep_embedding(timesteps, 320)
             scale = self.out(features) + context.mean(dim=(1, 2))[:, None]

@@ -4,7 +4,7 @@ import pytest
 
 from ldm_export.plan import make_plan
 from ldm_runtime.components import COMPONENTS
-from ldm_runtime.manifest import Assumption
+from ldm_runtime.manifest import Assumption, components_of
 from tests.export.small_spec import SPEC
 
 PARAMETERS = {"text_encoder": 123e6, "unet": 860e6, "vae_decoder": 50e6, "vae_encoder": 34e6}
@@ -21,8 +21,29 @@ def test_the_size_of_a_bundle_is_that_of_its_weights(dtype, width):
 def test_every_stage_is_estimated():
     plan = make_plan(SPEC, STABLE_DIFFUSION, "float16")
 
-    assert set(plan.stage_seconds) == {"tokenizer", *COMPONENTS, "preview", "golden"}
+    assert set(plan.stage_seconds) == {"tokenizer", *components_of(SPEC), "preview", "golden"}
     assert all(seconds > 0 for seconds in plan.stage_seconds.values())
+
+
+def test_every_network_there_is_has_an_estimate():
+    plan = make_plan(SPEC, dict.fromkeys(COMPONENTS, 1000), "float16")
+
+    assert COMPONENTS.keys() <= plan.stage_seconds.keys()
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ("unconditional", "task              unconditional\n"),
+        ("layout-to-image", "task              layout-to-image (from layout)\n"),
+        ("inpainting", "(from image and mask_image or outpaint)\n"),
+    ],
+)
+def test_a_plan_says_what_the_model_draws_and_from_what(task, line):
+    plan = make_plan(dataclasses.replace(SPEC, task=task), STABLE_DIFFUSION, "float16")
+
+    assert line in plan.describe()
+    assert "tokenizer" not in plan.stage_seconds
 
 
 def test_stable_diffusion_keeps_its_promises():
@@ -48,7 +69,7 @@ def test_a_plan_names_the_family_the_components_and_every_assumption():
     text = make_plan(spec, STABLE_DIFFUSION, "float16").describe()
 
     assert "stable-diffusion-1 (model weights)" in text
-    assert all(name in text for name in COMPONENTS)
+    assert all(name in text for name in components_of(SPEC))
     assert "860.00 M parameters" in text
     assert "unet.num_heads = 8 (from family)" in text
     assert "GB" in text

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -24,6 +26,29 @@ TIMESTEPS = """unet (float[1] timesteps, float[16] frequencies) => (float[16] fe
     angles = Mul(timesteps, frequencies)
     sines = Sin(angles)
     features = Neg(sines)
+}
+"""
+
+
+CHOICE = """vae_decoder (float[1, 5] x, float[5] codes, float[5] values) => (float[1] y)
+{
+    a = Mul(x, codes)
+    b = Sub(a, codes)
+    index = ArgMax<axis = 1, keepdims = 0>(b)
+    c = Gather(values, index)
+    y = Neg(c)
+}
+"""
+STREAM = """text_encoder (float[1, 4] x, float[4, 4] w, float[4] scale) => (float[1, 4] y)
+{
+    a = LayerNormalization(x, scale)
+    b = MatMul(a, w)
+    c = Gelu(b)
+    d = MatMul(c, w)
+    e = Add(d, scale)
+    f = Add(x, e)
+    g = LayerNormalization(f, scale)
+    y = Neg(g)
 }
 """
 
@@ -140,6 +165,60 @@ def test_everything_that_leads_to_a_sine_is_an_island_and_nothing_after_it():
     assert [each.data_type for each in proto.graph.initializer] == [onnx.TensorProto.FLOAT]
 
 
+def floats(proto):
+    """Outputs of nodes that compute in fp32, casts aside."""
+    inferred = {each.name: each.type.tensor_type.elem_type for each in proto.graph.value_info}
+    return {
+        node.output[0]
+        for node in proto.graph.node
+        if node.op_type != "Cast" and inferred.get(node.output[0]) == onnx.TensorProto.FLOAT
+    }
+
+
+def test_what_is_compared_to_be_chosen_is_an_island_and_what_is_chosen_is_not():
+    constants = {name: np.linspace(1, 2, 5, dtype=np.float32) for name in ("codes", "values")}
+
+    proto = planned(CHOICE, constants, fp16_with_islands)
+
+    assert floats(proto) == {"a", "b"}
+
+
+def test_neighbours_that_fp16_cannot_tell_apart_are_still_told_apart():
+    codes = (1000 + 0.1 * np.arange(5)).astype(np.float32)
+    constants = {"codes": codes, "values": np.arange(5, dtype=np.float32)}
+    inputs = {"x": np.full((1, 5), 2, np.float32)}
+
+    chosen = {
+        plan: as_typed(planned(CHOICE, constants, plan), inputs)
+        for plan in (fp16_with_islands, all_fp16)
+    }
+
+    assert chosen[fp16_with_islands] == -4
+    assert chosen[all_fp16] != -4
+
+
+def test_a_gather_by_a_given_index_is_no_choice():
+    text = CHOICE.replace("index = ArgMax<axis = 1, keepdims = 0>(b)", "index = Cast<to = 7>(b)")
+    text = text.replace("float[1] y", "float[1, 5] y")
+    constants = {name: np.linspace(1, 2, 5, dtype=np.float32) for name in ("codes", "values")}
+
+    proto = planned(text, constants, fp16_with_islands)
+
+    assert floats(proto) == set()
+
+
+@pytest.mark.parametrize("residual_stream", [False, True])
+def test_a_residual_stream_is_an_island_with_the_products_that_add_to_it_if_asked_for(
+    residual_stream,
+):
+    constants = {"w": np.eye(4, dtype=np.float32), "scale": np.ones(4, np.float32)}
+
+    proto = planned(STREAM, constants, partial(fp16_with_islands, residual_stream=residual_stream))
+
+    normalised = {"a", "g"}
+    assert floats(proto) == normalised | ({"d", "e", "f"} if residual_stream else set())
+
+
 def test_the_plan_of_the_cpu_graph_is_fp32_everywhere():
     text, constants, _ = norm_case("InstanceNormalization")
 
@@ -149,5 +228,6 @@ def test_the_plan_of_the_cpu_graph_is_fp32_everywhere():
 
 
 def test_the_manifest_is_told_every_island():
-    assert set(FP32_ISLANDS) == {"timestep features", *NORMALISATIONS}
+    others = {"timestep features", "codebook distances", "residual stream of BERT"}
+    assert set(FP32_ISLANDS) == others | NORMALISATIONS
     assert set(NORMS) == NORMALISATIONS

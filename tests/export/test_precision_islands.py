@@ -11,7 +11,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from ldm_export.networks.unet import Attention
+from ldm_export.networks.attention import Attention
 from ldm_export.onnx_export import OPSET
 from ldm_export.onnx_passes import AssignPrecision
 from ldm_export.precision import all_fp32, fp16_with_islands

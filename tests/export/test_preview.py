@@ -93,6 +93,27 @@ def test_what_is_stored_is_the_posteriors_mean_and_the_averaged_picture(tmp_path
         np.testing.assert_allclose(file["latents"][3], moments[0, :4] * SCALE, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [3, 16])
+def test_the_latents_of_a_codebook_are_taken_as_they_are(channels, tmp_path):
+    """No half of the encoder's output is a variance, and any number of channels can be fitted."""
+    rng = np.random.default_rng(1)
+    matrix = rng.standard_normal((channels, 3))
+    autoencoder = dataclasses.replace(
+        SPEC.autoencoder, kind="vq", z_channels=channels, embed_dim=channels, codebook_size=32
+    )
+
+    def quantisable(inputs):
+        latents = np.einsum("lc,bchw->blhw", matrix, averaged(inputs["image"]))
+        return {"moments": latents.astype(np.float32)}
+
+    record = fit(quantisable, tmp_path, dataclasses.replace(SPEC, autoencoder=autoencoder))
+
+    assert [len(row) for row in record.matrix] == [channels] * 3
+    assert record.r2 == pytest.approx(1, abs=1e-5)
+    inverse = np.array(record.matrix) * autoencoder.latent_scale_factor @ matrix
+    np.testing.assert_allclose(inverse, np.eye(3), atol=1e-3)
+
+
 @pytest.mark.parametrize(("levels", "side"), [(2, 64), (3, 128), (4, 256), (5, 256)])
 def test_pictures_are_at_most_256_pixels_a_side(levels, side, tmp_path):
     autoencoder = dataclasses.replace(SPEC.autoencoder, channel_mult=(1,) * levels)

@@ -101,3 +101,14 @@ def test_a_transposed_view_is_stored_in_its_own_order(tmp_path):
     store_weights(graph_model, tmp_path / "weights.bin", "float32", {"layer.weight"})
 
     np.testing.assert_array_equal(external(graph_model)["layer.weight"].numpy(), matrix)
+
+
+def test_exact_weights_are_not_rounded(tmp_path):
+    graph_model = model()
+
+    store_weights(graph_model, tmp_path / "weights.bin", "float16", WEIGHTS, exact={"out.weight"})
+
+    stored = external(graph_model)
+    assert stored["out.weight"].dtype == ir.DataType.FLOAT
+    np.testing.assert_array_equal(stored["out.weight"].numpy(), SECOND)
+    assert stored["layer.weight"].dtype == ir.DataType.FLOAT16

@@ -15,6 +15,7 @@ import quality
 import quality_page
 import sweep
 from ldm_runtime import Generator
+from ldm_runtime.conditioning import Conditioning
 from ldm_runtime.denoiser import timestep_of
 from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.samplers import SAMPLERS
@@ -205,7 +206,7 @@ def test_the_calls_counted_are_those_the_network_gets(sampler):
     network = FakeEngine(lambda inputs: {"prediction": 0.1 * inputs["latents"]})
     context = np.zeros((2, 16, 8), np.float32)
 
-    for _ in sample_latents(network, context, request, TINY_SPEC):
+    for _ in sample_latents(network, Conditioning(context=context), request, TINY_SPEC):
         pass
 
     assert sweep.count_calls(request, TINY_SPEC) == len(network.calls)
@@ -413,8 +414,7 @@ def test_pictures_show_swapped_guidance_and_a_wrong_sigma(shapes_bundle):
 
     for fault in (dict, swapped_guidance, higher_sigma):
         with Generator(shapes_bundle, backend="onnxruntime") as generator:
-            unet = FaultyNetwork(generator._networks.unet, fault)
-            generator._networks = replace(generator._networks, unet=unet)
+            generator._opened["unet"] = FaultyNetwork(generator._opened["unet"], fault)
             pictures, _ = evaluate.draw_all(generator, exam.wanted, {"num_inference_steps": 10})
         counts[fault] = evaluate.judge_all(exam.wanted, pictures)
         distances[fault] = exams.distance_from(exam.reference, np.stack(pictures))

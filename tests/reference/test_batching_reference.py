@@ -16,7 +16,7 @@ import batching as benchmark
 from ldm_runtime import GenerationRequest
 from ldm_runtime.backends import EngineSource, get_backend
 from ldm_runtime.batching import run_together
-from ldm_runtime.conditioning import encode_prompts, open_tokenizer
+from ldm_runtime.conditioning import encode_conditioning, open_tokenizer
 from ldm_runtime.manifest import load_manifest
 from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import sample_latents
@@ -89,12 +89,14 @@ def test_requests_get_together_bit_for_bit_what_they_get_alone(bundle, threads, 
         resolve(GenerationRequest(**{"num_inference_steps": 3} | each), spec) for each in REQUESTS
     ]
     with open_engine(bundle, "text_encoder", threads) as encoder:
-        contexts = [encode_prompts(encoder, tokenizer, each, spec) for each in requests]
+        conditionings = [
+            encode_conditioning(lambda _: encoder, tokenizer, each, spec) for each in requests
+        ]
 
-    def loop_of(request, context):
-        return lambda engine: sample_latents(engine, context, request, spec)
+    def loop_of(request, conditioning):
+        return lambda engine: sample_latents(engine, conditioning, request, spec)
 
-    loops = [loop_of(*each) for each in zip(requests, contexts, strict=True)]
+    loops = [loop_of(*each) for each in zip(requests, conditionings, strict=True)]
     with open_engine(bundle, "unet", threads) as unet:
         together = [[] for _ in loops]
         for index, step in run_together(loops, unet, max_rows=max_rows, min_rows=2):

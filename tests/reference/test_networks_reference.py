@@ -59,6 +59,19 @@ UNETS = {
         linear_projection=True,
     ),
     "inpainting": replace(UNET, in_channels=9),
+    "layouts_depth_3": replace(
+        UNET,
+        in_channels=3,
+        out_channels=3,
+        channel_mult=(1, 2, 3),
+        transformer_depth=(0, 3, 3),
+        middle_depth=3,
+        num_heads=None,
+        num_head_channels=32,
+    ),
+    "one_head_of_all_channels": replace(
+        UNET, channel_mult=(1, 3, 5), transformer_depth=(0, 1, 1), num_heads=1
+    ),
 }
 AUTOENCODERS = {
     "factor_4": AUTOENCODER,
@@ -102,7 +115,19 @@ def checkpoint_of(prefix, *networks):
 def unets(spec, scale=1.0):
     ours = randomised(UNet(spec), scale=scale)
     state = checkpoint_of("model.diffusion_model.", ours)
-    return ours, load_unet(state, compvis_config(spec, AUTOENCODER))
+    if spec.num_head_channels is None or spec.linear_projection:
+        return ours, load_unet(state, compvis_config(spec, AUTOENCODER))
+    one_head = replace(spec, num_heads=1, num_head_channels=None)
+    theirs = load_unet(state, compvis_config(one_head, AUTOENCODER))
+    return ours, with_heads_of(theirs, spec.num_head_channels)
+
+
+def with_heads_of(twin, channels):
+    """Give every attention heads of a size, which its loader reads with linear layers alone."""
+    for module in twin.modules():
+        if hasattr(module, "to_q"):
+            module.heads, module.scale = module.to_q.out_features // channels, channels**-0.5
+    return twin
 
 
 def autoencoders(spec, scale=1.0):

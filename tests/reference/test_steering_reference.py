@@ -10,7 +10,6 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from ldm_runtime import Generator
-from ldm_runtime.images import encode_image
 from ldm_runtime.pictures import Picture
 from tests.export.small_checkpoint import AUTOENCODER
 from tests.reference.test_pipeline_reference import (
@@ -45,7 +44,7 @@ def picture():
 
 
 def clean_latents(generator, picture):
-    return encode_image(generator._networks.vae_encoder(), picture[None], generator.spec)
+    return generator.encode(picture)
 
 
 def test_the_mean_of_the_posterior_is_that_of_diffusers(pipeline, generator, picture):

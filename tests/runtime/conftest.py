@@ -1,4 +1,4 @@
-"""Fixtures of the runtime's tests: the tiny bundle."""
+"""Fixtures of the runtime's tests: the tiny bundles."""
 
 import shutil
 
@@ -13,6 +13,21 @@ def tiny_bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "engines"
     write_tiny_bundle(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tiny_bundle, tmp_path_factory):
+    """Returns the tiny bundle of a task, written when first asked for; none may be changed."""
+    folders = {"text-to-image": tiny_bundle}
+
+    def find(task):
+        if task not in folders:
+            folder = tmp_path_factory.mktemp(task) / "engines"
+            write_tiny_bundle(folder, task)
+            folders[task] = folder
+        return folders[task]
+
+    return find
 
 
 @pytest.fixture

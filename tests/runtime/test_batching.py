@@ -7,19 +7,28 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ldm_runtime import GenerationRequest
+from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.backends import BoundInputs, EngineSource, get_backend
 from ldm_runtime.batching import in_order, run_together
+from ldm_runtime.conditioning import Conditioning
+from ldm_runtime.drawing import open_drawer
 from ldm_runtime.errors import ShapeError
 from ldm_runtime.manifest import load_manifest
 from ldm_runtime.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.sampling import sample_latents
-from ldm_runtime.testing import TINY_SPEC, FakeEngine
+from ldm_runtime.testing import (
+    TINY_SPEC,
+    FakeEngine,
+    tiny_networks,
+    tiny_requests,
+    tiny_spec,
+)
 
 SECONDS = 30  # what no test here takes unless a thread waits for ever
 
@@ -532,8 +541,9 @@ def test_requests_of_every_kind_get_together_bit_for_bit_what_they_get_alone(une
     contexts = np.random.default_rng(0).normal(size=(len(requests), 2, 16, 8)).astype(np.float32)
 
     def loop_of(request, context):
-        context = context[1:] if request.guidance_scale == 1 else context
-        return lambda engine: sample_latents(engine, context, request, TINY_SPEC)
+        rows = context[1:] if request.guidance_scale == 1 else context
+        conditioning = Conditioning(context=rows)
+        return lambda engine: sample_latents(engine, conditioning, request, TINY_SPEC)
 
     loops = [loop_of(*each) for each in zip(requests, contexts, strict=True)]
     together = [[] for _ in loops]
@@ -543,3 +553,44 @@ def test_requests_of_every_kind_get_together_bit_for_bit_what_they_get_alone(une
     for loop, found in zip(loops, together, strict=True):
         alone = [step.latents for step in loop(unet)]
         np.testing.assert_array_equal(found, alone)
+
+
+@pytest.mark.parametrize("max_rows", [3, 4, 8])
+@pytest.mark.parametrize("task", ["unconditional", "super-resolution", "inpainting"])
+def test_requests_without_context_get_together_bit_for_bit_what_they_get_alone(
+    bundle_of, task, max_rows
+):
+    spec = tiny_spec(task)
+    networks = {name: FakeEngine(each) for name, each in tiny_networks(task).items()}
+    drawers = [
+        open_drawer(networks.__getitem__, None, resolve(replace(request, **change), spec), spec)
+        for request in tiny_requests(task)
+        for change in ({"num_images": 2}, {"num_images": 2, "seed": 9}, {"num_images": 1})
+    ]
+
+    def loop_of(drawer):
+        return lambda engine: sample_latents(
+            engine, drawer.conditioning, drawer.request, spec, start=drawer.start
+        )
+
+    loops = [loop_of(drawer) for drawer in drawers]
+    with Generator(bundle_of(task), threads=1) as generator:
+        unet = Counting(generator._network("unet"))
+        together = [[] for _ in loops]
+        for index, step in run_together(loops, unet, max_rows=max_rows, min_rows=2):
+            together[index].append(step.latents)
+        calls, unet.calls = unet.calls, 0
+        for loop, found in zip(loops, together, strict=True):
+            np.testing.assert_array_equal(found, [step.latents for step in loop(unet)])
+    assert (calls < unet.calls) == (max_rows > 3)
+
+
+class Counting:
+    """Counts the calls of a network."""
+
+    def __init__(self, runner):
+        self.runner, self.calls = runner, 0
+
+    def run(self, inputs):
+        self.calls += 1
+        return self.runner.run(inputs)

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -11,9 +12,14 @@ from PIL import Image
 import ldm_runtime
 from ldm_runtime.backends import BACKENDS, get_backend
 from ldm_runtime.cli import build_parser, main
+from ldm_runtime.cli_requests import read_requests
+from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
 from ldm_runtime.images import read_metadata
-from ldm_runtime.request import GenerationRequest
+from ldm_runtime.manifest import encode_manifest, load_manifest
+from ldm_runtime.request import GenerationRequest, parse_request
+from ldm_runtime.testing import tiny_spec, write_tiny_bundle
+from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE
 
 
 @pytest.fixture
@@ -147,13 +153,228 @@ def test_a_bad_line_of_requests_is_one_sentence_that_names_it(
     assert message.format(path) in capsys.readouterr().err
 
 
-def test_a_prompt_comes_from_one_place(draw, capsys):
-    assert draw() == 2
-    assert (
-        "prompt: is required; say what to draw, or give --requests FILE" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["red"], "prompt"),
+        (["--class-label", "3"], "class_label"),
+        (["--layout", "boxes.json"], "layout"),
+        (["--seed", "0"], "seed"),
+        (["--plain-prompt"], "plain_prompt"),
+    ],
+)
+def test_a_field_comes_from_one_place(draw, capsys, flags, field):
+    status = draw(*flags, "--requests", "r.jsonl")
+
+    assert status == 2
+    assert capsys.readouterr().err == (
+        f"error: {field}: does not go with --requests, whose lines have their own\n"
     )
-    assert draw("red", "--requests", "r.jsonl") == 2
-    assert "prompt: does not go with --requests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("class-to-image", "class_label: this bundle is class-to-image: give --class-label 3"),
+        (
+            "text-to-image",
+            'prompt: this bundle is text-to-image: give a prompt, such as "a red circle"',
+        ),
+        ("layout-to-image", "layout: this bundle is layout-to-image: give --layout boxes.json"),
+        (
+            "semantic-synthesis",
+            "segmentation: this bundle is semantic-synthesis: give --segmentation map.png",
+        ),
+        ("super-resolution", "image: this bundle is super-resolution: give --image photo.png"),
+        (
+            "inpainting",
+            "image: this bundle is inpainting: give --image photo.png and "
+            "--mask-image mask.png or --outpaint 0,0,64,0",
+        ),
+        ("retrieval", "embeddings: this bundle is retrieval: give --embeddings vectors.npy"),
+        ("first-stage", "image: this bundle is first-stage: give --image photo.png"),
+    ],
+)
+def test_what_the_bundle_needs_is_said_with_the_flag_to_give(
+    tiny_bundle, tmp_path, capsys, task, sentence
+):
+    manifest = dataclasses.replace(load_manifest(tiny_bundle), spec=tiny_spec(task))
+    (tmp_path / "manifest.json").write_bytes(encode_manifest(manifest))
+
+    status = main(["generate", "--bundle", str(tmp_path)])
+
+    assert status == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_a_prompt_for_a_bundle_that_takes_none_is_one_sentence(tiny_bundle, tmp_path, capsys):
+    manifest = dataclasses.replace(load_manifest(tiny_bundle), spec=tiny_spec("unconditional"))
+    (tmp_path / "manifest.json").write_bytes(encode_manifest(manifest))
+
+    status = main(["generate", "a red circle", "--bundle", str(tmp_path)])
+
+    assert status == 2
+    assert capsys.readouterr().err == (
+        "error: prompt: means nothing to this bundle, which is unconditional; leave it out\n"
+    )
+
+
+def asked(task, *arguments):
+    """The one request that a command line means for a bundle of some task."""
+    args = build_parser().parse_args(["generate", *map(str, arguments)])
+    (request,) = read_requests(args, tiny_spec(task))
+    return request
+
+
+#: Flags for what a task needs, and the size of what comes out.
+COMMANDS = {
+    "unconditional": ([], (16, 16)),
+    "class-to-image": (["--class-label", "dog", "--label-names", "names.txt"], (16, 16)),
+    "text-to-image": (["a red circle"], (16, 16)),
+    "layout-to-image": (["--layout", "boxes.json"], (16, 16)),
+    "semantic-synthesis": (["--segmentation", "map.png"], (32, 24)),
+    "super-resolution": (["--image", "photo.png"], (64, 48)),
+    "inpainting": (["--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
+    "retrieval": (["--embeddings", "vectors.npy"], (16, 16)),
+    "first-stage": (["--image", "photo.png"], (32, 24)),
+}
+
+
+@pytest.mark.parametrize("task", COMMANDS)
+def test_every_task_is_drawn_from_the_command_line(tmp_path, monkeypatch, names, task):
+    flags, size = COMMANDS[task]
+    monkeypatch.chdir(tmp_path)
+    write_tiny_bundle(tmp_path / "engines", task)
+    Image.fromarray(MAP).save("map.png")
+    for name in ("photo.png", "mask.png"):
+        Image.fromarray(PICTURE + 255).save(name)
+    np.save("vectors.npy", NEEDED["retrieval"]["embeddings"])
+    (tmp_path / "boxes.json").write_text(json.dumps([BOX]))
+
+    status = main(["generate", *flags, "--seed", "5"])
+
+    assert status == 0
+    path = tmp_path / "out/0000-seed5.png"
+    with Image.open(path) as image:
+        assert image.size == size
+    request = read_metadata(path)["request"]
+    assert {name for name, value in request.items() if value is not None} >= set(NEEDED[task])
+
+
+@pytest.fixture
+def names(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("cat\nred circle\ndog\nbird\n")
+    return path
+
+
+def test_a_class_is_a_number_or_a_name(names):
+    assert asked("class-to-image", "--class-label", 2).class_label == 2
+    named = asked("class-to-image", "--class-label", "red circle", "--label-names", names)
+    assert named.class_label == 1
+
+
+def test_a_layout_is_a_file_with_numbers_or_names_for_labels(tmp_path, names):
+    path = tmp_path / "boxes.json"
+    numbered = [{"label": 2, "box": [0, 0, 0.5, 1]}, {"label": 1, "box": [0.5, 0, 1, 1]}]
+    expected = parse_request({"layout": numbered}).layout
+    path.write_text(json.dumps(numbered))
+
+    assert asked("layout-to-image", "--layout", path).layout == expected
+
+    numbered[0]["label"] = "dog"
+    path.write_text(json.dumps(numbered))
+
+    assert asked("layout-to-image", "--layout", path, "--label-names", names).layout == expected
+
+
+def test_a_map_and_embeddings_are_files(tmp_path):
+    Image.fromarray(MAP).save(tmp_path / "map.png")
+    np.save(tmp_path / "vectors.npy", NEEDED["retrieval"]["embeddings"])
+
+    request = asked("semantic-synthesis", "--segmentation", tmp_path / "map.png")
+    retrieval = asked("retrieval", "--embeddings", tmp_path / "vectors.npy")
+
+    np.testing.assert_array_equal(request.segmentation.ids, MAP)
+    np.testing.assert_array_equal(retrieval.embeddings.values, NEEDED["retrieval"]["embeddings"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "layout: {} is no JSON"),
+        ('[{"label": "cow", "box": [0, 0, 1, 1]}]', "layout: object 0: no label is called 'cow'; "),
+        ('[{"label": "cat"}]', "layout: "),
+        ("[3]", "layout: "),
+        ("3", "layout: "),
+    ],
+)
+def test_a_bad_layout_file_is_one_sentence(tmp_path, names, content, message):
+    path = tmp_path / "boxes.json"
+    path.write_text(content)
+
+    with pytest.raises(RequestError) as caught:
+        asked("layout-to-image", "--layout", path, "--label-names", names)
+
+    assert str(caught.value).startswith(message.format(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "with_names", "message"),
+    [
+        ("cat", False, "'cat' is a name; give --label-names FILE, or a number"),
+        ("dogs", True, "no label is called 'dogs'"),
+        ("-1", False, "must lie between 0 and"),
+        ("9", True, "9 is no class of this bundle; give 0 to 3"),
+    ],
+)
+def test_a_class_that_is_unknown_is_one_sentence(names, label, with_names, message):
+    more = ("--label-names", names) if with_names else ()
+
+    with pytest.raises(RequestError) as caught:
+        asked("class-to-image", f"--class-label={label}", *more)
+
+    assert str(caught.value).startswith(f"class_label: {message}")
+
+
+@pytest.mark.parametrize("flag", ["--layout", "--segmentation", "--embeddings", "--label-names"])
+def test_a_file_that_is_not_there_is_one_sentence(draw, tmp_path, capsys, flag):
+    nowhere = str(tmp_path / "nowhere")
+
+    status = draw(flag, nowhere)
+
+    error = capsys.readouterr().err
+    assert status == 2
+    assert nowhere in error
+    assert error.count("\n") == 1
+
+
+def test_lines_of_requests_may_hold_what_any_task_takes(tmp_path, names):
+    path = tmp_path / "r.jsonl"
+    layout = [{"label": "dog", "box": [0, 0, 1, 1]}]
+    path.write_text(json.dumps({"layout": layout, "seed": 3}))
+
+    request = asked("layout-to-image", "--requests", path, "--label-names", names)
+
+    assert [each.label for each in request.layout] == [2]
+
+    Image.fromarray(MAP).save(tmp_path / "map.png")
+    path.write_text(json.dumps({"segmentation": str(tmp_path / "map.png")}))
+
+    assert asked("semantic-synthesis", "--requests", path).segmentation.size == (32, 24)
+
+
+def test_a_line_that_lacks_what_the_bundle_needs_is_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"layout": []}\n\n{"seed": 3}')
+
+    with pytest.raises(RequestError) as caught:
+        asked("layout-to-image", "--requests", path)
+
+    assert str(caught.value) == (
+        f"requests: {path}, line 3: layout: this bundle is layout-to-image: give layout"
+    )
 
 
 def test_a_preview_file_shows_what_is_being_drawn(draw, tmp_path):

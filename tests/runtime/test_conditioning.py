@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ldm_runtime.conditioning import MAX_CHUNKS, encode_prompts
-from ldm_runtime.errors import RequestError
+from ldm_runtime.conditioning import MAX_CHUNKS, encode_conditioning, open_tokenizer
+from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.request import GenerationRequest
-from ldm_runtime.testing import TINY_SPEC, FakeEngine
-from ldm_runtime.tokenizers import ClipTokenizer
+from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_spec
+from ldm_runtime.tokenizers import ClipTokenizer, WordPieceTokenizer
 
 LETTERS = ClipTokenizer([])  # every letter is a token, and so is a comma
 START, END, PAD = LETTERS.start_id, LETTERS.end_id, 7
@@ -37,7 +37,10 @@ def text_encoder():
 
 def encode(engine=None, model=None, **fields):
     request = GenerationRequest(**{"prompt": "", "guidance_scale": 3.0, **fields})
-    return encode_prompts(engine or text_encoder(), LETTERS, request, model or spec())
+    engines = {"text_encoder": engine or text_encoder()}
+    conditioning = encode_conditioning(engines.__getitem__, LETTERS, request, model or spec())
+    assert conditioning.concat is None
+    return conditioning.context
 
 
 def padded(text, pad=PAD):
@@ -209,3 +212,50 @@ def test_weights_that_leave_nothing_to_scale_are_refused():
 
     with pytest.raises(RequestError, match="prompt: its weights cancel each other"):
         encode(engine, spec(max_tokens=4), prompt="(a:-3)", guidance_scale=1.0)
+
+
+WORDS = WordPieceTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "cat", "##s", ","])
+
+
+def test_prompts_of_a_bert_model_are_framed_and_padded_its_way():
+    engine = text_encoder()
+    model = spec(kind="bert", pad_token_id=0)
+    request = GenerationRequest(prompt="Red cats, dog", guidance_scale=3.0)
+
+    encode_conditioning(lambda _: engine, WORDS, request, model)
+
+    # The negative prompt is empty; "dog" is unknown.
+    assert token_rows(engine) == [(2, 3, 0, 0, 0, 0, 0, 0), (2, 5, 6, 7, 8, 1, 3, 0)]
+
+
+def test_prompts_of_a_bert_model_have_weights_and_chunks_too():
+    engine = text_encoder()
+    request = GenerationRequest(prompt="(red:1.5) BREAK cats", guidance_scale=1.0)
+
+    found = encode_conditioning(
+        lambda _: engine, WORDS, request, spec(kind="bert", pad_token_id=0)
+    ).context
+
+    assert token_rows(engine) == [(2, 5, 3, 0, 0, 0, 0, 0), (2, 6, 7, 3, 0, 0, 0, 0)]
+    plain = text_encoder().run({"tokens": np.array([token_rows(engine)[1]])})["context"]
+    np.testing.assert_array_equal(found[:, MAX_TOKENS:], plain)
+    assert found.shape == (1, 2 * MAX_TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [("clip", ["#version: 0.2", "r e"]), ("bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])],
+)
+def test_each_kind_of_text_encoder_has_its_tokenizer(tmp_path, kind, lines):
+    path = tmp_path / "vocabulary"
+    path.write_text("\n".join([*lines, ""]))
+    other = {"clip": "bert", "bert": "clip"}[kind]
+
+    assert open_tokenizer(path, spec(kind=kind)).token_ids("red")
+    with pytest.raises(BundleError, match="export the bundle again"):
+        open_tokenizer(path, spec(kind=other))
+
+
+def test_a_vocabulary_without_a_text_encoder_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="this first-stage model has no text encoder"):
+        open_tokenizer(tmp_path / "vocabulary", tiny_spec("first-stage"))

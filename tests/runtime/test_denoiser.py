@@ -290,3 +290,26 @@ def test_a_context_of_another_length_is_refused_before_the_network_runs(
         denoiser(normal(1, 4, 3, 3), 1.0)
 
     assert network.calls == []
+
+
+def test_without_context_the_network_is_run_once_a_row_and_never_guided():
+    calls = []
+
+    def network(latents, timesteps, context):
+        calls.append((latents.shape, timesteps.shape, context))
+        return 0.5 * latents
+
+    denoise = guided(network, context=None, guidance_scale=1.0)
+    latents = normal(3, 4, 2, 2)
+
+    found = denoise(latents, 1.0)
+
+    assert calls == [((3, 4, 2, 2), (3,), None)]
+    np.testing.assert_allclose(found, latents - 0.5 * latents / math.sqrt(2), rtol=1e-6)
+
+
+def test_guidance_without_context_is_refused():
+    denoise = guided(FakeNetwork(), context=None, guidance_scale=2.0)
+
+    with pytest.raises(ValueError, match=r"guidance scale 2\.0 needs a context"):
+        denoise(normal(1, 4, 2, 2), 1.0)

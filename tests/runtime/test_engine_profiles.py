@@ -12,8 +12,9 @@ from ldm_runtime.engine_profiles import (
     resolve_shapes,
 )
 from ldm_runtime.errors import EngineBuildError
+from ldm_runtime.manifest import components_of
 from ldm_runtime.resolution import size_step
-from ldm_runtime.testing import TINY_SPEC
+from ldm_runtime.testing import TINY_SPEC, tiny_spec
 
 #: Stable Diffusion 1 as far as shapes go: f = 8, four levels, 77 tokens of 768, 512 pixels.
 SD = replace(
@@ -108,7 +109,7 @@ def test_every_profile_is_ordered_and_has_the_axes_of_the_component_table(native
     spec = sized(native[0] * step, native[1] * step)
     shapes = resolve_shapes(spec, SizeRange(max_batch=batch, static=static))
 
-    for name in ROWS_AN_IMAGE:
+    for name in components_of(spec):
         profiles = component_profiles(name, spec, shapes)
         assert [each.input for each in profiles] == [each.name for each in COMPONENTS[name].inputs]
         for each, tensor in zip(profiles, COMPONENTS[name].inputs, strict=True):
@@ -118,3 +119,68 @@ def test_every_profile_is_ordered_and_has_the_axes_of_the_component_table(native
             assert all(length % 8 == 0 for ends in lengths for length in ends)
             chunks = [ends for axis, *ends in axes if axis == "context_tokens"]
             assert all(ends == [77, 77, 77 if static else 308] for ends in chunks)
+
+
+def test_every_component_can_become_an_engine():
+    assert {*ROWS_AN_IMAGE} == {*COMPONENTS}
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"), [("class-to-image", 2), ("layout-to-image", 2), ("unconditional", 1)]
+)
+def test_models_that_cannot_be_guided_take_one_row_an_image(task, rows):
+    spec = tiny_spec(task)
+    static = SizeRange(static=True, max_batch=3)
+
+    _, best, most = profile("unet", "timesteps", spec=spec)
+    (always,) = {*profile("unet", "timesteps", static, spec=spec)}
+
+    assert (best, most, always) == ((rows,), (4 * rows,), (3 * rows,))
+
+
+def test_a_class_embedder_without_null_class_cannot_be_guided():
+    spec = tiny_spec("class-to-image")
+    spec = replace(spec, class_embedder=replace(spec.class_embedder, null_class=None))
+
+    assert profile("class_embedder", "class_labels", spec=spec) == ((1,), (1,), (4,))
+
+
+@pytest.mark.parametrize("task", ["unconditional", "super-resolution", "inpainting"])
+def test_a_unet_without_cross_attention_has_no_profile_of_a_context(task):
+    spec = tiny_spec(task)
+
+    profiles = component_profiles("unet", spec, resolve_shapes(spec, SizeRange()))
+
+    assert [each.input for each in profiles] == ["latents", "timesteps"]
+    assert {each.opt[1] for each in profiles[:1]} == {spec.unet.in_channels}
+
+
+@pytest.mark.parametrize(
+    ("task", "lengths"),
+    [("class-to-image", (1, 1, 1)), ("layout-to-image", (11, 11, 11)), ("retrieval", (1, 1, 21))],
+)
+def test_the_context_is_as_long_as_its_task_makes_it(task, lengths):
+    found = profile("unet", "context", spec=tiny_spec(task))
+
+    assert tuple(shape[1] for shape in found) == lengths
+
+
+def test_enlarging_engines_are_made_for_a_patch_and_serve_any_smaller_picture():
+    spec = tiny_spec("super-resolution")
+
+    assert profile("unet", "latents", spec=spec) == (
+        (1, 6, 2, 2),
+        (1, 6, 128, 128),
+        (4, 6, 128, 128),
+    )
+    assert profile("vae_decoder", "latents", spec=spec)[2] == (4, 3, 128, 128)
+
+
+def test_a_first_stage_alone_has_engines_too():
+    spec = tiny_spec("first-stage")
+
+    assert profile("vae_encoder", "image", spec=spec) == (
+        (1, 3, 8, 8),
+        (1, 3, 16, 16),
+        (4, 3, 24, 24),
+    )

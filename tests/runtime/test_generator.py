@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ldm_runtime import GenerationRequest, Generator, Result, Step
-from ldm_runtime.conditioning import encode_prompts, open_tokenizer
+from ldm_runtime.conditioning import Conditioning, encode_conditioning, open_tokenizer
 from ldm_runtime.errors import BackendError, BundleError, ManifestError, RequestError
 from ldm_runtime.images import decode_latents
 from ldm_runtime.noise import TorchCpuGenerator
@@ -97,15 +97,16 @@ def test_ddim_without_noise_is_euler(generator):
 
 
 def _unet():
-    return FakeEngine(tiny_networks()["unet"]), np.ones((2, 16, 8), dtype=np.float32)
+    context = np.ones((2, 16, 8), dtype=np.float32)
+    return FakeEngine(tiny_networks()["unet"]), Conditioning(context=context)
 
 
 def test_sampling_starts_from_torchs_noise_of_each_seed():
-    engine, context = _unet()
+    engine, conditioning = _unet()
     request = resolved(seed=6, num_images=2)
     sigmas = sigmas_of(request, TINY_SPEC)
 
-    next(sample_latents(engine, context, request, TINY_SPEC))
+    next(sample_latents(engine, conditioning, request, TINY_SPEC))
 
     noise = np.stack([TorchCpuGenerator(seed).randn((4, 8, 8)) for seed in (6, 7)])
     first = noise * initial_scale(sigmas, "leading") / math.hypot(1, sigmas[0])
@@ -113,10 +114,11 @@ def test_sampling_starts_from_torchs_noise_of_each_seed():
 
 
 def test_guidance_runs_both_halves_in_one_call_and_none_runs_one_half():
-    engine, context = _unet()
+    engine, conditioning = _unet()
+    cond = Conditioning(context=conditioning.context[1:])
 
-    list(sample_latents(engine, context, resolved(num_images=3), TINY_SPEC))
-    list(sample_latents(engine, context[:1], resolved(guidance_scale=1), TINY_SPEC))
+    list(sample_latents(engine, conditioning, resolved(num_images=3), TINY_SPEC))
+    list(sample_latents(engine, cond, resolved(guidance_scale=1), TINY_SPEC))
 
     assert [len(call["latents"]) for call in engine.calls] == [6] * 4 + [1] * 4
     assert [len(call["context"]) for call in engine.calls] == [6] * 4 + [1] * 4
@@ -137,9 +139,9 @@ def test_steps_count_up_and_end_with_what_is_decoded(generator):
 
 
 def test_the_latents_of_a_step_are_what_the_network_is_fed_next():
-    engine, context = _unet()
+    engine, conditioning = _unet()
 
-    steps = list(sample_latents(engine, context, resolved(guidance_scale=3), TINY_SPEC))
+    steps = list(sample_latents(engine, conditioning, resolved(guidance_scale=3), TINY_SPEC))
 
     for step, call in zip(steps[:-1], engine.calls[1:], strict=True):
         np.testing.assert_array_equal(np.split(call["latents"], 2)[1], step.latents)
@@ -153,7 +155,9 @@ def test_a_network_that_always_sees_the_same_picture_draws_it_along_a_straight_l
     sigmas = sigmas_of(request, spec)
     start = TorchCpuGenerator(3).randn((1, 4, 8, 8)) * initial_scale(sigmas, "leading")
 
-    steps = list(sample_latents(engine, np.ones((1, 16, 8), dtype=np.float32), request, spec))
+    steps = list(
+        sample_latents(engine, Conditioning(context=np.ones((1, 16, 8), dtype="f4")), request, spec)
+    )
 
     for step in steps:
         expected = 0.25 + (start - 0.25) * step.sigma / sigmas[0]
@@ -186,8 +190,8 @@ def test_a_step_belongs_to_the_caller(generator):
 
 
 def test_closing_a_stream_cancels_the_rest():
-    engine, context = _unet()
-    steps = sample_latents(engine, context, resolved(num_inference_steps=50), TINY_SPEC)
+    engine, conditioning = _unet()
+    steps = sample_latents(engine, conditioning, resolved(num_inference_steps=50), TINY_SPEC)
 
     next(steps)
     steps.close()
@@ -317,9 +321,10 @@ def test_the_context_has_the_negative_prompt_first(tiny_bundle):
     tokenizer = open_tokenizer(tiny_bundle / "tokenizer/merges.txt", TINY_SPEC)
     request = resolved(negative_prompt="blue")
 
-    guided = encode_prompts(engine, tokenizer, request, TINY_SPEC)
-    plain = encode_prompts(
-        engine, tokenizer, dataclasses.replace(request, guidance_scale=1), TINY_SPEC
+    unguided = dataclasses.replace(request, guidance_scale=1)
+    guided, plain = (
+        encode_conditioning(lambda _: engine, tokenizer, each, TINY_SPEC).context
+        for each in (request, unguided)
     )
 
     assert guided.shape == (2, 16, 8)
@@ -332,8 +337,8 @@ def test_the_phases_draw_what_the_generator_draws(tiny_bundle, generator):
     tokenizer = open_tokenizer(tiny_bundle / "tokenizer/merges.txt", TINY_SPEC)
     engines = {name: FakeEngine(network) for name, network in tiny_networks().items()}
 
-    context = encode_prompts(engines["text_encoder"], tokenizer, request, TINY_SPEC)
-    *_, last = sample_latents(engines["unet"], context, request, TINY_SPEC)
+    conditioning = encode_conditioning(engines.__getitem__, tokenizer, request, TINY_SPEC)
+    *_, last = sample_latents(engines["unet"], conditioning, request, TINY_SPEC)
     images = decode_latents(engines["vae_decoder"], last.latents, TINY_SPEC)
 
     assert [image.tobytes() for image in images] == pixels(generator.generate(request))
@@ -345,9 +350,8 @@ def test_a_network_that_produces_nan_or_infinity_is_an_error_and_no_picture(valu
     def broken(inputs):
         return {"prediction": np.full_like(inputs["latents"], value)}
 
-    steps = sample_latents(
-        FakeEngine(broken), np.ones((2, 16, 8), dtype=np.float32), resolved(), TINY_SPEC
-    )
+    conditioning = Conditioning(context=np.ones((2, 16, 8), dtype=np.float32))
+    steps = sample_latents(FakeEngine(broken), conditioning, resolved(), TINY_SPEC)
 
     with pytest.raises(BackendError, match="NaN or infinity in step 1 of 4"):
         next(steps)

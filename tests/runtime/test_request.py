@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_runtime.errors import RequestError
+from ldm_runtime.layouts import LayoutObject
 from ldm_runtime.request import (
     MAX_SEED,
     GenerationRequest,
@@ -13,13 +15,13 @@ from ldm_runtime.request import (
 )
 
 PICTURE = np.zeros((8, 8, 3), dtype=np.uint8)
+BOX = {"label": 3, "box": [0.25, 0, 1, 0.5]}
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("prompt", 3),
-        ("prompt", None),
         ("prompt", b"bytes"),
         ("prompt", "half a \ud800 pair"),
         ("negative_prompt", None),
@@ -75,6 +77,32 @@ PICTURE = np.zeros((8, 8, 3), dtype=np.uint8)
         ("hires_scale", 0.5),
         ("hires_strength", 0.0),
         ("tile_size", -1),
+        ("class_label", -1),
+        ("class_label", True),
+        ("class_label", "cat"),
+        ("class_label", 2.0),
+        ("layout", "boxes.json"),
+        ("layout", {"label": 3, "box": [0, 0, 1, 1]}),
+        ("layout", [3]),
+        ("layout", [{"label": 3}]),
+        ("layout", [BOX | {"name": "cat"}]),
+        ("layout", [BOX | {"label": -1}]),
+        ("layout", [BOX | {"label": "cat"}]),
+        ("layout", [BOX | {"label": True}]),
+        ("layout", [BOX | {"box": [0, 0, 1]}]),
+        ("layout", [BOX | {"box": [0, 0, 1, 1.5]}]),
+        ("layout", [BOX | {"box": [0, 0, math.nan, 1]}]),
+        ("layout", [BOX | {"box": [0.5, 0, 0.25, 1]}]),
+        ("segmentation", 3),
+        ("segmentation", "no/such/file.png"),
+        ("segmentation", np.zeros((8, 8), dtype=np.float32)),
+        ("segmentation", np.zeros((8, 8, 3), dtype=np.uint8)),
+        ("segmentation", {"sha256": "abc", "width": 8, "height": 8}),
+        ("embeddings", 3),
+        ("embeddings", "no/such/file.npy"),
+        ("embeddings", np.full((1, 8), np.nan, dtype=np.float32)),
+        ("embeddings", np.zeros((0, 8), dtype=np.float32)),
+        ("embeddings", {"sha256": "abc", "count": 1, "width": 8}),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_its_field_from_python_and_from_json(field, value):
@@ -97,9 +125,9 @@ def test_an_unknown_field_is_an_error_that_lists_the_known_ones():
     assert caught.value.field == "guidance"
 
 
-def test_a_request_without_a_prompt_is_an_error():
-    with pytest.raises(RequestError, match="prompt: is required"):
-        parse_request({"seed": 1})
+def test_a_request_need_not_have_a_prompt_because_not_every_model_takes_one():
+    assert parse_request({"seed": 1}) == GenerationRequest(seed=1)
+    assert parse_request({"seed": 1, "prompt": None}) == GenerationRequest(seed=1)
 
 
 def test_an_error_shows_only_the_beginning_of_a_huge_value():
@@ -153,3 +181,48 @@ def test_json_says_of_a_picture_what_identifies_it_and_of_the_rest_everything():
     assert parse_request(values | {"image": PICTURE}) == request
     with pytest.raises(RequestError, match=r"image: is known by its hash alone"):
         parse_request(values)
+
+
+def test_a_layout_is_the_same_from_records_and_from_json():
+    objects = (LayoutObject(label=3, box=(0.25, 0.0, 1.0, 0.5)),)
+
+    request = GenerationRequest(layout=objects)
+
+    assert parse_request({"layout": [BOX]}) == request
+    assert json.loads(json.dumps(request_to_json(request)))["layout"] == [BOX]
+
+
+def test_json_says_of_maps_and_embeddings_what_identifies_them():
+    request = GenerationRequest(
+        segmentation=np.zeros((4, 6), dtype=np.uint8), embeddings=np.ones((2, 8), dtype=np.float32)
+    )
+
+    values = json.loads(json.dumps(request_to_json(request)))
+
+    assert values["segmentation"] == {
+        "sha256": request.segmentation.sha256,
+        "width": 6,
+        "height": 4,
+    }
+    assert values["embeddings"] == {"sha256": request.embeddings.sha256, "count": 2, "width": 8}
+    with pytest.raises(RequestError, match=r"segmentation: is known by its hash alone"):
+        parse_request(values)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"class_label": 3},
+        {"layout": [BOX, BOX]},
+        {"segmentation": np.zeros((4, 6), dtype=np.uint8)},
+        {"embeddings": np.ones((2, 8), dtype=np.float32)},
+    ],
+)
+def test_requests_with_equal_conditions_are_equal_and_hash_alike(fields):
+    first, second, other = parse_request(fields), parse_request(fields), GenerationRequest()
+
+    assert first == second != other
+    assert hash(first) == hash(second)
+    assert dataclasses.replace(first, seed=3, num_images=2).of_image(1) == dataclasses.replace(
+        first, seed=4
+    )

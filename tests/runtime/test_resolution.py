@@ -13,19 +13,27 @@ from ldm_runtime.resolution import (
     TILE_LATENTS,
     hires_size,
     last_sigmas,
+    latent_size,
     resolve,
     sigma_table,
     sigmas_of,
     size_step,
 )
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.testing import TINY_SPEC
-
-PICTURE = np.zeros((24, 32, 3), dtype=np.uint8)
+from ldm_runtime.testing import TINY_SPEC, tiny_spec
+from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE
 
 
 def resolved(**fields):
     return resolve(parse_request({"prompt": "a red circle", **fields}), TINY_SPEC)
+
+
+def resolved_for(task, **fields):
+    return resolve(parse_request(NEEDED[task] | fields), tiny_spec(task))
+
+
+def picture(height, width):
+    return np.zeros((height, width, 3), dtype=np.uint8)
 
 
 def test_resolving_fills_every_field_from_the_model_and_the_sampler():
@@ -243,3 +251,170 @@ def test_every_sampler_can_take_a_schedule_that_repeats_a_timestep(sampler):
 
     assert any(sigma == sigma_next for sigma, sigma_next in pairwise(sigmas))
     assert np.isfinite(last).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "latents"), [(10, 14, (10, 14)), (9, 14, (10, 14)), (1, 3, (2, 4))]
+)
+def test_a_picture_to_enlarge_has_the_size_of_its_latents(height, width, latents):
+    request = resolved_for("super-resolution", image=picture(height, width))
+
+    assert (request.height, request.width) == (2 * height, 2 * width)
+    assert latent_size(request, tiny_spec("super-resolution")) == latents
+
+
+def test_elsewhere_latents_are_the_picture_divided_by_the_factor():
+    request = resolved(height=24, width=40)
+
+    assert latent_size(request, TINY_SPEC) == (12, 20)
+
+
+def test_a_picture_is_enlarged_by_the_factor_and_to_nothing_else():
+    same = resolved_for("super-resolution", image=picture(9, 14), height=18, width=28)
+
+    assert (same.height, same.width) == (18, 28)
+    with pytest.raises(RequestError) as caught:
+        resolved_for("super-resolution", image=picture(9, 14), width=64)
+    assert str(caught.value) == (
+        "width: is 64, but the image enlarged 2 times has 28; leave it out"
+    )
+
+
+def test_a_picture_too_large_to_be_enlarged_is_an_error_of_the_picture():
+    with pytest.raises(RequestError, match=r"image: makes 2x16386 .* at most 8192 a side"):
+        resolved_for("super-resolution", image=picture(8193, 1))
+
+
+def test_a_map_decides_the_size_unless_a_size_is_asked_for():
+    odd = np.zeros((23, 33), dtype=np.uint8)
+
+    def size(**fields):
+        request = resolved_for("semantic-synthesis", **fields)
+        return request.height, request.width
+
+    assert size(segmentation=MAP) == (24, 32)
+    assert size(segmentation=odd) == (20, 32)
+    assert size(segmentation=odd, height=64) == (64, 32)
+    assert size(segmentation=MAP, image=picture(40, 40)) == (24, 32)
+
+
+def test_a_picture_to_fill_is_drawn_in_its_own_size():
+    request = resolved_for("inpainting", image=picture(23, 33))
+
+    assert (request.height, request.width) == (20, 32)
+
+
+def test_margins_around_a_picture_to_fill_make_a_size_that_can_be_drawn():
+    request = parse_request({"image": PICTURE, "outpaint": (4, 0, 0, 8)})
+    odd = dataclasses.replace(request, outpaint=(3, 0, 0, 0))
+
+    resolved_request = resolve(request, tiny_spec("inpainting"))
+
+    assert (resolved_request.height, resolved_request.width) == (32, 36)
+    with pytest.raises(RequestError, match=r"outpaint: makes 35x24 .* 32x24 can be drawn"):
+        resolve(odd, tiny_spec("inpainting"))
+
+
+def test_a_first_stage_rounds_to_its_factor_alone_and_samples_nothing():
+    spec = tiny_spec("first-stage")
+
+    request = resolved_for("first-stage", image=picture(23, 35))
+
+    assert size_step(spec) == 2
+    assert (request.height, request.width) == (22, 34)
+    assert latent_size(request, spec) == (11, 17)
+    assert request == GenerationRequest(
+        image=request.image, height=22, width=34, seed=0, tile_size=0
+    )
+
+
+def test_a_first_stage_keeps_a_seed_and_gives_one_picture():
+    assert resolved_for("first-stage", seed=5).seed == 5
+    with pytest.raises(RequestError, match="num_images: means nothing"):
+        resolved_for("first-stage", num_images=2)
+
+
+def test_the_bundle_says_how_much_fresh_noise_its_own_sampler_adds():
+    defaults = dataclasses.replace(TINY_SPEC.defaults, eta=1.0)
+    spec = dataclasses.replace(TINY_SPEC, defaults=defaults)
+
+    def eta(**fields):
+        return resolve(GenerationRequest(prompt="red", **fields), spec).eta
+
+    assert eta() == 1.0
+    assert eta(sampler="ddim") == 1.0
+    assert eta(eta=0.5) == 0.5
+    assert eta(sampler="euler") == 0.0
+    assert eta(sampler="euler_ancestral") == 1.0
+
+
+def test_eta_of_a_bundle_whose_sampler_has_none_changes_nothing():
+    defaults = dataclasses.replace(TINY_SPEC.defaults, sampler="euler", eta=1.0)
+
+    request = resolve(
+        GenerationRequest(prompt="red"), dataclasses.replace(TINY_SPEC, defaults=defaults)
+    )
+
+    assert request.eta == 0.0
+
+
+@pytest.mark.parametrize("label", [0, 3])
+def test_every_class_but_the_null_class_can_be_drawn(label):
+    assert resolved_for("class-to-image", class_label=label).class_label == label
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "message"),
+    [
+        (
+            "class-to-image",
+            {"class_label": 4},
+            "class_label: 4 stands for no class of this bundle; give 0 to 3",
+        ),
+        (
+            "class-to-image",
+            {"class_label": 5},
+            "class_label: 5 is no class of this bundle; give 0 to 3",
+        ),
+        (
+            "layout-to-image",
+            {"layout": [BOX] * 4},
+            "layout: has 4 objects; this bundle takes at most 3",
+        ),
+        (
+            "layout-to-image",
+            {"layout": [BOX, BOX | {"label": 100}]},
+            "layout: object 1 has label 100; this bundle knows 0 to 99",
+        ),
+        (
+            "semantic-synthesis",
+            {"segmentation": MAP + 1},
+            "segmentation: has a pixel of class 6; this bundle knows 0 to 5, one number a pixel",
+        ),
+        (
+            "retrieval",
+            {"embeddings": np.ones((2, 7), dtype=np.float32)},
+            "embeddings: have 7 numbers each; this bundle takes 8, as the encoder makes them that "
+            "it was trained with",
+        ),
+    ],
+)
+def test_a_condition_that_the_model_does_not_know_is_an_error_with_what_it_knows(
+    task, fields, message
+):
+    with pytest.raises(RequestError) as caught:
+        resolved_for(task, **fields)
+
+    assert str(caught.value) == message
+
+
+def test_a_layout_may_have_as_many_objects_as_fit_and_none():
+    assert len(resolved_for("layout-to-image", layout=[BOX] * 3).layout) == 3
+    assert resolved_for("layout-to-image", layout=[]).layout == ()
+
+
+def test_a_prompt_that_cannot_be_read_is_an_error_only_where_weights_are_read():
+    with pytest.raises(RequestError, match="prompt: "):
+        resolved(prompt="(red:1000000000)")
+
+    assert resolved(prompt="(red:1000000000)", plain_prompt=True).prompt == "(red:1000000000)"

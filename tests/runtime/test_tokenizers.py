@@ -1,4 +1,4 @@
-"""CLIP's tokenizer against known answers, its limits, and vocabulary files that are wrong.
+"""The tokenizers against known answers, their limits, and vocabulary files that are wrong.
 
 tests/reference/test_tokenizers_reference.py asks transformers itself.
 """
@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from ldm_runtime.tokenizers import ClipTokenizer
+from ldm_runtime.tokenizers import ClipTokenizer, WordPieceTokenizer, open_tokenizer_file
 
+VOCABULARIES = Path(find_spec("ldm_export").submodule_search_locations[0], "vocabularies")
 HEADER = "#version: 0.2\n"
+SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @pytest.fixture(scope="module")
 def clip():
-    folder = find_spec("ldm_export").submodule_search_locations[0]
-    return ClipTokenizer.from_file(
-        Path(folder, "vocabularies", "clip_bpe_simple_vocab_16e6.txt.gz")
-    )
+    return ClipTokenizer.from_file(VOCABULARIES / "clip_bpe_simple_vocab_16e6.txt.gz")
 
 
 @pytest.fixture
@@ -184,3 +183,164 @@ def test_a_malformed_vocabulary_is_refused_naming_file_and_line(tmp_path, conten
 
     with pytest.raises(ValueError, match=rf"merges\.txt.*{fault}"):
         ClipTokenizer.from_file(path)
+
+
+# --- BERT -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return WordPieceTokenizer.from_file(VOCABULARIES / "bert_base_uncased_vocab.txt")
+
+
+@pytest.fixture
+def pieces():
+    """Knows "a", "ab" and "abc", two of their continuations, and an exclamation mark."""
+    return WordPieceTokenizer([*SPECIALS, "a", "ab", "abc", "##c", "##cd", "!"])
+
+
+def test_a_photo_of_a_cat_has_the_ids_of_bert_base_uncased(bert):
+    encoding = bert.encode("a photo of a cat", 77, pad_token_id=0)
+
+    assert encoding.ids == (101, 1037, 6302, 1997, 1037, 4937, 102, *[0] * 70)
+    assert encoding.cut == ""
+    assert (bert.vocab_size, bert.start_id, bert.end_id, bert.pad_id) == (30522, 101, 102, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [  # printed by BertTokenizerFast of transformers 5.23.0
+        ("", []),
+        ("  A\tPhoto\n of a   CAT!! ", [1037, 6302, 1997, 1037, 4937, 999, 999]),
+        ("Café Cafe\u0301 naïve q\u0301", [7668, 7668, 15743, 1053]),
+        ("unaffable embeddings", [14477, 20961, 3468, 7861, 8270, 4667, 2015]),
+        ("don't $5 a_b-c", [2123, 1005, 1056, 1002, 1019, 1037, 1035, 1038, 1011, 1039]),
+        ("1984 ½ ٣", [3118, 1092, 100]),
+        ("İstanbul ΟΔΟΣ", [9960, 1169, 29722, 29730, 29733]),
+        ("猫cat猫", [100, 4937, 100]),
+        ("a\u00adb a\u200bb a\x00b \ufffda\x0bb", [11113, 11113, 11113, 11113]),
+        ("a\u3000b\u2028c", [1037, 1038, 1039]),
+        ("one [SEP] [sep] two", [2028, 102, 1031, 19802, 1033, 2048]),
+        ("[MASK]cat", [103, 4937]),
+        ("x" * 100, [22038, *[20348] * 49]),
+        ("x" * 101 + " cat", [100, 4937]),
+        ("x\u0301" * 100, [22038, *[20348] * 49]),
+        ("😀 cat", [100, 4937]),
+    ],
+    ids=[
+        "empty",
+        "case and white space",
+        "accents vanish",
+        "pieces of words",
+        "punctuation stands alone",
+        "digits of any script",
+        "no final sigma",
+        "chinese characters stand alone",
+        "control characters vanish",
+        "unicode white space",
+        "special token",
+        "special token in a word",
+        "a hundred characters",
+        "more are unknown",
+        "a hundred without their accents",
+        "emoji",
+    ],
+)
+def test_text_is_split_and_lowered_as_bert_does(bert, text, ids):
+    expected = (101, *ids, 102)
+
+    encoding = bert.encode(text, max_tokens=len(expected))
+
+    assert encoding.ids == expected
+    assert encoding.cut == ""
+    assert bert.token_ids(text) == tuple(ids)
+
+
+def test_the_longest_piece_wins_and_what_fails_later_is_unknown_as_a_whole(pieces):
+    assert pieces.token_ids("abcd abcc ABC a") == (1, 7, 8, 7, 5)  # abc leaves no d, though ab + cd
+
+
+@pytest.mark.parametrize(
+    ("text", "max_tokens", "ids", "cut"),
+    [
+        ("ab a! AB", 6, (2, 6, 5, 10, 6, 3), ""),
+        ("ab a! AB", 5, (2, 6, 5, 10, 3), "AB"),
+        ("a  Ábcc, a", 4, (2, 5, 7, 3), "Ábcc, a"),
+        ("a \x00A\u0301\u0302b a", 3, (2, 5, 3), "A\u0301\u0302b a"),
+        ("a[MASK] a", 3, (2, 5, 3), "[MASK] a"),
+        ("ab [MASK] AB", 4, (2, 6, 4, 3), "AB"),
+        ("猫a", 3, (2, 1, 3), "a"),
+        ("", 4, (2, 3, 0, 0), ""),
+    ],
+    ids=[
+        *("fits", "whole words", "in part", "accents"),
+        *("special token", "after a special token", "chinese", "empty"),
+    ],
+)
+def test_what_does_not_fit_is_reported_as_it_was_typed(pieces, text, max_tokens, ids, cut):
+    encoding = pieces.encode(text, max_tokens)
+
+    assert encoding.ids == ids
+    assert encoding.cut == cut
+
+
+def test_bert_pads_with_its_own_token_or_any_other(pieces):
+    assert pieces.encode("a", 5).ids == (2, 5, 3, 0, 0)
+    assert pieces.encode("a", 5, pad_token_id=7).ids == (2, 5, 3, 7, 7)
+
+
+def test_bert_refuses_what_clip_refuses(pieces):
+    with pytest.raises(ValueError, match=r"max_tokens must be at least 2.*got 1"):
+        pieces.encode("a", 1)
+    for read in (pieces.encode, pieces.token_ids):
+        with pytest.raises(ValueError, match=r"'\\udc80', at position 2"):
+            read("a \udc80")
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_word_piece_vocabulary_is_read_plain_or_compressed(tmp_path, compress, ending):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(compress(((ending or "\n").join((*SPECIALS, "ab", "##c")) + ending).encode()))
+
+    tokenizer = WordPieceTokenizer.from_file(path)
+
+    assert tokenizer.vocab_size == 7
+    assert tokenizer.token_ids("ABC") == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", r"line 1: expected a new token without white space, found ''"),
+        (b"[PAD]\n\na\n", "line 2: .*found ''"),
+        (b"[PAD]\na b\n", "line 2: .*found 'a b'"),
+        (b"[PAD]\na\n[PAD]\n", "line 3: .*found line 1 again"),
+        (b"[PAD]\n[UNK]\n[CLS]\na\n", r"lacks \[SEP\], \[MASK\]; it is not BERT's"),
+        (b"#version: 0.2\ni n\n", "line 1: .*found '#version: 0.2'"),
+        (b"[PAD]\n\xff", "damaged"),
+        (gzip.compress(b"[PAD]\n")[:-3], "damaged"),
+    ],
+)
+def test_a_malformed_word_piece_vocabulary_is_refused_naming_the_file(tmp_path, content, fault):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(content)
+
+    with pytest.raises(ValueError, match=rf"vocab\.txt.*{fault}"):
+        WordPieceTokenizer.from_file(path)
+
+
+def test_a_vocabulary_with_a_token_twice_is_refused():
+    with pytest.raises(ValueError, match="1 of 7 tokens repeat others"):
+        WordPieceTokenizer([*SPECIALS, "a", "a"])
+
+
+def test_a_file_is_opened_with_the_tokenizer_that_it_is_for(tmp_path):
+    path = tmp_path / "words"
+    path.write_text("neither\n")
+
+    opened = [type(open_tokenizer_file(each)) for each in sorted(VOCABULARIES.iterdir())]
+
+    assert opened == [WordPieceTokenizer, ClipTokenizer]
+    with pytest.raises(ValueError, match="words: the vocabulary lacks"):
+        open_tokenizer_file(path)

@@ -1,22 +1,22 @@
-"""Tokenizers: from a prompt to the token ids its text encoder was trained on.
+"""CLIP's tokenizer: pairs of bytes, joined as often as they are in its list of merges.
 
-CLIP's tokenizer is byte-pair encoding over the bytes of each lower-cased word, where the last
-symbol of a word carries `</w>` (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2021,
-arXiv:2103.00020). The ids are those of transformers' CLIPTokenizer (checked with 5.23) for every
-character in Python 3.11's Unicode tables (14.0) but 74 accents of rarer scripts, which transformers
-normalises with older tables; characters that Unicode gained since are a matter of Python's version.
+It is byte-pair encoding over the bytes of each lower-cased word, where the last symbol of a word
+carries `</w>` (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2021, arXiv:2103.00020). The
+ids are those of transformers' CLIPTokenizer (checked with 5.23) for every character in Python
+3.11's Unicode tables (14.0) but 74 accents of rarer scripts, which transformers normalises with
+older tables; characters that Unicode gained since are a matter of Python's version.
 """
 
-import gzip
 import heapq
 import re
 import unicodedata
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
+
+from ldm_runtime.tokenizers.contract import Encoding, Frame, Word, check_encodable, fit_words
+from ldm_runtime.tokenizers.vocabulary_file import read_vocabulary
 
 Merge = tuple[str, str]
 
@@ -29,20 +29,6 @@ _WORD = re.compile(rf"{_SPECIAL.pattern}|{_PLAIN_WORD}", re.ASCII)
 _PART = re.compile(_PLAIN_WORD, re.ASCII)
 _MAX_MERGES = 49408 - 2 * 256 - 2  # CLIP uses the first of the 262,144 merges in its file
 _CACHED_WORDS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """Token ids of one text.
-
-    Attributes:
-        ids: Start token, the text, end token, padding: always `max_tokens` long.
-        cut: The text that did not fit, from the first word that did not fit whole (in Unicode
-            normal form NFC); empty if everything did.
-    """
-
-    ids: tuple[int, ...]
-    cut: str
 
 
 class ClipTokenizer:
@@ -89,20 +75,10 @@ class ClipTokenizer:
         Raises:
             ValueError: `max_tokens` is too small, or the text holds half a surrogate pair.
         """
-        if max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2 (start and end), got {max_tokens}")
         pieces = _pieces(text)
-        room = max_tokens - 2
-        ids: list[int] = []
-        cut = ""
-        for start, word_ids in self._words(pieces):
-            ids += word_ids
-            if len(ids) > room:
-                cut = "".join(pieces)[start:]
-                break
-        ids = [self.start_id, *ids[:room], self.end_id]
-        padding = [self.end_id if pad_token_id is None else pad_token_id] * (max_tokens - len(ids))
-        return Encoding(ids=(*ids, *padding), cut=cut)
+        padding = self.end_id if pad_token_id is None else pad_token_id
+        frame = Frame(self.start_id, self.end_id, padding)
+        return fit_words(self._words(pieces), "".join(pieces), max_tokens, frame)
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """Return the ids of a whole text, without start, end and padding.
@@ -112,7 +88,7 @@ class ClipTokenizer:
         """
         return tuple(token for _, word_ids in self._words(_pieces(text)) for token in word_ids)
 
-    def _words(self, pieces: Sequence[str]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def _words(self, pieces: Sequence[str]) -> Iterator[Word]:
         """Yield every word's offset in the joined pieces, and its ids."""
         offset = 0
         for piece in pieces:
@@ -131,7 +107,7 @@ class ClipTokenizer:
 
 def _pieces(text: str) -> list[str]:
     """Cut out the special tokens and compose the characters of the rest."""
-    _check_encodable(text)
+    check_encodable(text)
     return [unicodedata.normalize("NFC", piece) for piece in _SPECIAL.split(text)]
 
 
@@ -192,16 +168,6 @@ def _stand_in(character: str) -> str:
     return {"L": "b", "N": "0"}.get(unicodedata.category(character)[0], "!")
 
 
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds half a surrogate pair, {text[error.start]!r}, at position "
-            f"{error.start}; pass well-formed Unicode"
-        ) from error
-
-
 def _byte_symbols() -> dict[int, str]:
     """One visible character for each byte, in the order of their ids."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -217,13 +183,13 @@ def _base_symbols() -> list[str]:
 
 
 def _read_merges(path: Path) -> list[Merge]:
-    header, *lines = _read_text(path).rstrip().split("\n")
+    header, *lines = read_vocabulary(path)
     if "#version" not in header:
         raise ValueError(f"{path}, line 1: expected '#version: 0.2', found {header[:40]!r}")
     known = set(_base_symbols())
     merges = []
     for number, line in enumerate(lines[:_MAX_MERGES], start=2):
-        symbols = line.rstrip("\r").split(" ")
+        symbols = line.split(" ")
         if len(symbols) != 2 or not known.issuperset(symbols) or "".join(symbols) in known:
             raise ValueError(
                 f"{path}, line {number}: expected two known symbols that join to a new one, "
@@ -232,11 +198,3 @@ def _read_merges(path: Path) -> list[Merge]:
         merges.append((symbols[0], symbols[1]))
         known.add("".join(symbols))
     return merges
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode()
-    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a list of merges: {error}") from error

@@ -1,20 +1,22 @@
-"""What each task feeds the UNet besides latents: for text, the context."""
+"""Prompts as context: weights, chunks and padding."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends import Runner
+from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.manifest import ModelSpec, TextEncoderSpec
 from ldm_runtime.prompts import Token, parse_prompt, split_chunks
 from ldm_runtime.request import GenerationRequest
-from ldm_runtime.tokenizers import ClipTokenizer
+from ldm_runtime.tokenizers import ClipTokenizer, Tokenizer, WordPieceTokenizer
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -37,56 +39,65 @@ class Chunk:
     weights: Float32Array
 
 
-def open_tokenizer(path: Path, spec: ModelSpec) -> ClipTokenizer:
-    """Open the tokenizer of a bundle.
+#: What reads the vocabulary of each kind of text encoder.
+_TOKENIZERS: Mapping[str, Callable[[Path], Tokenizer]] = MappingProxyType(
+    {"clip": ClipTokenizer.from_file, "bert": WordPieceTokenizer.from_file}
+)
+
+
+def open_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
+    """Open the tokenizer of a bundle whose task has prompts.
 
     Raises:
-        BundleError: The file is missing, malformed or larger than the text encoder's vocabulary.
+        BundleError: The file is missing, malformed or larger than the text encoder's vocabulary,
+            or the model has no text encoder.
     """
+    record = spec.text_encoder
+    if record is None:
+        raise BundleError(f"{path} is a vocabulary, but this {spec.task} model has no text encoder")
     try:
-        tokenizer = ClipTokenizer.from_file(path)
+        tokenizer = _TOKENIZERS[record.kind](path)
     except (OSError, ValueError) as error:
         raise BundleError(f"{error}; export the bundle again") from error
-    if tokenizer.vocab_size > spec.text_encoder.vocab_size:
+    if tokenizer.vocab_size > record.vocab_size:
         raise BundleError(
             f"{path} has {tokenizer.vocab_size} tokens, the text encoder knows "
-            f"{spec.text_encoder.vocab_size}; export with the tokenizer it was trained with"
+            f"{record.vocab_size}; export with the tokenizer it was trained with"
         )
     return tokenizer
 
 
-def encode_prompts(
-    engine: Runner, tokenizer: ClipTokenizer, request: GenerationRequest, spec: ModelSpec
-) -> Float32Array:
-    """Return the context of one image: (2, T, D), unconditional first, or (1, T, D) unguided.
+def encode_text(
+    network: OpenNetwork, tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
+) -> Conditioning:
+    """Return context (2, T, D), of the negative prompt first, or (1, T, D) without guidance.
 
     T is the text encoder's `max_tokens` times the number of chunks that the longer prompt takes;
     the other is filled up with empty chunks. Each chunk is encoded alone, then weighted. A plain
     prompt has one chunk without weights; what it has too much is logged as a warning.
 
-    Args:
-        engine: The text encoder.
-        tokenizer: From `open_tokenizer`.
-        request: A resolved request.
-        spec: The model.
+    See `ldm_runtime.conditioning.encode_conditioning`.
 
     Raises:
         RequestError: A prompt takes too many chunks, or its weights make no sense.
     """
+    assert spec.text_encoder is not None, "the model has no text encoder"
+    assert tokenizer is not None, "the bundle has no tokenizer"
+    assert request.prompt is not None, "the request is not resolved"
+    record = spec.text_encoder
     texts = {"prompt": request.prompt}
     if request.guidance_scale != 1:
         texts = {"negative_prompt": request.negative_prompt, **texts}
     read = _plain_chunk if request.plain_prompt else _weighted_chunks
-    prompts = {
-        field: read(tokenizer, field, text, spec.text_encoder) for field, text in texts.items()
-    }
-    empty = _chunk((), tokenizer, spec.text_encoder)
+    prompts = {field: read(tokenizer, field, text, record) for field, text in texts.items()}
+    empty = _chunk((), tokenizer, record)
+    engine = network("text_encoder")
     # A call for each chunk never has more rows than one for short prompts, whatever the length.
     contexts = [
         _encode(engine, dict(zip(prompts, chunks, strict=True)))
         for chunks in zip_longest(*prompts.values(), fillvalue=empty)
     ]
-    return np.concatenate(contexts, axis=1)
+    return Conditioning(context=np.concatenate(contexts, axis=1))
 
 
 def _encode(engine: Runner, chunks: Mapping[str, Chunk]) -> Float32Array:
@@ -116,7 +127,7 @@ def _weighted(field: str, context: Float32Array, weights: Float32Array) -> Float
 
 
 def _plain_chunk(
-    tokenizer: ClipTokenizer, field: str, text: str, record: TextEncoderSpec
+    tokenizer: Tokenizer, field: str, text: str, record: TextEncoderSpec
 ) -> list[Chunk]:
     encoding = tokenizer.encode(text, record.max_tokens, pad_token_id=record.pad_token_id)
     if encoding.cut:
@@ -130,7 +141,7 @@ def _plain_chunk(
 
 
 def _weighted_chunks(
-    tokenizer: ClipTokenizer, field: str, text: str, record: TextEncoderSpec
+    tokenizer: Tokenizer, field: str, text: str, record: TextEncoderSpec
 ) -> list[Chunk]:
     room = record.max_tokens - 2
     try:
@@ -154,7 +165,7 @@ def _weighted_chunks(
     return [_chunk(chunk, tokenizer, record) for chunk in chunks]
 
 
-def _chunk(tokens: Sequence[Token], tokenizer: ClipTokenizer, record: TextEncoderSpec) -> Chunk:
+def _chunk(tokens: Sequence[Token], tokenizer: Tokenizer, record: TextEncoderSpec) -> Chunk:
     """Add start token, end token and padding, all of weight 1."""
     ids = np.full(record.max_tokens, record.pad_token_id, dtype=np.int64)
     weights = np.ones(record.max_tokens, dtype=np.float32)

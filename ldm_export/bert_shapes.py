@@ -1,0 +1,65 @@
+"""The hyperparameters of latent diffusion's BERT encoder, read from its parameters' shapes."""
+
+from ldm_export.errors import WeightsError
+from ldm_export.weight_shapes import Shapes, indices, same, shape_of
+from ldm_runtime.manifest import TextEncoderSpec
+
+_HEAD_CHANNELS = 64
+_STACK = "transformer.attn_layers.layers"
+
+
+def read_bert(shapes: Shapes, *, pad_token_id: int | None) -> TextEncoderSpec:
+    """Return the record of a BERT encoder from its parameter names (beginning `transformer.`).
+
+    Heads have 64 channels whatever the width, so the rows of a query projection count them
+    (ldm/modules/x_transformer.py of CompVis/latent-diffusion, a506df5).
+
+    Args:
+        shapes: Shape of every parameter.
+        pad_token_id: What short prompts are filled with; None is the last token.
+
+    Raises:
+        WeightsError: A decisive tensor is missing, or the shapes contradict each other.
+    """
+    tokens, positions = "transformer.token_emb.weight", "transformer.pos_emb.emb.weight"
+    vocab_size, width = shape_of(shapes, tokens, 2)
+    max_tokens, position_width = shape_of(shapes, positions, 2)
+    widths = {f"the width of {tokens}": width, f"the width of {positions}": position_width}
+    inner, feed_forward = {}, {}
+    for layer in range(_num_layers(shapes)):
+        queries = f"{_STACK}.{2 * layer}.1.to_q.weight"
+        linear = f"{_STACK}.{2 * layer + 1}.1.net.0.0.weight"
+        inner[f"rows of {queries}"], widths[f"columns of {queries}"] = shape_of(shapes, queries, 2)
+        rows, widths[f"columns of {linear}"] = shape_of(shapes, linear, 2)
+        feed_forward[f"rows of {linear}"] = rows
+    return TextEncoderSpec(
+        kind="bert",
+        width=same(widths),
+        num_layers=len(inner),
+        num_heads=_num_heads(same(inner)),
+        feed_forward_dim=same(feed_forward),
+        vocab_size=vocab_size,
+        max_tokens=max_tokens,
+        activation="gelu",
+        pad_token_id=vocab_size - 1 if pad_token_id is None else pad_token_id,
+    )
+
+
+def _num_layers(shapes: Shapes) -> int:
+    """Return the number of layers; each is attention and feed-forward, numbered on their own."""
+    halves = len(indices(shapes, _STACK))
+    if halves % 2 or not halves:
+        raise WeightsError(
+            f"the text encoder has {halves} members of {_STACK}; attention and feed-forward in "
+            "turn, an even number, were expected"
+        )
+    return halves // 2
+
+
+def _num_heads(inner: int) -> int:
+    if inner % _HEAD_CHANNELS:
+        raise WeightsError(
+            f"{_STACK}.0.1.to_q.weight has {inner} rows; a multiple of {_HEAD_CHANNELS}, the "
+            "channels of a head, was expected"
+        )
+    return inner // _HEAD_CHANNELS

@@ -1,0 +1,154 @@
+"""An opened checkpoint, what is known of it, and the keys of what is made from it."""
+
+import hashlib
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import numpy as np
+
+from ldm_export.checkpoint import Checkpoint, LazyTensor
+from ldm_export.compvis_config import read_config
+from ldm_export.errors import ExportError
+from ldm_export.families import Detection, Overrides, detect
+from ldm_runtime.engine_recipes import EngineOptions, Toolchain, choose_toolchain
+from ldm_runtime.manifest import ModelSpec, WeightsDType, components_of, sha256_of
+
+_LOGGER = logging.getLogger(__name__)
+
+#: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
+RECIPE = 4
+_SAMPLING_FACTS = ("defaults", "prediction_type")
+_PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export, where to, and what the checkpoint does not say.
+
+    Attributes:
+        checkpoint: The `.ckpt`, `.pt` or `.safetensors` file.
+        out: Folder of the bundle.
+        config: CompVis configuration; None takes `<checkpoint>.yaml` or `config.yaml` beside the
+            checkpoint if there is one.
+        overrides: Facts the user states.
+        weights_dtype: How weights are stored.
+        engines: Which TensorRT engines to build; none by default.
+    """
+
+    checkpoint: Path
+    out: Path
+    config: Path | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    weights_dtype: WeightsDType = "float16"
+    engines: EngineOptions = field(default_factory=lambda: EngineOptions(builder="none"))
+
+    def __post_init__(self) -> None:
+        if self.weights_dtype not in get_args(WeightsDType):
+            raise ExportError(
+                f"weights_dtype is {self.weights_dtype!r}; use "
+                f"{' or '.join(map(repr, get_args(WeightsDType)))}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An opened checkpoint and what is known of it.
+
+    Attributes:
+        options: What is asked for.
+        checkpoint: The opened file.
+        detection: What it is.
+        sha256: Of the file; empty if nothing will be written.
+        toolchain: What engines are built with, or None without engines.
+    """
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    detection: Detection
+    sha256: str
+    toolchain: Toolchain | None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the checkpoint is."""
+        return self.detection.spec
+
+    def weights(self, component: str) -> Mapping[str, LazyTensor]:
+        """Return a component's tensors by parameter name of its network."""
+        names = self.detection.weights[component]
+        return {name: self.checkpoint.tensors[stored] for name, stored in names.items()}
+
+    def parameters(self) -> dict[str, int]:
+        """Return the number of weights of every component."""
+        return {
+            name: sum(int(np.prod(each.shape)) for each in self.weights(name).values())
+            for name in components_of(self.spec)
+        }
+
+    def key(self, stage: str, *facts: Any) -> str:  # noqa: ANN401  (whatever JSON holds)
+        """Return the hash of everything a stage is made from.
+
+        Networks do not depend on how they are sampled: another default size does not rebuild them.
+
+        Args:
+            stage: Its name.
+            facts: What it is made from besides the checkpoint.
+        """
+        spec = msgspec.to_builtins(self.spec)
+        is_network = stage in components_of(self.spec)
+        for name in ("assumptions", *(_SAMPLING_FACTS if is_network else ())):
+            del spec[name]
+        known = [RECIPE, stage, self.sha256, spec, self.options.weights_dtype, versions(), *facts]
+        return hashlib.sha256(msgspec.json.encode(known, order="deterministic")).hexdigest()
+
+
+def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
+    """Recognise a checkpoint and choose what engines are built with.
+
+    Args:
+        options: What is asked for.
+        checkpoint: The opened file.
+        hashed: Whether to read it whole for its hash, which only a plan can do without.
+
+    Raises:
+        UnknownModelError: It is of no known family.
+        WeightsError: Weights are missing or left over.
+        ExportError: A stated fact is impossible.
+        EngineBuildError: A builder was asked for that cannot be used here.
+    """
+    path = options.config or _config_beside(options.checkpoint)
+    if path and not options.config:
+        _LOGGER.info("reading %s, which lies beside the checkpoint", path)
+    config = read_config(path) if path else None
+    toolchain = choose_toolchain(options.engines)
+    if isinstance(toolchain, str) and options.engines.builder == "auto":
+        _LOGGER.warning("%s", toolchain)
+    return Source(
+        options=options,
+        checkpoint=checkpoint,
+        detection=detect(checkpoint.tensors, config=config, overrides=options.overrides),
+        sha256=sha256_of(options.checkpoint) if hashed else "",
+        toolchain=None if isinstance(toolchain, str) else toolchain,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of all that decides what an export writes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _config_beside(checkpoint: Path) -> Path | None:
+    candidates = (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml"))
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,160 @@
+"""The stages of an export: what each writes, and from what."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from ldm_export.golden import golden_folders, write_golden
+from ldm_export.golden_inputs import golden_requests
+from ldm_export.memory import give_back_memory
+from ldm_export.networks.loading import load_network
+from ldm_export.onnx_export import WEIGHTS_FILE, round_stored, sample_inputs, write_graphs
+from ldm_export.parity import Sample, measure
+from ldm_export.precision import FP32_ISLANDS
+from ldm_export.preview import PAIRS_FILE, fit_preview, write_pairs
+from ldm_export.reference import TorchEngine
+from ldm_export.source import Source
+from ldm_export.workspace import Stage
+from ldm_runtime.backends import Tensors
+from ldm_runtime.manifest import ComponentRecord, ModelSpec, PreviewRecord, components_of
+from ldm_runtime.request import GenerationRequest, request_to_json
+
+_VOCABULARIES = Path(__file__).parent / "vocabularies"
+#: Whose words each kind of text encoder knows.
+_VOCABULARY_FILES: Mapping[str, str] = MappingProxyType(
+    {"clip": "clip_bpe_simple_vocab_16e6.txt.gz", "bert": "bert_base_uncased_vocab.txt"}
+)
+_ENCODER = "vae_encoder"
+
+
+class Fit:
+    """The preview's map, which a stage without files fits anew to what the encoder left."""
+
+    def __init__(self) -> None:
+        self.preview: PreviewRecord | None = None
+
+    def build(self, folder: Path) -> None:
+        """Fit it to the encoder's pairs in a bundle."""
+        self.preview = fit_preview(folder / _ENCODER / PAIRS_FILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What an export does before engines, and what the manifest says of it.
+
+    Attributes:
+        stages: In order.
+        tokenizer_file: Path of the vocabulary inside the bundle, or None without prompts.
+        golden: Folders of the golden outputs.
+        golden_key: Of the stage that draws them.
+        fit: The preview, once its stage is done.
+    """
+
+    stages: tuple[Stage, ...]
+    tokenizer_file: str | None
+    golden: tuple[str, ...]
+    golden_key: str
+    fit: Fit
+
+
+def make_stages(source: Source) -> Stages:
+    """Return the stages that turn a checkpoint into a bundle."""
+    requests = golden_requests(source.spec, source.parameters().get("unet", 0))
+    drawn = [request_to_json(request) for request in requests]
+    vocabulary, fit = vocabulary_of(source.spec), Fit()
+    file = None if vocabulary is None else f"tokenizer/{vocabulary.name}"
+    stages = [
+        Stage(
+            name=name,
+            key=source.key(name),
+            paths=(name, f"golden/components/{name}.npz"),
+            build=partial(_build_component, source, name),
+        )
+        for name in components_of(source.spec)
+    ]
+    if vocabulary is not None and file is not None:
+        copy = partial(_copy_vocabulary, vocabulary, file)
+        key = source.key("tokenizer")
+        stages.insert(0, Stage(name="tokenizer", key=key, paths=(file,), build=copy))
+    preview = Stage(name="preview", key=source.key("preview"), paths=(), build=fit.build)
+    golden = Stage(
+        name="golden",
+        key=source.key("golden", *drawn),
+        paths=golden_folders(requests),
+        build=partial(_build_golden, source, requests),
+    )
+    return Stages(
+        stages=(*stages, preview, golden),
+        tokenizer_file=file,
+        golden=golden.paths,
+        golden_key=golden.key,
+        fit=fit,
+    )
+
+
+def vocabulary_of(spec: ModelSpec) -> Path | None:
+    """Return the vocabulary of a model's prompts, or None if it takes none."""
+    if spec.task != "text-to-image" or spec.text_encoder is None:
+        return None
+    return _VOCABULARIES / _VOCABULARY_FILES[spec.text_encoder.kind]
+
+
+def _copy_vocabulary(vocabulary: Path, file: str, folder: Path) -> None:
+    target = folder / file
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(vocabulary, target)
+
+
+def _build_golden(source: Source, requests: tuple[GenerationRequest, ...], folder: Path) -> None:
+    write_golden(
+        folder,
+        requests,
+        source.spec,
+        vocabulary_of(source.spec),
+        lambda name: TorchEngine(name, load_network(name, source.spec, source.weights(name))),
+    )
+
+
+def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord:
+    place = folder / name
+    place.mkdir()
+    network = load_network(name, source.spec, source.weights(name))
+    engine = TorchEngine(name, network)
+    inputs = sample_inputs(name, source.spec)
+    expected = [engine.run(arrays) for _, arrays in inputs]
+    _write_golden_component(folder / f"golden/components/{name}.npz", inputs[0][1], expected[0])
+    if name == _ENCODER:
+        write_pairs(place / PAIRS_FILE, engine, source.spec)
+    changed = round_stored(network, source.options.weights_dtype)
+    stored = [engine.run(arrays) for _, arrays in inputs] if changed else expected
+    graphs = write_graphs(name, network, source.spec, place, source.options.weights_dtype)
+    del network, engine
+    give_back_memory()  # torch's copy of the weights goes before ONNX Runtime reads its own
+    samples = [
+        Sample(size=size, inputs=arrays, expected=wanted, stored=rounded)
+        for (size, arrays), wanted, rounded in zip(inputs, expected, stored, strict=True)
+    ]
+    parity = [record for graph in graphs for record in measure(name, graph, place, samples)]
+    component = components_of(source.spec)[name]
+    return ComponentRecord(
+        name=name,
+        inputs=component.inputs,
+        outputs=component.outputs,
+        graphs=graphs,
+        weights_file=f"{name}/{WEIGHTS_FILE}",
+        fp32_islands=FP32_ISLANDS,
+        parity=tuple(parity),
+        key=source.key(name),
+    )
+
+
+def _write_golden_component(path: Path, inputs: Tensors, outputs: Tensors) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"in.{name}": array for name, array in inputs.items()}
+    arrays |= {f"out.{name}": array for name, array in outputs.items()}
+    np.savez(path, allow_pickle=False, **arrays)

@@ -1,0 +1,25 @@
+"""A layout of labelled boxes as context: three tokens a box, encoded like a text."""
+
+import numpy as np
+
+from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
+from ldm_runtime.layouts import layout_tokens
+from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.tokenizers import Tokenizer
+
+
+def encode_layout(
+    network: OpenNetwork, _tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
+) -> Conditioning:
+    """Return context (2, T, D), the layout without objects first, or (1, T, D) without guidance.
+
+    See `ldm_runtime.conditioning.encode_conditioning`.
+    """
+    assert spec.text_encoder is not None, "the model has no encoder of layouts"
+    assert request.layout is not None, "the request is not resolved"
+    layouts = [request.layout]
+    if request.guidance_scale != 1:
+        layouts.insert(0, ())
+    tokens = np.stack([layout_tokens(each, spec.text_encoder) for each in layouts])
+    return Conditioning(context=network("text_encoder").run({"tokens": tokens})["context"])

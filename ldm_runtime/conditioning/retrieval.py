@@ -1,0 +1,27 @@
+"""Embeddings of texts or pictures as context, such as CLIP's of what a search has found."""
+
+import numpy as np
+
+from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
+from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.tokenizers import Tokenizer
+
+
+def encode_embeddings(
+    _network: OpenNetwork, _tokenizer: Tokenizer | None, request: GenerationRequest, _: ModelSpec
+) -> Conditioning:
+    """Return context (2, k, D), zeros first, or (1, k, D) without guidance: rows of length 1.
+
+    A row of zeros has no direction and stays what it is. Source: Blattmann et al. 2022
+    (arXiv:2204.11824), and `knn2img.py` of CompVis/latent-diffusion for the zeros.
+
+    See `ldm_runtime.conditioning.encode_conditioning`.
+    """
+    assert request.embeddings is not None, "the request is not resolved"
+    rows = request.embeddings.values
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    context = (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)[None]
+    if request.guidance_scale != 1:
+        context = np.concatenate([np.zeros_like(context), context])
+    return Conditioning(context=context)

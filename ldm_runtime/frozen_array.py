@@ -1,0 +1,51 @@
+"""An array that cannot be changed, equal to any other with the same values."""
+
+import hashlib
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+
+class FrozenArray:
+    """What arrays that requests carry have in common: immutable, hashable, compared by value.
+
+    Args:
+        array: The values, without negative zeros or NaN, which compare unlike their bytes; copied.
+        header: A line of text that stands before the values in the file whose hash identifies them.
+        source: Where it was read from; no part of equality.
+    """
+
+    def __init__(self, array: npt.NDArray[Any], header: str, source: str | None) -> None:
+        # Over bytes, because the owner of an array could make it writable again.
+        data = np.frombuffer(array.tobytes(), dtype=array.dtype)
+        self._array: npt.NDArray[Any] = data.reshape(array.shape)
+        self._header = header
+        self._source = source
+
+    @property
+    def source(self) -> str | None:
+        """The path it was read from, if it was; no part of equality."""
+        return self._source
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hexadecimal sha256 of the header and the values, which other programs can compute."""
+        digest = hashlib.sha256(self._header.encode())
+        digest.update(self._array.data)
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrozenArray) or type(other) is not type(self):
+            return NotImplemented
+        return self is other or np.array_equal(self._array, other._array)
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing in it can change; `dataclasses.asdict` asks for a copy
+
+    def __reduce__(self) -> tuple[type[Self], tuple[npt.NDArray[Any], str | None]]:
+        return type(self), (self._array, self._source)  # the arguments of every kind of it

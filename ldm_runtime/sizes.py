@@ -1,0 +1,161 @@
+"""Sizes: what a model can draw, what a request gets, and what of it is sampled."""
+
+from dataclasses import replace
+
+from ldm_runtime.errors import RequestError
+from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.pictures import MAX_SIDE
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.tasks import task_record
+from ldm_runtime.tiles import MIN_TILE
+
+#: Pictures of more latent pixels than this are decoded in tiles of so many a side: memory goes with
+#: latent pixels, and from this size on tiles are within 48 dB of the whole (`docs/steering.md`).
+WHOLE_LATENTS, TILE_LATENTS = 128 * 128, 96
+
+
+def latent_step(spec: ModelSpec) -> int:
+    """Return what sides of latents are multiples of.
+
+    They must survive the UNet's halvings, or its skip connections no longer fit.
+    """
+    return 1 if spec.unet is None else int(2 ** (len(spec.unet.channel_mult) - 1))
+
+
+def size_step(spec: ModelSpec) -> int:
+    """Return what height and width are multiples of, in pixels, but for enlarged pictures."""
+    return spec.autoencoder.factor * latent_step(spec)
+
+
+def latent_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
+    """Return height and width of what is sampled for a resolved request, in latent pixels.
+
+    A picture to enlarge is as large as its latents. It is padded on the right and at the bottom to
+    what the UNet can take, so that the result has to be cropped to the request's size.
+    """
+    assert request.height is not None, "the request is not resolved"
+    assert request.width is not None, "the request is not resolved"
+    factor, step = spec.autoencoder.factor, latent_step(spec)
+    height, width = request.height // factor, request.width // factor
+    return -(-height // step) * step, -(-width // step) * step
+
+
+def canvas_size(request: GenerationRequest) -> tuple[int, int]:
+    """Return width and height of a request's image with what is added around it."""
+    assert request.image is not None, "the request has no image"
+    width, height = request.image.size
+    left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
+    return left + width + right, top + height + bottom
+
+
+def hires_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
+    """Return height and width of the second pass of a resolved request, or of the only one."""
+    assert request.height is not None, "the request is not resolved"
+    assert request.width is not None, "the request is not resolved"
+    if request.hires_scale is None:
+        return request.height, request.width
+    step, scale = size_step(spec), request.hires_scale
+    return (round(request.height * scale / step) * step, round(request.width * scale / step) * step)
+
+
+def with_size(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
+    """Return a request with its size, and that of its tiles if it has any, filled in and checked.
+
+    Raises:
+        RequestError: The model cannot draw such a size, or not from such a picture.
+    """
+    height, width = _default_size(request, spec)
+    height = height if request.height is None else request.height
+    width = width if request.width is None else request.width
+    request = replace(request, height=height, width=width)
+    if task_record(spec).size == "enlarged":
+        _check_enlarged(request, spec)
+    else:
+        _check_multiples(request, spec)
+    if max(hires_size(request, spec)) > MAX_SIDE:
+        raise RequestError("hires_scale", f"makes more than {MAX_SIDE} pixels a side; lower it")
+    _check_outpaint(request)
+    if "tile_size" not in task_record(spec).takes:
+        return request
+    return replace(request, tile_size=_tile_size(request, spec))
+
+
+def _default_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
+    """Return height and width where the request leaves them open."""
+    size = task_record(spec).size
+    if size == "enlarged":
+        return _enlarged_size(request, spec)
+    if size == "segmentation":
+        assert request.segmentation is not None, "the request is not checked"
+        width, height = request.segmentation.size
+    elif request.image is not None:
+        width, height = canvas_size(request)
+    else:
+        return spec.defaults.height, spec.defaults.width
+    step = size_step(spec)
+    return max(step, height // step * step), max(step, width // step * step)
+
+
+def _enlarged_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
+    assert request.image is not None, "the request is not checked"
+    width, height = (spec.autoencoder.factor * side for side in request.image.size)
+    if max(width, height) > MAX_SIDE:
+        raise RequestError(
+            "image",
+            f"makes {width}x{height} pixels, enlarged {spec.autoencoder.factor} times; give at "
+            f"most {MAX_SIDE // spec.autoencoder.factor} a side",
+        )
+    return height, width
+
+
+def _check_enlarged(request: GenerationRequest, spec: ModelSpec) -> None:
+    for name, size in zip(("height", "width"), _enlarged_size(request, spec), strict=True):
+        if getattr(request, name) != size:
+            raise RequestError(
+                name,
+                f"is {getattr(request, name)}, but the image enlarged {spec.autoencoder.factor} "
+                f"times has {size}; leave it out",
+            )
+
+
+def _check_multiples(request: GenerationRequest, spec: ModelSpec) -> None:
+    step = size_step(spec)
+    for name, size in (("height", request.height), ("width", request.width)):
+        assert size is not None, "the request is not resolved"
+        below = size // step * step
+        if size != below:
+            nearest = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
+            raise RequestError(
+                name, f"{size} is not a multiple of {step}; the nearest sizes are {nearest}"
+            )
+
+
+def _check_outpaint(request: GenerationRequest) -> None:
+    """Known pixels are kept as they are, so that a canvas cannot be resized to fit."""
+    if request.outpaint is None:
+        return
+    width, height = canvas_size(request)
+    if (width, height) != (request.width, request.height):
+        raise RequestError(
+            "outpaint",
+            f"makes {width}x{height} pixels, but {request.width}x{request.height} can be drawn; "
+            "add other margins",
+        )
+
+
+def _tile_size(request: GenerationRequest, spec: ModelSpec) -> int:
+    """Return the side of the tiles to decode in, in pixels; 0 decodes in one piece."""
+    height, width = hires_size(request, spec)
+    factor, step = spec.autoencoder.factor, size_step(spec)
+    is_large = height * width > WHOLE_LATENTS * factor**2
+    default = -(-TILE_LATENTS * factor // step) * step if is_large else 0
+    tile = default if request.tile_size is None else request.tile_size
+    if tile % step:
+        raise RequestError(
+            "tile_size", f"{tile} is not a multiple of {step}; take {-(-tile // step) * step}"
+        )
+    if 0 < tile < MIN_TILE * factor:
+        raise RequestError(
+            "tile_size", f"{tile} is too small; take 0 or at least {MIN_TILE * factor}"
+        )
+    return tile

@@ -1,0 +1,240 @@
+"""The networks of the tiny models, each twice: as operators of an ONNX graph and in NumPy."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime.backends import Tensors
+from ldm_runtime.manifest import ModelSpec, Task, components_of
+from ldm_runtime.noise import TorchCpuGenerator
+from ldm_runtime.onnx_bytes import Node
+from ldm_runtime.testing.engine import Function
+from ldm_runtime.testing.specs import tiny_spec
+
+Float32Array = npt.NDArray[np.float32]
+Weights = Mapping[str, Float32Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyNetwork:
+    """One network of a tiny model.
+
+    Attributes:
+        shapes: Of its weights, by name.
+        nodes: Its operators.
+        function: The same in NumPy, from inputs and weights to the one output.
+        axes: Constant lists of axes that the operators take.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    nodes: tuple[Node, ...]
+    function: Callable[[Tensors, Weights], npt.NDArray[Any]]
+    axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def tiny_networks(task: Task = "text-to-image") -> Mapping[str, Function]:
+    """Return the networks of a tiny bundle as NumPy functions, by component."""
+    spec = tiny_spec(task)
+    weights = tiny_weights(spec)
+
+    def function(name: str) -> Function:
+        network = tiny_network(name, spec)
+        (output,) = components_of(spec)[name].outputs
+        return lambda inputs: {output.name: network.function(inputs, weights[name])}
+
+    return {name: function(name) for name in components_of(spec)}
+
+
+def tiny_network(name: str, spec: ModelSpec) -> TinyNetwork:
+    """Return one network of a tiny model."""
+    return _NETWORKS[name](spec)
+
+
+def tiny_weights(spec: ModelSpec) -> dict[str, dict[str, Float32Array]]:
+    """Return the weights of every network of a tiny model, by component."""
+    generator = TorchCpuGenerator(0)
+    weights = {
+        name: {
+            each: generator.randn(shape) * 0.2
+            for each, shape in tiny_network(name, spec).shapes.items()
+        }
+        for name in components_of(spec)
+    }
+    if "unet" in weights:
+        weights["unet"]["time"] *= 0.001
+    return weights
+
+
+def _text_encoder(spec: ModelSpec) -> TinyNetwork:
+    assert spec.text_encoder is not None, "the model has no text encoder"
+    record = spec.text_encoder
+    return TinyNetwork(
+        shapes={
+            "embedding": (record.vocab_size, record.width),
+            "positions": (record.max_tokens, record.width),
+        },
+        nodes=(
+            Node(op="Gather", inputs=("embedding", "tokens"), output="embedded"),
+            Node(op="Add", inputs=("embedded", "positions"), output="placed"),
+            Node(op="Tanh", inputs=("placed",), output="context"),
+        ),
+        function=lambda inputs, w: np.tanh(w["embedding"][inputs["tokens"]] + w["positions"]),
+    )
+
+
+def _class_embedder(spec: ModelSpec) -> TinyNetwork:
+    assert spec.class_embedder is not None, "the model has no class embedder"
+    record = spec.class_embedder
+    return TinyNetwork(
+        shapes={"table": (record.num_classes, record.width)},
+        nodes=(
+            Node(op="Gather", inputs=("table", "class_labels"), output="rows"),
+            Node(op="Unsqueeze", inputs=("rows", "second"), output="context"),
+        ),
+        function=lambda inputs, w: w["table"][inputs["class_labels"]][:, None],
+        axes={"second": (1,)},
+    )
+
+
+def _rescaler(spec: ModelSpec) -> TinyNetwork:
+    """Halve once: means of two by two pixels are what bilinear resizing gives there."""
+    assert spec.rescaler is not None, "the model has no rescaler"
+
+    def function(inputs: Tensors, weights: Weights) -> Float32Array:
+        rows = weights["mapper"][inputs["segmentation"]].transpose(0, 3, 1, 2)
+        batch, channels, height, width = rows.shape
+        blocks = rows.reshape(batch, channels, height // 2, 2, width // 2, 2)
+        halved: Float32Array = blocks.mean(axis=(3, 5))
+        return halved
+
+    pool = {"kernel_shape": (2, 2), "strides": (2, 2)}
+    return TinyNetwork(
+        shapes={"mapper": (spec.rescaler.num_classes, spec.rescaler.out_channels)},
+        nodes=(
+            Node(op="Gather", inputs=("mapper", "segmentation"), output="rows"),
+            Node(
+                op="Transpose", inputs=("rows",), output="maps", attributes={"perm": (0, 3, 1, 2)}
+            ),
+            Node(op="AveragePool", inputs=("maps",), output="concat", attributes=pool),
+        ),
+        function=function,
+    )
+
+
+def _unet(spec: ModelSpec) -> TinyNetwork:
+    assert spec.unet is not None, "the model has no UNet"
+    record = spec.unet
+    context_dim, channels = record.context_dim, record.out_channels
+    attends = context_dim is not None
+
+    def function(inputs: Tensors, weights: Weights) -> Float32Array:
+        hidden = _convolve(inputs["latents"], weights["kernel"])
+        if attends:
+            shift = inputs["context"].mean(axis=1) @ weights["mix"]
+            hidden = hidden + shift[:, :, None, None]
+        time = inputs["timesteps"][:, None, None, None] * weights["time"]
+        result: Float32Array = np.tanh(hidden) + time
+        return result
+
+    return TinyNetwork(
+        shapes={
+            **({} if context_dim is None else {"mix": (context_dim, channels)}),
+            "kernel": (channels, record.in_channels, 3, 3),
+            "time": (1, channels, 1, 1),
+        },
+        nodes=(
+            Node(op="Unsqueeze", inputs=("timesteps", "last_three"), output="broad_timesteps"),
+            Node(op="Mul", inputs=("broad_timesteps", "time"), output="broad_time"),
+            Node(
+                op="Conv",
+                inputs=("latents", "kernel"),
+                output="convolved",
+                attributes={"pads": (1, 1, 1, 1)},
+            ),
+            *(_CONTEXT_NODES if attends else ()),
+            Node(op="Tanh", inputs=("shifted" if attends else "convolved",), output="hidden"),
+            Node(op="Add", inputs=("hidden", "broad_time"), output="prediction"),
+        ),
+        function=function,
+        axes={"last_three": (1, 2, 3), **({"last_two": (2, 3)} if attends else {})},
+    )
+
+
+_CONTEXT_NODES = (
+    Node(
+        op="ReduceMean",
+        inputs=("context",),
+        output="pooled",
+        attributes={"axes": (1,), "keepdims": 0},
+    ),
+    Node(op="MatMul", inputs=("pooled", "mix"), output="shift"),
+    Node(op="Unsqueeze", inputs=("shift", "last_two"), output="broad_shift"),
+    Node(op="Add", inputs=("convolved", "broad_shift"), output="shifted"),
+)
+
+
+def _vae_decoder(spec: ModelSpec) -> TinyNetwork:
+    """Decode without quantising: a codebook would add nothing to what is tested with it."""
+
+    def function(inputs: Tensors, weights: Weights) -> Float32Array:
+        mixed = _convolve(inputs["latents"], weights["kernel"])
+        batch, _, height, width = mixed.shape
+        blocks = mixed.reshape(batch, 2, 2, 3, height, width).transpose(0, 3, 4, 1, 5, 2)
+        result: Float32Array = np.tanh(blocks.reshape(batch, 3, 2 * height, 2 * width))
+        return result
+
+    return TinyNetwork(
+        shapes={"kernel": (12, spec.autoencoder.embed_dim, 1, 1)},
+        nodes=(
+            Node(op="Conv", inputs=("latents", "kernel"), output="mixed"),
+            Node(
+                op="DepthToSpace", inputs=("mixed",), output="spread", attributes={"blocksize": 2}
+            ),
+            Node(op="Tanh", inputs=("spread",), output="image"),
+        ),
+        function=function,
+    )
+
+
+def _vae_encoder(spec: ModelSpec) -> TinyNetwork:
+    def function(inputs: Tensors, weights: Weights) -> Float32Array:
+        batch, _, height, width = inputs["image"].shape
+        blocks = inputs["image"].reshape(batch, 3, height // 2, 2, width // 2, 2)
+        deep = blocks.transpose(0, 3, 5, 1, 2, 4).reshape(batch, 12, height // 2, width // 2)
+        return _convolve(deep, weights["kernel"])
+
+    halves = 2 if spec.autoencoder.kind == "kl" else 1
+    return TinyNetwork(
+        shapes={"kernel": (halves * spec.autoencoder.embed_dim, 12, 1, 1)},
+        nodes=(
+            Node(op="SpaceToDepth", inputs=("image",), output="deep", attributes={"blocksize": 2}),
+            Node(op="Conv", inputs=("deep", "kernel"), output="moments"),
+        ),
+        function=function,
+    )
+
+
+_NETWORKS: Mapping[str, Callable[[ModelSpec], TinyNetwork]] = MappingProxyType(
+    {
+        "text_encoder": _text_encoder,
+        "class_embedder": _class_embedder,
+        "rescaler": _rescaler,
+        "unet": _unet,
+        "vae_decoder": _vae_decoder,
+        "vae_encoder": _vae_encoder,
+    }
+)
+
+
+def _convolve(images: Float32Array, kernel: Float32Array) -> Float32Array:
+    """Cross-correlate (B, C, H, W) with (D, C, k, k), zero-padded to the same size."""
+    size = kernel.shape[-1]
+    edge = size // 2
+    padded = np.pad(images, ((0, 0), (0, 0), (edge, edge), (edge, edge)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))
+    result: Float32Array = np.einsum("bchwij,dcij->bdhw", windows, kernel)
+    return result

@@ -1,0 +1,139 @@
+"""What the tiny models are: one of every task, as small as their records allow."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ldm_runtime.manifest import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    ModelSpec,
+    RescalerSpec,
+    SamplingDefaults,
+    Task,
+    TextEncoderSpec,
+    UNetSpec,
+)
+
+MERGES = ("r e", "re d</w>", "c i", "ci r", "cir c", "circ l", "circl e</w>")
+
+_WIDTH = 8
+_VOCABULARY = 2 * 256 + len(MERGES) + 2
+
+TINY_SPEC = ModelSpec(
+    family="tiny",
+    task="text-to-image",
+    weights="model",
+    unet=UNetSpec(
+        in_channels=4,
+        out_channels=4,
+        model_channels=4,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention="transformer",
+        transformer_depth=(0, 1),
+        middle_depth=1,
+        num_heads=1,
+        num_head_channels=None,
+        context_dim=_WIDTH,
+        linear_projection=False,
+        scale_shift_norm=False,
+        resblock_updown=False,
+    ),
+    autoencoder=AutoencoderSpec(
+        kind="kl",
+        image_channels=3,
+        channels=4,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        attention_levels=(),
+        middle_attention=True,
+        z_channels=4,
+        embed_dim=4,
+        codebook_size=None,
+        latent_scale_factor=0.5,
+    ),
+    text_encoder=TextEncoderSpec(
+        kind="clip",
+        width=_WIDTH,
+        num_layers=1,
+        num_heads=1,
+        feed_forward_dim=_WIDTH,
+        vocab_size=_VOCABULARY,
+        max_tokens=16,
+        activation="quick_gelu",
+        pad_token_id=_VOCABULARY - 1,
+    ),
+    class_embedder=None,
+    rescaler=None,
+    alphas_cumprod=tuple(
+        float(value) for value in np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    ),
+    prediction_type="v_prediction",  # bounded, whatever the network says
+    defaults=SamplingDefaults(
+        height=16, width=16, sampler="ddim", num_inference_steps=4, guidance_scale=3.0, eta=0.0
+    ),
+    assumptions=(),
+)
+
+_VQ = replace(
+    TINY_SPEC.autoencoder,
+    kind="vq",
+    z_channels=3,
+    embed_dim=3,
+    codebook_size=16,
+    latent_scale_factor=1.0,
+)
+_LAYOUTS = TextEncoderSpec(
+    kind="bert",
+    width=_WIDTH,
+    num_layers=1,
+    num_heads=8,
+    feed_forward_dim=_WIDTH,
+    vocab_size=101,  # a grid of 10 by 10
+    max_tokens=11,  # three objects and the crop
+    activation="gelu",
+    pad_token_id=100,
+)
+_CLASSES = ClassEmbedderSpec(num_classes=5, width=_WIDTH, null_class=4)
+_MAPS = RescalerSpec(num_classes=6, out_channels=3, num_halvings=1)
+
+
+def tiny_spec(task: Task = "text-to-image") -> ModelSpec:
+    """Return the tiny model of a task. Pictures have twice the sides of their latents."""
+    return _SPECS[task]
+
+
+def _spec(task: Task, *, concat: int = 0, **parts: Any) -> ModelSpec:  # noqa: ANN401
+    """Return a model with a VQ first stage, and cross-attention unless it has concat channels."""
+    assert TINY_SPEC.unet is not None, "text-to-image has a UNet"
+    spec = replace(TINY_SPEC, task=task, autoencoder=_VQ, text_encoder=None)
+    is_plain = concat or task == "unconditional"
+    unet = replace(
+        TINY_SPEC.unet,
+        in_channels=_VQ.embed_dim + concat,
+        out_channels=_VQ.embed_dim,
+        attention="qkv" if is_plain else "transformer",
+        context_dim=None if is_plain else _WIDTH,
+    )
+    scale = 1.0 if is_plain else TINY_SPEC.defaults.guidance_scale
+    defaults = replace(TINY_SPEC.defaults, guidance_scale=scale)
+    return replace(spec, **{"unet": unet, "defaults": defaults, **parts})
+
+
+_SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
+    {
+        "unconditional": _spec("unconditional"),
+        "class-to-image": _spec("class-to-image", class_embedder=_CLASSES),
+        "text-to-image": TINY_SPEC,
+        "layout-to-image": _spec("layout-to-image", text_encoder=_LAYOUTS),
+        "semantic-synthesis": _spec("semantic-synthesis", concat=3, rescaler=_MAPS),
+        "super-resolution": _spec("super-resolution", concat=3),
+        "inpainting": _spec("inpainting", concat=4),
+        "retrieval": _spec("retrieval"),
+        "first-stage": _spec("first-stage", unet=None, alphas_cumprod=()),
+    }
+)

@@ -1,0 +1,63 @@
+"""Writes a trained system as one CompVis checkpoint, in fp16, with its configuration beside it."""
+
+import torch
+
+import scenes
+from checkpoint_writer import averaged_state, schedule_buffers, write_checkpoint
+from config_writer import ModelConfig, write_model_config
+from diffusion import (
+    CAPTION_DROPOUT,
+    LINEAR_END,
+    LINEAR_START,
+    NUM_TRAIN_TIMESTEPS,
+    training_alphas_cumprod,
+)
+from systems.boxes import load_layouts
+from systems.catalog import System
+from systems.corpus import load_scale
+from systems.training import trained_parts
+from systems.vq import halves_of, load_first_stage
+from systems.words import load_words
+from trainer import HERE
+
+#: Bytes that a checkpoint may have, so that all of them can come along.
+MOST_BYTES = 12_000_000
+
+
+def pack(system: System) -> int:
+    """Write `<name>.ckpt` and `<name>.yaml` beside the scripts; return the checkpoint's bytes.
+
+    Raises:
+        ValueError: The checkpoint is larger than it may be.
+    """
+    unet, conditioner, step = trained_parts(system)
+    if system.encoder is not None:
+        load = load_words if system.task == "text-to-image" else load_layouts
+        conditioner = load().state_dict()
+    first_stage = load_first_stage(system.first_stage)
+    state = averaged_state(halves_of(first_stage), conditioner, unet)
+    state |= schedule_buffers(training_alphas_cumprod())
+    state["scale_factor"] = torch.tensor(load_scale(system.first_stage))
+    path = HERE / f"{system.name}.ckpt"
+    write_checkpoint(path, state, step)
+    write_model_config(HERE / f"{system.name}.yaml", config_of(system))
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, more than {MOST_BYTES:,}; shrink its UNet")
+    return size
+
+
+def config_of(system: System) -> ModelConfig:
+    """Return what a system's checkpoint is."""
+    spec = system.first_stage.spec
+    return ModelConfig(
+        task=system.task,
+        unet=system.unet,
+        autoencoder=spec,
+        text_encoder=system.encoder,
+        class_embedder=system.embedder,
+        rescaler=system.rescaler,
+        class_dropout=CAPTION_DROPOUT if system.embedder is not None else 0.0,
+        schedule=(LINEAR_START, LINEAR_END, NUM_TRAIN_TIMESTEPS),
+        latent_size=scenes.SIZE // spec.factor,
+    )

@@ -1,0 +1,78 @@
+"""Networks of the latent-diffusion paper, small: each kind that Stable Diffusion does not have."""
+
+from dataclasses import replace
+
+from ldm_runtime.manifest import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from tests.export.small_spec import SPEC
+
+VQ = replace(
+    SPEC.autoencoder,
+    kind="vq",
+    channel_mult=(1, 2),
+    z_channels=3,
+    embed_dim=3,
+    codebook_size=1100,  # in three pieces, the last one shorter
+    latent_scale_factor=1.0,
+)
+QKV = replace(
+    SPEC.unet,
+    in_channels=7,
+    out_channels=3,
+    attention="qkv",
+    context_dim=None,
+    scale_shift_norm=True,
+    resblock_updown=True,
+)
+BERT = TextEncoderSpec(
+    kind="bert",
+    width=96,
+    num_layers=2,
+    num_heads=2,
+    feed_forward_dim=384,
+    vocab_size=8192,
+    max_tokens=92,
+    activation="gelu",
+    pad_token_id=0,
+)
+FIRST_STAGE = replace(
+    SPEC, task="first-stage", unet=None, autoencoder=VQ, text_encoder=None, alphas_cumprod=()
+)
+INPAINTING = replace(
+    SPEC,
+    task="inpainting",
+    unet=QKV,
+    autoencoder=replace(VQ, middle_attention=False),
+    text_encoder=None,
+)
+CLASSES = replace(
+    INPAINTING,
+    task="class-to-image",
+    unet=replace(
+        SPEC.unet, in_channels=3, out_channels=3, channel_mult=(1, 3), num_heads=1, context_dim=48
+    ),
+    class_embedder=ClassEmbedderSpec(num_classes=11, width=48, null_class=10),
+)
+LAYOUTS = replace(
+    CLASSES,
+    task="layout-to-image",
+    unet=replace(CLASSES.unet, context_dim=96),
+    class_embedder=None,
+    text_encoder=BERT,
+)
+SEMANTIC = replace(
+    INPAINTING,
+    task="semantic-synthesis",
+    unet=replace(QKV, in_channels=6, transformer_depth=(0, 0)),
+    rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=1),
+)
+
+#: Component and model of every kind of network, by what is new in it.
+CASES = {
+    "unet_of_attention_blocks": ("unet", INPAINTING),
+    "unet_of_one_head_and_one_token": ("unet", CLASSES),
+    "bert": ("text_encoder", LAYOUTS),
+    "class_embedder": ("class_embedder", CLASSES),
+    "rescaler": ("rescaler", SEMANTIC),
+    "encoder_without_attention": ("vae_encoder", INPAINTING),
+    "decoder_with_a_codebook": ("vae_decoder", FIRST_STAGE),
+}

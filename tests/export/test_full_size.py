@@ -1,0 +1,208 @@
+"""The table of released models, and one narrow row of it measured from end to end."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import full_size
+import random_checkpoints
+from full_size_report import report
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.families import detect
+from narrow_systems import narrowed
+from released_systems import SYSTEMS
+
+HYPERPARAMETERS = ("task", "unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
+
+
+def millions(system):
+    """Weights of the UNet, the first stage and the conditioner of a checkpoint."""
+    totals = [0, 0, 0]
+    for name, shape in random_checkpoints.parameter_shapes(system):
+        if name.startswith("model.diffusion_model."):
+            part = 0
+        else:
+            part = 2 if name.startswith("cond_stage_model.") else 1
+        totals[part] += torch.Size(shape).numel()
+    return [total / 1e6 for total in totals]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_has_as_many_weights_as_its_sources_say(name):
+    system = SYSTEMS[name]
+
+    assert millions(system) == pytest.approx(system.parameters_millions, abs=0.006)
+
+
+def test_every_task_is_measured():
+    assert {system.task for system in SYSTEMS.values()} == {
+        "unconditional",
+        "class-to-image",
+        "text-to-image",
+        "layout-to-image",
+        "semantic-synthesis",
+        "super-resolution",
+        "inpainting",
+        "retrieval",
+        "first-stage",
+    }
+    assert len(SYSTEMS) == 20
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_random_checkpoint_is_recognised_as_what_it_was_made_of(name, tmp_path):
+    system = narrowed(SYSTEMS[name])
+    path = tmp_path / "random.ckpt"
+
+    random_checkpoints.write_checkpoint(path, system)
+
+    with open_checkpoint(path) as checkpoint:
+        spec = detect(checkpoint.tensors).spec
+    assert {field: getattr(spec, field) for field in HYPERPARAMETERS} == {
+        field: getattr(system, field) for field in HYPERPARAMETERS
+    }
+
+
+def test_no_weight_of_a_random_checkpoint_is_zero_or_large(tmp_path):
+    path = tmp_path / "random.ckpt"
+
+    random_checkpoints.write_checkpoint(path, narrowed(SYSTEMS["layout2img-openimages256"]))
+
+    with open_checkpoint(path) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            if name.endswith((".weight", ".bias")) and tensor.shape:
+                values = tensor.numpy()
+                assert values.std() > 0.005 or values.size == 1, name
+                assert abs(values).max() < 6, name
+
+
+def test_a_row_belongs_to_its_hyperparameters():
+    system = SYSTEMS["bsr_sr"]
+    wider = replace(system, unet=replace(system.unet, model_channels=192))
+
+    assert full_size.row_key(system) == full_size.row_key(replace(system))
+    assert full_size.row_key(system) != full_size.row_key(wider)
+
+
+@pytest.mark.parametrize(
+    ("row", "engines", "measured"),
+    [
+        ({"failure": None, "engines_asked": True}, True, True),
+        ({"failure": None, "engines_asked": False}, True, False),
+        ({"failure": None, "engines_asked": False}, False, True),
+        ({"failure": "it broke", "engines_asked": True}, False, False),
+    ],
+)
+def test_a_row_is_measured_once_unless_something_of_it_is_missing(row, engines, measured):
+    system = SYSTEMS["vq-f4"]
+    rows = [row | {"key": full_size.row_key(system)}]
+
+    assert full_size.is_measured(rows, system, engines=engines) is measured
+    assert not full_size.is_measured(rows, SYSTEMS["kl-f4"], engines=engines)
+
+
+@pytest.mark.parametrize(
+    ("free", "available", "words"),
+    [
+        (10**9, 10**11, "has 1 GB free, but this takes 16 GB"),
+        (10**12, 10**9, "1.0 GB of memory are free, but this takes 9.9 GB"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_a_failure_in_a_sentence(
+    free, available, words, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(full_size, "_available_bytes", lambda: available)
+
+    row = full_size.measured_row(SYSTEMS["rdm-768"], tmp_path, engines=False)
+
+    assert words in row["failure"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_narrow_model_goes_from_checkpoint_to_engines_and_its_row_is_kept(tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    results = tmp_path / "rows.jsonl"
+    work = tmp_path / "work"
+    work.mkdir()
+    arguments = ["--smoke", "--only", "kl-f4", "--results", str(results), "--folder", str(work)]
+
+    statuses = [full_size.main(arguments) for _ in range(2)]
+
+    assert statuses == [0, 0]
+    assert list(work.iterdir()) == []
+    (row,) = map(json.loads, results.read_text().splitlines())  # the second run had it already
+    assert row["failure"] is None
+    assert row["family"] == "first-stage-kl"
+    assert row["differs"] == []
+    assert row["export"]["peak_bytes"] > 100e6
+    assert max(row["fp32_max_relative_error"].values()) <= 1e-4
+    assert 0 < max(row["fp16_relative_l2"].values()) <= 5e-3
+    assert row["golden"]["failed"] == []
+    assert row["fp16_at_size"]["vae_decoder"]["shape"] == [1, 3, 256, 256]
+    assert {build["component"] for build in row["engines"]} == {"vae_decoder", "vae_encoder"}
+    captured = capsys.readouterr()
+    assert "kl-f4 is there already" in captured.err
+    assert "| kl-f4 (narrow) | first-stage-kl |" in captured.out
+
+
+ROW = {
+    "name": "bsr_sr",
+    "failure": None,
+    "family": "ldm-bsr-sr",
+    "checkpoint_bytes": 675_800_000,
+    "export": {"seconds": 61.2, "peak_bytes": 1_234_000_000},
+    "bundle_bytes": 345_000_000,
+    "fp32_max_relative_error": {"unet": 2e-6, "vae_decoder": 3.04e-6},
+    "fp16_relative_l2": {"unet": 1.2e-3, "vae_decoder": 2e-3},
+    "golden": {"worst_psnr": 58.6, "failed": []},
+    "fp16_at_size": {"unet": {"finite": True}},
+    "engines": [
+        {"seconds": 5.0, "peak_bytes": 10**9},
+        {"seconds": 7.4, "peak_bytes": 2 * 10**9},
+    ],
+    "why_no_engines": {},
+}
+
+
+def test_the_report_has_the_last_row_of_every_model():
+    older = ROW | {"bundle_bytes": 1}
+
+    *_, line = report([older, ROW])
+
+    assert line == (
+        "| bsr_sr | ldm-bsr-sr | 168.9 M | 61 s | 1.23 GB | 0.34 GB | 3.0e-06 | 2.0e-03 | 59 dB "
+        "| yes | 2 in 12 s, 2.0 GB |"
+    )
+
+
+def test_the_report_says_what_failed_and_why():
+    broken = ROW | {
+        "golden": {"worst_psnr": 20.0, "failed": ["golden/0 image 0 psnr"]},
+        "fp16_at_size": {"unet": {"finite": False}},
+        "failure": "golden outputs: golden/0 image 0 psnr",
+        "engines": [],
+        "why_no_engines": {"unet": "no kernel"},
+    }
+    never = {"name": "cin256", "failure": "the export ended with 1: error: no"}
+
+    lines = report([broken, never])
+
+    assert "20 dB, FAILED | NO | none |" in lines[2]
+    assert lines[3:] == [
+        "",
+        "bsr_sr: golden outputs: golden/0 image 0 psnr",
+        "bsr_sr: no engine of the unet: no kernel",
+        "cin256: the export ended with 1: error: no",
+    ]
+
+
+def test_a_bundle_of_another_model_than_the_checkpoint_was_made_of_is_a_failure():
+    row = ROW | {"differs": ["task: inpainting instead of super-resolution"]}
+
+    assert full_size._fault(row).startswith("recognised as something else: task: inpainting")

@@ -1,0 +1,163 @@
+"""A bundle of every task: exported from a checkpoint, verified without torch, some with engines.
+
+The models are as small as their kinds allow, and share hyperparameters, so that few networks have
+to be traced.
+"""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+
+import random_checkpoints
+from ldm_export.bundle import ExportOptions, export_bundle, plan_export
+from ldm_export.families import Overrides
+from ldm_runtime.engine_profiles import SizeRange
+from ldm_runtime.engine_recipes import EngineOptions
+from ldm_runtime.engines import load_engine_records
+from ldm_runtime.manifest import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    RescalerSpec,
+    TextEncoderSpec,
+    UNetSpec,
+    components_of,
+    load_manifest,
+)
+from ldm_runtime.verify import verify
+from released_systems import System
+from tests.export.traces import Traces
+
+SIZE = 32
+#: Whatever the kind of model, one head of all 32 channels.
+FACTS = Overrides(height=SIZE, width=SIZE, num_head_channels=32)
+FIRST_STAGE = AutoencoderSpec(
+    kind="vq",
+    image_channels=3,
+    channels=32,
+    channel_mult=(1, 1),
+    num_res_blocks=1,
+    attention_levels=(),
+    middle_attention=False,
+    z_channels=3,
+    embed_dim=3,
+    codebook_size=64,
+    latent_scale_factor=1.0,
+)
+QKV = UNetSpec(
+    in_channels=3,
+    out_channels=3,
+    model_channels=32,
+    channel_mult=(1,),
+    num_res_blocks=1,
+    attention="qkv",
+    transformer_depth=(1,),
+    middle_depth=1,
+    num_heads=None,
+    num_head_channels=32,
+    context_dim=None,
+    linear_projection=False,
+    scale_shift_norm=False,
+    resblock_updown=False,
+)
+CROSS = replace(QKV, attention="transformer", context_dim=64)
+WORDS = TextEncoderSpec(
+    kind="bert",
+    width=64,
+    num_layers=1,
+    num_heads=1,
+    feed_forward_dim=64,
+    vocab_size=30522,
+    max_tokens=77,
+    activation="gelu",
+    pad_token_id=0,
+)
+
+
+def system(task, unet, **conditioner):
+    return System(
+        name=task,
+        task=task,
+        autoencoder=FIRST_STAGE,
+        unet=unet,
+        parameters_millions=(0.0, 0.0, 0.0),
+        **conditioner,
+    )
+
+
+SYSTEMS = (
+    system("unconditional", QKV),
+    system(
+        "class-to-image",
+        CROSS,
+        class_embedder=ClassEmbedderSpec(num_classes=1001, width=64, null_class=1000),
+    ),
+    system("text-to-image", CROSS, text_encoder=WORDS),
+    system(
+        "layout-to-image",
+        CROSS,
+        text_encoder=replace(WORDS, vocab_size=400, max_tokens=20, pad_token_id=399),
+    ),
+    system(
+        "semantic-synthesis",
+        replace(QKV, in_channels=6),
+        rescaler=RescalerSpec(num_classes=5, out_channels=3, num_halvings=1),
+    ),
+    system("super-resolution", replace(QKV, in_channels=6)),
+    system("inpainting", replace(QKV, in_channels=7)),
+    system("retrieval", CROSS),
+    system("first-stage", None),
+)
+#: Every other one stores fp32: what weights are stored as has nothing to do with the task.
+CASES = [
+    pytest.param(each, dtype, id=f"{each.task}-{dtype}")
+    for each, dtype in zip(SYSTEMS, ("float16", "float32") * len(SYSTEMS), strict=False)
+]
+
+
+#: Those whose bundles get engines too, because they have networks that no other has.
+BUILT = ("class-to-image", "text-to-image", "semantic-synthesis")
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
+RTX = EngineOptions(builder="tensorrt_rtx", sizes=SizeRange(static=True), targets=("sm86",))
+NONE = EngineOptions(builder="none")
+
+
+@pytest.fixture(scope="module")
+def traces():
+    """Keep traces for all tests of this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield Traces(patch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("system", "dtype"), CASES)
+@pytest.mark.usefixtures("traces")
+def test_every_task_becomes_a_bundle_that_keeps_its_promises(system, dtype, tmp_path):
+    checkpoint, bundle = tmp_path / "random.ckpt", tmp_path / "engines"
+    random_checkpoints.write_checkpoint(checkpoint, system)
+    options = ExportOptions(
+        checkpoint=checkpoint,
+        out=bundle,
+        overrides=FACTS if system.unet else replace(FACTS, num_head_channels=None),
+        weights_dtype=dtype,
+        engines=RTX if HAS_RTX and system.task in BUILT else NONE,
+    )
+    plan = plan_export(options)
+
+    manifest = export_bundle(options)
+
+    assert load_manifest(bundle) == manifest
+    assert (manifest.spec.task, manifest.weights_dtype) == (system.task, dtype)
+    assert manifest.spec.unet == system.unet
+    assert manifest.spec.autoencoder == FIRST_STAGE
+    assert [each.name for each in manifest.components] == list(components_of(manifest.spec))
+    assert (manifest.tokenizer_file is not None) == (system.task == "text-to-image")
+    assert manifest.preview is not None
+    assert len(manifest.golden) == (2 if system.task == "first-stage" else 3)
+    assert f"task              {system.task}" in plan.describe()
+    assert plan.parameters.keys() == components_of(manifest.spec).keys()
+    engines = {record.component for record in load_engine_records(bundle, manifest)}
+    assert engines == (components_of(manifest.spec).keys() if options.engines == RTX else set())
+    checks = list(verify(bundle, backend="onnxruntime"))
+    assert {check.measure for check in checks} == {"max_relative_error", "relative_l2", "psnr"}
+    assert [check for check in checks if not check.passed] == []

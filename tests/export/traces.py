@@ -1,0 +1,37 @@
+"""Traces of networks that are kept, so that tests which export many models trace each graph once.
+
+A trace depends on hyperparameters and not on weights, which it has under the names of the network's
+parameters. Tracing takes most of the time that the export of a small network takes.
+"""
+
+import onnx_ir as ir
+
+from ldm_export import bundle, onnx_export, stages
+from ldm_runtime.manifest import components_of
+
+_PARTS = {"vae_decoder": "autoencoder", "vae_encoder": "autoencoder"}
+
+
+class Traces:
+    """Stands in for tracing; the memory of a small network is left to itself.
+
+    Args:
+        monkeypatch: Undoes it.
+    """
+
+    def __init__(self, monkeypatch):
+        self._trace, self._known = onnx_export._trace, {}
+        monkeypatch.setattr(onnx_export, "_trace", self._traced)
+        for module in (bundle, stages):
+            monkeypatch.setattr(module, "give_back_memory", lambda: None)
+
+    def _traced(self, name, network, spec):
+        """Return the traced graph of a network, its weights those of `network`."""
+        key = (components_of(spec)[name], getattr(spec, _PARTS.get(name, name)))
+        if key not in self._known:
+            self._known[key] = ir.to_proto(self._trace(name, network, spec))
+        model = ir.from_proto(self._known[key])
+        for parameter, tensor in network.named_parameters():
+            value = model.graph.initializers[parameter]
+            value.const_value = ir.tensor(tensor.numpy(), name=parameter)
+        return model

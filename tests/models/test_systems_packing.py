@@ -1,0 +1,111 @@
+"""A packed system, whatever its weights, is what the exporter recognises from file and YAML."""
+
+import pytest
+import torch
+
+from checkpoint_writer import averaged_state, compvis_state, schedule_buffers, write_checkpoint
+from config_writer import params_of, write_model_config
+from diffusion import training_alphas_cumprod
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.compvis_config import read_config
+from ldm_export.families import detect
+from ldm_export.networks.bert import BertTextEncoder
+from systems.catalog import SYSTEMS
+from systems.packing import MOST_BYTES, config_of
+from systems.training import SystemModel
+from systems.vq import Autoencoder, halves_of
+
+ALL = list(SYSTEMS.values())
+NAMES = list(SYSTEMS)
+
+
+def write_untrained(folder, system):
+    torch.manual_seed(0)
+    model = SystemModel(system)
+    conditioner = {} if model.conditioner is None else model.conditioner.state_dict()
+    if system.encoder is not None:
+        conditioner = BertTextEncoder(system.encoder).state_dict()
+    first_stage = halves_of(Autoencoder(system.first_stage.spec))
+    state = averaged_state(first_stage, conditioner, model.unet.state_dict())
+    state |= schedule_buffers(training_alphas_cumprod())
+    state["scale_factor"] = torch.tensor(0.625)
+    path = folder / f"{system.name}.ckpt"
+    write_checkpoint(path, state, 7)
+    write_model_config(folder / f"{system.name}.yaml", config_of(system))
+    return path
+
+
+@pytest.mark.parametrize("system", ALL, ids=NAMES)
+def test_the_exporter_reads_back_what_was_packed(system, tmp_path):
+    path = write_untrained(tmp_path, system)
+
+    with open_checkpoint(path) as checkpoint:
+        config = read_config(path.with_suffix(".yaml"))
+        spec = detect(checkpoint.tensors, config=config).spec
+
+    assert spec.task == system.task
+    assert spec.unet == system.unet
+    assert spec.text_encoder == system.encoder
+    assert spec.class_embedder == system.embedder
+    assert spec.rescaler == system.rescaler
+    assert spec.prediction_type == "v_prediction"
+    assert spec.autoencoder.latent_scale_factor == 0.625
+    assert spec.autoencoder.codebook_size == system.first_stage.spec.codebook_size
+    assert spec.autoencoder.middle_attention == system.first_stage.spec.middle_attention
+    assert (spec.defaults.height, spec.defaults.width) == (64, 64)
+
+
+@pytest.mark.parametrize("system", ALL, ids=NAMES)
+def test_a_system_is_small_enough_to_come_along(system, tmp_path):
+    assert write_untrained(tmp_path, system).stat().st_size <= MOST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("name", "conditioner"),
+    [
+        ("unconditional", "__is_unconditional__"),
+        ("inpainting", "__is_first_stage__"),
+        ("super_resolution", {"target": "torch.nn.Identity"}),
+    ],
+)
+def test_conditioners_without_weights_are_called_as_in_the_released_models(name, conditioner):
+    params = params_of(config_of(SYSTEMS[name]))
+
+    assert params["cond_stage_config"] == conditioner
+    assert params.get("concat_mode", False) == (name != "unconditional")
+    assert "conditioning_key" not in params
+
+
+def test_the_last_class_is_said_to_be_none():
+    params = params_of(config_of(SYSTEMS["class_to_image"]))
+
+    assert params["cond_stage_config"]["params"]["n_classes"] == 25
+    assert params["cond_stage_config"]["params"]["ucg_rate"] > 0
+    assert params["conditioning_key"] == "crossattn"
+
+
+def test_only_the_first_stage_of_inpainting_says_that_it_has_no_attention():
+    kinds = {
+        name: params_of(config_of(system))["first_stage_config"]["params"]["ddconfig"].get(
+            "attn_type"
+        )
+        for name, system in SYSTEMS.items()
+    }
+
+    assert {name for name, kind in kinds.items() if kind == "none"} == {"inpainting"}
+
+
+def test_both_sets_of_weights_keep_their_names():
+    weight = torch.ones(2, dtype=torch.float64)
+
+    state = compvis_state(
+        {"quant_conv.bias": weight}, {"a.b": weight}, {"c.d": weight}, {"c.d": 2 * weight}
+    )
+
+    assert {name: value.tolist() for name, value in state.items()} == {
+        "model.diffusion_model.c.d": [1, 1],
+        "model_ema.diffusion_modelcd": [2, 2],
+        "first_stage_model.quant_conv.bias": [1, 1],
+        "cond_stage_model.transformer.a.b": [1, 1],
+    }
+    assert {value.dtype for value in state.values()} == {torch.float16}

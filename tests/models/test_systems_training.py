@@ -1,0 +1,252 @@
+"""How the systems learn: their data, what conditions them, the loss, and what they are told."""
+
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import scenes
+from diffusion import NUM_TRAIN_TIMESTEPS
+from systems import boxes, conditions, corpus, training, velocity, words
+from systems.catalog import BERT, LAYOUT, SYSTEMS
+from systems.holes import random_hole
+from systems.labels import NUM_LABELS, label_of, scene_map
+from systems.scores import Question, drawing_of
+
+ALL = list(SYSTEMS.values())
+NAMES = list(SYSTEMS)
+
+
+def some_scenes(count, most=3):
+    source = scenes.random_scenes(np.random.default_rng(4), held_out=False)
+    return list(islice((each for each in source if len(each.things) <= most), count))
+
+
+def small_corpus(system, count=6):
+    drawn, masked = some_scenes(count, system.most_things), None
+    holes = [None] * count
+    if system.task == "inpainting":
+        holes = [random_hole(np.random.default_rng(row)) for row in range(count)]
+        masks = torch.stack([corpus.latent_mask(hole) for hole in holes])
+        masked = torch.cat([torch.randn(count, 3, 16, 16), masks], dim=1)
+    torch.manual_seed(0)
+    return corpus.Corpus(
+        rows=torch.arange(count),
+        questions=[Question(scene=a, hole=b) for a, b in zip(drawn, holes, strict=True)],
+        latents=torch.randn(count, 3, 16, 16),
+        scale=0.5,
+        masked=masked,
+    )
+
+
+@pytest.fixture
+def conditions_of(monkeypatch):
+    """What opens conditions, with encoders that have learned nothing."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(conditions, "load_words", lambda: words.BertTextEncoder(BERT).eval())
+    monkeypatch.setattr(conditions, "load_layouts", lambda: boxes.BertTextEncoder(LAYOUT).eval())
+    return conditions.open_conditions
+
+
+@pytest.mark.parametrize("system", ALL, ids=NAMES)
+def test_every_part_of_a_system_learns(system, conditions_of):
+    data = small_corpus(system)
+    model = training.SystemModel(system)
+    rows = torch.arange(6)
+    made = conditions_of(system, data)
+
+    loss = training.system_loss(system, model, data.latents, made, rows, layout=True)
+    loss.backward()
+
+    assert loss.isfinite()
+    silent = [name for name, each in model.named_parameters() if each.grad is None]
+    assert silent == []
+
+
+@pytest.mark.parametrize("system", ALL, ids=NAMES)
+def test_a_system_begins_by_predicting_the_same_for_everything(system, conditions_of):
+    data = small_corpus(system)
+    model = training.SystemModel(system)
+    model.initialise()
+    condition = conditions_of(system, data)(
+        model.conditioner, torch.arange(6), torch.zeros(6, dtype=torch.bool)
+    )
+
+    predict = conditions.predict_with(model.unet, condition)
+
+    found = predict(data.latents, torch.full((6,), 500.0))
+    bias = model.unet.out[2].bias[None, :, None, None]
+    torch.testing.assert_close(found, bias.expand_as(found), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "system", [each for each in ALL if each.drops], ids=[each.name for each in ALL if each.drops]
+)
+def test_dropped_rows_all_have_the_same_condition_and_others_have_not(system, conditions_of):
+    data = small_corpus(system)
+    model = training.SystemModel(system)
+    made = conditions_of(system, data)
+    rows = torch.arange(6)
+
+    dropped = made(model.conditioner, rows, torch.ones(6, dtype=torch.bool)).context
+    kept = made(model.conditioner, rows, torch.zeros(6, dtype=torch.bool)).context
+
+    assert all(torch.equal(one, other) for one, other in pairwise(dropped))
+    assert not any(torch.equal(one, other) for one, other in pairwise(kept))
+    assert not torch.equal(kept[0], dropped[0])
+
+
+def test_pixels_of_a_map_begin_as_their_colours():
+    system = SYSTEMS["semantic_synthesis"]
+    data = small_corpus(system)
+    model = training.SystemModel(system)
+    model.initialise()
+    made = conditions.open_conditions(system, data)
+    with torch.no_grad():
+        concat = made(model.conditioner, torch.tensor([2]), torch.tensor([False])).concat[0]
+
+    wanted = drawing_of(data.questions[2].scene).reshape(16, 4, 16, 4, 3).mean((1, 3))
+    levels = 127.5 * (concat.movedim(0, 2).numpy() + 1)
+    assert np.abs(levels - wanted).mean() < 20
+    assert len(np.unique(scene_map(data.questions[2].scene))) > 1
+
+
+def test_low_resolution_is_what_a_request_would_bring():
+    system = SYSTEMS["super_resolution"]
+    data = small_corpus(system)
+    concat = conditions.open_conditions(system, data)(
+        None, torch.tensor([1]), torch.tensor([False])
+    ).concat
+
+    wanted = drawing_of(data.questions[1].scene).reshape(16, 4, 16, 4, 3).mean((1, 3))
+    levels = 127.5 * (concat[0].movedim(0, 2).numpy() + 1)
+    np.testing.assert_allclose(levels, wanted, atol=0.51)
+
+
+def test_of_a_latent_pixel_of_the_mask_the_first_pixel_decides():
+    hole = np.zeros((64, 64), np.bool_)
+    hole[4, 8] = hole[13, 13] = True
+
+    mask = corpus.latent_mask(hole)
+
+    assert mask.shape == (1, 16, 16)
+    assert mask[0, 1, 2] == 1
+    assert (mask == 1).sum() == 1
+    assert mask.min() == -1
+
+
+@pytest.mark.parametrize("system", ALL, ids=NAMES)
+def test_a_system_learns_from_scenes_of_as_many_things_as_it_says(system):
+    drawn = some_scenes(50)
+
+    rows = corpus.rows_of(drawn, system)
+
+    few = [row for row, each in enumerate(drawn) if len(each.things) <= system.most_things]
+    assert rows == few[: system.most_rows]
+
+
+def test_a_perfect_prediction_has_no_loss():
+    clean = torch.randn(8, 3, 16, 16)
+
+    def predict(noisy, timesteps):
+        alpha = velocity.ALPHAS[timesteps.long()][:, None, None, None]
+        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+    assert velocity.velocity_loss(predict, clean, layout=False) < 1e-6
+
+
+def test_ddim_arrives_at_what_is_always_predicted():
+    wanted = torch.randn(2, 3, 16, 16)
+
+    def predict(noisy, timesteps):
+        alpha = velocity.ALPHAS[timesteps.long()][:, None, None, None]
+        return (alpha.sqrt() * noisy - wanted) / (1 - alpha).sqrt()
+
+    found = velocity.ddim(predict, torch.randn(2, 3, 16, 16), 7)
+
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_while_layout_is_learned_three_quarters_of_the_timesteps_are_noisy():
+    torch.manual_seed(0)
+
+    early = velocity.random_timesteps(20_000, layout=True)
+    later = velocity.random_timesteps(20_000, layout=False)
+
+    half = NUM_TRAIN_TIMESTEPS // 2
+    assert (early >= half).float().mean() == pytest.approx(0.75, abs=0.02)
+    assert (later >= half).float().mean() == pytest.approx(0.5, abs=0.02)
+    assert early.min() >= 0
+    assert early.max() < NUM_TRAIN_TIMESTEPS
+
+
+def test_guidance_goes_beyond_the_difference_of_two_predictions():
+    def unet(noisy, _timesteps, context):
+        return noisy * 0 + context.mean()
+
+    both = [conditions.Condition(context=torch.full((1, 1, 4), value)) for value in (3.0, 1.0)]
+    predict = conditions.guided(unet, both, 2.5)
+
+    assert predict(torch.zeros(1, 3, 4, 4), torch.zeros(1)).unique().item() == pytest.approx(6.0)
+
+
+def test_captions_are_tokens_between_start_and_end_and_the_last_row_is_the_empty_one():
+    captions = [scenes.caption(scene) for scene in some_scenes(20)]
+
+    tokens = words.caption_tokens(captions)
+
+    assert tokens.shape == (21, BERT.max_tokens)
+    assert (tokens[:, 0] == 101).all()
+    assert tokens[-1].tolist() == [101, 102] + 75 * [BERT.pad_token_id]
+    assert ((tokens == 102).sum(1) == 1).all()
+
+
+def test_nouns_are_found_behind_words_of_several_tokens():
+    text = "a large cyan circle left of a small purple cross on a gray background"
+
+    tokens = words.caption_tokens([text, "circle", "cross"])
+
+    first, second = words.noun_places(text)
+    assert tokens[0, first] == tokens[1, 1]
+    assert tokens[0, second] == tokens[2, 1]
+    assert first > 4  # "cyan" is more than one
+
+
+def test_layouts_name_every_thing_in_another_order_for_another_seed():
+    drawn = some_scenes(30)
+
+    shuffled, again = boxes.shuffled_layouts(drawn, 0), boxes.shuffled_layouts(drawn, 1)
+
+    asked = [sorted(label_of(thing) for thing in scene.things) for scene in drawn]
+    assert [sorted(each.label for each in layout) for layout in shuffled] == asked
+    assert shuffled != again
+    assert boxes.tokens_of(shuffled).shape == (30, LAYOUT.max_tokens)
+
+
+def test_neighbouring_points_begin_alike_and_far_ones_do_not():
+    features = boxes.coordinate_features(LAYOUT.width)
+
+    def likeness(first, second):
+        return torch.cosine_similarity(features[first], features[second], dim=0)
+
+    middle = 45 * 90 + 45
+    assert likeness(middle, middle + 1) > 0.8
+    assert likeness(middle, middle + 90) > 0.8
+    assert likeness(middle, 0) < 0.5
+    assert likeness(middle, middle + 30) < 0.6
+
+
+def test_a_box_covers_the_cells_that_it_touches():
+    layout = [boxes.LayoutObject(label=3, box=(0.0, 0.5, 0.26, 1.0))]
+
+    labels, places, cells = boxes.answers_of([layout, []])
+
+    assert labels[0, :2].tolist() == [3, NUM_LABELS]
+    assert (labels[1] == NUM_LABELS).all()
+    assert places[0, 0].tolist() == pytest.approx([0.0, 0.5, 0.26, 1.0])
+    covered = cells[0, 0].reshape(8, 8)
+    assert covered[4:, :3].all()
+    assert covered.sum() == 4 * 3
+    assert cells[1].sum() == 0
