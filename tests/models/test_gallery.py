@@ -1,0 +1,104 @@
+"""The gallery: what is given can be looked at and given again, and its page is valid."""
+
+import ast
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gallery
+from ldm_runtime.class_maps import ClassMap
+from ldm_runtime.cli import build_parser
+from ldm_runtime.layouts import read_label_names, read_layout
+from ldm_runtime.pictures import Picture
+from ldm_runtime.request import GenerationRequest
+from systems import exam
+from systems.catalog import SYSTEMS
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/tasks.md").read_text()
+COMMANDS = re.findall(r"^(?:\$ )?ldm (generate .*)$", PAGE, re.MULTILINE)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FIELDS = {field.name for field in fields(GenerationRequest)}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    gallery.write_inputs(folder)
+    return folder
+
+
+def test_the_inputs_are_what_requests_take(inputs):
+    names = read_label_names(inputs / "labels.txt")
+    layout = read_layout(inputs / "boxes.json", names)
+    picture, mask = Picture.read(inputs / "picture.png"), Picture.read(inputs / "mask.png")
+
+    assert len(names) == 24
+    assert 1 <= len(layout) <= 3
+    assert ClassMap.read(inputs / "map.png").size == picture.size == mask.size == (64, 64)
+    assert Picture.read(inputs / "small.png").size == (16, 16)
+    assert set(np.unique(mask.pixels)) == {0, 255}
+
+
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
+def test_what_a_system_was_given_differs_from_question_to_question(system):
+    if system.task == "unconditional":
+        assert system.task not in gallery.GIVEN
+        return
+    questions = exam.held_out_questions(system, 8, 7)
+
+    shown = [np.asarray(gallery.GIVEN[system.task](question)) for question in questions]
+
+    assert all(picture.shape[2] == 3 for picture in shown)
+    assert len({picture.tobytes() for picture in shown}) > 4
+
+
+def test_what_is_missing_of_a_picture_is_shown_in_a_colour_that_no_scene_has():
+    (question,) = exam.held_out_questions(SYSTEMS["inpainting"], 1, 7)
+
+    shown = np.asarray(gallery.GIVEN["inpainting"](question))
+
+    np.testing.assert_array_equal((shown == (255, 0, 255)).all(axis=2), question.hole)
+
+
+def test_a_sheet_lays_rows_out_under_each_other():
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (16, 16), "blue")
+
+    sheet = gallery.sheet([[red, red], [blue, blue]])
+
+    assert sheet.getpixel((10, 10)) == (255, 0, 0)
+    assert sheet.getpixel((10, sheet.height - 10)) == (0, 0, 255)
+    assert sheet.width == sheet.height
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_knows_every_command_of_the_page(command):
+    args = build_parser().parse_args(shlex.split(command, comments=True))
+
+    assert args.bundle.parts[0] in ("engines", "out")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_lines_of_python_are_few_and_name_fields_of_a_request(block):
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    keywords = {
+        keyword.arg
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "generator"
+        for keyword in call.keywords
+    }
+
+    assert len(block.splitlines()) <= 6
+    assert keywords <= FIELDS
+
+
+def test_the_page_has_a_command_and_python_for_every_task():
+    sections = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
+
+    assert len(sections) == len(BLOCKS) == 9
+    assert all("```python" in section and "ldm generate" in section for section in sections)
