@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.tasks import task_record
 
 Float32Array = npt.NDArray[np.float32]
 #: Maps (B, C, h, w) to (B, D, f h, f w).
@@ -28,7 +29,8 @@ _LOWEST_WEIGHT, _HIGHEST_WEIGHT = 0.01, 0.5
 
 def runs_in_patches(spec: ModelSpec) -> bool:
     """Return whether the UNet and the decoder of a model see large latents in patches."""
-    return spec.task == "super-resolution"
+    record = task_record(spec)
+    return record.samples and "tile_size" not in record.takes
 
 
 def over_patches(transform: Transform, latents: Float32Array, factor: int = 1) -> Float32Array:

@@ -1,7 +1,5 @@
 """Pictures that requests carry: read from whatever people have, checked once, never changed."""
 
-import base64
-import binascii
 import hashlib
 import io
 import os
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
+
+from ldm_runtime.input_bytes import data_of_url, is_data_url, shown
 
 #: What is read: what cameras, browsers and editors write. TIFF and the rest of what Pillow knows
 #: stay out: they are rare here, and each is one more parser for a stranger's file to attack.
@@ -77,12 +77,12 @@ class Picture:
                 return cls(_rgb(value, "the image"))
             case bytes() | bytearray() | memoryview():
                 return cls(_decoded(io.BytesIO(value), "the data"))
-            case str() if value[:5].lower() == "data:":
-                return cls(_decoded(io.BytesIO(_data_of_url(value)), "the data: URL"))
+            case str() if is_data_url(value):
+                return cls(_decoded(io.BytesIO(data_of_url(value)), "the data: URL"))
             case str() | os.PathLike():
                 return cls(_opened(Path(value)), str(value))
         raise ValueError(
-            f"{_shown(value)} is no picture; give a path, a data: URL, the bytes of a file, "
+            f"{shown(value)} is no picture; give a path, a data: URL, the bytes of a file, "
             "a PIL image or an array of uint8"
         )
 
@@ -146,7 +146,7 @@ class Picture:
 
 
 def _opened(path: Path) -> UInt8Array:
-    name = _shown(str(path), limit=255)
+    name = shown(str(path), limit=255)
     try:
         file = path.open("rb")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -218,23 +218,8 @@ def _image_of_array(array: npt.NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _data_of_url(url: str) -> bytes:
-    header, _, data = url.partition(",")
-    if not header.lower().endswith(";base64"):
-        raise ValueError(f"{_shown(url)} is no data: URL in base64; write data:image/png;base64,…")
-    try:
-        return base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: characters beyond ASCII
-        raise ValueError(f"{_shown(url)} is not valid base64: {error}") from error
-
-
 def _check_size(name: str, width: int, height: int) -> None:
     if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
         raise ValueError(
             f"{name} has {width}x{height} pixels; both sides must lie between 1 and {MAX_SIDE}"
         )
-
-
-def _shown(value: object, limit: int = 60) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
