@@ -8,6 +8,7 @@
     python models/shapes/train_systems.py train NAME …      # the UNet of NAME, such as inpainting
     python models/shapes/train_systems.py check NAME …      # draws and judges held-out rows
     python models/shapes/train_systems.py pack NAME …       # models/shapes/NAME.ckpt and NAME.yaml
+    python models/shapes/train_systems.py unpack NAME …     # from NAME.ckpt back to where to go on
 
 It needs the data of `train.py`, goes on from the last saved state, and logs to `log.jsonl`. Every
 stage is one process that computes on one core if `OMP_NUM_THREADS=1` says so.
@@ -75,6 +76,12 @@ def _pack(system: System, _: argparse.Namespace) -> None:
     print(f"{system.name}: {pack(system):,} bytes")
 
 
+def _unpack(system: System, _: argparse.Namespace) -> None:
+    from systems.unpacking import unpack
+
+    print(f"{system.name}: step {unpack(system)}")
+
+
 _STAGES: Mapping[str, Callable[[], None]] = {
     "vq": _vq,
     "vq_noattn": _vq_without_attention,
@@ -86,6 +93,7 @@ _ACTIONS: Mapping[str, Callable[[System, argparse.Namespace], None]] = {
     "train": _train,
     "check": _check,
     "pack": _pack,
+    "unpack": _unpack,
 }
 
 

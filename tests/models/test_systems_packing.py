@@ -13,6 +13,7 @@ from ldm_export.networks.bert import BertTextEncoder
 from systems.catalog import SYSTEMS
 from systems.packing import MOST_BYTES, config_of
 from systems.training import SystemModel
+from systems.unpacking import unpack
 from systems.vq import Autoencoder, halves_of
 
 ALL = list(SYSTEMS.values())
@@ -109,3 +110,34 @@ def test_both_sets_of_weights_keep_their_names():
         "cond_stage_model.transformer.a.b": [1, 1],
     }
     assert {value.dtype for value in state.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("system", ALL, ids=NAMES)
+def test_training_goes_on_from_what_was_packed(system, tmp_path):
+    packed = torch.load(write_untrained(tmp_path, system), weights_only=True)["state_dict"]
+
+    step = unpack(system, folder=tmp_path, work=tmp_path / "work")
+
+    state = torch.load(tmp_path / "work" / f"{system.name}.pt", weights_only=True)
+    assert step == state["step"] == 7
+    SystemModel(system).load_state_dict(state["ema"])
+    for name, value in packed.items():
+        if name.startswith("model.diffusion_model."):
+            kept = state["ema"]["unet." + name.removeprefix("model.diffusion_model.")]
+            torch.testing.assert_close(kept, value.float(), rtol=0, atol=0)
+
+
+def test_a_first_stage_that_is_there_is_not_overwritten(tmp_path):
+    system = SYSTEMS["super_resolution"]
+    write_untrained(tmp_path, system)
+    unpack(system, folder=tmp_path, work=tmp_path / "work")
+    path = tmp_path / "work" / f"{system.first_stage.stage}.pt"
+    model = Autoencoder(system.first_stage.spec)
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["ema"])
+    assert (model.codes.total == model.codebook).all()
+    path.write_bytes(b"kept")
+
+    unpack(system, folder=tmp_path, work=tmp_path / "work")
+
+    assert path.read_bytes() == b"kept"
