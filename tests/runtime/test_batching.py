@@ -419,8 +419,16 @@ def test_an_error_leaves_no_arrays_behind():
     assert left == []
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, which a shell takes from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("in_loop", [True, False])
-def test_an_interrupt_stops_the_loops_wherever_it_arrives(in_loop):
+def test_an_interrupt_stops_the_loops_wherever_it_arrives(in_loop, interruptible):
     def interrupt(value):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
