@@ -23,8 +23,10 @@ demo: .venv/demo.stamp
 gallery: .venv/demo.stamp
 	.venv/bin/python models/shapes/gallery.py
 
+# A worker a core, and a thread a worker: most tests are too small to share, exports do not scale.
 test: .venv/test.stamp
-	.venv/bin/python -m pytest -m "not gpu" --cov=ldm_runtime --cov-fail-under=95
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu" --numprocesses=auto --dist=loadfile \
+		--cov=ldm_runtime --cov-fail-under=95
 	scripts/test_wheel.sh
 
 check: .venv/test.stamp

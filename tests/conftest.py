@@ -17,41 +17,67 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when a test module imports huggingfac
 @pytest.fixture(scope="session")
 def small_checkpoint_path(tmp_path_factory):
     """A random Stable Diffusion of small channels in the CompVis layout; do not change it."""
-    from tests.export.small_checkpoint import random_networks, write_checkpoint
 
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return write_checkpoint(folder / "small.ckpt", random_networks())
+    def make(folder):
+        from tests.export.small_checkpoint import random_networks, write_checkpoint
+
+        write_checkpoint(folder / "small.ckpt", random_networks())
+
+    return _made_once(tmp_path_factory, "checkpoint", make) / "small.ckpt"
 
 
 @pytest.fixture(scope="session")
 def small_bundle_fp32(small_checkpoint_path, tmp_path_factory):
     """The bundle of the small checkpoint, weights stored in float32; do not change it."""
-    return _export(small_checkpoint_path, tmp_path_factory.mktemp("fp32") / "engines", "float32")
+    return _small_bundle(small_checkpoint_path, tmp_path_factory, "float32")
 
 
 @pytest.fixture(scope="session")
 def small_bundle_fp16(small_checkpoint_path, tmp_path_factory):
     """The bundle of the small checkpoint, weights stored in float16; do not change it."""
-    return _export(small_checkpoint_path, tmp_path_factory.mktemp("fp16") / "engines", "float16")
+    return _small_bundle(small_checkpoint_path, tmp_path_factory, "float16")
 
 
 @pytest.fixture(scope="session")
 def shapes_bundle(tmp_path_factory):
     """The bundle of the shapes model, with engines of TensorRT for RTX; do not change it."""
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
-    from ldm_export import export
-    from ldm_runtime.engine_recipes import EngineOptions
 
-    bundle = tmp_path_factory.mktemp("shapes") / "engines"
-    export(SHAPES_CHECKPOINT, bundle, engines=EngineOptions(builder="tensorrt_rtx"))
-    return bundle
+    def make(folder):
+        from ldm_export import export
+        from ldm_runtime.engine_recipes import EngineOptions
+
+        engines = EngineOptions(builder="tensorrt_rtx")
+        export(SHAPES_CHECKPOINT, folder / "engines", engines=engines)
+
+    return _made_once(tmp_path_factory, "shapes", make) / "engines"
 
 
-def _export(checkpoint, out, weights_dtype):
-    from ldm_export import export
-    from ldm_export.families import Overrides
-    from tests.export.small_checkpoint import SIZE
+def _small_bundle(checkpoint, tmp_path_factory, weights_dtype):
+    def make(folder):
+        from ldm_export import export
+        from ldm_export.families import Overrides
+        from tests.export.small_checkpoint import SIZE
 
-    overrides = Overrides(height=SIZE, width=SIZE)
-    export(checkpoint, out, overrides=overrides, weights_dtype=weights_dtype)
-    return out
+        overrides = Overrides(height=SIZE, width=SIZE)
+        export(checkpoint, folder / "engines", overrides=overrides, weights_dtype=weights_dtype)
+
+    return _made_once(tmp_path_factory, weights_dtype, make) / "engines"
+
+
+def _made_once(tmp_path_factory, name, make):
+    """Return a folder that `make` filled, by whichever of pytest-xdist's workers came first."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tmp_path_factory.mktemp(name)
+        make(folder)
+        return folder
+    from filelock import FileLock
+
+    folder = tmp_path_factory.getbasetemp().parent / name  # of all workers of this run
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(f"{name}.partial")
+            partial.mkdir(exist_ok=True)
+            make(partial)
+            partial.rename(folder)
+    return folder

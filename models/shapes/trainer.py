@@ -1,4 +1,4 @@
-"""The training loop that every stage shares: AdamW, an EMA, saved state and a log."""
+"""The training loop that every stage shares: an optimizer, an EMA, saved state and a log."""
 
 import json
 import time
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cycles import LEARNING_RATE, Cycle
+from cycles import Cycle
+from muon import MuonAndAdamW, adamw
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -16,14 +17,18 @@ EMA_DECAY = 0.999
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, an EMA of the weights, saved state and a log."""
+    """Warm-up and cosine decay, an EMA of the weights, saved state and a log; AdamW if not told."""
 
-    def __init__(self, name: str, model: nn.Module, *cycles: Cycle) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        *cycles: Cycle,
+        optimizer: MuonAndAdamW | None = None,
+    ) -> None:
         self.name, self.model, self.cycles, self.step = name, model, cycles, 0
         self.ema = {key: value.clone() for key, value in model.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self.optimizer = optimizer or adamw(model.parameters())
         self.path = WORK / f"{name}.pt"
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
@@ -39,7 +44,7 @@ class Trainer:
             torch.manual_seed(1_000_000 + self.step)
             self._set_learning_rate()
             loss = loss_at(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -76,7 +81,7 @@ class Trainer:
     def _set_learning_rate(self) -> None:
         begun = [cycle for cycle in self.cycles if cycle.start <= self.step]
         for group in self.optimizer.param_groups:
-            group["lr"] = begun[-1].rate_at(self.step)
+            group["lr"] = begun[-1].rate_at(self.step) * group.get("share", 1.0)
 
     @torch.no_grad()
     def _update_ema(self) -> None:

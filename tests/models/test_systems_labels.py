@@ -92,6 +92,15 @@ def test_every_class_has_its_colour_and_backgrounds_are_gray():
     np.testing.assert_allclose(127.5 * (colors[red] + 1), scenes.COLORS["red"], atol=1e-3)
 
 
+def test_features_of_labels_are_those_of_a_kind_plus_those_of_a_colour():
+    features = labels.label_features(256, np.random.default_rng(0)).reshape(4, 6, 256)
+
+    turned = features[:, 1:] - features[:, :1]
+    np.testing.assert_allclose(turned, np.broadcast_to(turned[:1], turned.shape), atol=1e-6)
+    assert features.std() == pytest.approx(1, abs=0.1)
+    assert np.abs(features[0, 0] - features[1, 0]).min() > 0
+
+
 def test_holes_are_of_every_size_up_to_half_and_the_same_for_a_seed():
     drawn = [holes.random_hole(np.random.default_rng(seed)) for seed in range(60)]
     shares = [hole.mean() for hole in drawn]

@@ -112,6 +112,16 @@ def test_pixels_of_a_map_begin_as_their_colours():
     assert len(np.unique(scene_map(data.questions[2].scene))) > 1
 
 
+def test_classes_begin_as_a_kind_and_a_colour():
+    model = training.SystemModel(SYSTEMS["class_to_image"])
+    model.initialise()
+
+    weight = model.conditioner.embedding.weight.detach()[:NUM_LABELS].reshape(4, 6, -1)
+
+    turned = weight[:, 1:] - weight[:, :1]
+    torch.testing.assert_close(turned, turned[:1].expand_as(turned), atol=1e-5, rtol=0)
+
+
 def test_low_resolution_is_what_a_request_would_bring():
     system = SYSTEMS["super_resolution"]
     data = small_corpus(system)

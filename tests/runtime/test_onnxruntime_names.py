@@ -82,7 +82,8 @@ def test_a_name_of_the_module_exists(file, dotted):
 
 
 @pytest.mark.parametrize(
-    ("file", "held", "name"), sorted(set(object_names()), key=lambda each: (each[0], each[2]))
+    ("file", "held", "name"),
+    sorted(set(object_names()), key=lambda each: (each[0], each[1].__name__, each[2])),
 )
 def test_an_attribute_of_an_object_exists(file, held, name):
     assert hasattr(held, name), f"{file} spells {held.__name__}.{name}"

@@ -23,7 +23,7 @@ from first_stage import under
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_runtime.layouts import LayoutObject, layout_tokens
 from systems.catalog import LAYOUT
-from systems.labels import NUM_LABELS, box_of, label_of
+from systems.labels import NUM_LABELS, box_of, label_features, label_of
 from trainer import WORK, Trainer
 
 STAGE = "layouts"
@@ -80,7 +80,8 @@ class DescribingLayouts(nn.Module):
             tokens = self.text.transformer.token_emb.weight
             tokens.copy_(coordinate_features(LAYOUT.width))
             # Labels have the numbers of cells in the top row, of which they must not look like.
-            tokens[:NUM_LABELS] += 1.5 * torch.randn(NUM_LABELS, LAYOUT.width)
+            looks = label_features(LAYOUT.width, np.random.default_rng(_SEED))
+            tokens[:NUM_LABELS] += 1.5 * torch.from_numpy(looks)
             tokens[-1] = torch.randn(LAYOUT.width)
             slots = 0.7 * torch.randn(_SLOTS + 1, 1, LAYOUT.width)
             roles = 0.7 * torch.randn(1, _TOKENS, LAYOUT.width)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from ldm_runtime.manifest import (
     ClassEmbedderSpec,
@@ -28,7 +29,7 @@ _PLAIN = UNetSpec(
     attention="qkv",
     transformer_depth=(0, 1, 1),
     middle_depth=1,
-    num_heads=8,
+    num_heads=4,
     num_head_channels=None,
     context_dim=None,
     linear_projection=False,
@@ -76,6 +77,8 @@ class System:
         most_rows: It learns from at most so many scenes.
         steps: Training steps.
         layout_steps: The first of them, in which high noise weighs more.
+        optimizer: Muon is for the matrices inside the UNet; AdamW takes the rest, or all.
+        learning_rate: Highest, of a cosine.
         guidance_scale: Of the pictures by which it is watched and examined.
     """
 
@@ -90,6 +93,8 @@ class System:
     most_rows: int = 40_000
     steps: int
     layout_steps: int
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 3e-3
     guidance_scale: float = 1.0
 
     @property
@@ -108,7 +113,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 task="unconditional",
                 unet=replace(_PLAIN, scale_shift_norm=True),
                 most_things=1,
-                steps=4500,
+                steps=6000,
                 layout_steps=1500,
             ),
             System(
@@ -118,7 +123,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 embedder=CLASSES,
                 most_things=1,
                 steps=4000,
-                layout_steps=1500,
+                layout_steps=1000,
                 guidance_scale=3.0,
             ),
             System(
@@ -127,8 +132,8 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=_SLIM,
                 encoder=BERT,
                 most_things=2,
-                steps=5000,
-                layout_steps=2000,
+                steps=6000,
+                layout_steps=1500,
                 guidance_scale=5.0,
             ),
             System(
@@ -136,26 +141,40 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 task="layout-to-image",
                 unet=_SLIM,
                 encoder=LAYOUT,
-                steps=5000,
-                layout_steps=2000,
+                steps=7000,
+                layout_steps=1500,
                 guidance_scale=3.0,
             ),
             # Attention in the middle alone, as the paper's.
             System(
                 name="semantic_synthesis",
                 task="semantic-synthesis",
-                unet=replace(_PLAIN, in_channels=2 * _LATENT_CHANNELS, transformer_depth=(0, 0, 0)),
+                unet=replace(
+                    _PLAIN,
+                    in_channels=2 * _LATENT_CHANNELS,
+                    transformer_depth=(0, 0, 0),
+                    num_heads=8,
+                ),
                 rescaler=RESCALER,
                 steps=2000,
                 layout_steps=500,
+                optimizer="adamw",
+                learning_rate=1e-3,
             ),
             # Attention at the lowest level and in the middle, as the paper's.
             System(
                 name="super_resolution",
                 task="super-resolution",
-                unet=replace(_PLAIN, in_channels=_LATENT_CHANNELS + 3, transformer_depth=(0, 0, 1)),
+                unet=replace(
+                    _PLAIN,
+                    in_channels=_LATENT_CHANNELS + 3,
+                    transformer_depth=(0, 0, 1),
+                    num_heads=8,
+                ),
                 steps=2500,
                 layout_steps=500,
+                optimizer="adamw",
+                learning_rate=1e-3,
             ),
             # What remains of the picture, and where it is missing.
             System(
@@ -164,7 +183,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=replace(_PLAIN, in_channels=2 * _LATENT_CHANNELS + 1, resblock_updown=True),
                 first_stage=WITHOUT_ATTENTION,
                 most_rows=16_000,
-                steps=3500,
+                steps=5000,
                 layout_steps=500,
             ),
         )

@@ -50,6 +50,18 @@ def label_names() -> list[str]:
     return [" ".join(reversed(looks_of(label))) for label in range(NUM_LABELS)]
 
 
+def label_features(width: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Return what embeddings (NUM_LABELS, width) of labels begin as, standard normal.
+
+    Each is the sum of a vector for its kind and one for its colour: what is learned of a kind in
+    one colour then holds for it in the others.
+    """
+    kinds = rng.standard_normal((len(_KINDS), 1, width))
+    colors = rng.standard_normal((1, len(_COLORS), width))
+    features: npt.NDArray[np.float32] = ((kinds + colors) / np.sqrt(2)).astype(np.float32)
+    return features.reshape(NUM_LABELS, width)
+
+
 def box_of(thing: scenes.Thing) -> Box:
     """Return the smallest box around a thing, in shares of the picture's sides."""
     left, up, right, down = (thing.radius * each for each in _EXTENTS[thing.kind])

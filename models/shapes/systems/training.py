@@ -12,10 +12,11 @@ from diffusion import BATCH, CAPTION_DROPOUT
 from first_stage import NUM_CHECKED, under
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.unet import UNet
+from muon import MuonAndAdamW
 from systems.catalog import System
 from systems.conditions import Conditions, guided, open_conditions, predict_with
 from systems.corpus import Corpus, load_corpus
-from systems.labels import class_colors
+from systems.labels import class_colors, label_features
 from systems.scores import Picture, judge_all, scores
 from systems.velocity import ddim, velocity_loss
 from systems.vq import Autoencoder, load_first_stage
@@ -25,6 +26,7 @@ from trainer import WORK, Trainer
 NUM_GLANCED, GLANCED_STEPS = 24, 16
 _LOSSES = 4  # noises of each held-out row whose losses are averaged
 _DRAWN_TOGETHER = 32
+_LOOKS_SEED = 7
 
 
 class SystemModel(nn.Module):
@@ -40,15 +42,31 @@ class SystemModel(nn.Module):
             self.conditioner = SpatialRescaler(system.rescaler)
 
     def initialise(self) -> None:
-        """Make every block of the UNet the identity, and every class of a pixel its colour."""
+        """Make every block of the UNet the identity, and lay out what embeds classes and pixels.
+
+        Classes begin as sums of a kind and a colour, every class of a pixel as its colour.
+        """
         silent = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
         for name, parameter in self.unet.named_parameters():
             if name.endswith(silent):
                 nn.init.zeros_(parameter)
+        if isinstance(self.conditioner, ClassEmbedder):
+            weight = self.conditioner.embedding.weight
+            looks = label_features(weight.shape[1], np.random.default_rng(_LOOKS_SEED))
+            with torch.no_grad():
+                weight[: len(looks)] = torch.from_numpy(looks)
         if isinstance(self.conditioner, SpatialRescaler):
             with torch.no_grad():
                 colors = torch.from_numpy(class_colors())
                 self.conditioner.channel_mapper.weight.copy_(colors.T[:, :, None, None])
+
+    def optimizer(self) -> MuonAndAdamW:
+        """Return Muon for the matrices between the UNet's first layer and its last."""
+        ends = ("unet.input_blocks.0.", "unet.out.", "conditioner.")
+        parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            parts[parameter.ndim > 1 and not name.startswith(ends)].append(parameter)
+        return MuonAndAdamW(matrices=parts[True], others=parts[False])
 
 
 def train_system(system: System) -> None:
@@ -58,7 +76,9 @@ def train_system(system: System) -> None:
     torch.manual_seed(0)
     model = SystemModel(system)
     model.initialise()
-    trainer = Trainer(system.name, model, Cycle(end=system.steps))
+    cycle = Cycle(end=system.steps, learning_rate=system.learning_rate)
+    optimizer = model.optimizer() if system.optimizer == "muon" else None
+    trainer = Trainer(system.name, model, cycle, optimizer=optimizer)
     trained = len(corpus.latents) - NUM_CHECKED
     checked = open_check(system, corpus, conditions)
 
