@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import detector
 import evaluate
+import judging
 import scenes
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
@@ -49,7 +50,7 @@ def export_bundle(checkpoint: Path, bundle: Path) -> None:
 
 def verdict(scene: scenes.Scene, reading: detector.Reading) -> str:
     """Return "right", or what is wrong with a picture."""
-    matched = evaluate.match(scene.things, reading.things)
+    matched = judging.match(scene.things, reading.things)
     faults = []
     for wanted, found in zip(scene.things, matched, strict=True):
         if found is None:
@@ -73,7 +74,7 @@ def _false_relations(scene: scenes.Scene, matched: Sequence[scenes.Thing | None]
         f"not {relation}"
         for relation, other in zip(scene.relations, matched[1:], strict=True)
         if first is not None and other is not None
-        if not evaluate.relation_holds(relation, first, other)
+        if not judging.relation_holds(relation, first, other)
     ]
 
 
@@ -94,15 +95,15 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> I
     return sheet
 
 
-def draw_sheet(bundle: Path, path: Path) -> evaluate.Tally:
+def draw_sheet(bundle: Path, path: Path) -> judging.Tally:
     """Draw the prompts, print what the detector reads in each picture, and save the sheet."""
     wanted = evaluate.held_out_scenes(COLUMNS * ROWS, SCENES_SEED)
-    pictures, tally = [], evaluate.Tally()
+    pictures, tally = [], judging.Tally()
     with Generator(bundle) as generator:
         for index, scene in enumerate(wanted):
             pictures.append(evaluate.draw(generator, scene, NOISE_SEED + index, {}))
             reading = detector.read_picture(np.asarray(pictures[-1]))
-            tally += evaluate.judge(scene, reading)
+            tally += judging.judge(scene, reading)
             print(f"{index + 1:2}  {scenes.caption(scene)}: {verdict(scene, reading)}", flush=True)
     assert "torch" not in sys.modules, "the process that draws must not load torch"
     contact_sheet(pictures, [scenes.caption(scene) for scene in wanted]).save(path)

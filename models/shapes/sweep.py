@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 import evaluate
 import exams
+import judging
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
 from ldm_runtime.manifest import MANIFEST_NAME, ModelSpec, sha256_of
@@ -50,7 +51,7 @@ class Cell(Row):
     """
 
     calls: int
-    counts: evaluate.Tally
+    counts: judging.Tally
     distance: float
     floor: float
 
@@ -92,7 +93,7 @@ def measure(generator: Generator, request: GenerationRequest, exam: exams.Exam) 
         settings=settings_of(request, len(exam.wanted)),
         seconds=tuple(seconds),
         calls=count_calls(request, generator.spec),
-        counts=evaluate.judge_all(exam.wanted, pictures),
+        counts=judging.judge_all(exam.wanted, pictures),
         distance=exams.distance_from(exam.reference, np.stack(pictures)),
         floor=exam.floor,
     )

@@ -8,12 +8,10 @@ that makes nothing of its context yet teaches nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,6 +21,17 @@ from first_stage import under
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_runtime.manifest import TextEncoderSpec
 from ldm_runtime.tokenizers import ClipTokenizer
+from lessons import (
+    ANSWERS,
+    NOT_ASKED,
+    NUM_CAPTIONS,
+    NUM_CHECKED,
+    SCENE_ANSWERS,
+    Lessons,
+    about_scene,
+    about_things,
+    answers_loss,
+)
 from trainer import HERE, WORK, Trainer
 
 VOCABULARY = HERE.parents[1] / "ldm_export/vocabularies/clip_bpe_simple_vocab_16e6.txt.gz"
@@ -39,31 +48,7 @@ TEXT_ENCODER = TextEncoderSpec(
     activation="quick_gelu",
     pad_token_id=END_TOKEN,
 )
-NUM_CAPTIONS, NUM_CHECKED = 20_000, 512
 STEPS, BATCH = 2_500, 64
-_SLOTS = 3
-#: Number of answers to each question about a thing: kind, colour, size, relation; the last is none.
-_THING = tuple(len(names) + 1 for names in (scenes.SHAPES, scenes.COLORS, scenes.SIZES))
-_ANSWERS = (*_THING, len(scenes.RELATIONS) + 1)
-_SCENE = (*(_SLOTS * _ANSWERS), len(scenes.BACKGROUNDS), 2)
-_NOT_ASKED = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lessons:
-    """Captions and what is to be said of them.
-
-    Attributes:
-        tokens: (N, 77).
-        ends: Index of the first end token, (N,).
-        scenes: Answers about the whole scene, (N, questions).
-        nouns: Answers about the thing a token names, (N, 77, questions), or -100.
-    """
-
-    tokens: Tensor
-    ends: Tensor
-    scenes: Tensor
-    nouns: Tensor
 
 
 def load_tokens(captions: Sequence[str]) -> Tensor:
@@ -85,39 +70,16 @@ def make_lessons() -> Lessons:
     return Lessons(
         tokens=tokens,
         ends=(tokens == END_TOKEN).int().argmax(1),
-        scenes=torch.tensor([_about_scene(scene) for scene in drawn]),
+        scenes=torch.tensor([about_scene(scene) for scene in drawn]),
         nouns=torch.stack([_about_nouns(*pair) for pair in zip(drawn, captions, strict=True)]),
     )
 
 
-def _about_things(scene: scenes.Scene) -> list[tuple[int, ...]]:
-    names = (scenes.SHAPES, scenes.COLORS, scenes.SIZES, scenes.RELATIONS)
-    places = [{name: index for index, name in enumerate(each)} for each in names]
-    relations = ("", *scene.relations)
-    return [
-        (
-            places[0][thing.kind],
-            places[1][thing.color],
-            places[2][thing.size],
-            places[3].get(relation, len(scenes.RELATIONS)),
-        )
-        for thing, relation in zip(scene.things, relations, strict=True)
-    ]
-
-
-def _about_scene(scene: scenes.Scene) -> list[int]:
-    nothing = tuple(count - 1 for count in _ANSWERS)
-    things = _about_things(scene)
-    things += [nothing] * (_SLOTS - len(things))
-    background = list(scenes.BACKGROUNDS).index(scene.background)
-    return [*(answer for thing in things for answer in thing), background, int(scene.gradient)]
-
-
 def _about_nouns(scene: scenes.Scene, caption: str) -> Tensor:
     """Each word of these captions is one token for CLIP, after the start token."""
-    answers = torch.full((MAX_TOKENS, len(_ANSWERS)), _NOT_ASKED)
+    answers = torch.full((MAX_TOKENS, len(ANSWERS)), NOT_ASKED)
     nouns = [1 + i for i, word in enumerate(caption.split()) if word in scenes.SHAPES]
-    for place, thing in zip(nouns, _about_things(scene), strict=True):
+    for place, thing in zip(nouns, about_things(scene), strict=True):
         answers[place] = torch.tensor(thing)
     return answers
 
@@ -128,8 +90,8 @@ class DescribingTextEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.text = ClipTextEncoder(TEXT_ENCODER)
-        self.scene = nn.Linear(TEXT_ENCODER.width, sum(_SCENE))
-        self.noun = nn.Linear(TEXT_ENCODER.width, sum(_ANSWERS))
+        self.scene = nn.Linear(TEXT_ENCODER.width, sum(SCENE_ANSWERS))
+        self.noun = nn.Linear(TEXT_ENCODER.width, sum(ANSWERS))
         nn.init.normal_(self.text.text_model.embeddings.token_embedding.weight, std=1.0)
         nn.init.normal_(self.text.text_model.embeddings.position_embedding.weight, std=0.3)
 
@@ -145,8 +107,8 @@ def train_text() -> None:
     def loss_at(_: int) -> Tensor:
         rows = torch.randint(trained, (BATCH,))
         scene, noun = _answers(model, lessons, rows)
-        return _loss(scene, _SCENE, lessons.scenes[rows]) + _loss(
-            noun, _ANSWERS, lessons.nouns[rows].flatten(0, 1)
+        return answers_loss(scene, SCENE_ANSWERS, lessons.scenes[rows]) + answers_loss(
+            noun, ANSWERS, lessons.nouns[rows].flatten(0, 1)
         )
 
     @torch.no_grad()
@@ -155,7 +117,7 @@ def train_text() -> None:
         scene, _ = _answers(model, lessons, rows, last=True)
         right = [
             part.argmax(1) == lessons.scenes[rows, index]
-            for index, part in enumerate(torch.split(scene, list(_SCENE), 1))
+            for index, part in enumerate(torch.split(scene, list(SCENE_ANSWERS), 1))
         ]
         return {"scenes_right": torch.stack(right).all(0).float().mean().item()}
 
@@ -173,15 +135,6 @@ def _answers(
     places = ends + (share * (MAX_TOKENS - 1 - ends)).round().long()
     after = context[torch.arange(len(rows)), places]
     return model.scene(after), model.noun(context.flatten(0, 1))
-
-
-def _loss(logits: Tensor, sizes: Sequence[int], answers: Tensor) -> Tensor:
-    parts = torch.split(logits, list(sizes), 1)
-    losses = [
-        F.cross_entropy(part, answers[:, index], ignore_index=_NOT_ASKED)
-        for index, part in enumerate(parts)
-    ]
-    return torch.stack(losses).mean()
 
 
 def load_text_encoder() -> ClipTextEncoder:

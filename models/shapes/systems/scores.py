@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 import detector
-import evaluate
+import judging
 import scenes
 from ldm_runtime.manifest import Task
 from systems.holes import Mask, mean_color_fill, visible_share
@@ -95,7 +95,7 @@ def judge_class(question: Question, picture: Picture) -> Marks:
 
 def judge_words(question: Question, picture: Picture) -> Marks:
     """Ask for objects and relations, as `evaluate.py` does."""
-    tally = evaluate.judge(question.scene, detector.read_picture(picture))
+    tally = judging.judge(question.scene, detector.read_picture(picture))
     return {
         "objects": (tally.objects_right, tally.objects),
         "relations": (tally.relations_right, tally.relations),
@@ -113,7 +113,7 @@ def judge_layout(question: Question, picture: Picture) -> Marks:
     overlaps the asked one at all.
     """
     asked = question.scene.things
-    matched = evaluate.match(asked, detector.read_picture(picture).things)
+    matched = judging.match(asked, detector.read_picture(picture).things)
     overlaps = [
         overlap_of(box_of(wanted), box_of(found))
         for wanted, found in zip(asked, matched, strict=True)
@@ -159,7 +159,7 @@ def judge_filled(question: Question, picture: Picture) -> Marks:
     hole, truth = question.hole, question.truth
     plain = mean_color_fill(truth, hole)
     showing = [each for each in question.scene.things if visible_share(each, hole) >= _HALF]
-    matched = evaluate.match(showing, detector.read_picture(picture).things)
+    matched = judging.match(showing, detector.read_picture(picture).things)
     return {
         "kept": (bool((picture[~hole] == truth[~hole]).all()), 1),
         "error": _squared_error(picture[hole], truth[hole]),

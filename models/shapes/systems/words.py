@@ -18,18 +18,18 @@ from cycles import Cycle
 from first_stage import under
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_runtime.tokenizers import WordPieceTokenizer
-from systems.catalog import BERT
-from text import (
-    _ANSWERS,
-    _NOT_ASKED,
-    _SCENE,
+from lessons import (
+    ANSWERS,
+    NOT_ASKED,
     NUM_CAPTIONS,
     NUM_CHECKED,
+    SCENE_ANSWERS,
     Lessons,
-    _about_scene,
-    _about_things,
+    about_scene,
+    about_things,
+    answers_loss,
 )
-from text import _loss as cross_entropy
+from systems.catalog import BERT
 from trainer import HERE, WORK, Trainer
 
 VOCABULARY = HERE.parents[1] / "ldm_export/vocabularies/bert_base_uncased_vocab.txt"
@@ -63,7 +63,7 @@ def make_lessons() -> Lessons:
     return Lessons(
         tokens=tokens,
         ends=(tokens != BERT.pad_token_id).sum(1) - 1,
-        scenes=torch.tensor([_about_scene(scene) for scene in drawn]),
+        scenes=torch.tensor([about_scene(scene) for scene in drawn]),
         nouns=torch.stack([_about_nouns(*pair) for pair in zip(drawn, captions, strict=True)]),
     )
 
@@ -77,8 +77,8 @@ def noun_places(caption: str) -> list[int]:
 
 
 def _about_nouns(scene: scenes.Scene, caption: str) -> Tensor:
-    answers = torch.full((BERT.max_tokens, len(_ANSWERS)), _NOT_ASKED)
-    for place, thing in zip(noun_places(caption), _about_things(scene), strict=True):
+    answers = torch.full((BERT.max_tokens, len(ANSWERS)), NOT_ASKED)
+    for place, thing in zip(noun_places(caption), about_things(scene), strict=True):
         answers[place] = torch.tensor(thing)
     return answers
 
@@ -89,8 +89,8 @@ class DescribingBert(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.text = BertTextEncoder(BERT)
-        self.scene = nn.Linear(BERT.width, sum(_SCENE))
-        self.noun = nn.Linear(BERT.width, sum(_ANSWERS))
+        self.scene = nn.Linear(BERT.width, sum(SCENE_ANSWERS))
+        self.noun = nn.Linear(BERT.width, sum(ANSWERS))
         nn.init.normal_(self.text.transformer.token_emb.weight, std=1.0)
         nn.init.normal_(self.text.transformer.pos_emb.emb.weight, std=0.3)
 
@@ -123,8 +123,8 @@ def train_words() -> None:
     def loss_at(_: int) -> Tensor:
         rows = torch.randint(trained, (BATCH,))
         scene, noun = answers(rows, torch.rand(BATCH))
-        return cross_entropy(scene, _SCENE, lessons.scenes[rows]) + cross_entropy(
-            noun, _ANSWERS, lessons.nouns[rows].flatten(0, 1)
+        return answers_loss(scene, SCENE_ANSWERS, lessons.scenes[rows]) + answers_loss(
+            noun, ANSWERS, lessons.nouns[rows].flatten(0, 1)
         )
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ def train_words() -> None:
         scene, _ = answers(rows, torch.ones(len(rows)))
         right = [
             part.argmax(1) == lessons.scenes[rows, index]
-            for index, part in enumerate(torch.split(scene, list(_SCENE), 1))
+            for index, part in enumerate(torch.split(scene, list(SCENE_ANSWERS), 1))
         ]
         return {"scenes_right": torch.stack(right).all(0).float().mean().item()}
 

@@ -1,0 +1,141 @@
+"""Judging pictures: what counts as right, and how counts add up."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import detector
+import evaluate
+import judging
+from tests.models.known_scene import BLUE, GREEN, RED, SCENE, moved, reading, recolored
+
+
+def test_a_perfect_picture_gets_everything():
+    tally = judging.judge(SCENE, reading(RED, BLUE, GREEN))
+
+    shares = tally.shares()
+
+    assert set(shares.values()) == {1.0}
+    assert tally.extra == 0
+
+
+def test_swapped_colours_lose_both_objects_and_their_relations():
+    picture = reading(recolored(RED, "blue"), recolored(BLUE, "red"), GREEN)
+
+    tally = judging.judge(SCENE, picture)
+
+    assert (tally.objects_right, tally.sizes_right, tally.extra) == (1, 1, 2)
+    assert (tally.relations, tally.relations_judged, tally.relations_right) == (2, 0, 0)
+    assert tally.pictures_right == 0
+
+
+def test_swapped_places_lose_the_relation_but_no_object():
+    picture = reading(moved(RED, 48, 20), moved(BLUE, 16, 20), moved(GREEN, 48, 52))
+
+    tally = judging.judge(SCENE, picture)
+
+    assert tally.objects_right == 3
+    assert (tally.relations_judged, tally.relations_right) == (2, 1)
+    assert tally.pictures_right == 0
+
+
+def test_a_missing_object_makes_its_relation_wrong_in_the_headline():
+    tally = judging.judge(SCENE, reading(RED, GREEN))
+
+    shares = tally.shares()
+
+    assert shares["objects"] == pytest.approx(2 / 3)
+    assert shares["relations"] == 0.5
+    assert shares["relations_of_found_objects"] == 1.0
+
+
+def test_a_missing_first_object_loses_every_relation():
+    tally = judging.judge(SCENE, reading(BLUE, GREEN))
+
+    assert (tally.relations, tally.relations_judged, tally.relations_right) == (2, 0, 0)
+
+
+def test_a_wrong_size_costs_the_size_only():
+    picture = reading(RED._replace(size="small", radius=6.5), BLUE, GREEN)
+
+    tally = judging.judge(SCENE, picture)
+
+    assert (tally.objects_right, tally.sizes_right, tally.relations_right) == (3, 2, 2)
+    assert tally.pictures_right == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "backgrounds", "gradients"),
+    [({"background": "gray"}, 0, 1), ({"gradient": True}, 1, 0)],
+)
+def test_a_wrong_background_costs_the_background_only(change, backgrounds, gradients):
+    tally = judging.judge(SCENE, replace(reading(RED, BLUE, GREEN), **change))
+
+    assert (tally.backgrounds_right, tally.gradients_right) == (backgrounds, gradients)
+    assert tally.objects_right == 3
+    assert tally.pictures_right == 0
+
+
+def test_something_extra_costs_the_whole_picture_and_no_object():
+    tally = judging.judge(SCENE, reading(RED, BLUE, GREEN, recolored(GREEN, "yellow")))
+
+    assert (tally.objects_right, tally.extra, tally.pictures_right) == (3, 1, 0)
+
+
+def test_an_empty_picture_gets_no_object():
+    tally = judging.judge(SCENE, reading())
+
+    assert (tally.objects, tally.objects_right, tally.relations_right) == (3, 0, 0)
+    assert tally.shares()["relations_of_found_objects"] is None
+
+
+def test_a_detection_is_used_once():
+    assert judging.match([RED, RED], [RED]) == [RED, None]
+
+
+def test_of_two_detections_that_look_alike_the_one_of_the_right_size_is_taken():
+    large = BLUE._replace(size="large", radius=12.0)
+
+    assert judging.match([BLUE], [large, BLUE]) == [BLUE]
+    assert judging.match([BLUE], [large]) == [large]
+
+
+@pytest.mark.parametrize(
+    ("relation", "x", "y"),
+    [("left of", 1, 0), ("right of", -1, 0), ("above", 0, 1), ("below", 0, -1)],
+)
+def test_a_relation_holds_in_its_own_direction_only(relation, x, y):
+    first = moved(RED, 32, 32)
+
+    assert judging.relation_holds(relation, first, moved(BLUE, 32 + 20 * x, 32 + 20 * y))
+    assert not judging.relation_holds(relation, first, moved(BLUE, 32 - 20 * x, 32 - 20 * y))
+    assert not judging.relation_holds(relation, first, moved(BLUE, 32 + 20 * y, 32 + 20 * x))
+    assert not judging.relation_holds(relation, first, first)
+
+
+def test_a_diagonal_is_judged_by_its_longer_side():
+    other = moved(BLUE, RED.x + 20, RED.y + 15)
+
+    assert judging.relation_holds("left of", RED, other)
+    assert not judging.relation_holds("above", RED, other)
+
+
+def test_tallies_add_up_field_by_field():
+    good = judging.judge(SCENE, reading(RED, BLUE, GREEN))
+    bad = judging.judge(SCENE, reading(BLUE))
+
+    total = good + bad
+
+    assert (total.pictures, total.objects, total.objects_right) == (2, 6, 4)
+    assert total.shares()["objects"] == pytest.approx(4 / 6)
+
+
+def test_clean_renders_of_held_out_captions_score_everything():
+    total = judging.Tally()
+    for scene in evaluate.held_out_scenes(15, seed=5):
+        picture = evaluate.photograph(scene, np.random.default_rng(0), 0.0, 0)
+        total += judging.judge(scene, detector.read_picture(picture))
+
+    assert total.pictures_right == 15
+    assert total.relations_right == total.relations > 0
