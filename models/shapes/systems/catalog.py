@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
+from cycles import Cycle
 from ldm_runtime.manifest import (
     ClassEmbedderSpec,
     RescalerSpec,
@@ -15,6 +16,7 @@ from ldm_runtime.manifest import (
 from systems.labels import NUM_CLASSES, NUM_LABELS
 from systems.recipes import WITH_ATTENTION, WITHOUT_ATTENTION, Recipe
 
+MUON_RATE = 3e-3
 CONTEXT_DIM = 64
 NUM_HALVINGS = 2
 _LATENT_CHANNELS = 3
@@ -75,10 +77,9 @@ class System:
         rescaler: Of semantic maps; trained with the UNet.
         most_things: It learns from scenes of at most so many things.
         most_rows: It learns from at most so many scenes.
-        steps: Training steps.
+        cycles: Its training steps, and their learning rates.
         layout_steps: The first of them, in which high noise weighs more.
         optimizer: Muon is for the matrices inside the UNet; AdamW takes the rest, or all.
-        learning_rate: Highest, of a cosine.
         guidance_scale: Of the pictures by which it is watched and examined.
     """
 
@@ -91,10 +92,9 @@ class System:
     rescaler: RescalerSpec | None = None
     most_things: int = 3
     most_rows: int = 40_000
-    steps: int
+    cycles: tuple[Cycle, ...]
     layout_steps: int
     optimizer: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = 3e-3
     guidance_scale: float = 1.0
 
     @property
@@ -113,7 +113,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 task="unconditional",
                 unet=replace(_PLAIN, scale_shift_norm=True),
                 most_things=1,
-                steps=6000,
+                cycles=(Cycle(end=6000, learning_rate=MUON_RATE),),
                 layout_steps=1500,
             ),
             System(
@@ -122,7 +122,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=_CROSS,
                 embedder=CLASSES,
                 most_things=1,
-                steps=4000,
+                cycles=(Cycle(end=4000, learning_rate=MUON_RATE),),
                 layout_steps=1000,
                 guidance_scale=3.0,
             ),
@@ -132,7 +132,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=_SLIM,
                 encoder=BERT,
                 most_things=2,
-                steps=6000,
+                cycles=(Cycle(end=6000, learning_rate=MUON_RATE),),
                 layout_steps=1500,
                 guidance_scale=5.0,
             ),
@@ -141,7 +141,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 task="layout-to-image",
                 unet=_SLIM,
                 encoder=LAYOUT,
-                steps=7000,
+                cycles=(Cycle(end=7000, learning_rate=MUON_RATE),),
                 layout_steps=1500,
                 guidance_scale=3.0,
             ),
@@ -156,10 +156,9 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     num_heads=8,
                 ),
                 rescaler=RESCALER,
-                steps=2000,
+                cycles=(Cycle(end=2000),),
                 layout_steps=500,
                 optimizer="adamw",
-                learning_rate=1e-3,
             ),
             # Attention at the lowest level and in the middle, as the paper's.
             System(
@@ -171,10 +170,9 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     transformer_depth=(0, 0, 1),
                     num_heads=8,
                 ),
-                steps=2500,
+                cycles=(Cycle(end=2500),),
                 layout_steps=500,
                 optimizer="adamw",
-                learning_rate=1e-3,
             ),
             # What remains of the picture, and where it is missing.
             System(
@@ -183,7 +181,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=replace(_PLAIN, in_channels=2 * _LATENT_CHANNELS + 1, resblock_updown=True),
                 first_stage=WITHOUT_ATTENTION,
                 most_rows=16_000,
-                steps=5000,
+                cycles=(Cycle(end=5000, learning_rate=MUON_RATE),),
                 layout_steps=500,
             ),
         )

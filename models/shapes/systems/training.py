@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cycles import Cycle
 from diffusion import BATCH, CAPTION_DROPOUT
 from first_stage import NUM_CHECKED, under
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
@@ -76,9 +75,8 @@ def train_system(system: System) -> None:
     torch.manual_seed(0)
     model = SystemModel(system)
     model.initialise()
-    cycle = Cycle(end=system.steps, learning_rate=system.learning_rate)
     optimizer = model.optimizer() if system.optimizer == "muon" else None
-    trainer = Trainer(system.name, model, cycle, optimizer=optimizer)
+    trainer = Trainer(system.name, model, *system.cycles, optimizer=optimizer)
     trained = len(corpus.latents) - NUM_CHECKED
     checked = open_check(system, corpus, conditions)
 
