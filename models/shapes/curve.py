@@ -1,4 +1,4 @@
-"""Draw the training log as `models/shapes/curve.png`.
+"""Draw the training log as `models/shapes/curve.png` and `curve_systems.png`.
 
 python models/shapes/curve.py
 """
@@ -13,6 +13,17 @@ import charts
 
 HERE = Path(__file__).parent
 _LINE, _DOTS = "#3b6fb6", "#c0392b"
+#: What the log calls each system's stage, what the legend calls it, and its colour and mark.
+_SYSTEMS = (
+    ("unconditional", "unconditional", "#3b6fb6", "dot"),
+    ("class_to_image", "class", "#c0392b", "square"),
+    ("class_to_image_adamw", "class, AdamW (not shipped)", "#e59a92", "square"),
+    ("text_to_image_bert", "text, BERT", "#2f8f4e", "triangle"),
+    ("layout_to_image", "layout", "#8a4fb3", "diamond"),
+    ("semantic_synthesis", "semantic map, AdamW", "#c98a1b", "dot"),
+    ("super_resolution", "super-resolution, AdamW", "#2aa5a5", "square"),
+    ("inpainting", "inpainting", "#555555", "triangle"),
+)
 
 
 def read_log(stage: str, key: str) -> list[charts.Point]:
@@ -52,5 +63,19 @@ def draw_curves() -> Image.Image:
     return charts.grid([first_stage, diffusion], columns=2)
 
 
+def draw_systems() -> Image.Image:
+    """Return the held-out losses of the systems in one chart."""
+    series = [
+        charts.Series(label=label, points=read_log(stage, "held_out_loss"), color=color, mark=mark)
+        for stage, label, color, mark in _SYSTEMS
+    ]
+    points = [point for each in series for point in each.points]
+    steps = charts.axis_over("step", [0, *(step for step, _ in points)], form=".0f")
+    losses = charts.logarithmic_axis("", [loss for _, loss in points])
+    chart = charts.draw_chart("held-out loss", steps, losses, series, size=(560, 360))
+    return charts.beside(chart, charts.draw_legend(series, 240))
+
+
 if __name__ == "__main__":
+    draw_systems().save(HERE / "curve_systems.png", optimize=True)
     draw_curves().save(HERE / "curve.png", optimize=True)

@@ -50,11 +50,14 @@ LAYOUT_FLOOR, WEIGHT_FLOOR, WEIGHT_CEILING = 0.5, 0.15, 5.0
 OFFSET = 0.15
 
 
-def training_alphas_cumprod() -> Tensor:
-    """Return the noise schedule of Stable Diffusion: linear in the root of beta, float64."""
-    roots = torch.linspace(
-        LINEAR_START**0.5, LINEAR_END**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64
-    )
+def training_alphas_cumprod(start: float = LINEAR_START, end: float = LINEAR_END) -> Tensor:
+    """Return a noise schedule, Stable Diffusion's if not told: linear in the root of beta, float64.
+
+    Args:
+        start: First beta.
+        end: Last beta.
+    """
+    roots = torch.linspace(start**0.5, end**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
     return torch.cumprod(1 - roots.square(), dim=0)
 
 

@@ -28,7 +28,7 @@ def write_untrained(folder, system):
         conditioner = BertTextEncoder(system.encoder).state_dict()
     first_stage = halves_of(Autoencoder(system.first_stage.spec))
     state = averaged_state(first_stage, conditioner, model.unet.state_dict())
-    state |= schedule_buffers(training_alphas_cumprod())
+    state |= schedule_buffers(training_alphas_cumprod(system.noise.start, system.noise.end))
     state["scale_factor"] = torch.tensor(0.625)
     path = folder / f"{system.name}.ckpt"
     write_checkpoint(path, state, 7)

@@ -16,6 +16,7 @@ from systems.scores import Question, drawing_of
 
 ALL = list(SYSTEMS.values())
 NAMES = list(SYSTEMS)
+NOISES = sorted({each.noise for each in ALL}, key=lambda each: each.start)
 
 
 def some_scenes(count, most=3):
@@ -156,25 +157,27 @@ def test_a_system_learns_from_scenes_of_as_many_things_as_it_says(system):
     assert rows == few[: system.most_rows]
 
 
-def test_a_perfect_prediction_has_no_loss():
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_perfect_prediction_has_no_loss(noise):
     clean = torch.randn(8, 3, 16, 16)
 
     def predict(noisy, timesteps):
-        alpha = velocity.ALPHAS[timesteps.long()][:, None, None, None]
-        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        alpha = velocity.alphas_of(noise)[timesteps.long()][:, None, None, None]
+        drawn = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return alpha.sqrt() * drawn - (1 - alpha).sqrt() * clean
 
-    assert velocity.velocity_loss(predict, clean, layout=False) < 1e-6
+    assert velocity.velocity_loss(predict, clean, noise, layout=False) < 1e-6
 
 
-def test_ddim_arrives_at_what_is_always_predicted():
+@pytest.mark.parametrize("noise", NOISES)
+def test_ddim_arrives_at_what_is_always_predicted(noise):
     wanted = torch.randn(2, 3, 16, 16)
 
     def predict(noisy, timesteps):
-        alpha = velocity.ALPHAS[timesteps.long()][:, None, None, None]
+        alpha = velocity.alphas_of(noise)[timesteps.long()][:, None, None, None]
         return (alpha.sqrt() * noisy - wanted) / (1 - alpha).sqrt()
 
-    found = velocity.ddim(predict, torch.randn(2, 3, 16, 16), 7)
+    found = velocity.ddim(predict, torch.randn(2, 3, 16, 16), noise, 7)
 
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 

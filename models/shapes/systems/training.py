@@ -103,7 +103,8 @@ def system_loss(
     if system.drops:
         dropped = torch.rand(len(rows)) < CAPTION_DROPOUT
     condition = conditions(model.conditioner, rows, dropped)
-    return velocity_loss(predict_with(model.unet, condition), latents[rows], layout=layout)
+    predict = predict_with(model.unet, condition)
+    return velocity_loss(predict, latents[rows], system.noise, layout=layout)
 
 
 def open_check(
@@ -176,7 +177,7 @@ def draw(
         predict = predict_with(model.unet, both[0])
         if system.guidance_scale != 1:
             predict = guided(model.unet, both, system.guidance_scale)
-        decoded = first_stage.decoder(ddim(predict, noise, num_steps) / corpus.scale)
+        decoded = first_stage.decoder(ddim(predict, noise, system.noise, num_steps) / corpus.scale)
         levels = (127.5 * (decoded.clamp(-1, 1) + 1)).round().to(torch.uint8)
         pictures += list(levels.movedim(1, 3).numpy())
     asked = [corpus.questions[row] for row in rows.tolist()]

@@ -1,10 +1,11 @@
 """The loss that every system learns by, and the few DDIM steps by which training is watched.
 
-What is learned is v (Salimans and Ho 2022, arXiv:2202.00512, appendix D), with the schedule, the
-weights and the offset of the noise that `diffusion.py` settled on and explains.
+What is learned is v (Salimans and Ho 2022, arXiv:2202.00512, appendix D), with the weights that
+`diffusion.py` settled on and explains.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,35 +14,41 @@ from torch import Tensor
 from diffusion import (
     LAYOUT_FLOOR,
     NUM_TRAIN_TIMESTEPS,
-    OFFSET,
     WEIGHT_CEILING,
     WEIGHT_FLOOR,
     training_alphas_cumprod,
 )
+from systems.catalog import Noise
 
 #: Maps noisy latents (B, C, h, w) and timesteps (B,) float32 to v.
 Predict = Callable[[Tensor, Tensor], Tensor]
 
-ALPHAS = training_alphas_cumprod().float()
+
+@cache
+def alphas_of(noise: Noise) -> Tensor:
+    """Return `alphas_cumprod` (T,) float32 of a schedule."""
+    return training_alphas_cumprod(noise.start, noise.end).float()
 
 
-def velocity_loss(predict: Predict, clean: Tensor, *, layout: bool) -> Tensor:
+def velocity_loss(predict: Predict, clean: Tensor, noise: Noise, *, layout: bool) -> Tensor:
     """Return the loss of v on latents with noise of random strength.
 
     Args:
         predict: The network, with everything that conditions it.
         clean: Latents (B, C, h, w) of unit variance.
+        noise: What is put on them.
         layout: Whether it is still being learned what goes where: half of the timesteps are then
             from the noisier half, and high noise weighs more.
     """
     timesteps = random_timesteps(len(clean), layout=layout)
-    alpha = ALPHAS[timesteps][:, None, None, None]
-    noise = torch.randn_like(clean) + OFFSET * torch.randn(*clean.shape[:2], 1, 1)
-    prediction = predict(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, timesteps.float())
-    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    alphas = alphas_of(noise)[timesteps]
+    alpha = alphas[:, None, None, None]
+    drawn = torch.randn_like(clean) + noise.offset * torch.randn(*clean.shape[:2], 1, 1)
+    prediction = predict(alpha.sqrt() * clean + (1 - alpha).sqrt() * drawn, timesteps.float())
+    velocity = alpha.sqrt() * drawn - (1 - alpha).sqrt() * clean
     errors = F.mse_loss(prediction.float(), velocity, reduction="none").mean((1, 2, 3))
     floor = LAYOUT_FLOOR if layout else WEIGHT_FLOOR
-    return (errors * weights_of(timesteps, floor)).mean()
+    return (errors * weights_of(alphas, floor)).mean()
 
 
 def random_timesteps(count: int, *, layout: bool) -> Tensor:
@@ -53,26 +60,33 @@ def random_timesteps(count: int, *, layout: bool) -> Tensor:
     return timesteps
 
 
-def weights_of(timesteps: Tensor, floor: float) -> Tensor:
+def weights_of(alphas: Tensor, floor: float) -> Tensor:
     """Return what an error of v counts: that of x0, by the signal-to-noise ratio within bounds."""
-    ratio = ALPHAS[timesteps] / (1 - ALPHAS[timesteps])
+    ratio = alphas / (1 - alphas)
     return ratio.clamp(floor, WEIGHT_CEILING) / (1 + ratio)
 
 
 @torch.no_grad()
-def ddim(predict: Predict, noise: Tensor, num_steps: int) -> Tensor:
-    """Return latents that `predict` makes of noise (B, C, h, w) in a few deterministic steps.
+def ddim(predict: Predict, start: Tensor, noise: Noise, num_steps: int) -> Tensor:
+    """Return latents that `predict` makes of noise in a few deterministic steps.
 
     Source: Song et al. 2020 (arXiv:2010.02502), equation 12 without noise, in terms of v.
+
+    Args:
+        predict: The network, with everything that conditions it.
+        start: Standard normal (B, C, h, w).
+        noise: What `predict` learned to remove.
+        num_steps: How many.
     """
+    alphas = alphas_of(noise)
     visited = torch.linspace(NUM_TRAIN_TIMESTEPS - 1, 0, num_steps + 1).round().long()[:-1]
-    latents, x0 = noise, noise
+    latents, x0 = start, start
     for step, timestep in enumerate(visited.tolist()):
-        alpha = ALPHAS[timestep]
+        alpha = alphas[timestep]
         velocity = predict(latents, torch.full((len(latents),), float(timestep))).float()
         x0 = alpha.sqrt() * latents - (1 - alpha).sqrt() * velocity
         epsilon = alpha.sqrt() * velocity + (1 - alpha).sqrt() * latents
         if step + 1 < num_steps:
-            following = ALPHAS[visited[step + 1]]
+            following = alphas[visited[step + 1]]
             latents = following.sqrt() * x0 + (1 - following).sqrt() * epsilon
     return x0
