@@ -9,10 +9,17 @@ from ldm_export.errors import ExportError
 from ldm_runtime.manifest import PredictionType
 
 _MAX_BYTES = 1 << 20
+#: More than any model has: of training timesteps, of latent pixels a side, and of pixels a side.
+_MAX_TIMESTEPS, _MAX_LATENTS, _MAX_PIXELS = 100_000, 2048, 16384
 _PARAMETERIZATIONS: Mapping[str, PredictionType] = {
     "eps": "epsilon",
     "v": "v_prediction",
     "x0": "sample",
+}
+_FIRST_STAGE_ONLY: Mapping[str, object] = {
+    "ddconfig.tanh_out": False,
+    "ddconfig.give_pre_end": False,
+    "ddconfig.resamp_with_conv": True,
 }
 #: What `lookup` returns for an entry that is not there.
 ABSENT = object()
@@ -28,6 +35,7 @@ class ConfigFacts:
     Attributes:
         prediction_type: What the UNet was trained to output.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+        scale_by_std: Whether that was measured in training, and is a tensor of the checkpoint.
         latent_size: Height and width in latent pixels that the UNet was trained on.
         resolution: Height and width in pixels that the first stage was trained on.
         linear_start: First beta of the schedule that is linear in sqrt(beta) …
@@ -44,6 +52,7 @@ class ConfigFacts:
 
     prediction_type: PredictionType | None = None
     latent_scale_factor: float | None = None
+    scale_by_std: bool = False
     latent_size: int | None = None
     resolution: int | None = None
     linear_start: float | None = None
@@ -81,6 +90,12 @@ def read_config(path: Path) -> Config:
     return config
 
 
+def config_beside(checkpoint: Path) -> Path | None:
+    """Return the configuration that lies beside a checkpoint, named after it or `config.yaml`."""
+    candidates = (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def config_facts(config: Config | None) -> ConfigFacts:
     """Return the facts in a configuration that the weights cannot tell.
 
@@ -96,11 +111,12 @@ def config_facts(config: Config | None) -> ConfigFacts:
         latent_scale_factor=(
             None if params.get("scale_by_std") else _number(params, "scale_factor")
         ),
-        latent_size=_integer(params, "image_size"),
-        resolution=_integer(first_stage_of(params), "ddconfig.resolution"),
+        scale_by_std=bool(params.get("scale_by_std")),
+        latent_size=_integer(params, "image_size", _MAX_LATENTS),
+        resolution=_integer(first_stage_of(params), "ddconfig.resolution", _MAX_PIXELS),
         linear_start=_number(params, "linear_start"),
         linear_end=_number(params, "linear_end"),
-        num_train_timesteps=_integer(params, "timesteps"),
+        num_train_timesteps=_integer(params, "timesteps", _MAX_TIMESTEPS),
         num_heads=_integer(params, "unet_config.params.num_heads"),
         num_head_channels=_integer(params, "unet_config.params.num_head_channels"),
         text_num_heads=_integer(params, "cond_stage_config.params.num_attention_heads"),
@@ -150,12 +166,16 @@ def lookup(config: Config, path: str) -> object:
 
 def _check_exported(params: Config) -> None:
     """Check that no entry asks for arithmetic that weights do not show and networks do not do."""
-    only: Mapping[str, object] = {
+    only: dict[str, object] = {
         "beta_schedule": "linear",
         "unet_config.params.use_new_attention_order": False,
+        "unet_config.params.num_heads_upsample": -1,
+        "unet_config.params.conv_resample": True,
         "cond_stage_config.params.method": "bilinear",
         "cond_stage_config.params.multiplier": 0.5,
     }
+    place = "" if first_stage_of(params) is params else "first_stage_config.params."
+    only = only | {f"{place}{path}": exported for path, exported in _FIRST_STAGE_ONLY.items()}
     for path, exported in only.items():
         value = lookup(params, path)
         if value is not ABSENT and value != exported:
@@ -178,13 +198,15 @@ def _number(params: Config, path: str) -> float | None:
     return number
 
 
-def _integer(params: Config, path: str) -> int | None:
-    """Return a positive integer; -1 is CompVis's way to leave a number open."""
+def _integer(params: Config, path: str, most: int | None = None) -> int | None:
+    """Return a positive integer, at most `most`; -1 is CompVis's way to leave a number open."""
     value = lookup(params, path)
     if value is ABSENT or value == -1:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ExportError(f"config: {path} is {value!r}; a positive integer was expected")
+    if most is not None and value > most:
+        raise ExportError(f"config: {path} is {value}; at most {most} was expected")
     return value
 
 

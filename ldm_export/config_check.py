@@ -18,6 +18,9 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "SpatialRescaler": ("semantic-synthesis",),
     "FrozenCLIPEmbedder": ("text-to-image",),
 }
+#: What kind each first stage of CompVis is, likewise. Under a UNet, `VQModel` would decode without
+#: its codebook; as all released models, only `VQModelInterface` is exported there.
+_FIRST_STAGES: Mapping[str, str] = {"AutoencoderKL": "kl", "VQModelInterface": "vq"}
 
 
 def check_architecture(config: Config | None, spec: ModelSpec) -> None:
@@ -35,6 +38,7 @@ def check_architecture(config: Config | None, spec: ModelSpec) -> None:
     _compare(first_stage, place, _attention_pixels(first_stage, spec.autoencoder))
     if spec.unet is not None:
         _check_task(params, spec)
+        _check_first_stage(params, spec.autoencoder)
         _compare(params, "", _unet(spec.unet) | _conditioning(spec))
         _compare(params, "", _attention_factors(params, spec.unet))
 
@@ -46,7 +50,7 @@ def _compare(params: Config, place: str, found: Mapping[str, Value]) -> None:
         if said is ABSENT or said == weights:
             continue
         # One number may stand for every level, or be repeated for each.
-        if isinstance(said, tuple) and set(said) == {weights}:
+        if isinstance(said, tuple) and said and all(each == weights for each in said):
             continue
         raise _contradiction(f"{place}{path}", value, weights)
 
@@ -67,6 +71,21 @@ def _check_task(params: Config, spec: ModelSpec) -> None:
     tasks = _CONDITIONERS.get(value.rpartition(".")[2]) if isinstance(value, str) else None
     if tasks is not None and spec.task not in tasks:
         raise _contradiction(path, value, f"the tensors of a model for {spec.task}")
+
+
+def _check_first_stage(params: Config, first_stage: AutoencoderSpec) -> None:
+    path = "first_stage_config.target"
+    value = lookup(params, path)
+    name = value.rpartition(".")[2] if isinstance(value, str) else ""
+    if name == "VQModel":
+        raise WeightsError(
+            f"the configuration says model.params.{path} is {value}, which decodes without its "
+            "codebook and is not exported; only VQModelInterface is"
+        )
+    if _FIRST_STAGES.get(name, first_stage.kind) != first_stage.kind:
+        raise _contradiction(
+            path, value, f"the tensors of a {first_stage.kind.upper()} first stage"
+        )
 
 
 def _unet(unet: UNetSpec) -> dict[str, Value]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm_export.checkpoint import Checkpoint, open_checkpoint
 from ldm_export.claims import has_ema
+from ldm_export.compvis_config import config_beside, read_config
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
 from ldm_export.facts import Tensors
 from ldm_export.families import Detection, detect
@@ -23,7 +24,8 @@ _SAFETENSORS_LENGTH_BYTES = 8
 def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
     """Describe a checkpoint file, or return None if its content is that of something else.
 
-    The result has `family` None and a `problem` if the tensors are sound but of no exported family.
+    A configuration beside it is read as an export would. The result has `family` None and a
+    `problem` if the tensors are sound but of no exported family, or contradict the configuration.
 
     Raises:
         CheckpointError: The file is a checkpoint by its first bytes, but cannot be read.
@@ -41,7 +43,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
             "dtypes": _dtypes(tensors, tensors),
             "ema_present": has_ema(tensors),
         }
-        return report | _describe(checkpoint)
+        return report | _describe(checkpoint, config_beside(path))
 
 
 def _looks_like_checkpoint(path: Path) -> bool:
@@ -70,13 +72,16 @@ def _holds_pickle(path: Path) -> bool:
             return b"data.pkl" in file.read(256)
 
 
-def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint, config: Path | None) -> dict[str, Any]:
+    """Describe what an export would make of a checkpoint and the configuration beside it."""
+    known = {"config": None if config is None else str(config)}
     try:
-        detection = detect(checkpoint.tensors)
+        read = None if config is None else read_config(config)
+        detection = detect(checkpoint.tensors, config=read)
     except (UnknownModelError, WeightsError, ExportError) as error:
-        return {"family": None, "problem": str(error)}
+        return known | {"family": None, "problem": str(error)}
     spec = detection.spec
-    return {
+    return known | {
         "family": spec.family,
         "task": spec.task,
         "weights": spec.weights,

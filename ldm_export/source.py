@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ldm_export.checkpoint import Checkpoint, LazyTensor
-from ldm_export.compvis_config import read_config
+from ldm_export.compvis_config import config_beside, read_config
 from ldm_export.errors import ExportError
 from ldm_export.families import Detection, Overrides, detect
 from ldm_runtime.engine_recipes import EngineOptions, Toolchain, choose_toolchain
@@ -122,7 +122,7 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
         ExportError: A stated fact is impossible.
         EngineBuildError: A builder was asked for that cannot be used here.
     """
-    path = options.config or _config_beside(options.checkpoint)
+    path = options.config or config_beside(options.checkpoint)
     if path and not options.config:
         _LOGGER.info("reading %s, which lies beside the checkpoint", path)
     config = read_config(path) if path else None
@@ -147,8 +147,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _config_beside(checkpoint: Path) -> Path | None:
-    candidates = (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml"))
-    return next((path for path in candidates if path.is_file()), None)

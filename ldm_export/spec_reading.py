@@ -111,6 +111,11 @@ def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> Autoencoder
     flag, own = sources.flags.latent_scale_factor, _own_scale_factor(sources)
     if flag is None and own is not None:
         return read_autoencoder(shapes, latent_scale_factor=own)
+    if flag is None and sources.config.scale_by_std:
+        raise WeightsError(
+            "the configuration says scale_by_std, so that the scale factor was measured in "
+            "training, but the checkpoint has no scale_factor; give it with --latent-scale-factor"
+        )
     factor = notes.keep(
         settle(
             "autoencoder.latent_scale_factor",

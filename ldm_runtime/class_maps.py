@@ -66,7 +66,8 @@ class ClassMap(FrozenArray):
             case np.ndarray():
                 return cls(value)
             case Image.Image():
-                return cls(_ids(value, "the image"))
+                spread = _spread(value)
+                return cls(_ids(value, "the image") // spread)
             case bytes() | bytearray() | memoryview() | str() | os.PathLike():
                 named = read_bytes(value, _MAX_BYTES)
                 return cls(_decoded(named), named.source)
@@ -120,12 +121,21 @@ def _decoded(named: Named) -> npt.NDArray[Any]:
         _check_size(named.name, *image.size)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(too_large)
-        spread = _SPREAD.get(str(image.tile[0].args), 1) if image.tile else 1
+        spread = _spread(image)
         try:
             image.load()
         except _DAMAGE as error:
             raise ValueError(f"{named.name} is damaged or cut off: {error}") from error
         return _ids(image, named.name) // spread
+
+
+def _spread(image: Image.Image) -> int:
+    """Return what Pillow multiplies the numbers of an opened file with when it loads them.
+
+    Of an image that was loaded before nobody can tell: its numbers are taken as they are.
+    """
+    tiles = getattr(image, "tile", None)
+    return _SPREAD.get(str(tiles[0].args), 1) if tiles else 1
 
 
 def _ids(image: Image.Image, name: str) -> npt.NDArray[Any]:

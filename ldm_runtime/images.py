@@ -36,11 +36,12 @@ def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec)
     Raises:
         ValueError: A side is not a multiple of the autoencoder's factor.
     """
-    return encode_pixels(engine, to_float(pixels), spec)
+    scale = float(spec.autoencoder.latent_scale_factor)
+    return encode_pixels(engine, to_float(pixels), spec) * scale
 
 
 def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float32Array:
-    """Return the latents (B, C, h, w) of pictures (B, 3, H, W) from -1 to 1, in the UNet's scale.
+    """Return the latents (B, C, h, w) of pictures (B, 3, H, W) from -1 to 1, in their own scale.
 
     Of a KL autoencoder these are the means of its posterior. CompVis and diffusers draw from it
     instead; its deviation is small beside the noise that sampling adds, and a mean is the same
@@ -61,8 +62,8 @@ def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float
             f"the picture has {width}x{height} pixels; make both sides multiples of {factor}"
         )
     moments: Float32Array = engine.run({"image": image})["moments"]
-    mean = moments[:, : spec.autoencoder.embed_dim]
-    return mean * float(spec.autoencoder.latent_scale_factor)
+    mean: Float32Array = moments[:, : spec.autoencoder.embed_dim]
+    return mean
 
 
 def to_float(pixels: npt.NDArray[np.uint8]) -> Float32Array:

@@ -13,6 +13,7 @@ from ldm_runtime.manifest import ModelSpec
 from ldm_runtime.masks import composite, latent_mask, outpaint_canvas
 from ldm_runtime.pictures import Picture
 from ldm_runtime.request import GenerationRequest
+from ldm_runtime.sizes import padded_size
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -28,6 +29,11 @@ class InitImage:
 
     picture: Picture
     mask: Picture | None
+
+    def padded(self, height: int, width: int) -> "InitImage":
+        """Return both grown to a size on the right and at the bottom, by repeating their edge."""
+        mask = None if self.mask is None else _padded(self.mask, height, width)
+        return InitImage(picture=_padded(self.picture, height, width), mask=mask)
 
     def finish(self, image: Image.Image) -> Image.Image:
         """Put back what is known."""
@@ -75,11 +81,12 @@ def start_from(
         request: A resolved request.
         spec: The model.
     """
+    whole = init.padded(*padded_size(request, spec))
     factor = spec.autoencoder.factor
     return Start(
-        latents=encode_image(engine, init.picture.pixels[None], spec),
+        latents=encode_image(engine, whole.picture.pixels[None], spec),
         strength=0.0 if request.strength is None else request.strength,
-        mask=None if init.mask is None else latent_mask(init.mask, factor),
+        mask=None if whole.mask is None else latent_mask(whole.mask, factor),
     )
 
 
@@ -102,3 +109,10 @@ def hires_start(
     enlarged = [resize(Picture.read(image), *size).pixels for image in images]
     latents = [encode_image(engine, pixels[None], spec) for pixels in enlarged]
     return Start(latents=np.concatenate(latents), strength=request.hires_strength)
+
+
+def _padded(picture: Picture, height: int, width: int) -> Picture:
+    if picture.size == (width, height):
+        return picture
+    missing = (0, height - picture.size[1]), (0, width - picture.size[0]), (0, 0)
+    return Picture(np.pad(picture.pixels, missing, mode="edge"))

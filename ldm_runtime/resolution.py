@@ -143,6 +143,7 @@ def _check_company(request: GenerationRequest) -> None:
     for name in ("strength", "mask_image", "outpaint"):
         if getattr(request, name) is not None and request.image is None:
             raise RequestError(name, "means nothing without an image; give image, or leave it out")
+    _check_mask(request)
     if request.hires_strength is not None and request.hires_scale is None:
         raise RequestError("hires_strength", "means nothing without hires_scale; give that too")
     if request.hires_scale is not None and (request.mask_image or request.outpaint):
@@ -151,6 +152,19 @@ def _check_company(request: GenerationRequest) -> None:
         raise RequestError("outpaint", "does not go with mask_image; draw twice")
     if request.variation_seed is not None and not request.is_variation:
         raise RequestError("variation_seed", "changes nothing at variation_strength 0; raise that")
+
+
+def _check_mask(request: GenerationRequest) -> None:
+    """A mask of another size would lie elsewhere than it was drawn."""
+    if request.image is None or request.mask_image is None:
+        return
+    (width, height), image = request.mask_image.size, request.image.size
+    if (width, height) != image:
+        raise RequestError(
+            "mask_image",
+            f"has {width}x{height} pixels, but the image has {image[0]}x{image[1]}; "
+            "give a mask of the image's size",
+        )
 
 
 def _with_sigmas(request: GenerationRequest) -> GenerationRequest:

@@ -30,14 +30,20 @@ def size_step(spec: ModelSpec) -> int:
 def latent_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
     """Return height and width of what is sampled for a resolved request, in latent pixels.
 
-    A picture to enlarge is as large as its latents. It is padded on the right and at the bottom to
-    what the UNet can take, so that the result has to be cropped to the request's size.
+    They cover the request's size and are what the UNet can take: pictures and maps that a request
+    brings are padded to them on the right and at the bottom, and the result has to be cropped.
     """
     assert request.height is not None, "the request is not resolved"
     assert request.width is not None, "the request is not resolved"
     factor, step = spec.autoencoder.factor, latent_step(spec)
-    height, width = request.height // factor, request.width // factor
+    height, width = -(-request.height // factor), -(-request.width // factor)
     return -(-height // step) * step, -(-width // step) * step
+
+
+def padded_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
+    """Return height and width of what is encoded and decoded for a resolved request, in pixels."""
+    height, width = latent_size(request, spec)
+    return height * spec.autoencoder.factor, width * spec.autoencoder.factor
 
 
 def canvas_size(request: GenerationRequest) -> tuple[int, int]:
@@ -64,14 +70,14 @@ def with_size(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
     Raises:
         RequestError: The model cannot draw such a size, or not from such a picture.
     """
-    height, width = _default_size(request, spec)
-    height = height if request.height is None else request.height
-    width = width if request.width is None else request.width
+    default = _default_size(request, spec)
+    height = default[0] if request.height is None else request.height
+    width = default[1] if request.width is None else request.width
     request = replace(request, height=height, width=width)
     if task_record(spec).size == "enlarged":
         _check_enlarged(request, spec)
     else:
-        _check_multiples(request, spec)
+        _check_multiples(request, spec, default)
     if max(hires_size(request, spec)) > MAX_SIDE:
         raise RequestError("hires_scale", f"makes more than {MAX_SIDE} pixels a side; lower it")
     _check_outpaint(request)
@@ -81,7 +87,11 @@ def with_size(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
 
 
 def _default_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
-    """Return height and width where the request leaves them open."""
+    """Return height and width where the request leaves them open.
+
+    What a request brings keeps its size, whatever that is: a picture of which a part is kept cannot
+    be stretched.
+    """
     size = task_record(spec).size
     if size == "enlarged":
         return _enlarged_size(request, spec)
@@ -92,8 +102,7 @@ def _default_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int
         width, height = canvas_size(request)
     else:
         return spec.defaults.height, spec.defaults.width
-    step = size_step(spec)
-    return max(step, height // step * step), max(step, width // step * step)
+    return height, width
 
 
 def _enlarged_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
@@ -118,12 +127,13 @@ def _check_enlarged(request: GenerationRequest, spec: ModelSpec) -> None:
             )
 
 
-def _check_multiples(request: GenerationRequest, spec: ModelSpec) -> None:
+def _check_multiples(request: GenerationRequest, spec: ModelSpec, default: tuple[int, int]) -> None:
     step = size_step(spec)
-    for name, size in (("height", request.height), ("width", request.width)):
+    sizes = (request.height, request.width)
+    for name, size, given in zip(("height", "width"), sizes, default, strict=True):
         assert size is not None, "the request is not resolved"
         below = size // step * step
-        if size != below:
+        if size not in (below, given):
             nearest = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
             raise RequestError(
                 name, f"{size} is not a multiple of {step}; the nearest sizes are {nearest}"
@@ -131,15 +141,15 @@ def _check_multiples(request: GenerationRequest, spec: ModelSpec) -> None:
 
 
 def _check_outpaint(request: GenerationRequest) -> None:
-    """Known pixels are kept as they are, so that a canvas cannot be resized to fit."""
+    """Margins are counted in pixels of the picture, so that the canvas cannot be resized."""
     if request.outpaint is None:
         return
     width, height = canvas_size(request)
     if (width, height) != (request.width, request.height):
         raise RequestError(
             "outpaint",
-            f"makes {width}x{height} pixels, but {request.width}x{request.height} can be drawn; "
-            "add other margins",
+            f"makes {width}x{height} pixels, but {request.width}x{request.height} are asked for; "
+            "leave height and width out",
         )
 
 

@@ -34,8 +34,8 @@ class TaskRecord:
         permits: Other fields that mean something to it, besides those that every task has.
         image: What `image` is: where sampling starts, or what the result is made from.
         size: Where height and width come from: "open" is the image's or else the model's default,
-            "segmentation" the map's, both rounded down to what fits; "enlarged" is the image's
-            times the factor of the autoencoder, and nothing else.
+            "segmentation" the map's; "enlarged" is the image's times the factor of the autoencoder,
+            and nothing else.
         has_null: Whether there is a condition that says nothing, which guidance steers away from:
             the empty prompt, the layout without objects, embeddings of zeros, the null class.
     """

@@ -7,7 +7,7 @@ from ldm_runtime.images import encode_pixels, to_float
 from ldm_runtime.init_image import init_image
 from ldm_runtime.manifest import ModelSpec
 from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import latent_size
+from ldm_runtime.sizes import latent_size, padded_size
 from ldm_runtime.tokenizers import Tokenizer
 
 
@@ -38,14 +38,17 @@ def encode_hole(
 ) -> Conditioning:
     """Return concat (1, C + 1, h, w): the latents of the picture with its hole, then the mask.
 
-    In the picture the hole is -1, black; the mask is 1 in the hole and -1 around it, and of every
-    latent pixel the first pixel decides. Half a gray counts as hole from 128 on. Source:
-    `scripts/inpaint.py` of CompVis/latent-diffusion, commit a506df5.
+    The latents are in the autoencoder's own scale, whatever that of those that are sampled. In the
+    picture the hole is -1, black; the mask is 1 in the hole and -1 around it, and of every latent
+    pixel the first pixel decides. Half a gray counts as hole from 128 on. What is missing to the
+    size of the latents repeats the right and lower edge of both. Source: `scripts/inpaint.py` of
+    CompVis/latent-diffusion, commit a506df5.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    init = init_image(request)
-    assert init is not None, "the request is not resolved"
+    picture = init_image(request)
+    assert picture is not None, "the request is not resolved"
+    init = picture.padded(*padded_size(request, spec))
     assert init.mask is not None, "the request is not resolved"
     hole: Float32Array = (init.mask.gray() > 127).astype(np.float32)
     masked = np.where(hole > 0, np.float32(-1), to_float(init.picture.pixels[None]))

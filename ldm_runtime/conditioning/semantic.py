@@ -5,13 +5,16 @@ import numpy as np
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.manifest import ModelSpec
 from ldm_runtime.request import GenerationRequest
+from ldm_runtime.sizes import padded_size
 from ldm_runtime.tokenizers import Tokenizer
 
 
 def encode_segmentation(
-    network: OpenNetwork, _tokenizer: Tokenizer | None, request: GenerationRequest, _: ModelSpec
+    network: OpenNetwork, _tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
 ) -> Conditioning:
     """Return concat (1, c, h, w) of a map that is drawn in the size of the picture.
+
+    What is missing to the size of the latents repeats its right and lower edge.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
@@ -19,5 +22,7 @@ def encode_segmentation(
     assert request.height is not None, "the request is not resolved"
     assert request.width is not None, "the request is not resolved"
     classes = request.segmentation.resized(request.width, request.height)
-    ids = classes.ids[None].astype(np.int64)
+    height, width = padded_size(request, spec)
+    missing = (0, height - request.height), (0, width - request.width)
+    ids = np.pad(classes.ids, missing, mode="edge")[None].astype(np.int64)
     return Conditioning(concat=network("rescaler").run({"segmentation": ids})["concat"])

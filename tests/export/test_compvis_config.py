@@ -142,6 +142,8 @@ def test_one_number_a_level_is_the_same_as_one_number():
         ({"linear_start": float("inf")}, "linear_start is inf"),
         ({"timesteps": 10.5}, "timesteps is 10.5; a positive integer"),
         ({"timesteps": True}, "timesteps is True"),
+        ({"timesteps": 10**9}, "timesteps is 1000000000; at most 100000"),
+        ({"image_size": 10**9}, "image_size is 1000000000; at most 2048"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine'"),
     ],
 )
@@ -154,6 +156,7 @@ def test_a_scale_by_std_configuration_leaves_the_scale_to_the_checkpoint():
     facts = config_facts(of_params(scale_by_std=True, scale_factor=1.0))
 
     assert facts.latent_scale_factor is None
+    assert facts.scale_by_std
 
 
 @pytest.mark.parametrize(

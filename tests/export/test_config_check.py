@@ -7,7 +7,7 @@ import pytest
 
 from ldm_export.compvis_config import config_facts
 from ldm_export.errors import ExportError, WeightsError
-from ldm_export.families import detect
+from ldm_export.families import Overrides, detect
 from tests.export.ldm_layouts import (
     BSR_SR,
     CELEBA,
@@ -21,7 +21,7 @@ from tests.export.ldm_layouts import (
     SEMANTIC,
     TXT2IMG_1P4B,
 )
-from tests.export.sd_layout import FakeTensor, checkpoint, first_stage_shapes
+from tests.export.sd_layout import FakeTensor, checkpoint, first_stage_shapes, with_values
 
 
 def of_params(**params):
@@ -206,6 +206,8 @@ def alone(layout):
 def test_a_released_configuration_agrees_with_weights_and_family(name):
     layout, config = RELEASED[name]
     tensors = checkpoint(layout, schedule=False)
+    if layout is CHURCHES:
+        tensors["scale_factor"] = with_values(0.75)
 
     with_config, without = detect(tensors, config=config).spec, detect(tensors).spec
 
@@ -215,6 +217,16 @@ def test_a_released_configuration_agrees_with_weights_and_family(name):
     assert with_config.unet == without.unet
     assert with_config.alphas_cumprod == without.alphas_cumprod
     assert with_config.autoencoder == without.autoencoder
+
+
+def test_a_scale_measured_in_training_must_be_in_the_checkpoint_or_given():
+    config, tensors = of_params(scale_by_std=True), checkpoint(CHURCHES)
+
+    with pytest.raises(WeightsError, match=r"scale_by_std, .* --latent-scale-factor"):
+        detect(tensors, config=config)
+    given = detect(tensors, config=config, overrides=Overrides(latent_scale_factor=0.22))
+
+    assert given.spec.autoencoder.latent_scale_factor == 0.22
 
 
 def test_the_size_of_semantic_synthesis_512_comes_from_its_configuration():
@@ -291,6 +303,17 @@ def conditioner_says(**params):
             {"cond_stage_config": {"target": f"{MODULES}.SpatialRescaler"}},
             "SpatialRescaler, .* super-resolution",
         ),
+        (CELEBA, unet_says(channel_mult=[[1], [2]]), r"channel_mult is \[\[1\], \[2\]\]"),
+        (
+            CELEBA,
+            {"first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL"}},
+            "AutoencoderKL, .* VQ first stage",
+        ),
+        (
+            CELEBA,
+            {"first_stage_config": {"target": "ldm.models.autoencoder.VQModel"}},
+            "VQModel, which decodes without its codebook",
+        ),
     ],
 )
 def test_a_configuration_of_another_model_is_an_error_that_shows_both(layout, params, message):
@@ -310,6 +333,9 @@ def test_a_first_stage_alone_is_compared_with_its_configuration():
     ("params", "message"),
     [
         (unet_says(use_new_attention_order=True), "use_new_attention_order True is not exported"),
+        (unet_says(num_heads_upsample=4), "num_heads_upsample 4 is not exported"),
+        (unet_says(conv_resample=False), "conv_resample False is not exported"),
+        (first_stage_says(ddconfig={"tanh_out": True}), "ddconfig.tanh_out True is not exported"),
         (conditioner_says(method="bicubic"), "method 'bicubic' is not exported"),
         (conditioner_says(multiplier=0.25), "multiplier 0.25 is not exported"),
         (conditioner_says(ucg_rate=1.5), "ucg_rate is 1.5; a number from 0 to 1"),

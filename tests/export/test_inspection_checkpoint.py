@@ -96,6 +96,21 @@ def test_only_what_a_model_has_is_described(tmp_path):
     assert {"unet", "text_encoder", "class_embedder", "rescaler"}.isdisjoint(report)
 
 
+def test_a_configuration_beside_a_checkpoint_is_read_as_an_export_reads_it(tmp_path):
+    path, config = tmp_path / "model.safetensors", tmp_path / "model.yaml"
+    save_file(tensors_of(SMALL), path)
+    config.write_text("model: {params: {parameterization: v, image_size: 16}}")
+
+    report = inspect_checkpoint(path)
+    config.write_text("model: {params: {unet_config: {params: {in_channels: 9}}}}")
+    contradicted = inspect_checkpoint(path)
+
+    assert (report["config"], report["prediction_type"]) == (str(config), "v_prediction")
+    assert report["defaults"]["height"] == 16 * report["autoencoder"]["factor"]
+    assert contradicted["family"] is None
+    assert "in_channels is 9" in contradicted["problem"]
+
+
 def test_a_report_can_be_written_as_json(ckpt):
     report = inspect_checkpoint(ckpt)
 

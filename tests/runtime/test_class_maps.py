@@ -103,6 +103,8 @@ def test_small_numbers_of_bits_are_not_spread_over_a_byte(kind, bits, row, ids):
 
     assert read[0].tolist() == ids
     assert read.shape == (2, 4)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert ClassMap.read(opened) == ClassMap.read(data)
 
 
 def test_sixteen_bits_are_read_as_they_are_if_they_hold_classes():

@@ -128,6 +128,15 @@ def test_a_semantic_map_is_given_in_the_size_of_the_picture():
     assert found.concat.shape == (1, 3, 8, 8)
 
 
+def test_an_odd_map_is_padded_on_the_right_and_below_by_its_edge():
+    classes = RNG.integers(0, 5, (7, 9), dtype=np.uint8)
+
+    _, asked = encode("semantic-synthesis", segmentation=classes)
+
+    ids = asked["rescaler"].calls[0]["segmentation"]
+    np.testing.assert_array_equal(ids[0], np.pad(classes, ((0, 1), (0, 3)), mode="edge"))
+
+
 def test_a_picture_to_enlarge_is_itself_from_minus_one_to_one():
     found, _ = encode("super-resolution", image=PICTURE)
 
@@ -159,6 +168,18 @@ def test_a_hole_is_minus_one_in_the_picture_and_one_in_the_mask():
     np.testing.assert_allclose(found.concat[:, :3], latents["moments"], atol=1e-6)
     np.testing.assert_array_equal(found.concat[:, 3:], (hole * 2 - 1)[:, :, ::2, ::2])
     assert {*np.unique(found.concat[:, 3:])} == {-1.0, 1.0}
+
+
+def test_the_latents_of_a_picture_with_a_hole_are_not_scaled_as_those_that_are_sampled():
+    fields = {"image": PICTURE, "mask_image": np.full((24, 32), 255, dtype=np.uint8)}
+    fields["mask_image"][:, 9:] = 0
+    spec = tiny_spec("inpainting")
+    scaled = replace(spec, autoencoder=replace(spec.autoencoder, latent_scale_factor=0.25))
+
+    found, other = (encode("inpainting", each, **fields)[0].concat for each in (spec, scaled))
+
+    np.testing.assert_array_equal(found, other)
+    assert np.abs(found[:, :3]).max() > 0.1
 
 
 def test_what_is_added_around_a_picture_is_a_hole_as_well():

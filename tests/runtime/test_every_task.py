@@ -226,10 +226,36 @@ def test_a_first_stage_returns_what_encode_and_decode_do(generator_of):
     assert pixels(result) == [image.tobytes() for image in generator.decode(result.latents)]
 
 
-def test_a_first_stage_stretches_a_picture_whose_sides_do_not_fit(generator_of):
-    result = generator_of("first-stage")(image=PICTURE[:, :31])
+def test_a_first_stage_pads_a_picture_of_odd_sides_and_crops_what_comes_back(
+    generator_of,
+):
+    odd = PICTURE[:, :31]
+    grown = np.concatenate([odd, odd[:, -1:]], axis=1)
 
-    assert result.images[0].size == (30, 24)
+    result, whole = (generator_of("first-stage")(image=each) for each in (odd, grown))
+
+    assert result.images[0].size == (31, 24)
+    np.testing.assert_array_equal(result.images[0], np.asarray(whole.images[0])[:, :31])
+
+
+@pytest.mark.parametrize("task", ["inpainting", "unconditional"])
+def test_what_is_kept_of_a_picture_of_any_size_is_kept_to_the_last_bit(generator_of, task):
+    picture, mask = PICTURE[:23, :29], LEFT_HALF[:23, :29]
+
+    result = generator_of(task)(image=picture, mask_image=mask, seed=1, num_inference_steps=2)
+
+    found = np.asarray(result.images[0])
+    assert found.shape == picture.shape
+    np.testing.assert_array_equal(found[:, 16:], picture[:, 16:])
+    assert (found[:, :16] != picture[:, :16]).mean() > 0.5
+
+
+def test_a_scene_has_the_size_of_its_map_whatever_that_is(generator_of):
+    ids = RNG.integers(0, 3, (23, 29), dtype=np.uint8)
+
+    result = generator_of("semantic-synthesis")(segmentation=ids, seed=1, num_inference_steps=2)
+
+    assert result.images[0].size == (29, 23)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 7), (1, 1), (9, 14), (150, 131)])

@@ -20,6 +20,7 @@ from ldm_runtime.resolution import (
     size_step,
 )
 from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.sizes import padded_size
 from ldm_runtime.testing import TINY_SPEC, tiny_spec
 from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE
 
@@ -151,16 +152,31 @@ def test_a_picture_decides_the_size_unless_a_size_is_asked_for():
     odd = np.zeros((23, 33, 3), dtype=np.uint8)
 
     assert (resolved(image=PICTURE).height, resolved(image=PICTURE).width) == (24, 32)
-    assert (resolved(image=odd).height, resolved(image=odd).width) == (20, 32)
+    assert (resolved(image=odd).height, resolved(image=odd).width) == (23, 33)
     assert resolved(image=PICTURE, width=64).width == 64
+    with pytest.raises(RequestError, match="width: 35 is not a multiple of 4"):
+        resolved(image=odd, width=35)
 
 
-def test_what_is_added_around_a_picture_must_make_a_size_that_can_be_drawn():
-    grown = resolved(image=PICTURE, outpaint=(4, 8, 0, 0))
+def test_latents_cover_a_picture_of_any_size_and_survive_the_halvings():
+    request = resolved(image=np.zeros((23, 33, 3), dtype=np.uint8))
 
-    assert (grown.height, grown.width) == (32, 36)
-    with pytest.raises(RequestError, match=r"outpaint: makes 35x24 .* 32x24 can be drawn"):
-        resolved(image=PICTURE, outpaint=(3, 0, 0, 0))
+    assert latent_size(request, TINY_SPEC) == (12, 18)
+    assert padded_size(request, TINY_SPEC) == (24, 36)
+    assert resolve(request, TINY_SPEC) == request
+
+
+def test_what_is_added_around_a_picture_makes_its_size_and_no_other_may_be_asked_for():
+    grown = resolved(image=PICTURE, outpaint=(3, 8, 0, 0))
+
+    assert (grown.height, grown.width) == (32, 35)
+    with pytest.raises(RequestError, match=r"outpaint: makes 35x24 .* 32x24 are asked for"):
+        resolved(image=PICTURE, outpaint=(3, 0, 0, 0), width=32)
+
+
+def test_a_mask_of_another_size_than_the_image_is_refused_with_both_sizes():
+    with pytest.raises(RequestError, match=r"mask_image: has 33x23 pixels, .* has 32x24"):
+        resolved(image=PICTURE, mask_image=np.zeros((23, 33), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -293,38 +309,35 @@ def test_a_map_decides_the_size_unless_a_size_is_asked_for():
         return request.height, request.width
 
     assert size(segmentation=MAP) == (24, 32)
-    assert size(segmentation=odd) == (20, 32)
-    assert size(segmentation=odd, height=64) == (64, 32)
+    assert size(segmentation=odd) == (23, 33)
+    assert size(segmentation=odd, height=64) == (64, 33)
     assert size(segmentation=MAP, image=picture(40, 40)) == (24, 32)
 
 
 def test_a_picture_to_fill_is_drawn_in_its_own_size():
-    request = resolved_for("inpainting", image=picture(23, 33))
+    request = resolved_for("inpainting", image=picture(23, 33), mask_image=picture(23, 33))
 
-    assert (request.height, request.width) == (20, 32)
+    assert (request.height, request.width) == (23, 33)
 
 
-def test_margins_around_a_picture_to_fill_make_a_size_that_can_be_drawn():
-    request = parse_request({"image": PICTURE, "outpaint": (4, 0, 0, 8)})
-    odd = dataclasses.replace(request, outpaint=(3, 0, 0, 0))
+def test_margins_around_a_picture_to_fill_make_its_size():
+    request = parse_request({"image": PICTURE, "outpaint": (3, 0, 0, 8)})
 
     resolved_request = resolve(request, tiny_spec("inpainting"))
 
-    assert (resolved_request.height, resolved_request.width) == (32, 36)
-    with pytest.raises(RequestError, match=r"outpaint: makes 35x24 .* 32x24 can be drawn"):
-        resolve(odd, tiny_spec("inpainting"))
+    assert (resolved_request.height, resolved_request.width) == (32, 35)
 
 
-def test_a_first_stage_rounds_to_its_factor_alone_and_samples_nothing():
+def test_a_first_stage_pads_to_its_factor_alone_and_samples_nothing():
     spec = tiny_spec("first-stage")
 
     request = resolved_for("first-stage", image=picture(23, 35))
 
     assert size_step(spec) == 2
-    assert (request.height, request.width) == (22, 34)
-    assert latent_size(request, spec) == (11, 17)
+    assert (request.height, request.width) == (23, 35)
+    assert latent_size(request, spec) == (12, 18)
     assert request == GenerationRequest(
-        image=request.image, height=22, width=34, seed=0, tile_size=0
+        image=request.image, height=23, width=35, seed=0, tile_size=0
     )
 
 

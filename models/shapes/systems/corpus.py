@@ -35,8 +35,8 @@ class Corpus:
         questions: Scenes, with holes for inpainting.
         latents: (N, 3, 16, 16), of unit variance.
         scale: The factor that makes it so.
-        masked: For inpainting, latents of the pictures with their holes, scaled likewise, and the
-            mask behind them, (N, 4, 16, 16).
+        masked: For inpainting, latents of the pictures with their holes as the encoder gives them,
+            and the mask behind them, (N, 4, 16, 16).
     """
 
     rows: Tensor
@@ -59,7 +59,7 @@ def load_corpus(system: System) -> Corpus:
         found = [hole_of(row) for row in rows]
         encoded = _cached("masked_latents", lambda: _encode_masked(system.first_stage, first))
         masks = torch.stack([latent_mask(hole) for hole in found])
-        masked, holes = torch.cat([encoded[rows] * scale, masks], dim=1), [*found]
+        masked, holes = torch.cat([encoded[rows], masks], dim=1), [*found]
     return Corpus(
         rows=torch.tensor(rows),
         questions=[
