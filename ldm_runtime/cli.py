@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -57,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _version(args)
         if args.command is None:
             parser.error("say what to do: generate, verify, inspect, doctor or build-engines")
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()  # so that a reader who left is noticed here
+        return status
+    except BrokenPipeError:  # as of `ldm inspect engines/ | head`: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except LdmError as error:
         _say(f"error: {error}")
         return 2 if isinstance(error, RequestError) else 1

@@ -40,6 +40,8 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[GenerationR
     names = None if args.label_names is None else _label_names(args.label_names)
     values = {field.name: getattr(args, field.name) for field in _FIELDS}
     if args.requests is None:
+        if names is not None and values["class_label"] is None and values["layout"] is None:
+            raise RequestError("label_names", "means nothing without --class-label or --layout")
         request = parse_request(_with_labels(values, names))
         check_needs(request, spec, _FLAGS)
         return [resolve(request, spec)]
@@ -49,11 +51,14 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[GenerationR
                 field.name, "does not go with --requests, whose lines have their own"
             )
     lines = enumerate(args.requests.read_bytes().splitlines(), start=1)
-    return [
+    requests = [
         _parse_line(line, f"{args.requests}, line {number}", names, spec)
         for number, line in lines
         if line.strip()
     ]
+    if not requests:
+        raise RequestError("requests", f"{args.requests} is empty; write a JSON object a line")
+    return requests
 
 
 def _parse_line(

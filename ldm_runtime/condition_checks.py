@@ -36,12 +36,13 @@ def _check_class(request: GenerationRequest, spec: ModelSpec) -> None:
     embedder, label = spec.class_embedder, request.class_label
     assert embedder is not None, "a class-to-image model has a class embedder"
     assert label is not None, "only given fields are checked"
-    labels = [each for each in range(embedder.num_classes) if each != embedder.null_class]
-    if label not in labels:
-        reason = "stands for no class" if label == embedder.null_class else "is no class"
-        raise RequestError(
-            "class_label", f"{label} {reason} of this bundle; give {labels[0]} to {labels[-1]}"
-        )
+    count, null = embedder.num_classes, embedder.null_class
+    if label != null and label < count:
+        return
+    reason = "stands for no class" if label == null else "is no class"
+    last = count - 2 if null == count - 1 else count - 1
+    but = f" but {null}" if null is not None and null <= last else ""
+    raise RequestError("class_label", f"{label} {reason} of this bundle; give 0 to {last}{but}")
 
 
 def _check_layout(request: GenerationRequest, spec: ModelSpec) -> None:

@@ -37,6 +37,7 @@ from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.images import decode_latents, encode_image
 from ldm_runtime.manifest import (
     MANIFEST_NAME,
+    ModelSpec,
     PreviewRecord,
     components_of,
     load_manifest,
@@ -48,6 +49,7 @@ from ldm_runtime.request import GenerationRequest, parse_request
 from ldm_runtime.resolution import resolve
 from ldm_runtime.results import Result
 from ldm_runtime.sampling import Step, batches, sample_latents
+from ldm_runtime.tasks import task_record
 from ldm_runtime.tokenizers import Tokenizer
 
 __all__ = ["Generator", "Result"]
@@ -156,15 +158,14 @@ class Generator:
             tile_size: Decode in tiles of this many pixels, which bounds memory; 0 is in one piece.
 
         Raises:
-            RequestError: The latents are not those of this model, or the tiles are too small.
+            RequestError: The latents are not those of this model, or are not finite; the tiles are
+                too small, or the model decodes in patches of its own.
         """
-        channels = self.spec.autoencoder.embed_dim
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            wanted = f"(images, {channels}, height, width)"
-            raise RequestError("latents", f"have shape {latents.shape}; this model has {wanted}")
-        latents = latents.astype(np.float32, copy=False)
+        array = _checked_latents(latents, self.spec)
+        if tile_size and "tile_size" not in task_record(self.spec).takes:
+            raise RequestError("tile_size", f"means nothing to a bundle for {self.spec.task}")
         try:
-            return decode_latents(self._network("vae_decoder"), latents, self.spec, tile_size)
+            return decode_latents(self._network("vae_decoder"), array, self.spec, tile_size)
         except ValueError as error:
             raise RequestError("tile_size", str(error)) from error
 
@@ -368,6 +369,19 @@ def _for_caller(step: Step, preview: PreviewRecord | None) -> Step:
     """Return a step that the caller may do with as it likes."""
     pictures = () if preview is None else tuple(preview_image(step.x0, preview))
     return replace(step, latents=step.latents.copy(), x0=step.x0.copy(), previews=pictures)
+
+
+def _checked_latents(latents: object, spec: ModelSpec) -> Float32Array:
+    array, channels = np.asarray(latents), spec.autoencoder.embed_dim
+    if array.dtype.kind not in "fiu" or array.ndim != 4 or array.shape[1] != channels:
+        raise RequestError(
+            "latents",
+            f"are {array.dtype} of shape {array.shape}; this model has numbers of shape "
+            f"(images, {channels}, height, width)",
+        )
+    if not np.isfinite(array).all():
+        raise RequestError("latents", "hold NaN or infinity; only finite numbers can be decoded")
+    return array.astype(np.float32, copy=False)
 
 
 def _check_positive(name: str, value: int | None) -> None:

@@ -197,7 +197,10 @@ def _object(index: int, entry: object, names: Sequence[str] | None) -> LayoutObj
 
 def _number_of(name: str, names: Sequence[str] | None) -> int:
     if names is None:
-        raise ValueError(f"{_quoted(name)} is a name; give a file of label names, or a number")
+        raise ValueError(
+            f"{_quoted(name)} is a name; give its number, or what the labels are called: "
+            "--label-names FILE, in Python read_layout(layout, read_label_names(FILE))"
+        )
     return label_number(name, names)
 
 

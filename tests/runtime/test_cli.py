@@ -138,6 +138,7 @@ def test_requests_from_a_file_are_drawn_together_in_order(draw, tmp_path):
     [
         ('{"prompt": 3}', "requests: {}, line 1: prompt: must be text, got 3"),
         ("[1]", "requests: {}, line 1 is no JSON object"),
+        ("\n \n", "requests: {} is empty; write a JSON object a line"),
         ("{", "requests: {}, line 1 is no JSON object"),
     ],
 )
@@ -224,6 +225,22 @@ def asked(task, *arguments):
     args = build_parser().parse_args(["generate", *map(str, arguments)])
     (request,) = read_requests(args, tiny_spec(task))
     return request
+
+
+def test_names_of_labels_without_a_label_are_refused(names):
+    with pytest.raises(RequestError, match="label_names: means nothing without --class-label or"):
+        asked("unconditional", "--label-names", names)
+
+
+def test_a_reader_who_left_gets_no_error(tiny_bundle):
+    code = "import sys; from ldm_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    line = [sys.executable, "-c", code, "inspect", str(tiny_bundle)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        command.stdout.close()
+
+        assert command.stderr.read() == b""
+
+    assert command.returncode == 1
 
 
 #: Flags for what a task needs, and the size of what comes out.

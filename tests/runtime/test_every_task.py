@@ -211,10 +211,16 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(generator_of):
         generator.encode(PICTURE[:, 1:])
     with pytest.raises(RequestError, match="picture: 5 is no picture"):
         generator.encode(5)
-    with pytest.raises(RequestError, match=r"latents: have shape \(1, 4, 8, 8\)"):
+    with pytest.raises(RequestError, match=r"latents: are float\d\d of shape \(1, 4, 8, 8\)"):
         generator.decode(np.zeros((1, 4, 8, 8), dtype=np.float32))
     with pytest.raises(RequestError, match="tile_size: "):
         generator.decode(np.zeros((1, 3, 8, 8), dtype=np.float32), tile_size=15)
+    with pytest.raises(RequestError, match="latents: hold NaN or infinity"):
+        generator.decode(np.full((1, 3, 8, 8), np.nan))
+    with pytest.raises(RequestError, match=r"latents: are <U1 of shape \(1,\)"):
+        generator.decode(["a"])
+    with pytest.raises(RequestError, match="tile_size: means nothing to a bundle for super-res"):
+        generator_of("super-resolution").decode(np.zeros((1, 3, 8, 8)), tile_size=16)
 
 
 def test_a_first_stage_returns_what_encode_and_decode_do(generator_of):

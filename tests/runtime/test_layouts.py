@@ -150,7 +150,7 @@ def test_labels_may_be_called_by_their_names():
         ([OBJECTS[0], {"label": 3, "box": [0, 0, 1, 1], "score": 1}], "object 1 must have a label"),
         ([{"label": 3.5, "box": [0, 0, 1, 1]}], "object 0: label must be a whole number, got 3.5"),
         ([{"label": 3, "box": [0, 0, 1, 2]}], "object 0: box must have edges between 0 and 1"),
-        ([{"label": "dog", "box": [0, 0, 1, 1]}], "object 0: 'dog' is a name; give a file of"),
+        ([{"label": "dog", "box": [0, 0, 1, 1]}], "object 0: 'dog' is a name; give its number, or"),
     ],
 )
 def test_what_is_no_layout_is_one_sentence(value, reason):

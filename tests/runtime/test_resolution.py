@@ -371,6 +371,16 @@ def test_eta_of_a_bundle_whose_sampler_has_none_changes_nothing():
     assert request.eta == 0.0
 
 
+def test_a_null_class_between_the_others_is_named_in_the_message():
+    spec = tiny_spec("class-to-image")
+    spec = dataclasses.replace(
+        spec, class_embedder=dataclasses.replace(spec.class_embedder, null_class=2)
+    )
+
+    with pytest.raises(RequestError, match="2 stands for no class of this bundle; give 0 to 4 but"):
+        resolve(GenerationRequest(class_label=2), spec)
+
+
 @pytest.mark.parametrize("label", [0, 3])
 def test_every_class_but_the_null_class_can_be_drawn(label):
     assert resolved_for("class-to-image", class_label=label).class_label == label
