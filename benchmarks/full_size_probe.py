@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.fp16_range import FP16_MAX, largest_value, watched_graph
+from ldm_runtime import Generator
 from ldm_runtime.backends.denormals import flushed_denormals
 from ldm_runtime.manifest import Manifest, ModelSpec, axis_sizes, load_manifest
 from ldm_runtime.verify import verify
+from measure import forget_peak, peak_bytes
 
 _MAX_PIXELS = 256  # a side, where a network works on pixels
 #: What latents are multiplied with and the timestep that goes with it: pure noise as the UNet gets
@@ -32,9 +34,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     (bundle,) = sys.argv[1:] if argv is None else argv
     manifest = load_manifest(Path(bundle))
-    found = {"golden": golden(Path(bundle)), "fp16_at_size": fp16_at_size(Path(bundle), manifest)}
+    found = {
+        "decode_bytes": decode_bytes(Path(bundle), manifest),
+        "golden": golden(Path(bundle)),
+        "fp16_at_size": fp16_at_size(Path(bundle), manifest),
+    }
     print(json.dumps(found))
     return 0
+
+
+def decode_bytes(bundle: Path, manifest: Manifest) -> int:
+    """Return what decoding one picture takes beyond the loaded networks, on the CPU.
+
+    The picture has the model's size, at most 256 pixels a side. Of a VQ first stage the comparison
+    with all of its codes is part of it.
+    """
+    spec = manifest.spec
+    height, width = (
+        min(side, _MAX_PIXELS) // spec.autoencoder.factor
+        for side in (spec.defaults.height, spec.defaults.width)
+    )
+    shape = (1, spec.autoencoder.embed_dim, height, width)
+    latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    with Generator(bundle, backend="onnxruntime") as generator:
+        generator.decode(latents[..., :1, :1])  # loads the decoder
+        before = forget_peak()
+        generator.decode(latents)
+        return peak_bytes() - before
 
 
 def golden(bundle: Path) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def test_a_narrow_model_goes_from_checkpoint_to_engines_and_its_row_is_kept(tmp_
     assert max(row["fp32_max_relative_error"].values()) <= 1e-4
     assert 0 < max(row["fp16_relative_l2"].values()) <= 5e-3
     assert row["golden"]["failed"] == []
+    assert 1e6 < row["decode_bytes"] < 1e9
     assert row["fp16_at_size"]["vae_decoder"]["shape"] == [1, 3, 256, 256]
     assert {build["component"] for build in row["engines"]} == {"vae_decoder", "vae_encoder"}
     captured = capsys.readouterr()
@@ -160,6 +161,7 @@ ROW = {
     "bundle_bytes": 345_000_000,
     "fp32_max_relative_error": {"unet": 2e-6, "vae_decoder": 3.04e-6},
     "fp16_relative_l2": {"unet": 1.2e-3, "vae_decoder": 2e-3},
+    "decode_bytes": 482 * 2**20,
     "golden": {"worst_psnr": 58.6, "failed": []},
     "fp16_at_size": {"unet": {"finite": True}},
     "engines": [
@@ -176,8 +178,8 @@ def test_the_report_has_the_last_row_of_every_model():
     *_, line = report([older, ROW])
 
     assert line == (
-        "| bsr_sr | ldm-bsr-sr | 168.9 M | 61 s | 1.23 GB | 0.34 GB | 3.0e-06 | 2.0e-03 | 59 dB "
-        "| yes | 2 in 12 s, 2.0 GB |"
+        "| bsr_sr | ldm-bsr-sr | 168.9 M | 61 s | 1.23 GB | 0.34 GB | 3.0e-06 | 2.0e-03 | 482 MiB "
+        "| 59 dB | yes | 2 in 12 s, 2.0 GB |"
     )
 
 
