@@ -7,13 +7,20 @@ from ldm_export.checkpoint import Checkpoint, open_checkpoint
 from ldm_export.engine_stages import engine_stages, planned_engines
 from ldm_export.errors import CheckpointError
 from ldm_export.memory import give_back_memory
+from ldm_export.networks.loading import check_weights
 from ldm_export.plan import Plan, make_plan
 from ldm_export.progress import Progress, Silent
 from ldm_export.source import ExportOptions, Source, open_source, versions
 from ldm_export.stages import make_stages
 from ldm_export.workspace import Stage, StageRecord, Workspace
 from ldm_runtime.engines import ENGINES_FOLDER
-from ldm_runtime.manifest import SCHEMA_VERSION, BuildRecord, Manifest, sha256_of
+from ldm_runtime.manifest import (
+    SCHEMA_VERSION,
+    BuildRecord,
+    Manifest,
+    components_of,
+    sha256_of,
+)
 
 __all__ = ["ExportOptions", "export_bundle", "plan_export"]
 
@@ -86,8 +93,11 @@ def plan_export(options: ExportOptions) -> Plan:
 
 
 def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
+    """Open a checkpoint, and complain of all that can be known before anything is built."""
     source = open_source(options, checkpoint, hashed=hashed)
-    _planned_engines(source)  # complains of impossible sizes before anything is built
+    for component in components_of(source.spec):
+        check_weights(component, source.spec, source.weights(component))
+    _planned_engines(source)  # of impossible sizes
     return source
 
 

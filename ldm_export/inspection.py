@@ -66,7 +66,7 @@ def _holds_pickle(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError):
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
         # A torch file cut short has no directory of members; its first member's name remains.
         with path.open("rb") as file:
             return b"data.pkl" in file.read(256)

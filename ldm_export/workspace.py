@@ -224,7 +224,7 @@ class Workspace:
     def _saved(self, stage: Stage) -> StageRecord | None:
         try:
             record = msgspec.json.decode(self._record_path(stage).read_bytes(), type=StageRecord)
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return record if _is_intact(self._folder, record, stage.key) else None
 
@@ -292,7 +292,7 @@ def _check_bundle(folder: Path) -> None:
     """Raise unless `folder` is a bundle, of any version, and holds no file besides."""
     try:
         listing = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_Listing)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ExportError(
             f"{folder} exists and is not a bundle (it has no {MANIFEST_NAME} of one), so it is "
             "left alone; give --out another folder"

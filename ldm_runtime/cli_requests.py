@@ -67,7 +67,7 @@ def _parse_line(
     try:
         values = msgspec.json.decode(line, type=dict[str, object])
         return resolve(parse_request(_with_labels(values, names)), spec)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError("requests", f"{place} is no JSON object: {error}") from error
     except RequestError as error:
         raise RequestError("requests", f"{place}: {error}") from error

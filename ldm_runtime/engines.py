@@ -133,7 +133,7 @@ def decode_engine_record(data: bytes, path: Path) -> EngineRecord:
     """
     try:
         return msgspec.json.decode(data, type=EngineRecord)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}; run `ldm build-engines` again") from error
 
 

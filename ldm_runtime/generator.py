@@ -33,7 +33,7 @@ from ldm_runtime.batching import in_order, run_together
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
 from ldm_runtime.deadline import Deadline
 from ldm_runtime.drawing import Drawer, Drawing, Drawn, Pass, Timings, open_drawer
-from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.errors import BackendError, BundleError, RequestError
 from ldm_runtime.images import decode_latents, encode_image
 from ldm_runtime.manifest import (
     MANIFEST_NAME,
@@ -110,6 +110,7 @@ class Generator:
         self._engines = ExitStack()
         self._opened: dict[str, Engine] = {}
         self._opening = Lock()
+        self._closed = False
         with ExitStack() as opened:
             opened.callback(self._engines.close)
             for name in self._needed_components():
@@ -209,7 +210,7 @@ class Generator:
             DeadlineError: Between two steps, when time is up.
         """
         record = self._preview_record() if previews else None
-        return self._draw(resolve(request, self.spec), record, Deadline(deadline_seconds))
+        return self._draw(self._resolved(request), record, Deadline(deadline_seconds))
 
     def run_many(
         self, requests: Iterable[GenerationRequest], *, max_batch: int = 4
@@ -229,13 +230,15 @@ class Generator:
             RequestError: At once, if the model cannot do what one of them asks for.
         """
         _check_positive("max_batch", max_batch)
-        resolved = [resolve(request, self.spec) for request in requests]
+        resolved = [self._resolved(request) for request in requests]
         if self.spec.unet is None:
             return map(self.generate, resolved)
         return self._draw_together(resolved, max_batch)
 
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""
+        with self._opening:
+            self._closed = True
         self._engines.close()
 
     def __enter__(self) -> Self:
@@ -248,6 +251,15 @@ class Generator:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _resolved(self, request: object) -> GenerationRequest:
+        if not isinstance(request, GenerationRequest):
+            given = type(request).__name__
+            raise RequestError(
+                "request",
+                f"is {given}; give a GenerationRequest, or fields to the generator itself",
+            )
+        return resolve(request, self.spec)
 
     def _open_tokenizer(self, check_hashes: bool) -> Tokenizer | None:
         path = self.manifest.tokenizer_file
@@ -264,6 +276,8 @@ class Generator:
     def _network(self, name: str) -> Engine:
         """Return a network, which is opened by who asks for it first."""
         with self._opening:
+            if self._closed:
+                raise BackendError(f"the generator of {self.bundle} is closed; open it again")
             if name not in self._opened:
                 source = self._source(component=self.manifest.component(name))
                 engine = get_backend(self.backend).open_engine(source)

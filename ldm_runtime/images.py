@@ -161,7 +161,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     try:
         return msgspec.json.decode(str(text), type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise LdmError(f"{path}: its {METADATA_KEY!r} metadata is damaged: {error}") from error
 
 

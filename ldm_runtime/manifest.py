@@ -6,6 +6,7 @@ around while it works: `ModelSpec` says what a checkpoint is, everything else is
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -428,14 +429,19 @@ def load_manifest(bundle: Path) -> Manifest:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
     try:
         _check_version(path, msgspec.json.decode(data, type=_Version).schema_version)
-        return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"{path}: {error}; export the bundle again") from error
+    _check_sense(path, manifest)
+    return manifest
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the JSON text of `manifest`, one key a line."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+_LEAST_TOKENS = 3  # the first, the last and one between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,6 +460,22 @@ def _check_version(path: Path, version: int) -> None:
             f"{path} has schema {version} of an older ldm-export, this runtime reads "
             f"{SCHEMA_VERSION}; export the checkpoint again"
         )
+
+
+def _check_sense(path: Path, manifest: Manifest) -> None:
+    """Check what types cannot say and others rely on; damage elsewhere is found by hashes."""
+    spec = manifest.spec
+    autoencoder, unet, text = spec.autoencoder, spec.unet, spec.text_encoder
+    wrong = {
+        "spec.autoencoder.channel_mult": not autoencoder.channel_mult,
+        "spec.autoencoder.latent_scale_factor": not 0 < autoencoder.latent_scale_factor < math.inf,
+        "spec.unet.channel_mult": unet is not None and not unet.channel_mult,
+        "spec.text_encoder.max_tokens": text is not None and text.max_tokens < _LEAST_TOKENS,
+        "tokenizer_file": spec.task == "text-to-image" and manifest.tokenizer_file is None,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise ManifestError(f"{path}: {name} cannot be what it is; export the bundle again")
 
 
 def check_file(bundle: Path, record: FileRecord, *, hashed: bool = True) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ldm_runtime.images import save_png
 from ldm_runtime.request import GenerationRequest, request_to_json
 
 
@@ -31,6 +33,15 @@ class Result:
     latents: npt.NDArray[np.float32]
     timings: Mapping[str, float]
     bundle_sha256: str
+
+    def save(self, path: str | Path, index: int = 0) -> None:
+        """Write an image as PNG with its `metadata`, which `ldm inspect` shows.
+
+        Raises:
+            FileExistsError: There is something at `path`; it is left as it is.
+            OSError: The folder cannot be written to.
+        """
+        save_png(self.images[index], Path(path), self.metadata(index))
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return what to store with image `index`: all that it takes to draw it again, alone."""

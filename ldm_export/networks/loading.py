@@ -74,6 +74,17 @@ def build_network(component: str, spec: ModelSpec) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def check_weights(component: str, spec: ModelSpec, weights: Mapping[str, Weight]) -> None:
+    """Check that a checkpoint has every weight of a component in its shape, and no other.
+
+    Reads no values, and is quick whatever the size.
+
+    Raises:
+        WeightsError: A parameter has no tensor, a tensor no parameter, or shapes differ.
+    """
+    _check_same(component, build_network(component, spec), weights)
+
+
 def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight]) -> nn.Module:
     """Return the network of `component` in float32 with a checkpoint's weights.
 
@@ -87,8 +98,7 @@ def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight])
             is not finite.
     """
     network = build_network(component, spec)
-    expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    _check_same(component, expected, {name: weight.shape for name, weight in weights.items()})
+    _check_same(component, network, weights)
     state = {name: _as_float32(component, name, weight) for name, weight in weights.items()}
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False)
@@ -119,16 +129,16 @@ def _give_back(array: npt.NDArray[np.generic]) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-def _check_same(
-    component: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_same(component: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:
+    expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
     faults = {
         "missing": [name for name in expected if name not in found],
         "not part of it": [name for name in found if name not in expected],
         "of another shape": [
             f"{name} ({found[name]}, expected {shape})"
             for name, shape in expected.items()
-            if name in found and tuple(found[name]) != shape
+            if name in found and found[name] != shape
         ],
     }
     sentences = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]

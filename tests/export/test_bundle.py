@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from ldm_export import export
 from ldm_export.bundle import ExportOptions, export_bundle, plan_export
@@ -294,6 +295,31 @@ def test_a_plan_writes_nothing(tmp_path, small_checkpoint_path):
     plan_export(options(small_checkpoint_path, tmp_path / "engines"))
 
     assert list(tmp_path.iterdir()) == []
+
+
+LOST, STRAY = "first_stage_model.decoder.mid.block_1.conv1.weight", "model.diffusion_model.out.7.x"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({LOST: None}, r"vae_decoder; missing: decoder\.mid\.block_1\.conv1\.weight"),
+        ({LOST: torch.zeros(2, 2, 3, 3)}, r"of another shape: .*conv1\.weight \(\(2, 2, 3, 3\)"),
+        ({STRAY: torch.zeros(1)}, r"the unet; not part of it: out\.7\.x"),
+    ],
+)
+@pytest.mark.parametrize("begin", [plan_export, export_bundle])
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(
+    tmp_path, small_checkpoint_path, change, message, begin
+):
+    state = torch.load(small_checkpoint_path, weights_only=True)["state_dict"] | change
+    spoilt = tmp_path / "spoilt.ckpt"
+    torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}}, spoilt)
+
+    with pytest.raises(WeightsError, match=message):
+        begin(options(spoilt, tmp_path / "engines"))
+
+    assert list(tmp_path.iterdir()) == [spoilt]
 
 
 def test_a_type_that_is_not_stored_is_an_error(tmp_path, small_checkpoint_path):

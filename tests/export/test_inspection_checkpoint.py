@@ -156,6 +156,16 @@ def test_a_checkpoint_is_known_by_its_content_and_not_by_its_name(ckpt, tmp_path
     assert report["family"] == "stable-diffusion-1"
 
 
+def test_a_checkpoint_whose_names_are_no_text_is_an_error_and_not_a_crash(ckpt):
+    data = ckpt.read_bytes().replace(b"/data/0", b"/data/\xff")
+    directory = data.rindex(b"/data/\xff")
+    flags = data.rindex(b"PK\x01\x02", 0, directory) + 9  # the name is said to be UTF-8
+    ckpt.write_bytes(data[:flags] + b"\x08" + data[flags + 1 :])
+
+    with pytest.raises(CheckpointError):
+        inspect_checkpoint(ckpt)
+
+
 def test_a_checkpoint_that_was_cut_short_is_an_error_and_not_something_else(ckpt):
     ckpt.write_bytes(ckpt.read_bytes()[:5000])
 

@@ -138,6 +138,8 @@ def test_requests_from_a_file_are_drawn_together_in_order(draw, tmp_path):
     [
         ('{"prompt": 3}', "requests: {}, line 1: prompt: must be text, got 3"),
         ("[1]", "requests: {}, line 1 is no JSON object"),
+        ('{"prompt": "caf\xe9"}', "requests: {}, line 1 is no JSON object"),
+        ("[" * 100_000, "requests: {}, line 1 is no JSON object"),
         ("\n \n", "requests: {} is empty; write a JSON object a line"),
         ("{", "requests: {}, line 1 is no JSON object"),
     ],
@@ -146,7 +148,7 @@ def test_a_bad_line_of_requests_is_one_sentence_that_names_it(
     draw, capsys, tmp_path, line, message
 ):
     path = tmp_path / "r.jsonl"
-    path.write_text(line)
+    path.write_text(line, encoding="latin-1")
 
     status = draw("--requests", str(path))
 

@@ -12,7 +12,7 @@ import pytest
 from ldm_runtime import GenerationRequest, Generator, Result, Step
 from ldm_runtime.conditioning import Conditioning, encode_conditioning, open_tokenizer
 from ldm_runtime.errors import BackendError, BundleError, ManifestError, RequestError
-from ldm_runtime.images import decode_latents
+from ldm_runtime.images import decode_latents, read_metadata
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.resolution import resolve, sigmas_of
 from ldm_runtime.samplers import SAMPLERS
@@ -268,6 +268,27 @@ def test_a_closed_generator_says_so(tiny_bundle):
 
     with pytest.raises(BackendError, match="closed"):
         generator(prompt="red")
+    with pytest.raises(BackendError, match="closed"):
+        generator.encode(np.zeros((16, 16, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("method", ["generate", "stream", "run_many"])
+def test_what_is_no_request_is_refused_by_name(generator, method):
+    given = ["a red circle"] if method == "run_many" else "a red circle"
+
+    with pytest.raises(RequestError, match="request: is str; give a GenerationRequest"):
+        getattr(generator, method)(given)
+
+
+def test_a_saved_picture_says_how_to_draw_it_again(generator, tmp_path):
+    result = generator(prompt="red", seed=3, num_images=2)
+
+    result.save(tmp_path / "second.png", 1)
+
+    metadata = read_metadata(tmp_path / "second.png")
+    again = generator(**metadata["request"])
+    assert metadata["request"]["seed"] == 4
+    assert pixels(again) == pixels(result)[1:]
 
 
 def test_timings_add_up_to_less_than_the_whole(generator):

@@ -191,7 +191,7 @@ def test_a_picture_of_somebody_else_is_one_sentence(tmp_path):
         read_metadata(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a":' + "[" * 10**5])
 def test_damaged_metadata_is_one_sentence(tmp_path, text):
     info = PngImagePlugin.PngInfo()
     info.add_text("ldm-deploy", text)

@@ -69,6 +69,11 @@ def test_every_misspelt_key_is_an_error_that_names_it(own_bundle):
         (lambda m: m.update(schema_version="1"), r"schema_version"),
         (lambda m: m["preview"]["matrix"].pop(), r"length 3.*preview\.matrix"),
         (lambda m: m["preview"].update(r2=None), r"preview\.r2"),
+        (lambda m: m["spec"]["unet"].update(channel_mult=[]), r"spec\.unet\.channel_mult cannot"),
+        (lambda m: m["spec"]["autoencoder"].update(channel_mult=[]), r"autoencoder\.channel_mult"),
+        (lambda m: m["spec"]["autoencoder"].update(latent_scale_factor=0), "latent_scale_factor"),
+        (lambda m: m["spec"]["text_encoder"].update(max_tokens=1), "max_tokens cannot be"),
+        (lambda m: m.update(tokenizer_file=None), "tokenizer_file cannot be"),
     ],
 )
 def test_a_wrong_value_is_an_error_that_says_where(own_bundle, change, message):
@@ -107,7 +112,7 @@ def test_a_bundle_may_have_no_preview(own_bundle):
     assert load_manifest(own_bundle).preview is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"\xff"'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"\xff"', b"[" * 10**5])
 def test_what_is_no_json_record_is_an_error(own_bundle, content):
     (own_bundle / "manifest.json").write_bytes(content)
 
