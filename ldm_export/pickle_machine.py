@@ -4,6 +4,7 @@
 keep every read inside the pickle and every pop inside the innermost open collection.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from ldm_export.errors import FormatError
@@ -37,11 +38,12 @@ class Limits:
 class Machine:
     """The stack machine: registers and the few ways to touch them that keep the limits."""
 
-    __slots__ = ("data", "limits", "marks", "memo", "num_tensors", "position", "stack")
+    __slots__ = ("data", "limits", "marks", "memo", "num_tensors", "position", "refused", "stack")
 
-    def __init__(self, data: bytes, limits: Limits) -> None:
+    def __init__(self, data: bytes, limits: Limits, refused: Container[str] = ()) -> None:
         self.data = data
         self.limits = limits
+        self.refused = refused  # names, or modules all of whose names are refused
         self.position = 0
         self.stack: list[object] = []
         self.marks: list[int] = []  # heights of the stack

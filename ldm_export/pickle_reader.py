@@ -19,7 +19,7 @@ of CPython 3.11, which documents each of them.
 """
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 
 from ldm_export.errors import FormatError
@@ -40,17 +40,24 @@ _MAX_INT_KEY = 2**60
 _MAX_KEY_LENGTH = 4096  # equal keys are compared to the last character, every time one is set
 
 
-def read_pickle(data: bytes, limits: Limits | None = None) -> object:
+def read_pickle(data: bytes, limits: Limits | None = None, refused: Container[str] = ()) -> object:
     """Read one pickle.
+
+    Args:
+        data: The pickle.
+        limits: What it may cost.
+        refused: Names of globals, and of modules, that make it an error. They would be as inert as
+            all others; who writes them wants something.
 
     Returns:
         Plain None, bool, int, float, str, bytes, tuple, list and dict, and the inert records of
         `torch_records`. It may be nested very deeply or contain itself: do not recurse into it.
 
     Raises:
-        FormatError: The pickle is malformed, exceeds `limits`, or torch would not have written it.
+        FormatError: The pickle is malformed, exceeds `limits`, has a name that is `refused`, or torch
+            would not have written it.
     """
-    machine = Machine(data, limits or Limits())
+    machine = Machine(data, limits or Limits(), refused)
     for _ in range(machine.limits.max_opcodes):
         opcode = machine.number(1)
         if opcode == _STOP:
@@ -282,7 +289,7 @@ def _safe_key(machine: Machine, key: object) -> object:
 
 def _global(machine: Machine) -> None:
     module, name = machine.line(), machine.line()
-    machine.stack.append(Name(module=module, name=name))
+    _push_name(machine, module, name)
 
 
 def _stack_global(machine: Machine) -> None:
@@ -291,6 +298,15 @@ def _stack_global(machine: Machine) -> None:
         raise machine.fault("a global is named by something other than two strings")
     if len(name) + len(module) > MAX_LINE_BYTES:
         raise machine.fault(f"a global has a name of {len(name) + len(module)} characters")
+    _push_name(machine, module, name)
+
+
+def _push_name(machine: Machine, module: str, name: str) -> None:
+    if module.partition(".")[0] in machine.refused or f"{module}.{name}" in machine.refused:
+        raise machine.fault(
+            f"names {module}.{name}, which runs programs or touches files and is in no honest "
+            "checkpoint; nothing was run, but do not trust where this file is from"
+        )
     machine.stack.append(Name(module=module, name=name))
 
 

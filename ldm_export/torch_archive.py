@@ -22,6 +22,18 @@ from ldm_export.zip_directory import Member, read_zip_directory
 
 _PICKLE = re.compile(r"([^/]+)/data\.pkl")
 _MAX_LEVELS = 8
+#: Modules and names with which pickles attack who runs them.
+_REFUSED = frozenset(
+    {
+        *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "runpy"),
+        *("importlib", "ctypes", "webbrowser"),
+        *(
+            f"{module}.{name}"
+            for module in ("builtins", "__builtin__")
+            for name in ("eval", "exec", "execfile", "compile", "open", "__import__", "breakpoint")
+        ),
+    }
+)
 _LIMITS = Limits()
 
 
@@ -95,7 +107,8 @@ def _read_root(data: memoryview, member: Member) -> object:
             f"data.pkl has {member.size} bytes, more than the {_LIMITS.max_bytes} allowed"
         )
     try:
-        return read_pickle(bytes(data[member.start : member.start + member.size]), _LIMITS)
+        pickle = bytes(data[member.start : member.start + member.size])
+        return read_pickle(pickle, _LIMITS, _REFUSED)
     except FormatError as error:
         raise FormatError(
             f"data.pkl: {error}; a file that torch.save did not write so may be meant to do harm: "
