@@ -54,8 +54,8 @@ def read_pickle(data: bytes, limits: Limits | None = None, refused: Container[st
         `torch_records`. It may be nested very deeply or contain itself: do not recurse into it.
 
     Raises:
-        FormatError: The pickle is malformed, exceeds `limits`, has a name that is `refused`, or torch
-            would not have written it.
+        FormatError: The pickle is malformed, exceeds `limits` or has a name that is `refused`, or
+            torch would not have written it.
     """
     machine = Machine(data, limits or Limits(), refused)
     for _ in range(machine.limits.max_opcodes):
