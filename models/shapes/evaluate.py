@@ -24,6 +24,7 @@ import scenes
 from judging import Picture, Tally, judge, judge_all, match, table
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
+from ldm_runtime.manifest import MANIFEST_NAME, sha256_of
 
 #: Of the captions, not of the training scenes; caption i is drawn from noise seed + i.
 SEED = 20_220_413
@@ -122,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument("--guidance-scale", type=float, help="default: the bundle's")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--results", type=Path, help="file to append the JSON line to")
     parser.add_argument("--detector", action="store_true", help="test the detector, no bundle")
     parser.add_argument(
         "--sweep", action="store_true", help="compare samplers and steps; see --sweep --help"
@@ -164,8 +166,13 @@ def _run_bundle(args: argparse.Namespace) -> int:
     if not args.json:
         print(table(tally))
         print(f"{seconds:.2f} s a picture")
+    from rows import commit, machine  # as the benchmarks write theirs
+
     report = {
         "bundle": str(args.bundle),
+        "bundle_sha256": sha256_of(args.bundle / MANIFEST_NAME),
+        "commit": commit(),
+        "device": machine(),
         "settings": settings,
         "shares": {
             name: share if share is None else round(share, 4)
@@ -175,6 +182,9 @@ def _run_bundle(args: argparse.Namespace) -> int:
         "seconds_per_picture": round(seconds, 4),
     }
     print(json.dumps(report))
+    if args.results is not None:
+        with args.results.open("a") as file:
+            file.write(json.dumps(report) + "\n")
     return 0
 
 
@@ -189,6 +199,6 @@ def _run_detector() -> int:
 
 
 if __name__ == "__main__":
-    # The sweep writes its rows as the benchmarks do.
+    # Rows are written as the benchmarks write theirs.
     sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     sys.exit(main())

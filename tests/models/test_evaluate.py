@@ -75,10 +75,13 @@ def test_the_command_prints_a_table_and_one_json_line(tmp_path, capsys):
 def test_the_command_prints_the_json_line_alone_if_asked(tmp_path, capsys):
     write_tiny_bundle(tmp_path)
 
-    evaluate.main(["--bundle", str(tmp_path), "--captions", "1", "--steps", "1", "--json"])
+    results = tmp_path / "rows.jsonl"
+    line = ["--bundle", str(tmp_path), "--captions", "1", "--steps", "1", "--json"]
+    evaluate.main([*line, "--results", str(results)])
 
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["counts"]["pictures"] == 1
+    assert json.loads(results.read_text()) == json.loads(line)
 
 
 def test_a_missing_bundle_is_an_error_that_names_it(tmp_path, capsys):
