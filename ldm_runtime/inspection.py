@@ -62,10 +62,20 @@ def readable(description: Mapping[str, Any]) -> str:
 def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     for key, each in value.items():
         if inner := _inner(each):
-            yield f"{indent}{key}:"
+            yield f"{indent}{_printable(key)}:"
             yield from _lines(inner, f"{indent}  ")
         elif each is not None:
-            yield f"{indent}{key}: {each}"
+            yield f"{indent}{_printable(key)}: {_printable(each)}"
+
+
+def _printable(value: object) -> str:
+    """Return a value as text that cannot steer a terminal, whatever a foreign file holds."""
+    text = str(value)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def _inner(value: object) -> Mapping[str, Any]:

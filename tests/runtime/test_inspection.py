@@ -129,3 +129,9 @@ def test_the_readable_form_shows_the_worst_parity_of_each_graph():
         "  unet: fp16 graph (max relative error 2.0e-03), fp32 graph (max relative error 3.0e-05)"
         in text.splitlines()
     )
+
+
+def test_the_readable_form_cannot_steer_a_terminal():
+    text = readable({"prompt": "a\x1b[2J red\ncircle, größer", "k\x07": 1})
+
+    assert text == "prompt: a\\x1b[2J red\\ncircle, größer\nk\\x07: 1"
