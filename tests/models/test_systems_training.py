@@ -113,14 +113,23 @@ def test_pixels_of_a_map_begin_as_their_colours():
     assert len(np.unique(scene_map(data.questions[2].scene))) > 1
 
 
-def test_classes_begin_as_a_kind_and_a_colour():
-    model = training.SystemModel(SYSTEMS["class_to_image"])
-    model.initialise()
+def test_classes_begin_as_the_labels_of_layouts_and_their_unet_as_that_of_those(monkeypatch):
+    torch.manual_seed(0)
+    encoder = boxes.BertTextEncoder(LAYOUT).eval()
+    monkeypatch.setattr(boxes, "load_layouts", lambda: encoder)
+    classes, layouts = (
+        training.SystemModel(SYSTEMS[name]) for name in ("class_to_image", "layout_to_image")
+    )
 
-    weight = model.conditioner.embedding.weight.detach()[:NUM_LABELS].reshape(4, 6, -1)
+    classes.begin_with(layouts.unet.state_dict())
 
-    turned = weight[:, 1:] - weight[:, :1]
-    torch.testing.assert_close(turned, turned[:1].expand_as(turned), atol=1e-5, rtol=0)
+    rows = classes.conditioner.embedding.weight
+    nothing = encoder(boxes.tokens_of([[]]))[0, 0]
+    assert SYSTEMS["class_to_image"].begins_with == "layout_to_image"
+    torch.testing.assert_close(rows[NUM_LABELS], nothing)
+    assert len({tuple(row.tolist()) for row in rows}) == NUM_LABELS + 1
+    for one, other in zip(classes.unet.parameters(), layouts.unet.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_low_resolution_is_what_a_request_would_bring():

@@ -33,6 +33,7 @@ _SEED = 5
 _TOKENS = 3  # an object
 _SLOTS = (LAYOUT.max_tokens - 2) // _TOKENS
 _GRID = math.isqrt(LAYOUT.vocab_size)
+_PLACES = 128  # over which the context of a label is averaged
 _CELLS = 8  # a side of the coarse grid
 _BOX_WEIGHT, _CELL_WEIGHT = 4.0, 2.0
 
@@ -158,3 +159,19 @@ def load_layouts() -> BertTextEncoder:
     encoder = BertTextEncoder(LAYOUT)
     encoder.load_state_dict(under("text.", state))
     return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def label_contexts() -> Tensor:
+    """Return what the encoder makes of every label wherever it is, and of none, (25, 64).
+
+    Means over the places of a thing in scenes, of the first of its three tokens.
+    """
+    encoder = load_layouts()
+    source = scenes.random_scenes(np.random.default_rng(_SEED), held_out=False)
+    boxes = [box_of(scene.things[0]) for scene in islice(source, _PLACES)]
+    contexts = [
+        encoder(tokens_of([[LayoutObject(label=label, box=box)] for box in boxes]))[:, 0].mean(0)
+        for label in range(NUM_LABELS)
+    ]
+    return torch.stack([*contexts, encoder(tokens_of([[]]))[0, 0]])

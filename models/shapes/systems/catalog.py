@@ -83,7 +83,7 @@ class Noise:
 #: As `diffusion.py` has it. Even the last timestep's mean gives the background away, which the
 #: offset hides, so that what says the background is listened to.
 _TOLD = Noise(start=0.00085, end=0.012, offset=0.15)
-#: Of the paper's models for faces and classes: the last timestep is noise and nothing else.
+#: Of the paper's models for faces: the last timestep is noise and nothing else.
 _UNTOLD = Noise(start=0.0015, end=0.0195, offset=0.0)
 
 
@@ -101,6 +101,7 @@ class System:
         rescaler: Of semantic maps; trained with the UNet.
         most_things: It learns from scenes of at most so many things.
         most_rows: It learns from at most so many scenes.
+        begins_with: Another of the same UNet, whose averaged weights this one goes on from.
         noise: What it learns to remove.
         cycles: Its training steps, and their learning rates.
         layout_steps: The first of them, in which high noise weighs more.
@@ -117,6 +118,7 @@ class System:
     rescaler: RescalerSpec | None = None
     most_things: int = 3
     most_rows: int = 40_000
+    begins_with: str | None = None
     noise: Noise = _TOLD
     cycles: tuple[Cycle, ...]
     layout_steps: int
@@ -140,19 +142,25 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=replace(_PLAIN, scale_shift_norm=True),
                 most_things=1,
                 noise=_UNTOLD,
-                cycles=(Cycle(end=3000, learning_rate=MUON_RATE),),
+                cycles=(
+                    Cycle(end=3000, learning_rate=MUON_RATE),
+                    Cycle(start=3000, end=5000, learning_rate=2e-3),
+                ),
                 layout_steps=1500,
             ),
             System(
                 name="class_to_image",
                 task="class-to-image",
-                unet=_CROSS,
+                unet=_SLIM,
                 embedder=CLASSES,
                 most_things=1,
-                noise=_UNTOLD,
-                cycles=(Cycle(end=2500, learning_rate=MUON_RATE),),
-                layout_steps=1000,
-                guidance_scale=3.0,
+                begins_with="layout_to_image",
+                cycles=(
+                    Cycle(end=2000, learning_rate=2e-3),
+                    Cycle(start=2000, end=3200, learning_rate=1.5e-3),
+                ),
+                layout_steps=0,
+                guidance_scale=2.0,
             ),
             System(
                 name="text_to_image_bert",
@@ -160,7 +168,10 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=_SLIM,
                 encoder=BERT,
                 most_things=2,
-                cycles=(Cycle(end=3000, learning_rate=MUON_RATE),),
+                cycles=(
+                    Cycle(end=3000, learning_rate=MUON_RATE),
+                    Cycle(start=3000, end=4500, learning_rate=2e-3),
+                ),
                 layout_steps=1500,
                 guidance_scale=5.0,
             ),
@@ -212,7 +223,10 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=replace(_PLAIN, in_channels=2 * _LATENT_CHANNELS + 1, resblock_updown=True),
                 first_stage=WITHOUT_ATTENTION,
                 most_rows=16_000,
-                cycles=(Cycle(end=3500, learning_rate=MUON_RATE),),
+                cycles=(
+                    Cycle(end=3500, learning_rate=MUON_RATE),
+                    Cycle(start=3500, end=5000, learning_rate=2e-3),
+                ),
                 layout_steps=500,
             ),
         )

@@ -12,10 +12,11 @@ from first_stage import NUM_CHECKED, under
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.unet import UNet
 from muon import MuonAndAdamW
+from systems.boxes import label_contexts
 from systems.catalog import System
 from systems.conditions import Conditions, guided, open_conditions, predict_with
 from systems.corpus import Corpus, load_corpus
-from systems.labels import class_colors, label_features
+from systems.labels import class_colors
 from systems.scores import Picture, judge_all, scores
 from systems.velocity import ddim, velocity_loss
 from systems.vq import Autoencoder, load_first_stage
@@ -25,7 +26,6 @@ from trainer import WORK, Trainer
 NUM_GLANCED, GLANCED_STEPS = 24, 16
 _LOSSES = 4  # noises of each held-out row whose losses are averaged
 _DRAWN_TOGETHER = 32
-_LOOKS_SEED = 7
 
 
 class SystemModel(nn.Module):
@@ -41,23 +41,22 @@ class SystemModel(nn.Module):
             self.conditioner = SpatialRescaler(system.rescaler)
 
     def initialise(self) -> None:
-        """Make every block of the UNet the identity, and lay out what embeds classes and pixels.
-
-        Classes begin as sums of a kind and a colour, every class of a pixel as its colour.
-        """
+        """Make every block of the UNet the identity, and every class of a pixel its colour."""
         silent = ("out_layers.3.weight", "proj_out.weight", "out.2.weight")
         for name, parameter in self.unet.named_parameters():
             if name.endswith(silent):
                 nn.init.zeros_(parameter)
-        if isinstance(self.conditioner, ClassEmbedder):
-            weight = self.conditioner.embedding.weight
-            looks = label_features(weight.shape[1], np.random.default_rng(_LOOKS_SEED))
-            with torch.no_grad():
-                weight[: len(looks)] = torch.from_numpy(looks)
         if isinstance(self.conditioner, SpatialRescaler):
             with torch.no_grad():
                 colors = torch.from_numpy(class_colors())
                 self.conditioner.channel_mapper.weight.copy_(colors.T[:, :, None, None])
+
+    def begin_with(self, unet: dict[str, Tensor]) -> None:
+        """Go on from the UNet of layouts, whose labels classes then are."""
+        self.unet.load_state_dict(unet)
+        if isinstance(self.conditioner, ClassEmbedder):
+            with torch.no_grad():
+                self.conditioner.embedding.weight.copy_(label_contexts())
 
     def optimizer(self) -> MuonAndAdamW:
         """Return Muon for the matrices between the UNet's first layer and its last."""
@@ -75,6 +74,9 @@ def train_system(system: System) -> None:
     torch.manual_seed(0)
     model = SystemModel(system)
     model.initialise()
+    if system.begins_with is not None:
+        state = torch.load(WORK / f"{system.begins_with}.pt", weights_only=True)
+        model.begin_with(under("unet.", state["ema"]))
     optimizer = model.optimizer() if system.optimizer == "muon" else None
     trainer = Trainer(system.name, model, *system.cycles, optimizer=optimizer)
     trained = len(corpus.latents) - NUM_CHECKED
