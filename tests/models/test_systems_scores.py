@@ -196,3 +196,16 @@ def test_shrinking_takes_the_mean_of_sixteen_pixels():
 @pytest.mark.parametrize(("error", "expected"), [(255.0**2, 0.0), (1.0, 48.1308), (0.0, 108.1308)])
 def test_decibels_are_those_of_eight_bits_and_never_infinite(error, expected):
     assert scores.decibels(error) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("left", "is_known"), [(2, False), (14, True)])
+def test_of_a_thing_that_a_hole_hides_wholly_nothing_can_be_known(left, is_known):
+    hole = np.zeros((64, 64), np.bool_)
+    hole[:, left:40] = True
+    asked = Question(scene=scene(thing(x=20.0, radius=12.0)), hole=hole)
+
+    marks = JUDGES["inpainting"](asked, asked.truth)
+
+    assert (marks["knowable_error"][0] == 0) == is_known
+    found = scores.scores(marks)
+    assert (found["knowable_gain"] == pytest.approx(found["gain"])) == is_known

@@ -8,7 +8,7 @@ well as the exam through an exported bundle.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -29,11 +29,14 @@ Marks = Mapping[str, tuple[float, float]]
 
 _FACTOR = 4  # of super-resolution
 #: Criteria that are squared errors and numbers of values, by the score they become.
-_DECIBELS: Mapping[str, str] = MappingProxyType({"error": "psnr", "plain_error": "plain_psnr"})
+_DECIBELS: Mapping[str, str] = MappingProxyType(
+    {"error": "psnr", "plain_error": "plain_psnr", "knowable_error": "knowable_psnr"}
+)
 _SATURATED = 64  # spread of a pixel's channels from which it is coloured, grey levels
 _GRAY_TOLERANCE = 12.0  # mean grey levels a background may be off
 _CLEAR = 0.75  # overlap with its template from which a thing is what it looks like
 _HALF = 0.5  # share of a thing that must be visible for it to be asked for
+_TRACE = 0.01  # share of a thing that must be visible for anything to be known of it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,18 +155,23 @@ def judge_filled(question: Question, picture: Picture) -> Marks:
     """Return what became of a picture with a hole.
 
     `kept` is whether the rest is untouched; `error` and `plain_error` are those in the hole, of
-    the picture and of the mean colour of the rest; `readable` is whether everything that shows by
-    half or more is read back with its kind and colour.
+    the picture and of the mean colour of the rest, `knowable_error` that of the scene without what
+    is wholly hidden, which nobody can know of; `readable` is whether everything that shows by half
+    or more is read back with its kind and colour.
     """
     assert question.hole is not None, "inpainting needs a hole"
     hole, truth = question.hole, question.truth
     plain = mean_color_fill(truth, hole)
-    showing = [each for each in question.scene.things if visible_share(each, hole) >= _HALF]
+    shares = {each: visible_share(each, hole) for each in question.scene.things}
+    showing = [each for each, share in shares.items() if share >= _HALF]
+    traced = tuple(each for each, share in shares.items() if share >= _TRACE)
+    knowable = drawing_of(replace(question.scene, things=traced))
     matched = judging.match(showing, detector.read_picture(picture).things)
     return {
         "kept": (bool((picture[~hole] == truth[~hole]).all()), 1),
         "error": _squared_error(picture[hole], truth[hole]),
         "plain_error": _squared_error(plain[hole], truth[hole]),
+        "knowable_error": _squared_error(knowable[hole], truth[hole]),
         "readable": (None not in matched, 1),
     }
 
@@ -205,6 +213,8 @@ def scores(marks: Marks) -> dict[str, float]:
     }
     if {"psnr", "plain_psnr"} <= shares.keys():
         shares["gain"] = shares["psnr"] - shares["plain_psnr"]
+    if {"knowable_psnr", "plain_psnr"} <= shares.keys():
+        shares["knowable_gain"] = shares["knowable_psnr"] - shares["plain_psnr"]
     return shares
 
 
