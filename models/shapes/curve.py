@@ -16,8 +16,10 @@ _LINE, _DOTS = "#3b6fb6", "#c0392b"
 #: What the log calls each system's stage, what the legend calls it, and its colour and mark.
 _SYSTEMS = (
     ("unconditional", "unconditional", "#3b6fb6", "dot"),
-    ("class_to_image", "class", "#c0392b", "square"),
-    ("class_to_image_adamw", "class, AdamW (not shipped)", "#e59a92", "square"),
+    ("unconditional_offset", "  with offset noise (not shipped)", "#9db9dd", "dot"),
+    ("class_to_image", "class, from layout", "#c0392b", "square"),
+    ("class_to_image_alone", "  by itself, other noise (not shipped)", "#e59a92", "square"),
+    ("class_to_image_adamw", "  by itself, AdamW (not shipped)", "#e5c592", "square"),
     ("text_to_image_bert", "text, BERT", "#2f8f4e", "triangle"),
     ("layout_to_image", "layout", "#8a4fb3", "diamond"),
     ("semantic_synthesis", "semantic map, AdamW", "#c98a1b", "dot"),
@@ -73,7 +75,7 @@ def draw_systems() -> Image.Image:
     steps = charts.axis_over("step", [0, *(step for step, _ in points)], form=".0f")
     losses = charts.logarithmic_axis("", [loss for _, loss in points])
     chart = charts.draw_chart("held-out loss", steps, losses, series, size=(560, 360))
-    return charts.beside(chart, charts.draw_legend(series, 240))
+    return charts.beside(chart, charts.draw_legend(series, 270))
 
 
 if __name__ == "__main__":

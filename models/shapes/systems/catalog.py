@@ -158,6 +158,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 cycles=(
                     Cycle(end=2000, learning_rate=2e-3),
                     Cycle(start=2000, end=3200, learning_rate=1.5e-3),
+                    Cycle(start=3200, end=4200, learning_rate=1e-3),
                 ),
                 layout_steps=0,
                 guidance_scale=2.0,
@@ -168,10 +169,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=_SLIM,
                 encoder=BERT,
                 most_things=2,
-                cycles=(
-                    Cycle(end=3000, learning_rate=MUON_RATE),
-                    Cycle(start=3000, end=4500, learning_rate=2e-3),
-                ),
+                cycles=(Cycle(end=3000, learning_rate=MUON_RATE),),
                 layout_steps=1500,
                 guidance_scale=5.0,
             ),

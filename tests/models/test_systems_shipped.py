@@ -1,0 +1,90 @@
+"""The trained systems that come along: recognised without a flag, and still able to draw.
+
+They are drawn from by torch through the runtime's own loop. What their exported bundles reach is
+measured by `systems_exam.py`; that exporting changes nothing is shown elsewhere, model by model.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ldm_export.checkpoint import open_checkpoint
+from ldm_export.networks.loading import load_network
+from ldm_export.reference import TorchEngine
+from ldm_export.source import ExportOptions, open_source
+from ldm_export.stages import vocabulary_of
+from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.drawing import open_drawer
+from ldm_runtime.manifest import components_of
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.resolution import resolve
+from ldm_runtime.sampling import sample_latents
+from systems import exam
+from systems.catalog import SYSTEMS
+from systems.packing import MOST_BYTES
+from systems.scores import GOALS, judge_all, scores
+
+FOLDER = Path(__file__).parents[2] / "models/shapes"
+PICTURES, STEPS = 8, 20
+#: What of a goal so few pictures in so few steps must still show.
+SHARE = 0.75
+
+
+class TorchGenerator:
+    """A checkpoint opened by torch, called as a `Generator` is."""
+
+    def __init__(self, path):
+        with open_checkpoint(path) as checkpoint:
+            source = open_source(ExportOptions(checkpoint=path, out=path), checkpoint, hashed=False)
+            self.spec = source.spec
+            self.networks = {
+                name: TorchEngine(name, load_network(name, source.spec, source.weights(name)))
+                for name in components_of(source.spec)
+            }
+        vocabulary = vocabulary_of(self.spec)
+        self.tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, self.spec)
+
+    def __call__(self, **fields):
+        request = resolve(GenerationRequest(**fields), self.spec)
+        drawer = open_drawer(self.networks.__getitem__, self.tokenizer, request, self.spec)
+        drawing = drawer.draw(range(1))
+        wanted = next(drawing)
+        *_, last = sample_latents(
+            self.networks["unet"], wanted.conditioning, request, self.spec, start=wanted.start
+        )
+        with pytest.raises(StopIteration) as end:
+            drawing.send(last.latents)
+        return SimpleNamespace(images=end.value.value.images)
+
+
+@pytest.fixture(scope="module", params=SYSTEMS.values(), ids=list(SYSTEMS))
+def opened(request):
+    return request.param, TorchGenerator(FOLDER / f"{request.param.name}.ckpt")
+
+
+def test_it_is_what_the_catalog_says_and_small_enough_to_come_along(opened):
+    system, generator = opened
+    spec = generator.spec
+
+    assert (FOLDER / f"{system.name}.ckpt").stat().st_size <= MOST_BYTES
+    assert (spec.task, spec.unet) == (system.task, system.unet)
+    assert spec.autoencoder.codebook_size == system.first_stage.spec.codebook_size
+    assert spec.text_encoder == system.encoder
+    assert spec.class_embedder == system.embedder
+    assert spec.rescaler == system.rescaler
+
+
+def test_it_draws_what_is_asked_for(opened):
+    system, generator = opened
+    asked = exam.held_out_questions(system, PICTURES, exam.SEED)
+
+    pictures, _ = exam.draw_all(generator, system, asked, STEPS)
+
+    reached = scores(judge_all(system.task, asked, pictures))
+    goals = GOALS[system.task]
+    missed = [name for name, goal in goals.items() if reached[name] < SHARE * goal]
+    assert goals
+    assert missed == []
+    assert all(np.ptp(picture) > 100 for picture in pictures)
