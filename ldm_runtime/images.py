@@ -123,11 +123,19 @@ def to_uint8(image: Float32Array) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
+def save_png(
+    image: Image.Image, path: Path, metadata: Mapping[str, Any], *, replace: bool = False
+) -> None:
     """Write a picture and its metadata; the file appears complete or not at all.
 
+    Args:
+        image: The picture.
+        path: The file.
+        metadata: What `read_metadata` returns.
+        replace: Whether to replace what is there.
+
     Raises:
-        FileExistsError: There is something at `path`; it is left as it is.
+        FileExistsError: There is something at `path` that is not to be replaced.
         OSError: The folder cannot be written to.
     """
     text = PngImagePlugin.PngInfo()
@@ -138,7 +146,10 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Non
             image.save(file, format="PNG", pnginfo=text)
             file.flush()
             os.fsync(file.fileno())
-        _rename_without_replacing(temporary, path)
+        if replace:
+            temporary.replace(path)
+        else:
+            _rename_without_replacing(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

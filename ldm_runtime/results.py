@@ -37,11 +37,12 @@ class Result:
     def save(self, path: str | Path, index: int = 0) -> None:
         """Write an image as PNG with its `metadata`, which `ldm inspect` shows.
 
+        A file that is there is replaced, in one step.
+
         Raises:
-            FileExistsError: There is something at `path`; it is left as it is.
             OSError: The folder cannot be written to.
         """
-        save_png(self.images[index], Path(path), self.metadata(index))
+        save_png(self.images[index], Path(path), self.metadata(index), replace=True)
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return what to store with image `index`: all that it takes to draw it again, alone."""
