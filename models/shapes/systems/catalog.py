@@ -161,7 +161,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     Cycle(start=3200, end=4200, learning_rate=1e-3),
                 ),
                 layout_steps=0,
-                guidance_scale=2.0,
+                guidance_scale=1.5,
             ),
             System(
                 name="text_to_image_bert",
