@@ -25,7 +25,7 @@ gallery: .venv/demo.stamp
 
 # A worker a core, and a thread a worker: most tests are too small to share, exports do not scale.
 test: .venv/test.stamp
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu" --numprocesses=auto --dist=loadfile \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet" --numprocesses=auto --dist=loadfile \
 		--cov=ldm_runtime --cov-fail-under=95
 	scripts/test_wheel.sh
 

@@ -65,6 +65,7 @@ def test_importing_the_runtime_loads_no_engine():
     assert "importlib.metadata" not in modules  # slow, and only the version needs it
 
 
+@pytest.mark.quiet
 def test_importing_the_runtime_takes_at_most_150_ms_beyond_numpy():
     code = "import numpy, ldm_runtime"
     seconds = []
