@@ -14,6 +14,7 @@ import numpy as np
 import evaluate
 import frechet
 import scenes
+from judging import Picture
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
 from ldm_runtime.manifest import MANIFEST_NAME, Task, sha256_of
@@ -21,7 +22,7 @@ from rows import ROOT, Row, as_line, commit, machine
 from systems.catalog import SYSTEMS, System
 from systems.holes import random_hole
 from systems.labels import box_of, label_of, scene_map
-from systems.scores import GOALS, Picture, Question, judge_all, scores, shrink
+from systems.scores import GOALS, Question, judge_all, scores, shrink
 
 RESULTS = ROOT / "benchmarks/results/shapes_systems.jsonl"
 #: Of the questions; the one of index i is drawn from noise SEED + i.

@@ -12,18 +12,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 import detector
 import judging
 import scenes
+from judging import Picture
 from ldm_runtime.manifest import Task
 from systems.holes import Mask, mean_color_fill, visible_share
 from systems.labels import box_of, class_map, overlap_of, scene_map
 
-#: RGB (64, 64, 3).
-Picture = npt.NDArray[np.uint8]
 #: By criterion: what was reached, and of how much.
 Marks = Mapping[str, tuple[float, float]]
 

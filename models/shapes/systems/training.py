@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion import BATCH, CAPTION_DROPOUT
 from first_stage import NUM_CHECKED, under
+from judging import Picture
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.unet import UNet
 from muon import MuonAndAdamW
@@ -17,7 +18,7 @@ from systems.catalog import System
 from systems.conditions import Conditions, guided, open_conditions, predict_with
 from systems.corpus import Corpus, load_corpus
 from systems.labels import class_colors
-from systems.scores import Picture, judge_all, scores
+from systems.scores import judge_all, scores
 from systems.velocity import ddim, velocity_loss
 from systems.vq import Autoencoder, load_first_stage
 from trainer import WORK, Trainer
