@@ -5,14 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
-    LDMBertConfig,
-    LDMBertModel,
-)
 
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_runtime.manifest import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from tests.reference.bert_twin import load_bert
 from tests.reference.test_networks_reference import randomised, relative_error
 
 pytestmark = pytest.mark.reference
@@ -34,21 +31,6 @@ BERTS = {
     "inner_width_above_its_own": replace(PROMPTS, width=64, num_heads=8, feed_forward_dim=256),
     "layouts": replace(PROMPTS, vocab_size=8192, max_tokens=92, num_layers=2),
 }
-_BERT_NAMES = {
-    "transformer.token_emb": "model.embed_tokens",
-    "transformer.pos_emb.emb": "model.embed_positions",
-    "transformer.norm": "model.layer_norm",
-}
-_BERT_LAYER = (
-    {
-        "0": "self_attn_layer_norm",
-        "1.to_q": "self_attn.q_proj",
-        "1.to_k": "self_attn.k_proj",
-        "1.to_v": "self_attn.v_proj",
-        "1.to_out": "self_attn.out_proj",
-    },
-    {"0": "final_layer_norm", "1.net.0.0": "fc1", "1.net.2": "fc2"},
-)
 
 
 @pytest.fixture(autouse=True)
@@ -59,30 +41,7 @@ def no_gradients():
 
 def berts(spec, scale=1.0):
     ours = randomised(BertTextEncoder(spec), scale=scale)
-    config = LDMBertConfig(
-        vocab_size=spec.vocab_size,
-        max_position_embeddings=spec.max_tokens,
-        encoder_layers=spec.num_layers,
-        encoder_ffn_dim=spec.feed_forward_dim,
-        encoder_attention_heads=spec.num_heads,
-        head_dim=64,
-        d_model=spec.width,
-    )
-    theirs = LDMBertModel(config).eval()
-    state = {bert_name(name): value for name, value in ours.state_dict().items()}
-    missing, left_over = theirs.load_state_dict(state, strict=False)
-    assert left_over == []
-    assert all(name.startswith("to_logits") for name in missing)
-    return ours, theirs
-
-
-def bert_name(name):
-    layer, kind = name.rsplit(".", 1)
-    if layer in _BERT_NAMES:
-        return f"{_BERT_NAMES[layer]}.{kind}"
-    number, rest = layer.removeprefix("transformer.attn_layers.layers.").split(".", 1)
-    index, half = divmod(int(number), 2)
-    return f"model.layers.{index}.{_BERT_LAYER[half][rest]}.{kind}"
+    return ours, load_bert(spec, ours.state_dict())
 
 
 @pytest.mark.parametrize("spec", BERTS.values(), ids=BERTS)

@@ -4,15 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_vae_checkpoint,
-    update_vae_attentions_ldm_to_diffusers,
-)
 
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.quantizer import Quantizer
 from ldm_runtime.manifest import AutoencoderSpec
+from tests.reference.first_stage_twin import load_first_stage
 from tests.reference.test_networks_reference import checkpoint_of, randomised, relative_error
 
 pytestmark = pytest.mark.reference
@@ -65,51 +61,7 @@ def no_gradients():
 def twins(spec):
     """Return our two halves and diffusers' model with their weights."""
     encoder, decoder = randomised(LatentEncoder(spec)), randomised(LatentDecoder(spec), seed=1)
-    state = checkpoint_of("first_stage_model.", encoder, decoder)
-    attends = [level in spec.attention_levels for level in range(len(spec.channel_mult))]
-    config = {
-        "in_channels": spec.image_channels,
-        "out_channels": spec.image_channels,
-        "block_out_channels": [mult * spec.channels for mult in spec.channel_mult],
-        "layers_per_block": spec.num_res_blocks,
-        "latent_channels": spec.z_channels,
-        "down_block_types": [f"{'Attn' * each}DownEncoderBlock2D" for each in attends],
-        "up_block_types": [f"{'Attn' * each}UpDecoderBlock2D" for each in attends[::-1]],
-        "mid_block_add_attention": spec.middle_attention,
-    }
-    if spec.kind == "vq":
-        sizes = {"num_vq_embeddings": spec.codebook_size, "vq_embed_dim": spec.embed_dim}
-        theirs = VQModel(**config, **sizes)
-    else:
-        theirs = AutoencoderKL(**config)
-    theirs.load_state_dict(converted(state, config), strict=True)
-    return encoder, decoder, theirs.eval()
-
-
-def converted(state, config):
-    """Translate names by diffusers' loader, and by its helper what that leaves to the reader."""
-    bare = {name.removeprefix("first_stage_model."): value for name, value in state.items()}
-    levels = {name: value for name, value in bare.items() if ".attn." in name}
-    rest = {f"first_stage_model.{name}": bare[name] for name in bare if name not in levels}
-    found = convert_ldm_vae_checkpoint(rest, config)
-    depth = len(config["down_block_types"])
-    for level in range(depth):
-        for old, new in (
-            (f"encoder.down.{level}", f"encoder.down_blocks.{level}"),
-            (f"decoder.up.{level}", f"decoder.up_blocks.{depth - 1 - level}"),
-        ):
-            update_vae_attentions_ldm_to_diffusers(
-                [name for name in levels if name.startswith(f"{old}.")],
-                found,
-                levels,
-                {"old": f"{old}.attn", "new": f"{new}.attentions"},
-            )
-    if "quantize.embedding.weight" in bare:
-        found["quantize.embedding.weight"] = bare["quantize.embedding.weight"]
-    return {
-        name: value[:, :, 0, 0] if ".attentions." in name and value.ndim == 4 else value
-        for name, value in found.items()
-    }
+    return encoder, decoder, load_first_stage(spec, checkpoint_of("", encoder, decoder))
 
 
 @pytest.mark.parametrize("spec", FIRST_STAGES.values(), ids=FIRST_STAGES)

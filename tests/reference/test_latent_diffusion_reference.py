@@ -5,7 +5,6 @@ and random, so that what is compared is all that lies around them: how requests 
 laid behind the latents, guidance, steps, scales, and the pictures that come out.
 """
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +32,7 @@ from ldm_runtime.resolution import resolve
 from ldm_runtime.sampling import sample_latents
 from ldm_runtime.testing import tiny_spec
 from ldm_runtime.tokenizers import WordPieceTokenizer
+from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.twins import SCHEDULERS
 
 pytestmark = [
@@ -41,7 +41,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
-SEED, STEPS = 5, 6
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle", "##s", ","]
 
@@ -117,23 +116,6 @@ def draw(networks, spec, tokenizer=None, **fields):
     with pytest.raises(StopIteration) as end:
         drawing.send(last.latents)
     return np.stack([np.asarray(image, dtype=np.float64) for image in end.value.value.images])
-
-
-def twins_pictures(pipeline, *args, **kwargs):
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(*args, num_inference_steps=STEPS, output_type="np", **kwargs).images
-    return np.rint(images * 255.0).astype(np.float64)
-
-
-def assert_same_pictures(ours, expected):
-    assert expected.std(axis=(1, 2, 3)).min() > 15
-    assert ((expected > 0) & (expected < 255)).mean() > 0.5
-    error = np.square(ours - expected).mean(axis=(1, 2, 3)).max()
-    assert (10 * math.log10(255**2 / error) if error else math.inf) >= 60
-
-
-def generators(count):
-    return [torch.Generator().manual_seed(SEED + index) for index in range(count)]
 
 
 def without_context(unet):
