@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,6 +13,7 @@ from ldm_export.networks.unet import UNet
 from ldm_runtime.manifest import UNetSpec
 from text import load_text_encoder, load_tokens
 from trainer import Trainer
+from velocity import TOLD, velocity_loss
 
 #: The lowest level has 4x4 pixels: seen from there, left and right of a scene are neighbours.
 UNET = UNetSpec(
@@ -32,86 +32,42 @@ UNET = UNetSpec(
     scale_shift_norm=False,
     resblock_updown=False,
 )
-LINEAR_START, LINEAR_END, NUM_TRAIN_TIMESTEPS = 0.00085, 0.012, 1000
-
 #: At 10,500 steps places were right and outlines still improving fast; the restart is for those.
 CYCLES = (Cycle(end=12_000), Cycle(start=10_500, end=18_500, learning_rate=7e-4))
 BATCH = 32
 CAPTION_DROPOUT = 0.1
-#: A timestep's loss, in terms of x0, is weighted by its signal-to-noise ratio within these bounds.
-#: The upper one is that of Hang et al. 2023 (arXiv:2303.09556). The lower one gives high noise,
-#: where it is decided what goes where, a voice: its share in the loss is tiny otherwise. It is
-#: higher at first, while layout is learned, and half of the timesteps are then from the noisier
-#: half; later shapes matter more, and high noise would drown them in what nobody can predict.
+#: The first steps, in which high noise weighs more.
 LAYOUT_STEPS = 4_000
-LAYOUT_FLOOR, WEIGHT_FLOOR, WEIGHT_CEILING = 0.5, 0.15, 5.0
-#: Spread of an offset that all of a channel's noise has in common ("offset noise"). Without it the
-#: mean of noisy latents gives the background away, and the caption is not read.
-OFFSET = 0.15
-
-
-def training_alphas_cumprod(start: float = LINEAR_START, end: float = LINEAR_END) -> Tensor:
-    """Return a noise schedule, Stable Diffusion's if not told: linear in the root of beta, float64.
-
-    Args:
-        start: First beta.
-        end: Last beta.
-    """
-    roots = torch.linspace(start**0.5, end**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
-    return torch.cumprod(1 - roots.square(), dim=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VelocityLoss:
-    """The loss of the UNet: of v, the velocity, weighted.
-
-    Source: Salimans and Ho 2022 (arXiv:2202.00512), appendix D. At the last timestep a prediction
-    of the noise has to repeat its input to within one percent before it says anything about x0;
-    one of v says it at once.
+class CaptionLoss:
+    """The loss of the UNet on pictures and their captions, of which some are dropped.
 
     Attributes:
         unet: Predicts v.
         latents: Of every picture, (N, 4, 16, 16).
         contexts: Of every caption, (N + 1, 77, 64); the last row is that of the empty caption.
-        alphas: The noise schedule's `alphas_cumprod`, float32.
     """
 
     unet: Callable[..., Tensor]
     latents: Tensor
     contexts: Tensor
-    alphas: Tensor
 
     def __call__(self, rows: Tensor, *, layout: bool) -> Tensor:
         """Return the loss on some rows of the data, in the first part of training or later."""
-        timesteps = _random_timesteps(len(rows), layout=layout)
-        alpha = self.alphas[timesteps][:, None, None, None]
-        clean, noise = self.latents[rows], torch.randn(len(rows), *self.latents.shape[1:])
-        noise = noise + OFFSET * torch.randn(len(rows), clean.shape[1], 1, 1)
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        with torch.autocast("cpu", torch.bfloat16):
-            context = self.contexts[self._captions(rows)]
-            prediction = self.unet(noisy, timesteps.float(), context).float()
-        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-        errors = F.mse_loss(prediction, velocity, reduction="none").mean((1, 2, 3))
-        floor = LAYOUT_FLOOR if layout else WEIGHT_FLOOR
-        return (errors * self._weights(timesteps, floor)).mean()
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                context = self.contexts[self._captions(rows)]
+                prediction: Tensor = self.unet(noisy, timesteps, context)
+            return prediction
+
+        return velocity_loss(predict, self.latents[rows], TOLD, layout=layout)
 
     def _captions(self, rows: Tensor) -> Tensor:
         dropped = torch.rand(len(rows)) < CAPTION_DROPOUT
         return torch.where(dropped, len(self.contexts) - 1, rows)
-
-    def _weights(self, timesteps: Tensor, floor: float) -> Tensor:
-        ratio = self.alphas[timesteps] / (1 - self.alphas[timesteps])
-        return ratio.clamp(floor, WEIGHT_CEILING) / (1 + ratio)
-
-
-def _random_timesteps(count: int, *, layout: bool) -> Tensor:
-    """Draw timesteps, while layout is learned every other one from the noisier half."""
-    timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (count,))
-    if layout:
-        noisier = NUM_TRAIN_TIMESTEPS // 2
-        timesteps[::2] = timesteps[::2] % noisier + noisier
-    return timesteps
 
 
 def train_diffusion() -> None:
@@ -125,12 +81,7 @@ def train_diffusion() -> None:
     torch.manual_seed(0)
     unet = UNet(UNET)
     _initialise(unet)
-    loss = VelocityLoss(
-        unet=unet,
-        latents=latents,
-        contexts=_encode(captions),
-        alphas=training_alphas_cumprod().float(),
-    )
+    loss = CaptionLoss(unet=unet, latents=latents, contexts=_encode(captions))
     trained = len(latents) - NUM_CHECKED
 
     @torch.no_grad()

@@ -15,18 +15,12 @@ import torch
 
 import scenes
 from checkpoint_writer import compvis_state, schedule_buffers, write_checkpoint, write_config
-from diffusion import (
-    LINEAR_END,
-    LINEAR_START,
-    NUM_TRAIN_TIMESTEPS,
-    UNET,
-    train_diffusion,
-    training_alphas_cumprod,
-)
+from diffusion import UNET, train_diffusion
 from first_stage import AUTOENCODER, load_latents, train_autoencoder, under
 from ldm_export.claims import ema_name
 from text import TEXT_ENCODER, load_text_encoder, train_text
 from trainer import HERE, WORK
+from velocity import TOLD
 
 
 def pack() -> None:
@@ -42,7 +36,7 @@ def pack() -> None:
         diffusion["model"],
         diffusion["ema"],
     )
-    state |= schedule_buffers(training_alphas_cumprod())
+    state |= schedule_buffers(TOLD.alphas_cumprod)
     state["scale_factor"] = torch.tensor(scale)
     write_checkpoint(HERE / "shapes.ckpt", state, diffusion["step"])
     write_config(
@@ -50,7 +44,7 @@ def pack() -> None:
         unet=UNET,
         autoencoder=AUTOENCODER,
         text_encoder=TEXT_ENCODER,
-        schedule=(LINEAR_START, LINEAR_END, NUM_TRAIN_TIMESTEPS),
+        schedule=TOLD.schedule,
         latent_size=scenes.SIZE // AUTOENCODER.factor,
     )
 

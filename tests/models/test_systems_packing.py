@@ -5,7 +5,6 @@ import torch
 
 from checkpoint_writer import averaged_state, compvis_state, schedule_buffers, write_checkpoint
 from config_writer import params_of, write_model_config
-from diffusion import training_alphas_cumprod
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.compvis_config import read_config
 from ldm_export.families import detect
@@ -28,7 +27,7 @@ def write_untrained(folder, system):
         conditioner = BertTextEncoder(system.encoder).state_dict()
     first_stage = halves_of(Autoencoder(system.first_stage.spec))
     state = averaged_state(first_stage, conditioner, model.unet.state_dict())
-    state |= schedule_buffers(training_alphas_cumprod(system.noise.start, system.noise.end))
+    state |= schedule_buffers(system.noise.alphas_cumprod)
     state["scale_factor"] = torch.tensor(0.625)
     path = folder / f"{system.name}.ckpt"
     write_checkpoint(path, state, 7)

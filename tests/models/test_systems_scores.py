@@ -193,7 +193,7 @@ def test_shrinking_takes_the_mean_of_sixteen_pixels():
     assert small[1].max() == 0
 
 
-@pytest.mark.parametrize(("error", "expected"), [(255.0**2, 0.0), (1.0, 48.1308), (0.0, 108.1308)])
+@pytest.mark.parametrize(("error", "expected"), [(255.0**2, 0.0), (1.0, 48.1308), (0.0, 58.9226)])
 def test_decibels_are_those_of_eight_bits_and_never_infinite(error, expected):
     assert scores.decibels(error) == pytest.approx(expected, abs=1e-4)
 
@@ -209,3 +209,20 @@ def test_of_a_thing_that_a_hole_hides_wholly_nothing_can_be_known(left, is_known
     assert (marks["knowable_error"][0] == 0) == is_known
     found = scores.scores(marks)
     assert (found["knowable_gain"] == pytest.approx(found["gain"])) == is_known
+
+
+def test_one_bad_picture_of_two_decides_the_gain_and_half_of_the_mean_gain():
+    good, bad = some_questions(2, hole=square_hole())
+    missing = bad.truth.copy()
+    missing[bad.hole] = 128
+
+    of_good, of_bad = (
+        scores.scores(JUDGES["inpainting"](asked, picture))["gain"]
+        for asked, picture in ((good, good.truth), (bad, missing))
+    )
+    both = scores.scores(judge_all("inpainting", (good, bad), (good.truth, missing)))
+
+    assert of_good > 15
+    assert of_bad < 3
+    assert both["mean_gain"] == pytest.approx((of_good + of_bad) / 2)
+    assert both["gain"] < both["mean_gain"] - 5

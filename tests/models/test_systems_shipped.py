@@ -16,15 +16,12 @@ from ldm_export.reference import TorchEngine
 from ldm_export.source import ExportOptions, open_source
 from ldm_export.stages import vocabulary_of
 from ldm_runtime.conditioning import open_tokenizer
-from ldm_runtime.drawing import open_drawer
 from ldm_runtime.manifest import components_of
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import resolve
-from ldm_runtime.sampling import sample_latents
 from systems import exam
 from systems.catalog import SYSTEMS
 from systems.packing import MOST_BYTES
 from systems.scores import GOALS, judge_all, scores
+from tests.drawn import drawn_by
 
 FOLDER = Path(__file__).parents[2] / "models/shapes"
 PICTURES, STEPS = 8, 20
@@ -47,16 +44,7 @@ class TorchGenerator:
         self.tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, self.spec)
 
     def __call__(self, **fields):
-        request = resolve(GenerationRequest(**fields), self.spec)
-        drawer = open_drawer(self.networks.__getitem__, self.tokenizer, request, self.spec)
-        drawing = drawer.draw(range(1))
-        wanted = next(drawing)
-        *_, last = sample_latents(
-            self.networks["unet"], wanted.conditioning, request, self.spec, start=wanted.start
-        )
-        with pytest.raises(StopIteration) as end:
-            drawing.send(last.latents)
-        return SimpleNamespace(images=end.value.value.images)
+        return SimpleNamespace(images=drawn_by(self.networks, self.tokenizer, self.spec, **fields))
 
 
 @pytest.fixture(scope="module", params=SYSTEMS.values(), ids=list(SYSTEMS))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import scenes
-from diffusion import NUM_TRAIN_TIMESTEPS
-from systems import boxes, conditions, corpus, training, velocity, words
+import velocity
+from systems import boxes, conditions, corpus, training, words
 from systems.catalog import BERT, LAYOUT, SYSTEMS
 from systems.holes import random_hole
 from systems.labels import NUM_LABELS, label_of, scene_map
@@ -197,11 +197,11 @@ def test_while_layout_is_learned_three_quarters_of_the_timesteps_are_noisy():
     early = velocity.random_timesteps(20_000, layout=True)
     later = velocity.random_timesteps(20_000, layout=False)
 
-    half = NUM_TRAIN_TIMESTEPS // 2
+    half = velocity.NUM_TRAIN_TIMESTEPS // 2
     assert (early >= half).float().mean() == pytest.approx(0.75, abs=0.02)
     assert (later >= half).float().mean() == pytest.approx(0.5, abs=0.02)
     assert early.min() >= 0
-    assert early.max() < NUM_TRAIN_TIMESTEPS
+    assert early.max() < velocity.NUM_TRAIN_TIMESTEPS
 
 
 def test_guidance_goes_beyond_the_difference_of_two_predictions():

@@ -26,12 +26,9 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
 from PIL import Image
 from transformers import BertTokenizer
 
-from ldm_runtime.drawing import open_drawer
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import resolve
-from ldm_runtime.sampling import sample_latents
 from ldm_runtime.testing import tiny_spec
 from ldm_runtime.tokenizers import WordPieceTokenizer
+from tests.drawn import drawn_by
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.twins import SCHEDULERS
 
@@ -106,16 +103,8 @@ def spec_of(task, **changes):
 def draw(networks, spec, tokenizer=None, **fields):
     """Return the pictures (N, H, W, 3) of a request, drawn by our loop over `networks`."""
     fields = {"num_inference_steps": STEPS, "sampler": "ddim", "seed": SEED, **fields}
-    request = resolve(GenerationRequest(**fields), spec)
-    drawer = open_drawer(networks.__getitem__, tokenizer, request, spec)
-    drawing = drawer.draw(range(request.num_images))
-    wanted = next(drawing)
-    *_, last = sample_latents(
-        networks["unet"], wanted.conditioning, request, spec, start=wanted.start
-    )
-    with pytest.raises(StopIteration) as end:
-        drawing.send(last.latents)
-    return np.stack([np.asarray(image, dtype=np.float64) for image in end.value.value.images])
+    images = drawn_by(networks, tokenizer, spec, **fields)
+    return np.stack([np.asarray(image, dtype=np.float64) for image in images])
 
 
 def without_context(unet):

@@ -15,6 +15,7 @@ from ldm_runtime.manifest import (
 )
 from systems.labels import NUM_CLASSES, NUM_LABELS
 from systems.recipes import WITH_ATTENTION, WITHOUT_ATTENTION, Recipe
+from velocity import TOLD, UNTOLD, Noise
 
 MUON_RATE = 3e-3
 CONTEXT_DIM = 64
@@ -64,30 +65,6 @@ RESCALER = RescalerSpec(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noise:
-    """The noise that a system learns to remove.
-
-    Attributes:
-        start: First beta; betas are linear in their square root.
-        end: Last beta.
-        offset: Spread of what all of a channel's noise has in common. Sampling begins without: the
-            mean of what it begins with is near that of gray backgrounds, which a system that
-            nobody tells the background then draws too often.
-    """
-
-    start: float
-    end: float
-    offset: float
-
-
-#: As `diffusion.py` has it. Even the last timestep's mean gives the background away, which the
-#: offset hides, so that what says the background is listened to.
-_TOLD = Noise(start=0.00085, end=0.012, offset=0.15)
-#: Of the paper's models for faces: the last timestep is noise and nothing else.
-_UNTOLD = Noise(start=0.0015, end=0.0195, offset=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class System:
     """One trained example.
 
@@ -104,7 +81,7 @@ class System:
         begins_with: Another of the same UNet, whose averaged weights this one goes on from.
         noise: What it learns to remove.
         cycles: Its training steps, and their learning rates.
-        layout_steps: The first of them, in which high noise weighs more.
+        layout_steps: Those in which high noise weighs more.
         optimizer: Muon is for the matrices inside the UNet; AdamW takes the rest, or all.
         guidance_scale: Of the pictures by which it is watched and examined.
     """
@@ -119,9 +96,9 @@ class System:
     most_things: int = 3
     most_rows: int = 40_000
     begins_with: str | None = None
-    noise: Noise = _TOLD
+    noise: Noise = TOLD
     cycles: tuple[Cycle, ...]
-    layout_steps: int
+    layout_steps: tuple[range, ...]
     optimizer: Literal["muon", "adamw"] = "muon"
     guidance_scale: float = 1.0
 
@@ -141,12 +118,12 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 task="unconditional",
                 unet=replace(_PLAIN, scale_shift_norm=True),
                 most_things=1,
-                noise=_UNTOLD,
+                noise=UNTOLD,
                 cycles=(
                     Cycle(end=3000, learning_rate=MUON_RATE),
                     Cycle(start=3000, end=5000, learning_rate=2e-3),
                 ),
-                layout_steps=1500,
+                layout_steps=(range(1500),),
             ),
             System(
                 name="class_to_image",
@@ -160,7 +137,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     Cycle(start=2000, end=3200, learning_rate=1.5e-3),
                     Cycle(start=3200, end=4200, learning_rate=1e-3),
                 ),
-                layout_steps=0,
+                layout_steps=(),
                 guidance_scale=1.5,
             ),
             System(
@@ -170,7 +147,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 encoder=BERT,
                 most_things=2,
                 cycles=(Cycle(end=3000, learning_rate=MUON_RATE),),
-                layout_steps=1500,
+                layout_steps=(range(1500),),
                 guidance_scale=5.0,
             ),
             System(
@@ -182,7 +159,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     Cycle(end=7000, learning_rate=MUON_RATE),
                     Cycle(start=1000, end=3500, learning_rate=2e-3),
                 ),
-                layout_steps=1500,
+                layout_steps=(range(1500),),
                 guidance_scale=3.0,
             ),
             # Attention in the middle alone, as the paper's.
@@ -197,7 +174,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 ),
                 rescaler=RESCALER,
                 cycles=(Cycle(end=2000),),
-                layout_steps=500,
+                layout_steps=(range(500),),
                 optimizer="adamw",
             ),
             # Attention at the lowest level and in the middle, as the paper's.
@@ -211,7 +188,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     num_heads=8,
                 ),
                 cycles=(Cycle(end=2500),),
-                layout_steps=500,
+                layout_steps=(range(500),),
                 optimizer="adamw",
             ),
             # What remains of the picture, and where it is missing.
@@ -224,8 +201,9 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 cycles=(
                     Cycle(end=3500, learning_rate=MUON_RATE),
                     Cycle(start=3500, end=5000, learning_rate=2e-3),
+                    Cycle(start=5000, end=8000, learning_rate=2e-3),
                 ),
-                layout_steps=500,
+                layout_steps=(range(500), range(5000, 7000)),
             ),
         )
     }

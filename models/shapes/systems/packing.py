@@ -5,7 +5,7 @@ import torch
 import scenes
 from checkpoint_writer import averaged_state, schedule_buffers, write_checkpoint
 from config_writer import ModelConfig, write_model_config
-from diffusion import CAPTION_DROPOUT, NUM_TRAIN_TIMESTEPS, training_alphas_cumprod
+from diffusion import CAPTION_DROPOUT
 from systems.boxes import load_layouts
 from systems.catalog import System
 from systems.corpus import load_scale
@@ -30,7 +30,7 @@ def pack(system: System) -> int:
         conditioner = load().state_dict()
     first_stage = load_first_stage(system.first_stage)
     state = averaged_state(halves_of(first_stage), conditioner, unet)
-    state |= schedule_buffers(training_alphas_cumprod(system.noise.start, system.noise.end))
+    state |= schedule_buffers(system.noise.alphas_cumprod)
     state["scale_factor"] = torch.tensor(load_scale(system.first_stage))
     path = HERE / f"{system.name}.ckpt"
     write_checkpoint(path, state, step)
@@ -52,6 +52,6 @@ def config_of(system: System) -> ModelConfig:
         class_embedder=system.embedder,
         rescaler=system.rescaler,
         class_dropout=CAPTION_DROPOUT if system.embedder is not None else 0.0,
-        schedule=(system.noise.start, system.noise.end, NUM_TRAIN_TIMESTEPS),
+        schedule=system.noise.schedule,
         latent_size=scenes.SIZE // spec.factor,
     )

@@ -30,6 +30,7 @@ _FACTOR = 4  # of super-resolution
 _DECIBELS: Mapping[str, str] = MappingProxyType(
     {"error": "psnr", "plain_error": "plain_psnr", "knowable_error": "knowable_psnr"}
 )
+_ROUNDING = 1 / 12  # mean squared error of rounding to whole numbers
 _SATURATED = 64  # spread of a pixel's channels from which it is coloured, grey levels
 _GRAY_TOLERANCE = 12.0  # mean grey levels a background may be off
 _CLEAR = 0.75  # overlap with its template from which a thing is what it looks like
@@ -143,9 +144,12 @@ def judge_map(question: Question, picture: Picture) -> Marks:
 def judge_enlarged(question: Question, picture: Picture) -> Marks:
     """Return squared errors of an enlarged picture and of the bicubic one."""
     truth = question.truth
+    error = _squared_error(picture, truth)
+    plain_error = _squared_error(enlarge(shrink(truth)), truth)
     return {
-        "error": _squared_error(picture, truth),
-        "plain_error": _squared_error(enlarge(shrink(truth)), truth),
+        "error": error,
+        "plain_error": plain_error,
+        "mean_gain": (_gain(error, plain_error), 1),
     }
 
 
@@ -164,11 +168,14 @@ def judge_filled(question: Question, picture: Picture) -> Marks:
     showing = [each for each, share in shares.items() if share >= _HALF]
     traced = tuple(each for each, share in shares.items() if share >= _TRACE)
     knowable = drawing_of(replace(question.scene, things=traced))
+    error = _squared_error(picture[hole], truth[hole])
+    plain_error = _squared_error(plain[hole], truth[hole])
     matched = judging.match(showing, detector.read_picture(picture).things)
     return {
         "kept": (bool((picture[~hole] == truth[~hole]).all()), 1),
-        "error": _squared_error(picture[hole], truth[hole]),
-        "plain_error": _squared_error(plain[hole], truth[hole]),
+        "error": error,
+        "plain_error": plain_error,
+        "mean_gain": (_gain(error, plain_error), 1),
         "knowable_error": _squared_error(knowable[hole], truth[hole]),
         "readable": (None not in matched, 1),
     }
@@ -200,9 +207,11 @@ def judge_all(
 
 
 def scores(marks: Marks) -> dict[str, float]:
-    """Return shares, and decibels of what are errors; `gain` is how many the plain way lacks.
+    """Return shares, and decibels of what are errors.
 
-    A criterion that nothing was asked of has no score.
+    `gain` is how many decibels the plain way lacks by the errors of all pictures together, which
+    the worst pictures decide; `mean_gain` is the mean of what it lacks in each. A criterion that
+    nothing was asked of has no score.
     """
     shares = {
         _DECIBELS.get(name, name): decibels(reached / of) if name in _DECIBELS else reached / of
@@ -254,9 +263,14 @@ def _squared_error(picture: Picture, truth: Picture) -> tuple[float, float]:
     return float(np.square(error).sum()), float(error.size)
 
 
+def _gain(error: tuple[float, float], plain_error: tuple[float, float]) -> float:
+    (reached, of), (plain, plain_of) = error, plain_error
+    return decibels(reached / of) - decibels(plain / plain_of)
+
+
 def decibels(mean_squared_error: float) -> float:
     """Return the peak signal-to-noise ratio of an error in grey levels.
 
-    No error at all counts as that of one value in a million off by one.
+    An error below that of rounding to whole grey levels counts as that.
     """
-    return 10 * math.log10(255**2 / max(mean_squared_error, 1e-6))
+    return 10 * math.log10(255**2 / max(mean_squared_error, _ROUNDING))

@@ -19,9 +19,9 @@ from systems.conditions import Conditions, guided, open_conditions, predict_with
 from systems.corpus import Corpus, load_corpus
 from systems.labels import class_colors
 from systems.scores import judge_all, scores
-from systems.velocity import ddim, velocity_loss
 from systems.vq import Autoencoder, load_first_stage
 from trainer import WORK, Trainer
+from velocity import ddim, velocity_loss
 
 #: Pictures that a check in passing draws, and in how many steps.
 NUM_GLANCED, GLANCED_STEPS = 24, 16
@@ -85,7 +85,7 @@ def train_system(system: System) -> None:
 
     def loss_at(step: int) -> Tensor:
         rows = torch.randint(trained, (BATCH,))
-        layout = step < system.layout_steps
+        layout = any(step in steps for steps in system.layout_steps)
         return system_loss(system, model, corpus.latents, conditions, rows, layout=layout)
 
     with sdpa_kernel(SDPBackend.MATH):  # three times as fast backward for so few tokens

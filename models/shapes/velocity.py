@@ -1,33 +1,71 @@
-"""The loss that every system learns by, and the few DDIM steps by which training is watched.
+"""The loss that every UNet here learns by, and the few DDIM steps by which training is watched.
 
-What is learned is v (Salimans and Ho 2022, arXiv:2202.00512, appendix D), with the weights that
-`diffusion.py` settled on and explains.
+What is learned is v, the velocity (Salimans and Ho 2022, arXiv:2202.00512, appendix D). At the last
+timestep a prediction of the noise has to repeat its input to within one percent before it says
+anything about x0; one of v says it at once.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion import (
-    LAYOUT_FLOOR,
-    NUM_TRAIN_TIMESTEPS,
-    WEIGHT_CEILING,
-    WEIGHT_FLOOR,
-    training_alphas_cumprod,
-)
-from systems.catalog import Noise
+NUM_TRAIN_TIMESTEPS = 1000
+#: A timestep's loss, in terms of x0, is weighted by its signal-to-noise ratio within these bounds.
+#: The upper one is that of Hang et al. 2023 (arXiv:2303.09556). The lower one gives high noise,
+#: where it is decided what goes where, a voice: its share in the loss is tiny otherwise. It is
+#: higher while layout is learned, and half of the timesteps are then from the noisier half; later
+#: shapes matter more, and high noise would drown them in what nobody can predict.
+LAYOUT_FLOOR, WEIGHT_FLOOR, WEIGHT_CEILING = 0.5, 0.15, 5.0
 
 #: Maps noisy latents (B, C, h, w) and timesteps (B,) float32 to v.
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The noise that a UNet learns to remove.
+
+    Attributes:
+        start: First beta; betas are linear in their square root.
+        end: Last beta.
+        offset: Spread of what all of a channel's noise has in common. Sampling begins without: the
+            mean of what it begins with is near that of gray backgrounds, which a model that
+            nobody tells the background then draws too often.
+    """
+
+    start: float
+    end: float
+    offset: float
+
+    @property
+    def schedule(self) -> tuple[float, float, int]:
+        """What a configuration says of it: first beta, last beta, number of timesteps."""
+        return self.start, self.end, NUM_TRAIN_TIMESTEPS
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """The schedule, (T,) float64."""
+        roots = torch.linspace(
+            self.start**0.5, self.end**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64
+        )
+        return torch.cumprod(1 - roots.square(), dim=0)
+
+
+#: Of Stable Diffusion. Even the last timestep's mean gives the background away, which the offset
+#: hides, so that what says the background is listened to.
+TOLD = Noise(start=0.00085, end=0.012, offset=0.15)
+#: Of the paper's models for faces: the last timestep is noise and nothing else.
+UNTOLD = Noise(start=0.0015, end=0.0195, offset=0.0)
+
+
 @cache
 def alphas_of(noise: Noise) -> Tensor:
-    """Return `alphas_cumprod` (T,) float32 of a schedule."""
-    return training_alphas_cumprod(noise.start, noise.end).float()
+    """Return `alphas_cumprod` (T,) float32."""
+    return noise.alphas_cumprod.float()
 
 
 def velocity_loss(predict: Predict, clean: Tensor, noise: Noise, *, layout: bool) -> Tensor:

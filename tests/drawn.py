@@ -1,0 +1,22 @@
+"""The runtime's loop over any networks, without a bundle."""
+
+from ldm_runtime.drawing import open_drawer
+from ldm_runtime.request import GenerationRequest
+from ldm_runtime.resolution import resolve
+from ldm_runtime.sampling import sample_latents
+
+
+def drawn_by(networks, tokenizer, spec, **fields):
+    """Return the images of a request that is drawn in one pass by networks of these names."""
+    request = resolve(GenerationRequest(**fields), spec)
+    drawer = open_drawer(networks.__getitem__, tokenizer, request, spec)
+    drawing = drawer.draw(range(request.num_images))
+    wanted = next(drawing)
+    *_, last = sample_latents(
+        networks["unet"], wanted.conditioning, request, spec, start=wanted.start
+    )
+    try:
+        drawing.send(last.latents)
+    except StopIteration as end:
+        return end.value.images
+    raise AssertionError("there is a second pass")
