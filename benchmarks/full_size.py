@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines_full_size import measure_bundle
 from full_size_report import report
+from ldm_runtime.backends.host_memory import available_bytes
 from ldm_runtime.errors import LdmError
 from narrow_systems import narrowed
 from released_systems import SYSTEMS, System
@@ -219,21 +220,12 @@ def _check_room(system: System, place: Path) -> None:
             f"{place.parent} has {free / 1e9:.0f} GB free, but this takes {wanted / 1e9:.0f} GB; "
             "give --folder another place"
         )
-    available = _available_bytes()
+    available = available_bytes()
     if available < (wanted := _MEMORY_A_WEIGHT * weights + _SPARE_BYTES):
         raise RuntimeError(
             f"{available / 1e9:.1f} GB of memory are free, but this takes {wanted / 1e9:.1f} GB; "
             "wait for other programs to end"
         )
-
-
-def _available_bytes() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else float("inf")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.fp16_range import FP16_MAX, largest_value, watched_graph
+from ldm_export.memory import give_back_memory
 from ldm_runtime import Generator
 from ldm_runtime.backends.denormals import flushed_denormals
 from ldm_runtime.manifest import Manifest, ModelSpec, axis_sizes, load_manifest
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     (bundle,) = sys.argv[1:] if argv is None else argv
     manifest = load_manifest(Path(bundle))
     found = {
-        "decode_bytes": decode_bytes(Path(bundle), manifest),
+        # Other models decode with one of the first stages that have a row of their own.
+        "decode_bytes": decode_bytes(Path(bundle), manifest)
+        if manifest.spec.unet is None
+        else None,
         "golden": golden(Path(bundle)),
         "fp16_at_size": fp16_at_size(Path(bundle), manifest),
     }
@@ -58,6 +62,7 @@ def decode_bytes(bundle: Path, manifest: Manifest) -> int:
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     with Generator(bundle, backend="onnxruntime") as generator:
         generator.decode(latents[..., :1, :1])  # loads the decoder
+        give_back_memory()  # or what loading has freed would be used again and not be seen
         before = forget_peak()
         generator.decode(latents)
         return peak_bytes() - before

@@ -11,6 +11,7 @@ import onnxruntime
 
 from ldm_runtime.backends import BoundInputs, EngineSource, Runner, Tensors
 from ldm_runtime.backends.denormals import flushed_denormals
+from ldm_runtime.backends.host_memory import check_memory
 from ldm_runtime.backends.onnxruntime_session import (
     NATIVE_ERRORS,
     SILENT,
@@ -20,7 +21,7 @@ from ldm_runtime.backends.onnxruntime_session import (
     lacks_graph,
 )
 from ldm_runtime.errors import BackendError
-from ldm_runtime.manifest import ComponentRecord, Manifest, axis_sizes
+from ldm_runtime.manifest import ComponentRecord, Manifest, ModelSpec, axis_sizes
 
 #: Rows from which on a row has the same bits in any company: see `ldm_runtime.batching`.
 MIN_SHARED_ROWS = 2
@@ -39,6 +40,7 @@ class OnnxRuntimeEngine:
         component: What it takes and gives.
         sizes: Lengths of the fixed axes, from `manifest.axis_sizes`.
         threads: Threads that compute, the calling one included; None is one a physical core.
+        spec: The model, of which runs that this machine has no memory for are refused.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph.
@@ -51,8 +53,10 @@ class OnnxRuntimeEngine:
         sizes: Mapping[str, int],
         *,
         threads: int | None = None,
+        spec: ModelSpec | None = None,
     ) -> None:
         self._component = component
+        self._spec = spec
         self._outputs = [signature.name for signature in component.outputs]
         self._sizes = sizes
         self._session: Any = _open_session(path, threads)
@@ -63,7 +67,9 @@ class OnnxRuntimeEngine:
         session, name = self._session, self._component.name
         if session is None:
             raise BackendError(f"the {name} engine is closed; open the bundle again")
-        check_inputs(self._component, self._sizes, inputs)
+        lengths = check_inputs(self._component, self._sizes, inputs)
+        if self._spec is not None:
+            check_memory(name, self._spec, lengths)
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = SILENT
         feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
@@ -104,6 +110,7 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
         source.component,
         axis_sizes(source.manifest.spec),
         threads=source.threads,
+        spec=source.manifest.spec,
     )
 
 
