@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from released_systems import SYSTEMS
+
 _COLUMNS = (
     "model",
     "recognised as",
@@ -24,8 +26,12 @@ Row = Mapping[str, Any]
 
 
 def report(rows: Sequence[Row]) -> list[str]:
-    """Return the last row of each model as lines of a table, and what failed below it."""
-    latest = {row["name"]: row for row in rows}
+    """Return the last row of each model as lines of a table, and what failed below it.
+
+    Models are in the order of `released_systems`, and others before them.
+    """
+    places = {name: place for place, name in enumerate(SYSTEMS)}
+    latest = {row["name"]: row for row in sorted(rows, key=lambda row: places.get(row["name"], -1))}
     lines = [" | ".join(("", *_COLUMNS, "")).strip(), "|---" * len(_COLUMNS) + "|"]
     failures = []
     for name, row in latest.items():

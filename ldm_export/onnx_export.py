@@ -56,6 +56,7 @@ WEIGHTS_FILE = "weights.bin"
 _FILES: Mapping[GraphVariant, str] = MappingProxyType(
     {"fp32": "model.cpu.onnx", "fp16": "model.onnx"}
 )
+_PICTURE_STEP = 32  # pixels
 # Without torchvision, which nothing here needs, every export begins with four warnings.
 _TALKATIVE = "torch.onnx._internal.exporter._registration"
 
@@ -64,12 +65,16 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
     """Return inputs of component `name`, small and fixed: one of each length, and others.
 
     The first has one row and a context of one chunk (of a text encoder, else of one token), the
-    second three rows, another width and a context of two chunks.
+    second three rows, another width and a context of two chunks. The UNet gets the fewest pixels
+    that its halvings allow; the autoencoder, whose first level has all of a picture's pixels, gets
+    64x64 and 64x96 of those.
 
     Returns:
         Lengths of the dynamic axes, and arrays by input name.
     """
     step, component = _size_step(spec), components_of(spec)[name]
+    if name.startswith("vae_"):
+        step = max(1, _PICTURE_STEP // spec.autoencoder.factor)
     tokens = 1 if spec.text_encoder is None else spec.text_encoder.max_tokens
     axes = _axes(component)
     samples: list[tuple[SampleSize, Tensors]] = []

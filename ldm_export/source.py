@@ -22,7 +22,7 @@ from ldm_runtime.manifest import ModelSpec, WeightsDType, components_of, sha256_
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-RECIPE = 5
+RECIPE = 6
 _SAMPLING_FACTS = ("defaults", "prediction_type")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 

@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from systems.catalog import SYSTEMS, System
 
@@ -65,9 +66,12 @@ def _train(system: System, _: argparse.Namespace) -> None:
 def _check(system: System, args: argparse.Namespace) -> None:
     from systems.training import check_system
 
+    if args.guidance_scale is not None:
+        system = replace(system, guidance_scale=args.guidance_scale)
     found = check_system(system, args.pictures, args.steps)
+    settings = {"pictures": args.pictures, "steps": args.steps, "guidance": system.guidance_scale}
     rounded = {name: round(value, 4) for name, value in found.items()}
-    print(json.dumps({"system": system.name, "pictures": args.pictures} | rounded))
+    print(json.dumps({"system": system.name} | settings | rounded))
 
 
 def _pack(system: System, _: argparse.Namespace) -> None:
@@ -120,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=int, default=_CHECKED_STEPS, help="of each (default: %(default)s)"
     )
+    parser.add_argument("--guidance-scale", type=float, help="of each (default: the system's own)")
     return parser
 
 

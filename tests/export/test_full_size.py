@@ -15,6 +15,7 @@ from ldm_export.checkpoint import open_checkpoint
 from ldm_export.families import detect
 from narrow_systems import narrowed
 from released_systems import SYSTEMS
+from rows import ROOT
 
 HYPERPARAMETERS = ("task", "unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
 
@@ -181,6 +182,14 @@ def test_the_report_has_the_last_row_of_every_model():
         "| bsr_sr | ldm-bsr-sr | 168.9 M | 61 s | 1.23 GB | 0.34 GB | 3.0e-06 | 2.0e-03 | 482 MiB "
         "| 59 dB | yes | 2 in 12 s, 2.0 GB |"
     )
+
+
+def test_the_readme_has_a_measured_row_of_every_released_model():
+    rows = full_size.kept_rows(full_size.RESULTS)
+
+    assert {row["name"] for row in rows} == SYSTEMS.keys()
+    assert all(row["engines"] and row["failure"] is None for row in rows)
+    assert "\n".join(report(rows)) in (ROOT / "README.md").read_text()
 
 
 def test_the_memory_of_decoding_is_that_of_first_stages_alone():

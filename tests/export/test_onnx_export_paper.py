@@ -269,7 +269,11 @@ def test_contexts_without_a_text_encoder_are_sampled_at_one_and_two_tokens():
     assert [arrays["context"].shape[1] for _, arrays in sample_inputs("unet", CLASSES)] == [1, 2]
 
 
-def test_a_first_stage_alone_is_sampled_at_two_sizes():
-    shapes = [arrays["latents"].shape for _, arrays in sample_inputs("vae_decoder", FIRST_STAGE)]
+@pytest.mark.parametrize("spec", [FIRST_STAGE, SEMANTIC], ids=["alone", "below a UNet"])
+def test_a_first_stage_is_sampled_at_two_sizes_of_pictures(spec):
+    shapes = [arrays["image"].shape for _, arrays in sample_inputs("vae_encoder", spec)]
 
-    assert shapes == [(1, 3, 2, 2), (3, 3, 2, 3)]
+    assert shapes == [(1, 3, 64, 64), (3, 3, 64, 96)]
+    side = 64 // spec.autoencoder.factor
+    small, _ = sample_inputs("vae_decoder", spec)
+    assert small[1]["latents"].shape == (1, spec.autoencoder.embed_dim, side, side)

@@ -5,22 +5,20 @@ it was trained on, one scene beside the other on one background, as sampling bey
 would draw them; the whole decodes such pictures as well as it does small ones, which is checked.
 """
 
-import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import scenes
 from ldm_export.checkpoint import open_checkpoint
 from ldm_export.families import detect
 from ldm_export.networks.loading import load_network
 from ldm_export.reference import TorchEngine
 from ldm_runtime.images import decode_latents, encode_image
 from ldm_runtime.testing import FakeEngine
+from tiles import large_scene, psnr
 
 CHECKPOINT = Path(__file__).parents[2] / "models/shapes/shapes.ckpt"
-SIDE = 5 * scenes.SIZE
+SIDE = 5  # scenes
 TILE = 192
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
@@ -48,29 +46,10 @@ def autoencoder():
     return detection.spec, *engines
 
 
-def large_scene(background):
-    """Many scenes on one background, (SIDE, SIDE, 3) uint8."""
-    source = (
-        scene
-        for scene in scenes.random_scenes(np.random.default_rng(3), held_out=True)
-        if scene.background == background and not scene.gradient
-    )
-    rows = [
-        np.hstack([scenes.render(scene) for scene in itertools.islice(source, 5)]) for _ in range(5)
-    ]
-    return np.rint(np.vstack(rows) * 255).astype(np.uint8)
-
-
-def psnr(a, b):
-    """In decibels, of pictures from 0 to 255."""
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    return float(10 * np.log10(255**2 / np.mean(difference**2)))
-
-
 def test_a_large_picture_in_tiles_is_within_45_db_of_the_whole(autoencoder):
     spec, encoder, decoder = autoencoder
     counting = FakeEngine(decoder.run)
-    original = large_scene("gray")
+    original = large_scene(SIDE, background="gray", gradient=False)
     latents = encode_image(encoder, original[None], spec)
 
     (whole,) = decode_latents(decoder, latents, spec)

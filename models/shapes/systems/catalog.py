@@ -146,7 +146,10 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                 unet=_SLIM,
                 encoder=BERT,
                 most_things=2,
-                cycles=(Cycle(end=3000, learning_rate=MUON_RATE),),
+                cycles=(
+                    Cycle(end=3000, learning_rate=MUON_RATE),
+                    Cycle(start=3000, end=5000, learning_rate=2e-3),
+                ),
                 layout_steps=(range(1500),),
                 guidance_scale=5.0,
             ),

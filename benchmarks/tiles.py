@@ -1,0 +1,111 @@
+"""Measure what decoding in tiles costs and saves: pictures of 512x512 against those in one piece.
+
+    python benchmarks/tiles.py
+
+Uses the shapes model, exported on first use. Prints a table in Markdown of PSNR by background and
+tile, and below it the memory that 1024x1024 pixels take in tiles, beside the scores of one
+attention that they take in one piece, which are computed and not run.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime import Generator, LdmError
+from ldm_runtime.backends.host_memory import least_bytes
+from measure import forget_peak, peak_bytes
+from opened import add_generator_arguments, open_generator
+from rows import ROOT, machine
+
+_SIDE = 8  # scenes a side of a large picture
+_TILES = (32, 64, 96)  # latent pixels
+_LARGE, _SMALL_TILE = 256, 64  # latent pixels, for the memory
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_generator_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        with open_generator(args) as generator:
+            print("\n".join([*table(generator), "", memory(generator), f"({machine()})"]))
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def table(generator: Generator) -> Iterator[str]:
+    """Yield the lines of a table: how near pictures in tiles are to those in one piece."""
+    factor = generator.spec.autoencoder.factor
+    yield (
+        " | ".join(("| background", *(f"tiles of {tile} latent pixels" for tile in _TILES))) + " |"
+    )
+    yield "|---" * (1 + len(_TILES)) + "|"
+    for name, picture in pictures(_SIDE):
+        latents = generator.encode(picture)
+        (whole,) = generator.decode(latents)
+        tiled = [generator.decode(latents, tile_size=factor * tile)[0] for tile in _TILES]
+        yield " | ".join((f"| {name}", *(f"{psnr(each, whole):.1f} dB" for each in tiled))) + " |"
+
+
+def memory(generator: Generator) -> str:
+    """Return what a large picture takes beside the loaded networks, in tiles and in one piece."""
+    spec = generator.spec
+    shape = (1, spec.autoencoder.embed_dim, _LARGE, _LARGE)
+    latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    generator.decode(latents[..., :1, :1])  # loads the decoder
+    before = forget_peak()
+    generator.decode(latents, tile_size=spec.autoencoder.factor * _SMALL_TILE)
+    taken = peak_bytes() - before
+    axes = {"batch": 1, "height": _LARGE, "width": _LARGE}
+    side = _LARGE * spec.autoencoder.factor
+    return (
+        f"{side}x{side} pixels in tiles of {_SMALL_TILE} latent pixels: {taken / 1e6:,.0f} MB; "
+        f"in one piece at least {least_bytes('vae_decoder', spec, axes) / 1e6:,.0f} MB"
+    )
+
+
+def pictures(side: int) -> Iterator[tuple[str, UInt8Array]]:
+    """Yield backgrounds and large pictures on them, `side` times `side` scenes each."""
+    for background in ("white", "black", "gray"):
+        yield background, large_scene(side, background=background, gradient=False)
+    yield "gray gradient", large_scene(side, background="gray", gradient=True)
+    yield "several, which this model cannot draw", large_scene(side)
+
+
+def large_scene(side: int, **wanted: object) -> UInt8Array:
+    """Return scenes side by side, with the attributes that are wanted of them, as one picture."""
+    import scenes
+
+    drawn = scenes.random_scenes(np.random.default_rng(3), held_out=True)
+    source = (
+        each
+        for each in drawn
+        if all(getattr(each, name) == value for name, value in wanted.items())
+    )
+    rows = [
+        np.hstack([scenes.render(each) for each in itertools.islice(source, side)])
+        for _ in range(side)
+    ]
+    picture: UInt8Array = np.rint(np.vstack(rows) * 255).astype(np.uint8)
+    return picture
+
+
+def psnr(picture: Any, truth: Any) -> float:  # noqa: ANN401  (whatever NumPy makes an array of)
+    """Return how near a picture is to another, in dB, both from 0 to 255."""
+    difference = np.asarray(picture, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
+    return float(10 * np.log10(255**2 / np.square(difference).mean()))
+
+
+if __name__ == "__main__":
+    sys.path.append(str(ROOT / "models/shapes"))
+    sys.exit(main())
