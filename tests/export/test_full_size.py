@@ -173,11 +173,13 @@ ROW = {
 }
 
 
-def test_the_report_has_the_last_row_of_every_model():
+def test_the_report_has_the_last_row_of_every_model_in_the_order_of_the_table():
     older = ROW | {"bundle_bytes": 1}
+    first = ROW | {"name": "celeba256"}
 
-    *_, line = report([older, ROW])
+    *_, before, line = report([older, ROW, first])
 
+    assert before.startswith("| celeba256 |")
     assert line == (
         "| bsr_sr | ldm-bsr-sr | 168.9 M | 61 s | 1.23 GB | 0.34 GB | 3.0e-06 | 2.0e-03 | 482 MiB "
         "| 59 dB | yes | 2 in 12 s, 2.0 GB |"
@@ -208,7 +210,7 @@ def test_the_report_says_what_failed_and_why():
         "engines": [],
         "why_no_engines": {"unet": "no kernel"},
     }
-    never = {"name": "cin256", "failure": "the export ended with 1: error: no"}
+    never = {"name": "kl-f4", "failure": "the export ended with 1: error: no"}
 
     lines = report([broken, never])
 
@@ -217,7 +219,7 @@ def test_the_report_says_what_failed_and_why():
         "",
         "bsr_sr: golden outputs: golden/0 image 0 psnr",
         "bsr_sr: no engine of the unet: no kernel",
-        "cin256: the export ended with 1: error: no",
+        "kl-f4: the export ended with 1: error: no",
     ]
 
 
