@@ -205,8 +205,9 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     Cycle(end=3500, learning_rate=MUON_RATE),
                     Cycle(start=3500, end=5000, learning_rate=2e-3),
                     Cycle(start=5000, end=8000, learning_rate=2e-3),
+                    Cycle(start=8000, end=12_000, learning_rate=2e-3),
                 ),
-                layout_steps=(range(500), range(5000, 7000)),
+                layout_steps=(range(500), range(5000, 7000), range(8000, 10_500)),
             ),
         )
     }
