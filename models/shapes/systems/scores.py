@@ -230,7 +230,7 @@ GOALS: Mapping[Task, Mapping[str, float]] = MappingProxyType(
     {
         "unconditional": {"valid": 0.9},
         "class-to-image": {"class": 0.95},
-        "text-to-image": {"objects": 0.9},  # that of the shapes model
+        "text-to-image": {"objects": 0.9, "relations": 0.8},  # those of the shapes model
         "layout-to-image": {"overlap": 0.6, "labels": 0.9},
         "semantic-synthesis": {"pixels": 0.85},
         "super-resolution": {"gain": 2.0},
