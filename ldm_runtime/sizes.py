@@ -10,7 +10,7 @@ from ldm_runtime.tasks import task_record
 from ldm_runtime.tiles import MIN_TILE
 
 #: Pictures of more latent pixels than this are decoded in tiles of so many a side: memory goes with
-#: latent pixels, and from this size on tiles are within 48 dB of the whole (`docs/steering.md`).
+#: latent pixels, and tiles of this size are within 47 dB of the whole (`docs/steering.md`).
 WHOLE_LATENTS, TILE_LATENTS = 128 * 128, 96
 
 
