@@ -220,7 +220,7 @@ def _check_room(system: System, place: Path) -> None:
             f"{place.parent} has {free / 1e9:.0f} GB free, but this takes {wanted / 1e9:.0f} GB; "
             "give --folder another place"
         )
-    available = available_bytes()
+    available = available_bytes(swap=False)
     if available < (wanted := _MEMORY_A_WEIGHT * weights + _SPARE_BYTES):
         raise RuntimeError(
             f"{available / 1e9:.1f} GB of memory are free, but this takes {wanted / 1e9:.1f} GB; "

@@ -57,7 +57,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['bundle_bytes'] / 1e9:.2f} GB",
         f"{max(row['fp32_max_relative_error'].values()):.1e}",
         f"{max(row['fp16_relative_l2'].values()):.1e}",
-        "" if "unet" in at_size else f"{row['decode_bytes'] / 2**20:.0f} MiB",
+        "–" if "unet" in at_size else f"{row['decode_bytes'] / 2**20:.0f} MiB",
         f"{golden['worst_psnr']:.0f} dB" + (", FAILED" if golden["failed"] else ""),
         "yes" if all(each["finite"] for each in at_size.values()) else "NO",
         _engines(row),

@@ -2,16 +2,16 @@
 
     python benchmarks/tiles.py
 
-Uses the shapes model, exported on first use. Prints a table in Markdown of PSNR by background and
-tile, and below it the memory that 1024x1024 pixels take in tiles, beside the scores of one
-attention that they take in one piece, which are computed and not run.
+Uses the shapes model, exported on first use, on the CPU. Prints a table in Markdown of PSNR by
+background and tile, and below it the memory that 1024x1024 pixels take in tiles, beside the scores
+of one attention that they take in one piece, which are computed and not run.
 """
 
 import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,11 @@ from ldm_export.memory import give_back_memory
 from ldm_runtime import Generator, LdmError
 from ldm_runtime.backends.host_memory import least_bytes
 from measure import forget_peak, peak_bytes
-from opened import add_generator_arguments, open_generator
 from rows import ROOT, machine
+from runs import shapes_bundle
+
+if TYPE_CHECKING:
+    import scenes
 
 _SIDE = 8  # scenes a side of a large picture
 _TILES = (32, 64, 96)  # latent pixels
@@ -33,10 +36,9 @@ UInt8Array = npt.NDArray[np.uint8]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_generator_arguments(parser)
-    args = parser.parse_args(argv)
+    parser.parse_args(argv)
     try:
-        with open_generator(args) as generator:
+        with Generator(shapes_bundle(), backend="onnxruntime") as generator:
             taken = memory(generator)  # first: what other calls leave behind would hide it
             print("\n".join([*table(generator), "", taken, f"({machine()})"]))
     except LdmError as error:
@@ -80,23 +82,34 @@ def memory(generator: Generator) -> str:
 def pictures(side: int) -> Iterator[tuple[str, UInt8Array]]:
     """Yield backgrounds and large pictures on them, `side` times `side` scenes each."""
     for background in ("white", "black", "gray"):
-        yield background, large_scene(side, background=background, gradient=False)
-    yield "gray gradient", large_scene(side, background="gray", gradient=True)
-    yield "several, which this model cannot draw", large_scene(side)
+        yield background, large_scene(side, background, gradient=False)
+    yield "gray gradient", large_scene(side, "gray", gradient=True)
+    yield "several, which this model cannot draw", _tiled(side, _drawn())
 
 
-def large_scene(side: int, **wanted: object) -> UInt8Array:
-    """Return scenes side by side, with the attributes that are wanted of them, as one picture."""
+def large_scene(side: int, background: str, *, gradient: bool) -> UInt8Array:
+    """Return `side` times `side` scenes with the same background as one picture."""
+    return _tiled(
+        side,
+        (
+            scene
+            for scene in _drawn()
+            if (scene.background, scene.gradient) == (background, gradient)
+        ),
+    )
+
+
+def _drawn() -> "Iterator[scenes.Scene]":
     import scenes
 
-    drawn = scenes.random_scenes(np.random.default_rng(3), held_out=True)
-    source = (
-        each
-        for each in drawn
-        if all(getattr(each, name) == value for name, value in wanted.items())
-    )
+    return scenes.random_scenes(np.random.default_rng(3), held_out=True)
+
+
+def _tiled(side: int, drawn: "Iterator[scenes.Scene]") -> UInt8Array:
+    import scenes
+
     rows = [
-        np.hstack([scenes.render(each) for each in itertools.islice(source, side)])
+        np.hstack([scenes.render(each) for each in itertools.islice(drawn, side)])
         for _ in range(side)
     ]
     picture: UInt8Array = np.rint(np.vstack(rows) * 255).astype(np.uint8)

@@ -10,7 +10,8 @@ from ldm_runtime.tasks import task_record
 from ldm_runtime.tiles import MIN_TILE
 
 #: Pictures of more latent pixels than this are decoded in tiles of so many a side: memory goes with
-#: latent pixels, and tiles of this size are within 47 dB of the whole (`docs/steering.md`).
+#: latent pixels, and of what a model can draw, tiles of this size are within 47 dB
+#: (`docs/steering.md`).
 WHOLE_LATENTS, TILE_LATENTS = 128 * 128, 96
 
 

@@ -9,31 +9,39 @@ from pathlib import Path
 
 from ldm_runtime.errors import BackendError
 from ldm_runtime.manifest import AutoencoderSpec, ModelSpec, UNetSpec
+from ldm_runtime.tasks import task_record
 
 _FLOAT32_BYTES = 4
-_WORTH_LOOKING = 100_000_000  # bytes
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+_NEGLIGIBLE_BYTES = 100_000_000  # so much is always there, and looking takes time
+_MEMINFO, _GROUP_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> None:
+def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: int = 0) -> int:
     """Refuse a run that this machine has no memory for.
 
     Args:
         name: Of the network.
         spec: The model.
         lengths: Of the network's axes in this run.
+        held: What this returned for an earlier run. An engine keeps what it once took, so that a
+            run that wants no more than that takes nothing.
+
+    Returns:
+        Bytes of the run's largest tensor, or `held` if that is more.
 
     Raises:
-        BackendError: Even its largest tensor is more than what is free.
+        BackendError: Even its largest tensor is more than there is.
     """
     wanted = least_bytes(name, spec, lengths)
-    if wanted < _WORTH_LOOKING or wanted <= (free := available_bytes()):
-        return
+    if wanted <= max(held, _NEGLIGIBLE_BYTES) or wanted - held <= (there := available_bytes()):
+        return max(held, wanted)
     rows, height, width = _rows_and_pixels(spec.autoencoder, lengths)
-    tiles = "" if name == "unet" else ", or for decoding in tiles (tile_size)"
+    times = f"{rows} times " if rows > 1 else ""
+    tiles = ", or for tiles (tile_size)" if _decodes_in_tiles(name, spec) else ""
     raise BackendError(
-        f"{name} takes at least {wanted / 1e9:,.1f} GB for {rows} x {width}x{height} pixels, but "
-        f"{free / 1e9:,.1f} GB of memory are free; ask for fewer or smaller images{tiles}"
+        f"{name} takes at least {wanted / 1e9:,.1f} GB for {times}{width}x{height} pixels, "
+        f"but there are {(there + held) / 1e9:,.1f} GB for it; ask for fewer or smaller images"
+        f"{tiles}"
     )
 
 
@@ -54,23 +62,39 @@ def least_bytes(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> int:
     return _FLOAT32_BYTES * lengths["batch"] * max(values)
 
 
-def available_bytes() -> float:
-    """Return the bytes of memory that a program may still take; infinity where nobody says."""
+def available_bytes(*, swap: bool = True) -> float:
+    """Return the bytes of memory that a program may still take; infinity where nobody says.
+
+    Of a group of processes that is limited by Linux's control groups (version 2), as containers
+    are, no more than its limit; what of that is in use already is not known here.
+
+    Args:
+        swap: Whether what can be swapped out counts.
+    """
     try:
         lines = _MEMINFO.read_text().splitlines()
     except OSError:
         return float("inf")
-    found = {name: value.split()[0] for name, value in (line.split(":", 1) for line in lines)}
-    free = 1024.0 * sum(int(found.get(name, 0)) for name in ("MemAvailable", "SwapFree"))
-    return min(free, _cgroup_limit())
+    kilobytes = {
+        name: int(digits[0])
+        for name, _, value in (line.partition(":") for line in lines)
+        if (digits := value.split()) and digits[0].isdecimal()
+    }
+    free = 1024 * kilobytes.get("MemAvailable", float("inf"))
+    spare = 1024 * kilobytes.get("SwapFree", 0) if swap else 0
+    return min(free, _group_limit()) + spare
 
 
-def _cgroup_limit() -> float:
+def _group_limit() -> float:
     try:
-        text = _CGROUP.read_text().strip()
+        text = _GROUP_LIMIT.read_text().strip()
     except OSError:
         return float("inf")
     return float(text) if text.isdecimal() else float("inf")
+
+
+def _decodes_in_tiles(name: str, spec: ModelSpec) -> bool:
+    return name == "vae_decoder" and "tile_size" in task_record(spec).takes
 
 
 def _rows_and_pixels(spec: AutoencoderSpec, lengths: Mapping[str, int]) -> tuple[int, int, int]:
@@ -82,9 +106,8 @@ def _rows_and_pixels(spec: AutoencoderSpec, lengths: Mapping[str, int]) -> tuple
 
 def _unet_values(spec: UNetSpec, height: int, width: int) -> Iterator[int]:
     yield spec.model_channels * spec.channel_mult[0] * height * width
-    for level, (mult, depth) in enumerate(
-        zip(spec.channel_mult, spec.transformer_depth, strict=True)
-    ):
+    depths = [*spec.transformer_depth[:-1], spec.transformer_depth[-1] or spec.middle_depth]
+    for level, (mult, depth) in enumerate(zip(spec.channel_mult, depths, strict=True)):
         if depth:
             channels = mult * spec.model_channels
             heads = spec.num_heads or channels // (spec.num_head_channels or channels)

@@ -56,7 +56,7 @@ class OnnxRuntimeEngine:
         spec: ModelSpec | None = None,
     ) -> None:
         self._component = component
-        self._spec = spec
+        self._spec, self._held = spec, 0
         self._outputs = [signature.name for signature in component.outputs]
         self._sizes = sizes
         self._session: Any = _open_session(path, threads)
@@ -68,8 +68,9 @@ class OnnxRuntimeEngine:
         if session is None:
             raise BackendError(f"the {name} engine is closed; open the bundle again")
         lengths = check_inputs(self._component, self._sizes, inputs)
+        held = self._held
         if self._spec is not None:
-            check_memory(name, self._spec, lengths)
+            held = check_memory(name, self._spec, lengths, held)
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = SILENT
         feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
@@ -81,6 +82,7 @@ class OnnxRuntimeEngine:
             raise BackendError(
                 f"ONNX Runtime failed in {name} with {shapes}: {describe(error)}"
             ) from error
+        self._held = max(self._held, held)
         return dict(zip(self._outputs, outputs, strict=True))
 
     def bind(self, constants: Tensors) -> Runner:

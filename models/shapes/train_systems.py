@@ -137,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown or bool(args.names) != (args.stage in _ACTIONS):
         wanted = f"one or more of {', '.join(known)}" if args.stage in _ACTIONS else "no names"
         parser.error(f"{args.stage} takes {wanted}, got {' '.join(args.names) or 'none'}")
+    deaf = [name for name in args.names if name not in SYSTEMS or not SYSTEMS[name].drops]
+    if args.guidance_scale is not None and (args.stage != "check" or deaf):
+        given = ", ".join(deaf) or args.stage
+        parser.error(f"--guidance-scale is for check of what guidance can steer, not for {given}")
     if args.stage in _STAGES:
         _STAGES[args.stage]()
     for name in args.names:

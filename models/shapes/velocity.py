@@ -55,10 +55,12 @@ class Noise:
         return torch.cumprod(1 - roots.square(), dim=0)
 
 
-#: Of Stable Diffusion. Even the last timestep's mean gives the background away, which the offset
-#: hides, so that what says the background is listened to.
+#: For models that are told the background: that of Stable Diffusion, and an offset. Even the last
+#: timestep's mean gives the background away, which the offset hides, so that what says the
+#: background is listened to.
 TOLD = Noise(start=0.00085, end=0.012, offset=0.15)
-#: Of the paper's models for faces: the last timestep is noise and nothing else.
+#: For models that are not: that of the paper's models for faces, whose last timestep is noise and
+#: nothing else.
 UNTOLD = Noise(start=0.0015, end=0.0195, offset=0.0)
 
 

@@ -117,7 +117,7 @@ def test_a_machine_that_is_too_small_is_a_failure_in_a_sentence(
     free, available, words, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    monkeypatch.setattr(full_size, "available_bytes", lambda: available)
+    monkeypatch.setattr(full_size, "available_bytes", lambda swap: available)
 
     row = full_size.measured_row(SYSTEMS["rdm-768"], tmp_path, engines=False)
 
@@ -154,9 +154,9 @@ def test_a_narrow_model_goes_from_checkpoint_to_engines_and_its_row_is_kept(tmp_
 
 
 ROW = {
-    "name": "bsr_sr",
+    "name": "vq-f4",
     "failure": None,
-    "family": "ldm-bsr-sr",
+    "family": "ldm-vq-f4",
     "checkpoint_bytes": 675_800_000,
     "export": {"seconds": 61.2, "peak_bytes": 1_234_000_000},
     "bundle_bytes": 345_000_000,
@@ -181,7 +181,7 @@ def test_the_report_has_the_last_row_of_every_model_in_the_order_of_the_table():
 
     assert before.startswith("| celeba256 |")
     assert line == (
-        "| bsr_sr | ldm-bsr-sr | 168.9 M | 61 s | 1.23 GB | 0.34 GB | 3.0e-06 | 2.0e-03 | 482 MiB "
+        "| vq-f4 | ldm-vq-f4 | 168.9 M | 61 s | 1.23 GB | 0.34 GB | 3.0e-06 | 2.0e-03 | 482 MiB "
         "| 59 dB | yes | 2 in 12 s, 2.0 GB |"
     )
 
@@ -199,7 +199,7 @@ def test_the_memory_of_decoding_is_that_of_first_stages_alone():
 
     *_, line = report([ROW | {"decode_bytes": None, "fp16_at_size": of_all}])
 
-    assert "| 2.0e-03 |  | 59 dB" in line
+    assert "| 2.0e-03 | – | 59 dB" in line
 
 
 def test_the_report_says_what_failed_and_why():
@@ -217,8 +217,8 @@ def test_the_report_says_what_failed_and_why():
     assert "20 dB, FAILED | NO | none |" in lines[2]
     assert lines[3:] == [
         "",
-        "bsr_sr: golden outputs: golden/0 image 0 psnr",
-        "bsr_sr: no engine of the unet: no kernel",
+        "vq-f4: golden outputs: golden/0 image 0 psnr",
+        "vq-f4: no engine of the unet: no kernel",
         "kl-f4: the export ended with 1: error: no",
     ]
 

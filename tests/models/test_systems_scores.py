@@ -59,6 +59,7 @@ def test_bicubic_pictures_gain_nothing_over_bicubic_ones():
     found = scores.scores(judge_all("super-resolution", questions, plain))
 
     assert found["gain"] == pytest.approx(0)
+    assert found["mean_gain"] == pytest.approx(0)
     assert 18 < found["psnr"] < 32
 
 

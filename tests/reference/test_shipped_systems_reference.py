@@ -19,9 +19,11 @@ from diffusers import (
 from PIL import Image
 from transformers import BertTokenizer
 
+import scenes
 from ldm_export import export
 from ldm_runtime import Generator
 from systems.catalog import SYSTEMS
+from systems.scores import drawing_of, shrink
 from tests.reference.bert_twin import load_bert
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.first_stage_twin import load_first_stage
@@ -110,8 +112,9 @@ def test_a_scene_is_enlarged_as_diffusers_enlarges_it(tmp_path):
     unet = load_unet_2d(SYSTEMS[name].unet, below(state, "model.diffusion_model."))
     first_stage = unscaled(first_stage_of(name, state))
     pipeline = LDMSuperResolutionPipeline(first_stage, unet, scheduler_of(name))
-    sheet = Image.open(ROOT / "docs/demo.png").convert("RGB").crop((0, 0, 256, 256))
-    small = sheet.resize((32, 32), Image.Resampling.BOX)
+    drawn = scenes.random_scenes(np.random.default_rng(SEED), held_out=True)
+    rows = [np.hstack([drawing_of(next(drawn)) for _ in range(2)]) for _ in range(2)]
+    small = Image.fromarray(shrink(np.vstack(rows)))  # the pipeline takes no less than 32x32
     expected = twins_pictures(pipeline, small, generator=generators(1)[0])
 
     with opened(name, tmp_path) as generator:

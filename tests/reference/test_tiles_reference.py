@@ -49,7 +49,7 @@ def autoencoder():
 def test_a_large_picture_in_tiles_is_within_45_db_of_the_whole(autoencoder):
     spec, encoder, decoder = autoencoder
     counting = FakeEngine(decoder.run)
-    original = large_scene(SIDE, background="gray", gradient=False)
+    original = large_scene(SIDE, "gray", gradient=False)
     latents = encode_image(encoder, original[None], spec)
 
     (whole,) = decode_latents(decoder, latents, spec)

@@ -18,13 +18,13 @@ def machine(tmp_path, monkeypatch):
     """Sets what the system says of its memory: kB, and the limit of a group of processes."""
     meminfo, cgroup = tmp_path / "meminfo", tmp_path / "memory.max"
     monkeypatch.setattr(host_memory, "_MEMINFO", meminfo)
-    monkeypatch.setattr(host_memory, "_CGROUP", cgroup)
+    monkeypatch.setattr(host_memory, "_GROUP_LIMIT", cgroup)
 
     def say(available=None, swap=0, limit=None):
         if available is not None:
             meminfo.write_text(
                 f"MemTotal:  99 kB\nMemAvailable:  {available} kB\nSwapFree: {swap} kB\n"
-                "HugePages_Total:  0\n"
+                "HugePages_Total:  0\nno colon\nNothing:\n"
             )
         if limit is not None:
             cgroup.write_text(f"{limit}\n")
@@ -41,12 +41,26 @@ def machine(tmp_path, monkeypatch):
         ({"available": 1000, "limit": "max"}, 1_024_000),
         ({"available": 1000, "limit": 900_000}, 900_000),
         ({"available": 1000, "limit": 2_000_000}, 1_024_000),
+        ({"available": 1000, "swap": 500, "limit": 900_000}, 900_000 + 512_000),
+        ({"limit": 900_000}, float("inf")),  # no meminfo: not Linux
     ],
 )
 def test_what_is_free_is_what_the_system_says_within_the_groups_limit(machine, said, bytes_free):
     machine(**said)
 
     assert host_memory.available_bytes() == bytes_free
+
+
+def test_swap_counts_only_if_asked_for(machine):
+    machine(available=1000, swap=500)
+
+    assert host_memory.available_bytes(swap=False) == 1_024_000
+
+
+def test_a_system_that_does_not_say_what_is_available_refuses_nothing(machine):
+    host_memory._MEMINFO.write_text("MemTotal: 99 kB\nMemFree: 1 kB\n")
+
+    assert host_memory.available_bytes() == float("inf")
 
 
 def lengths(**axes):
@@ -97,25 +111,69 @@ def test_fixed_heads_and_attention_beside_the_middle_count():
     assert features == 4 * 2 * 32 * 256**2
 
 
+def test_attention_in_the_middle_alone_counts():
+    unet = replace(UNET, transformer_depth=(0, 0, 0), middle_depth=1, num_heads=8)
+
+    found = host_memory.least_bytes("unet", replace(SPEC, unet=unet), lengths(height=64, width=64))
+
+    assert found == 4 * 2 * 8 * 16**4
+
+
 def test_a_run_that_fits_is_let_through_and_a_larger_one_refused(machine):
     machine(available=GIGABYTE // 1024)
-    side = 60  # (60 * 60)^2 * 8 bytes of scores in the decoder
-    assert host_memory.least_bytes("vae_decoder", SPEC, lengths(height=side, width=side)) < GIGABYTE
+    small, large = lengths(height=60, width=60), lengths(height=254, width=127)
 
-    host_memory.check_memory("vae_decoder", SPEC, lengths(height=side, width=side))
+    taken = host_memory.check_memory("vae_decoder", SPEC, small)
+
+    assert taken == 4 * 2 * 60**4
     with pytest.raises(
         BackendError,
-        match=r"vae_decoder takes at least 33\.3 GB for 2 x 1016x1016 pixels, but 1\.0 GB of "
-        r"memory are free; .* \(tile_size\)",
+        match=r"vae_decoder takes at least 8\.3 GB for 2 times 508x1016 pixels, but there are "
+        r"1\.0 GB for it; ask for fewer or smaller images, or for tiles \(tile_size\)",
     ):
-        host_memory.check_memory("vae_decoder", SPEC, lengths(height=254, width=254))
+        host_memory.check_memory("vae_decoder", SPEC, large)
 
 
-def test_a_picture_that_cannot_fit_is_refused_and_a_small_one_drawn_afterwards(
-    tiny_bundle, machine
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("unet", SPEC),
+        ("vae_encoder", SPEC),
+        ("vae_decoder", replace(SPEC, task="super-resolution")),
+    ],
+)
+def test_tiles_are_offered_only_where_there_are_any(name, spec, machine):
+    machine(available=1000)
+    axes = {"height": 256, "width": 256, "image_height": 1024, "image_width": 1024}
+
+    with pytest.raises(BackendError) as caught:
+        host_memory.check_memory(name, spec, lengths(**axes))
+
+    assert str(caught.value).endswith("ask for fewer or smaller images")
+
+
+def test_what_an_engine_holds_already_need_not_be_free_again(machine):
+    machine(available=GIGABYTE // 1024)
+    size = lengths(height=60, width=60)
+    held = host_memory.check_memory("vae_decoder", SPEC, size)
+    machine(available=1000)
+
+    assert host_memory.check_memory("vae_decoder", SPEC, size, held) == held
+    with pytest.raises(BackendError):
+        host_memory.check_memory("vae_decoder", SPEC, size)
+
+
+def test_a_picture_that_cannot_fit_is_refused_and_one_that_did_is_drawn_again(
+    tiny_bundle, machine, monkeypatch
 ):
-    machine(available=300_000)
+    monkeypatch.setattr(host_memory, "_NEGLIGIBLE_BYTES", 1000)
     with Generator(tiny_bundle, backend="onnxruntime") as generator:
-        with pytest.raises(BackendError, match=r"at least .* GB for .* pixels, but 0\.3 GB"):
-            generator.decode(np.zeros((1, 4, 1024, 1024), dtype=np.float32))
-        assert generator.decode(np.zeros((1, 4, 8, 8), dtype=np.float32))[0].size == (16, 16)
+        latents = np.zeros((1, generator.spec.autoencoder.embed_dim, 8, 8), dtype=np.float32)
+        machine(available=300_000)
+        (first,) = generator.decode(latents)
+        machine(available=0)
+        (again,) = generator.decode(latents)
+        with pytest.raises(BackendError, match=r"GB for 32x16 pixels, but there are 0\.0 GB"):
+            generator.decode(np.repeat(latents, 2, axis=3))
+
+    assert first.tobytes() == again.tobytes()

@@ -81,7 +81,8 @@ class System:
         begins_with: Another of the same UNet, whose averaged weights this one goes on from.
         noise: What it learns to remove.
         cycles: Its training steps, and their learning rates.
-        layout_steps: Those in which high noise weighs more.
+        layout_steps: Ranges of steps in which high noise weighs more, where it is decided what goes
+            where; also after a restart, if that is what lacks.
         optimizer: Muon is for the matrices inside the UNet; AdamW takes the rest, or all.
         guidance_scale: Of the pictures by which it is watched and examined.
     """
@@ -206,8 +207,14 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     Cycle(start=3500, end=5000, learning_rate=2e-3),
                     Cycle(start=5000, end=8000, learning_rate=2e-3),
                     Cycle(start=8000, end=12_000, learning_rate=2e-3),
+                    Cycle(start=12_000, end=16_000, learning_rate=2e-3),
                 ),
-                layout_steps=(range(500), range(5000, 7000), range(8000, 10_500)),
+                layout_steps=(
+                    range(500),
+                    range(5000, 7000),
+                    range(8000, 10_500),
+                    range(12_000, 14_000),
+                ),
             ),
         )
     }
