@@ -11,9 +11,10 @@ from cycles import Cycle
 from first_stage import NUM_CHECKED, load_data, load_latents
 from ldm_export.networks.unet import UNet
 from ldm_runtime.manifest import UNetSpec
+from noises import TOLD
 from text import load_text_encoder, load_tokens
 from trainer import Trainer
-from velocity import TOLD, velocity_loss
+from velocity import velocity_loss
 
 #: The lowest level has 4x4 pixels: seen from there, left and right of a scene are neighbours.
 UNET = UNetSpec(

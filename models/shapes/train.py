@@ -18,9 +18,10 @@ from checkpoint_writer import compvis_state, schedule_buffers, write_checkpoint,
 from diffusion import UNET, train_diffusion
 from first_stage import AUTOENCODER, load_latents, train_autoencoder, under
 from ldm_export.claims import ema_name
+from noises import TOLD
 from text import TEXT_ENCODER, load_text_encoder, train_text
 from trainer import HERE, WORK
-from velocity import TOLD
+from velocity import alphas_cumprod
 
 
 def pack() -> None:
@@ -36,7 +37,7 @@ def pack() -> None:
         diffusion["model"],
         diffusion["ema"],
     )
-    state |= schedule_buffers(TOLD.alphas_cumprod)
+    state |= schedule_buffers(alphas_cumprod(TOLD))
     state["scale_factor"] = torch.tensor(scale)
     write_checkpoint(HERE / "shapes.ckpt", state, diffusion["step"])
     write_config(

@@ -6,14 +6,14 @@ anything about x0; one of v says it at once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000
+from noises import NUM_TRAIN_TIMESTEPS, Noise
+
 #: A timestep's loss, in terms of x0, is weighted by its signal-to-noise ratio within these bounds.
 #: The upper one is that of Hang et al. 2023 (arXiv:2303.09556). The lower one gives high noise,
 #: where it is decided what goes where, a voice: its share in the loss is tiny otherwise. It is
@@ -25,49 +25,18 @@ LAYOUT_FLOOR, WEIGHT_FLOOR, WEIGHT_CEILING = 0.5, 0.15, 5.0
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Noise:
-    """The noise that a UNet learns to remove.
-
-    Attributes:
-        start: First beta; betas are linear in their square root.
-        end: Last beta.
-        offset: Spread of what all of a channel's noise has in common. Sampling begins without: the
-            mean of what it begins with is near that of gray backgrounds, which a model that
-            nobody tells the background then draws too often.
-    """
-
-    start: float
-    end: float
-    offset: float
-
-    @property
-    def schedule(self) -> tuple[float, float, int]:
-        """What a configuration says of it: first beta, last beta, number of timesteps."""
-        return self.start, self.end, NUM_TRAIN_TIMESTEPS
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """The schedule, (T,) float64."""
-        roots = torch.linspace(
-            self.start**0.5, self.end**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64
-        )
-        return torch.cumprod(1 - roots.square(), dim=0)
-
-
-#: For models that are told the background: that of Stable Diffusion, and an offset. Even the last
-#: timestep's mean gives the background away, which the offset hides, so that what says the
-#: background is listened to.
-TOLD = Noise(start=0.00085, end=0.012, offset=0.15)
-#: For models that are not: that of the paper's models for faces, whose last timestep is noise and
-#: nothing else.
-UNTOLD = Noise(start=0.0015, end=0.0195, offset=0.0)
-
-
 @cache
 def alphas_of(noise: Noise) -> Tensor:
     """Return `alphas_cumprod` (T,) float32."""
-    return noise.alphas_cumprod.float()
+    return alphas_cumprod(noise).float()
+
+
+def alphas_cumprod(noise: Noise) -> Tensor:
+    """Return a schedule, (T,) float64."""
+    roots = torch.linspace(
+        noise.start**0.5, noise.end**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64
+    )
+    return torch.cumprod(1 - roots.square(), dim=0)
 
 
 def velocity_loss(predict: Predict, clean: Tensor, noise: Noise, *, layout: bool) -> Tensor:

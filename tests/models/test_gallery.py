@@ -1,8 +1,11 @@
 """The gallery: what is given can be looked at and given again, and its page is valid."""
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -102,3 +105,20 @@ def test_the_page_has_a_command_and_python_for_every_task():
 
     assert len(sections) == len(BLOCKS) == 9
     assert all("```python" in section and "ldm generate" in section for section in sections)
+
+
+@pytest.mark.parametrize("module", ["gallery", "systems.exam", "evaluate"])
+def test_what_draws_does_not_load_torch(module):
+    shapes = Path(gallery.__file__).parent
+    paths = [shapes, shapes.parents[1] / "benchmarks", shapes.parents[1]]
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr

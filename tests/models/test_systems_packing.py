@@ -14,6 +14,7 @@ from systems.packing import MOST_BYTES, config_of
 from systems.training import SystemModel
 from systems.unpacking import unpack
 from systems.vq import Autoencoder, halves_of
+from velocity import alphas_cumprod
 
 ALL = list(SYSTEMS.values())
 NAMES = list(SYSTEMS)
@@ -27,7 +28,7 @@ def write_untrained(folder, system):
         conditioner = BertTextEncoder(system.encoder).state_dict()
     first_stage = halves_of(Autoencoder(system.first_stage.spec))
     state = averaged_state(first_stage, conditioner, model.unet.state_dict())
-    state |= schedule_buffers(system.noise.alphas_cumprod)
+    state |= schedule_buffers(alphas_cumprod(system.noise))
     state["scale_factor"] = torch.tensor(0.625)
     path = folder / f"{system.name}.ckpt"
     write_checkpoint(path, state, 7)

@@ -8,6 +8,7 @@ import torch
 
 import scenes
 import velocity
+from noises import NUM_TRAIN_TIMESTEPS
 from systems import boxes, conditions, corpus, training, words
 from systems.catalog import BERT, LAYOUT, SYSTEMS
 from systems.holes import random_hole
@@ -197,11 +198,11 @@ def test_while_layout_is_learned_three_quarters_of_the_timesteps_are_noisy():
     early = velocity.random_timesteps(20_000, layout=True)
     later = velocity.random_timesteps(20_000, layout=False)
 
-    half = velocity.NUM_TRAIN_TIMESTEPS // 2
+    half = NUM_TRAIN_TIMESTEPS // 2
     assert (early >= half).float().mean() == pytest.approx(0.75, abs=0.02)
     assert (later >= half).float().mean() == pytest.approx(0.5, abs=0.02)
     assert early.min() >= 0
-    assert early.max() < velocity.NUM_TRAIN_TIMESTEPS
+    assert early.max() < NUM_TRAIN_TIMESTEPS
 
 
 def test_guidance_goes_beyond_the_difference_of_two_predictions():

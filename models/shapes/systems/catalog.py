@@ -13,9 +13,9 @@ from ldm_runtime.manifest import (
     TextEncoderSpec,
     UNetSpec,
 )
+from noises import TOLD, UNTOLD, Noise
 from systems.labels import NUM_CLASSES, NUM_LABELS
 from systems.recipes import WITH_ATTENTION, WITHOUT_ATTENTION, Recipe
-from velocity import TOLD, UNTOLD, Noise
 
 MUON_RATE = 3e-3
 CONTEXT_DIM = 64

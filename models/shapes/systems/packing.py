@@ -13,6 +13,7 @@ from systems.training import trained_parts
 from systems.vq import halves_of, load_first_stage
 from systems.words import load_words
 from trainer import HERE
+from velocity import alphas_cumprod
 
 #: Bytes that a checkpoint may have, so that all of them can come along.
 MOST_BYTES = 12_000_000
@@ -30,7 +31,7 @@ def pack(system: System) -> int:
         conditioner = load().state_dict()
     first_stage = load_first_stage(system.first_stage)
     state = averaged_state(halves_of(first_stage), conditioner, unet)
-    state |= schedule_buffers(system.noise.alphas_cumprod)
+    state |= schedule_buffers(alphas_cumprod(system.noise))
     state["scale_factor"] = torch.tensor(load_scale(system.first_stage))
     path = HERE / f"{system.name}.ckpt"
     write_checkpoint(path, state, step)

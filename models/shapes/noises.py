@@ -1,0 +1,36 @@
+"""The noise that UNets here learn to remove. Without torch: those who draw read it, too."""
+
+from dataclasses import dataclass
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The noise that a UNet learns to remove.
+
+    Attributes:
+        start: First beta; betas are linear in their square root.
+        end: Last beta.
+        offset: Spread of what all of a channel's noise has in common. Sampling begins without: the
+            mean of what it begins with is near that of gray backgrounds, which a model that
+            nobody tells the background then draws too often.
+    """
+
+    start: float
+    end: float
+    offset: float
+
+    @property
+    def schedule(self) -> tuple[float, float, int]:
+        """What a configuration says of it: first beta, last beta, number of timesteps."""
+        return self.start, self.end, NUM_TRAIN_TIMESTEPS
+
+
+#: For models that are told the background: that of Stable Diffusion, and an offset. Even the last
+#: timestep's mean gives the background away, which the offset hides, so that what says the
+#: background is listened to.
+TOLD = Noise(start=0.00085, end=0.012, offset=0.15)
+#: For models that are not: that of the paper's models for faces, whose last timestep is noise and
+#: nothing else.
+UNTOLD = Noise(start=0.0015, end=0.0195, offset=0.0)
