@@ -24,9 +24,10 @@ gallery: .venv/demo.stamp
 	.venv/bin/python models/shapes/gallery.py
 
 # A worker a core, and a thread a worker: most tests are too small to share, exports do not scale.
+# In the order of the files: else those of few tests come last, and few tests are slow ones.
 test: .venv/test.stamp
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet" --numprocesses=auto --dist=loadfile \
-		--cov=ldm_runtime --cov-fail-under=95
+		--no-loadscope-reorder --cov=ldm_runtime --cov-fail-under=95
 	scripts/test_wheel.sh
 
 check: .venv/test.stamp

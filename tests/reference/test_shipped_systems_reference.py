@@ -112,8 +112,8 @@ def test_a_scene_is_enlarged_as_diffusers_enlarges_it(tmp_path):
     unet = load_unet_2d(SYSTEMS[name].unet, below(state, "model.diffusion_model."))
     first_stage = unscaled(first_stage_of(name, state))
     pipeline = LDMSuperResolutionPipeline(first_stage, unet, scheduler_of(name))
-    drawn = scenes.random_scenes(np.random.default_rng(SEED), held_out=True)
-    rows = [np.hstack([drawing_of(next(drawn)) for _ in range(2)]) for _ in range(2)]
+    four = scenes.random_scenes(np.random.default_rng(SEED), held_out=True)
+    rows = [np.hstack([drawing_of(next(four)) for _ in range(2)]) for _ in range(2)]
     small = Image.fromarray(shrink(np.vstack(rows)))  # the pipeline takes no less than 32x32
     expected = twins_pictures(pipeline, small, generator=generators(1)[0])
 
