@@ -61,11 +61,16 @@ def decode_bytes(bundle: Path, manifest: Manifest) -> int:
     shape = (1, spec.autoencoder.embed_dim, height, width)
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     with Generator(bundle, backend="onnxruntime") as generator:
-        generator.decode(latents[..., :1, :1])  # loads the decoder
-        give_back_memory()  # or what loading has freed would be used again and not be seen
-        before = forget_peak()
-        generator.decode(latents)
-        return peak_bytes() - before
+        return bytes_of_decoding(generator, latents)
+
+
+def bytes_of_decoding(generator: Generator, latents: Array, tile_size: int = 0) -> int:
+    """Return what `Generator.decode` takes of latents beyond the loaded decoder."""
+    generator.decode(latents[..., :1, :1])  # loads the decoder
+    give_back_memory()  # or what loading has freed would be used again and not be seen
+    before = forget_peak()
+    generator.decode(latents, tile_size=tile_size)
+    return peak_bytes() - before
 
 
 def golden(bundle: Path) -> dict[str, Any]:

@@ -11,15 +11,15 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.memory import give_back_memory
+from full_size_probe import bytes_of_decoding
 from ldm_runtime import Generator, LdmError
 from ldm_runtime.backends.host_memory import least_bytes
-from measure import forget_peak, peak_bytes
+from ldm_runtime.measures import psnr
 from rows import ROOT, machine
 from runs import shapes_bundle
 
@@ -56,8 +56,10 @@ def table(generator: Generator) -> Iterator[str]:
     yield "|---" * (1 + len(_TILES)) + "|"
     for name, picture in pictures(_SIDE):
         latents = generator.encode(picture)
-        (whole,) = generator.decode(latents)
-        tiled = [generator.decode(latents, tile_size=factor * tile)[0] for tile in _TILES]
+        whole, *tiled = (
+            np.asarray(generator.decode(latents, tile_size=factor * tile)[0])
+            for tile in (0, *_TILES)
+        )
         yield " | ".join((f"| {name}", *(f"{psnr(each, whole):.1f} dB" for each in tiled))) + " |"
 
 
@@ -66,11 +68,7 @@ def memory(generator: Generator) -> str:
     spec = generator.spec
     shape = (1, spec.autoencoder.embed_dim, _LARGE, _LARGE)
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    generator.decode(latents[..., :1, :1])  # loads the decoder
-    give_back_memory()
-    before = forget_peak()
-    generator.decode(latents, tile_size=spec.autoencoder.factor * _SMALL_TILE)
-    taken = peak_bytes() - before
+    taken = bytes_of_decoding(generator, latents, spec.autoencoder.factor * _SMALL_TILE)
     axes = {"batch": 1, "height": _LARGE, "width": _LARGE}
     side = _LARGE * spec.autoencoder.factor
     return (
@@ -114,12 +112,6 @@ def _tiled(side: int, drawn: "Iterator[scenes.Scene]") -> UInt8Array:
     ]
     picture: UInt8Array = np.rint(np.vstack(rows) * 255).astype(np.uint8)
     return picture
-
-
-def psnr(picture: Any, truth: Any) -> float:  # noqa: ANN401  (whatever NumPy makes an array of)
-    """Return how near a picture is to another, in dB, both from 0 to 255."""
-    difference = np.asarray(picture, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
-    return float(10 * np.log10(255**2 / np.square(difference).mean()))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,13 @@ class UNetSpec:
         """Channels of what is laid behind the latents and conditions them pixel by pixel."""
         return self.in_channels - self.out_channels
 
+    def heads_over(self, channels: int) -> int:
+        """Return how many heads attention over `channels` has."""
+        if self.num_heads is not None:
+            return self.num_heads
+        assert self.num_head_channels is not None, "a spec fixes one of the two"
+        return channels // self.num_head_channels
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSpec:

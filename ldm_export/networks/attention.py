@@ -99,7 +99,7 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(_GROUPS, channels, eps=1e-6)
         self.proj_in = _projection(channels, linear=self.linear)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, spec.context_dim, num_heads(spec, channels))
+            TransformerBlock(channels, spec.context_dim, spec.heads_over(channels))
             for _ in range(depth)
         )
         self.proj_out = _projection(channels, linear=self.linear)
@@ -126,7 +126,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, spec: UNetSpec, channels: int) -> None:
         super().__init__()
-        self.num_heads = num_heads(spec, channels)
+        self.num_heads = spec.heads_over(channels)
         self.norm = nn.GroupNorm(_GROUPS, channels, eps=1e-5)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
@@ -138,14 +138,6 @@ class AttentionBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value).mT.flatten(1, 2)
         mixed = torch.unflatten(mixed, 2, hidden.shape[2:])
         return hidden + _pointwise(self.proj_out, mixed)
-
-
-def num_heads(spec: UNetSpec, channels: int) -> int:
-    """Return how many heads attention over `channels` has."""
-    if spec.num_heads is not None:
-        return spec.num_heads
-    assert spec.num_head_channels is not None  # a spec fixes one of the two
-    return channels // spec.num_head_channels
 
 
 def _projection(channels: int, *, linear: bool) -> nn.Module:

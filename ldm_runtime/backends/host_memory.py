@@ -49,7 +49,7 @@ def least_bytes(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> int:
     """Return the bytes of the largest tensor of one run, in float32: a part of what the run takes.
 
     That is either all features of the first level or one attention's scores, of every pixel with
-    every other. Of the UNet and the autoencoder; 0 of networks whose inputs have a bounded size.
+    every other. Of the UNet and the autoencoder; 0 of the others, which take little.
     """
     if name == "unet" and spec.unet is not None:
         values = _unet_values(spec.unet, lengths["height"], lengths["width"])
@@ -109,8 +109,7 @@ def _unet_values(spec: UNetSpec, height: int, width: int) -> Iterator[int]:
     depths = [*spec.transformer_depth[:-1], spec.transformer_depth[-1] or spec.middle_depth]
     for level, (mult, depth) in enumerate(zip(spec.channel_mult, depths, strict=True)):
         if depth:
-            channels = mult * spec.model_channels
-            heads = spec.num_heads or channels // (spec.num_head_channels or channels)
+            heads = spec.heads_over(mult * spec.model_channels)
             yield heads * ((height >> level) * (width >> level)) ** 2
 
 

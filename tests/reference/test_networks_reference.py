@@ -10,17 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_vae_checkpoint,
-    create_vae_diffusers_config_from_ldm,
-    update_vae_attentions_ldm_to_diffusers,
-)
 
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.unet import UNet
 from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
+from tests.reference.first_stage_twin import load_first_stage
 from tests.reference.twins import (
     compvis_config,
     load_autoencoder,
@@ -222,7 +217,7 @@ def test_autoencoder_agrees_where_the_epsilons_decide():
 def test_autoencoder_attends_on_the_levels_where_diffusers_does():
     spec = replace(AUTOENCODER, attention_levels=(1, 2))
     encoder, decoder = randomised(LatentEncoder(spec)), randomised(LatentDecoder(spec), seed=1)
-    theirs = load_attending_autoencoder(spec, encoder, decoder)
+    theirs = load_first_stage(spec, checkpoint_of("", encoder, decoder))
     image, latents = torch.rand(2, 3, 40, 24) * 2 - 1, torch.randn(2, 4, 10, 6)
 
     moments, decoded = encoder(image), decoder(latents)
@@ -230,46 +225,6 @@ def test_autoencoder_attends_on_the_levels_where_diffusers_does():
     expected_moments = theirs.encode(image).latent_dist.parameters
     assert relative_error(moments, expected_moments) <= TOLERANCE
     assert relative_error(decoded, theirs.decode(latents).sample) <= TOLERANCE
-
-
-def load_attending_autoencoder(spec, encoder, decoder):
-    """Return diffusers' twin with attention on levels, which its loader leaves to the reader."""
-    state = checkpoint_of("first_stage_model.", encoder, decoder)
-    config = create_vae_diffusers_config_from_ldm(compvis_config(UNET, spec), state)
-    levels = len(spec.channel_mult)
-    attends = [level in spec.attention_levels for level in range(levels)]
-    config["down_block_types"] = [
-        ("Attn" if each else "") + "DownEncoderBlock2D" for each in attends
-    ]
-    config["up_block_types"] = [
-        ("Attn" if each else "") + "UpDecoderBlock2D" for each in attends[::-1]
-    ]
-    attention = {
-        name.removeprefix("first_stage_model."): value
-        for name, value in state.items()
-        if ".attn." in name
-    }
-    for name in attention:
-        del state[f"first_stage_model.{name}"]
-    converted = convert_ldm_vae_checkpoint(state, config)
-    for level in range(levels):
-        for old, new in (
-            (f"encoder.down.{level}", f"encoder.down_blocks.{level}"),
-            (f"decoder.up.{level}", f"decoder.up_blocks.{levels - 1 - level}"),
-        ):
-            update_vae_attentions_ldm_to_diffusers(
-                [name for name in attention if name.startswith(f"{old}.")],
-                converted,
-                attention,
-                {"old": f"{old}.attn", "new": f"{new}.attentions"},
-            )
-    squeezed = {
-        name: value[:, :, 0, 0] if ".attentions." in name and value.ndim == 4 else value
-        for name, value in converted.items()
-    }
-    twin = AutoencoderKL.from_config(config)
-    twin.load_state_dict(squeezed, strict=True)
-    return twin.eval()
 
 
 @pytest.mark.parametrize("length", [77, 5])

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import BertTokenizer
 
 import scenes
+from first_stage import under
 from ldm_export import export
 from ldm_runtime import Generator
 from systems.catalog import SYSTEMS
@@ -55,16 +56,10 @@ def weights_of(name):
     return {key: value.float() for key, value in state.items()}
 
 
-def below(state, prefix):
-    return {
-        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
-    }
-
-
 def first_stage_of(name, state):
     return load_first_stage(
         SYSTEMS[name].first_stage.spec,
-        below(state, "first_stage_model."),
+        under("first_stage_model.", state),
         scaling_factor=float(state["scale_factor"]),
     )
 
@@ -98,7 +93,7 @@ def drawn(generator, **fields):
 
 def test_scenes_out_of_nothing_are_those_of_diffusers(tmp_path):
     name, state = "unconditional", weights_of("unconditional")
-    unet = load_unet_2d(SYSTEMS[name].unet, below(state, "model.diffusion_model."))
+    unet = load_unet_2d(SYSTEMS[name].unet, under("model.diffusion_model.", state))
     unet.register_to_config(sample_size=16)
     pipeline = LDMPipeline(first_stage_of(name, state), unet, scheduler_of(name))
     expected = twins_pictures(pipeline, batch_size=2, generator=generators(2))
@@ -109,7 +104,7 @@ def test_scenes_out_of_nothing_are_those_of_diffusers(tmp_path):
 
 def test_a_scene_is_enlarged_as_diffusers_enlarges_it(tmp_path):
     name, state = "super_resolution", weights_of("super_resolution")
-    unet = load_unet_2d(SYSTEMS[name].unet, below(state, "model.diffusion_model."))
+    unet = load_unet_2d(SYSTEMS[name].unet, under("model.diffusion_model.", state))
     first_stage = unscaled(first_stage_of(name, state))
     pipeline = LDMSuperResolutionPipeline(first_stage, unet, scheduler_of(name))
     four = scenes.random_scenes(np.random.default_rng(SEED), held_out=True)
@@ -127,7 +122,7 @@ def test_a_caption_is_drawn_as_diffusers_draws_it(tmp_path):
     first_stage = first_stage_of(name, state)
     pipeline = LDMTextToImagePipeline(
         first_stage,
-        load_bert(system.encoder, below(state, "cond_stage_model.")),
+        load_bert(system.encoder, under("cond_stage_model.", state)),
         BertTokenizer(str(VOCABULARY)),
         load_unet(state, compvis_config(system.unet, system.first_stage.spec)),
         scheduler_of(name),
