@@ -20,8 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rows import ROOT, as_line, commit, machine
-from watched_export import ask, run_apart
+from measuring.rows import ROOT, as_line, commit, machine
+from measuring.watched_export import ask, run_apart
 
 RESULTS = Path(__file__).parent / "results/engines_full_size.jsonl"
 #: What the README promises: all engines one after the other, and the largest process.
@@ -51,8 +51,8 @@ class Build:
 
 def options(arguments: argparse.Namespace) -> Any:  # noqa: ANN401  (ours, but imported late)
     """Return which engines to build."""
-    from ldm_runtime.engine_profiles import SizeRange
-    from ldm_runtime.engine_recipes import EngineOptions
+    from ldm_runtime.engines.profiles import SizeRange
+    from ldm_runtime.engines.recipes import EngineOptions
 
     return EngineOptions(
         builder="tensorrt_rtx",
@@ -63,8 +63,8 @@ def options(arguments: argparse.Namespace) -> Any:  # noqa: ANN401  (ours, but i
 
 def build_one(arguments: argparse.Namespace) -> None:
     """Build engine number `--one` and write its plan below `--out`: the measured process."""
-    from ldm_runtime.engine_recipes import choose_toolchain
-    from ldm_runtime.engine_store import write_engine
+    from ldm_runtime.engines.recipes import choose_toolchain
+    from ldm_runtime.engines.store import write_engine
 
     wanted = options(arguments)
     toolchain = choose_toolchain(wanted)
@@ -77,9 +77,9 @@ def build_one(arguments: argparse.Namespace) -> None:
 
 def recipes(arguments: argparse.Namespace) -> list[Any]:
     """Return what there is to build."""
-    from ldm_runtime.engine_recipes import choose_toolchain, make_recipes
-    from ldm_runtime.engine_store import component_files
-    from ldm_runtime.manifest import load_manifest
+    from ldm_runtime.bundle.manifest import load_manifest
+    from ldm_runtime.engines.recipes import choose_toolchain, make_recipes
+    from ldm_runtime.engines.store import component_files
 
     manifest = load_manifest(arguments.bundle)
     wanted = options(arguments)

@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from released_systems import System
-from rows import ROOT, as_line, commit, machine
-from watched_export import Measurement, measure_export, run_apart, stage_seconds
+from measuring.rows import ROOT, as_line, commit, machine
+from measuring.watched_export import Measurement, measure_export, run_apart, stage_seconds
+from released.released_systems import System
 
 if TYPE_CHECKING:
-    from ldm_runtime.manifest import Manifest
+    from ldm_runtime.bundle.manifest import Manifest
 
 __all__ = ["stable_diffusion_1", "stage_seconds", "tiny", "write_checkpoint"]
 
@@ -33,7 +33,7 @@ MAX_SECONDS, MAX_BYTES = 300.0, 8_000_000_000
 
 def stable_diffusion_1() -> System:
     """Return the hyperparameters of Stable Diffusion 1.5."""
-    from ldm_runtime.manifest import AutoencoderSpec, TextEncoderSpec, UNetSpec
+    from ldm_runtime.specs.model import AutoencoderSpec, TextEncoderSpec, UNetSpec
 
     return System(
         name="stable-diffusion-1.5",
@@ -104,7 +104,7 @@ def write_checkpoint(path: Path, system: System, *, half: bool) -> None:
         system: Its networks.
         half: Whether weights are fp16; the schedule is fp32 either way.
     """
-    import random_checkpoints
+    from released import random_checkpoints
 
     random_checkpoints.write_checkpoint(path, system, half=half)
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from ldm_runtime.manifest import load_manifest
+    from ldm_runtime.bundle.manifest import load_manifest
 
     model = tiny(stable_diffusion_1()) if args.tiny else stable_diffusion_1()
     checkpoint, out = folder / "random.ckpt", folder / "engines"

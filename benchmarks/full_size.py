@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines_full_size import measure_bundle
-from full_size_report import report
 from ldm_runtime.backends.host_memory import available_bytes
 from ldm_runtime.errors import LdmError
-from narrow_systems import narrowed
-from released_systems import SYSTEMS, System
-from rows import as_line, commit, machine
-from watched_export import ask, measure_export, run_apart
+from measuring.rows import as_line, commit, machine
+from measuring.watched_export import ask, measure_export, run_apart
+from released.full_size_report import report
+from released.narrow_systems import narrowed
+from released.released_systems import SYSTEMS, System
 
 if TYPE_CHECKING:
-    from ldm_runtime.manifest import Manifest
+    from ldm_runtime.bundle.manifest import Manifest
 
 RESULTS = Path(__file__).parent / "results/full_size.jsonl"
-_PROBE = Path(__file__).parent / "full_size_probe.py"
+_PROBE = Path(__file__).parent / "released/full_size_probe.py"
 #: For every weight: of disk, a checkpoint in fp32, a bundle in fp16, a plan and what building it
 #: takes; of memory, what writing a checkpoint and exporting its largest network take.
 _DISK_A_WEIGHT, _MEMORY_A_WEIGHT = 10, 6
@@ -94,7 +94,7 @@ def row_key(system: System) -> str:
     A change of code that changes bundles raises the recipe, see `ldm_export.source`.
     """
     from ldm_export.source import RECIPE, versions
-    from ldm_runtime.manifest import SCHEMA_VERSION
+    from ldm_runtime.bundle.manifest import SCHEMA_VERSION
 
     facts = [RECIPE, SCHEMA_VERSION, versions(), asdict(system)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -146,13 +146,13 @@ def measured_row(system: System, folder: Path | None, *, engines: bool) -> Row:
 
 def write_checkpoint(path: Path, system: System) -> None:
     """Write a random checkpoint; it loads torch, so do it in another process."""
-    import random_checkpoints
+    from released import random_checkpoints
 
     random_checkpoints.write_checkpoint(path, system)
 
 
 def _measure(system: System, place: Path, *, engines: bool) -> Row:
-    from ldm_runtime.manifest import load_manifest
+    from ldm_runtime.bundle.manifest import load_manifest
 
     checkpoint, bundle = place / "random.ckpt", place / "engines"
     print("  writing a random checkpoint", file=sys.stderr, flush=True)

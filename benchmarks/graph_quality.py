@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ldm_runtime.manifest import ModelSpec
+    from ldm_runtime.specs.model import ModelSpec
 
 _FLOATS = frozenset({"FLOAT", "HALF"})
 _HEAVY = frozenset({"CONVOLUTION", "MATRIX_MULTIPLY"})
@@ -63,7 +63,7 @@ def count_layers(graph: Path) -> GraphCounts:
     Raises:
         RuntimeError: It cannot be parsed.
     """
-    from ldm_runtime.tensorrt_library import import_builder, library_logger, take_errors
+    from ldm_runtime.engines.library import import_builder, library_logger, take_errors
 
     module = import_builder("tensorrt_rtx")
     logger = library_logger(module)
@@ -96,7 +96,7 @@ def _computes_in(layer: Any) -> str:  # noqa: ANN401  (a class of the vendor's)
 @contextmanager
 def written_as(opset: int, *, fused: bool) -> Iterator[None]:
     """Make `ldm_export` write another opset, and UNets with attention as one operator."""
-    from ldm_export import onnx_export
+    from ldm_export.graphs import onnx_export
     from ldm_export.networks.attention import Attention
 
     exporter, attention = _anything(onnx_export), _anything(Attention)
@@ -134,10 +134,11 @@ def _multi_head_attention(self: "torch.nn.Module", hidden: "Tensor", context: "T
 
 def write_unet(checkpoint: Path, folder: Path) -> "ModelSpec":
     """Write the graphs of a checkpoint's UNet and return what the checkpoint is."""
-    from ldm_export.checkpoint import open_checkpoint
-    from ldm_export.families import Overrides, detect
+    from ldm_export.checkpoint.checkpoint import open_checkpoint
+    from ldm_export.detection.detect import detect
+    from ldm_export.detection.overrides import Overrides
+    from ldm_export.graphs.onnx_export import write_graphs
     from ldm_export.networks.loading import load_network
-    from ldm_export.onnx_export import write_graphs
 
     with open_checkpoint(checkpoint) as opened:
         overrides = Overrides(height=512, width=512)
@@ -152,9 +153,9 @@ def write_unet(checkpoint: Path, folder: Path) -> "ModelSpec":
 
 def build_seconds(graph: Path, spec: "ModelSpec", plan: Path) -> float:
     """Build a graph for sm89 at default sizes and return the time it took."""
-    from ldm_runtime.engine_build import build_plan
-    from ldm_runtime.engine_profiles import SizeRange
-    from ldm_runtime.engine_recipes import (
+    from ldm_runtime.engines.build import build_plan
+    from ldm_runtime.engines.profiles import SizeRange
+    from ldm_runtime.engines.recipes import (
         ComponentFiles,
         EngineOptions,
         choose_toolchain,

@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ldm_runtime import GenerationRequest, Generator, LdmError
-from ldm_runtime.resolution import resolve, sigmas_of
-from opened import add_generator_arguments, generator_row, open_generator
-from rows import as_line
-from runs import PROMPT
+from ldm_runtime.requests.resolution import resolve, sigmas_of
+from measuring.opened import add_generator_arguments, generator_row, open_generator
+from measuring.rows import as_line
+from measuring.runs import PROMPT
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rows import ROOT, Row, as_line, commit, machine
+from measuring.rows import ROOT, Row, as_line, commit, machine
 
 if TYPE_CHECKING:
-    from ceilings import Ceilings
-    from runs import Subject
+    from measuring.ceilings import Ceilings
+    from measuring.runs import Subject
 
 _REPETITIONS = 10
 _COLUMNS = f"{'':<32}{'first call':>28}{'steady state':>28}{'of matmul':>12}{'of copy':>9}"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
     args = build_parser().parse_args(argv)
     try:
-        from ldm_runtime import LdmError  # here, so that a missing package gets a sentence
+        from ldm_runtime import LdmError
     except ModuleNotFoundError as error:
         print(
             f"error: the package {error.name!r} is not installed; "
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ceilings import measure_apart
-    from runs import as_rows, find, open_subject, runnable_backends
+    from measuring.ceilings import measure_apart
+    from measuring.runs import as_rows, find, open_subject, runnable_backends
 
     started = time.monotonic()
     height, width = args.size or (None, None)
@@ -126,7 +126,7 @@ def heading(subject: "Subject", ceilings: "Ceilings", reasons: Sequence[str]) ->
 
 def table(rows: Sequence[Row], subject: "Subject", ceilings: "Ceilings") -> list[str]:
     """Return the lines of one backend's table."""
-    from runs import shares
+    from measuring.runs import shares
 
     steady = {row.name: row for row in rows if row.settings["state"] == "steady"}
     first = {row.name: row for row in rows if row.settings["state"] == "first"}

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from full_size_probe import bytes_of_decoding
 from ldm_runtime import Generator, LdmError
 from ldm_runtime.backends.host_memory import least_bytes
-from ldm_runtime.measures import psnr
-from rows import ROOT, machine
-from runs import shapes_bundle
+from ldm_runtime.diagnostics.measures import psnr
+from measuring.rows import machine
+from measuring.runs import shapes_bundle
+from released.full_size_probe import bytes_of_decoding
 
 if TYPE_CHECKING:
-    import scenes
+    from models.shapes.data import scenes
 
 _SIDE = 8  # scenes a side of a large picture
 _TILES = (32, 64, 96)  # latent pixels
@@ -98,13 +98,13 @@ def large_scene(side: int, background: str, *, gradient: bool) -> UInt8Array:
 
 
 def _drawn() -> "Iterator[scenes.Scene]":
-    import scenes
+    from models.shapes.data import scenes
 
     return scenes.random_scenes(np.random.default_rng(3), held_out=True)
 
 
 def _tiled(side: int, drawn: "Iterator[scenes.Scene]") -> UInt8Array:
-    import scenes
+    from models.shapes.data import scenes
 
     rows = [
         np.hstack([scenes.render(each) for each in itertools.islice(drawn, side)])
@@ -115,5 +115,4 @@ def _tiled(side: int, drawn: "Iterator[scenes.Scene]") -> UInt8Array:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(ROOT / "models/shapes"))
     sys.exit(main())

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ldm_export.families import Overrides
+    from ldm_export.detection.overrides import Overrides
     from ldm_export.progress import Progress
-    from ldm_runtime.engine_recipes import EngineOptions
-    from ldm_runtime.manifest import Manifest, WeightsDType
+    from ldm_runtime.bundle.manifest import Manifest, WeightsDType
+    from ldm_runtime.engines.recipes import EngineOptions
 
 __all__ = ["export"]
 
@@ -40,9 +40,10 @@ def export(  # noqa: PLR0913  (the flags of the command that are not facts)
             be written; see `ldm_export.errors`.
         OSError: The system refused to read or write: the disk is full, say.
     """
-    from ldm_export.bundle import ExportOptions, export_bundle  # torch is imported here
-    from ldm_export.families import Overrides
-    from ldm_runtime.engine_recipes import EngineOptions
+    from ldm_export.bundle import export_bundle
+    from ldm_export.detection.overrides import Overrides
+    from ldm_export.source import ExportOptions
+    from ldm_runtime.engines.recipes import EngineOptions
 
     options = ExportOptions(
         checkpoint=Path(ckpt),

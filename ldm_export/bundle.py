@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from ldm_export.checkpoint import Checkpoint, open_checkpoint
+from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ldm_export.engine_stages import engine_stages, planned_engines
 from ldm_export.errors import CheckpointError
 from ldm_export.memory import give_back_memory
@@ -13,14 +13,10 @@ from ldm_export.progress import Progress, Silent
 from ldm_export.source import ExportOptions, Source, open_source, versions
 from ldm_export.stages import make_stages
 from ldm_export.workspace import Stage, StageRecord, Workspace
-from ldm_runtime.engines import ENGINES_FOLDER
-from ldm_runtime.manifest import (
-    SCHEMA_VERSION,
-    BuildRecord,
-    Manifest,
-    components_of,
-    sha256_of,
-)
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import SCHEMA_VERSION, BuildRecord, Manifest
+from ldm_runtime.engines.records import ENGINES_FOLDER
+from ldm_runtime.specs.model import components_of
 
 __all__ = ["ExportOptions", "export_bundle", "plan_export"]
 

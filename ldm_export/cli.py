@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from ldm_runtime.cli_engines import add_engine_arguments, engine_options
+from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
 from ldm_runtime.errors import LdmError
 
 
@@ -94,13 +94,14 @@ def _missing(error: ImportError) -> str:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ldm_export.checkpoint import open_checkpoint
+    from ldm_export.checkpoint.checkpoint import open_checkpoint
 
     with open_checkpoint(args.ckpt):  # a file that cannot be read is reported before torch loads
         pass
-    from ldm_export.bundle import ExportOptions, export_bundle, plan_export
-    from ldm_export.families import Overrides
+    from ldm_export.bundle import export_bundle, plan_export
+    from ldm_export.detection.overrides import Overrides
     from ldm_export.progress import Bar, Lines
+    from ldm_export.source import ExportOptions
 
     options = ExportOptions(
         checkpoint=args.ckpt,

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from ldm_export.progress import Progress
 from ldm_export.workspace import Stage, StageRecord
-from ldm_runtime.engine_profiles import SizeRange
-from ldm_runtime.engine_recipes import ComponentFiles, Toolchain, make_recipes
-from ldm_runtime.engine_store import component_files, engine_stage, write_engine
-from ldm_runtime.engines import EngineRecipe, engine_key
-from ldm_runtime.manifest import ComponentRecord, ModelSpec, components_of
+from ldm_runtime.bundle.manifest import ComponentRecord
+from ldm_runtime.engines.profiles import SizeRange
+from ldm_runtime.engines.recipes import ComponentFiles, Toolchain, make_recipes
+from ldm_runtime.engines.records import EngineRecipe, engine_key
+from ldm_runtime.engines.store import component_files, engine_stage, write_engine
+from ldm_runtime.specs.model import ModelSpec, components_of
 
 
 def engine_stages(

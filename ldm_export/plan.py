@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ldm_runtime.manifest import ModelSpec, WeightsDType
-from ldm_runtime.tasks import task_record
+from ldm_runtime.bundle.manifest import WeightsDType
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import task_record
 
 # Fitted to exports of the shapes model and of Stable Diffusion 1.5 on a 2-core machine
 # (benchmarks/export_full_size.py). Tracing costs much the same for a small network as for a large.

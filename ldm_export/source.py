@@ -12,12 +12,15 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 
-from ldm_export.checkpoint import Checkpoint, LazyTensor
-from ldm_export.compvis_config import config_beside, read_config
+from ldm_export.checkpoint.checkpoint import Checkpoint, LazyTensor
+from ldm_export.detection.compvis_config import config_beside, read_config
+from ldm_export.detection.detect import Detection, detect
+from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
-from ldm_export.families import Detection, Overrides, detect
-from ldm_runtime.engine_recipes import EngineOptions, Toolchain, choose_toolchain
-from ldm_runtime.manifest import ModelSpec, WeightsDType, components_of, sha256_of
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import WeightsDType
+from ldm_runtime.engines.recipes import EngineOptions, Toolchain, choose_toolchain
+from ldm_runtime.specs.model import ModelSpec, components_of
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -9,20 +9,21 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ldm_export.golden import golden_folders, write_golden
-from ldm_export.golden_inputs import golden_requests
+from ldm_export.golden.outputs import golden_folders, write_golden
+from ldm_export.golden.preview import PAIRS_FILE, fit_preview, write_pairs
+from ldm_export.golden.requests import golden_requests
+from ldm_export.graphs.onnx_export import WEIGHTS_FILE, round_stored, sample_inputs, write_graphs
+from ldm_export.graphs.parity import Sample, measure
+from ldm_export.graphs.precision import FP32_ISLANDS
+from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import load_network
-from ldm_export.onnx_export import WEIGHTS_FILE, round_stored, sample_inputs, write_graphs
-from ldm_export.parity import Sample, measure
-from ldm_export.precision import FP32_ISLANDS
-from ldm_export.preview import PAIRS_FILE, fit_preview, write_pairs
-from ldm_export.reference import TorchEngine
 from ldm_export.source import Source
 from ldm_export.workspace import Stage
-from ldm_runtime.backends import Tensors
-from ldm_runtime.manifest import ComponentRecord, ModelSpec, PreviewRecord, components_of
-from ldm_runtime.request import GenerationRequest, request_to_json
+from ldm_runtime.backends.contract import Tensors
+from ldm_runtime.bundle.manifest import ComponentRecord, PreviewRecord
+from ldm_runtime.requests.request import GenerationRequest, request_to_json
+from ldm_runtime.specs.model import ModelSpec, components_of
 
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 #: Whose words each kind of text encoder knows.

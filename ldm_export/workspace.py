@@ -23,20 +23,19 @@ from typing import Literal
 import msgspec
 
 from ldm_export.errors import ExportError
-from ldm_runtime.durable import exchange_folders, lock_folder, sync, sync_folders, write_file
-from ldm_runtime.engine_store import engine_stage
-from ldm_runtime.engines import ENGINES_FOLDER, engine_key, load_engine_records
-from ldm_runtime.errors import BundleError, ManifestError
-from ldm_runtime.manifest import (
+from ldm_runtime.bundle.files import check_file, sha256_of
+from ldm_runtime.bundle.manifest import (
     MANIFEST_NAME,
     ComponentRecord,
     FileRecord,
     Manifest,
-    check_file,
     encode_manifest,
     load_manifest,
-    sha256_of,
 )
+from ldm_runtime.durable import exchange_folders, lock_folder, sync, sync_folders, write_file
+from ldm_runtime.engines.records import ENGINES_FOLDER, engine_key, load_engine_records
+from ldm_runtime.engines.store import engine_stage
+from ldm_runtime.errors import BundleError, ManifestError
 
 _STAGES, _BUNDLE, _OLD = "stages", "bundle", "old"
 

@@ -14,10 +14,11 @@ from ldm_runtime.errors import (
     RequestError,
     ShapeError,
 )
-from ldm_runtime.generator import Generator, Result
-from ldm_runtime.pictures import Picture
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.sampling import Step
+from ldm_runtime.generator import Generator
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.pipeline.results import Result
+from ldm_runtime.pipeline.sampling import Step
+from ldm_runtime.requests.request import GenerationRequest
 
 __all__ = [
     "BackendError",

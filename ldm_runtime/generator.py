@@ -1,8 +1,8 @@
 """Opens a bundle and turns requests into images: the sum of the other rooms.
 
 Every phase is a function of its own over anything with `run` (`conditioning.encode_conditioning`,
-`sampling.sample_latents`, `images.decode_latents`), so that one network at a time can be in memory
-and the reference images of an export come out of the very loop that draws the deployed ones.
+`pipeline.sampling.sample_latents`, `latents.codec.decode_latents`), so that one network at a time
+can be in memory and the golden images of an export come out of the same loop as the deployed ones.
 """
 
 import collections.abc
@@ -19,38 +19,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.backends import (
-    Engine,
-    EngineSource,
-    Runner,
-    RunOptions,
-    Shared,
-    checked_file,
-    choose_backend,
-    get_backend,
-)
-from ldm_runtime.batching import in_order, run_together
+from ldm_runtime.backends import choose_backend, get_backend
+from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, Shared
+from ldm_runtime.bundle.files import checked_file, sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, PreviewRecord, load_manifest
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
-from ldm_runtime.deadline import Deadline
-from ldm_runtime.drawing import Drawer, Drawing, Drawn, Pass, Timings, open_drawer
 from ldm_runtime.errors import BackendError, BundleError, RequestError
-from ldm_runtime.images import decode_latents, encode_image
-from ldm_runtime.manifest import (
-    MANIFEST_NAME,
-    ModelSpec,
-    PreviewRecord,
-    components_of,
-    load_manifest,
-    sha256_of,
-)
-from ldm_runtime.pictures import Picture
-from ldm_runtime.previews import preview_image
-from ldm_runtime.request import GenerationRequest, parse_request
-from ldm_runtime.resolution import resolve
-from ldm_runtime.results import Result
-from ldm_runtime.sampling import Step, batches, sample_latents
-from ldm_runtime.tasks import task_record
-from ldm_runtime.tokenizers import Tokenizer
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.latents.codec import decode_latents, encode_image
+from ldm_runtime.latents.previews import preview_image
+from ldm_runtime.pipeline.batching import in_order, run_together
+from ldm_runtime.pipeline.deadline import Deadline
+from ldm_runtime.pipeline.passes import Drawer, Drawing, Drawn, Pass, Timings, open_drawer
+from ldm_runtime.pipeline.results import Result
+from ldm_runtime.pipeline.sampling import Step, batches, sample_latents
+from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.model import ModelSpec, components_of
+from ldm_runtime.specs.tasks import task_record
+from ldm_runtime.text import Tokenizer
 
 __all__ = ["Generator", "Result"]
 

@@ -45,7 +45,7 @@ def shapes_bundle(tmp_path_factory):
 
     def make(folder):
         from ldm_export import export
-        from ldm_runtime.engine_recipes import EngineOptions
+        from ldm_runtime.engines.recipes import EngineOptions
 
         engines = EngineOptions(builder="tensorrt_rtx")
         export(SHAPES_CHECKPOINT, folder / "engines", engines=engines)
@@ -56,7 +56,7 @@ def shapes_bundle(tmp_path_factory):
 def _small_bundle(checkpoint, tmp_path_factory, weights_dtype):
     def make(folder):
         from ldm_export import export
-        from ldm_export.families import Overrides
+        from ldm_export.detection.overrides import Overrides
         from tests.export.small_checkpoint import SIZE
 
         overrides = Overrides(height=SIZE, width=SIZE)

@@ -1,9 +1,9 @@
 """The runtime's loop over any networks, without a bundle."""
 
-from ldm_runtime.drawing import open_drawer
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import resolve
-from ldm_runtime.sampling import sample_latents
+from ldm_runtime.pipeline.passes import open_drawer
+from ldm_runtime.pipeline.sampling import sample_latents
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve
 
 
 def drawn_by(networks, tokenizer, spec, **fields):

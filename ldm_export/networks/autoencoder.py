@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_export.networks.quantizer import Quantizer
-from ldm_runtime.manifest import AutoencoderSpec
+from ldm_runtime.specs.model import AutoencoderSpec
 
 _GROUPS = 32
 

@@ -16,7 +16,7 @@ from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.unet import UNet
-from ldm_runtime.manifest import ModelSpec
+from ldm_runtime.specs.model import ModelSpec
 
 _NAMED = 5  # how many tensors an error lists before it only counts
 
@@ -89,7 +89,7 @@ def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight])
     """Return the network of `component` in float32 with a checkpoint's weights.
 
     Args:
-        component: Name in `ldm_runtime.components.COMPONENTS`.
+        component: Name in `ldm_runtime.specs.components.COMPONENTS`.
         spec: What the checkpoint is.
         weights: The checkpoint's tensors by parameter name of the network.
 

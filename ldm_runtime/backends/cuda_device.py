@@ -2,7 +2,7 @@
 
 `Device` is what the TensorRT backend needs of a GPU, and what tests put a fake in place of;
 `CudaDevice` is that over `cuda.core`, as thin as can be. Whether there is a GPU at all is for
-`ldm_runtime.cuda_driver` to say, before anything here is made.
+`ldm_runtime.engines.gpu` to say, before anything here is made.
 """
 
 import ctypes

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ldm_runtime.errors import BackendError
-from ldm_runtime.manifest import AutoencoderSpec, ModelSpec, UNetSpec
-from ldm_runtime.tasks import task_record
+from ldm_runtime.specs.model import AutoencoderSpec, ModelSpec, UNetSpec
+from ldm_runtime.specs.tasks import task_record
 
 _FLOAT32_BYTES = 4
 _NEGLIGIBLE_BYTES = 100_000_000  # so much is always there, and looking takes time

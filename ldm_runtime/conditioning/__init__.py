@@ -13,9 +13,9 @@ from ldm_runtime.conditioning.pictures import encode_hole, encode_low_resolution
 from ldm_runtime.conditioning.retrieval import encode_embeddings
 from ldm_runtime.conditioning.semantic import encode_segmentation
 from ldm_runtime.conditioning.text import MAX_CHUNKS, encode_text, open_tokenizer
-from ldm_runtime.manifest import ModelSpec, Task
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.tokenizers import Tokenizer
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.specs.model import ModelSpec, Task
+from ldm_runtime.text import Tokenizer
 
 __all__ = [
     "KINDS",

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.backends import Runner
-from ldm_runtime.manifest import ModelSpec
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.tokenizers import Tokenizer
+from ldm_runtime.backends.contract import Runner
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.text import Tokenizer
 
 Float32Array = npt.NDArray[np.float32]
 #: Returns a network of the bundle by the name of its component.

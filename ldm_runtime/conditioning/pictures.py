@@ -3,12 +3,12 @@
 import numpy as np
 
 from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork
-from ldm_runtime.images import encode_pixels, to_float
-from ldm_runtime.init_image import init_image
-from ldm_runtime.manifest import ModelSpec
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.sizes import latent_size, padded_size
-from ldm_runtime.tokenizers import Tokenizer
+from ldm_runtime.latents.codec import encode_pixels, to_float
+from ldm_runtime.latents.init_image import init_image
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.sizes import latent_size, padded_size
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.text import Tokenizer
 
 
 def encode_low_resolution(

@@ -3,10 +3,10 @@
 import numpy as np
 
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
-from ldm_runtime.manifest import ModelSpec
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.sizes import padded_size
-from ldm_runtime.tokenizers import Tokenizer
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.sizes import padded_size
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.text import Tokenizer
 
 
 def encode_segmentation(

@@ -10,13 +10,13 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.backends import Runner
+from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.manifest import ModelSpec, TextEncoderSpec
-from ldm_runtime.prompts import Token, parse_prompt, split_chunks
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.tokenizers import ClipTokenizer, Tokenizer, WordPieceTokenizer
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.specs.model import ModelSpec, TextEncoderSpec
+from ldm_runtime.text import ClipTokenizer, Tokenizer, WordPieceTokenizer
+from ldm_runtime.text.prompts import Token, parse_prompt, split_chunks
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.components import TensorSignature
-from ldm_runtime.conditioning import open_tokenizer
-from ldm_runtime.drawing import Drawer, open_drawer
-from ldm_runtime.golden_requests import save_golden_request
-from ldm_runtime.images import decode_latents
-from ldm_runtime.manifest import (
+from ldm_runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     BuildRecord,
@@ -23,26 +18,23 @@ from ldm_runtime.manifest import (
     FileRecord,
     GraphRecord,
     Manifest,
-    ModelSpec,
     PreviewRecord,
-    Task,
-    axis_sizes,
-    components_of,
     encode_manifest,
 )
+from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.diagnostics.golden_requests import save_golden_request
+from ldm_runtime.latents.codec import decode_latents
+from ldm_runtime.latents.previews import explained_variance, preview_pixels
 from ldm_runtime.noise import TorchCpuGenerator
-from ldm_runtime.onnx_bytes import encode_model, pack_weights
-from ldm_runtime.previews import explained_variance, preview_pixels
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import resolve
-from ldm_runtime.sampling import sample_latents
+from ldm_runtime.pipeline.passes import Drawer, open_drawer
+from ldm_runtime.pipeline.sampling import sample_latents
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.components import TensorSignature
+from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of
 from ldm_runtime.testing.engine import FakeEngine, Function
-from ldm_runtime.testing.networks import (
-    Float32Array,
-    tiny_network,
-    tiny_networks,
-    tiny_weights,
-)
+from ldm_runtime.testing.networks import Float32Array, tiny_network, tiny_networks, tiny_weights
+from ldm_runtime.testing.onnx_bytes import encode_model, pack_weights
 from ldm_runtime.testing.requests import tiny_requests
 from ldm_runtime.testing.specs import MERGES, tiny_spec
 

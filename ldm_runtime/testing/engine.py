@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy.typing as npt
 
-from ldm_runtime.backends import BoundInputs, Runner, Tensors
+from ldm_runtime.backends.contract import BoundInputs, Runner, Tensors
 from ldm_runtime.errors import BackendError
 
 Function = Callable[[Tensors], dict[str, npt.NDArray[Any]]]

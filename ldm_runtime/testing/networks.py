@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.backends import Tensors
-from ldm_runtime.manifest import ModelSpec, Task, components_of
+from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.noise import TorchCpuGenerator
-from ldm_runtime.onnx_bytes import Node
+from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.testing.engine import Function
+from ldm_runtime.testing.onnx_bytes import Node
 from ldm_runtime.testing.specs import tiny_spec
 
 Float32Array = npt.NDArray[np.float32]

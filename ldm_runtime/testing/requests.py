@@ -6,8 +6,8 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.manifest import Task
-from ldm_runtime.request import GenerationRequest, parse_request
+from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.specs.model import Task
 
 _ROWS, _COLUMNS = np.mgrid[:16, :24]
 _PICTURE: npt.NDArray[np.uint8] = np.stack(

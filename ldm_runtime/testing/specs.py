@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_runtime.manifest import (
+from ldm_runtime.specs.model import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     ModelSpec,

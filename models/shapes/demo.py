@@ -16,12 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import detector
-import evaluate
-import judging
-import scenes
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
+from models.shapes.data import scenes
+from models.shapes.evaluation import detector, held_out, judging
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -97,11 +95,11 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> I
 
 def draw_sheet(bundle: Path, path: Path) -> judging.Tally:
     """Draw the prompts, print what the detector reads in each picture, and save the sheet."""
-    wanted = evaluate.held_out_scenes(COLUMNS * ROWS, SCENES_SEED)
+    wanted = held_out.held_out_scenes(COLUMNS * ROWS, SCENES_SEED)
     pictures, tally = [], judging.Tally()
     with Generator(bundle) as generator:
         for index, scene in enumerate(wanted):
-            pictures.append(evaluate.draw(generator, scene, NOISE_SEED + index, {}))
+            pictures.append(held_out.draw(generator, scene, NOISE_SEED + index, {}))
             reading = detector.read_picture(np.asarray(pictures[-1]))
             tally += judging.judge(scene, reading)
             print(f"{index + 1:2}  {scenes.caption(scene)}: {verdict(scene, reading)}", flush=True)

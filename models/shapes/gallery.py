@@ -20,14 +20,14 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image, ImageDraw
 
-import demo
-import scenes
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
-from ldm_runtime.manifest import Task
-from systems.catalog import SYSTEMS, System
-from systems.labels import box_of, class_colors, label_names, label_of, scene_map
-from systems.scores import Question, drawing_of, shrink
+from ldm_runtime.specs.model import Task
+from models.shapes import demo
+from models.shapes.catalog.systems import SYSTEMS, System
+from models.shapes.data import scenes
+from models.shapes.data.labels import box_of, class_colors, label_names, label_of, scene_map
+from models.shapes.evaluation.scores import Question, drawing_of, shrink
 
 HERE, ROOT = demo.HERE, demo.ROOT
 PICTURES, STEPS = 8, 50
@@ -101,7 +101,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 def write_inputs(folder: Path) -> None:
     """Write one input of every kind, of a scene that no system was trained on."""
-    from systems.exam import held_out_questions
+    from models.shapes.evaluation.systems import held_out_questions
 
     folder.mkdir(parents=True, exist_ok=True)
     (question,) = held_out_questions(SYSTEMS["inpainting"], 1, _SEED)
@@ -129,7 +129,7 @@ def draw_system(system: System, bundle: Path) -> Image.Image:
     Raises:
         LdmError: The bundle cannot draw it.
     """
-    from systems.exam import draw_all, held_out_questions
+    from models.shapes.evaluation.systems import draw_all, held_out_questions
 
     questions = held_out_questions(system, PICTURES, _SEED)
     with Generator(bundle) as generator:
@@ -167,6 +167,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Rows are written as the benchmarks write theirs.
-    sys.path.append(str(ROOT / "benchmarks"))
     sys.exit(main())

@@ -9,172 +9,26 @@ that was stopped goes on where it was; whoever changes a sampler starts with ano
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-import numpy as np
-import numpy.typing as npt
-
-import evaluate
-import exams
-import judging
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
-from ldm_runtime.manifest import MANIFEST_NAME, ModelSpec, sha256_of
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import resolve, sampler_of, sigmas_of
-from ldm_runtime.samplers import SAMPLERS
-from rows import ROOT, Row, as_line, commit, machine
+from measuring.rows import ROOT
+from models.shapes.evaluation.cells import Cell, append_cell, read_cells
+from models.shapes.evaluation.sweep_runs import (
+    MOST_CALLS,
+    STEPS,
+    bundle_hash,
+    count_calls,
+    plan,
+    run_sweep,
+    settings_of,
+)
 
 RESULTS = ROOT / "benchmarks/results/shapes_sweep.jsonl"
 CAPTIONS = 64
-#: Samplers for models that were distilled for them, which the bundle's need not be.
-FOR_OTHER_MODELS = frozenset({"lcm"})
-STEPS = (5, 8, 12, 16, 25, 50)
-#: Cells with more denoiser calls are left out unless `--steps` asks for them.
-MOST_CALLS = 60
-_SETTINGS = ("sampler", "num_inference_steps", "schedule", "eta", "guidance_scale")
 _STOPPED = 130  # what a shell reports of a program that Ctrl-C ended
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell(Row):
-    """One sampler with one number of steps, measured; `seconds` are those of each picture.
-
-    Attributes:
-        calls: Denoiser calls of a picture.
-        counts: What the pictures show of what was asked for.
-        distance: Fréchet distance between the pictures and renders of the same captions.
-        floor: The same for as many renders in place of the pictures: what perfect ones get.
-    """
-
-    calls: int
-    counts: judging.Tally
-    distance: float
-    floor: float
-
-    @property
-    def sampler(self) -> str:
-        """Name of the sampler."""
-        return str(self.settings["sampler"])
-
-    @property
-    def steps(self) -> int:
-        """Steps that were asked for."""
-        return int(self.settings["num_inference_steps"])
-
-
-def run_sweep(
-    generator: Generator, todo: Sequence[GenerationRequest], captions: int
-) -> Iterator[Cell]:
-    """Measure a cell for each request, in order, and yield it.
-
-    Raises:
-        LdmError: A cell cannot be drawn.
-    """
-    exam = exams.prepare_exam(captions)
-    evaluate.draw(generator, exam.wanted[0], evaluate.SEED, {"num_inference_steps": 1})  # warms up
-    for request in todo:
-        yield measure(generator, request, exam)
-
-
-def measure(generator: Generator, request: GenerationRequest, exam: exams.Exam) -> Cell:
-    """Draw and judge every caption as a resolved request says."""
-    fields = {name: getattr(request, name) for name in ("sampler", "num_inference_steps")}
-    pictures, seconds = evaluate.draw_all(generator, exam.wanted, fields)
-    return Cell(
-        name="shapes_sweep",
-        system=generator.backend,
-        commit=commit(),
-        bundle_sha256=bundle_hash(generator),
-        device=machine(),
-        settings=settings_of(request, len(exam.wanted)),
-        seconds=tuple(seconds),
-        calls=count_calls(request, generator.spec),
-        counts=judging.judge_all(exam.wanted, pictures),
-        distance=exams.distance_from(exam.reference, np.stack(pictures)),
-        floor=exam.floor,
-    )
-
-
-def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list[GenerationRequest]:
-    """Return a resolved request for each cell of the grid.
-
-    Args:
-        spec: The model.
-        samplers: Names; none is all there are.
-        steps: Numbers of steps; none is `STEPS` up to `MOST_CALLS`.
-
-    Raises:
-        RequestError: There is no such sampler, or it cannot take so many steps.
-    """
-    requests = [
-        resolve(
-            GenerationRequest(prompt="", sampler=sampler, num_inference_steps=count, seed=0), spec
-        )
-        for sampler in samplers or SAMPLERS
-        for count in steps or STEPS
-    ]
-    if steps:
-        return requests
-    return [request for request in requests if count_calls(request, spec) <= MOST_CALLS]
-
-
-def count_calls(request: GenerationRequest, spec: ModelSpec) -> int:
-    """Return how often a resolved request's sampler calls the denoiser for one picture.
-
-    Counted by running it over the request's sigmas, because first and last steps may differ.
-    """
-    calls = 0
-    nothing = np.zeros((1, 1, 1, 1), np.float32)
-
-    def denoise(latents: npt.NDArray[np.float32], _: float) -> npt.NDArray[np.float32]:
-        nonlocal calls
-        calls += 1
-        return latents
-
-    assert request.eta is not None, "the request is not resolved"
-    run = sampler_of(request).function
-    sigmas = sigmas_of(request, spec)
-    for _ in run(denoise, nothing, sigmas, eta=request.eta, draw=lambda *_: nothing):
-        pass
-    return calls
-
-
-def settings_of(request: GenerationRequest, captions: int) -> dict[str, str | int | float]:
-    """Return all that tells a cell of one bundle from the others."""
-    drawn = {name: getattr(request, name) for name in _SETTINGS}
-    return drawn | {"captions": captions, "layouts": exams.LAYOUTS, "seed": evaluate.SEED}
-
-
-def bundle_hash(generator: Generator) -> str:
-    """Return the hash of the manifest of an open bundle."""
-    return sha256_of(generator.bundle / MANIFEST_NAME)
-
-
-def read_cells(path: Path) -> list[Cell]:
-    """Return the cells of a results file, oldest first; none if there is no file.
-
-    Raises:
-        LdmError: A line is not a cell.
-    """
-    cells = []
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            cells.append(msgspec.json.decode(line, type=Cell))
-        except msgspec.MsgspecError as error:
-            raise LdmError(f"{path}:{number} is no cell of a sweep ({error}); remove it") from error
-    return cells
-
-
-def append_cell(path: Path, cell: Cell) -> None:
-    """Add a cell to a results file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(as_line(cell.as_dict()) + "\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -227,9 +81,9 @@ def main(argv: Sequence[str]) -> int:
         if args.sweep:
             _sweep(args)
         if args.report:
-            import quality  # which imports this module
+            from models.shapes.evaluation import quality_report
 
-            print(quality.write_report(args.results, args.docs))
+            print(quality_report.write_report(args.results, args.docs))
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

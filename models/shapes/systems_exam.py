@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
-from systems.catalog import SYSTEMS
+from models.shapes.catalog.systems import SYSTEMS
 
 _PICTURES, _STEPS = 200, 50
 
@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from systems import exam
+    from models.shapes.evaluation import systems as exam
 
     latest = {row.name: row for row in exam.read_rows(args.results or exam.RESULTS)}
     print("\n".join(map(exam.table, latest.values())))
 
 
 def _examine(args: argparse.Namespace) -> None:
-    from systems import exam
+    from models.shapes.evaluation import systems as exam
 
     with Generator(args.bundle, threads=args.threads) as generator:
         row, pictures = exam.examine(generator, SYSTEMS[args.system], args.pictures, args.steps)
@@ -71,6 +71,4 @@ def _examine(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # Rows are written as the benchmarks write theirs.
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     sys.exit(main())

@@ -13,15 +13,20 @@ import argparse
 
 import torch
 
-import scenes
-from checkpoint_writer import compvis_state, schedule_buffers, write_checkpoint, write_config
-from diffusion import UNET, train_diffusion
-from first_stage import AUTOENCODER, load_latents, train_autoencoder, under
-from ldm_export.claims import ema_name
-from noises import TOLD
-from text import TEXT_ENCODER, load_text_encoder, train_text
-from trainer import HERE, WORK
-from velocity import alphas_cumprod
+from ldm_export.detection.weight_assignment import ema_name
+from models.shapes.catalog.noise import TOLD
+from models.shapes.data import scenes
+from models.shapes.training.checkpoint_writer import (
+    compvis_state,
+    schedule_buffers,
+    write_checkpoint,
+)
+from models.shapes.training.clip_text import TEXT_ENCODER, load_text_encoder, train_text
+from models.shapes.training.config_writer import write_config
+from models.shapes.training.diffusion import UNET, train_diffusion
+from models.shapes.training.first_stage import AUTOENCODER, load_latents, train_autoencoder, under
+from models.shapes.training.trainer import HERE, WORK
+from models.shapes.training.velocity import alphas_cumprod
 
 
 def pack() -> None:

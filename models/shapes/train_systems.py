@@ -20,51 +20,51 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from systems.catalog import SYSTEMS, System
+from models.shapes.catalog.systems import SYSTEMS, System
 
 _FIRST_STAGES = ("vq", "vq_noattn")
 _CHECKED, _CHECKED_STEPS = 64, 25
 
 
 def _vq() -> None:
-    from systems.vq import train_vq
+    from models.shapes.training.vq import train_vq
 
     train_vq()
 
 
 def _vq_without_attention() -> None:
-    from systems.vq import train_vq_without_attention
+    from models.shapes.training.vq import train_vq_without_attention
 
     train_vq_without_attention()
 
 
 def _bert() -> None:
-    from systems.words import train_words
+    from models.shapes.training.bert_text import train_words
 
     train_words()
 
 
 def _layouts() -> None:
-    from systems.boxes import train_layouts
+    from models.shapes.training.layouts import train_layouts
 
     train_layouts()
 
 
 def _latents(system: System, _: argparse.Namespace) -> None:
-    from systems.corpus import load_corpus
+    from models.shapes.training.corpus import load_corpus
 
     corpus = load_corpus(system)
     print(f"{system.name}: {len(corpus.rows)} rows, latents times {corpus.scale:.4f}")
 
 
 def _train(system: System, _: argparse.Namespace) -> None:
-    from systems.training import train_system
+    from models.shapes.training.system import train_system
 
     train_system(system)
 
 
 def _check(system: System, args: argparse.Namespace) -> None:
-    from systems.training import check_system
+    from models.shapes.training.system import check_system
 
     if args.guidance_scale is not None:
         system = replace(system, guidance_scale=args.guidance_scale)
@@ -75,13 +75,13 @@ def _check(system: System, args: argparse.Namespace) -> None:
 
 
 def _pack(system: System, _: argparse.Namespace) -> None:
-    from systems.packing import pack
+    from models.shapes.training.packing import pack
 
     print(f"{system.name}: {pack(system):,} bytes")
 
 
 def _unpack(system: System, _: argparse.Namespace) -> None:
-    from systems.unpacking import unpack
+    from models.shapes.training.unpacking import unpack
 
     print(f"{system.name}: step {unpack(system)}")
 
@@ -102,7 +102,7 @@ _ACTIONS: Mapping[str, Callable[[System, argparse.Namespace], None]] = {
 
 
 def _check_first_stage(name: str) -> None:
-    from systems.vq import check_saved
+    from models.shapes.training.vq import check_saved
 
     rounded = {key: round(value, 4) for key, value in check_saved(name).items()}
     print(json.dumps({"first_stage": name} | rounded))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ldm_runtime.manifest import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from ldm_runtime.specs.model import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
 from tests.export.small_spec import SPEC
 
 VQ = replace(

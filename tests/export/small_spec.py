@@ -1,6 +1,6 @@
 """What the checkpoint of `small_checkpoint` is, without detecting it."""
 
-from ldm_runtime.manifest import ModelSpec, SamplingDefaults
+from ldm_runtime.specs.model import ModelSpec, SamplingDefaults
 from tests.export.small_checkpoint import (
     AUTOENCODER,
     SIZE,

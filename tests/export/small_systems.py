@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm_export.networks.loading import build_network
-from ldm_runtime.manifest import (
+from ldm_runtime.specs.model import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     ModelSpec,

@@ -9,19 +9,16 @@ import pytest
 import torch
 
 from ldm_export import export
-from ldm_export.bundle import ExportOptions, export_bundle, plan_export
+from ldm_export.bundle import export_bundle, plan_export
+from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import CheckpointError, ExportError, WeightsError
-from ldm_export.families import Overrides
-from ldm_export.preview import fit_preview
+from ldm_export.golden.preview import fit_preview
+from ldm_export.source import ExportOptions
+from ldm_runtime.bundle.files import check_file, sha256_of
+from ldm_runtime.bundle.manifest import SCHEMA_VERSION, load_manifest
+from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.errors import ManifestError
-from ldm_runtime.manifest import (
-    SCHEMA_VERSION,
-    check_file,
-    components_of,
-    load_manifest,
-    sha256_of,
-)
-from ldm_runtime.verify import verify
+from ldm_runtime.specs.model import components_of
 from tests.export.small_checkpoint import SIZE, random_networks, write_checkpoint
 
 OVERRIDES = Overrides(height=SIZE, width=SIZE)
@@ -241,7 +238,7 @@ def test_a_killed_export_goes_on_where_it_was(small_checkpoint_path, small_bundl
 
 @pytest.mark.slow
 def test_the_golden_outputs_of_components_are_torchs_own(small_bundle_fp16):
-    from ldm_export.reference import TorchEngine
+    from ldm_export.graphs.torch_engine import TorchEngine
 
     for name, network in vars(random_networks()).items():
         with np.load(small_bundle_fp16 / f"golden/components/{name}.npz") as file:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import ldm_export
 import ldm_runtime
-from ldm_export.checkpoint import open_checkpoint
+from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.errors import CheckpointError
 from ldm_runtime.errors import LdmError
 from tests.export import opcodes as op
@@ -273,7 +273,7 @@ def write_sparse_archive(path, num_tensors, tensor_bytes):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from ldm_export.checkpoint import open_checkpoint
+from ldm_export.checkpoint.checkpoint import open_checkpoint
 
 with open_checkpoint(Path(sys.argv[1])) as checkpoint:
     last = list(checkpoint.tensors.values())[-1].numpy()

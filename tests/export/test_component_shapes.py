@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from ldm_export.bert_shapes import read_bert
-from ldm_export.conditioner_shapes import read_channel_mapper, read_class_embedding
 from ldm_export.errors import WeightsError
-from ldm_export.first_stage_shapes import read_autoencoder
-from ldm_export.unet_shapes import read_unet
+from ldm_export.hyperparameters.autoencoder import read_autoencoder
+from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
+from ldm_export.hyperparameters.text_encoders import read_bert
+from ldm_export.hyperparameters.unet import read_unet
 from tests.export.ldm_layouts import CELEBA, CHURCHES, CIN256, INPAINTING, LAYOUT2IMG, SEMANTIC
 from tests.export.sd_layout import TINY, bert_shapes, first_stage_shapes, unet_shapes
 

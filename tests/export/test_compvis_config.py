@@ -1,8 +1,8 @@
 import pytest
 
-from ldm_export.compvis_config import ConfigFacts, config_facts, read_config
+from ldm_export.detection.compvis_config import ConfigFacts, config_facts, read_config
+from ldm_export.detection.detect import detect
 from ldm_export.errors import ExportError, WeightsError
-from ldm_export.families import detect
 from tests.export.sd_layout import SD1, TINY, checkpoint
 
 V1_INFERENCE = """

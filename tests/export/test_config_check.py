@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from ldm_export.compvis_config import config_facts
+from ldm_export.detection.compvis_config import config_facts
+from ldm_export.detection.detect import detect
+from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, WeightsError
-from ldm_export.families import Overrides, detect
 from tests.export.ldm_layouts import (
     BSR_SR,
     CELEBA,

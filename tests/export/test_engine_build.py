@@ -13,20 +13,23 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.graph_quality import count_layers
-from ldm_export.bundle import ExportOptions, export_bundle
-from ldm_export.families import Overrides
+from ldm_export.bundle import export_bundle
+from ldm_export.detection.overrides import Overrides
 from ldm_export.progress import Silent
+from ldm_export.source import ExportOptions
 from ldm_runtime import Generator
-from ldm_runtime.cuda_driver import find_gpu
-from ldm_runtime.engine_build import _attach_timing_cache, build_plan
-from ldm_runtime.engine_profiles import SizeRange
-from ldm_runtime.engine_recipes import TARGETS, EngineOptions, choose_toolchain, make_recipes
-from ldm_runtime.engine_store import add_engines, component_files
-from ldm_runtime.engines import EngineRecipe, ProfileRecord, load_engine_records
+from ldm_runtime.bundle.files import check_file
+from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.diagnostics.inspection import inspect, readable
+from ldm_runtime.engines.build import _attach_timing_cache, build_plan
+from ldm_runtime.engines.gpu import find_gpu
+from ldm_runtime.engines.library import import_builder, library_logger
+from ldm_runtime.engines.profiles import SizeRange
+from ldm_runtime.engines.recipes import TARGETS, EngineOptions, choose_toolchain, make_recipes
+from ldm_runtime.engines.records import EngineRecipe, ProfileRecord, load_engine_records
+from ldm_runtime.engines.store import add_engines, component_files
 from ldm_runtime.errors import EngineBuildError
-from ldm_runtime.inspection import inspect, readable
-from ldm_runtime.manifest import check_file, components_of, load_manifest
-from ldm_runtime.tensorrt_library import import_builder, library_logger
+from ldm_runtime.specs.model import components_of
 from tests.export.small_checkpoint import SIZE
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")

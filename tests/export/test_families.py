@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ldm_export.detection.detect import detect
+from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, WeightsError
-from ldm_export.families import Overrides, detect
-from ldm_export.unet_shapes import read_unet
+from ldm_export.hyperparameters.unet import read_unet
 from tests.export.sd_layout import (
     SD1,
     TINY,
@@ -439,7 +440,7 @@ def test_the_schedule_is_the_checkpoints_own():
 
 
 def test_detection_reads_no_weight_and_imports_nothing_heavy():
-    code = "import sys, ldm_export.families; print(*sys.modules)"
+    code = "import sys, ldm_export.detection.detect; print(*sys.modules)"
 
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

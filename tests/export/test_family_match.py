@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
+from ldm_export.detection.fingerprint import fingerprint
+from ldm_export.detection.match import match_family, recognise
 from ldm_export.errors import UnknownModelError
-from ldm_export.family_match import match_family, recognise
-from ldm_export.family_table import FAMILIES
-from ldm_export.fingerprint import fingerprint
+from ldm_export.families.table import FAMILIES
 from tests.export.sd_layout import SD1, TINY, FakeTensor, checkpoint
 
 CLIP = "cond_stage_model.transformer.text_model."

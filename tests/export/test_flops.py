@@ -5,11 +5,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import flops
-import random_checkpoints
 from ldm_export.networks.loading import build_network
-from narrow_systems import narrowed
-from released_systems import SYSTEMS
+from measuring import flops
+from released import random_checkpoints
+from released.narrow_systems import narrowed
+from released.released_systems import SYSTEMS
 
 COUNTED = ("text_encoder", "unet", "vae_decoder")
 IMAGES, ROWS, HEIGHT, WIDTH = 2, 4, 16, 32

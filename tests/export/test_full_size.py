@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import full_size
-import random_checkpoints
-from full_size_report import report
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.families import detect
-from narrow_systems import narrowed
-from released_systems import SYSTEMS
-from rows import ROOT
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.detection.detect import detect
+from measuring.rows import ROOT
+from released import random_checkpoints
+from released.full_size_report import report
+from released.narrow_systems import narrowed
+from released.released_systems import SYSTEMS
 
 HYPERPARAMETERS = ("task", "unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
 

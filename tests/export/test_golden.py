@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import random_checkpoints
-from ldm_export.golden import golden_folders, write_golden
-from ldm_export.golden_inputs import golden_requests
+from ldm_export.golden.outputs import golden_folders, write_golden
+from ldm_export.golden.requests import golden_requests
+from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import build_network
-from ldm_export.reference import TorchEngine
 from ldm_export.stages import vocabulary_of
-from ldm_runtime.golden_requests import load_golden_request
-from ldm_runtime.manifest import components_of
-from ldm_runtime.resolution import resolve
-from ldm_runtime.sizes import latent_size
-from ldm_runtime.tasks import can_guide, check_needs
-from released_systems import SYSTEMS
+from ldm_runtime.diagnostics.golden_requests import load_golden_request
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.sizes import latent_size
+from ldm_runtime.requests.task_checks import check_needs
+from ldm_runtime.specs.model import components_of
+from ldm_runtime.specs.tasks import can_guide
+from released import random_checkpoints
+from released.released_systems import SYSTEMS
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
 from tests.export.small_systems import SIZE, small_system

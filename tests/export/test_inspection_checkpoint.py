@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ldm_export.detection.inspection import inspect_checkpoint
 from ldm_export.errors import CheckpointError
-from ldm_export.inspection import inspect_checkpoint
 from tests.export.sd_layout import TINY, checkpoint, scaled_linear
 from tests.export.small_systems import small_system
 
@@ -183,7 +183,7 @@ def test_a_checkpoint_in_the_format_before_zip_is_an_error_and_not_something_els
 
 def test_inspecting_needs_no_torch(ckpt):
     code = (
-        "import pathlib, sys; from ldm_export.inspection import inspect_checkpoint;"
+        "import pathlib, sys; from ldm_export.detection.inspection import inspect_checkpoint;"
         "inspect_checkpoint(pathlib.Path(sys.argv[1])); print(*sys.modules)"
     )
 

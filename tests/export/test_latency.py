@@ -12,16 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import export_full_size
-import flops
 import latency
-import runs
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.families import Overrides, detect
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.detection.detect import detect
+from ldm_export.detection.overrides import Overrides
 from ldm_export.networks.loading import build_network, load_network
 from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.testing import TINY_SPEC, write_tiny_bundle
-from measure import Findings
-from rows import ROOT, Row, as_line
+from measuring import flops, runs
+from measuring.measure import Findings
+from measuring.rows import ROOT, Row, as_line
 from tests.export import small_checkpoint
 
 SMALL_SPEC = replace(

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 
+from ldm_export.detection.detect import detect
+from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
-from ldm_export.families import Overrides, detect
 from ldm_export.networks.loading import build_network
-from ldm_runtime.manifest import components_of
+from ldm_runtime.specs.model import components_of
 from tests.export.ldm_layouts import (
     BSR_SR,
     CELEBA,

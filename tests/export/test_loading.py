@@ -6,7 +6,7 @@ import torch
 
 from ldm_export.errors import WeightsError
 from ldm_export.networks.loading import build_network, load_network
-from ldm_runtime.manifest import components_of
+from ldm_runtime.specs.model import components_of
 from tests.export.paper_networks import CASES, FIRST_STAGE
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC

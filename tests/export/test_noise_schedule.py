@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from ldm_export.detection.noise_schedule import ScheduleFormula, read_schedule
 from ldm_export.errors import WeightsError
-from ldm_export.noise_schedule import ScheduleFormula, read_schedule
 from tests.export.sd_layout import scaled_linear, with_values
 
 FORMULA = ScheduleFormula(

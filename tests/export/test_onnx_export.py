@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from ldm_export.errors import ExportError
+from ldm_export.graphs.onnx_export import round_stored, sample_inputs, write_graphs
+from ldm_export.graphs.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, Sample, measure
+from ldm_export.graphs.precision import NORMALISATIONS
+from ldm_export.graphs.torch_engine import TorchEngine
+from ldm_export.graphs.weights_file import INLINE_BYTES
 from ldm_export.networks.loading import build_network, load_network
-from ldm_export.onnx_export import round_stored, sample_inputs, write_graphs
-from ldm_export.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, Sample, measure
-from ldm_export.precision import NORMALISATIONS
-from ldm_export.reference import TorchEngine
-from ldm_export.weights_file import INLINE_BYTES
-from ldm_runtime.manifest import components_of
-from ldm_runtime.verify import max_relative_error, relative_l2
+from ldm_runtime.diagnostics.measures import max_relative_error, relative_l2
+from ldm_runtime.specs.model import components_of
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
 

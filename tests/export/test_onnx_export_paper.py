@@ -9,12 +9,12 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from ldm_export.errors import ExportError
+from ldm_export.graphs.onnx_export import round_stored, sample_inputs, write_graphs
+from ldm_export.graphs.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, measure
+from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.quantizer import Quantizer
-from ldm_export.onnx_export import round_stored, sample_inputs, write_graphs
-from ldm_export.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, measure
-from ldm_export.reference import TorchEngine
-from ldm_runtime.manifest import components_of
-from ldm_runtime.measures import max_relative_error, relative_l2
+from ldm_runtime.diagnostics.measures import max_relative_error, relative_l2
+from ldm_runtime.specs.model import components_of
 from tests.export.paper_networks import CASES, CLASSES, FIRST_STAGE, LAYOUTS, SEMANTIC
 from tests.export.test_onnx_export import FILES, random_network, run, samples
 
@@ -78,7 +78,7 @@ def test_graphs_take_the_inputs_of_their_model(exported):
 
 def test_tensorrt_rtx_builds_an_engine(exported, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
-    from ldm_runtime.engine_build import build_plan
+    from ldm_runtime.engines.build import build_plan
 
     build_plan(exported.folder / "model.onnx", recipe_of(exported), tmp_path / "a.plan")
 
@@ -88,8 +88,8 @@ def test_tensorrt_rtx_builds_an_engine(exported, tmp_path):
 
 def recipe_of(exported):
     """An engine for the sizes of the samples, made by TensorRT-RTX for one GPU."""
-    from ldm_runtime.engines import EngineRecipe, ProfileRecord
-    from ldm_runtime.tensorrt_library import import_builder
+    from ldm_runtime.engines.library import import_builder
+    from ldm_runtime.engines.records import EngineRecipe, ProfileRecord
 
     (_, small), (_, large) = sample_inputs(exported.name, exported.spec)
     return EngineRecipe(

@@ -3,13 +3,13 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ldm_export.onnx_passes import (
+from ldm_export.graphs.passes import (
     AssignPrecision,
     LayOutWeights,
     ShareConstants,
     name_dynamic_axes,
 )
-from ldm_export.weights_file import store_weights
+from ldm_export.graphs.weights_file import store_weights
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
 CHAIN = """unet (float[2] x) => (float[2] y)

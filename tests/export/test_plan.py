@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from ldm_export.plan import make_plan
-from ldm_runtime.components import COMPONENTS
-from ldm_runtime.manifest import Assumption, components_of
+from ldm_runtime.specs.components import COMPONENTS
+from ldm_runtime.specs.model import Assumption, components_of
 from tests.export.small_spec import SPEC
 
 PARAMETERS = {"text_encoder": 123e6, "unet": 860e6, "vae_decoder": 50e6, "vae_encoder": 34e6}

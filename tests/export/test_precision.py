@@ -8,8 +8,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from ldm_export.onnx_passes import AssignPrecision
-from ldm_export.precision import FP32_ISLANDS, NORMALISATIONS, all_fp32, fp16_with_islands
+from ldm_export.graphs.passes import AssignPrecision
+from ldm_export.graphs.precision import FP32_ISLANDS, NORMALISATIONS, all_fp32, fp16_with_islands
 
 HEAD = '<ir_version: 10, opset_import: ["" : {opset}]>\n'
 FREQUENCIES = np.exp(-np.log(10_000) * np.arange(16) / 16).astype(np.float32)

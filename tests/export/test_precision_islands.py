@@ -11,10 +11,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
+from ldm_export.graphs.onnx_export import OPSET
+from ldm_export.graphs.passes import AssignPrecision
+from ldm_export.graphs.precision import all_fp32, fp16_with_islands
 from ldm_export.networks.attention import Attention
-from ldm_export.onnx_export import OPSET
-from ldm_export.onnx_passes import AssignPrecision
-from ldm_export.precision import all_fp32, fp16_with_islands
 
 HEAD = '<ir_version: 10, opset_import: ["" : 20]>\n'
 BATCH_NORM = """unet (float[1, 4, 64] x) => (float[1, 4, 64] y)

@@ -4,9 +4,10 @@ import logging
 import numpy as np
 import pytest
 
-from ldm_export.preview import draw_pictures, fit_preview, write_pairs
-from ldm_export.reference import TorchEngine
-from ldm_runtime.previews import explained_variance, preview_pixels
+from ldm_export.golden.pictures import draw_pictures
+from ldm_export.golden.preview import fit_preview, write_pairs
+from ldm_export.graphs.torch_engine import TorchEngine
+from ldm_runtime.latents.previews import explained_variance, preview_pixels
 from ldm_runtime.testing import FakeEngine
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC

@@ -9,23 +9,24 @@ from dataclasses import replace
 
 import pytest
 
-import random_checkpoints
-from ldm_export.bundle import ExportOptions, export_bundle, plan_export
-from ldm_export.families import Overrides
-from ldm_runtime.engine_profiles import SizeRange
-from ldm_runtime.engine_recipes import EngineOptions
-from ldm_runtime.engines import load_engine_records
-from ldm_runtime.manifest import (
+from ldm_export.bundle import export_bundle, plan_export
+from ldm_export.detection.overrides import Overrides
+from ldm_export.source import ExportOptions
+from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.diagnostics.verify import verify
+from ldm_runtime.engines.profiles import SizeRange
+from ldm_runtime.engines.recipes import EngineOptions
+from ldm_runtime.engines.records import load_engine_records
+from ldm_runtime.specs.model import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     RescalerSpec,
     TextEncoderSpec,
     UNetSpec,
     components_of,
-    load_manifest,
 )
-from ldm_runtime.verify import verify
-from released_systems import System
+from released import random_checkpoints
+from released.released_systems import System
 from tests.export.traces import Traces
 
 SIZE = 32

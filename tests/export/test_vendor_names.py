@@ -14,20 +14,23 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from ldm_runtime import cuda_driver, engine_recipes
-from ldm_runtime.backends import RunOptions, cuda_device, tensorrt_runtime
+from ldm_runtime.backends import cuda_device
+from ldm_runtime.backends.contract import RunOptions
+from ldm_runtime.backends.tensorrt import runtime as tensorrt_runtime
+from ldm_runtime.engines import gpu as cuda_driver
+from ldm_runtime.engines import recipes as engine_recipes
 
 trt = pytest.importorskip("tensorrt_rtx")
 core = pytest.importorskip("cuda.core")
 driver = pytest.importorskip("cuda.bindings.driver")
 graph = pytest.importorskip("cuda.core.graph")
 
-FOLDER = Path(inspect.getfile(cuda_driver)).parent
+FOLDER = Path(inspect.getfile(cuda_driver)).parents[1]
 
 #: What expressions of a file are: the vendor's modules, or instances of the vendor's classes.
 TABLES = {
-    "tensorrt_library.py": {"module": trt},
-    "engine_build.py": {
+    "engines/library.py": {"module": trt},
+    "engines/build.py": {
         "module": trt,
         "builder": trt.Builder,
         "network": trt.INetworkDefinition,
@@ -37,7 +40,7 @@ TABLES = {
         "profile": trt.IOptimizationProfile,
         "cache": trt.ITimingCache,
     },
-    "backends/tensorrt_runtime.py": {
+    "backends/tensorrt/runtime.py": {
         "self._library": trt,
         "library": trt,
         "self._runtime": trt.Runtime,
@@ -228,7 +231,7 @@ def test_every_name_and_argument_exists_in_the_installed_packages(name):
     ],
 )
 def test_a_misspelling_of_tensorrt_is_found(line, fault):
-    (found,) = uses_of(line, TABLES["backends/tensorrt_runtime.py"]).faults
+    (found,) = uses_of(line, TABLES["backends/tensorrt/runtime.py"]).faults
 
     assert fault in found
 

@@ -3,7 +3,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from ldm_export.weights_file import ALIGNMENT, INLINE_BYTES, store_weights
+from ldm_export.graphs.weights_file import ALIGNMENT, INLINE_BYTES, store_weights
 
 LARGE = np.linspace(-2, 2, 1500, dtype=np.float32)
 SECOND = np.arange(300, dtype=np.float32)

@@ -6,20 +6,19 @@ import pytest
 
 from ldm_export.errors import ExportError
 from ldm_export.workspace import Stage, Workspace, check_destination
-from ldm_runtime.components import COMPONENTS
-from ldm_runtime.durable import exchange_folders
-from ldm_runtime.errors import BundleError
-from ldm_runtime.manifest import (
+from ldm_runtime.bundle.files import check_file, sha256_of
+from ldm_runtime.bundle.manifest import (
     SCHEMA_VERSION,
     BuildRecord,
     ComponentRecord,
     FileRecord,
     Manifest,
-    check_file,
     encode_manifest,
     load_manifest,
-    sha256_of,
 )
+from ldm_runtime.durable import exchange_folders
+from ldm_runtime.errors import BundleError
+from ldm_runtime.specs.components import COMPONENTS
 from tests.export.small_spec import SPEC
 
 

@@ -6,8 +6,9 @@ parameters. Tracing takes most of the time that the export of a small network ta
 
 import onnx_ir as ir
 
-from ldm_export import bundle, onnx_export, stages
-from ldm_runtime.manifest import components_of
+from ldm_export import bundle, stages
+from ldm_export.graphs import onnx_export
+from ldm_runtime.specs.model import components_of
 
 _PARTS = {"vae_decoder": "autoencoder", "vae_encoder": "autoencoder"}
 

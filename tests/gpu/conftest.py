@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_runtime.cuda_driver import find_gpu
+from ldm_runtime.engines.gpu import find_gpu
 
 _HERE = Path(__file__).parent
 
@@ -28,8 +28,8 @@ def engine_bundle(small_bundle_fp16, tmp_path_factory):
 
 def build_engines(bundle, folder, **options):
     """Copy a bundle and build engines in it; skip the test where no builder runs."""
-    from ldm_runtime.engine_recipes import EngineOptions, choose_toolchain
-    from ldm_runtime.engine_store import add_engines
+    from ldm_runtime.engines.recipes import EngineOptions, choose_toolchain
+    from ldm_runtime.engines.store import add_engines
     from ldm_runtime.errors import EngineBuildError
 
     wanted = EngineOptions(**options)

@@ -8,13 +8,15 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from ldm_runtime import Generator
-from ldm_runtime.backends import EngineSource, RunOptions, choose_backend, get_backend
-from ldm_runtime.backends import onnxruntime_cuda as cuda
-from ldm_runtime.backends.onnxruntime_cuda import CudaOptions
-from ldm_runtime.backends.onnxruntime_providers import OrtBuffer
+from ldm_runtime.backends import choose_backend, get_backend
+from ldm_runtime.backends.contract import EngineSource, RunOptions
+from ldm_runtime.backends.onnxruntime import cuda
+from ldm_runtime.backends.onnxruntime.cuda import CudaOptions
+from ldm_runtime.backends.onnxruntime.providers import OrtBuffer
+from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.errors import BackendError
-from ldm_runtime.manifest import axis_sizes, load_manifest
-from ldm_runtime.verify import verify
+from ldm_runtime.specs.model import axis_sizes
 
 REASON = cuda.why_not(None)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]

@@ -1,7 +1,7 @@
 """A scene of three things and readings of pictures of it, for tests of what judges those."""
 
-import detector
-import scenes
+from models.shapes.data import scenes
+from models.shapes.evaluation import detector
 
 RED = scenes.Thing(kind="circle", color="red", size="large", x=16.0, y=20.0, radius=12.0)
 BLUE = scenes.Thing(kind="square", color="blue", size="small", x=48.0, y=20.0, radius=6.5)

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-import detector
-import evaluate
-import scenes
+from models.shapes.data import scenes
+from models.shapes.evaluation import detector, detector_check, held_out
 
 
 def one_thing(kind="circle", color="red", size="large", radius=12.0, x=30.25, y=34.5):
@@ -17,7 +16,7 @@ def picture_of(*things, background="white", gradient=False, noise=0.0, blurs=0):
         background=background,
         gradient=gradient,
     )
-    return evaluate.photograph(scene, np.random.default_rng(0), noise, blurs)
+    return detector_check.photograph(scene, np.random.default_rng(0), noise, blurs)
 
 
 @pytest.mark.parametrize("color", scenes.COLORS)
@@ -109,13 +108,13 @@ def test_pixels_that_touch_by_a_corner_only_are_apart():
     ("noise", "blurs", "goal"), [(0.0, 0, 0.99), (12.0, 0, 0.97), (12.0, 1, 0.97)]
 )
 def test_random_scenes_are_read_back_whole(noise, blurs, goal):
-    report = evaluate.evaluate_detector(100, seed=11, noise=noise, blurs=blurs)
+    report = detector_check.evaluate_detector(100, seed=11, noise=noise, blurs=blurs)
 
     assert report["right"] >= goal
 
 
 @pytest.mark.slow
 def test_two_thousand_clean_renders_are_read_back():
-    report = evaluate.evaluate_detector(2000, seed=evaluate.SEED)
+    report = detector_check.evaluate_detector(2000, seed=held_out.SEED)
 
-    assert report["right"] >= evaluate.DETECTOR_GOAL
+    assert report["right"] >= detector_check.DETECTOR_GOAL

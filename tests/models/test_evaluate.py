@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import demo
-import evaluate
-import scenes
 from ldm_runtime import Generator
 from ldm_runtime.testing import write_tiny_bundle
+from models.shapes import demo, evaluate
+from models.shapes.data import scenes
+from models.shapes.evaluation import held_out
 from tests.models.known_scene import BLUE, GREEN, RED, SCENE, moved, reading, recolored
 
 
@@ -27,7 +27,7 @@ def run_beside_the_demo(code, *args):
 
 
 def test_the_evaluated_captions_are_held_out_and_fixed_by_the_seed():
-    first, again = evaluate.held_out_scenes(6, seed=5), evaluate.held_out_scenes(6, seed=5)
+    first, again = held_out.held_out_scenes(6, seed=5), held_out.held_out_scenes(6, seed=5)
 
     assert first == again
     assert all(scenes.is_held_out(scenes.caption(each)) for each in first)
@@ -35,10 +35,10 @@ def test_the_evaluated_captions_are_held_out_and_fixed_by_the_seed():
 
 def test_a_bundle_is_judged_on_pictures_it_drew_for_the_captions(tmp_path):
     write_tiny_bundle(tmp_path)
-    wanted = evaluate.held_out_scenes(2, seed=5)
+    wanted = held_out.held_out_scenes(2, seed=5)
 
     with Generator(tmp_path) as generator:
-        tally, seconds = evaluate.evaluate_bundle(generator, wanted, {"num_inference_steps": 2})
+        tally, seconds = held_out.evaluate_bundle(generator, wanted, {"num_inference_steps": 2})
 
     assert (tally.pictures, tally.objects) == (2, sum(len(each.things) for each in wanted))
     assert tally.pictures_right == 0  # the tiny bundle has learnt nothing
@@ -47,12 +47,12 @@ def test_a_bundle_is_judged_on_pictures_it_drew_for_the_captions(tmp_path):
 
 def test_every_caption_is_drawn_from_noise_of_its_own(tmp_path):
     write_tiny_bundle(tmp_path)
-    (scene,) = evaluate.held_out_scenes(1, seed=5)
+    (scene,) = held_out.held_out_scenes(1, seed=5)
 
     with Generator(tmp_path) as generator:
         settings = {"num_inference_steps": 1}
-        (first, second), seconds = evaluate.draw_all(generator, [scene, scene], settings)
-        alone = evaluate.draw(generator, scene, evaluate.SEED + 1, settings)
+        (first, second), seconds = held_out.draw_all(generator, [scene, scene], settings)
+        alone = held_out.draw(generator, scene, held_out.SEED + 1, settings)
 
     assert (first != second).any()
     np.testing.assert_array_equal(second, alone)

@@ -3,11 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import detector
-import evaluate
-import exams
-import frechet
-import scenes
+from models.shapes.data import scenes
+from models.shapes.evaluation import detector, exams, frechet, judging
 
 CAPTIONS = 48
 #: Of the absolute weights of each layer; others would make every stored distance worthless.
@@ -228,4 +225,4 @@ def test_a_thing_laid_out_anew_keeps_what_its_caption_says():
 
         assert scenes.caption(other) == scenes.caption(asked)
         assert other.things != asked.things
-        assert evaluate.judge_all([asked], exams.renders([other])).pictures_right == 1
+        assert judging.judge_all([asked], exams.renders([other])).pictures_right == 1

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import gallery
-from ldm_runtime.class_maps import ClassMap
-from ldm_runtime.cli import build_parser
-from ldm_runtime.layouts import read_label_names, read_layout
-from ldm_runtime.pictures import Picture
-from ldm_runtime.request import GenerationRequest
-from systems import exam
-from systems.catalog import SYSTEMS
+from ldm_runtime.cli.commands import build_parser
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.layouts import read_label_names, read_layout
+from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.requests.request import GenerationRequest
+from models.shapes import gallery
+from models.shapes.catalog.systems import SYSTEMS
+from models.shapes.evaluation import systems as exam
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/tasks.md").read_text()
@@ -107,11 +107,10 @@ def test_the_page_has_a_command_and_python_for_every_task():
     assert all("```python" in section and "ldm generate" in section for section in sections)
 
 
-@pytest.mark.parametrize("module", ["gallery", "systems.exam", "evaluate"])
+@pytest.mark.parametrize("module", ["gallery", "evaluation.systems", "evaluate"])
 def test_what_draws_does_not_load_torch(module):
-    shapes = Path(gallery.__file__).parent
-    paths = [shapes, shapes.parents[1] / "benchmarks", shapes.parents[1]]
-    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    paths = [ROOT, ROOT / "benchmarks"]
+    code = f"import models.shapes.{module}, sys; sys.exit('torch' in sys.modules)"
 
     done = subprocess.run(
         [sys.executable, "-c", code],

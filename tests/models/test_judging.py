@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import detector
-import evaluate
-import judging
+from models.shapes.evaluation import detector, detector_check, held_out, judging
 from tests.models.known_scene import BLUE, GREEN, RED, SCENE, moved, reading, recolored
 
 
@@ -133,8 +131,8 @@ def test_tallies_add_up_field_by_field():
 
 def test_clean_renders_of_held_out_captions_score_everything():
     total = judging.Tally()
-    for scene in evaluate.held_out_scenes(15, seed=5):
-        picture = evaluate.photograph(scene, np.random.default_rng(0), 0.0, 0)
+    for scene in held_out.held_out_scenes(15, seed=5):
+        picture = detector_check.photograph(scene, np.random.default_rng(0), 0.0, 0)
         total += judging.judge(scene, detector.read_picture(picture))
 
     assert total.pictures_right == 15

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from muon import MuonAndAdamW
-from systems import training
-from systems.catalog import SYSTEMS
+from models.shapes.catalog.systems import SYSTEMS
+from models.shapes.training import system as training
+from models.shapes.training.muon import MuonAndAdamW
 
 RATE, DECAY, SIZE_OF_ADAMW = 1e-2, 0.01, 0.2
 

@@ -4,7 +4,7 @@ from itertools import islice, product
 import numpy as np
 import pytest
 
-import scenes
+from models.shapes.data import scenes
 
 
 def scene(*things, relations=(), background="white", gradient=False):

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
 from ldm_runtime import Generator
-from ldm_runtime.engines import load_engine_records
-from ldm_runtime.manifest import components_of, load_manifest
-from ldm_runtime.verify import verify
+from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.diagnostics.verify import verify
+from ldm_runtime.engines.records import load_engine_records
+from ldm_runtime.specs.model import components_of
+from models.shapes.evaluation import held_out
 
 CHECKPOINT = Path(__file__).parents[2] / "models/shapes/shapes.ckpt"
 
@@ -36,10 +37,10 @@ def test_its_bundle_keeps_every_promise(shapes_bundle):
 
 
 def test_it_draws_what_held_out_captions_say(shapes_bundle):
-    wanted = evaluate.held_out_scenes(12, evaluate.SEED)
+    wanted = held_out.held_out_scenes(12, held_out.SEED)
 
     with Generator(shapes_bundle) as generator:
-        tally, _ = evaluate.evaluate_bundle(generator, wanted, {"num_inference_steps": 25})
+        tally, _ = held_out.evaluate_bundle(generator, wanted, {"num_inference_steps": 25})
 
     assert tally.objects_right >= 0.8 * tally.objects
     assert tally.backgrounds_right >= 0.8 * tally.pictures

@@ -8,22 +8,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import charts
-import evaluate
-import exams
-import quality
-import quality_page
-import sweep
 from ldm_runtime import Generator
 from ldm_runtime.conditioning import Conditioning
-from ldm_runtime.denoiser import timestep_of
 from ldm_runtime.errors import LdmError, RequestError
+from ldm_runtime.pipeline.denoiser import timestep_of
+from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.sampling import sample_latents
 from ldm_runtime.schedules import training_sigmas
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, write_tiny_bundle
+from models.shapes import evaluate, sweep
+from models.shapes.evaluation import (
+    cells,
+    charts,
+    exams,
+    held_out,
+    judging,
+    quality,
+    quality_page,
+    quality_report,
+    sweep_runs,
+)
 
-TALLY = evaluate.Tally(
+TALLY = judging.Tally(
     pictures=50,
     pictures_right=25,
     objects=100,
@@ -49,7 +55,7 @@ def cell(sampler="ddim", steps=8, **changes):
         "distance": 0.5,
         "floor": 0.01,
     }
-    return sweep.Cell(**(fields | changes))
+    return cells.Cell(**(fields | changes))
 
 
 def judged(**counts):
@@ -91,16 +97,16 @@ def test_a_row_holds_what_it_takes_to_judge_and_repeat_it(bundle):
     assert row["settings"]["eta"] == 1.0
     assert row["settings"]["guidance_scale"] == TINY_SPEC.defaults.guidance_scale
     assert row["settings"]["schedule"] == SAMPLERS["euler_ancestral"].schedule
-    assert row["settings"]["seed"] == evaluate.SEED
+    assert row["settings"]["seed"] == held_out.SEED
     assert len(row["bundle_sha256"]) == 64
 
 
 def test_a_row_read_back_is_the_cell_that_was_written(tmp_path):
     written = cell(distance=0.25)
 
-    sweep.append_cell(tmp_path / "new" / "results.jsonl", written)
+    cells.append_cell(tmp_path / "new" / "results.jsonl", written)
 
-    assert sweep.read_cells(tmp_path / "new" / "results.jsonl") == [written]
+    assert cells.read_cells(tmp_path / "new" / "results.jsonl") == [written]
 
 
 def test_the_same_sweep_again_measures_only_what_is_not_there(bundle, capsys):
@@ -159,7 +165,7 @@ def test_a_line_that_is_no_cell_is_named(tmp_path):
     path.write_text('{"name": "half a li')
 
     with pytest.raises(LdmError, match=r"results\.jsonl:1 is no cell .*remove it"):
-        sweep.read_cells(path)
+        cells.read_cells(path)
 
 
 def test_an_unknown_sampler_is_an_error_with_the_choices(bundle, capsys):
@@ -180,7 +186,7 @@ def test_fewer_than_two_captions_are_bad_usage(captions, capsys):
 
 
 def test_the_whole_grid_has_every_sampler_and_leaves_out_what_takes_too_many_calls():
-    grid = sweep.plan(TINY_SPEC, (), ())
+    grid = sweep_runs.plan(TINY_SPEC, (), ())
 
     assert {request.sampler for request in grid} == set(SAMPLERS)
     cells = {(request.sampler, request.num_inference_steps) for request in grid}
@@ -190,26 +196,26 @@ def test_the_whole_grid_has_every_sampler_and_leaves_out_what_takes_too_many_cal
 
 
 def test_steps_that_are_asked_for_are_run_whatever_they_cost():
-    (request,) = sweep.plan(TINY_SPEC, ("heun",), (50,))
+    (request,) = sweep_runs.plan(TINY_SPEC, ("heun",), (50,))
 
-    assert sweep.count_calls(request, TINY_SPEC) == 99
+    assert sweep_runs.count_calls(request, TINY_SPEC) == 99
 
 
 def test_a_plan_names_an_unknown_sampler():
     with pytest.raises(RequestError, match="magic"):
-        sweep.plan(TINY_SPEC, ("magic",), ())
+        sweep_runs.plan(TINY_SPEC, ("magic",), ())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_calls_counted_are_those_the_network_gets(sampler):
-    (request,) = sweep.plan(TINY_SPEC, (sampler,), (5,))
+    (request,) = sweep_runs.plan(TINY_SPEC, (sampler,), (5,))
     network = FakeEngine(lambda inputs: {"prediction": 0.1 * inputs["latents"]})
     context = np.zeros((2, 16, 8), np.float32)
 
     for _ in sample_latents(network, Conditioning(context=context), request, TINY_SPEC):
         pass
 
-    assert sweep.count_calls(request, TINY_SPEC) == len(network.calls)
+    assert sweep_runs.count_calls(request, TINY_SPEC) == len(network.calls)
 
 
 def test_right_pictures_are_as_near_as_the_floor_says():
@@ -320,7 +326,7 @@ def test_if_nothing_is_as_good_the_page_says_so():
 
 def test_the_report_is_a_page_and_a_picture(tmp_path, capsys):
     for each in (cell("ddim", 8), cell("ddim", 50, distance=0.1), cell("lcm", 8)):
-        sweep.append_cell(tmp_path / "results.jsonl", each)
+        cells.append_cell(tmp_path / "results.jsonl", each)
 
     status = evaluate.main(
         ["--report", "--results", str(tmp_path / "results.jsonl"), "--docs", str(tmp_path / "docs")]
@@ -339,7 +345,7 @@ def test_nothing_to_report_is_an_error_that_says_what_to_run(tmp_path, capsys):
 
 
 def test_up_to_twenty_samplers_have_lines_unlike_each_other():
-    lines = quality._lines([cell(f"sampler {index}") for index in range(20)], lambda _: 1.0)
+    lines = quality_report._lines([cell(f"sampler {index}") for index in range(20)], lambda _: 1.0)
 
     assert len({(line.color, line.mark) for line in lines}) == 20
 
@@ -415,8 +421,8 @@ def test_pictures_show_swapped_guidance_and_a_wrong_sigma(shapes_bundle):
     for fault in (dict, swapped_guidance, higher_sigma):
         with Generator(shapes_bundle, backend="onnxruntime") as generator:
             generator._opened["unet"] = FaultyNetwork(generator._opened["unet"], fault)
-            pictures, _ = evaluate.draw_all(generator, exam.wanted, {"num_inference_steps": 10})
-        counts[fault] = evaluate.judge_all(exam.wanted, pictures)
+            pictures, _ = held_out.draw_all(generator, exam.wanted, {"num_inference_steps": 10})
+        counts[fault] = judging.judge_all(exam.wanted, pictures)
         distances[fault] = exams.distance_from(exam.reference, np.stack(pictures))
 
     assert counts[dict].objects_right >= 0.8 * counts[dict].objects

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import scenes
 from ldm_runtime.errors import LdmError
-from ldm_runtime.layouts import read_layout
-from systems import exam
-from systems.catalog import SYSTEMS
-from systems.scores import GOALS, drawing_of, enlarge
+from ldm_runtime.inputs.layouts import read_layout
+from models.shapes.catalog.systems import SYSTEMS
+from models.shapes.data import scenes
+from models.shapes.evaluation import systems as exam
+from models.shapes.evaluation.scores import GOALS, drawing_of, enlarge
 
 ALL = list(SYSTEMS.values())
 NAMES = list(SYSTEMS)

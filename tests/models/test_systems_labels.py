@@ -5,10 +5,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-import detector
-import scenes
-from systems import holes, labels
-from systems.scores import drawing_of
+from models.shapes.data import holes, labels, scenes
+from models.shapes.evaluation import detector
+from models.shapes.evaluation.scores import drawing_of
 
 
 def thing(kind="circle", color="red", size="large", x=32.0, y=32.0, radius=12.0):

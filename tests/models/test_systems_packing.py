@@ -3,18 +3,23 @@
 import pytest
 import torch
 
-from checkpoint_writer import averaged_state, compvis_state, schedule_buffers, write_checkpoint
-from config_writer import params_of, write_model_config
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.compvis_config import read_config
-from ldm_export.families import detect
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.detection.compvis_config import read_config
+from ldm_export.detection.detect import detect
 from ldm_export.networks.bert import BertTextEncoder
-from systems.catalog import SYSTEMS
-from systems.packing import MOST_BYTES, config_of
-from systems.training import SystemModel
-from systems.unpacking import unpack
-from systems.vq import Autoencoder, halves_of
-from velocity import alphas_cumprod
+from models.shapes.catalog.systems import SYSTEMS
+from models.shapes.training.checkpoint_writer import (
+    averaged_state,
+    compvis_state,
+    schedule_buffers,
+    write_checkpoint,
+)
+from models.shapes.training.config_writer import params_of, write_model_config
+from models.shapes.training.packing import MOST_BYTES, config_of
+from models.shapes.training.system import SystemModel
+from models.shapes.training.unpacking import unpack
+from models.shapes.training.velocity import alphas_cumprod
+from models.shapes.training.vq import Autoencoder, halves_of
 
 ALL = list(SYSTEMS.values())
 NAMES = list(SYSTEMS)

@@ -6,9 +6,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-import scenes
-from systems import scores
-from systems.scores import JUDGES, Question, drawing_of, judge_all
+from models.shapes.data import scenes
+from models.shapes.evaluation import scores
+from models.shapes.evaluation.scores import JUDGES, Question, drawing_of, judge_all
 
 
 def thing(kind="circle", color="red", size="large", x=32.0, y=32.0, radius=12.0):

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ldm_export.checkpoint import open_checkpoint
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import load_network
-from ldm_export.reference import TorchEngine
 from ldm_export.source import ExportOptions, open_source
 from ldm_export.stages import vocabulary_of
 from ldm_runtime.conditioning import open_tokenizer
-from ldm_runtime.manifest import components_of
-from systems import exam
-from systems.catalog import SYSTEMS
-from systems.packing import MOST_BYTES
-from systems.scores import GOALS, judge_all, scores
+from ldm_runtime.specs.model import components_of
+from models.shapes.catalog.systems import SYSTEMS
+from models.shapes.evaluation import systems as exam
+from models.shapes.evaluation.scores import GOALS, judge_all, scores
+from models.shapes.training.packing import MOST_BYTES
 from tests.drawn import drawn_by
 
 FOLDER = Path(__file__).parents[2] / "models/shapes"

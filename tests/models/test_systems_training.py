@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-import scenes
-import velocity
-from noises import NUM_TRAIN_TIMESTEPS
-from systems import boxes, conditions, corpus, training, words
-from systems.catalog import BERT, LAYOUT, SYSTEMS
-from systems.holes import random_hole
-from systems.labels import NUM_LABELS, label_of, scene_map
-from systems.scores import Question, drawing_of
+from models.shapes.catalog.noise import NUM_TRAIN_TIMESTEPS
+from models.shapes.catalog.systems import BERT, LAYOUT, SYSTEMS
+from models.shapes.data import scenes
+from models.shapes.data.holes import random_hole
+from models.shapes.data.labels import NUM_LABELS, label_of, scene_map
+from models.shapes.evaluation.scores import Question, drawing_of
+from models.shapes.training import bert_text as words
+from models.shapes.training import conditions, corpus, velocity
+from models.shapes.training import layouts as boxes
+from models.shapes.training import system as training
 
 ALL = list(SYSTEMS.values())
 NAMES = list(SYSTEMS)

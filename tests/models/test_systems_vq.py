@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cycles import Cycle
-from systems import codebook, vq
+from models.shapes.catalog.learning_rate import Cycle
+from models.shapes.training import codebook, vq
 
 SMALL = replace(vq.VQ, codebook_size=16)
 

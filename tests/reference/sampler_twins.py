@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, IPNDMScheduler
 
-from ldm_runtime.denoiser import GuidedDenoiser, timestep_of
+from ldm_runtime.pipeline.denoiser import GuidedDenoiser, timestep_of
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import sampling_sigmas, training_sigmas
 

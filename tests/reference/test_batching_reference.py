@@ -14,12 +14,13 @@ import pytest
 
 import batching as benchmark
 from ldm_runtime import GenerationRequest
-from ldm_runtime.backends import EngineSource, get_backend
-from ldm_runtime.batching import run_together
+from ldm_runtime.backends import get_backend
+from ldm_runtime.backends.contract import EngineSource
+from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.conditioning import encode_conditioning, open_tokenizer
-from ldm_runtime.manifest import load_manifest
-from ldm_runtime.resolution import resolve
-from ldm_runtime.sampling import sample_latents
+from ldm_runtime.pipeline.batching import run_together
+from ldm_runtime.pipeline.sampling import sample_latents
+from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.testing import write_tiny_bundle
 
 pytestmark = [pytest.mark.reference, pytest.mark.slow]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from diffusers import DPMSolverSinglestepScheduler
 
-from ldm_runtime.denoiser import timestep_of
+from ldm_runtime.pipeline.denoiser import timestep_of
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.samplers.dpm_solver import singlestep_orders
 from ldm_runtime.schedules import sampling_sigmas

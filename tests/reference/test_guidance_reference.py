@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from ldm_runtime.denoiser import GuidedDenoiser
+from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 
 pytestmark = pytest.mark.reference
 

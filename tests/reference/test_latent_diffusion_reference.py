@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import BertTokenizer
 
 from ldm_runtime.testing import tiny_spec
-from ldm_runtime.tokenizers import WordPieceTokenizer
+from ldm_runtime.text import WordPieceTokenizer
 from tests.drawn import drawn_by
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.twins import SCHEDULERS

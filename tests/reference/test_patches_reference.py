@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_runtime.patches import over_patches
+from ldm_runtime.tiling.patches import over_patches
 
 pytestmark = pytest.mark.reference
 

@@ -21,7 +21,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from ldm_runtime.denoiser import timestep_of, to_x0
+from ldm_runtime.pipeline.denoiser import timestep_of, to_x0
 from ldm_runtime.schedules import SCHEDULES, sampling_sigmas, training_sigmas
 from tests.reference.sampler_twin_table import (
     LDM_DDIM,

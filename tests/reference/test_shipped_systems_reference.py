@@ -19,12 +19,12 @@ from diffusers import (
 from PIL import Image
 from transformers import BertTokenizer
 
-import scenes
-from first_stage import under
 from ldm_export import export
 from ldm_runtime import Generator
-from systems.catalog import SYSTEMS
-from systems.scores import drawing_of, shrink
+from models.shapes.catalog.systems import SYSTEMS
+from models.shapes.data import scenes
+from models.shapes.evaluation.scores import drawing_of, shrink
+from models.shapes.training.first_stage import under
 from tests.reference.bert_twin import load_bert
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.first_stage_twin import load_first_stage

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from ldm_runtime import Generator
-from ldm_runtime.pictures import Picture
+from ldm_runtime.inputs.images import Picture
 from tests.export.small_checkpoint import AUTOENCODER
 from tests.reference.test_pipeline_reference import (
     FIELDS,

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_export.checkpoint import open_checkpoint
-from ldm_export.families import detect
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.detection.detect import detect
+from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import load_network
-from ldm_export.reference import TorchEngine
-from ldm_runtime.images import decode_latents, encode_image
-from ldm_runtime.measures import psnr
+from ldm_runtime.diagnostics.measures import psnr
+from ldm_runtime.latents.codec import decode_latents, encode_image
 from ldm_runtime.testing import FakeEngine
 from tiles import large_scene
 

@@ -19,7 +19,7 @@ from tokenizers.normalizers import NFC
 from transformers import BertTokenizerFast, CLIPTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from ldm_runtime.tokenizers import ClipTokenizer, WordPieceTokenizer
+from ldm_runtime.text import ClipTokenizer, WordPieceTokenizer
 
 pytestmark = pytest.mark.reference
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from ldm_runtime.backends.cuda_device import out_of_memory
 from ldm_runtime.backends.tensorrt import Vendor
-from ldm_runtime.cuda_driver import Gpu
-from ldm_runtime.engines import EngineRecord, ProfileRecord, encode_engine_record
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, FileRecord, encode_manifest, load_manifest
+from ldm_runtime.engines.gpu import Gpu
+from ldm_runtime.engines.records import EngineRecord, ProfileRecord, encode_engine_record
 from ldm_runtime.errors import BackendError
-from ldm_runtime.manifest import MANIFEST_NAME, FileRecord, encode_manifest, load_manifest
 from ldm_runtime.testing import tiny_networks
 
 GPU = Gpu(name="NVIDIA Fake 4000", compute_capability=(8, 9), driver_version="13.0")

@@ -5,17 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from ldm_runtime.backends import (
-    BACKENDS,
-    BackendEntry,
-    EngineSource,
-    bind_constants,
-    checked_file,
-    choose_backend,
-    get_backend,
-)
+from ldm_runtime.backends import BACKENDS, BackendEntry, choose_backend, get_backend
+from ldm_runtime.backends.contract import EngineSource, bind_constants
+from ldm_runtime.bundle.files import checked_file
+from ldm_runtime.bundle.manifest import GraphRecord, load_manifest
 from ldm_runtime.errors import BackendError, BundleError
-from ldm_runtime.manifest import GraphRecord, load_manifest
 from ldm_runtime.testing import FakeEngine, tiny_networks
 
 PRESENT = BACKENDS["onnxruntime"]

@@ -13,22 +13,17 @@ import numpy as np
 import pytest
 
 from ldm_runtime import GenerationRequest, Generator
-from ldm_runtime.backends import BoundInputs, EngineSource, get_backend
-from ldm_runtime.batching import in_order, run_together
+from ldm_runtime.backends import get_backend
+from ldm_runtime.backends.contract import BoundInputs, EngineSource
+from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.conditioning import Conditioning
-from ldm_runtime.drawing import open_drawer
 from ldm_runtime.errors import ShapeError
-from ldm_runtime.manifest import load_manifest
-from ldm_runtime.resolution import resolve
+from ldm_runtime.pipeline.batching import in_order, run_together
+from ldm_runtime.pipeline.passes import open_drawer
+from ldm_runtime.pipeline.sampling import sample_latents
+from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.sampling import sample_latents
-from ldm_runtime.testing import (
-    TINY_SPEC,
-    FakeEngine,
-    tiny_networks,
-    tiny_requests,
-    tiny_spec,
-)
+from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks, tiny_requests, tiny_spec
 
 SECONDS = 30  # what no test here takes unless a thread waits for ever
 
@@ -450,7 +445,7 @@ def test_an_interrupt_stops_the_loops_wherever_it_arrives(in_loop, interruptible
 def test_a_process_ends_although_a_generator_is_half_consumed():
     code = """
 import numpy as np
-from ldm_runtime.batching import run_together
+from ldm_runtime.pipeline.batching import run_together
 from ldm_runtime.testing import FakeEngine
 
 def loop(engine):

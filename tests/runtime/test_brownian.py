@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ldm_runtime.brownian import LARGEST_SIGMA, RESOLUTION, BrownianPath
+from ldm_runtime.noise.brownian import LARGEST_SIGMA, RESOLUTION, BrownianPath
 
 MANY = (40_000,)
 IMAGE = (1, 4, 64, 64)

@@ -8,9 +8,9 @@ import pytest
 
 from ldm_runtime.conditioning import MAX_CHUNKS, encode_conditioning, open_tokenizer
 from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.request import GenerationRequest
+from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_spec
-from ldm_runtime.tokenizers import ClipTokenizer, WordPieceTokenizer
+from ldm_runtime.text import ClipTokenizer, WordPieceTokenizer
 
 LETTERS = ClipTokenizer([])  # every letter is a token, and so is a comma
 START, END, PAD = LETTERS.start_id, LETTERS.end_id, 7

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ldm_runtime.conditioning import KINDS, conditioning_components, encode_conditioning
-from ldm_runtime.layouts import layout_tokens
-from ldm_runtime.manifest import Task, components_of
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import resolve
+from ldm_runtime.inputs.layouts import layout_tokens
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.model import Task, components_of
 from ldm_runtime.testing import FakeEngine, tiny_networks, tiny_requests, tiny_spec
 
 RNG = np.random.default_rng(3)

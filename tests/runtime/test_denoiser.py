@@ -5,8 +5,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from ldm_runtime.denoiser import GuidedDenoiser, rescale_guidance, timestep_of, to_x0
-from ldm_runtime.manifest import PredictionType
+from ldm_runtime.pipeline.denoiser import GuidedDenoiser, rescale_guidance, timestep_of, to_x0
+from ldm_runtime.specs.model import PredictionType
 
 TABLE = np.geomspace(0.03, 15.0, 12)
 RNG = np.random.default_rng(0)

@@ -2,7 +2,7 @@ import numpy as np
 import onnxruntime
 
 from ldm_runtime.backends import BACKENDS, BackendEntry
-from ldm_runtime.doctor import diagnose
+from ldm_runtime.diagnostics.doctor import diagnose
 
 
 def test_this_machine_is_described():

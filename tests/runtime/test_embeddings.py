@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_runtime.class_maps import ClassMap
-from ldm_runtime.embeddings import MAX_VECTORS, MAX_WIDTH, Embeddings
+from ldm_runtime.inputs.embeddings import MAX_VECTORS, MAX_WIDTH, Embeddings
+from ldm_runtime.inputs.segmentation import ClassMap
 
 VECTORS = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
 

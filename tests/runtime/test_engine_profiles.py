@@ -4,16 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_runtime.components import COMPONENTS
-from ldm_runtime.engine_profiles import (
+from ldm_runtime.engines.profiles import (
     ROWS_AN_IMAGE,
     SizeRange,
     component_profiles,
     resolve_shapes,
 )
 from ldm_runtime.errors import EngineBuildError
-from ldm_runtime.manifest import components_of
-from ldm_runtime.resolution import size_step
+from ldm_runtime.specs.components import COMPONENTS
+from ldm_runtime.specs.model import components_of, size_step
 from ldm_runtime.testing import TINY_SPEC, tiny_spec
 
 #: Stable Diffusion 1 as far as shapes go: f = 8, four levels, 77 tokens of 768, 512 pixels.

@@ -12,15 +12,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ldm_runtime import Generator, engine_recipes, engine_store
-from ldm_runtime.build_progress import PhaseTree
+from ldm_runtime import Generator
+from ldm_runtime.bundle.files import check_file, sha256_of
+from ldm_runtime.bundle.manifest import FileRecord, GraphRecord, encode_manifest, load_manifest
 from ldm_runtime.cli import main
-from ldm_runtime.cuda_driver import Gpu, find_gpu
-from ldm_runtime.engine_build import build_plan
-from ldm_runtime.engine_profiles import SizeRange
-from ldm_runtime.engine_recipes import EngineOptions, Toolchain, choose_toolchain
-from ldm_runtime.engine_store import add_engines
-from ldm_runtime.engines import (
+from ldm_runtime.diagnostics.inspection import inspect, readable
+from ldm_runtime.engines import recipes as engine_recipes
+from ldm_runtime.engines import store as engine_store
+from ldm_runtime.engines.build import build_plan
+from ldm_runtime.engines.gpu import Gpu, find_gpu
+from ldm_runtime.engines.library import import_builder
+from ldm_runtime.engines.profiles import SizeRange
+from ldm_runtime.engines.progress import PhaseTree
+from ldm_runtime.engines.recipes import EngineOptions, Toolchain, choose_toolchain
+from ldm_runtime.engines.records import (
     EngineRecipe,
     EngineRecord,
     ProfileRecord,
@@ -28,17 +33,8 @@ from ldm_runtime.engines import (
     engine_key,
     load_engine_records,
 )
+from ldm_runtime.engines.store import add_engines
 from ldm_runtime.errors import BundleError, EngineBuildError
-from ldm_runtime.inspection import inspect, readable
-from ldm_runtime.manifest import (
-    FileRecord,
-    GraphRecord,
-    check_file,
-    encode_manifest,
-    load_manifest,
-    sha256_of,
-)
-from ldm_runtime.tensorrt_library import import_builder
 from tests.runtime.fake_tensorrt import GPU_NAME, FakeTensorRT
 
 GPU = Gpu(name=GPU_NAME, compute_capability=(9, 0), driver_version="13.0")
@@ -644,7 +640,7 @@ def test_a_size_that_is_none_is_bad_usage(flags, bundle, capsys):
 
 def test_nothing_of_the_vendor_is_imported_before_it_is_asked_for():
     code = (
-        "import sys, ldm_runtime.engine_store, ldm_runtime.cli\n"
+        "import sys, ldm_runtime.engines.store, ldm_runtime.cli\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
 
@@ -653,7 +649,7 @@ def test_nothing_of_the_vendor_is_imported_before_it_is_asked_for():
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(engine_store.__file__).parents[1],
+        cwd=Path(engine_store.__file__).parents[2],
     ).stdout.split()
 
     assert {"tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}.isdisjoint(modules)

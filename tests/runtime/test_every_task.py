@@ -8,13 +8,15 @@ import pytest
 
 from ldm_runtime import GenerationRequest, Generator, Result, Step
 from ldm_runtime.backends import get_backend
+from ldm_runtime.bundle.manifest import encode_manifest, load_manifest
 from ldm_runtime.conditioning import conditioning_components
-from ldm_runtime.drawing import open_drawer
+from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.images import read_metadata, save_png, to_uint8
-from ldm_runtime.manifest import Task, components_of, encode_manifest, load_manifest
-from ldm_runtime.patches import over_patches
-from ldm_runtime.resolution import resolve
+from ldm_runtime.latents.codec import to_uint8
+from ldm_runtime.pipeline.passes import open_drawer
+from ldm_runtime.pipeline.png import read_metadata, save_png
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.model import Task, components_of
 from ldm_runtime.testing import (
     FakeEngine,
     tiny_networks,
@@ -22,7 +24,7 @@ from ldm_runtime.testing import (
     tiny_spec,
     write_tiny_bundle,
 )
-from ldm_runtime.verify import verify
+from ldm_runtime.tiling.patches import over_patches
 
 TASKS = get_args(Task)
 SAMPLED = [task for task in TASKS if task != "first-stage"]
@@ -358,7 +360,7 @@ def test_what_conditions_the_latents_lies_behind_every_row_and_is_never_scaled(t
     drawer = open_drawer(networks.__getitem__, None, request, spec)
     wanted = next(drawer.draw(range(2)))
 
-    from ldm_runtime.sampling import sample_latents
+    from ldm_runtime.pipeline.sampling import sample_latents
 
     list(sample_latents(networks["unet"], wanted.conditioning, wanted.request, spec, range(2)))
 

@@ -12,11 +12,12 @@ import pytest
 from ldm_runtime import GenerationRequest, Generator, Result, Step
 from ldm_runtime.conditioning import Conditioning, encode_conditioning, open_tokenizer
 from ldm_runtime.errors import BackendError, BundleError, ManifestError, RequestError
-from ldm_runtime.images import decode_latents, read_metadata
+from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.noise import TorchCpuGenerator
-from ldm_runtime.resolution import resolve, sigmas_of
+from ldm_runtime.pipeline.png import read_metadata
+from ldm_runtime.pipeline.sampling import batches, sample_latents
+from ldm_runtime.requests.resolution import resolve, sigmas_of
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.sampling import batches, sample_latents
 from ldm_runtime.schedules import initial_scale
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
 

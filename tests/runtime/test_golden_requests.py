@@ -6,11 +6,11 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from ldm_runtime.diagnostics.golden_requests import load_golden_request, save_golden_request
 from ldm_runtime.errors import BundleError
-from ldm_runtime.golden_requests import load_golden_request, save_golden_request
-from ldm_runtime.manifest import Task
-from ldm_runtime.request import GenerationRequest
-from ldm_runtime.resolution import resolve
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.model import Task
 from ldm_runtime.testing import tiny_requests, tiny_spec
 
 PICTURE = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)

@@ -3,15 +3,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ldm_runtime.errors import LdmError
-from ldm_runtime.images import (
-    decode_latents,
-    encode_image,
-    read_metadata,
-    resize,
-    save_png,
-    to_uint8,
-)
-from ldm_runtime.pictures import Picture
+from ldm_runtime.inputs.images import Picture, resize
+from ldm_runtime.latents.codec import decode_latents, encode_image, to_uint8
+from ldm_runtime.pipeline.png import read_metadata, save_png
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
 
 RNG = np.random.default_rng(0)

@@ -2,7 +2,7 @@ import base64
 
 import pytest
 
-from ldm_runtime.input_bytes import read_bytes
+from ldm_runtime.inputs.reading import read_bytes
 
 DATA = b"some bytes"
 URL = f"data:text/plain;base64,{base64.b64encode(DATA).decode()}"

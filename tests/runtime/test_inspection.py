@@ -1,10 +1,10 @@
 import pytest
 
 from ldm_runtime import Generator
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.diagnostics.inspection import inspect, readable
 from ldm_runtime.errors import LdmError, ManifestError
-from ldm_runtime.images import save_png
-from ldm_runtime.inspection import inspect, readable
-from ldm_runtime.manifest import sha256_of
+from ldm_runtime.pipeline.png import save_png
 
 
 @pytest.fixture

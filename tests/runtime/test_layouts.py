@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_runtime.layouts import (
+from ldm_runtime.inputs.layouts import (
     MAX_BYTES,
     LayoutObject,
     label_number,
@@ -19,7 +19,7 @@ from ldm_runtime.layouts import (
     read_label_names,
     read_layout,
 )
-from ldm_runtime.manifest import TextEncoderSpec
+from ldm_runtime.specs.model import TextEncoderSpec
 
 #: The encoder of layout2img-openimages256: a grid of 90 x 90 points.
 ENCODER = TextEncoderSpec(

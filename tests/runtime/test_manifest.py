@@ -2,17 +2,11 @@ import json
 
 import pytest
 
-from ldm_runtime.components import COMPONENTS, DYNAMIC_AXES
+from ldm_runtime.bundle.files import check_file, sha256_of
+from ldm_runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, encode_manifest, load_manifest
 from ldm_runtime.errors import BundleError, ManifestError
-from ldm_runtime.manifest import (
-    SCHEMA_VERSION,
-    FileRecord,
-    axis_sizes,
-    check_file,
-    encode_manifest,
-    load_manifest,
-    sha256_of,
-)
+from ldm_runtime.specs.components import COMPONENTS, DYNAMIC_AXES
+from ldm_runtime.specs.model import axis_sizes
 from ldm_runtime.testing import TINY_SPEC
 
 

@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 
 import ldm_runtime
-from ldm_runtime.backends.onnxruntime import OnnxRuntimeEngine
-from ldm_runtime.components import COMPONENTS, TensorSignature
+from ldm_runtime.backends.onnxruntime.cpu import OnnxRuntimeEngine
+from ldm_runtime.bundle.manifest import ComponentRecord, load_manifest
 from ldm_runtime.errors import BackendError, ShapeError
-from ldm_runtime.manifest import (
-    ComponentRecord,
-    Task,
-    axis_sizes,
-    components_of,
-    load_manifest,
-)
-from ldm_runtime.onnx_bytes import Node, encode_model
+from ldm_runtime.specs.components import COMPONENTS, TensorSignature
+from ldm_runtime.specs.model import Task, axis_sizes, components_of
 from ldm_runtime.testing import TINY_SPEC, tiny_networks, tiny_spec
+from ldm_runtime.testing.onnx_bytes import Node, encode_model
 
 TASKS = get_args(Task)
 
@@ -208,7 +203,7 @@ def test_denormals_are_flushed_on_every_thread_and_only_while_running(squarer):
 def test_the_thread_count_includes_the_caller(tiny_bundle, threads):
     code = (  # in a process of its own, where no other test's threads come to an end
         "import os, sys; from ldm_runtime import Generator\n"
-        "import ldm_runtime.backends.onnxruntime\n"
+        "import ldm_runtime.backends.onnxruntime.cpu\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         "with Generator(sys.argv[1], threads=int(sys.argv[2])):\n"
         "    print(len(os.listdir('/proc/self/task')) - before)"

@@ -10,14 +10,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ldm_runtime.backends import BackendEntry, EngineSource, RunOptions, choose_backend
-from ldm_runtime.backends import onnxruntime_cuda as cuda
-from ldm_runtime.backends import onnxruntime_tensorrt as tensorrt_ort
-from ldm_runtime.backends import onnxruntime_tensorrt_rtx as rtx_ort
-from ldm_runtime.backends.onnxruntime_cuda import CudaOptions, cuda_provider
-from ldm_runtime.backends.onnxruntime_device import MAX_SLOTS, DeviceEngine
-from ldm_runtime.backends.onnxruntime_packages import conflict, installed_packages
-from ldm_runtime.backends.onnxruntime_providers import (
+from ldm_runtime.backends import BackendEntry, choose_backend
+from ldm_runtime.backends.contract import EngineSource, RunOptions
+from ldm_runtime.backends.onnxruntime import cuda
+from ldm_runtime.backends.onnxruntime import tensorrt as tensorrt_ort
+from ldm_runtime.backends.onnxruntime import tensorrt_rtx as rtx_ort
+from ldm_runtime.backends.onnxruntime.cuda import CudaOptions, cuda_provider
+from ldm_runtime.backends.onnxruntime.device import MAX_SLOTS, DeviceEngine
+from ldm_runtime.backends.onnxruntime.packages import conflict, installed_packages
+from ldm_runtime.backends.onnxruntime.providers import (
     OrtSession,
     Provider,
     check_placement,
@@ -27,11 +28,12 @@ from ldm_runtime.backends.onnxruntime_providers import (
     preload_libraries,
     provider_fault,
 )
-from ldm_runtime.backends.onnxruntime_session import describe
-from ldm_runtime.components import COMPONENTS
-from ldm_runtime.cuda_driver import Gpu
+from ldm_runtime.backends.onnxruntime.session import describe
+from ldm_runtime.bundle.manifest import GraphRecord, load_manifest
+from ldm_runtime.engines.gpu import Gpu
 from ldm_runtime.errors import BackendError, ShapeError
-from ldm_runtime.manifest import GraphRecord, Task, axis_sizes, components_of, load_manifest
+from ldm_runtime.specs.components import COMPONENTS
+from ldm_runtime.specs.model import Task, axis_sizes, components_of
 from ldm_runtime.testing import TINY_SPEC, tiny_networks, tiny_spec
 
 FACTOR = TINY_SPEC.autoencoder.factor
@@ -442,7 +444,7 @@ def test_cuda_graphs_are_for_the_network_in_the_loop_and_can_be_turned_off(
             asked.append(records_graphs)
             super().__init__(path, CPU, records_graphs=False)
 
-    monkeypatch.setattr("ldm_runtime.backends.onnxruntime_providers.OrtSession", Session)
+    monkeypatch.setattr("ldm_runtime.backends.onnxruntime.providers.OrtSession", Session)
 
     with cuda.open_engine(source_of(fp16_bundle, name, options=options)):
         pass
@@ -460,7 +462,7 @@ def test_only_a_graph_that_cannot_be_recorded_is_run_without(
                 raise BackendError(f"this session {message}")
             super().__init__(path, CPU, records_graphs=False)
 
-    monkeypatch.setattr("ldm_runtime.backends.onnxruntime_providers.OrtSession", Session)
+    monkeypatch.setattr("ldm_runtime.backends.onnxruntime.providers.OrtSession", Session)
     source = source_of(fp16_bundle)
 
     if "capture" in message:
@@ -661,9 +663,9 @@ def test_auto_steps_down_in_one_sentence_if_the_gpu_was_expected(
     entries = {
         name: BackendEntry(module=f"ldm_runtime.backends.{module}", extra="", automatic=automatic)
         for name, module, automatic in (
-            ("tensorrt-ort", "onnxruntime_tensorrt", False),
-            ("cuda", "onnxruntime_cuda", True),
-            ("onnxruntime", "onnxruntime", True),
+            ("tensorrt-ort", "onnxruntime.tensorrt", False),
+            ("cuda", "onnxruntime.cuda", True),
+            ("onnxruntime", "onnxruntime.cpu", True),
         )
     }
 

@@ -14,7 +14,7 @@ from onnxruntime.capi import onnxruntime_inference_collection as collection
 
 import ldm_runtime
 
-SOURCES = sorted((Path(ldm_runtime.__file__).parent / "backends").glob("onnxruntime*.py"))
+SOURCES = sorted((Path(ldm_runtime.__file__).parent / "backends/onnxruntime").glob("*.py"))
 
 # What our variables hold. A variable that may hold one of ONNX Runtime's objects belongs here.
 TYPES = {
@@ -29,7 +29,7 @@ TYPES = {
     "node": onnxruntime.OrtEpAssignedNode,
 }
 # Where the same name holds something of ours.
-OURS = {("onnxruntime_device.py", "_session")}
+OURS = {("device.py", "_session")}
 # Keyword arguments that a session takes as **kwargs, and so shows in its text only.
 HIDDEN = {"enable_fallback"}
 

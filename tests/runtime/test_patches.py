@@ -5,15 +5,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ldm_runtime.patches import (
-    PATCH,
-    STRIDE,
-    border_weights,
-    over_patches,
-    patch_starts,
-    runs_in_patches,
-)
+from ldm_runtime.specs.tasks import runs_in_patches
 from ldm_runtime.testing import tiny_spec
+from ldm_runtime.tiling.patches import PATCH, STRIDE, border_weights, over_patches, patch_starts
 
 RNG = np.random.default_rng(0)
 

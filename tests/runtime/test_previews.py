@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from ldm_runtime import Generator
-from ldm_runtime.manifest import PreviewRecord, load_manifest
-from ldm_runtime.previews import explained_variance, preview_image, preview_pixels
+from ldm_runtime.bundle.manifest import PreviewRecord, load_manifest
+from ldm_runtime.latents.previews import explained_variance, preview_image, preview_pixels
 
 #: Red is the first channel, green the second halved, blue their sum and a little more.
 RECORD = PreviewRecord(matrix=((1.0, 0.0), (0.0, 0.5), (1.0, 1.0)), bias=(0.0, 0.0, 0.25), r2=0.5)

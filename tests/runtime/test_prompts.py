@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_runtime.prompts import (
+from ldm_runtime.text.prompts import (
     COMMA_REACH,
     MAX_OPEN_BRACKETS,
     Fragment,

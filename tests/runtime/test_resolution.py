@@ -8,19 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.request import MAX_SEED, GenerationRequest, parse_request, request_to_json
-from ldm_runtime.resolution import (
-    TILE_LATENTS,
-    hires_size,
-    last_sigmas,
-    latent_size,
-    resolve,
-    sigma_table,
-    sigmas_of,
-    size_step,
-)
+from ldm_runtime.requests.fields import MAX_SEED
+from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
+from ldm_runtime.requests.resolution import last_sigmas, resolve, sigma_table, sigmas_of
+from ldm_runtime.requests.sizes import TILE_LATENTS, hires_size, latent_size, padded_size
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.sizes import padded_size
+from ldm_runtime.specs.model import size_step
 from ldm_runtime.testing import TINY_SPEC, tiny_spec
 from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE
 

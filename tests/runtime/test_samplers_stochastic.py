@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ldm_runtime.brownian import BrownianPath
+from ldm_runtime.noise.brownian import BrownianPath
 from ldm_runtime.samplers.dpm_solver import dpmpp_2m
 from ldm_runtime.samplers.two_stage import dpmpp_2s_ancestral
 from tests.runtime.sampler_cases import (

@@ -5,7 +5,7 @@ import pytest
 
 from ldm_runtime import GenerationRequest, Generator, Result
 from ldm_runtime.errors import DeadlineError, RequestError
-from ldm_runtime.sampling import Step, slerp
+from ldm_runtime.pipeline.sampling import Step, slerp
 
 RNG = np.random.default_rng(5)
 PICTURE = RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8)

@@ -4,10 +4,11 @@ from typing import get_args
 import pytest
 
 from ldm_runtime.errors import RequestError
-from ldm_runtime.manifest import Task
-from ldm_runtime.request import GenerationRequest, parse_request
-from ldm_runtime.resolution import resolve
-from ldm_runtime.tasks import FIELDS, TASKS, can_guide, check_needs
+from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.task_checks import FIELDS, check_needs
+from ldm_runtime.specs.model import Task
+from ldm_runtime.specs.tasks import TASKS, can_guide
 from ldm_runtime.testing import tiny_spec
 from tests.runtime.task_cases import NEEDED, PICTURE
 

@@ -7,21 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ldm_runtime.backends import (
-    EngineSource,
-    RunOptions,
-    Shared,
-    choose_backend,
-    get_backend,
-    tensorrt,
-)
-from ldm_runtime.backends.tensorrt_runtime import cache_path, read_cache, write_cache
-from ldm_runtime.cuda_driver import find_gpu
+from ldm_runtime.backends import choose_backend, get_backend, tensorrt
+from ldm_runtime.backends.contract import EngineSource, RunOptions, Shared
+from ldm_runtime.backends.tensorrt.runtime import cache_path, read_cache, write_cache
+from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.diagnostics.verify import BOUNDS, _bounds, _outputs, verify
+from ldm_runtime.engines.gpu import find_gpu
 from ldm_runtime.errors import BackendError, BundleError, ShapeError
 from ldm_runtime.generator import Generator
-from ldm_runtime.manifest import load_manifest
 from ldm_runtime.testing import tiny_networks
-from ldm_runtime.verify import BOUNDS, _bounds, _outputs, verify
 from tests.runtime.fake_gpu import GPU, VERSION, FakeDevice, FakeVendor, add_engines
 
 no_gpu = pytest.mark.skipif(find_gpu() is not None, reason="about machines without a GPU")

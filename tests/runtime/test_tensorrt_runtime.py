@@ -4,10 +4,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from ldm_runtime.backends import RunOptions
-from ldm_runtime.backends.tensorrt_runtime import LoadedPlan
+from ldm_runtime.backends.contract import RunOptions
+from ldm_runtime.backends.tensorrt.runtime import LoadedPlan
+from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.errors import BackendError
-from ldm_runtime.manifest import load_manifest
 from tests.runtime.fake_gpu import make_record
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ldm_runtime.tiles import MIN_TILE, decode_tiled, tile_starts
+from ldm_runtime.tiling.tiles import MIN_TILE, decode_tiled, tile_starts
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_runtime.tokenizers import ClipTokenizer, WordPieceTokenizer, open_tokenizer_file
+from ldm_runtime.text import ClipTokenizer, WordPieceTokenizer, open_tokenizer_file
 
 VOCABULARIES = Path(find_spec("ldm_export").submodule_search_locations[0], "vocabularies")
 HEADER = "#version: 0.2\n"

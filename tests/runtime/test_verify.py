@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import FileRecord, encode_manifest, load_manifest
+from ldm_runtime.diagnostics.measures import max_relative_error, psnr, relative_l2
+from ldm_runtime.diagnostics.verify import Check, verify
 from ldm_runtime.errors import BackendError, BundleError
-from ldm_runtime.manifest import (
-    FileRecord,
-    encode_manifest,
-    load_manifest,
-    sha256_of,
-)
-from ldm_runtime.verify import Check, max_relative_error, psnr, relative_l2, verify
 
 
 def rewrite(bundle, **changes):

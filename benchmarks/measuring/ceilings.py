@@ -1,0 +1,82 @@
+"""What this machine can do at best, measured: float32 matrix products and copies in memory.
+
+    python -m measuring.ceilings    # from benchmarks/
+
+`measure_apart` runs this file in a process of its own, because the library behind NumPy's products
+reads its number of threads from the environment when it is loaded.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from measuring.processes import script_environment
+from measuring.rows import usable_cpus
+
+_SIZE = 2048  # large enough that a product is bound by arithmetic
+_COPIED_BYTES = 256 * 1024 * 1024  # larger than caches
+_ROUNDS = 8
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """The best of several rounds.
+
+    Attributes:
+        matmul_flops: Floating-point operations a second in a float32 matrix product.
+        copy_bytes: Bytes read plus bytes written a second by a copy.
+        threads: Threads that did it.
+    """
+
+    matmul_flops: float
+    copy_bytes: float
+    threads: int
+
+    def __str__(self) -> str:
+        return (
+            f"matmul {self.matmul_flops / 1e9:.1f} GFLOP/s (float32), "
+            f"copy {self.copy_bytes / 1e9:.1f} GB/s (read + written), {self.threads} threads"
+        )
+
+
+def measure(threads: int) -> Ceilings:
+    """Measure in this process; products use the threads that NumPy was loaded with."""
+    rng = np.random.default_rng(0)
+    left, right = (rng.random((_SIZE, _SIZE), dtype=np.float32) for _ in range(2))
+    product = np.empty_like(left)
+    source = np.ones(_COPIED_BYTES // 4, dtype=np.float32)
+    target = np.zeros_like(source)
+    parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
+    matmul, copy = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_ROUNDS):  # interleaved, so that a disturbance does not hit one alone
+            started = time.perf_counter()
+            np.matmul(left, right, out=product)
+            matmul.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
+            copy.append(time.perf_counter() - started)
+    return Ceilings(
+        matmul_flops=2.0 * _SIZE**3 / min(matmul),
+        copy_bytes=2.0 * source.nbytes / min(copy),
+        threads=threads,
+    )
+
+
+def measure_apart() -> Ceilings:
+    """Measure in a process of its own, with one thread a usable CPU."""
+    environment = script_environment() | dict.fromkeys(_THREAD_VARIABLES, str(usable_cpus()))
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
+    )
+    return Ceilings(**json.loads(done.stdout))
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure(usable_cpus()))))

@@ -1,0 +1,220 @@
+"""The measuring process: one backend, one bundle, its first picture and its second.
+
+Started by `runs.py` with a job as JSON; answers with one line of JSON. Every call of a network is
+timed inside the picture that needs it, so that the parts add up to the whole.
+"""
+
+import contextlib
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+if TYPE_CHECKING:
+    from ldm_runtime import GenerationRequest, Generator
+    from ldm_runtime.backends import Backend
+    from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
+
+#: What a deployment must not need; one of them in the process would falsify its memory.
+HEAVY = ("torch", "transformers", "onnx", "diffusers", "ldm_export")
+#: A whole picture (or batch), and its time that no network takes.
+IMAGE, REST = "image", "rest"
+#: From the start of the process to its first picture: import, load and draw.
+COLD_START = "cold_start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to measure.
+
+    Attributes:
+        bundle: The bundle's folder.
+        backend: Name of a backend.
+        fields: Fields of the request.
+        batch_size: Images in one call.
+    """
+
+    bundle: str
+    backend: str
+    fields: dict[str, Any]
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What one process found.
+
+    Attributes:
+        first: Seconds the first time: "import", "load" (with a check of the files' hashes), the
+            first call of each network, the picture, its rest, and `COLD_START`.
+        steady: Seconds once warm: "load" (hashes known), a call of each network as the mean over
+            a picture, the picture and its rest. Calls and rest add up to the picture.
+        calls: How often a picture calls each network.
+        peak_bytes: Highest resident memory up to the end of the second picture.
+        version: Of the library behind the backend.
+        heavy: Which of `HEAVY` were loaded: none, or the measurement is void.
+    """
+
+    first: dict[str, float]
+    steady: dict[str, float]
+    calls: dict[str, int]
+    peak_bytes: int
+    version: str
+    heavy: list[str]
+
+
+class Clock:
+    """Seconds of every call of every network, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def timed(self, name: str, call: "Callable[[], Tensors]") -> "Tensors":
+        """Call and take the time."""
+        started = time.perf_counter()
+        outputs = call()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+        return outputs
+
+    def take(self) -> dict[str, list[float]]:
+        """Return what was measured and forget it."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class TimedRunner:
+    """A runner that tells a clock."""
+
+    def __init__(self, runner: "Runner", name: str, clock: Clock) -> None:
+        self._runner, self._name, self._clock = runner, name, clock
+
+    def run(self, inputs: "Tensors") -> "Tensors":
+        """Run; outputs are arrays in memory, so no device is still at work afterwards."""
+        return self._clock.timed(self._name, lambda: self._runner.run(inputs))
+
+
+class TimedEngine(TimedRunner):
+    """An engine that tells a clock."""
+
+    def __init__(self, engine: "Engine", name: str, clock: Clock) -> None:
+        super().__init__(engine, name, clock)
+        self._engine = engine
+
+    def bind(self, constants: "Tensors") -> "Runner":
+        """Fix some inputs."""
+        return TimedRunner(self._engine.bind(constants), self._name, self._clock)
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def measure(job: Job, backend: "Backend", imported: float) -> Findings:
+    """Open the bundle, draw twice, and open it once more.
+
+    Args:
+        job: What to measure.
+        backend: The job's backend.
+        imported: Seconds it took to import.
+    """
+    from ldm_runtime import GenerationRequest, Generator
+
+    clock, request = Clock(), GenerationRequest(**job.fields)
+    plain_open = backend.open_engine
+
+    def open_timed(source: "EngineSource") -> TimedEngine:
+        return TimedEngine(plain_open(source), source.component.name, clock)
+
+    def load() -> tuple[Generator, float]:
+        started = time.perf_counter()
+        generator = Generator(job.bundle, backend=job.backend, batch_size=job.batch_size)
+        return generator, time.perf_counter() - started
+
+    cast("Any", backend).open_engine = open_timed  # for the rest of this process
+    generator, first_load = load()
+    with generator:
+        first_calls, first_whole = _draw(generator, request, clock)
+        calls, whole = _draw(generator, request, clock)
+    peak = peak_bytes()
+    generator, steady_load = load()
+    generator.close()
+    first = {name: seconds[0] for name, seconds in first_calls.items()} | first_whole
+    steady = {name: statistics.fmean(seconds) for name, seconds in calls.items()} | whole
+    cold_start = imported + first_load + first[IMAGE]
+    return Findings(
+        first={"import": imported, "load": first_load, COLD_START: cold_start, **first},
+        steady={"load": steady_load, **steady},
+        calls={name: len(seconds) for name, seconds in calls.items()},
+        peak_bytes=peak,
+        version=backend.version(),
+        heavy=[name for name in HEAVY if name in sys.modules],
+    )
+
+
+def _draw(
+    generator: "Generator", request: "GenerationRequest", clock: Clock
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the seconds of every call of every network, and those of the picture and its rest."""
+    started = time.perf_counter()
+    generator.generate(request)
+    total = time.perf_counter() - started
+    calls = clock.take()
+    return calls, {IMAGE: total, REST: total - sum(map(sum, calls.values()))}
+
+
+def peak_bytes() -> int:
+    """Return the highest resident memory of this process.
+
+    Not `ru_maxrss` where Linux tells: that begins at the size of the process that started this one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (line,) = (line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> int:
+    """Let `peak_bytes` begin at what is resident now, where Linux permits it, and return that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def main() -> int:
+    """Do one job: 0 on success, 1 if the bundle or the backend cannot do it."""
+    job = Job(**json.loads(sys.argv[1]))
+    started = time.perf_counter()
+    from ldm_runtime import LdmError
+    from ldm_runtime.backends import get_backend
+
+    try:
+        backend = get_backend(job.backend)
+        findings = measure(job, backend, imported=time.perf_counter() - started)
+    except LdmError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(asdict(findings)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

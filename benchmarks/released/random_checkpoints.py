@@ -1,0 +1,132 @@
+"""Checkpoints of released sizes with random weights, in CompVis's layout."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ldm_export.networks.loading import build_network
+from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, TextEncoderSpec, components_of
+from released.released_systems import System
+
+#: Size of the layers that training starts at zero, against the others: small, but there.
+_LATE_GAIN = 0.5
+_LATE = re.compile(
+    r"out_layers\.3|proj_out|\.out\.2|to_out|net\.2|conv2|out_proj|fc2|emb_layers\.1"
+)
+_TIMESTEPS = 1000
+
+
+def as_spec(system: System) -> ModelSpec:
+    """Return what a checkpoint of a system is, sampled in no particular way."""
+    has_unet = system.unet is not None
+    alphas = _alphas(system).float().tolist() if has_unet else ()
+    side = 64 * system.autoencoder.factor
+    return ModelSpec(
+        family=system.name,
+        task=system.task,
+        weights="model",
+        unet=system.unet,
+        autoencoder=system.autoencoder,
+        text_encoder=system.text_encoder,
+        class_embedder=system.class_embedder,
+        rescaler=system.rescaler,
+        alphas_cumprod=tuple(alphas),
+        prediction_type="epsilon",
+        defaults=SamplingDefaults(
+            height=side,
+            width=side,
+            sampler="ddim",
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            eta=0.0,
+        ),
+        assumptions=(),
+    )
+
+
+def write_checkpoint(path: Path, system: System, *, half: bool = False) -> None:
+    """Write a checkpoint as PyTorch Lightning did.
+
+    Args:
+        path: The file.
+        system: Its networks.
+        half: Whether weights are fp16; the schedule is fp32 either way.
+    """
+    random = torch.Generator().manual_seed(0)
+    state: dict[str, torch.Tensor] = {}
+    if system.unet is not None:
+        state.update(_schedule_buffers(system))
+    for name, shape in parameter_shapes(system):
+        value = _random_weight(name, shape, random)
+        state[name] = value.half() if half else value
+    if system.text_encoder is not None and system.text_encoder.kind == "clip":
+        positions = torch.arange(system.text_encoder.max_tokens)[None]
+        state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
+    torch.save({"state_dict": state, "global_step": 0, "epoch": 0}, path)
+
+
+def parameter_shapes(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of a checkpoint's weights, with what it holds and nothing uses."""
+    spec = as_spec(system)
+    for component in components_of(spec):
+        prefix = _prefix(component, spec)
+        for name, parameter in build_network(component, spec).named_parameters():
+            yield prefix + name, tuple(parameter.shape)
+    if spec.text_encoder is not None and spec.text_encoder.kind == "bert":
+        yield from _unused_head(spec.text_encoder)
+
+
+def _prefix(component: str, spec: ModelSpec) -> str:
+    """Return what stands before a network's parameter names in a checkpoint."""
+    if component == "unet":
+        return "model.diffusion_model."
+    if component.startswith("vae_"):
+        return "" if spec.unet is None else "first_stage_model."
+    is_clip = spec.text_encoder is not None and spec.text_encoder.kind == "clip"
+    return "cond_stage_model.transformer." if is_clip else "cond_stage_model."
+
+
+def _unused_head(spec: TextEncoderSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the layer that once predicted tokens and that every released file still has."""
+    yield "cond_stage_model.transformer.to_logits.weight", (spec.vocab_size, spec.width)
+    yield "cond_stage_model.transformer.to_logits.bias", (spec.vocab_size,)
+
+
+def _random_weight(name: str, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+    """Return values that keep activations near one through all layers, and no layer at zero."""
+    value: torch.Tensor = torch.randn(shape, generator=random)
+    if len(shape) == 1:  # biases, and gains of normalisations
+        return 0.1 * value + (1.0 if name.endswith("weight") else 0.0)
+    if "embedding" in name or "_emb" in name:
+        return 0.5 * value
+    spread: float = (_LATE_GAIN if _LATE.search(name) else 1.0) / math.sqrt(value[0].numel())
+    return value * spread
+
+
+def _alphas(system: System) -> torch.Tensor:
+    ends = math.sqrt(system.linear_start), math.sqrt(system.linear_end)
+    betas = torch.linspace(*ends, _TIMESTEPS, dtype=torch.float64).square()
+    return torch.cumprod(1 - betas, 0)
+
+
+def _schedule_buffers(system: System) -> dict[str, torch.Tensor]:
+    alphas = _alphas(system)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    betas = 1 - alphas / before
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": alphas,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": alphas.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas).log(),
+        "sqrt_recip_alphas_cumprod": alphas.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas - 1).sqrt(),
+        "posterior_variance": betas * (1 - before) / (1 - alphas),
+    }
+    if system.scale_by_std:
+        buffers["scale_factor"] = torch.tensor(system.autoencoder.latent_scale_factor)
+    return {name: values.float() for name, values in buffers.items()}

@@ -1,0 +1,313 @@
+"""The released models of the latent-diffusion paper, as the hyperparameters of their networks.
+
+Sources: the `config.yaml` of each model in CompVis/latent-diffusion, `models/ldm/*` and
+`models/first_stage_models/*`. Models of equal networks share a row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from ldm_runtime.specs.model import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    RescalerSpec,
+    Task,
+    TextEncoderSpec,
+    UNetSpec,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One released model.
+
+    Attributes:
+        name: Of its folder, or of the first of those that share the row.
+        task: What it does.
+        autoencoder: Its first stage.
+        unet: Its denoising network, or None of a first stage alone.
+        text_encoder: What encodes prompts or layouts.
+        class_embedder: What encodes class labels.
+        rescaler: What encodes semantic maps.
+        linear_start: First beta of the schedule, which is linear in its square root.
+        linear_end: Last beta.
+        scale_by_std: Whether the scale factor is a tensor of the checkpoint.
+        parameters_millions: What the sources give, to check this table with: of the UNet, the first
+            stage and the conditioner, output layers that nothing uses included.
+    """
+
+    name: str
+    task: Task
+    autoencoder: AutoencoderSpec
+    unet: UNetSpec | None = None
+    text_encoder: TextEncoderSpec | None = None
+    class_embedder: ClassEmbedderSpec | None = None
+    rescaler: RescalerSpec | None = None
+    linear_start: float = 0.0015
+    linear_end: float = 0.0195
+    scale_by_std: bool = False
+    parameters_millions: tuple[float, float, float]
+
+
+def _first_stage(
+    kind: Literal["kl", "vq"],
+    channel_mult: tuple[int, ...],
+    channels: int,
+    codebook_size: int | None = None,
+    attention_levels: tuple[int, ...] = (),
+) -> AutoencoderSpec:
+    return AutoencoderSpec(
+        kind=kind,
+        image_channels=3,
+        channels=128,
+        channel_mult=channel_mult,
+        num_res_blocks=2,
+        attention_levels=attention_levels,
+        middle_attention=True,
+        z_channels=channels,
+        embed_dim=channels,
+        codebook_size=codebook_size,
+        latent_scale_factor=1.0,
+    )
+
+
+#: The zoo of first stages.
+FIRST_STAGES: Mapping[str, AutoencoderSpec] = MappingProxyType(
+    {
+        "vq-f4": _first_stage("vq", (1, 2, 4), 3, 8192),
+        "vq-f4-noattn": replace(_first_stage("vq", (1, 2, 4), 3, 8192), middle_attention=False),
+        "vq-f8": _first_stage("vq", (1, 2, 2, 4), 4, 16384, (3,)),
+        "vq-f8-n256": _first_stage("vq", (1, 2, 2, 4), 4, 256, (3,)),
+        "vq-f16": _first_stage("vq", (1, 1, 2, 2, 4), 8, 16384, (4,)),
+        "kl-f4": _first_stage("kl", (1, 2, 4), 3),
+        "kl-f8": _first_stage("kl", (1, 2, 4, 4), 4),
+        "kl-f16": _first_stage("kl", (1, 1, 2, 2, 4), 16, None, (4,)),
+        "kl-f32": _first_stage("kl", (1, 1, 2, 2, 4, 4), 64, None, (4, 5)),
+    }
+)
+_FIRST_STAGE_MILLIONS = MappingProxyType(
+    {
+        "vq-f4": 55.32,
+        "vq-f4-noattn": 53.22,
+        "vq-f8": 67.72,
+        "vq-f8-n256": 67.65,
+        "vq-f16": 69.59,
+        "kl-f4": 55.31,
+        "kl-f8": 83.65,
+        "kl-f16": 69.61,
+        "kl-f32": 103.88,
+    }
+)
+
+_QKV = UNetSpec(
+    in_channels=3,
+    out_channels=3,
+    model_channels=224,
+    channel_mult=(1, 2, 3, 4),
+    num_res_blocks=2,
+    attention="qkv",
+    transformer_depth=(0, 1, 1, 1),
+    middle_depth=1,
+    num_heads=None,
+    num_head_channels=32,
+    context_dim=None,
+    linear_projection=False,
+    scale_shift_norm=False,
+    resblock_updown=False,
+)
+_TRANSFORMER = replace(
+    _QKV, model_channels=192, channel_mult=(1, 2, 3, 5), attention="transformer", context_dim=640
+)
+_BERT = TextEncoderSpec(
+    kind="bert",
+    width=640,
+    num_layers=32,
+    num_heads=8,
+    feed_forward_dim=2560,
+    vocab_size=30522,
+    max_tokens=77,
+    activation="gelu",
+    pad_token_id=0,
+)
+
+_SYSTEMS = (
+    System(
+        name="celeba256",  # ffhq256 and lsun_beds256 are the same networks
+        task="unconditional",
+        autoencoder=FIRST_STAGES["vq-f4"],
+        unet=_QKV,
+        parameters_millions=(274.06, 55.32, 0.0),
+    ),
+    System(
+        name="lsun_churches256",
+        task="unconditional",
+        autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.25),
+        unet=replace(
+            _QKV,
+            in_channels=4,
+            out_channels=4,
+            model_channels=192,
+            channel_mult=(1, 2, 2, 4, 4),
+            transformer_depth=(1, 1, 1, 1, 0),
+            num_heads=8,
+            num_head_channels=None,
+            scale_shift_norm=True,
+            resblock_updown=True,
+        ),
+        linear_end=0.0155,
+        scale_by_std=True,  # the released factor is in the checkpoint alone; this one is not it
+        parameters_millions=(294.97, 83.65, 0.0),
+    ),
+    System(
+        name="cin256",
+        task="class-to-image",
+        autoencoder=FIRST_STAGES["vq-f8"],
+        unet=replace(
+            _TRANSFORMER,
+            in_channels=4,
+            out_channels=4,
+            model_channels=256,
+            channel_mult=(1, 2, 4),
+            transformer_depth=(1, 1, 1),
+            context_dim=512,
+        ),
+        class_embedder=ClassEmbedderSpec(num_classes=1000, width=512, null_class=None),
+        parameters_millions=(394.98, 67.72, 0.51),
+    ),
+    System(
+        name="cin256-v2",
+        task="class-to-image",
+        autoencoder=FIRST_STAGES["vq-f4"],
+        unet=replace(_TRANSFORMER, num_heads=1, num_head_channels=None, context_dim=512),
+        class_embedder=ClassEmbedderSpec(num_classes=1001, width=512, null_class=1000),
+        parameters_millions=(400.92, 55.32, 0.51),
+    ),
+    System(
+        name="text2img256",
+        task="text-to-image",
+        autoencoder=FIRST_STAGES["vq-f4"],
+        unet=_TRANSFORMER,
+        text_encoder=_BERT,
+        parameters_millions=(403.62, 55.32, 186.15),
+    ),
+    System(
+        name="txt2img-1p4B",
+        task="text-to-image",
+        autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.18215),
+        unet=replace(
+            _TRANSFORMER,
+            in_channels=4,
+            out_channels=4,
+            model_channels=320,
+            channel_mult=(1, 2, 4, 4),
+            transformer_depth=(1, 1, 1, 0),
+            num_heads=8,
+            num_head_channels=None,
+            context_dim=1280,
+        ),
+        text_encoder=replace(_BERT, width=1280, feed_forward_dim=5120),
+        linear_start=0.00085,
+        linear_end=0.012,
+        parameters_millions=(872.30, 83.65, 581.99),
+    ),
+    System(
+        name="layout2img-openimages256",
+        task="layout-to-image",
+        autoencoder=FIRST_STAGES["vq-f4"],
+        unet=replace(
+            _TRANSFORMER,
+            model_channels=128,
+            channel_mult=(1, 2, 3, 4),
+            transformer_depth=(0, 3, 3, 3),
+            middle_depth=3,
+            context_dim=512,
+        ),
+        text_encoder=replace(
+            _BERT,
+            width=512,
+            num_layers=16,
+            feed_forward_dim=2048,
+            vocab_size=8192,
+            max_tokens=92,
+            pad_token_id=8191,
+        ),
+        linear_end=0.0205,
+        parameters_millions=(246.28, 55.32, 58.86),
+    ),
+    System(
+        name="semantic_synthesis256",  # semantic_synthesis512 is the same networks
+        task="semantic-synthesis",
+        autoencoder=FIRST_STAGES["vq-f4"],
+        unet=replace(
+            _QKV,
+            in_channels=6,
+            model_channels=128,
+            channel_mult=(1, 4, 8),
+            transformer_depth=(0, 0, 0),
+            num_heads=8,
+            num_head_channels=None,
+        ),
+        rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=2),
+        linear_end=0.0205,
+        parameters_millions=(215.23, 55.32, 0.0),
+    ),
+    System(
+        name="bsr_sr",
+        task="super-resolution",
+        autoencoder=FIRST_STAGES["vq-f4"],
+        unet=replace(
+            _QKV,
+            in_channels=6,
+            model_channels=160,
+            channel_mult=(1, 2, 2, 4),
+            transformer_depth=(0, 0, 0, 1),
+        ),
+        linear_end=0.0155,
+        parameters_millions=(113.62, 55.32, 0.0),
+    ),
+    System(
+        name="inpainting_big",
+        task="inpainting",
+        autoencoder=FIRST_STAGES["vq-f4-noattn"],
+        unet=replace(
+            _QKV,
+            in_channels=7,
+            model_channels=256,
+            num_heads=8,
+            num_head_channels=None,
+            resblock_updown=True,
+        ),
+        linear_end=0.0205,
+        parameters_millions=(387.25, 53.22, 0.0),
+    ),
+    System(
+        name="rdm-768",
+        task="retrieval",
+        autoencoder=replace(FIRST_STAGES["kl-f16"], latent_scale_factor=0.22765929),
+        unet=replace(
+            _TRANSFORMER,
+            in_channels=16,
+            out_channels=16,
+            model_channels=448,
+            channel_mult=(1, 2, 3, 4),
+            transformer_depth=(1, 1, 1, 0),
+            context_dim=768,
+        ),
+        linear_end=0.015,
+        parameters_millions=(1335.48, 69.61, 0.0),
+    ),
+    *(
+        System(
+            name=name,
+            task="first-stage",
+            autoencoder=autoencoder,
+            parameters_millions=(0.0, _FIRST_STAGE_MILLIONS[name], 0.0),
+        )
+        for name, autoencoder in FIRST_STAGES.items()
+    ),
+)
+
+#: Every row, by name.
+SYSTEMS: Mapping[str, System] = MappingProxyType({system.name: system for system in _SYSTEMS})

@@ -1,0 +1,245 @@
+"""Checkpoints as named, lazy, memory-mapped tensors: nothing in them is trusted, nothing is run.
+
+Both formats are read by this package's own parsers, which only compare numbers: no `torch.load`,
+no `pickle`, no fallback to either. Opening a file touches its directory, not its tensors.
+"""
+
+import mmap
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_export.checkpoint.safetensors_header import read_safetensors_header
+from ldm_export.checkpoint.tensor_extent import TensorExtent
+from ldm_export.checkpoint.torch_archive import read_torch_archive
+from ldm_export.errors import CheckpointError, FormatError
+
+_ZIP_MAGIC = b"PK\3\4"
+# Protocol 2 and the 80-bit magic number of torch 0.1.10 to 1.5, whose files are plain pickles.
+_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
+_MISTAKES: Mapping[bytes, str] = MappingProxyType(
+    {
+        b"version https://git-lfs": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
+        b"<": "a web page; the download went wrong, get the file again",
+        b"PK\5\6": "an empty zip archive; get the file again",
+        b"\x80": "a plain pickle, which only running it could read; save a state dict instead",
+    }
+)
+_UNREADABLE = frozenset({"float8_e4m3fn", "float8_e5m2"})  # NumPy has no such types
+
+
+class MappedFile:
+    """One file, mapped read-only. It is unmapped when it is closed and no array uses it any more.
+
+    The file must not shrink while it is mapped: touching what is gone kills the process, as with
+    every mapping.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise CheckpointError(path, "is not a file; give the checkpoint itself")
+            if path.stat().st_size == 0:
+                raise CheckpointError(path, "is empty; get the file again")
+            with path.open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(path, f"cannot be opened: {error}") from error
+        self._bytes: npt.NDArray[np.uint8] | None = np.frombuffer(mapping, dtype=np.uint8)
+
+    @property
+    def bytes(self) -> npt.NDArray[np.uint8]:
+        """The whole file; arrays made from it keep the mapping alive."""
+        if self._bytes is None:
+            raise ValueError(f"{self.path} is closed; read its tensors before closing it")
+        return self._bytes
+
+    def close(self) -> None:
+        """Give up the mapping. Arrays made from it stay valid."""
+        self._bytes = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyTensor:
+    """A tensor that stays in its file until it is asked for.
+
+    Attributes:
+        name: Its name in the state dict.
+        extent: Where in the file it lies.
+        file: The file.
+    """
+
+    name: str
+    extent: TensorExtent
+    file: MappedFile = field(repr=False)
+
+    @property
+    def dtype(self) -> str:
+        """Type of an element as torch names it, such as "float32" or "bfloat16"."""
+        return self.extent.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        return self.extent.shape
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Elements from one index to the next along each axis."""
+        return self.extent.stride
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its elements take, as stored, when they are laid out one after another."""
+        return self.extent.nbytes
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Return its values.
+
+        The array is a read-only view of the mapped file, which it keeps mapped. Only bfloat16,
+        which NumPy lacks, is widened into a fresh float32 array.
+
+        Raises:
+            CheckpointError: NumPy has no counterpart of its type.
+            ValueError: The checkpoint is closed.
+        """
+        if self.dtype in _UNREADABLE:
+            raise CheckpointError(
+                self.file.path,
+                f"tensor {self.name!r} has type {self.dtype}, which cannot be read; "
+                "convert the checkpoint to float16",
+            )
+        if self.dtype == "bfloat16":
+            return _widened(self._view(np.dtype("<u2")))
+        return self._view(np.dtype(self.dtype).newbyteorder("<"))
+
+    def _view(self, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        buffer = self.file.bytes
+        if 0 in self.shape:
+            return np.empty(self.shape, dtype)
+        # The stride of an axis of length 1 is never used, and may be too large for NumPy.
+        strides = tuple(
+            dtype.itemsize * (step if length > 1 else 1)
+            for length, step in zip(self.shape, self.stride, strict=True)
+        )
+        return np.ndarray(
+            self.shape, dtype, buffer=buffer, offset=self.extent.start, strides=strides
+        )
+
+
+def _widened(bfloat16: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """Widen the bits of bfloat16 values to float32, of which they are the upper half."""
+    bits = bfloat16.astype(np.uint32)
+    np.left_shift(bits, 16, out=bits)
+    return bits.view(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An open checkpoint. Close it, or use it in a `with` statement.
+
+    Attributes:
+        path: The file.
+        format: How it is written.
+        tensors: Its tensors, by their names in the state dict.
+        skipped: Names of what lies beside the tensors and was not read.
+        global_step: Training step, if the file says so.
+        metadata: The file's own remarks: text by whoever made it, to be escaped before it is shown.
+    """
+
+    path: Path
+    format: Literal["torch", "safetensors"]
+    tensors: Mapping[str, LazyTensor]
+    skipped: tuple[str, ...]
+    global_step: int | None
+    metadata: Mapping[str, str]
+    _file: MappedFile = field(repr=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the file. Arrays that were read stay valid; further reading is an error."""
+        self._file.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint in torch's archive format (.ckpt, .pt, .pth, .bin) or in safetensors.
+
+    The format is told by the content, not by the name. State dicts inside state dicts are entered.
+
+    Raises:
+        CheckpointError: The file is not a checkpoint, is damaged, or holds what no checkpoint does.
+    """
+    file = MappedFile(path)
+    try:
+        return _read(file)
+    except FormatError as error:
+        file.close()
+        raise CheckpointError(path, str(error)) from error
+
+
+def _read(file: MappedFile) -> Checkpoint:
+    data = file.bytes.data
+    head = bytes(data[:64])
+    if head.startswith(_ZIP_MAGIC):
+        contents = read_torch_archive(data)
+        return Checkpoint(
+            path=file.path,
+            format="torch",
+            tensors=_lazy(contents.tensors, file),
+            skipped=contents.skipped,
+            global_step=contents.global_step,
+            metadata=MappingProxyType({}),
+            _file=file,
+        )
+    if head[8:9] == b"{":
+        extents, metadata = read_safetensors_header(data)
+        return Checkpoint(
+            path=file.path,
+            format="safetensors",
+            tensors=_lazy(extents, file),
+            skipped=(),
+            global_step=None,
+            metadata=metadata,
+            _file=file,
+        )
+    raise FormatError(_explain(head))
+
+
+def _lazy(extents: Mapping[str, TensorExtent], file: MappedFile) -> Mapping[str, LazyTensor]:
+    return MappingProxyType(
+        {name: LazyTensor(name=name, extent=extent, file=file) for name, extent in extents.items()}
+    )
+
+
+def _explain(head: bytes) -> str:
+    """Say what a file is that is no checkpoint, and what to do about it."""
+    if head.startswith(_LEGACY_MAGIC):
+        return (
+            "is in the format of torch before 1.6, which cannot be read without running it; "
+            "convert it with `torch.save(torch.load(old, map_location='cpu', weights_only=True), "
+            "new)`, or with weights_only=False if torch refuses and you trust whoever made the file"
+        )
+    for start, explanation in _MISTAKES.items():
+        if head.startswith(start):
+            return f"is not a checkpoint but {explanation}"
+    return (
+        f"is neither a torch archive nor a safetensors file (it begins with {head[:8]!r}); "
+        "give a .ckpt, .pt or .safetensors file"
+    )

@@ -1,0 +1,1 @@
+"""Detection: from tensors and a configuration to the specification of a model."""

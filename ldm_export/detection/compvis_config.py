@@ -1,0 +1,228 @@
+"""The facts that a CompVis `config.yaml` adds to a checkpoint's weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ldm_export.errors import ExportError
+from ldm_runtime.specs.model import PredictionType
+
+_MAX_BYTES = 1 << 20
+#: More than any model has: of training timesteps, of latent pixels a side, and of pixels a side.
+_MAX_TIMESTEPS, _MAX_LATENTS, _MAX_PIXELS = 100_000, 2048, 16384
+_PARAMETERIZATIONS: Mapping[str, PredictionType] = {
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "x0": "sample",
+}
+_FIRST_STAGE_ONLY: Mapping[str, object] = {
+    "ddconfig.tanh_out": False,
+    "ddconfig.give_pre_end": False,
+    "ddconfig.resamp_with_conv": True,
+}
+#: What `lookup` returns for an entry that is not there.
+ABSENT = object()
+
+Config = Mapping[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFacts:
+    """What a configuration says that no shape tells; None where it says nothing.
+
+    Attributes:
+        prediction_type: What the UNet was trained to output.
+        latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+        scale_by_std: Whether that was measured in training, and is a tensor of the checkpoint.
+        latent_size: Height and width in latent pixels that the UNet was trained on.
+        resolution: Height and width in pixels that the first stage was trained on.
+        linear_start: First beta of the schedule that is linear in sqrt(beta) …
+        linear_end: … and the last, after …
+        num_train_timesteps: … so many steps.
+        num_heads: Attention heads of the UNet.
+        num_head_channels: Channels a head of the UNet.
+        text_num_heads: Attention heads of a CLIP text encoder.
+        text_activation: Feed-forward activation of a CLIP text encoder.
+        num_classes: Classes of a class embedding.
+        class_dropout: Share of labels that training replaced by the last class.
+        num_halvings: How often a rescaler halves semantic maps.
+    """
+
+    prediction_type: PredictionType | None = None
+    latent_scale_factor: float | None = None
+    scale_by_std: bool = False
+    latent_size: int | None = None
+    resolution: int | None = None
+    linear_start: float | None = None
+    linear_end: float | None = None
+    num_train_timesteps: int | None = None
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    text_num_heads: int | None = None
+    text_activation: Literal["quick_gelu", "gelu"] | None = None
+    num_classes: int | None = None
+    class_dropout: float | None = None
+    num_halvings: int | None = None
+
+
+def read_config(path: Path) -> Config:
+    """Read a YAML file without making objects of the classes it names.
+
+    Raises:
+        ExportError: The file cannot be read, is no YAML, or is no CompVis configuration.
+    """
+    import yaml  # deferred: only `--config` needs it
+
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise ExportError(f"{path} has {size} bytes, which is no model configuration")
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ExportError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ExportError(f"{path} holds {type(config).__name__}, not the mapping `model: …`")
+    params_of(config)
+    return config
+
+
+def config_beside(checkpoint: Path) -> Path | None:
+    """Return the configuration that lies beside a checkpoint, named after it or `config.yaml`."""
+    candidates = (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def config_facts(config: Config | None) -> ConfigFacts:
+    """Return the facts in a configuration that the weights cannot tell.
+
+    Raises:
+        ExportError: One of them has an impossible value, or one that is not exported.
+    """
+    if config is None:
+        return ConfigFacts()
+    params = params_of(config)
+    _check_exported(params)
+    return ConfigFacts(
+        prediction_type=_choice(params, "parameterization", _PARAMETERIZATIONS),
+        latent_scale_factor=(
+            None if params.get("scale_by_std") else _number(params, "scale_factor")
+        ),
+        scale_by_std=bool(params.get("scale_by_std")),
+        latent_size=_integer(params, "image_size", _MAX_LATENTS),
+        resolution=_integer(first_stage_of(params), "ddconfig.resolution", _MAX_PIXELS),
+        linear_start=_number(params, "linear_start"),
+        linear_end=_number(params, "linear_end"),
+        num_train_timesteps=_integer(params, "timesteps", _MAX_TIMESTEPS),
+        num_heads=_integer(params, "unet_config.params.num_heads"),
+        num_head_channels=_integer(params, "unet_config.params.num_head_channels"),
+        text_num_heads=_integer(params, "cond_stage_config.params.num_attention_heads"),
+        text_activation=_choice(
+            params,
+            "cond_stage_config.params.hidden_act",
+            {"quick_gelu": "quick_gelu", "gelu": "gelu"},
+        ),
+        num_classes=_integer(params, "cond_stage_config.params.n_classes"),
+        class_dropout=_share(params, "cond_stage_config.params.ucg_rate"),
+        num_halvings=_integer(params, "cond_stage_config.params.n_stages"),
+    )
+
+
+def params_of(config: Config) -> Config:
+    """Return the mapping `model: params:`, which has all that is of interest.
+
+    Raises:
+        ExportError: There is none.
+    """
+    params = lookup(config, "model.params")
+    if not isinstance(params, dict):
+        raise ExportError(
+            "the configuration has no `model: params:` mapping; give the config.yaml of a CompVis "
+            "checkpoint, or the facts by flags"
+        )
+    return params
+
+
+def first_stage_of(params: Config) -> Config:
+    """Return what describes the first stage: the whole, if the model is one, else a part."""
+    part = lookup(params, "first_stage_config.params")
+    if isinstance(part, dict):
+        return part
+    return params if "ddconfig" in params else {}
+
+
+def lookup(config: Config, path: str) -> object:
+    """Return the entry at a dotted path, or `ABSENT` if there is none or it is empty."""
+    value: object = config
+    for key in path.split("."):
+        if not isinstance(value, dict):
+            return ABSENT
+        value = value.get(key, ABSENT)
+    return ABSENT if value is None else value
+
+
+def _check_exported(params: Config) -> None:
+    """Check that no entry asks for arithmetic that weights do not show and networks do not do."""
+    only: dict[str, object] = {
+        "beta_schedule": "linear",
+        "unet_config.params.use_new_attention_order": False,
+        "unet_config.params.num_heads_upsample": -1,
+        "unet_config.params.conv_resample": True,
+        "cond_stage_config.params.method": "bilinear",
+        "cond_stage_config.params.multiplier": 0.5,
+    }
+    place = "" if first_stage_of(params) is params else "first_stage_config.params."
+    only = only | {f"{place}{path}": exported for path, exported in _FIRST_STAGE_ONLY.items()}
+    for path, exported in only.items():
+        value = lookup(params, path)
+        if value is not ABSENT and value != exported:
+            raise ExportError(
+                f"config: {path} {value!r} is not exported by this version; only {exported!r} is"
+            )
+
+
+def _number(params: Config, path: str) -> float | None:
+    value = lookup(params, path)
+    if value is ABSENT:
+        return None
+    try:
+        # YAML 1.1 reads 1e-4, without a point, as text.
+        number = float(value) if isinstance(value, str | int | float) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ExportError(f"config: {path} is {value!r}; a positive number was expected")
+    return number
+
+
+def _integer(params: Config, path: str, most: int | None = None) -> int | None:
+    """Return a positive integer, at most `most`; -1 is CompVis's way to leave a number open."""
+    value = lookup(params, path)
+    if value is ABSENT or value == -1:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ExportError(f"config: {path} is {value!r}; a positive integer was expected")
+    if most is not None and value > most:
+        raise ExportError(f"config: {path} is {value}; at most {most} was expected")
+    return value
+
+
+def _share(params: Config, path: str) -> float | None:
+    value = lookup(params, path)
+    if value is ABSENT:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ExportError(f"config: {path} is {value!r}; a number from 0 to 1 was expected")
+    return float(value)
+
+
+def _choice(params: Config, path: str, choices: Mapping[str, T]) -> T | None:
+    value = lookup(params, path)
+    if value is ABSENT:
+        return None
+    if not isinstance(value, str) or value not in choices:
+        raise ExportError(f"config: {path} is {value!r}; choose from {', '.join(choices)}")
+    return choices[value]

@@ -1,0 +1,140 @@
+"""The records of what conditions a UNet: text or layout encoder, class embedder, rescaler."""
+
+from ldm_export.detection.overrides import Sources, assumed, settle
+from ldm_export.errors import ExportError, WeightsError
+from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
+from ldm_export.hyperparameters.shapes import Shapes
+from ldm_export.hyperparameters.text_encoders import read_bert, read_clip
+from ldm_runtime.specs.model import (
+    Assumption,
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    RescalerSpec,
+    TextEncoderSpec,
+)
+
+_CLIP_VOCAB_SIZE = 49408
+_CLIP_HEAD_CHANNELS = 64
+_WORDPIECE_PADDING = 0
+
+
+def text_encoder_record(
+    sources: Sources, shapes: Shapes
+) -> tuple[TextEncoderSpec, list[Assumption]]:
+    """Return the record of a text or layout encoder, and what it assumes.
+
+    Raises:
+        WeightsError: Tensors are missing or contradict each other.
+        ExportError: The configuration has an impossible number of heads.
+    """
+    if "transformer.token_emb.weight" not in shapes:
+        return _clip(sources, shapes)
+    # Layouts are filled up with the last token, prompts with the first word piece.
+    is_text = sources.family.task == "text-to-image"
+    bert = read_bert(shapes, pad_token_id=_WORDPIECE_PADDING if is_text else None)
+    return bert, [assumed("text_encoder.pad_token_id", bert.pad_token_id, "family")]
+
+
+def class_embedder_record(
+    sources: Sources, shapes: Shapes
+) -> tuple[ClassEmbedderSpec, list[Assumption]]:
+    """Return the record of a class embedding, and which class it assumes to stand for none.
+
+    Raises:
+        WeightsError: The configuration has another number of classes.
+        ExportError: There is no such null class.
+    """
+    rows, width = read_class_embedding(shapes)
+    null_class, source = _null_class(sources, rows)
+    if null_class is not None and not 0 <= null_class < rows:
+        raise ExportError(
+            f"the null class is {null_class} (from {source}), but the class embedding has the rows "
+            f"0 to {rows - 1}; give the right one with --null-class"
+        )
+    spec = ClassEmbedderSpec(num_classes=rows, width=width, null_class=null_class)
+    return spec, [assumed("class_embedder.null_class", null_class, source)]
+
+
+def rescaler_record(
+    sources: Sources, shapes: Shapes, autoencoder: AutoencoderSpec
+) -> tuple[RescalerSpec, list[Assumption]]:
+    """Return the record of a rescaler, which brings maps as large as pictures to latent size.
+
+    Raises:
+        WeightsError: Tensors are missing, or the configuration halves maps to another size.
+    """
+    num_classes, out_channels = read_channel_mapper(shapes)
+    num_halvings, assumption = settle(
+        "rescaler.num_halvings",
+        None,
+        sources.config.num_halvings,
+        autoencoder.factor.bit_length() - 1,
+    )
+    if 2**num_halvings != autoencoder.factor:
+        raise WeightsError(
+            f"the configuration's cond_stage_config halves maps {num_halvings} times (n_stages), "
+            f"but the weights' first stage makes pictures {autoencoder.factor} times smaller; they "
+            "are not of one model"
+        )
+    spec = RescalerSpec(
+        num_classes=num_classes, out_channels=out_channels, num_halvings=num_halvings
+    )
+    return spec, [assumption]
+
+
+def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assumption]]:
+    clip = read_clip(shapes)
+    num_heads, of_heads = settle(
+        "text_encoder.num_heads",
+        None,
+        sources.config.text_num_heads,
+        1 if clip.width % _CLIP_HEAD_CHANNELS else clip.width // _CLIP_HEAD_CHANNELS,
+    )
+    if clip.width % num_heads:
+        raise ExportError(
+            f"config: cond_stage_config.params.num_attention_heads is {num_heads}, which does not "
+            f"divide the text encoder's width {clip.width}"
+        )
+    activation, of_activation = settle(
+        "text_encoder.activation",
+        None,
+        sources.config.text_activation,
+        sources.family.clip_activation,
+    )
+    # Rows beyond CLIP's vocabulary are words that somebody added after the end token.
+    end_token = min(clip.vocab_size, _CLIP_VOCAB_SIZE) - 1
+    spec = TextEncoderSpec(
+        kind="clip",
+        width=clip.width,
+        num_layers=clip.num_layers,
+        num_heads=num_heads,
+        feed_forward_dim=clip.feed_forward_dim,
+        vocab_size=clip.vocab_size,
+        max_tokens=clip.max_tokens,
+        activation=activation,
+        pad_token_id=end_token,
+    )
+    of_padding = assumed("text_encoder.pad_token_id", end_token, "family")
+    return spec, [of_heads, of_activation, of_padding]
+
+
+def _null_class(sources: Sources, rows: int) -> tuple[int | None, str]:
+    """Return the class that stands for none, and who says so.
+
+    A configuration counts the rows of the embedding. One that counts a class less, or that has a
+    share of labels to leave out in training (`ucg_rate`), keeps the last row for none.
+    """
+    config = sources.config
+    if config.num_classes not in (None, rows, rows - 1):
+        raise WeightsError(
+            f"the configuration says model.params.cond_stage_config.params.n_classes is "
+            f"{config.num_classes}, but the weights have {rows} rows; is it the configuration of "
+            "another checkpoint?"
+        )
+    if sources.flags.null_class is not None:
+        return sources.flags.null_class, "flag"
+    if config.num_classes == rows - 1 or config.class_dropout:
+        return rows - 1, "config"
+    if config.class_dropout is not None:
+        return None, "config"
+    return sources.family.null_class, "family"

@@ -1,0 +1,181 @@
+"""Whether a CompVis `config.yaml` describes the model that its checkpoint's weights are of."""
+
+from collections.abc import Mapping
+
+from ldm_export.detection.compvis_config import ABSENT, Config, first_stage_of, lookup, params_of
+from ldm_export.errors import WeightsError
+from ldm_runtime.specs.model import AutoencoderSpec, ModelSpec, Task, UNetSpec
+
+Value = bool | int | str | tuple[int, ...]
+
+#: What each conditioner of CompVis is for, by the last part of its class's name.
+_CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
+    "__is_unconditional__": ("unconditional",),
+    "__is_first_stage__": ("inpainting",),
+    "Identity": ("super-resolution", "retrieval"),
+    "ClassEmbedder": ("class-to-image",),
+    "BERTEmbedder": ("text-to-image", "layout-to-image"),
+    "SpatialRescaler": ("semantic-synthesis",),
+    "FrozenCLIPEmbedder": ("text-to-image",),
+}
+#: What kind each first stage of CompVis is, likewise. Under a UNet, `VQModel` would decode without
+#: its codebook; as all released models, only `VQModelInterface` is exported there.
+_FIRST_STAGES: Mapping[str, str] = {"AutoencoderKL": "kl", "VQModelInterface": "vq"}
+
+
+def check_architecture(config: Config | None, spec: ModelSpec) -> None:
+    """Check that what a configuration says about shapes is what the weights have.
+
+    Raises:
+        WeightsError: It says something else.
+    """
+    if config is None:
+        return
+    params = params_of(config)
+    first_stage = first_stage_of(params)
+    place = "" if first_stage is params else "first_stage_config.params."
+    _compare(first_stage, place, _first_stage(spec.autoencoder))
+    _compare(first_stage, place, _attention_pixels(first_stage, spec.autoencoder))
+    if spec.unet is not None:
+        _check_task(params, spec)
+        _check_first_stage(params, spec.autoencoder)
+        _compare(params, "", _unet(spec.unet) | _conditioning(spec))
+        _compare(params, "", _attention_factors(params, spec.unet))
+
+
+def _compare(params: Config, place: str, found: Mapping[str, Value]) -> None:
+    for path, weights in found.items():
+        value = lookup(params, path)
+        said = tuple(value) if isinstance(value, list) else value
+        if said is ABSENT or said == weights:
+            continue
+        # One number may stand for every level, or be repeated for each.
+        if isinstance(said, tuple) and said and all(each == weights for each in said):
+            continue
+        raise _contradiction(f"{place}{path}", value, weights)
+
+
+def _contradiction(path: str, said: object, found: object) -> WeightsError:
+    return WeightsError(
+        f"the configuration says model.params.{path} is {said}, but the weights have {found}; "
+        "is it the configuration of another checkpoint?"
+    )
+
+
+def _check_task(params: Config, spec: ModelSpec) -> None:
+    """Check that the conditioner is one of the task that tensors were recognised as."""
+    value = lookup(params, "cond_stage_config")
+    path = "cond_stage_config"
+    if isinstance(value, dict):
+        value, path = lookup(value, "target"), "cond_stage_config.target"
+    tasks = _CONDITIONERS.get(value.rpartition(".")[2]) if isinstance(value, str) else None
+    if tasks is not None and spec.task not in tasks:
+        raise _contradiction(path, value, f"the tensors of a model for {spec.task}")
+
+
+def _check_first_stage(params: Config, first_stage: AutoencoderSpec) -> None:
+    path = "first_stage_config.target"
+    value = lookup(params, path)
+    name = value.rpartition(".")[2] if isinstance(value, str) else ""
+    if name == "VQModel":
+        raise WeightsError(
+            f"the configuration says model.params.{path} is {value}, which decodes without its "
+            "codebook and is not exported; only VQModelInterface is"
+        )
+    if _FIRST_STAGES.get(name, first_stage.kind) != first_stage.kind:
+        raise _contradiction(
+            path, value, f"the tensors of a {first_stage.kind.upper()} first stage"
+        )
+
+
+def _unet(unet: UNetSpec) -> dict[str, Value]:
+    found: dict[str, Value] = {
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "model_channels": unet.model_channels,
+        "channel_mult": unet.channel_mult,
+        "num_res_blocks": unet.num_res_blocks,
+        "use_spatial_transformer": unet.attention == "transformer",
+        "use_scale_shift_norm": unet.scale_shift_norm,
+        "resblock_updown": unet.resblock_updown,
+    }
+    if unet.attention == "transformer":
+        depths = {depth for depth in (*unet.transformer_depth, unet.middle_depth) if depth}
+        one = depths.pop() if len(depths) == 1 else unet.transformer_depth
+        found |= {"context_dim": unet.context_dim or 0, "transformer_depth": one}
+        found |= {"use_linear_in_transformer": unet.linear_projection}
+    return {f"unet_config.params.{name}": value for name, value in found.items()}
+
+
+def _attention_factors(params: Config, unet: UNetSpec) -> dict[str, Value]:
+    """Return what the weights have, if the configuration names other factors that attend."""
+    path = "unet_config.params.attention_resolutions"
+    said = lookup(params, path)
+    found = tuple(2**level for level, depth in enumerate(unet.transformer_depth) if depth)
+    if isinstance(said, list):
+        # Factors that no level has are allowed, and ask for nothing.
+        levels = range(len(unet.channel_mult))
+        if tuple(2**level for level in levels if 2**level in said) == found:
+            return {}
+    return {path: found}
+
+
+def _first_stage(first_stage: AutoencoderSpec) -> dict[str, Value]:
+    found: dict[str, Value] = {
+        "embed_dim": first_stage.embed_dim,
+        "ddconfig.z_channels": first_stage.z_channels,
+        "ddconfig.ch": first_stage.channels,
+        "ddconfig.ch_mult": first_stage.channel_mult,
+        "ddconfig.num_res_blocks": first_stage.num_res_blocks,
+        "ddconfig.in_channels": first_stage.image_channels,
+        "ddconfig.out_ch": first_stage.image_channels,
+        "ddconfig.double_z": first_stage.kind == "kl",
+    }
+    if first_stage.codebook_size is not None:
+        found["n_embed"] = first_stage.codebook_size
+    return found
+
+
+def _attention_pixels(params: Config, first_stage: AutoencoderSpec) -> dict[str, Value]:
+    """Return what the weights have, of entries that say in pixels which levels attend."""
+    kind, said = lookup(params, "ddconfig.attn_type"), lookup(params, "ddconfig.attn_resolutions")
+    resolution = lookup(params, "ddconfig.resolution")
+    found: dict[str, Value] = {}
+    if isinstance(kind, str) and (kind != "none") != first_stage.middle_attention:
+        found["ddconfig.attn_type"] = "vanilla" if first_stage.middle_attention else "none"
+    if kind != "none" and isinstance(said, list) and isinstance(resolution, int):
+        levels = range(len(first_stage.channel_mult))
+        attended = tuple(level for level in levels if resolution // 2**level in said)
+        if attended != first_stage.attention_levels:
+            found["ddconfig.attn_resolutions"] = tuple(
+                resolution // 2**level for level in first_stage.attention_levels
+            )
+    return found
+
+
+def _conditioning(spec: ModelSpec) -> dict[str, Value]:
+    """Return what the weights have of the entries under `cond_stage_config`, and of the key."""
+    found: dict[str, Value] = {}
+    if spec.task != "unconditional":
+        found["conditioning_key"] = _conditioning_key(spec)
+    if (classes := spec.class_embedder) is not None:
+        found["cond_stage_config.params.embed_dim"] = classes.width
+    if (rescaler := spec.rescaler) is not None:
+        found["cond_stage_config.params.in_channels"] = rescaler.num_classes
+        found["cond_stage_config.params.out_channels"] = rescaler.out_channels
+    if (text := spec.text_encoder) is not None and text.kind == "bert":
+        found |= {
+            "cond_stage_config.params.n_embed": text.width,
+            "cond_stage_config.params.n_layer": text.num_layers,
+            "cond_stage_config.params.vocab_size": text.vocab_size,
+            "cond_stage_config.params.max_seq_len": text.max_tokens,
+            "cond_stage_config.params.use_tokenizer": spec.task == "text-to-image",
+        }
+    return found
+
+
+def _conditioning_key(spec: ModelSpec) -> str:
+    assert spec.unet is not None  # asked of models with a UNet only
+    if spec.unet.context_dim is None:
+        return "concat"
+    return "hybrid" if spec.unet.concat_channels else "crossattn"

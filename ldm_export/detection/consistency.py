@@ -1,0 +1,66 @@
+"""What the parts of a model must say about each other, task by task."""
+
+from ldm_export.errors import ExportError, WeightsError
+from ldm_runtime.specs.model import ModelSpec, UNetSpec
+
+_NOT_ONE_MODEL = "they are not of one model"
+
+
+def check_consistent(spec: ModelSpec) -> None:
+    """Check widths and channels where components meet, and that the default size can be drawn.
+
+    Raises:
+        WeightsError: Two components cannot be of one model.
+        ExportError: The default size is no multiple of what the model draws.
+    """
+    if spec.unet is not None:
+        _check_latents(spec, spec.unet)
+        _check_context(spec, spec.unet)
+        _check_concat(spec, spec.unet)
+    _check_size(spec)
+
+
+def _check_latents(spec: ModelSpec, unet: UNetSpec) -> None:
+    if spec.autoencoder.embed_dim != unet.out_channels:
+        raise WeightsError(
+            f"the first stage has {spec.autoencoder.embed_dim} latent channels, but the UNet "
+            f"predicts {unet.out_channels}; {_NOT_ONE_MODEL}"
+        )
+
+
+def _check_context(spec: ModelSpec, unet: UNetSpec) -> None:
+    encoders = {"text encoder": spec.text_encoder, "class embedding": spec.class_embedder}
+    for name, encoder in encoders.items():
+        if encoder is not None and encoder.width != unet.context_dim:
+            raise WeightsError(
+                f"the {name} is {encoder.width} wide, but the UNet attends to a context of width "
+                f"{unet.context_dim}; {_NOT_ONE_MODEL}"
+            )
+
+
+def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:
+    """Check that the UNet takes as many channels behind the latents as its task lays there."""
+    first_stage = spec.autoencoder
+    expected, what = 0, "nothing"
+    if spec.rescaler is not None:
+        expected, what = spec.rescaler.out_channels, "a semantic map"
+    elif spec.task == "inpainting":
+        expected, what = first_stage.embed_dim + 1, "latents of the masked picture and the mask"
+    elif spec.task == "super-resolution":
+        expected, what = first_stage.image_channels, "the small picture"
+    if unet.concat_channels != expected:
+        raise WeightsError(
+            f"the UNet takes {unet.in_channels} channels and predicts {unet.out_channels}, but "
+            f"what conditions it pixel by pixel ({what}) has {expected}; {_NOT_ONE_MODEL}"
+        )
+
+
+def _check_size(spec: ModelSpec) -> None:
+    levels = 1 if spec.unet is None else len(spec.unet.channel_mult)
+    multiple = spec.autoencoder.factor * 2 ** (levels - 1)
+    for name, size in (("height", spec.defaults.height), ("width", spec.defaults.width)):
+        if size % multiple:
+            raise ExportError(
+                f"the default {name} is {size}, but this model draws multiples of {multiple} "
+                f"pixels; give --{name} {max(1, round(size / multiple)) * multiple}"
+            )

@@ -1,0 +1,99 @@
+"""What a checkpoint is: from tensor names, shapes and schedule buffers to one `ModelSpec`.
+
+The rows are in `family_table`, what shapes tell is read by the `*_shapes` modules, what they cannot
+tell is settled in `spec_reading`, and whether it all fits together is asked in `consistency`.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ldm_export.detection.compvis_config import Config, config_facts
+from ldm_export.detection.config_check import check_architecture
+from ldm_export.detection.consistency import check_consistent
+from ldm_export.detection.facts import Tensors
+from ldm_export.detection.match import match_family
+from ldm_export.detection.overrides import Overrides, Sources
+from ldm_export.detection.spec import read_spec
+from ldm_export.detection.weight_assignment import claimed_weights
+from ldm_export.errors import ExportError
+from ldm_export.families.records import Knowledge
+from ldm_runtime.specs.model import ModelSpec
+
+__all__ = ["Detection", "Overrides", "claimed_weights", "detect"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection:
+    """What a checkpoint is and where its weights go.
+
+    Attributes:
+        spec: What it is.
+        weights: For every component, checkpoint tensor name by network parameter name.
+        unused: Why a tensor is in no component, by its name.
+    """
+
+    spec: ModelSpec
+    weights: Mapping[str, Mapping[str, str]]
+    unused: Mapping[str, str]
+
+
+def detect(
+    tensors: Tensors, *, config: Config | None = None, overrides: Overrides | None = None
+) -> Detection:
+    """Recognise a checkpoint.
+
+    Args:
+        tensors: Its tensors by name. Values are read of schedule buffers and scale factor only.
+        config: A parsed CompVis configuration, see `detection.compvis_config.read_config`.
+        overrides: What the user says.
+
+    Raises:
+        UnknownModelError: It is of no family that is exported.
+        WeightsError: Tensors are missing, left over, or contradict each other or `config`.
+        ExportError: A flag or an entry of `config` is impossible.
+    """
+    flags = overrides or Overrides()
+    _check_flags(flags)
+    family, knowledge = match_family(tensors)
+    _check_needed(flags, knowledge)
+    claims = claimed_weights(tensors, family, flags.weights)
+    sources = Sources(tensors=tensors, flags=flags, config=config_facts(config), family=knowledge)
+    spec = read_spec(sources, family.name, claims)
+    check_architecture(config, spec)
+    check_consistent(spec)
+    logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
+    return Detection(spec=spec, weights=claims.weights, unused=claims.unused)
+
+
+def _check_flags(flags: Overrides) -> None:
+    if flags.num_heads is not None and flags.num_head_channels is not None:
+        raise ExportError(
+            f"--num-heads {flags.num_heads} and --num-head-channels {flags.num_head_channels} "
+            "exclude each other; give one"
+        )
+    for name in ("num_heads", "num_head_channels", "latent_scale_factor", "height", "width"):
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < math.inf:
+            flag = name.replace("_", "-")
+            raise ExportError(f"--{flag} is {value}; a positive number was expected")
+
+
+def _check_needed(flags: Overrides, knowledge: Knowledge) -> None:
+    """Check that flags are about something that this checkpoint has."""
+    unneeded = []
+    if knowledge.task == "first-stage":
+        unneeded += ["num_heads", "num_head_channels", "prediction_type"]
+    if knowledge.task != "class-to-image":
+        unneeded += ["null_class"]
+    for name in unneeded:
+        value = getattr(flags, name)
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise ExportError(
+                f"--{flag} {value} does not go with this checkpoint, which is for "
+                f"{knowledge.task}; leave it out"
+            )

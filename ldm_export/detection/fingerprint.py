@@ -1,0 +1,209 @@
+"""The facts that tell families of checkpoints apart, each with the tensor that shows it."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ldm_export.detection.facts import (
+    ABSENT,
+    NONE,
+    Fact,
+    Tensors,
+    difference,
+    ending,
+    present,
+    size_of,
+)
+from ldm_export.hyperparameters.shapes import Shapes
+
+_BERT = "cond_stage_model.transformer."
+_FIRST_STAGE_PREFIXES = ("first_stage_model.", "")
+_WORDPIECES = 30522  # rows of BERT's uncased vocabulary
+
+#: Tensors that give a kind of first stage or conditioner away; the first that is present decides.
+FIRST_STAGES = tuple(
+    (kind, f"{prefix}{tensor}")
+    for prefix in _FIRST_STAGE_PREFIXES
+    for kind, tensor in (("vq", "quantize.embedding.weight"), ("kl", "post_quant_conv.weight"))
+)
+CONDITIONERS = (
+    ("clip", "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"),
+    ("clip", "cond_stage_model.transformer.embeddings.token_embedding.weight"),
+    ("openclip", "cond_stage_model.model.ln_final.weight"),
+    ("bert", f"{_BERT}token_emb.weight"),
+    ("class embedding", "cond_stage_model.embedding.weight"),
+    ("spatial rescaler", "cond_stage_model.channel_mapper.weight"),
+    ("first stage", "cond_stage_model.encoder.conv_in.weight"),
+    (
+        "clip + openclip",
+        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
+    ),
+    ("openclip (sgm)", "conditioner.embedders.0.model.ln_final.weight"),
+)
+EXTRAS = (
+    ("depth estimator", "depth_model."),
+    ("image embedder", "embedder.model."),
+    ("low-resolution image", "low_scale_model."),
+    ("control network", "control_model."),
+    ("layout of diffusers", "encoder.down_blocks."),
+    ("layout of diffusers", "decoder.up_blocks."),
+)
+
+
+def fingerprint(tensors: Tensors) -> Mapping[str, Fact]:
+    """Return what is known about a checkpoint from names and shapes alone, by name of the fact."""
+    unet = {name: tensors[name].shape for name in tensors if name.startswith(UNET_PREFIX)}
+    rest = {name: tensors[name].shape for name in tensors if name not in unet}
+    return unet_facts(unet) | _first_stage_facts(rest) | _conditioner_facts(unet, rest)
+
+
+def _first_stage_facts(tensors: Shapes) -> dict[str, Fact]:
+    kind = present(tensors, FIRST_STAGES)
+    found = (prefix for prefix in _FIRST_STAGE_PREFIXES if kind.tensor.startswith(prefix))
+    prefix = next(found, "")
+    codebook = "quantize.embedding.weight"
+    return {
+        "first_stage": kind,
+        "first_stage_channels": size_of(tensors, f"{prefix}encoder.conv_in.weight", axis=0),
+        "factor": _factor(tensors, prefix),
+        "latent_channels": size_of(tensors, f"{prefix}post_quant_conv.weight", axis=1),
+        "codebook_size": size_of(tensors, f"{prefix}{codebook}", axis=0),
+        "middle_attention": _middle_attention(tensors, prefix),
+    }
+
+
+def _conditioner_facts(unet: Shapes, rest: Shapes) -> dict[str, Fact]:
+    return {
+        "concat": _concat(unet, rest),
+        "conditioner": present(rest, CONDITIONERS),
+        "classes": size_of(rest, "cond_stage_model.embedding.weight", axis=0),
+        "tokens": _tokens(rest),
+        "extra": _extra(rest),
+    }
+
+
+def prefixes(names: Iterable[str]) -> Mapping[str, int]:
+    """Return how many of `names` match "first part.*", or are it, the most frequent first."""
+    counts: dict[str, int] = {}
+    for name in names:
+        first, dot, _ = name.partition(".")
+        prefix = f"{first}.*" if dot else name
+        counts[prefix] = counts.get(prefix, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def expected_tensor(fact: str, value: int | str) -> str:
+    """Return the tensor that would show that `fact` is `value`, or "" if there is no one tensor."""
+    tables = {"first_stage": FIRST_STAGES, "conditioner": CONDITIONERS, "vector": VECTORS}
+    return next((tensor for kind, tensor in tables.get(fact, ()) if kind == value), "")
+
+
+def _extra(tensors: Shapes) -> Fact:
+    for kind, prefix in EXTRAS:
+        tensor = next((name for name in tensors if name.startswith(prefix)), "")
+        if tensor:
+            return Fact(value=kind, tensor=tensor)
+    return ABSENT
+
+
+def _factor(tensors: Shapes, prefix: str) -> Fact:
+    """Return the pixels that a latent pixel covers in each direction."""
+    pattern = re.compile(rf"{re.escape(prefix)}decoder\.up\.([0-9]{{1,2}})\.")
+    levels = {int(match[1]): name for name in tensors if (match := pattern.match(name))}
+    if not levels:
+        return ABSENT
+    return Fact(value=2 ** max(levels), tensor=levels[max(levels)])
+
+
+def _middle_attention(tensors: Shapes, prefix: str) -> Fact:
+    if f"{prefix}decoder.mid.block_1.conv1.weight" not in tensors:
+        return ABSENT
+    attention = f"{prefix}decoder.mid.attn_1.q.weight"
+    if attention in tensors:
+        return Fact(value="yes", tensor=attention)
+    return Fact(value="no", tensor="")
+
+
+def _concat(unet: Shapes, rest: Shapes) -> Fact:
+    """Return what the UNet's extra input channels look like beside those of its first stage."""
+    tensor = f"{UNET_PREFIX}input_blocks.0.0.weight"
+    extra = difference(
+        size_of(unet, tensor, axis=1), size_of(unet, f"{UNET_PREFIX}out.2.weight", axis=0)
+    )
+    if extra.value in (NONE, 0):
+        return ABSENT
+    latents = size_of(rest, "first_stage_model.post_quant_conv.weight", axis=1).value
+    kinds = {
+        "picture": size_of(rest, "first_stage_model.encoder.conv_in.weight", axis=1).value,
+        "masked latents": latents + 1 if isinstance(latents, int) else NONE,
+    }
+    fitting = [kind for kind, channels in kinds.items() if channels == extra.value]
+    return Fact(value=" or ".join(fitting) or "something else", tensor=tensor)
+
+
+def _tokens(tensors: Shapes) -> Fact:
+    """Return what a BERT encoder reads: words, or three tokens an object and two of the crop."""
+    tensor = f"{_BERT}token_emb.weight"
+    vocabulary = size_of(tensors, tensor, axis=0)
+    length = size_of(tensors, f"{_BERT}pos_emb.emb.weight", axis=0)
+    if not isinstance(vocabulary.value, int):
+        return vocabulary
+    if vocabulary.value == _WORDPIECES:
+        return Fact(value="words", tensor=tensor)
+    is_layout = isinstance(length.value, int) and length.value > 2 and length.value % 3 == 2
+    return Fact(value="layout" if is_layout else "something else", tensor=tensor)
+
+
+UNET_PREFIX = "model.diffusion_model."
+VECTORS = (
+    ("mlp", f"{UNET_PREFIX}label_emb.0.0.weight"),
+    ("embedding", f"{UNET_PREFIX}label_emb.weight"),
+)
+#: Endings of UNet tensors that give the kind of attention away.
+ATTENTIONS = (("transformer", ".attn1.to_q.weight"), ("qkv", ".qkv.weight"))
+
+
+def unet_facts(unet: Shapes) -> dict[str, Fact]:
+    """Return what the shapes of a UNet's tensors, by their names in the checkpoint, tell."""
+    middle = f"{UNET_PREFIX}middle_block.0.out_layers.3.weight"
+    in_channels = size_of(unet, f"{UNET_PREFIX}input_blocks.0.0.weight", axis=1)
+    out_channels = size_of(unet, f"{UNET_PREFIX}out.2.weight", axis=0)
+    vector = present(unet, VECTORS)
+    return {
+        "model_channels": size_of(unet, f"{UNET_PREFIX}input_blocks.0.0.weight", axis=0),
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "middle_channels": size_of(unet, middle, axis=0),
+        "conditioning_channels": difference(in_channels, out_channels),
+        "context_dim": size_of(unet, ending(unet, ".attn2.to_k.weight"), axis=1),
+        "attention": _attention(unet),
+        "projection": _projection(unet),
+        "time_embedding": _time_embedding(unet),
+        "vector": vector,
+        "vector_width": size_of(unet, vector.tensor, axis=1),
+    }
+
+
+def _attention(unet: Shapes) -> Fact:
+    for kind, suffix in ATTENTIONS:
+        if tensor := ending(unet, suffix):
+            return Fact(value=kind, tensor=tensor)
+    return ABSENT
+
+
+def _projection(unet: Shapes) -> Fact:
+    kinds = {2: "linear", 4: "convolution"}
+    for name in unet:
+        # An AttentionBlock has a proj_out only, so proj_in is a transformer's.
+        if name.endswith(".proj_in.weight"):
+            return Fact(value=kinds.get(len(unet[name]), NONE), tensor=name)
+    return ABSENT
+
+
+def _time_embedding(unet: Shapes) -> Fact:
+    tensor = f"{UNET_PREFIX}input_blocks.1.0.emb_layers.1.weight"
+    rows = size_of(unet, tensor, axis=0)
+    channels = size_of(unet, f"{UNET_PREFIX}input_blocks.1.0.out_layers.3.weight", axis=0)
+    if not isinstance(rows.value, int) or not isinstance(channels.value, int):
+        return ABSENT
+    scales = rows.value == 2 * channels.value
+    return Fact(value="scale and shift" if scales else "added", tensor=tensor)

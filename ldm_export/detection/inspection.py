@@ -1,0 +1,127 @@
+"""What `ldm inspect` shows of a checkpoint, without torch."""
+
+import math
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ldm_export.detection.compvis_config import config_beside, read_config
+from ldm_export.detection.detect import Detection, detect
+from ldm_export.detection.facts import Tensors
+from ldm_export.detection.weight_assignment import has_ema
+from ldm_export.errors import ExportError, UnknownModelError, WeightsError
+from ldm_runtime.specs.model import ModelSpec
+
+_ZIP_MAGIC = b"PK\x03\x04"
+#: torch.save before version 1.6 began with this number as a pickle of protocol 2.
+_OLD_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_SAFETENSORS_LENGTH_BYTES = 8
+
+
+def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Describe a checkpoint file, or return None if its content is that of something else.
+
+    A configuration beside it is read as an export would. The result has `family` None and a
+    `problem` if the tensors are sound but of no exported family, or contradict the configuration.
+
+    Raises:
+        CheckpointError: The file is a checkpoint by its first bytes, but cannot be read.
+    """
+    if not _looks_like_checkpoint(path):
+        return None
+    with open_checkpoint(path) as checkpoint:
+        tensors = checkpoint.tensors
+        report: dict[str, Any] = {
+            "kind": "checkpoint",
+            "file": str(path),
+            "format": checkpoint.format,
+            "global_step": checkpoint.global_step,
+            "tensors": len(tensors),
+            "dtypes": _dtypes(tensors, tensors),
+            "ema_present": has_ema(tensors),
+        }
+        return report | _describe(checkpoint, config_beside(path))
+
+
+def _looks_like_checkpoint(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(len(_OLD_TORCH_MAGIC))
+    if head.startswith(_ZIP_MAGIC):
+        return _holds_pickle(path)
+    return head == _OLD_TORCH_MAGIC or _is_safetensors(head)
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Return whether a JSON object follows eight bytes of length that need not all be used."""
+    length = int.from_bytes(head[:_SAFETENSORS_LENGTH_BYTES], "little")
+    return head[_SAFETENSORS_LENGTH_BYTES:].startswith(b"{") and 1 < length < 1 << 32
+
+
+def _holds_pickle(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
+        # A torch file cut short has no directory of members; its first member's name remains.
+        with path.open("rb") as file:
+            return b"data.pkl" in file.read(256)
+
+
+def _describe(checkpoint: Checkpoint, config: Path | None) -> dict[str, Any]:
+    """Describe what an export would make of a checkpoint and the configuration beside it."""
+    known = {"config": None if config is None else str(config)}
+    try:
+        read = None if config is None else read_config(config)
+        detection = detect(checkpoint.tensors, config=read)
+    except (UnknownModelError, WeightsError, ExportError) as error:
+        return known | {"family": None, "problem": str(error)}
+    spec = detection.spec
+    return known | {
+        "family": spec.family,
+        "task": spec.task,
+        "weights": spec.weights,
+        "prediction_type": spec.prediction_type,
+        "components": _components(checkpoint.tensors, detection),
+        **_records(spec),
+        "num_train_timesteps": len(spec.alphas_cumprod),
+        "defaults": asdict(spec.defaults),
+        "assumptions": [asdict(assumption) for assumption in spec.assumptions],
+        "unused": _counts(detection.unused.values()),
+    }
+
+
+def _records(spec: ModelSpec) -> dict[str, Any]:
+    """Return the hyperparameters of the networks that the model has."""
+    parts = {
+        name: asdict(part)
+        for name in ("unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
+        if (part := getattr(spec, name)) is not None
+    }
+    parts["autoencoder"]["factor"] = spec.autoencoder.factor
+    return parts
+
+
+def _components(tensors: Tensors, detection: Detection) -> dict[str, Any]:
+    return {
+        component: {
+            "parameters": sum(math.prod(tensors[name].shape) for name in names.values()),
+            "dtypes": _dtypes(tensors, names.values()),
+        }
+        for component, names in detection.weights.items()
+    }
+
+
+def _dtypes(tensors: Tensors, names: Iterable[str]) -> Mapping[str, int]:
+    return _counts(tensors[name].dtype for name in names)
+
+
+def _counts(values: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts

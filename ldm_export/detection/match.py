@@ -1,0 +1,119 @@
+"""Which row of the family table a checkpoint is, or an error that says how near it comes to one."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from ldm_export.detection.facts import NONE, Fact, Tensors
+from ldm_export.detection.fingerprint import expected_tensor, fingerprint, prefixes
+from ldm_export.errors import UnknownModelError
+from ldm_export.families.records import Expected, Family, Knowledge
+from ldm_export.families.table import FAMILIES
+from ldm_export.families.unused_tensors import FOREIGN
+
+Fingerprint = Mapping[str, Fact]
+
+_MAX_PREFIXES = 6
+
+
+def match_family(
+    tensors: Tensors, families: Sequence[Family] = FAMILIES
+) -> tuple[Family, Knowledge]:
+    """Return the row that a checkpoint belongs to, and what it adds to the shapes.
+
+    Raises:
+        UnknownModelError: No row matches, or this version does not export the one that does.
+    """
+    found = fingerprint(tensors)
+    family = recognise(found, families)
+    if family is None:
+        raise UnknownModelError(_unknown(tensors, found, families))
+    if family.knowledge is None:
+        raise UnknownModelError(_refusal(family, found, families))
+    return family, family.knowledge
+
+
+def recognise(found: Fingerprint, families: Sequence[Family] = FAMILIES) -> Family | None:
+    """Return the matching row with the most facts, or None."""
+    matching = [family for family in families if not _differing(found, family)]
+    return max(matching, key=lambda family: len(family.facts), default=None)
+
+
+def describe(found: Fingerprint) -> str:
+    """Return a fingerprint as text, without what is absent."""
+    facts = [f"{name} {fact.value}" for name, fact in found.items() if fact.value != NONE]
+    return ", ".join(facts) or "no UNet, no first stage and no text encoder"
+
+
+def _differing(found: Fingerprint, family: Family) -> list[str]:
+    return [
+        name
+        for name, expected in family.facts.items()
+        if found[name].value not in _alternatives(expected)
+    ]
+
+
+def _alternatives(expected: Expected) -> tuple[int | str, ...]:
+    return expected if isinstance(expected, tuple) else (expected,)
+
+
+def _refusal(family: Family, found: Fingerprint, families: Sequence[Family]) -> str:
+    if not family.is_whole:
+        return f"this is {family.name}; give the whole checkpoint. Found: {describe(found)}"
+    tasks = sorted({row.knowledge.task for row in families if row.knowledge})
+    return (
+        f"recognised but not supported yet by this version: {family.name} ({describe(found)}); "
+        f"latent diffusion models for {', '.join(tasks)} and Stable Diffusion 1 are exported"
+    )
+
+
+def _unknown(tensors: Tensors, found: Fingerprint, families: Sequence[Family]) -> str:
+    counts = list(prefixes(tensors).items())
+    names = ", ".join(f"{prefix} ({count})" for prefix, count in counts[:_MAX_PREFIXES])
+    if len(counts) > _MAX_PREFIXES:
+        names += f" and {len(counts) - _MAX_PREFIXES} more"
+    advice = _advice(tensors)
+    message = (
+        f"this is no checkpoint of a known family{f': {advice}' if advice else ''}. "
+        f"Found: {describe(found)}; tensors: {names or 'none'}"
+    )
+    if all(fact.value == NONE for fact in found.values()):
+        return message
+    nearest = _nearest(found, families)
+    differences = "; ".join(
+        _difference(name, found[name], nearest.facts[name]) for name in _differing(found, nearest)
+    )
+    return f"{message}. Nearest family: {nearest.name}, which differs in {differences}"
+
+
+def _nearest(found: Fingerprint, families: Sequence[Family]) -> Family:
+    """Return the family with the largest share of facts found; a UNet is never overlooked."""
+    has_unet = found["model_channels"].value != NONE
+    comparable = [
+        family
+        for family in families
+        if family.is_whole and (family.facts.get("model_channels") != NONE) == has_unet
+    ]
+    return min(
+        comparable or families,
+        key=lambda family: len(_differing(found, family)) / (len(family.facts) or 1),
+    )
+
+
+def _difference(name: str, fact: Fact, expected: Expected) -> str:
+    seen = f" ({fact.tensor})" if fact.tensor else ""
+    wanted = []
+    for value in _alternatives(expected):
+        tensor = expected_tensor(name, value)
+        wanted.append(f"{value} ({tensor})" if tensor else f"{value}")
+    return f"{name}: found {fact.value}{seen}, expected {' or '.join(wanted)}"
+
+
+def _advice(tensors: Tensors) -> str:
+    return next(
+        (
+            foreign.advice
+            for foreign in FOREIGN
+            if any(re.search(foreign.pattern, name) for name in tensors)
+        ),
+        "",
+    )

@@ -1,0 +1,119 @@
+"""The noise schedule a checkpoint was trained with: its own buffers, or its family's formula."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_export.detection.facts import Tensors
+from ldm_export.errors import WeightsError
+
+_EXACT_TYPES = frozenset({"float32", "float64"})
+#: How far values near 1 may be off after rounding to a type that is too coarse to be used itself.
+_ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+_SAME = 1e-5
+
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFormula:
+    """Betas linear in their square roots, and where these numbers were taken from.
+
+    Attributes:
+        linear_start: First beta.
+        linear_end: Last beta.
+        num_train_timesteps: How many.
+        source: "config" or "family".
+    """
+
+    linear_start: float
+    linear_end: float
+    num_train_timesteps: int
+    source: str
+
+    def __str__(self) -> str:
+        return (
+            f"scaled-linear from {self.linear_start:g} to {self.linear_end:g} in "
+            f"{self.num_train_timesteps} steps"
+        )
+
+    def alphas_cumprod(self) -> Float64Array:
+        """Return the cumulative products of 1 - beta, computed in float64."""
+        roots = np.linspace(
+            self.linear_start**0.5, self.linear_end**0.5, self.num_train_timesteps, dtype=np.float64
+        )
+        return np.cumprod(1.0 - roots**2, dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """A schedule and whether it had to be assumed.
+
+    Attributes:
+        alphas_cumprod: One value a training timestep.
+        formula: What it was computed from, or None if the values are the checkpoint's own.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+    formula: ScheduleFormula | None
+
+
+def read_schedule(tensors: Tensors, formula: ScheduleFormula) -> NoiseSchedule:
+    """Return the schedule in a checkpoint's buffers, or `formula`'s if it has none.
+
+    Buffers in half precision are too coarse to sample with (1 - 0.00085 has no neighbour nearer
+    than 0.0005), so they only confirm the formula.
+
+    Raises:
+        WeightsError: The buffers are no decreasing schedule, or contradict a formula that comes
+            from a configuration or that has to replace them.
+    """
+    name = "alphas_cumprod" if "alphas_cumprod" in tensors else "betas"
+    computed = formula.alphas_cumprod()
+    if name not in tensors:
+        return NoiseSchedule(alphas_cumprod=tuple(computed.tolist()), formula=formula)
+    dtype = tensors[name].dtype
+    if dtype not in _EXACT_TYPES | _ROUNDING.keys():
+        raise WeightsError(f"{name} is stored as {dtype}; floating-point numbers were expected")
+    own = _own_values(name, tensors[name].numpy())
+    if dtype in _EXACT_TYPES:
+        _check(name, own)
+        if formula.source == "config":
+            _compare(name, own, formula, _SAME)
+        return NoiseSchedule(alphas_cumprod=tuple(own.tolist()), formula=None)
+    _compare(name, own, formula, _ROUNDING[dtype])
+    return NoiseSchedule(alphas_cumprod=tuple(computed.tolist()), formula=formula)
+
+
+def _own_values(name: str, stored: npt.NDArray[Any]) -> Float64Array:
+    if stored.ndim != 1 or not stored.size:
+        raise WeightsError(f"{name} has shape {stored.shape}; one value a timestep was expected")
+    values = stored.astype(np.float64)
+    return np.cumprod(1.0 - values, dtype=np.float64) if name == "betas" else values
+
+
+def _check(name: str, values: Float64Array) -> None:
+    # Written so that NaN fails.
+    if not (np.all(np.diff(values) < 0) and 0 < values[-1] <= values[0] < 1):
+        raise WeightsError(
+            f"{name} is no noise schedule: alphas_cumprod must decrease strictly between 1 and 0, "
+            f"both excluded, but goes from {values[0]:g} to {values[-1]:g}"
+        )
+
+
+def _compare(name: str, own: Float64Array, formula: ScheduleFormula, tolerance: float) -> None:
+    expected = formula.alphas_cumprod()
+    if own.shape != expected.shape:
+        raise WeightsError(
+            f"{name} has {own.size} timesteps, but the {formula.source}'s schedule is {formula}"
+        )
+    error = np.abs(own - expected)
+    if not np.max(error) <= tolerance:
+        worst = int(np.argmax(error))
+        raise WeightsError(
+            f"{name} contradicts the {formula.source}'s schedule ({formula}): at timestep {worst} "
+            f"alphas_cumprod is {own[worst]:.6f} and not {expected[worst]:.6f}; give a --config "
+            "with the right linear_start and linear_end"
+        )

@@ -1,0 +1,60 @@
+"""Who settles what no shape tells: the first of flag, configuration and family table that can."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ldm_export.detection.compvis_config import ConfigFacts
+from ldm_export.detection.facts import Tensors
+from ldm_export.detection.weight_assignment import WeightsChoice
+from ldm_export.families.records import Knowledge
+from ldm_runtime.specs.model import Assumption, PredictionType
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """What the user says about a checkpoint; None leaves a fact to the configuration or family.
+
+    Attributes:
+        weights: Which set of trained weights to use.
+        num_heads: Attention heads of the UNet.
+        num_head_channels: Channels a head of the UNet, instead of `num_heads`.
+        null_class: The class that stands for none.
+        prediction_type: What the UNet was trained to output.
+        latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+        height: Default height in pixels.
+        width: Default width in pixels.
+    """
+
+    weights: WeightsChoice | None = None
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    null_class: int | None = None
+    prediction_type: PredictionType | None = None
+    latent_scale_factor: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Everything that can settle a fact, and the tensors."""
+
+    tensors: Tensors
+    flags: Overrides
+    config: ConfigFacts
+    family: Knowledge
+
+
+def settle(field: str, flag: T | None, config: T | None, family: T) -> tuple[T, Assumption]:
+    """Return the value of the first source that has one, and the record of it."""
+    for source, value in (("flag", flag), ("config", config)):
+        if value is not None:
+            return value, assumed(field, value, source)
+    return family, assumed(field, family, "family")
+
+
+def assumed(field: str, value: object, source: str) -> Assumption:
+    """Return the record of a fact that the weights could not tell."""
+    return Assumption(field=field, value=str(value), source=source)

@@ -1,0 +1,195 @@
+"""The record of a model, put together from shapes and from the three sources of what they hide.
+
+A fact that no shape tells is settled by the first of flag, configuration and family table that has
+it, and every such fact is noted with its source.
+"""
+
+import math
+from typing import TypeVar
+
+from ldm_export.detection.compvis_config import ConfigFacts
+from ldm_export.detection.conditioners import (
+    class_embedder_record,
+    rescaler_record,
+    text_encoder_record,
+)
+from ldm_export.detection.noise_schedule import ScheduleFormula, read_schedule
+from ldm_export.detection.overrides import Overrides, Sources, assumed, settle
+from ldm_export.detection.weight_assignment import Claims, component_shapes
+from ldm_export.errors import WeightsError
+from ldm_export.hyperparameters.autoencoder import read_autoencoder
+from ldm_export.hyperparameters.shapes import Shapes
+from ldm_export.hyperparameters.unet import read_unet
+from ldm_runtime.specs.model import (
+    Assumption,
+    AutoencoderSpec,
+    ModelSpec,
+    PredictionType,
+    SamplingDefaults,
+    UNetSpec,
+)
+
+T = TypeVar("T")
+
+_FIRST_STAGE_SIZE = 256  # pixels a side of what the released first stages were trained on
+
+
+class _Notes(list[Assumption]):
+    """What was assumed so far."""
+
+    def keep(self, settled: tuple[T, Assumption | list[Assumption]]) -> T:
+        """Note the assumptions that come with a value, and return the value."""
+        value, notes = settled
+        self.extend([notes] if isinstance(notes, Assumption) else notes)
+        return value
+
+
+def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
+    """Return the record of a checkpoint of `family` whose tensors are assigned by `claims`.
+
+    Raises:
+        WeightsError: Tensors are missing, or contradict each other or the configuration.
+        ExportError: A fact from a flag or the configuration is impossible.
+    """
+    shapes = {
+        component: component_shapes(sources.tensors, names)
+        for component, names in claims.weights.items()
+    }
+    notes = _Notes()
+    unet = _unet(sources, shapes, notes)
+    autoencoder = _autoencoder(sources, {**shapes["vae_encoder"], **shapes["vae_decoder"]}, notes)
+    text_encoder, class_embedder, rescaler = None, None, None
+    if "text_encoder" in shapes:
+        text_encoder = notes.keep(text_encoder_record(sources, shapes["text_encoder"]))
+    if "class_embedder" in shapes:
+        class_embedder = notes.keep(class_embedder_record(sources, shapes["class_embedder"]))
+    if "rescaler" in shapes:
+        rescaler = notes.keep(rescaler_record(sources, shapes["rescaler"], autoencoder))
+    has_null = class_embedder is None or class_embedder.null_class is not None
+    return ModelSpec(
+        family=family,
+        task=sources.family.task,
+        weights=claims.chosen,
+        unet=unet,
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
+        class_embedder=class_embedder,
+        rescaler=rescaler,
+        alphas_cumprod=() if unet is None else notes.keep(_schedule(sources)),
+        prediction_type=_prediction_type(sources, unet, notes),
+        defaults=_defaults(sources, autoencoder.factor, notes, has_null=has_null),
+        assumptions=tuple(notes),
+    )
+
+
+def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpec | None:
+    if "unet" not in shapes:
+        return None
+    (num_heads, num_head_channels), source = _heads(sources)
+    unet = read_unet(shapes["unet"], num_heads=num_heads, num_head_channels=num_head_channels)
+    field = "num_heads" if num_heads else "num_head_channels"
+    notes.append(assumed(f"unet.{field}", num_heads or num_head_channels, source))
+    return unet
+
+
+def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
+    """Return (num_heads, num_head_channels), exactly one of them not None, and the source."""
+    candidates: tuple[tuple[str, Overrides | ConfigFacts], ...] = (
+        ("flag", sources.flags),
+        ("config", sources.config),
+    )
+    for source, facts in candidates:
+        # A CompVis UNet ignores num_heads where both are given.
+        if facts.num_head_channels is not None:
+            return (None, facts.num_head_channels), source
+        if facts.num_heads is not None:
+            return (facts.num_heads, None), source
+    return (sources.family.num_heads, sources.family.num_head_channels), "family"
+
+
+def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> AutoencoderSpec:
+    flag, own = sources.flags.latent_scale_factor, _own_scale_factor(sources)
+    if flag is None and own is not None:
+        return read_autoencoder(shapes, latent_scale_factor=own)
+    if flag is None and sources.config.scale_by_std:
+        raise WeightsError(
+            "the configuration says scale_by_std, so that the scale factor was measured in "
+            "training, but the checkpoint has no scale_factor; give it with --latent-scale-factor"
+        )
+    factor = notes.keep(
+        settle(
+            "autoencoder.latent_scale_factor",
+            flag,
+            sources.config.latent_scale_factor,
+            sources.family.latent_scale_factor,
+        )
+    )
+    return read_autoencoder(shapes, latent_scale_factor=factor)
+
+
+def _own_scale_factor(sources: Sources) -> float | None:
+    """Return the buffer that `scale_by_std` leaves in a checkpoint, if there is one."""
+    if "scale_factor" not in sources.tensors:
+        return None
+    values = sources.tensors["scale_factor"].numpy().reshape(-1)
+    own = float(values[0]) if values.size == 1 else math.nan
+    if not 0 < own < math.inf:
+        raise WeightsError(f"scale_factor is {values.tolist()}; one positive number was expected")
+    config = sources.config.latent_scale_factor
+    if config is not None and not math.isclose(own, config, rel_tol=1e-3):
+        raise WeightsError(
+            f"scale_factor is {own:g} in the checkpoint but {config:g} in the configuration; "
+            "give the right one with --latent-scale-factor"
+        )
+    return own
+
+
+def _schedule(sources: Sources) -> tuple[tuple[float, ...], list[Assumption]]:
+    config, family = sources.config, sources.family
+    given = (config.linear_start, config.linear_end, config.num_train_timesteps)
+    schedule = read_schedule(
+        sources.tensors,
+        ScheduleFormula(
+            linear_start=config.linear_start or family.linear_start,
+            linear_end=config.linear_end or family.linear_end,
+            num_train_timesteps=config.num_train_timesteps or family.num_train_timesteps,
+            source="family" if given == (None, None, None) else "config",
+        ),
+    )
+    if schedule.formula is None:
+        return schedule.alphas_cumprod, []
+    note = assumed("alphas_cumprod", schedule.formula, schedule.formula.source)
+    return schedule.alphas_cumprod, [note]
+
+
+def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> PredictionType:
+    settled = settle(
+        "prediction_type",
+        sources.flags.prediction_type,
+        sources.config.prediction_type,
+        sources.family.prediction_type,
+    )
+    return settled[0] if unet is None else notes.keep(settled)
+
+
+def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -> SamplingDefaults:
+    flags, config, family = sources.flags, sources.config, sources.family
+    if family.latent_size is None:
+        native, usual = config.resolution, _FIRST_STAGE_SIZE
+    else:
+        native = None if config.latent_size is None else config.latent_size * factor
+        usual = family.latent_size * factor
+    defaults = SamplingDefaults(
+        height=notes.keep(settle("defaults.height", flags.height, native, usual)),
+        width=notes.keep(settle("defaults.width", flags.width, native, usual)),
+        sampler=family.sampler,
+        num_inference_steps=family.num_inference_steps,
+        guidance_scale=family.guidance_scale if has_null else 1.0,
+        eta=family.eta,
+    )
+    if family.task != "first-stage":
+        notes += [
+            assumed(f"defaults.{name}", getattr(defaults, name), "family")
+            for name in ("sampler", "num_inference_steps", "guidance_scale", "eta")
+        ]
+    return defaults

@@ -1,0 +1,191 @@
+"""Which tensor of a checkpoint fills which parameter of which component, and why others do not."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from ldm_export.detection.facts import Tensors
+from ldm_export.errors import WeightsError
+from ldm_export.families.records import Family
+from ldm_export.families.unused_tensors import LEFTOVERS
+from ldm_export.hyperparameters.shapes import Shapes, listed
+
+logger = logging.getLogger(__name__)
+
+WeightsChoice = Literal["ema", "model"]
+
+_STORED_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+_EMA_PREFIX = "model_ema."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claims:
+    """Where the weights of a checkpoint go.
+
+    Attributes:
+        weights: For every component, checkpoint tensor name by network parameter name.
+        chosen: Which of the two sets of trained weights that is.
+        unused: Why a tensor is in no component, by its name.
+    """
+
+    weights: Mapping[str, Mapping[str, str]]
+    chosen: WeightsChoice
+    unused: Mapping[str, str]
+
+
+def claimed_weights(tensors: Tensors, family: Family, asked: WeightsChoice | None = None) -> Claims:
+    """Assign every tensor of a checkpoint to a component of `family` or to the leftovers.
+
+    The moving average is used if it is there for all that the family averages (the UNet, or a first
+    stage that comes alone) and `asked` does not say "model".
+
+    Raises:
+        WeightsError: A tensor is neither claimed nor a known leftover, a component has none, two
+            tensors claim one parameter, a weight is no floating-point tensor, or `asked` is "ema"
+            and the average is incomplete.
+    """
+    weights = _assign(tensors, family)
+    raw = [name for component in family.averaged for name in weights[component].values()]
+    chosen = _choose(tensors, raw, asked)
+    replaced: frozenset[str] = frozenset()
+    if chosen == "ema":
+        replaced = frozenset(raw)
+        for component in family.averaged:
+            names = weights[component].items()
+            weights[component] = {parameter: ema_name(name) for parameter, name in names}
+    claimed = frozenset(name for names in weights.values() for name in names.values())
+    _check_types(tensors, claimed)
+    return Claims(
+        weights=MappingProxyType(
+            {component: MappingProxyType(names) for component, names in weights.items()}
+        ),
+        chosen=chosen,
+        unused=MappingProxyType(_leftovers(tensors, family, claimed, replaced)),
+    )
+
+
+def component_shapes(tensors: Tensors, names: Mapping[str, str]) -> Shapes:
+    """Return the shape of every network parameter in `names` (parameter to checkpoint name)."""
+    return {parameter: tuple(tensors[name].shape) for parameter, name in names.items()}
+
+
+def ema_name(name: str) -> str:
+    """Return what the moving average of tensor `name` is called.
+
+    Source: LitEma of CompVis/latent-diffusion (ldm/modules/ema.py, a506df5), which wraps `model`
+    and may not have dots in the names of its buffers.
+    """
+    return _EMA_PREFIX + name.removeprefix("model.").replace(".", "")
+
+
+def has_ema(tensors: Tensors) -> bool:
+    """Return whether a checkpoint holds moving averages, complete or not."""
+    bookkeeping = {f"{_EMA_PREFIX}decay", f"{_EMA_PREFIX}num_updates"}
+    return any(name.startswith(_EMA_PREFIX) and name not in bookkeeping for name in tensors)
+
+
+def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
+    weights: dict[str, dict[str, str]] = {claim.component: {} for claim in family.claims}
+    for name in tensors:
+        if _leftover_reason(name):
+            continue
+        for claim in family.claims:
+            if not name.startswith(claim.checkpoint_prefix):
+                continue
+            parameter = claim.parameter_prefix + name.removeprefix(claim.checkpoint_prefix)
+            taken = weights[claim.component].setdefault(parameter, name)
+            if taken != name:
+                raise WeightsError(
+                    f"{taken} and {name} are both the {claim.component}'s {parameter}; remove one"
+                )
+            break
+    for component, names in weights.items():
+        if not names:
+            wanted = ", ".join(
+                f"{claim.checkpoint_prefix}*"
+                for claim in family.claims
+                if claim.component == component
+            )
+            raise WeightsError(f"the checkpoint has no weights for the {component} ({wanted})")
+    return weights
+
+
+def _choose(tensors: Tensors, raw: Sequence[str], asked: WeightsChoice | None) -> WeightsChoice:
+    if asked == "model":
+        return "model"
+    averages = {name: ema_name(name) for name in raw}
+    missing = [name for name in averages.values() if name not in tensors]
+    if asked == "ema" and missing:
+        raise WeightsError(
+            f"the checkpoint lacks {len(missing)} of {len(averages)} moving averages "
+            f"({listed(missing)}); use --weights model"
+        )
+    if missing:
+        if len(missing) < len(averages):
+            logger.warning(
+                "%d of %d moving averages are missing (%s): using the training weights",
+                len(missing),
+                len(averages),
+                listed(missing),
+            )
+        return "model"
+    for name, average in averages.items():
+        if tensors[average].shape != tensors[name].shape:
+            raise WeightsError(
+                f"{average} has shape {tensors[average].shape}, but {name} has "
+                f"{tensors[name].shape}; use --weights model if its average is broken"
+            )
+    return "ema"
+
+
+def _check_types(tensors: Tensors, claimed: frozenset[str]) -> None:
+    wrong = [name for name in claimed if tensors[name].dtype not in _STORED_TYPES]
+    if wrong:
+        types = ", ".join(sorted({tensors[name].dtype for name in wrong}))
+        raise WeightsError(
+            f"{len(wrong)} weights are stored as {types} ({listed(wrong)}); only "
+            f"{', '.join(sorted(_STORED_TYPES))} can be read, so use an unquantised checkpoint"
+        )
+
+
+def _leftovers(
+    tensors: Tensors, family: Family, claimed: frozenset[str], replaced: frozenset[str]
+) -> dict[str, str]:
+    unused, unclaimed = {}, []
+    for name in tensors:
+        if name in claimed:
+            continue
+        reason = (
+            "training weights, their moving average is used"
+            if name in replaced
+            else _leftover_reason(name) or _copy_reason(tensors, family, name)
+        )
+        if reason:
+            unused[name] = reason
+        else:
+            unclaimed.append(name)
+    if unclaimed:
+        raise WeightsError(
+            f"{len(unclaimed)} tensors belong to no component and are no known leftovers: "
+            f"{listed(unclaimed)}; an export without them could be wrong, so remove them from the "
+            "checkpoint if they do not matter"
+        )
+    return unused
+
+
+def _leftover_reason(name: str) -> str:
+    return next(
+        (leftover.reason for leftover in LEFTOVERS if re.fullmatch(leftover.pattern, name)), ""
+    )
+
+
+def _copy_reason(tensors: Tensors, family: Family, name: str) -> str:
+    """Return that a tensor repeats another of its shape, if it does."""
+    for prefix, original in family.copies:
+        twin = original + name.removeprefix(prefix)
+        if name.startswith(prefix) and twin in tensors:
+            return f"a copy of {original}*" if tensors[twin].shape == tensors[name].shape else ""
+    return ""

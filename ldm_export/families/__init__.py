@@ -1,0 +1,1 @@
+"""The checkpoint families, as rows."""

@@ -1,0 +1,58 @@
+"""Rows of the family table: first stages alone, in files of their own or cut from a model.
+
+Source: the zoo of first stages of CompVis/latent-diffusion (a506df5).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ldm_export.families.records import FIRST_STAGE, Expected, Family, first_stage_claims
+from ldm_export.families.released_settings import AUTOENCODER
+
+_ALONE: Mapping[str, Expected] = {"model_channels": "none", "conditioner": "none", "extra": "none"}
+
+
+def _released(name: str, **facts: Expected) -> Family:
+    return _first_stage(f"ldm-{name}", first_stage_channels=128, **facts)
+
+
+def _first_stage(name: str, **facts: Expected) -> Family:
+    return Family(
+        name=name,
+        facts=MappingProxyType({**_ALONE, **facts}),
+        knowledge=AUTOENCODER,
+        claims=first_stage_claims("") + FIRST_STAGE,
+        averaged=("vae_decoder", "vae_encoder"),
+    )
+
+
+FIRST_STAGE_FAMILIES: tuple[Family, ...] = (
+    _first_stage("first-stage-vq", first_stage="vq"),
+    _first_stage("first-stage-kl", first_stage="kl"),
+    *(
+        _released(
+            name,
+            first_stage="vq",
+            factor=factor,
+            latent_channels=channels,
+            codebook_size=codes,
+            middle_attention=attention,
+        )
+        for name, factor, channels, codes, attention in (
+            ("vq-f4", 4, 3, 8192, "yes"),
+            ("vq-f4-noattn", 4, 3, 8192, "no"),
+            ("vq-f8", 8, 4, 16384, "yes"),
+            ("vq-f8-n256", 8, 4, 256, "yes"),
+            ("vq-f16", 16, 8, 16384, "yes"),
+        )
+    ),
+    *(
+        _released(name, first_stage="kl", factor=factor, latent_channels=channels)
+        for name, factor, channels in (
+            ("kl-f4", 4, 3),
+            ("kl-f8", 8, 4),
+            ("kl-f16", 16, 16),
+            ("kl-f32", 32, 64),
+        )
+    ),
+)

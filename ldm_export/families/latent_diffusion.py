@@ -1,0 +1,172 @@
+"""Rows of the family table: the models of the latent-diffusion paper, and their siblings.
+
+A kind of model (what it draws, and what conditions it) is a row that fits every size; a released
+model is its kind with the numbers of channels that were released. Where shapes leave something
+open, mostly attention heads and the noise schedule, a kind assumes what its released model has.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from ldm_export.families.records import (
+    BERT,
+    CLASS_EMBEDDER,
+    FIRST_STAGE,
+    RESCALER,
+    UNET,
+    Claim,
+    Expected,
+    Family,
+    Knowledge,
+)
+from ldm_export.families.released_settings import (
+    CAPTIONS,
+    CHURCHES,
+    CLASSES,
+    CLASSES_AND_NULL,
+    FACES,
+    HOLES,
+    LAYOUTS,
+    MAPS,
+    NEIGHBOURS,
+    TXT2IMG,
+    UPSCALER,
+)
+
+Facts = Mapping[str, Expected]
+
+_WHOLE: Facts = {"first_stage": ("vq", "kl"), "vector": "none", "extra": "none"}
+_QKV: Facts = {**_WHOLE, "attention": "qkv", "context_dim": "none"}
+_CROSS: Facts = {
+    **_WHOLE,
+    "attention": "transformer",
+    "projection": "convolution",
+    "concat": "none",
+}
+_UNCONDITIONAL: Facts = {**_QKV, "concat": "none", "conditioner": "none"}
+_PLAIN: Facts = {**_UNCONDITIONAL, "time_embedding": "added"}
+_SCALE_SHIFT: Facts = {**_UNCONDITIONAL, "time_embedding": "scale and shift"}
+_SUPER_RESOLUTION: Facts = {**_QKV, "concat": "picture", "conditioner": "none"}
+_INPAINTING: Facts = {
+    **_QKV,
+    "concat": "masked latents",
+    "conditioner": ("none", "first stage"),
+}
+_SEMANTIC: Facts = {**_QKV, "conditioner": "spatial rescaler"}
+_CLASS: Facts = {**_CROSS, "conditioner": "class embedding"}
+_IMAGENET_AND_NULL: Facts = {**_CLASS, "classes": 1001}
+_TEXT: Facts = {**_CROSS, "conditioner": "bert", "tokens": "words"}
+_TEXT_VQ: Facts = {**_TEXT, "first_stage": "vq"}
+_TEXT_KL: Facts = {**_TEXT, "first_stage": "kl"}
+_LAYOUT: Facts = {**_CROSS, "conditioner": "bert", "tokens": "layout"}
+_RETRIEVAL: Facts = {**_CROSS, "conditioner": "none"}
+
+_UNET_AND_FIRST_STAGE = UNET + FIRST_STAGE
+
+
+def _row(
+    name: str,
+    facts: Facts,
+    knowledge: Knowledge,
+    conditioner: tuple[Claim, ...] = (),
+    *,
+    copies: tuple[tuple[str, str], ...] = (),
+) -> Family:
+    return Family(
+        name=name,
+        facts=MappingProxyType(dict(facts)),
+        knowledge=knowledge,
+        claims=_UNET_AND_FIRST_STAGE + conditioner,
+        copies=copies,
+    )
+
+
+def _released(name: str, kind: str, *channels: int, **facts: Expected) -> Family:
+    """Return a released model: a kind with the channels of its UNet.
+
+    They are those of the first level, of input and output, and of the middle.
+    """
+    places = ("model_channels", "in_channels", "out_channels", "middle_channels")
+    numbers = dict(zip(places, channels, strict=True))
+    return replace(
+        _KINDS[kind], name=name, facts=MappingProxyType({**_KINDS[kind].facts, **numbers, **facts})
+    )
+
+
+def _without(lost: str, *, of: str, name: str = "", **facts: Expected) -> Family:
+    """Return what a released model looks like without its conditioner: often another kind."""
+    nothing = {"conditioner": "none", "classes": "none", "tokens": "none"}
+    return Family(
+        name=f"{name or of} without its {lost}",
+        facts=MappingProxyType({**_RELEASED[of].facts, **nothing, **facts}),
+        is_whole=False,
+    )
+
+
+_KINDS = {
+    family.name: family
+    for family in (
+        _row("ldm-unconditional", _PLAIN, FACES),
+        _row("ldm-unconditional-scale-shift", _SCALE_SHIFT, CHURCHES),
+        _row("ldm-class", _CLASS, CLASSES, CLASS_EMBEDDER),
+        _row("ldm-class-imagenet-guided", _IMAGENET_AND_NULL, CLASSES_AND_NULL, CLASS_EMBEDDER),
+        _row("ldm-text-vq", _TEXT_VQ, CAPTIONS, BERT),
+        _row("ldm-text-kl", _TEXT_KL, TXT2IMG, BERT),
+        _row("ldm-layout", _LAYOUT, LAYOUTS, BERT),
+        _row("ldm-semantic-synthesis", _SEMANTIC, MAPS, RESCALER),
+        _row("ldm-super-resolution", _SUPER_RESOLUTION, UPSCALER),
+        _row(
+            "ldm-inpainting",
+            _INPAINTING,
+            HOLES,
+            copies=(("cond_stage_model.", "first_stage_model."),),
+        ),
+        _row("ldm-retrieval", _RETRIEVAL, NEIGHBOURS),
+    )
+}
+
+_RELEASED = {
+    family.name: family
+    for family in (
+        _released(
+            "ldm-celeba256, ldm-ffhq256 or ldm-lsun-beds256", "ldm-unconditional", 224, 3, 3, 896
+        ),
+        _released("ldm-lsun-churches256", "ldm-unconditional-scale-shift", 192, 4, 4, 768),
+        _released("ldm-cin256", "ldm-class", 256, 4, 4, 1024, context_dim=512, classes=1000),
+        _released("ldm-cin256-v2", "ldm-class-imagenet-guided", 192, 3, 3, 960, context_dim=512),
+        _released("ldm-text2img256", "ldm-text-vq", 192, 3, 3, 960, context_dim=640),
+        _released("ldm-txt2img-1p4b", "ldm-text-kl", 320, 4, 4, 1280, context_dim=1280),
+        _released("ldm-layout2img-openimages256", "ldm-layout", 128, 3, 3, 512, context_dim=512),
+        _released("ldm-semantic-synthesis256 or -512", "ldm-semantic-synthesis", 128, 6, 3, 1024),
+        _released("ldm-bsr-sr", "ldm-super-resolution", 160, 6, 3, 640),
+        _released("ldm-inpainting-big", "ldm-inpainting", 256, 7, 3, 1024),
+        replace(
+            _released(
+                "ldm-retrieval-augmented-768", "ldm-retrieval", 448, 16, 16, 1792, context_dim=768
+            ),
+            knowledge=replace(NEIGHBOURS, latent_scale_factor=0.22765929),
+        ),
+    )
+}
+
+_TEXT_ENCODER = "text encoder (cond_stage_model.transformer.*)"
+_CLASS_EMBEDDING = "class embedding (cond_stage_model.embedding.*)"
+#: Without their conditioners these would pass for retrieval models, or for an upscaler.
+_INCOMPLETE = (
+    _without(_CLASS_EMBEDDING, of="ldm-cin256"),
+    _without(_CLASS_EMBEDDING, of="ldm-cin256-v2"),
+    _without(_TEXT_ENCODER, of="ldm-text2img256"),
+    _without(_TEXT_ENCODER, of="ldm-txt2img-1p4b"),
+    _without(_TEXT_ENCODER, of="ldm-txt2img-1p4b", name="stable-diffusion-1", context_dim=768),
+    _without("layout encoder (cond_stage_model.transformer.*)", of="ldm-layout2img-openimages256"),
+    _without(
+        "rescaler (cond_stage_model.channel_mapper.*)", of="ldm-semantic-synthesis256 or -512"
+    ),
+)
+
+LDM_FAMILIES: tuple[Family, ...] = (
+    *_RELEASED.values(),
+    *_KINDS.values(),
+    *_INCOMPLETE,
+)

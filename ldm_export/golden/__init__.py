@@ -1,0 +1,1 @@
+"""Golden outputs: requests, images and component outputs that torch computed at export."""

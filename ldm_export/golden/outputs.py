@@ -1,0 +1,115 @@
+"""Golden outputs: what torch draws through the runtime's own loop, for `ldm verify` to redraw."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime.backends.contract import Runner
+from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.diagnostics.golden_requests import save_golden_request
+from ldm_runtime.latents.codec import decode_latents
+from ldm_runtime.pipeline.passes import Drawer, open_drawer
+from ldm_runtime.pipeline.sampling import batches, sample_latents
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import task_record
+
+OUTPUTS_FILE = "golden.npz"
+
+Float32Array = npt.NDArray[np.float32]
+
+#: Opens a component in torch, float32, with the checkpoint's own weights.
+OpenReference = Callable[[str], Runner]
+
+
+def golden_folders(requests: Sequence[GenerationRequest]) -> tuple[str, ...]:
+    """Return where each request and its outputs go, relative to the bundle."""
+    return tuple(f"golden/{index}" for index in range(len(requests)))
+
+
+def write_golden(
+    folder: Path,
+    requests: Sequence[GenerationRequest],
+    spec: ModelSpec,
+    vocabulary: Path | None,
+    open_reference: OpenReference,
+) -> None:
+    """Draw requests with torch, one network in memory at a time, and write what came out.
+
+    Pictures are what the decoder makes of latents: nothing is cropped, and of a picture to fill
+    nothing is put back.
+
+    Args:
+        folder: The bundle; each request gets one of `golden_folders` with the request and what it
+            names, `golden.npz` (latents) and one PNG an image.
+        requests: Resolved requests.
+        spec: The model.
+        vocabulary: Of its tokenizer, or None without prompts.
+        open_reference: Opens a component in torch.
+    """
+    network = _OneNetwork(open_reference)
+    drawers = _open_drawers(network, requests, spec, vocabulary)
+    latents = [_latents(network, drawer) for drawer in drawers]
+    for name, request, drawn in zip(golden_folders(requests), requests, latents, strict=True):
+        place = folder / name
+        save_golden_request(place, request)
+        np.savez(place / OUTPUTS_FILE, allow_pickle=False, latents=drawn)
+        for number, row in enumerate(drawn):
+            (image,) = decode_latents(network("vae_decoder"), row[None], spec)
+            image.save(place / f"{number}.png")
+
+
+class _OneNetwork:
+    """The networks of a model by name, of which one is in memory: the last that was asked for."""
+
+    def __init__(self, open_reference: OpenReference) -> None:
+        self._open = open_reference
+        self._name = ""
+        self._engine: Runner | None = None
+
+    def __call__(self, name: str) -> Runner:
+        if self._engine is None or self._name != name:
+            self._engine = None  # gone before the next one comes
+            self._engine, self._name = self._open(name), name
+        return self._engine
+
+
+def _open_drawers(
+    network: _OneNetwork,
+    requests: Sequence[GenerationRequest],
+    spec: ModelSpec,
+    vocabulary: Path | None,
+) -> list[Drawer]:
+    """Return what draws each request, with all that conditions it."""
+    tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
+    with _quiet_cuts():
+        return [open_drawer(network, tokenizer, request, spec) for request in requests]
+
+
+def _latents(network: _OneNetwork, drawer: Drawer) -> Float32Array:
+    """Sample every image of a request alone; of a first stage there is only what was encoded."""
+    spec, request = drawer.spec, drawer.request
+    if not task_record(spec).samples:
+        assert drawer.start is not None, "a first stage has a picture to encode"
+        return drawer.start.latents
+    unet, rows = network("unet"), []
+    for images in batches(request.num_images, 1):
+        *_, last = sample_latents(unet, drawer.conditioning, request, spec, images, drawer.start)
+        rows.append(last.latents)
+    return np.concatenate(rows)
+
+
+@contextmanager
+def _quiet_cuts() -> Iterator[None]:
+    """Silence the warning about cut prompts: these prompts are nobody's, and lengths differ."""
+    logger = logging.getLogger("ldm_runtime.conditioning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

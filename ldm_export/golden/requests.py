@@ -1,0 +1,181 @@
+"""The requests a bundle is verified with, for every task, with inputs that need no data set."""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_export.golden.pictures import draw_pictures
+from ldm_runtime.inputs.embeddings import Embeddings
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.layouts import LayoutObject, max_objects, num_labels
+from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.model import ModelSpec, Task, size_step
+
+_MAX_PIXELS = 256  # a side: golden outputs show that a bundle works, not how good it is
+_MAX_LATENTS = 32  # a side, of large models
+_MANY_PARAMETERS = 100_000_000
+_STEPS, _FEW_STEPS = 20, 4
+#: What the requests of a bundle differ in, beside their inputs.
+_VARIED: tuple[Mapping[str, Any], ...] = (
+    {"sampler": "ddim", "seed": 0},
+    {"sampler": "dpmpp_2m", "seed": 1, "num_images": 2},
+    {"sampler": "euler_ancestral", "seed": 3, "guidance_scale": 1.0},
+)
+
+#: Inputs of one request, by field.
+Inputs = Mapping[str, Any]
+Size = tuple[int, int]
+
+
+def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[GenerationRequest, ...]:
+    """Return resolved requests; large models draw small pictures in few steps."""
+    is_large = unet_parameters > _MANY_PARAMETERS
+    height, width = _size(spec, is_large=is_large)
+    drawn: Inputs = {"num_inference_steps": _FEW_STEPS if is_large else _STEPS}
+    varied = _VARIED
+    if spec.task not in ("super-resolution", "first-stage"):  # of which the picture says the size
+        drawn = {**drawn, "height": height, "width": width}
+    if spec.task == "first-stage":  # nothing is sampled
+        drawn, varied = {}, ({}, {})
+    inputs = _INPUTS[spec.task](spec, (height, width))
+    return tuple(
+        resolve(GenerationRequest(**{**drawn, **each, **fields}), spec)
+        for each, fields in zip(varied, inputs, strict=False)
+    )
+
+
+def _size(spec: ModelSpec, *, is_large: bool) -> Size:
+    """Return height and width in pixels: the model's own, or as many as are quickly drawn."""
+    step = size_step(spec)
+    most = min(_MAX_PIXELS, _MAX_LATENTS * spec.autoencoder.factor) if is_large else _MAX_PIXELS
+    height, width = (
+        max(step, min(size, most) // step * step)
+        for size in (spec.defaults.height, spec.defaults.width)
+    )
+    return height, width
+
+
+def _no_inputs(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    del spec, size
+    for _ in _VARIED:
+        yield {}
+
+
+def _prompts(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    del spec, size
+    yield {"prompt": "a large red circle left of a small blue square on a white background"}
+    yield {
+        "prompt": "a small green triangle on a black background",
+        "negative_prompt": "a gray background",
+    }
+    yield {"prompt": "a large yellow cross above a small purple circle"}
+
+
+def _class_labels(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield the first, the middle and the last class, the null class left out."""
+    del size
+    assert spec.class_embedder is not None, "the task has a class embedder"
+    embedder = spec.class_embedder
+    classes = [each for each in range(embedder.num_classes) if each != embedder.null_class]
+    for index in (0, len(classes) // 2, -1):
+        yield {"class_label": classes[index]}
+
+
+def _layouts(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield layouts of one, two and five objects."""
+    del size
+    assert spec.text_encoder is not None, "the task has an encoder of layouts"
+    labels, most = num_labels(spec.text_encoder), max_objects(spec.text_encoder)
+    for seed, count in enumerate((1, 2, 5)):
+        rng = np.random.default_rng(seed)
+        yield {"layout": tuple(_object(rng, labels) for _ in range(min(count, most)))}
+
+
+def _object(rng: np.random.Generator, labels: int) -> LayoutObject:
+    left, top = (float(each) for each in rng.uniform(0, 0.5, 2))
+    width, height = (float(each) for each in rng.uniform(0.2, 0.5, 2))
+    box = (left, top, left + width, top + height)
+    return LayoutObject(label=int(rng.integers(min(labels, 100))), box=box)
+
+
+def _class_maps(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    assert spec.rescaler is not None, "the task has a rescaler"
+    for seed in range(len(_VARIED)):
+        yield {"segmentation": ClassMap(_class_map(seed, size, spec.rescaler.num_classes))}
+
+
+def _class_map(seed: int, size: Size, classes: int) -> npt.NDArray[np.uint8]:
+    """Return ids (H, W): a mosaic of classes with a rectangle of another one in it."""
+    rng, (height, width) = np.random.default_rng(seed), size
+    mosaic = rng.integers(classes, size=(3, 4))
+    rows, columns = np.arange(height) * 3 // height, np.arange(width) * 4 // width
+    ids = mosaic[rows[:, None], columns].astype(np.uint8)
+    ids[height // 3 : height // 2, width // 4 : -width // 3] = rng.integers(classes)
+    return ids
+
+
+def _low_resolution(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield pictures a latent pixel each of whose pixels is; one of no convenient size."""
+    height, width = (side // spec.autoencoder.factor for side in size)
+    for seed, narrower in enumerate((0, 0, 3)):
+        shape = height, width - narrower if width > 2 * narrower else width
+        yield {"image": _picture(seed, shape)}
+
+
+def _holes(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield pictures with a hole: a rectangle, an ellipse, and room beside the picture."""
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    y, x = np.abs(2 * y + 1 - height) / height, np.abs(2 * x + 1 - width) / width
+    yield {"image": _picture(0, size), "mask_image": _mask(np.maximum(y, x) < 0.5)}
+    yield {"image": _picture(1, size), "mask_image": _mask(np.hypot(y, x) < 0.7)}
+    margin = max(spec.autoencoder.factor, width // 4)
+    image = _picture(2, (height, width - margin))
+    yield {"image": image, "outpaint": (0, 0, margin, 0)}
+
+
+def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield one, two and four vectors, as long as CLIP's are in practice."""
+    del size
+    assert spec.unet is not None, "the task has a UNet"
+    assert spec.unet.context_dim is not None, "the task is conditioned by cross-attention"
+    for seed, count in enumerate((1, 2, 4)):
+        rng = np.random.default_rng(seed)
+        vectors = 10 * rng.standard_normal((count, spec.unet.context_dim), dtype=np.float32)
+        yield {"embeddings": Embeddings(vectors)}
+
+
+def _whole_pictures(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield two pictures, one of them half as wide."""
+    (height, width), factor = size, spec.autoencoder.factor
+    yield {"image": _picture(0, size)}
+    yield {"image": _picture(1, (height, max(factor, width // 2 // factor * factor)))}
+
+
+def _picture(seed: int, size: Size) -> Picture:
+    height, width = size
+    return Picture(draw_pictures(max(size))[seed, :height, :width])
+
+
+def _mask(inside: npt.NDArray[np.bool_]) -> Picture:
+    return Picture(np.repeat(np.uint8(255) * inside[..., None], 3, axis=2))
+
+
+_INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingProxyType(
+    {
+        "unconditional": _no_inputs,
+        "class-to-image": _class_labels,
+        "text-to-image": _prompts,
+        "layout-to-image": _layouts,
+        "semantic-synthesis": _class_maps,
+        "super-resolution": _low_resolution,
+        "inpainting": _holes,
+        "retrieval": _neighbours,
+        "first-stage": _whole_pictures,
+    }
+)

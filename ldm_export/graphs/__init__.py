@@ -1,0 +1,1 @@
+"""ONNX graphs: tracing, rewriting, precision, weights on disk, and parity with torch."""

@@ -1,0 +1,159 @@
+"""How far a graph is from torch: measured on fixed inputs, recorded, and bounded."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnxruntime
+
+from ldm_export.errors import ExportError
+from ldm_export.graphs.fp16_range import FP16_MAX, largest_value, watched_graph
+from ldm_runtime.backends.contract import Tensors
+from ldm_runtime.bundle.manifest import GraphRecord, GraphVariant, ParityRecord
+from ldm_runtime.diagnostics.measures import max_relative_error, relative_l2
+
+#: Highest error of a graph that computes in fp32 against torch over the same stored weights, and of
+#: any graph against torch over the checkpoint's own weights: rounding to fp16 costs more.
+MAX_RELATIVE_ERROR = 1e-4
+MAX_RELATIVE_L2 = 5e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSize:
+    """Lengths of the dynamic axes of one set of inputs, 0 where the component has no such axis.
+
+    Attributes:
+        batch: Batch size.
+        height: Latent height.
+        width: Latent width.
+        context_tokens: Tokens of the context.
+    """
+
+    batch: int
+    height: int
+    width: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One set of inputs and torch's outputs for it.
+
+    Attributes:
+        size: Lengths of its dynamic axes.
+        inputs: Arrays by input name.
+        expected: Torch's output over the checkpoint's own weights.
+        stored: Torch's output over the weights as the bundle stores them.
+    """
+
+    size: SampleSize
+    inputs: Tensors
+    expected: Tensors
+    stored: Tensors
+
+
+def measure(
+    name: str, graph: GraphRecord, folder: Path, samples: Sequence[Sample]
+) -> tuple[ParityRecord, ...]:
+    """Run a graph in ONNX Runtime on samples and return how far it is from torch.
+
+    Args:
+        name: The component.
+        graph: The graph to run.
+        folder: Where its file lies.
+        samples: What to run it on.
+
+    Raises:
+        ExportError: The graph does not load or run, an error is above its bound, or a value of the
+            fp16 graph is beyond the range of half precision.
+    """
+    path = folder / Path(graph.file).name
+    engine = _LeanSession(path)
+    records = []
+    for sample in samples:
+        outputs = engine.run(sample.inputs)
+        if graph.variant == "fp32":
+            records.append(_parity(graph.variant, "stored", sample, outputs))
+        records.append(_parity(graph.variant, "checkpoint", sample, outputs))
+    for record in records:
+        _check_bound(name, record)
+    if graph.variant == "fp16":
+        del engine  # its weights, before there is another one
+        _check_range(name, path, samples)
+    return tuple(records)
+
+
+def _parity(
+    variant: GraphVariant, reference: str, sample: Sample, outputs: Tensors
+) -> ParityRecord:
+    expected = sample.stored if reference == "stored" else sample.expected
+    ((name, array),) = expected.items()
+    return ParityRecord(
+        variant=variant,
+        reference="stored" if reference == "stored" else "checkpoint",
+        **asdict(sample.size),
+        max_relative_error=max_relative_error(outputs[name], array),
+        relative_l2=relative_l2(outputs[name], array),
+    )
+
+
+def _check_bound(name: str, record: ParityRecord) -> None:
+    if record.reference == "stored":
+        measured, value, bound = "relative error", record.max_relative_error, MAX_RELATIVE_ERROR
+        advice = (
+            "the graph computes something else; this is a fault of ldm-export, please report it"
+        )
+    else:
+        measured, value, bound = "relative L2 error", record.relative_l2, MAX_RELATIVE_L2
+        advice = "these weights lose too much in fp16"
+        if record.variant == "fp32":
+            advice += "; store them with --weights-dtype fp32"
+    if not value <= bound:  # NaN is above every bound
+        raise ExportError(
+            f"the {record.variant} graph of {name} differs from torch: {measured} {value:.2e} at "
+            f"batch {record.batch}, latents {record.height}x{record.width}, context of "
+            f"{record.context_tokens} tokens, more than {bound:.0e}; {advice}"
+        )
+
+
+def _check_range(name: str, path: Path, samples: Sequence[Sample]) -> None:
+    with watched_graph(path) as watched:
+        engine = _LeanSession(watched)
+        for sample in samples:
+            value, size = largest_value(engine.run(sample.inputs))
+            if size > FP16_MAX:
+                raise ExportError(
+                    f"the fp16 graph of {name} would overflow: {value} reaches {size:.3g}, half "
+                    f"precision ends at {FP16_MAX:.0f}; it needs an fp32 island, see "
+                    "ldm_export/graphs/precision.py"
+                )
+
+
+class _LeanSession:
+    """ONNX Runtime with as little memory as it can be had: weights stay in their mapped file.
+
+    Without optimisation no constant is folded, so that a weight is widened where it is used and
+    the result freed at once, instead of all of them being widened when the graph is loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        self._path = path
+        try:
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its classes are not exported
+            raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+    def run(self, inputs: Tensors) -> Tensors:
+        names = [output.name for output in self._session.get_outputs()]
+        try:
+            outputs = self._session.run(names, dict(inputs))
+        except Exception as error:  # its classes are not exported
+            raise ExportError(f"ONNX Runtime cannot run {self._path}: {error}") from error
+        return dict(zip(names, outputs, strict=True))

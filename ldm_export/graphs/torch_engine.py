@@ -1,0 +1,52 @@
+"""Torch as an engine: the reference that every exported graph and golden image is held against."""
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+
+from ldm_runtime.backends.contract import BoundInputs, Runner, Tensors
+from ldm_runtime.specs.components import COMPONENTS
+
+
+class TorchEngine:
+    """A network in torch behind the runtime's `Engine` protocol, float32 on the CPU.
+
+    Args:
+        component: Name in `ldm_runtime.specs.components.COMPONENTS`.
+        network: Takes those of the component's inputs that the model has, in order, and returns its
+            one output.
+    """
+
+    def __init__(self, component: str, network: nn.Module) -> None:
+        self.network = network
+        self._inputs = [signature.name for signature in COMPONENTS[component].inputs]
+        (output,) = COMPONENTS[component].outputs
+        self._output = output.name
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """Run once; see `ldm_runtime.backends.contract.Runner`."""
+        # A copy, because torch warns of arrays that it might write to but must not.
+        arguments = [torch.tensor(inputs[name]) for name in self._inputs if name in inputs]
+        with torch.inference_mode():
+            output: torch.Tensor = self.network(*arguments)
+        return {self._output: output.numpy()}
+
+    def bind(self, constants: Tensors) -> Runner:
+        """Return this network with some inputs fixed."""
+        return BoundInputs(runner=self, constants=constants)
+
+    def close(self) -> None:
+        """Do nothing: torch frees the network with its last reference."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Hyperparameters of each network, read from the shapes of its tensors."""

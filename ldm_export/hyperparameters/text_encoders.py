@@ -1,0 +1,114 @@
+"""Hyperparameters of text encoders, CLIP and latent diffusion's BERT, read from tensor shapes."""
+
+from dataclasses import dataclass
+
+from ldm_export.errors import WeightsError
+from ldm_export.hyperparameters.shapes import Shapes, indices, same, shape_of
+from ldm_runtime.specs.model import TextEncoderSpec
+
+_HEAD_CHANNELS = 64
+_STACK = "transformer.attn_layers.layers"
+
+
+def read_bert(shapes: Shapes, *, pad_token_id: int | None) -> TextEncoderSpec:
+    """Return the record of a BERT encoder from its parameter names (beginning `transformer.`).
+
+    Heads have 64 channels whatever the width, so the rows of a query projection count them
+    (ldm/modules/x_transformer.py of CompVis/latent-diffusion, a506df5).
+
+    Args:
+        shapes: Shape of every parameter.
+        pad_token_id: What short prompts are filled with; None is the last token.
+
+    Raises:
+        WeightsError: A decisive tensor is missing, or the shapes contradict each other.
+    """
+    tokens, positions = "transformer.token_emb.weight", "transformer.pos_emb.emb.weight"
+    vocab_size, width = shape_of(shapes, tokens, 2)
+    max_tokens, position_width = shape_of(shapes, positions, 2)
+    widths = {f"the width of {tokens}": width, f"the width of {positions}": position_width}
+    inner, feed_forward = {}, {}
+    for layer in range(_num_layers(shapes)):
+        queries = f"{_STACK}.{2 * layer}.1.to_q.weight"
+        linear = f"{_STACK}.{2 * layer + 1}.1.net.0.0.weight"
+        inner[f"rows of {queries}"], widths[f"columns of {queries}"] = shape_of(shapes, queries, 2)
+        rows, widths[f"columns of {linear}"] = shape_of(shapes, linear, 2)
+        feed_forward[f"rows of {linear}"] = rows
+    return TextEncoderSpec(
+        kind="bert",
+        width=same(widths),
+        num_layers=len(inner),
+        num_heads=_num_heads(same(inner)),
+        feed_forward_dim=same(feed_forward),
+        vocab_size=vocab_size,
+        max_tokens=max_tokens,
+        activation="gelu",
+        pad_token_id=vocab_size - 1 if pad_token_id is None else pad_token_id,
+    )
+
+
+def _num_layers(shapes: Shapes) -> int:
+    """Return the number of layers; each is attention and feed-forward, numbered on their own."""
+    halves = len(indices(shapes, _STACK))
+    if halves % 2 or not halves:
+        raise WeightsError(
+            f"the text encoder has {halves} members of {_STACK}; attention and feed-forward in "
+            "turn, an even number, were expected"
+        )
+    return halves // 2
+
+
+def _num_heads(inner: int) -> int:
+    if inner % _HEAD_CHANNELS:
+        raise WeightsError(
+            f"{_STACK}.0.1.to_q.weight has {inner} rows; a multiple of {_HEAD_CHANNELS}, the "
+            "channels of a head, was expected"
+        )
+    return inner // _HEAD_CHANNELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipShapes:
+    """What the shapes of a CLIP text transformer tell.
+
+    Attributes:
+        width: Channels of a token.
+        num_layers: Transformer layers.
+        feed_forward_dim: Inner width of the feed-forward layers.
+        vocab_size: Rows of the token embedding.
+        max_tokens: Rows of the position embedding.
+    """
+
+    width: int
+    num_layers: int
+    feed_forward_dim: int
+    vocab_size: int
+    max_tokens: int
+
+
+def read_clip(shapes: Shapes) -> ClipShapes:
+    """Return what the parameters tell (names as in transformers, beginning with `text_model.`).
+
+    Raises:
+        WeightsError: A decisive tensor is missing, or the shapes contradict each other.
+    """
+    tokens, positions = (
+        f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")
+    )
+    vocab_size, width = shape_of(shapes, tokens, 2)
+    max_tokens, position_width = shape_of(shapes, positions, 2)
+    layers = indices(shapes, "text_model.encoder.layers")
+    if not layers:
+        raise WeightsError("the text encoder has no layer (text_model.encoder.layers.0.*)")
+    widths = {f"the width of {tokens}": width, f"the width of {positions}": position_width}
+    inner = {}
+    for layer in layers:
+        name = f"text_model.encoder.layers.{layer}.mlp.fc1.weight"
+        inner[f"rows of {name}"], widths[f"columns of {name}"] = shape_of(shapes, name, 2)
+    return ClipShapes(
+        width=same(widths),
+        num_layers=len(layers),
+        feed_forward_dim=same(inner),
+        vocab_size=vocab_size,
+        max_tokens=max_tokens,
+    )

@@ -1,0 +1,111 @@
+"""What the names and shapes of a UNet's parameters tell about its attention."""
+
+from typing import Literal
+
+from ldm_export.errors import WeightsError
+from ldm_export.hyperparameters.shapes import Shapes, indices, same, shape_of
+
+AttentionKind = Literal["transformer", "qkv"]
+
+
+def attention_kind(shapes: Shapes) -> AttentionKind:
+    """Return whether attention is transformer blocks or blocks with one `qkv` projection.
+
+    Raises:
+        WeightsError: There is none, or there are both.
+    """
+    qkv = next((name for name in shapes if name.endswith(".qkv.weight")), "")
+    transformer = next((name for name in shapes if ".transformer_blocks." in name), "")
+    if qkv and transformer:
+        raise WeightsError(
+            f"the UNet has two kinds of attention ({qkv}, {transformer}), which this version does "
+            "not export"
+        )
+    if not qkv and not transformer:
+        raise WeightsError("the UNet has no attention (no *.qkv.*, no *.transformer_blocks.*)")
+    return "qkv" if qkv else "transformer"
+
+
+def attention_depth(shapes: Shapes, block: str) -> int:
+    """Return how many attention blocks lie behind the first layer of a numbered block."""
+    if f"{block}.1.qkv.weight" in shapes:
+        return 1
+    return len(indices(shapes, f"{block}.1.transformer_blocks"))
+
+
+def middle_depth(shapes: Shapes) -> int:
+    """Return how many attention blocks the middle has.
+
+    Raises:
+        WeightsError: It has none.
+    """
+    depth = attention_depth(shapes, "middle_block")
+    if not depth:
+        raise WeightsError(
+            "the UNet has no attention in its middle (middle_block.1.transformer_blocks.0.* or "
+            "middle_block.1.qkv.*)"
+        )
+    return depth
+
+
+def context_dim(shapes: Shapes) -> int:
+    """Return the width of what transformer blocks attend to.
+
+    Raises:
+        WeightsError: They attend to nothing, or to several widths.
+    """
+    widths = {
+        name: shape_of(shapes, name, 2)[1] for name in shapes if name.endswith("attn2.to_k.weight")
+    }
+    if not widths:
+        raise WeightsError("the UNet has no attention to a context (no attn2.to_k.weight)")
+    return same(widths)
+
+
+def linear_projection(shapes: Shapes) -> bool:
+    """Return whether transformers are entered by linear layers and not by 1x1 convolutions.
+
+    Raises:
+        WeightsError: They are entered by nothing, or by both.
+    """
+    ranks = {
+        f"the rank of {name}": len(shape)
+        for name, shape in shapes.items()
+        if name.endswith(".1.proj_in.weight")
+    }
+    if not ranks:
+        raise WeightsError("the UNet has transformer blocks but no proj_in.weight")
+    return same(ranks) == 2
+
+
+def check_heads(shapes: Shapes, num_heads: int | None, num_head_channels: int | None) -> None:
+    """Check that heads divide the channels of every attention.
+
+    Raises:
+        WeightsError: They do not, or an attention is of a kind that is not exported.
+    """
+    for name in shapes:
+        if name.endswith("attn1.to_q.weight"):
+            channels = shape_of(shapes, name, 2)[0]
+            _check_self_attention(shapes, name, channels)
+        elif name.endswith(".qkv.weight"):
+            channels = shape_of(shapes, name, 3)[0] // 3
+        else:
+            continue
+        divisor = num_heads or num_head_channels or 1
+        if channels % divisor:
+            what = "attention heads" if num_heads else "channels a head"
+            raise WeightsError(
+                f"{divisor} {what} do not divide the {channels} channels of {name}; give the "
+                "right number with --num-heads or --num-head-channels, or a --config that has it"
+            )
+
+
+def _check_self_attention(shapes: Shapes, queries: str, channels: int) -> None:
+    keys = queries.replace("to_q", "to_k")
+    columns = shape_of(shapes, keys, 2)[1]
+    if columns != channels:
+        raise WeightsError(
+            f"{keys} has {columns} columns for {channels} channels: self-attention is disabled in "
+            "this UNet, which this version does not export"
+        )

@@ -1,0 +1,156 @@
+"""The interface of everything that can run a network."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
+
+import numpy.typing as npt
+
+from ldm_runtime.bundle.files import checked_file
+from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
+from ldm_runtime.errors import BackendError
+
+Thing = TypeVar("Thing")
+
+
+#: Arrays by the names of `ldm_runtime.specs.components.COMPONENTS`.
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+
+class Runner(Protocol):
+    """The half of an engine that computes."""
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """Run once.
+
+        The returned arrays belong to the caller: a later `run` does not overwrite them.
+
+        Raises:
+            ShapeError: A shape is not one that the network takes.
+            BackendError: An input is missing, unknown or of the wrong type, the engine is closed,
+                or the computation failed.
+        """
+        ...
+
+
+class Engine(Runner, Protocol):
+    """One loaded network. Opened on construction, closed by `with`; never half-ready.
+
+    Several threads may call `run` at once.
+    """
+
+    def bind(self, constants: Tensors) -> Runner:
+        """Return this network with some inputs fixed, for `run` to be given only the others.
+
+        A device backend uploads them once. The engine itself does not change, so that threads do
+        not meet each other's constants.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything; `run` raises from then on. Closing twice is harmless."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundInputs:
+    """A `bind` for engines that gain nothing from it: the constants travel with every call."""
+
+    runner: Runner
+    constants: Tensors
+
+    def run(self, inputs: Tensors) -> Tensors:
+        """Run with `inputs` and the constants; see `Runner`."""
+        return self.runner.run({**self.constants, **inputs})
+
+
+def bind_constants(runner: Runner, constants: Tensors) -> Runner:
+    """Return `runner` with some inputs fixed, by its own `bind` if it has one."""
+    bind = getattr(runner, "bind", None)
+    if bind is None:
+        return BoundInputs(runner=runner, constants=constants)
+    return cast("Engine", runner).bind(constants)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How engines run, for the backends that have the choice; the others ignore it.
+
+    Attributes:
+        cuda_graphs: Whether a GPU replays a recorded graph for shapes that it has seen, which
+            saves the launch of every kernel; the results are the same.
+        specialization: When TensorRT-RTX compiles kernels for the very shapes asked for: "lazy" in
+            the background while general ones run, "eager" before the first result, "none" never.
+    """
+
+    cuda_graphs: bool = True
+    specialization: Literal["lazy", "eager", "none"] = "lazy"
+
+
+class Shared:
+    """What the engines of one generator have in common, such as scratch memory on a GPU."""
+
+    def __init__(self) -> None:
+        self._things: dict[str, Any] = {}
+        self._lock = Lock()
+
+    def obtain(self, name: str, make: Callable[[], Thing]) -> Thing:
+        """Return the thing of that name, made by the first to ask."""
+        with self._lock:
+            if name not in self._things:
+                self._things[name] = make()
+            return cast("Thing", self._things[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSource:
+    """What a backend opens: one component of one bundle.
+
+    Attributes:
+        bundle: The bundle's folder.
+        manifest: Its manifest.
+        component: The record of the network to open.
+        threads: How many threads may compute; None leaves it to the backend.
+        check_hashes: Whether to compare the contents of files with the manifest, or only sizes.
+        options: How the engine runs.
+        shared: What it has in common with the other engines of its generator.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    component: ComponentRecord
+    threads: int | None = None
+    check_hashes: bool = True
+    options: RunOptions = RunOptions()
+    shared: Shared = field(default_factory=Shared, compare=False)
+
+    def graph(self, variant: GraphVariant) -> Path:
+        """Return the path of a graph, having checked it and its weights.
+
+        Raises:
+            BackendError: The component has no such graph.
+            BundleError: A file is missing or altered.
+        """
+        for record in self.component.graphs:
+            if record.variant == variant:
+                self._checked(self.component.weights_file)
+                return self._checked(record.file)
+        raise BackendError(
+            f"component {self.component.name!r} of {self.bundle} has no {variant} graph; "
+            "export the bundle again"
+        )
+
+    def _checked(self, path: str) -> Path:
+        return checked_file(self.bundle, self.manifest, path, hashed=self.check_hashes)

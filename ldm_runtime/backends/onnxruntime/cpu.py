@@ -1,0 +1,139 @@
+"""ONNX Runtime on the CPU: the backend that runs everywhere, and the reference for the others."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from ldm_runtime.backends.contract import BoundInputs, EngineSource, Runner, Tensors
+from ldm_runtime.backends.host_memory import check_memory
+from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
+from ldm_runtime.backends.onnxruntime.session import (
+    NATIVE_ERRORS,
+    SILENT,
+    check_inputs,
+    check_names,
+    describe,
+    lacks_graph,
+)
+from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
+from ldm_runtime.errors import BackendError
+from ldm_runtime.specs.model import ModelSpec, axis_sizes
+
+#: Rows from which on a row has the same bits in any company: see `ldm_runtime.pipeline.batching`.
+MIN_SHARED_ROWS = 2
+
+_PROVIDERS = ("CPUExecutionProvider",)
+
+
+class OnnxRuntimeEngine:
+    """One graph in ONNX Runtime's CPU provider.
+
+    Denormals count as zero. Weights beside the graph are memory-mapped by ONNX Runtime. Any number
+    of threads may call `run` at once.
+
+    Args:
+        path: The graph; its weights lie where it says, relative to it.
+        component: What it takes and gives.
+        sizes: Lengths of the fixed axes, from `specs.model.axis_sizes`.
+        threads: Threads that compute, the calling one included; None is one a physical core.
+        spec: The model, of which runs that this machine has no memory for are refused.
+
+    Raises:
+        BackendError: ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        component: ComponentRecord,
+        sizes: Mapping[str, int],
+        *,
+        threads: int | None = None,
+        spec: ModelSpec | None = None,
+    ) -> None:
+        self._component = component
+        self._spec, self._held = spec, 0
+        self._outputs = [signature.name for signature in component.outputs]
+        self._sizes = sizes
+        self._session: Any = _open_session(path, threads)
+        check_names(path, [each.name for each in self._session.get_inputs()], component)
+
+    def run(self, inputs: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Run once; see `ldm_runtime.backends.contract.Runner`."""
+        session, name = self._session, self._component.name
+        if session is None:
+            raise BackendError(f"the {name} engine is closed; open the bundle again")
+        lengths = check_inputs(self._component, self._sizes, inputs)
+        held = self._held
+        if self._spec is not None:
+            held = check_memory(name, self._spec, lengths, held)
+        run_options = onnxruntime.RunOptions()
+        run_options.log_severity_level = SILENT
+        feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
+        try:
+            with flushed_denormals():
+                outputs = session.run(self._outputs, feed, run_options)
+        except NATIVE_ERRORS as error:
+            shapes = ", ".join(f"{key} {array.shape}" for key, array in feed.items())
+            raise BackendError(
+                f"ONNX Runtime failed in {name} with {shapes}: {describe(error)}"
+            ) from error
+        self._held = max(self._held, held)
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    def bind(self, constants: Tensors) -> Runner:
+        """Fix some inputs; on the CPU there is nothing to upload."""
+        return BoundInputs(runner=self, constants=constants)
+
+    def close(self) -> None:
+        """Let go of the session; calls that are running finish."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
+    """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
+    return OnnxRuntimeEngine(
+        source.graph("fp32"),
+        source.component,
+        axis_sizes(source.manifest.spec),
+        threads=source.threads,
+        spec=source.manifest.spec,
+    )
+
+
+def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
+    """Say why a bundle cannot run: only one without graphs for the CPU cannot."""
+    return lacks_graph("onnxruntime", "fp32", manifest)
+
+
+def version() -> str:
+    """Return ONNX Runtime's version."""
+    return str(onnxruntime.__version__)
+
+
+def _open_session(path: Path, threads: int | None) -> Any:  # noqa: ANN401  (ships no types)
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = SILENT
+    session_options.intra_op_num_threads = threads or 0
+    session_options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    try:
+        with flushed_denormals():
+            return onnxruntime.InferenceSession(path, session_options, providers=list(_PROVIDERS))
+    except NATIVE_ERRORS as error:
+        raise BackendError(f"ONNX Runtime cannot load {path}: {describe(error)}") from error

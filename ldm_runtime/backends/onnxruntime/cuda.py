@@ -1,0 +1,93 @@
+"""ONNX Runtime on an NVIDIA GPU, by its CUDA provider: for every card, and no engine to build."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import onnxruntime
+
+from ldm_runtime.backends.contract import EngineSource
+from ldm_runtime.backends.onnxruntime.device import DeviceEngine
+from ldm_runtime.backends.onnxruntime.packages import installed_packages
+from ldm_runtime.backends.onnxruntime.providers import (
+    Provider,
+    gpu_fault,
+    has_provider,
+    open_on,
+    provider_fault,
+)
+from ldm_runtime.backends.onnxruntime.session import lacks_graph
+from ldm_runtime.bundle.manifest import Manifest
+
+_NAME = "cuda"
+_PROVIDER = "CUDAExecutionProvider"
+
+#: Attention kernels by name, as the bits of the option `sdpa_kernel`.
+ATTENTION_KERNELS = MappingProxyType(
+    {"default": 0, "flash": 1, "efficient": 2, "cudnn": 8, "math": 16}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaOptions:
+    """Choices of the CUDA provider; which are faster depends on the card, so measure.
+
+    Attributes:
+        device: Number of the GPU.
+        conv_search: How a convolution's algorithm is found. "EXHAUSTIVE" tries them all again for
+            every new shape, which takes seconds.
+        prefer_nhwc: Whether convolutions run in channels-last order.
+        attention: Which fused attention kernel is allowed; "default" leaves the choice open.
+        use_tf32: Whether what stays in fp32 may be multiplied in TF32.
+        memory_limit: Bytes that the provider may reserve; None is all there are.
+    """
+
+    device: int = 0
+    conv_search: Literal["HEURISTIC", "EXHAUSTIVE", "DEFAULT"] = "HEURISTIC"
+    prefer_nhwc: bool = False
+    attention: Literal["default", "flash", "efficient", "cudnn", "math"] = "default"
+    use_tf32: bool = True
+    memory_limit: int | None = None
+
+
+def cuda_provider(options: CudaOptions) -> Provider:
+    """Spell options as ONNX Runtime does."""
+    spelled = {
+        "device_id": str(options.device),
+        "cudnn_conv_algo_search": options.conv_search,
+        "prefer_nhwc": str(int(options.prefer_nhwc)),
+        "use_tf32": str(int(options.use_tf32)),
+    }
+    if options.attention != "default":
+        spelled["sdpa_kernel"] = str(ATTENTION_KERNELS[options.attention])
+    if options.memory_limit is not None:
+        spelled["gpu_mem_limit"] = str(options.memory_limit)
+    return Provider(
+        name=_PROVIDER,
+        options=MappingProxyType(spelled),
+        graph_option="enable_cuda_graph",
+        device=options.device,
+    )
+
+
+def open_engine(source: EngineSource, options: CudaOptions | None = None) -> DeviceEngine:
+    """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
+    return open_on(cuda_provider(options or CudaOptions()), source)
+
+
+def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
+    """Say why a bundle cannot run: no fp16 graph, no GPU, or another package of ONNX Runtime."""
+    return (
+        lacks_graph(_NAME, "fp16", manifest) or gpu_fault(_NAME) or provider_fault(_NAME, _PROVIDER)
+    )
+
+
+def is_prepared(_manifest: Manifest | None) -> bool:
+    """Say whether somebody installed what this backend needs, and so expects it to run."""
+    return "onnxruntime-gpu" in installed_packages() or has_provider(_PROVIDER)
+
+
+def version() -> str:
+    """Return ONNX Runtime's version."""
+    return str(onnxruntime.__version__)

@@ -1,0 +1,122 @@
+"""What every use of ONNX Runtime here shares: checked inputs, and errors of one sentence."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+from ldm_runtime.backends.contract import Tensors
+from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
+from ldm_runtime.errors import BackendError, ShapeError
+from ldm_runtime.specs.components import DYNAMIC_AXES, TensorSignature
+
+#: Log level at which ONNX Runtime prints nothing: its errors are raised.
+SILENT = 4
+
+#: Its exceptions share no base class but Exception; which there are depends on the version.
+NATIVE_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(
+        item
+        for item in vars(native).values()
+        if isinstance(item, type) and issubclass(item, Exception)
+    ),
+)
+
+# What a message of CUDA, cuDNN, TensorRT or the loader means for whoever reads it; the first fits.
+_ADVICE = (
+    (r"out of memory|failed to allocate|ALLOC_FAILED|bad_alloc", "ask for fewer or smaller images"),
+    (r"libnvinfer\.so\.(\d+)", r"run `pip install 'tensorrt-cu13==\1.*'`"),
+    (
+        r"cudnn|lib\w+\.so[.\d]*: cannot open shared object",
+        "run `pip install 'onnxruntime-gpu[cuda,cudnn]'`",
+    ),
+    (r"driver version|insufficient driver|CUDA failure (?:35|803)\b", "update the NVIDIA driver"),
+    (
+        r"no kernel image|unsupported (?:gpu|device)|compute capability",
+        "this package has no code for this GPU; use `--backend onnxruntime` or another version",
+    ),
+)
+
+
+def describe(error: Exception) -> str:
+    """Return the first line of an error, and what to do about it where that is known."""
+    text = str(error).strip()
+    line = (text or type(error).__name__).splitlines()[0].rstrip(" .;")
+    for pattern, advice in _ADVICE:
+        if found := re.search(pattern, text, re.IGNORECASE):
+            return f"{line}; {found.expand(advice)}"
+    return line
+
+
+def lacks_graph(name: str, variant: GraphVariant, manifest: Manifest | None) -> str | None:
+    """Say which component of a bundle a backend cannot run for want of a graph; None if none."""
+    for component in manifest.components if manifest else ():
+        if not any(graph.variant == variant for graph in component.graphs):
+            return f"{name} needs an {variant} graph, which {component.name} lacks"
+    return None
+
+
+def check_names(path: Path, found: list[str], component: ComponentRecord) -> None:
+    """Compare the inputs of a graph with the manifest.
+
+    Raises:
+        BackendError: They differ.
+    """
+    expected = sorted(each.name for each in component.inputs)
+    if sorted(found) != expected:
+        raise BackendError(
+            f"{path} takes {', '.join(sorted(found))}, but the manifest says "
+            f"{', '.join(expected)}; export the bundle again"
+        )
+
+
+def check_inputs(
+    component: ComponentRecord, sizes: Mapping[str, int], inputs: Tensors
+) -> dict[str, int]:
+    """Compare inputs with a component's signatures.
+
+    Args:
+        component: What takes them.
+        sizes: Lengths of the fixed axes.
+        inputs: All of them.
+
+    Returns:
+        Lengths of the fixed axes and of the dynamic ones that the inputs have.
+
+    Raises:
+        BackendError: An input is missing, unknown or of another type.
+        ShapeError: A shape does not fit.
+    """
+    names = [signature.name for signature in component.inputs]
+    if inputs.keys() != set(names):
+        raise BackendError(
+            f"{component.name} takes {', '.join(names)}; "
+            f"it was given {', '.join(inputs) or 'nothing'}"
+        )
+    lengths = dict(sizes)
+    for signature in component.inputs:
+        _check_input(signature, inputs[signature.name], lengths)
+    return lengths
+
+
+def _check_input(
+    signature: TensorSignature, array: npt.NDArray[Any], lengths: dict[str, int]
+) -> None:
+    """Compare one input with its signature; `lengths` learns the dynamic axes as they come."""
+    if array.dtype != signature.dtype:
+        raise BackendError(f"input {signature.name!r} must be {signature.dtype}, is {array.dtype}")
+    expected = [lengths.get(axis, axis) for axis in signature.axes]
+    fits = array.ndim == len(expected) and all(
+        length == want if isinstance(want, int) else length > 0
+        for length, want in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        raise ShapeError(signature.name, array.shape, expected)
+    for axis, length in zip(signature.axes, array.shape, strict=True):
+        if axis in DYNAMIC_AXES:
+            lengths.setdefault(axis, length)

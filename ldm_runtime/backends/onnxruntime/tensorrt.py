@@ -1,0 +1,48 @@
+"""ONNX Runtime's TensorRT provider: builds engines while it loads, minutes long; by name only."""
+
+import contextlib
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+
+import onnxruntime
+
+from ldm_runtime.backends.contract import EngineSource
+from ldm_runtime.backends.onnxruntime.cuda import CudaOptions, cuda_provider
+from ldm_runtime.backends.onnxruntime.device import DeviceEngine
+from ldm_runtime.backends.onnxruntime.providers import Provider, gpu_fault, open_on, provider_fault
+from ldm_runtime.backends.onnxruntime.session import lacks_graph
+from ldm_runtime.bundle.manifest import Manifest
+
+_NAME = "tensorrt-ort"
+
+# No engine is kept on disk: engines are code, and the manifest could not vouch for them.
+PROVIDER = Provider(
+    name="TensorrtExecutionProvider",
+    options=MappingProxyType(
+        {"device_id": "0", "trt_fp16_enable": "1", "trt_layer_norm_fp32_fallback": "1"}
+    ),
+    graph_option="trt_cuda_graph_enable",
+    fallbacks=(cuda_provider(CudaOptions()),),
+)
+
+
+def open_engine(source: EngineSource) -> DeviceEngine:
+    """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
+    with contextlib.suppress(ImportError):  # then the libraries may still be on the system's path
+        import_module("tensorrt")  # loads the libraries that the provider links to
+    return open_on(PROVIDER, source)
+
+
+def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
+    """Say why a bundle cannot run; whether TensorRT itself loads shows when it is opened."""
+    return (
+        lacks_graph(_NAME, "fp16", manifest)
+        or gpu_fault(_NAME)
+        or provider_fault(_NAME, PROVIDER.name)
+    )
+
+
+def version() -> str:
+    """Return ONNX Runtime's version."""
+    return str(onnxruntime.__version__)

@@ -1,0 +1,129 @@
+"""TensorRT and TensorRT-RTX engines on an NVIDIA GPU, without torch.
+
+An engine is code. It is only opened if the bundle's manifest lists it with its hash, and if its
+record fits this machine: library and version, compute capability, driver. Everything that does not
+fit is one sentence with both values and what to do.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from ldm_runtime.backends.contract import EngineSource, RunOptions
+from ldm_runtime.backends.cuda_device import CudaDevice, Device
+from ldm_runtime.backends.tensorrt.engine import Plan, Session, TensorRTEngine
+from ldm_runtime.backends.tensorrt.plan import Machine, choose_record
+from ldm_runtime.backends.tensorrt.runtime import LoadedPlan, cache_path, installed_versions
+from ldm_runtime.bundle.files import checked_file
+from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
+from ldm_runtime.engines.gpu import Gpu, find_gpu
+from ldm_runtime.engines.profiles import ROWS_AN_IMAGE
+from ldm_runtime.engines.records import BuilderName, EngineRecord, load_engine_records
+from ldm_runtime.errors import BackendError, BundleError
+
+#: The graphs that engines are built from: what the promises of `verify` depend on.
+VARIANT: GraphVariant = "fp16"
+#: An engine takes the shapes of its profiles and no others.
+LIMITED_SHAPES = True
+
+_BUILDERS: tuple[BuilderName, ...] = get_args(BuilderName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vendor:
+    """The places where this backend meets the machine; tests put fakes there.
+
+    Attributes:
+        find_gpu: Asks the driver for the GPU.
+        versions: Says which libraries are installed.
+        open_device: Starts using the GPU.
+        load_plan: Loads a plan; see `LoadedPlan`.
+    """
+
+    find_gpu: Callable[[], Gpu | None] = find_gpu
+    versions: Callable[[Iterable[BuilderName]], Mapping[BuilderName, str]] = installed_versions
+    open_device: Callable[[], Device] = CudaDevice
+    load_plan: Callable[[Path, EngineRecord, ComponentRecord, RunOptions, Path], Plan] = LoadedPlan
+
+
+_NVIDIA = Vendor()
+
+
+def open_engine(source: EngineSource, vendor: Vendor = _NVIDIA) -> TensorRTEngine:
+    """Open one component of a bundle; see `ldm_runtime.backends.Backend`.
+
+    Engines of the same `source.shared` use one stream and one piece of scratch memory.
+    """
+    records = load_engine_records(source.bundle, source.manifest)
+    machine = _machine(source.bundle, records, vendor)
+    component = source.component
+    record = choose_record(records, component.name, machine, source.bundle, source.manifest)
+    # Whatever `source.check_hashes` says: a plan is code.
+    plan = checked_file(source.bundle, source.manifest, record.plan_path)
+    session = source.shared.obtain("tensorrt", lambda: Session(vendor.open_device))
+    with session.lock:
+        session.enter().make_current()
+        try:
+            cache = cache_path(plan, machine.gpu)
+            loaded = vendor.load_plan(plan, record, component, source.options, cache)
+        except BaseException:
+            session.leave()
+            raise
+    return TensorRTEngine(loaded, record, component, session, source.bundle)
+
+
+def why_not(
+    manifest: Manifest | None, bundle: Path | None = None, vendor: Vendor = _NVIDIA
+) -> str | None:
+    """Say why a bundle cannot run; without its folder, only what is wrong with any of its kind."""
+    place = bundle or Path("engines")
+    if manifest is not None and not manifest.engines:
+        return f"{place} has no TensorRT engines; run `ldm build-engines {place}`"
+    try:
+        if manifest is None or bundle is None:
+            _machine(place, (), vendor)
+        else:
+            _choose_all(bundle, manifest, vendor)
+    except (BackendError, BundleError) as error:
+        return str(error)
+    return None
+
+
+def is_prepared(manifest: Manifest | None) -> bool:
+    """Say whether somebody built engines, so that not using them deserves a sentence."""
+    return manifest is not None and bool(manifest.engines)
+
+
+def version() -> str:
+    """Return what is installed, such as "TensorRT-RTX 1.7.1.116"."""
+    found = installed_versions(_BUILDERS)
+    return ", ".join(f"{name} {each}" for name, each in found.items())
+
+
+def _choose_all(bundle: Path, manifest: Manifest, vendor: Vendor) -> None:
+    """Choose an engine for every component that drawing needs."""
+    records = load_engine_records(bundle, manifest)
+    machine = _machine(bundle, records, vendor)
+    for component in manifest.components:
+        if component.name in ROWS_AN_IMAGE:
+            choose_record(records, component.name, machine, bundle, manifest)
+
+
+def _machine(bundle: Path, records: tuple[EngineRecord, ...], vendor: Vendor) -> Machine:
+    """Look at this machine: first the driver, because TensorRT without one ends badly."""
+    gpu = vendor.find_gpu()
+    if gpu is None:
+        kinds = sorted({f"{each.builder} {each.builder_version}" for each in records})
+        what = f"the engines of {bundle} ({', '.join(kinds)})" if kinds else "TensorRT"
+        raise BackendError(
+            f"{what} cannot run: this machine has no NVIDIA GPU, or no driver for it"
+        )
+    builders = tuple({each.builder for each in records}) or _BUILDERS
+    versions = vendor.versions(builders)
+    if not records and not versions:
+        raise BackendError(
+            "neither TensorRT nor TensorRT-RTX is installed; run "
+            "`pip install 'ldm-deploy[tensorrt]'` or `pip install 'ldm-deploy[tensorrt-rtx]'`"
+        )
+    return Machine(gpu=gpu, versions=versions)

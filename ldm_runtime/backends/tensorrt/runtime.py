@@ -1,0 +1,225 @@
+"""The one place where plans meet TensorRT or TensorRT-RTX: load, make contexts, enqueue.
+
+The vendor's calls answer None or False and tell the logger why; here that is a `BackendError` with
+the logger's words. TensorRT-RTX compiles kernels on the machine it runs on and keeps them in a
+cache, which lies beside the plan and belongs to this machine: it is no file of the bundle.
+"""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ldm_runtime.backends.contract import RunOptions
+from ldm_runtime.backends.cuda_device import out_of_memory
+from ldm_runtime.bundle.manifest import ComponentRecord
+from ldm_runtime.engines.gpu import Gpu
+from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors, why_not
+from ldm_runtime.engines.records import BuilderName, EngineRecord
+from ldm_runtime.errors import BackendError
+
+_LOGGER = logging.getLogger(__name__)
+
+Shape = tuple[int, ...]
+
+
+class LoadedPlan:
+    """A deserialised engine; see `engine.Plan`.
+
+    The GPU's context must be current in the calling thread, here and in every method.
+
+    Args:
+        path: The plan, already checked against the manifest.
+        record: Its record.
+        component: What the engine must take and give.
+        options: How it runs.
+        cache: Where compiled kernels are kept, for TensorRT-RTX.
+        library: What loads it; None is what the record says.
+
+    Raises:
+        BackendError: TensorRT refuses it, or it is not an engine of this component.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        record: EngineRecord,
+        component: ComponentRecord,
+        options: RunOptions,
+        cache: Path,
+        library: ModuleType | None = None,
+    ) -> None:
+        self._library = library or import_builder(record.builder)
+        self._title = f"{TITLES[record.builder]} {record.builder_version}"
+        self._name = component.name
+        self._cache_path = cache
+        self._cache: Any = None
+        take_errors(self._library)
+        self._runtime: Any = self._library.Runtime(library_logger(self._library))
+        self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise self.failure(f"load {path}")
+        self._check_tensors(path, component)
+        is_rtx = record.builder == "tensorrt_rtx"
+        self._config: Any = self._configure(options) if is_rtx else None
+        # TensorRT-RTX records graphs itself, once the kernels for a shape are compiled.
+        self.records_graphs = options.cuda_graphs and not is_rtx
+
+    def new_context(self, shapes: Mapping[str, Shape]) -> "ShapedContext":
+        """Make the engine ready for these input shapes."""
+        strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
+        take_errors(self._library)
+        settings = strategy if self._config is None else self._config
+        context = self._engine.create_execution_context(settings)
+        if context is None:
+            raise self.failure("make it ready to run")
+        return ShapedContext(self, context, shapes)
+
+    def close(self) -> None:
+        """Keep what was compiled and free the engine."""
+        if self._cache is not None:
+            self._save_cache()
+        self._cache = self._config = self._engine = self._runtime = None
+
+    def failure(self, doing: str) -> BackendError:
+        """Return the error for a call that failed, in the words of the library's logger."""
+        told = "; ".join(take_errors(self._library)) or "it gave no reason"
+        if re.search(r"out ?of ?memory", told, re.IGNORECASE):
+            return out_of_memory(f"when {self._title} was to {doing} ({self._name}): {told}")
+        return BackendError(f"{self._title} cannot {doing} ({self._name}): {told}")
+
+    def _check_tensors(self, path: Path, component: ComponentRecord) -> None:
+        expected = {each.name: each.dtype for each in (*component.inputs, *component.outputs)}
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        found = {name: _dtype(self._library, self._engine.get_tensor_dtype(name)) for name in names}
+        if found != expected:
+            raise BackendError(
+                f"{path} has the tensors {_list(found)}, but the manifest says {_list(expected)}; "
+                "run `ldm build-engines` again"
+            )
+
+    def _configure(self, options: RunOptions) -> Any:  # noqa: ANN401  (a class of the vendor's)
+        library = self._library
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            library.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        specializations = library.DynamicShapesKernelSpecializationStrategy.__members__
+        config.dynamic_shapes_kernel_specialization_strategy = specializations[
+            options.specialization.upper()
+        ]
+        graphs = library.CudaGraphStrategy
+        config.cuda_graph_strategy = (
+            graphs.WHOLE_GRAPH_CAPTURE if options.cuda_graphs else graphs.DISABLED
+        )
+        self._cache = config.create_runtime_cache()
+        if data := read_cache(self._cache_path):
+            self._cache.deserialize(data)  # refuses what another GPU or driver left there
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def _save_cache(self) -> None:
+        memory = self._cache.serialize()
+        if memory is not None:
+            write_cache(self._cache_path, bytes(memory))
+
+
+class ShapedContext:
+    """An execution context for one set of shapes; see `engine.PlanContext`."""
+
+    def __init__(self, plan: LoadedPlan, context: Any, shapes: Mapping[str, Shape]) -> None:  # noqa: ANN401
+        self._plan = plan
+        self._context: Any = context
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise plan.failure(f"take {name} of shape {'x'.join(map(str, shape))}")
+        if missing := context.infer_shapes():
+            raise plan.failure(f"run without shapes of {', '.join(missing)}")
+
+    def output_shape(self, name: str) -> Shape:
+        """Return the shape of an output."""
+        return tuple(int(length) for length in self._context.get_tensor_shape(name))
+
+    def scratch_size(self) -> int:
+        """Return how many bytes of scratch memory these shapes take."""
+        return int(self._context.update_device_memory_size_for_shapes())
+
+    def set_scratch(self, address: int, size: int) -> None:
+        """Say where the scratch memory is."""
+        self._context.set_device_memory(address, size)
+
+    def set_address(self, name: str, address: int) -> None:
+        """Say where an input or output is."""
+        if not self._context.set_tensor_address(name, address):
+            raise self._plan.failure(f"use the memory of {name}")
+
+    def enqueue(self, stream: int) -> None:
+        """Enqueue one run."""
+        if not self._context.execute_async_v3(stream):
+            raise self._plan.failure("run")
+
+    def close(self) -> None:
+        """Free the context."""
+        self._context = None
+
+
+def cache_path(plan: Path, gpu: Gpu) -> Path:
+    """Return where the kernels are kept that this GPU compiled for a plan."""
+    model = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    return plan.with_name(f".{plan.stem}.{model}.kernel-cache")
+
+
+def read_cache(path: Path) -> bytes:
+    """Return what was kept, or nothing if nothing was or it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        _LOGGER.warning("%s cannot be read (%s); kernels are compiled again", path, error.strerror)
+        return b""
+
+
+def write_cache(path: Path, data: bytes) -> None:
+    """Keep something for the next time, whole or not at all; failing that, say so and go on."""
+    if data == read_cache(path):
+        return
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        _LOGGER.warning(
+            "%s cannot be written (%s); kernels will be compiled again next time",
+            path,
+            error.strerror,
+        )
+
+
+def installed_versions(builders: Iterable[BuilderName]) -> dict[BuilderName, str]:
+    """Return the versions of those libraries that are here and can be used."""
+    return {
+        name: str(import_builder(name).__version__) for name in builders if why_not(name) is None
+    }
+
+
+def _dtype(library: ModuleType, dtype: Any) -> str:  # noqa: ANN401  (an enum of the vendor's)
+    try:
+        return str(np.dtype(library.nptype(dtype)).name)
+    except TypeError:  # one that NumPy lacks
+        return str(dtype)
+
+
+def _list(tensors: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(tensors.items()))

@@ -1,0 +1,65 @@
+"""Files of a bundle, compared with their records before they are opened."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from ldm_runtime.bundle.manifest import FileRecord, Manifest
+from ldm_runtime.errors import BundleError
+
+
+def checked_file(bundle: Path, manifest: Manifest, path: str, *, hashed: bool = True) -> Path:
+    """Return the full path of a file of a bundle, having compared it with its record.
+
+    Raises:
+        BundleError: The path leaves the bundle, is not in the manifest, or the file is missing
+            or altered.
+    """
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise BundleError(f"the manifest of {bundle} names {path!r}, which lies outside the bundle")
+    for record in manifest.files:
+        if record.path == path:
+            check_file(bundle, record, hashed=hashed)
+            return bundle / path
+    raise BundleError(f"the manifest of {bundle} lists no file {path!r}; export the bundle again")
+
+
+def check_file(bundle: Path, record: FileRecord, *, hashed: bool = True) -> None:
+    """Check that a file of a bundle is the one its record describes.
+
+    Args:
+        bundle: The bundle's folder.
+        record: What the manifest says of the file.
+        hashed: Whether to compare the contents and not only the size.
+
+    Raises:
+        BundleError: The file is missing, or its size or hash differs.
+    """
+    path = bundle / record.path
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise BundleError(f"{path} is missing; export the bundle again") from None
+    if size != record.size_bytes:
+        raise BundleError(
+            f"{path} has {size} bytes, the manifest says {record.size_bytes}; "
+            "export the bundle again"
+        )
+    if hashed and (found := sha256_of(path)) != record.sha256:
+        raise BundleError(
+            f"{path} has sha256 {found[:12]}…, the manifest says {record.sha256[:12]}…; "
+            "export the bundle again"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file; repeated calls on an unchanged file are free."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, modified: int, inode: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

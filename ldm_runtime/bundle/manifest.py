@@ -1,0 +1,222 @@
+"""The records of a bundle, and the one function that reads them.
+
+`manifest.json` in a bundle decodes straight into `Manifest`. No field has a default, so that a
+misspelt or forgotten key is always an error. The records are also what `ldm_export` passes
+around while it works: `ModelSpec` says what a checkpoint is, everything else is derived from it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ldm_runtime.errors import BundleError, ManifestError
+from ldm_runtime.specs.components import TensorSignature
+from ldm_runtime.specs.model import ModelSpec
+
+SCHEMA_VERSION = 3
+MANIFEST_NAME = "manifest.json"
+
+WeightsDType = Literal["float16", "float32"]
+GraphVariant = Literal["fp16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRecord:
+    """One ONNX graph of a component: "fp16" for GPU builders, "fp32" for the CPU engine."""
+
+    variant: GraphVariant
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRecord:
+    """How far one graph was from torch on one set of inputs when it was exported.
+
+    Attributes:
+        variant: Which graph.
+        reference: "stored" for torch fp32 over the bundle's weights, "checkpoint" for torch fp32
+            over the checkpoint's own weights.
+        batch: Batch size of the inputs.
+        height: Latent height of the inputs (0 where the component has none).
+        width: Latent width of the inputs (0 where the component has none).
+        context_tokens: Tokens of the context (0 where the component takes none).
+        max_relative_error: Largest absolute difference over the largest absolute reference value.
+        relative_l2: Euclidean norm of the difference over that of the reference.
+    """
+
+    variant: GraphVariant
+    reference: Literal["stored", "checkpoint"]
+    batch: int
+    height: int
+    width: int
+    context_tokens: int
+    max_relative_error: float
+    relative_l2: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRecord:
+    """One network of the bundle.
+
+    Attributes:
+        name: Its name in `specs.components.COMPONENTS`, which is also its folder.
+        inputs: Inputs of every graph.
+        outputs: Outputs of every graph.
+        graphs: The graphs, all over `weights_file`.
+        weights_file: Path of the one file of weights.
+        fp32_islands: What stays in fp32 inside the fp16 graph, as operator or pattern names.
+        parity: Measured differences from torch.
+        key: Hash of everything the component was made from; equal keys mean equal components.
+    """
+
+    name: str
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
+    graphs: tuple[GraphRecord, ...]
+    weights_file: str
+    fp32_islands: tuple[str, ...]
+    parity: tuple[ParityRecord, ...]
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewRecord:
+    """A linear map from latents to a picture of one pixel a latent pixel, fitted at export.
+
+    Attributes:
+        matrix: Red, green and blue, from -1 to 1, of every channel of latents in the UNet's scale.
+        bias: What is added to each.
+        r2: Share of the variance that the map explains of pictures it was not fitted to; at most 1,
+            and below 0 where their mean colour would be the better guess.
+    """
+
+    matrix: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    bias: tuple[float, float, float]
+    r2: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of the bundle, by its path inside it."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRecord:
+    """How and with what the bundle was built."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    versions: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a runtime needs to know about a bundle.
+
+    Attributes:
+        tokenizer_file: Path of the vocabulary inside the bundle, or None without prompts.
+        golden: Folders with a golden request, its latents and images.
+        golden_key: Hash of everything the golden outputs were made from.
+        preview: What latents look like without decoding them, or None if that cannot be said.
+        engines: Paths of the records of TensorRT engines, each beside its plan.
+        files: Every file of the bundle but the manifest itself.
+    """
+
+    schema_version: int
+    spec: ModelSpec
+    weights_dtype: WeightsDType
+    components: tuple[ComponentRecord, ...]
+    tokenizer_file: str | None
+    golden: tuple[str, ...]
+    golden_key: str
+    preview: PreviewRecord | None
+    engines: tuple[str, ...]
+    files: tuple[FileRecord, ...]
+    build: BuildRecord
+
+    def component(self, name: str) -> ComponentRecord:
+        """Return the record of component `name`.
+
+        Raises:
+            BundleError: The bundle has no such component.
+        """
+        for record in self.components:
+            if record.name == name:
+                return record
+        names = ", ".join(record.name for record in self.components)
+        raise BundleError(f"this bundle has no component {name!r}; it has {names}")
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and check `bundle/manifest.json`.
+
+    Raises:
+        ManifestError: The file is missing, does not match this schema, or was written by an
+            older or newer `ldm-export`.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ManifestError(
+            f"{path} not found; is {bundle} a folder made by `ldm-export --out {bundle}`?"
+        ) from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        _check_version(path, msgspec.json.decode(data, type=_Version).schema_version)
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"{path}: {error}; export the bundle again") from error
+    _check_sense(path, manifest)
+    return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the JSON text of `manifest`, one key a line."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+_LEAST_TOKENS = 3  # the first, the last and one between
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    schema_version: int
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise ManifestError(
+            f"{path} has schema {version}, this runtime reads {SCHEMA_VERSION}; "
+            "upgrade ldm-deploy or export again"
+        )
+    if version < SCHEMA_VERSION:
+        raise ManifestError(
+            f"{path} has schema {version} of an older ldm-export, this runtime reads "
+            f"{SCHEMA_VERSION}; export the checkpoint again"
+        )
+
+
+def _check_sense(path: Path, manifest: Manifest) -> None:
+    """Check what types cannot say and others rely on; damage elsewhere is found by hashes."""
+    spec = manifest.spec
+    autoencoder, unet, text = spec.autoencoder, spec.unet, spec.text_encoder
+    wrong = {
+        "spec.autoencoder.channel_mult": not autoencoder.channel_mult,
+        "spec.autoencoder.latent_scale_factor": not 0 < autoencoder.latent_scale_factor < math.inf,
+        "spec.unet.channel_mult": unet is not None and not unet.channel_mult,
+        "spec.text_encoder.max_tokens": text is not None and text.max_tokens < _LEAST_TOKENS,
+        "tokenizer_file": spec.task == "text-to-image" and manifest.tokenizer_file is None,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise ManifestError(f"{path}: {name} cannot be what it is; export the bundle again")

@@ -1,0 +1,7 @@
+"""`python -m ldm_runtime.cli`: the command where its script is not on the path."""
+
+import sys
+
+from ldm_runtime.cli import main
+
+sys.exit(main())

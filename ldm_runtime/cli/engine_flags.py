@@ -1,0 +1,112 @@
+"""The flags that say which engines to build, for `ldm build-engines` and `ldm-export`."""
+
+import argparse
+import re
+import time
+from typing import TextIO
+
+from ldm_runtime.engines.profiles import Size, SizeRange
+from ldm_runtime.engines.recipes import TARGETS, BuilderChoice, EngineOptions
+
+_BAR_WIDTH = 24
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add every flag but the one for the builder."""
+    group = parser.add_argument_group("TensorRT engines")
+    for name, what in (
+        ("min", "smallest picture, N or HEIGHTxWIDTH pixels (default: 256 below the native size)"),
+        ("opt", "picture they are made for (default: the native size)"),
+        ("max", "largest picture (default: 1.5 times the native size)"),
+    ):
+        group.add_argument(f"--{name}-size", type=_size, metavar="SIZE", help=what)
+    group.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="most images in one call; with guidance the UNet sees twice as many "
+        "(default: 4, static: 1)",
+    )
+    group.add_argument(
+        "--static",
+        action="store_true",
+        help="serve --opt-size in batches of --max-batch with guidance, nothing else",
+    )
+    group.add_argument(
+        "--target",
+        type=_targets,
+        default=(),
+        metavar="SM,…",
+        help=f"compute capabilities for TensorRT-RTX, of {','.join(TARGETS)} "
+        "(default: sm80 and later; sm75 if that is what is here)",
+    )
+    group.add_argument(
+        "--hardware-compatible",
+        action="store_true",
+        help="TensorRT: for every GPU of this compute capability, not only this model",
+    )
+    group.add_argument(
+        "--refittable", action="store_true", help="weights can be exchanged without a new build"
+    )
+
+
+def engine_options(args: argparse.Namespace, builder: str) -> EngineOptions:
+    """Return what the flags say; `builder` as people write it, such as "tensorrt-rtx"."""
+    choices: dict[str, BuilderChoice] = {
+        "auto": "auto",
+        "none": "none",
+        "tensorrt": "tensorrt",
+        "tensorrt-rtx": "tensorrt_rtx",
+    }
+    return EngineOptions(
+        builder=choices[builder],
+        sizes=SizeRange(
+            min_size=args.min_size,
+            opt_size=args.opt_size,
+            max_size=args.max_size,
+            max_batch=args.max_batch,
+            static=args.static,
+        ),
+        targets=args.target,
+        hardware_compatible=args.hardware_compatible,
+        refittable=args.refittable,
+    )
+
+
+class EngineLines:
+    """Shows builds: a bar on a terminal, a line a finished engine elsewhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._stage, self._started = "", time.monotonic()
+
+    def begin(self, stage: str) -> None:
+        """Start the engine's clock."""
+        self._stage, self._started = stage, time.monotonic()
+        self.advance(0.0)
+
+    def advance(self, fraction: float) -> None:
+        """Show how far the builder is, on a terminal."""
+        if self._stream.isatty():
+            bar = ("#" * round(_BAR_WIDTH * fraction)).ljust(_BAR_WIDTH, ".")
+            seconds = time.monotonic() - self._started
+            self._stream.write(f"\r\x1b[K[{bar}] {self._stage} ({seconds:.0f} s)")
+            self._stream.flush()
+
+    def end(self, stage: str, outcome: str) -> None:
+        """Show the engine's time."""
+        seconds = time.monotonic() - self._started
+        clear = "\r\x1b[K" if self._stream.isatty() else ""
+        self._stream.write(f"{clear}{stage:<20} {outcome} in {seconds:.1f} s\n")
+        self._stream.flush()
+
+
+def _size(text: str) -> Size:
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be N or HEIGHTxWIDTH pixels, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    return tuple(target.strip() for target in text.split(",") if target.strip())

@@ -1,0 +1,100 @@
+"""From the flags of `ldm generate`, or a file with a request a line, to resolved requests."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+
+from ldm_runtime.errors import RequestError
+from ldm_runtime.inputs.layouts import label_number, read_label_names, read_layout
+from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.task_checks import check_needs
+from ldm_runtime.specs.model import ModelSpec
+
+_FIELDS = fields(GenerationRequest)
+#: What to type for the fields that a task can need.
+_FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "prompt": 'a prompt, such as "a red circle"',
+        "class_label": "--class-label 3",
+        "layout": "--layout boxes.json",
+        "segmentation": "--segmentation map.png",
+        "embeddings": "--embeddings vectors.npy",
+        "image": "--image photo.png",
+        "mask_image": "--mask-image mask.png",
+        "outpaint": "--outpaint 0,0,64,0",
+    }
+)
+
+
+def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[GenerationRequest]:
+    """Return the resolved requests of a command line, or of the file that it names.
+
+    Raises:
+        RequestError: A field is wrong, missing for the model's task, or given twice.
+    """
+    names = None if args.label_names is None else _label_names(args.label_names)
+    values = {field.name: getattr(args, field.name) for field in _FIELDS}
+    if args.requests is None:
+        if names is not None and values["class_label"] is None and values["layout"] is None:
+            raise RequestError("label_names", "means nothing without --class-label or --layout")
+        request = parse_request(_with_labels(values, names))
+        check_needs(request, spec, _FLAGS)
+        return [resolve(request, spec)]
+    for field in _FIELDS:
+        if values[field.name] != field.default:
+            raise RequestError(
+                field.name, "does not go with --requests, whose lines have their own"
+            )
+    lines = enumerate(args.requests.read_bytes().splitlines(), start=1)
+    requests = [
+        _parse_line(line, f"{args.requests}, line {number}", names, spec)
+        for number, line in lines
+        if line.strip()
+    ]
+    if not requests:
+        raise RequestError("requests", f"{args.requests} is empty; write a JSON object a line")
+    return requests
+
+
+def _parse_line(
+    line: bytes, place: str, names: Sequence[str] | None, spec: ModelSpec
+) -> GenerationRequest:
+    try:
+        values = msgspec.json.decode(line, type=dict[str, object])
+        return resolve(parse_request(_with_labels(values, names)), spec)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError("requests", f"{place} is no JSON object: {error}") from error
+    except RequestError as error:
+        raise RequestError("requests", f"{place}: {error}") from error
+
+
+def _label_names(path: Path) -> Sequence[str]:
+    try:
+        return read_label_names(path)
+    except ValueError as error:
+        raise RequestError("label_names", str(error)) from error
+
+
+def _with_labels(values: Mapping[str, object], names: Sequence[str] | None) -> dict[str, object]:
+    """Return the fields of a request with numbers for what is called by name."""
+    changed = dict(values)
+    for name, numbered in (("class_label", _class_number), ("layout", read_layout)):
+        if values.get(name) is not None:
+            try:
+                changed[name] = numbered(values[name], names)
+            except ValueError as error:
+                raise RequestError(name, str(error)) from error
+    return changed
+
+
+def _class_number(label: object, names: Sequence[str] | None) -> object:
+    if not isinstance(label, str):
+        return label
+    if names is None:
+        raise ValueError(f"{label!r} is a name; give --label-names FILE, or a number")
+    return label_number(label, names)

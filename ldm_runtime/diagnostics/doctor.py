@@ -1,0 +1,87 @@
+"""Says what this machine can run, and why not the rest."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm_runtime.backends import BACKENDS, BackendEntry, get_backend
+from ldm_runtime.backends.onnxruntime.packages import conflict, installed_packages
+from ldm_runtime.errors import BackendError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendReport:
+    """What one backend needs or has.
+
+    Attributes:
+        name: The backend.
+        version: Version of the library behind it, or None if that does not load.
+        why_not: Why it cannot run here, with what to do about it; None if it can.
+    """
+
+    name: str
+    version: str | None
+    why_not: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """This machine, as far as drawing images goes.
+
+    Attributes:
+        python: Version of the interpreter.
+        numpy: Version of NumPy.
+        system: Operating system and processor.
+        processors: Logical processors that this process may use.
+        backends: Every backend, the one to prefer first.
+        problem: What is wrong with the installed packages, with what to do about it; None if
+            nothing is.
+    """
+
+    python: str
+    numpy: str
+    system: str
+    processors: int
+    backends: tuple[BackendReport, ...]
+    problem: str | None
+
+    @property
+    def can_run(self) -> bool:
+        """Whether any backend can."""
+        return any(backend.why_not is None for backend in self.backends)
+
+
+def diagnose(
+    entries: Mapping[str, BackendEntry] = BACKENDS, packages: Mapping[str, str] | None = None
+) -> Diagnosis:
+    """Try every backend.
+
+    Args:
+        entries: The backends.
+        packages: Versions of the packages of ONNX Runtime; None is those installed.
+    """
+    return Diagnosis(
+        python=platform.python_version(),
+        numpy=np.__version__,
+        system=f"{platform.system()} {platform.machine()}",
+        processors=_processors(),
+        backends=tuple(_report(name, entries) for name in entries),
+        problem=conflict(installed_packages() if packages is None else packages),
+    )
+
+
+def _report(name: str, entries: Mapping[str, BackendEntry]) -> BackendReport:
+    try:
+        backend = get_backend(name, entries)
+    except BackendError as error:
+        return BackendReport(name=name, version=None, why_not=str(error))
+    return BackendReport(name=name, version=backend.version(), why_not=backend.why_not(None))
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

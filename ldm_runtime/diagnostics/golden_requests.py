@@ -1,0 +1,100 @@
+"""Requests as folders: a JSON file, and beside it the pictures and arrays that it names.
+
+So a bundle stores its golden requests, which must be drawn again where nobody has their pictures.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.inputs.embeddings import Embeddings
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
+
+REQUEST_FILE = "request.json"
+
+
+class Attachment(NamedTuple):
+    """A field of a request that is a file of its own.
+
+    Attributes:
+        file: Its name.
+        encode: Returns its bytes.
+    """
+
+    file: str
+    encode: Callable[[Any], bytes]
+
+
+def load_golden_request(folder: Path) -> GenerationRequest:
+    """Read what `save_golden_request` wrote.
+
+    Raises:
+        BundleError: A file is missing or malformed.
+    """
+    path = folder / REQUEST_FILE
+    try:
+        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        for name, attachment in ATTACHMENTS.items():
+            if fields.get(name) is not None:
+                fields[name] = _located(folder, attachment.file, fields[name])
+        return parse_request(fields)
+    except (OSError, ValueError, RequestError) as error:
+        raise BundleError(f"{path} is malformed: {error}; export the bundle again") from error
+
+
+def save_golden_request(folder: Path, request: GenerationRequest) -> None:
+    """Write a request into a folder, which is made if need be.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = request_to_json(request)
+    for name, attachment in ATTACHMENTS.items():
+        value = getattr(request, name)
+        if value is not None:
+            (folder / attachment.file).write_bytes(attachment.encode(value))
+            fields[name] = attachment.file
+    text = msgspec.json.format(msgspec.json.encode(fields), indent=1)
+    (folder / REQUEST_FILE).write_bytes(text)
+
+
+def _located(folder: Path, file: str, named: object) -> Path:
+    """Return where an attachment lies; a bundle does not say what else to read."""
+    if named != file:
+        raise ValueError(f"it names {named!r} and not {file!r}")
+    return folder / file
+
+
+def _encode_classes(classes: ClassMap) -> bytes:
+    return _file_of(lambda file: Image.fromarray(classes.ids).save(file, format="PNG"))
+
+
+def _encode_embeddings(embeddings: Embeddings) -> bytes:
+    return _file_of(lambda file: np.save(file, embeddings.values, allow_pickle=False))
+
+
+def _file_of(write: Callable[[io.BytesIO], None]) -> bytes:
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+#: The fields of a request that are files of their own.
+ATTACHMENTS: Mapping[str, Attachment] = MappingProxyType(
+    {
+        "image": Attachment("image.png", Picture.to_png_bytes),
+        "mask_image": Attachment("mask_image.png", Picture.to_png_bytes),
+        "segmentation": Attachment("segmentation.png", _encode_classes),
+        "embeddings": Attachment("embeddings.npy", _encode_embeddings),
+    }
+)

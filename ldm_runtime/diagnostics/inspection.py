@@ -1,0 +1,180 @@
+"""Describes a file or folder as a dictionary: a bundle, a picture, or what another package knows.
+
+Packages add kinds of files through the entry point group `ldm_runtime.inspectors`: functions from
+a path to a dictionary, or to None for a file that is not theirs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.engines.records import load_engine_records
+from ldm_runtime.errors import LdmError
+from ldm_runtime.pipeline.png import read_metadata
+
+INSPECTORS_GROUP = "ldm_runtime.inspectors"
+
+Inspector = Callable[[Path], dict[str, Any] | None]
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_LONG = 16
+
+
+def inspect(
+    path: Path, inspectors: Mapping[str, Callable[[], Inspector]] | None = None
+) -> dict[str, Any]:
+    """Describe what is at `path`; the key "kind" says what it is.
+
+    Args:
+        path: A bundle, a picture made by `ldm generate`, or a file that an inspector knows.
+        inspectors: What loads each inspector; None is those of the installed packages.
+
+    Raises:
+        LdmError: Nothing is there, nothing here knows it, or it is damaged.
+    """
+    if path.is_dir():
+        return _inspect_bundle(path)
+    if _starts_like_png(path):
+        return {"kind": "image", "path": str(path), **read_metadata(path)}
+    return _ask_inspectors(path, _installed() if inspectors is None else inspectors)
+
+
+def readable(description: Mapping[str, Any]) -> str:
+    """Lay a description out for people, one fact a line, without what is not there.
+
+    Of a bundle only what people ask about.
+    """
+    if description.get("kind") == "bundle":
+        description = {
+            **description,
+            "components": {each["name"]: _summary(each) for each in description["components"]},
+            "engines": dict(map(_engine_summary, description.get("engines", ()))),
+            "files": len(description["files"]),
+            "preview": _preview_summary(description.get("preview")),
+        }
+    return "\n".join(_lines(description))
+
+
+def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for key, each in value.items():
+        if inner := _inner(each):
+            yield f"{indent}{_printable(key)}:"
+            yield from _lines(inner, f"{indent}  ")
+        elif each is not None:
+            yield f"{indent}{_printable(key)}: {_printable(each)}"
+
+
+def _printable(value: object) -> str:
+    """Return a value as text that cannot steer a terminal, whatever a foreign file holds."""
+    text = str(value)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
+
+
+def _inner(value: object) -> Mapping[str, Any]:
+    """Return what to lay out below a value: a record's fields, a list's items by number."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, list | tuple) and any(isinstance(each, Mapping | list) for each in value):
+        return {str(number): each for number, each in enumerate(value)}
+    return {}
+
+
+def _summary(component: Mapping[str, Any]) -> str:
+    parts = []
+    for graph in component["graphs"]:
+        errors = [
+            each["max_relative_error"]
+            for each in component["parity"]
+            if each["variant"] == graph["variant"]
+        ]
+        measured = f" (max relative error {max(errors):.1e})" if errors else ""
+        parts.append(f"{graph['variant']} graph{measured}")
+    return ", ".join(parts)
+
+
+def _preview_summary(preview: Mapping[str, Any] | None) -> str | None:
+    return None if preview is None else f"explains {preview['r2']:.0%} of a picture's colours"
+
+
+def _engine_summary(engine: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what an engine is called and what it is."""
+    shapes = [
+        f"{each['input']} {_times(each['min'])} to {_times(each['max'])}"
+        if each["min"] != each["max"]
+        else f"{each['input']} {_times(each['min'])}"
+        for each in engine["profiles"]
+    ]
+    built_with = f"{engine['builder']} {engine['builder_version']}"
+    gpu = [engine["gpu_name"]] if engine["gpu_name"] else []
+    megabytes = f"{engine['size_bytes'] / 1e6:.1f} MB"
+    name = f"{engine['component']} for {', '.join(engine['targets'])}"
+    return name, ", ".join((built_with, *gpu, megabytes, *shapes, *engine["flags"]))
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _starts_like_png(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+    except OSError as error:
+        raise LdmError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _inspect_bundle(path: Path) -> dict[str, Any]:
+    manifest = load_manifest(path)
+    description: dict[str, Any] = msgspec.to_builtins(manifest)
+    engines = msgspec.to_builtins(load_engine_records(path, manifest))
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "sha256": sha256_of(path / MANIFEST_NAME),
+        "size_bytes": sum(record.size_bytes for record in manifest.files),
+        **_shortened(description | {"engines": engines}),
+    }
+
+
+def _shortened(value: Any) -> Any:  # noqa: ANN401  (JSON)
+    """Replace long lists of numbers, such as a training schedule, by their ends."""
+    if isinstance(value, dict):
+        return {key: _shortened(each) for key, each in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) > _LONG and all(isinstance(each, float) for each in value):
+        return {"length": len(value), "first": value[0], "last": value[-1]}
+    return [_shortened(each) for each in value]
+
+
+def _installed() -> dict[str, Callable[[], Inspector]]:
+    return {point.name: point.load for point in entry_points(group=INSPECTORS_GROUP)}
+
+
+def _ask_inspectors(
+    path: Path, inspectors: Mapping[str, Callable[[], Inspector]]
+) -> dict[str, Any]:
+    missing = []
+    for name, load in inspectors.items():
+        try:
+            inspector = load()
+        except ImportError as error:
+            missing.append(f"{name} ({error})")
+            continue
+        if (description := inspector(path)) is not None:
+            return description
+    hint = (
+        f"these could not be asked: {', '.join(missing)}; install ldm-deploy[export]"
+        if missing
+        else "it is no bundle, and no picture or checkpoint that is known here"
+    )
+    raise LdmError(f"cannot tell what {path} is: {hint}")

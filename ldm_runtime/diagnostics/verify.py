@@ -1,0 +1,286 @@
+"""Reruns a bundle's golden requests on this machine and measures how far they are from torch."""
+
+import logging
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.backends import Backend, choose_backend, get_backend
+from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
+from ldm_runtime.bundle.files import checked_file
+from ldm_runtime.bundle.manifest import Manifest, WeightsDType, load_manifest
+from ldm_runtime.conditioning import conditioning_components, open_tokenizer
+from ldm_runtime.diagnostics.golden_requests import ATTACHMENTS, REQUEST_FILE, load_golden_request
+from ldm_runtime.diagnostics.measures import max_relative_error, psnr, relative_l2
+from ldm_runtime.errors import BundleError, ShapeError
+from ldm_runtime.latents.codec import decode_latents
+from ldm_runtime.pipeline.passes import Drawer, open_drawer
+from ldm_runtime.pipeline.sampling import batches, sample_latents
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.model import ModelSpec, components_of
+
+_LOGGER = logging.getLogger(__name__)
+
+COMPONENTS_FOLDER = "golden/components"
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a bundle promises; None is not promised.
+
+    Attributes:
+        max_relative_error: Highest for any output of a component.
+        relative_l2: Likewise.
+        psnr: Lowest for any golden image, in decibels.
+    """
+
+    max_relative_error: float | None
+    relative_l2: float | None
+    psnr: float
+
+
+BOUNDS: Mapping[WeightsDType, Bounds] = {
+    "float32": Bounds(max_relative_error=1e-4, relative_l2=None, psnr=60.0),
+    "float16": Bounds(max_relative_error=None, relative_l2=5e-3, psnr=35.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One measured difference.
+
+    Attributes:
+        subject: A component, such as "unet", or a golden request, such as "golden/0 image 1".
+        measure: "max_relative_error", "relative_l2" or "psnr" (in decibels, higher is better).
+        value: What was measured.
+        bound: What the bundle promises, or None if it promises nothing.
+    """
+
+    subject: str
+    measure: str
+    value: float
+    bound: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps the promise; NaN keeps none."""
+        if self.bound is None:
+            return not math.isnan(self.value)
+        return self.value >= self.bound if self.measure == "psnr" else self.value <= self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Golden:
+    name: str
+    request: GenerationRequest
+    latents: Array
+    images: list[Array]
+
+
+def verify(
+    bundle: str | Path, *, backend: str = "auto", threads: int | None = None
+) -> Iterator[Check]:
+    """Check every file of a bundle, then rerun its golden outputs, one network at a time.
+
+    Golden images are what the decoder makes of golden latents: nothing is cropped, and of a picture
+    to fill nothing is put back.
+
+    Where a backend of limited shapes does not take a network's golden inputs, that network is only
+    compared in whole pictures, with a logged sentence.
+
+    Raises:
+        BundleError: A file is missing or altered, or the bundle has no golden outputs.
+        BackendError: The backend cannot run here.
+    """
+    bundle = Path(bundle)
+    manifest = load_manifest(bundle)
+    for record in manifest.files:
+        checked_file(bundle, manifest, record.path)
+    if not manifest.golden:
+        raise BundleError(f"{bundle} has no golden outputs to compare with; export it again")
+    chosen = get_backend(choose_backend(backend, manifest, bundle=bundle))
+    verification = _Verification(
+        bundle=bundle,
+        manifest=manifest,
+        backend=chosen,
+        bounds=_bounds(chosen, manifest),
+        threads=threads,
+    )
+    yield from verification.checks()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Verification:
+    """What is checked, with what, and what it promised."""
+
+    bundle: Path
+    manifest: Manifest
+    backend: Backend
+    bounds: Bounds
+    threads: int | None
+
+    def checks(self) -> Iterator[Check]:
+        """Check every component and every golden request, in the order of drawing."""
+        spec = self.manifest.spec
+        goldens = [_load_golden(self.bundle, self.manifest, path) for path in self.manifest.golden]
+        encoders = _encoders(goldens, spec)
+        with ExitStack() as opened:
+            engines = {name: opened.enter_context(self._open(name)) for name in encoders}
+            for name, engine in engines.items():
+                yield from self._check_component(name, engine)
+            drawers = self._drawers(engines, goldens)
+        latents = [each.start.latents if each.start else np.empty(0) for each in drawers]
+        if spec.unet is not None:
+            with self._open("unet") as unet:
+                yield from self._check_component("unet", unet)
+                latents = [_latents(unet, each) for each in drawers]
+        with self._open("vae_decoder") as decoder:
+            yield from self._check_component("vae_decoder", decoder)
+            for golden, mine in zip(goldens, latents, strict=True):
+                yield from _check_golden(decoder, golden, mine, spec, self.bounds)
+        for name in components_of(spec):
+            if name not in {*encoders, "unet", "vae_decoder"}:
+                with self._open(name) as engine:
+                    yield from self._check_component(name, engine)
+
+    def _open(self, name: str) -> Engine:
+        source = EngineSource(
+            bundle=self.bundle,
+            manifest=self.manifest,
+            component=self.manifest.component(name),
+            threads=self.threads,
+            check_hashes=False,
+        )
+        return self.backend.open_engine(source)
+
+    def _drawers(self, engines: Mapping[str, Engine], goldens: Sequence[_Golden]) -> list[Drawer]:
+        path, spec = self.manifest.tokenizer_file, self.manifest.spec
+        tokenizer = None if path is None else open_tokenizer(self.bundle / path, spec)
+        return [
+            open_drawer(engines.__getitem__, tokenizer, golden.request, spec) for golden in goldens
+        ]
+
+    def _check_component(self, name: str, engine: Engine) -> Iterator[Check]:
+        inputs, expected = _golden_component(name, self.bundle, self.manifest)
+        outputs = _outputs(self.backend, engine, name, inputs)
+        if outputs is None:
+            return
+        pairs = [(outputs[output], expected[output]) for output in expected]
+        yield Check(
+            subject=name,
+            measure="max_relative_error",
+            value=max(max_relative_error(mine, theirs) for mine, theirs in pairs),
+            bound=self.bounds.max_relative_error,
+        )
+        yield Check(
+            subject=name,
+            measure="relative_l2",
+            value=max(relative_l2(mine, theirs) for mine, theirs in pairs),
+            bound=self.bounds.relative_l2,
+        )
+
+
+def _bounds(backend: Backend, manifest: Manifest) -> Bounds:
+    """Return the promise that holds: fp16 somewhere, in weights or graphs, is fp16's."""
+    variant = getattr(backend, "VARIANT", "fp32")
+    return BOUNDS["float16" if variant == "fp16" else manifest.weights_dtype]
+
+
+def _encoders(goldens: Sequence[_Golden], spec: ModelSpec) -> list[str]:
+    """Return the networks that golden requests take before they are sampled."""
+    needed = {*conditioning_components(spec)}
+    if any(golden.request.image is not None for golden in goldens):
+        needed.add("vae_encoder")
+    return [name for name in components_of(spec) if name in needed]
+
+
+def _latents(unet: Runner, drawer: Drawer) -> Array:
+    """Sample every image alone, as torch did."""
+    rows = []
+    for images in batches(drawer.request.num_images, 1):
+        *_, last = sample_latents(
+            unet, drawer.conditioning, drawer.request, drawer.spec, images, drawer.start
+        )
+        rows.append(last.latents)
+    return np.concatenate(rows)
+
+
+def _golden_component(name: str, bundle: Path, manifest: Manifest) -> tuple[Tensors, Tensors]:
+    """Return the golden inputs and outputs of a component."""
+    path = checked_file(bundle, manifest, f"{COMPONENTS_FOLDER}/{name}.npz", hashed=False)
+    with _readable(path), np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    with _readable(path):
+        expected = {
+            each.name: arrays[f"out.{each.name}"] for each in manifest.component(name).outputs
+        }
+    return {key[3:]: array for key, array in arrays.items() if key.startswith("in.")}, expected
+
+
+def _outputs(backend: Backend, engine: Runner, name: str, inputs: Tensors) -> Tensors | None:
+    """Return what a component makes of its golden inputs, or None if it is not made for them."""
+    try:
+        return engine.run(inputs)
+    except ShapeError as error:
+        if not getattr(backend, "LIMITED_SHAPES", False):
+            raise
+        _LOGGER.warning("%s is only compared in whole pictures, not alone: %s", name, error)
+        return None
+
+
+def _check_golden(
+    engine: Runner, golden: _Golden, latents: Array, spec: ModelSpec, bounds: Bounds
+) -> Iterator[Check]:
+    yield Check(
+        subject=f"{golden.name} latents",
+        measure="relative_l2",
+        value=relative_l2(latents, golden.latents),
+        bound=None,
+    )
+    for index, expected in enumerate(golden.images):
+        (image,) = decode_latents(engine, latents[index : index + 1], spec)
+        yield Check(
+            subject=f"{golden.name} image {index}",
+            measure="psnr",
+            value=psnr(np.asarray(image), expected),
+            bound=bounds.psnr,
+        )
+
+
+def _load_golden(bundle: Path, manifest: Manifest, folder: str) -> _Golden:
+    locate = partial(checked_file, bundle, manifest, hashed=False)
+    request = load_golden_request(locate(f"{folder}/{REQUEST_FILE}").parent)
+    for name, attachment in ATTACHMENTS.items():
+        if getattr(request, name) is not None:
+            locate(f"{folder}/{attachment.file}")
+    path = locate(f"{folder}/golden.npz")
+    with _readable(path), np.load(path, allow_pickle=False) as arrays:
+        latents = arrays["latents"]
+    images = []
+    for index in range(request.num_images):
+        path = locate(f"{folder}/{index}.png")
+        with _readable(path), Image.open(path, formats=["PNG"]) as image:
+            images.append(np.asarray(image))
+    return _Golden(
+        name=folder, request=resolve(request, manifest.spec), latents=latents, images=images
+    )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path} is malformed: {error}; export the bundle again") from error

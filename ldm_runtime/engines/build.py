@@ -1,0 +1,198 @@
+"""Builds one engine from one ONNX graph, by TensorRT or TensorRT-RTX, through the same calls.
+
+Networks are strongly typed: the precision of every layer is that of the graph, and nothing here
+chooses another. The library answers None where it fails and tells its logger why; here that is an
+`EngineBuildError` with its own words. Building needs neither torch nor onnx.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors
+from ldm_runtime.engines.progress import PhaseTree
+from ldm_runtime.engines.records import EngineRecipe
+from ldm_runtime.errors import EngineBuildError
+
+_LOGGER = logging.getLogger(__name__)
+
+#: The flag of an engine for every GPU of one compute capability; not a `BuilderFlag`.
+HARDWARE_COMPATIBLE = "SAME_COMPUTE_CAPABILITY"
+
+#: Errors are gathered by the one logger of the process, so that builds take turns.
+_TURN = threading.Lock()
+
+
+def build_plan(
+    graph: Path,
+    recipe: EngineRecipe,
+    plan: Path,
+    *,
+    on_progress: Callable[[float], None] = lambda _: None,
+    timing_cache: Path | None = None,
+) -> None:
+    """Build an engine and write its plan.
+
+    Ctrl-C is obeyed as soon as the builder looks up, which may be seconds later; nothing is
+    written then.
+
+    Args:
+        graph: The ONNX file; its weights are found beside it.
+        recipe: What to build, and with what.
+        plan: Where the plan goes.
+        on_progress: Called with the fraction that is done, from another thread.
+        timing_cache: Where measured times of kernels are kept, for TensorRT; read if it is there.
+
+    Raises:
+        EngineBuildError: The builder is not installed, or cannot parse or build the graph.
+    """
+    module = import_builder(recipe.builder)
+    with _TURN:
+        take_errors(module)
+        try:
+            builder = module.Builder(library_logger(module))
+        except (RuntimeError, TypeError) as error:  # pybind's answers to a null pointer
+            raise _failure(module, recipe, graph, str(error)) from error
+        flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        parser = module.OnnxParser(network, library_logger(module))
+        if not parser.parse_from_file(str(graph)):
+            raise _failure(module, recipe, graph, *_parser_errors(parser))
+        config = builder.create_builder_config()
+        _configure(module, config, recipe)
+        _add_profile(module, builder, config, recipe, graph)
+        cache = _attach_timing_cache(config, timing_cache) if timing_cache else None
+        monitor = _monitor(module, on_progress)
+        config.progress_monitor = monitor
+        memory = _in_a_thread(lambda: builder.build_serialized_network(network, config), monitor)
+        if memory is None:
+            raise _failure(module, recipe, graph)
+        plan.write_bytes(memory)
+        if timing_cache and cache is not None:
+            _keep(cache, timing_cache)
+
+
+def _configure(module: ModuleType, config: Any, recipe: EngineRecipe) -> None:  # noqa: ANN401
+    for flag in recipe.flags:
+        if flag == HARDWARE_COMPATIBLE:
+            level = module.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+            config.hardware_compatibility_level = level
+        else:
+            config.set_flag(module.BuilderFlag.__members__[flag])
+    if recipe.builder == "tensorrt_rtx":
+        config.num_compute_capabilities = len(recipe.targets)
+        for index, target in enumerate(recipe.targets):
+            capability = module.ComputeCapability.__members__[target.upper()]
+            config.set_compute_capability(capability, index)
+
+
+def _add_profile(
+    module: ModuleType,
+    builder: Any,  # noqa: ANN401  (classes of the vendor's)
+    config: Any,  # noqa: ANN401
+    recipe: EngineRecipe,
+    graph: Path,
+) -> None:
+    profile = builder.create_optimization_profile()
+    try:
+        for record in recipe.profiles:
+            profile.set_shape(record.input, record.min, record.opt, record.max)
+    except ValueError as error:
+        raise _failure(module, recipe, graph, str(error)) from error
+    if config.add_optimization_profile(profile) < 0:
+        raise _failure(module, recipe, graph)
+
+
+def _attach_timing_cache(config: Any, path: Path) -> Any:  # noqa: ANN401  (classes of the vendor's)
+    """Give the builder what is at `path`, or an empty cache if that is of another machine."""
+    data = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(data)
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _keep(cache: Any, path: Path) -> None:  # noqa: ANN401
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(cache.serialize())
+        new.replace(path)
+    except OSError as error:
+        _LOGGER.info("the times of kernels are not kept for the next build: %s", error)
+
+
+def _monitor(module: ModuleType, on_progress: Callable[[float], None]) -> Any:  # noqa: ANN401
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_cancelled = False
+            self._tree = PhaseTree()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._tree.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._tree.step(phase_name, step)
+            on_progress(self._tree.fraction)
+            return not self.is_cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._tree.finish(phase_name)
+
+    return Monitor()
+
+
+def _in_a_thread(build: Callable[[], Any], monitor: Any) -> Any:  # noqa: ANN401
+    """Call `build` where no signal reaches it, and wait for it even when interrupted.
+
+    An exception that a signal raises inside a callback would have to cross the library's frames.
+    """
+    done = threading.Event()
+    results: list[Any] = []
+    faults: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(build())
+        except BaseException as error:  # noqa: BLE001  (raised again below)
+            faults.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=work, name="engine build").start()
+    try:
+        done.wait()
+    finally:
+        monitor.is_cancelled = True  # says nothing to a build that is done
+        done.wait()
+    if faults:
+        raise faults[0]
+    return results[0]
+
+
+def _parser_errors(parser: Any) -> list[str]:  # noqa: ANN401  (a class of the vendor's)
+    errors = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        node = f"node {error.node_name()!r} ({error.node_operator()}): "
+        description = " ".join(error.desc().split())
+        errors.append(f"{node if error.node_name() else ''}{error.code()}: {description}")
+    return errors
+
+
+def _failure(
+    module: ModuleType, recipe: EngineRecipe, graph: Path, *reasons: str
+) -> EngineBuildError:
+    """Return the error for a failure, in the library's words: the parser's, or the logger's."""
+    logged = take_errors(module)
+    told = "; ".join(reasons or logged) or "it gave no reason"
+    return EngineBuildError(
+        f"{TITLES[recipe.builder]} {recipe.builder_version} cannot build the {recipe.component} "
+        f"engine from {graph}: {told}"
+    )

@@ -1,0 +1,158 @@
+"""The records of TensorRT engines in a bundle: what each plan was built from, with what, for what.
+
+A plan lies at `tensorrt/<builder>-<version>-<targets>/<component>.plan`, its record beside it as
+`<component>.json`. The manifest lists both with their hashes, and names the records in `engines`.
+A plan is as good as new if its recipe is equal to the one that would be built now, and only then.
+"""
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from ldm_runtime.bundle.files import checked_file
+from ldm_runtime.bundle.manifest import Manifest
+from ldm_runtime.errors import BundleError
+
+ENGINES_FOLDER = "tensorrt"
+
+#: What builds and runs an engine: data-centre TensorRT or TensorRT-RTX, by their import names.
+BuilderName = Literal["tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRecord:
+    """The shapes that an engine takes at one input, axis by axis.
+
+    Attributes:
+        input: Name of the input.
+        min: Lowest lengths.
+        opt: Lengths that the engine is made for.
+        max: Highest lengths.
+    """
+
+    input: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecipe:
+    """All that decides what an engine is.
+
+    Attributes:
+        component: The network.
+        builder: What builds it.
+        builder_version: Its exact version; a plan runs on no other.
+        graph_sha256: Hash of the ONNX file.
+        weights_sha256: Hash of its weights.
+        flags: Builder flags beyond the defaults, by the vendor's names.
+        profiles: One record an input, together one optimisation profile.
+        targets: Compute capabilities it runs on, such as "sm89".
+        gpu_name: GPU it was timed on; None for TensorRT-RTX, which compiles without one.
+    """
+
+    component: str
+    builder: BuilderName
+    builder_version: str
+    graph_sha256: str
+    weights_sha256: str
+    flags: tuple[str, ...]
+    profiles: tuple[ProfileRecord, ...]
+    targets: tuple[str, ...]
+    gpu_name: str | None
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return the fields of a recipe by name, also those of a record's recipe."""
+        return {field.name: getattr(self, field.name) for field in fields(EngineRecipe)}
+
+    @property
+    def folder(self) -> str:
+        """The plan's folder, inside the bundle."""
+        targets = "-".join(self.targets)
+        return f"{ENGINES_FOLDER}/{self.builder}-{self.builder_version}-{targets}"
+
+    @property
+    def record_path(self) -> str:
+        """Where the record is, inside the bundle."""
+        return f"{self.folder}/{self.component}.json"
+
+    @property
+    def plan_path(self) -> str:
+        """Where the plan is, inside the bundle."""
+        return f"{self.folder}/{self.component}.plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord(EngineRecipe):
+    """A recipe and what came of it.
+
+    Attributes:
+        plan: The plan's file name, in the record's folder.
+        plan_sha256: Its hash.
+        driver_version: CUDA version of the driver at the build, such as "13.0"; None without one.
+        seconds: How long the build took.
+        size_bytes: The plan's size.
+    """
+
+    plan: str
+    plan_sha256: str
+    driver_version: str | None
+    seconds: float
+    size_bytes: int
+
+    @property
+    def recipe(self) -> EngineRecipe:
+        """The recipe alone, to compare with another."""
+        return EngineRecipe(**self.as_fields())
+
+
+def engine_key(recipe: EngineRecipe) -> str:
+    """Return a hash of all that decides what an engine is; of a record, of its recipe."""
+    fields = msgspec.json.encode(recipe.as_fields(), order="deterministic")
+    return hashlib.sha256(fields).hexdigest()
+
+
+def encode_engine_record(record: EngineRecord) -> bytes:
+    """Return the JSON text of a record, one key a line."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=1)
+
+
+def decode_engine_record(data: bytes, path: Path) -> EngineRecord:
+    """Read the JSON text of a record.
+
+    Args:
+        data: The text.
+        path: Where it is from, for the message.
+
+    Raises:
+        BundleError: It does not match the schema.
+    """
+    try:
+        return msgspec.json.decode(data, type=EngineRecord)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{path}: {error}; run `ldm build-engines` again") from error
+
+
+def load_engine_records(bundle: Path, manifest: Manifest) -> tuple[EngineRecord, ...]:
+    """Return the records of the engines in a bundle, having compared them with the manifest.
+
+    The plans themselves are not touched.
+
+    Raises:
+        BundleError: A record is missing, altered, malformed or not in its place.
+    """
+    records = []
+    for listed in manifest.engines:
+        path = checked_file(bundle, manifest, listed)
+        record = decode_engine_record(path.read_bytes(), path)
+        if record.record_path != listed or f"{record.folder}/{record.plan}" != record.plan_path:
+            raise BundleError(
+                f"{path} describes the engine {record.plan_path}, which belongs to another record; "
+                "run `ldm build-engines` again"
+            )
+        records.append(record)
+    return tuple(records)

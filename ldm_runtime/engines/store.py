@@ -1,0 +1,328 @@
+"""Puts engines into a bundle that is there, so that no interruption leaves it broken.
+
+New plans and records gather in `<folder>.partial` beside the folder they are for; what an
+interrupted build left there is used if its recipe is still the right one. A manifest never names a
+file that is not there or not yet right: before a folder is replaced, one without it is written.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ldm_runtime.bundle.files import check_file, sha256_of
+from ldm_runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    ComponentRecord,
+    FileRecord,
+    Manifest,
+    encode_manifest,
+    load_manifest,
+)
+from ldm_runtime.durable import sync, write_file
+from ldm_runtime.engines.build import build_plan
+from ldm_runtime.engines.profiles import ROWS_AN_IMAGE
+from ldm_runtime.engines.progress import BuildProgress, SilentBuild
+from ldm_runtime.engines.recipes import (
+    ComponentFiles,
+    EngineOptions,
+    Toolchain,
+    choose_toolchain,
+    make_recipes,
+)
+from ldm_runtime.engines.records import (
+    ENGINES_FOLDER,
+    EngineRecipe,
+    EngineRecord,
+    decode_engine_record,
+    encode_engine_record,
+)
+from ldm_runtime.errors import BundleError, EngineBuildError
+
+_PARTIAL = ".partial"
+
+#: Called with a label before every change on disk; tests interrupt there.
+OnWrite = Callable[[str], None]
+
+
+def add_engines(
+    bundle: Path,
+    options: EngineOptions,
+    *,
+    progress: BuildProgress | None = None,
+    on_write: OnWrite = lambda _: None,
+) -> Manifest:
+    """Build the engines of a bundle, or take over those that would come out the same.
+
+    Engines for other builders, versions and targets stay if they are of the same graphs and
+    weights; all others disappear.
+
+    Args:
+        bundle: The bundle's folder.
+        options: Which engines.
+        progress: Told about every engine.
+        on_write: Called with a label before every change on disk.
+
+    Returns:
+        The bundle's new manifest.
+
+    Raises:
+        EngineBuildError: No builder can be used, or it fails.
+        BundleError: The bundle is not one, or a graph is altered.
+    """
+    load_manifest(bundle)  # says what is wrong if this is no bundle
+    toolchain = choose_toolchain(options)
+    if isinstance(toolchain, str):
+        raise EngineBuildError(toolchain)
+    with _locked(bundle):
+        store = _Store(bundle=bundle, manifest=load_manifest(bundle), on_write=on_write)
+        files = component_files(store.manifest.components, store.manifest.files)
+        if not files:
+            raise EngineBuildError(f"{bundle} has no fp16 graphs to build from; export it again")
+        recipes = make_recipes(toolchain, options.sizes, store.manifest.spec, files)
+        for record in store.manifest.files:
+            if record.path.startswith(tuple(f"{name}/" for name in files)):
+                check_file(bundle, record)
+        for recipe in recipes:
+            _obtain(store, recipe, toolchain, progress or SilentBuild())
+        return _publish(store, recipes)
+
+
+def component_files(
+    components: Iterable[ComponentRecord], files: Iterable[FileRecord]
+) -> dict[str, ComponentFiles]:
+    """Return what there is to build engines from, by component."""
+    hashes = {record.path: record.sha256 for record in files}
+    return {
+        component.name: ComponentFiles(
+            graph_sha256=hashes[graph.file], weights_sha256=hashes[component.weights_file]
+        )
+        for component in components
+        for graph in component.graphs
+        if graph.variant == "fp16" and component.name in ROWS_AN_IMAGE
+    }
+
+
+def engine_stage(recipe: EngineRecipe) -> str:
+    """Return what progress calls the build of an engine."""
+    target = f" {recipe.targets[0]}" if len(recipe.targets) == 1 else ""
+    return f"{recipe.component} engine{target}"
+
+
+def write_engine(
+    graph: Path,
+    recipe: EngineRecipe,
+    toolchain: Toolchain,
+    folder: Path,
+    *,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> EngineRecord:
+    """Build an engine and write its plan and, last, its record.
+
+    Args:
+        graph: The fp16 graph.
+        recipe: What to build.
+        toolchain: What to build with.
+        folder: Existing folder for the two files.
+        on_progress: Called with the fraction that is done, from another thread.
+
+    Raises:
+        EngineBuildError: The builder cannot be used, or fails.
+    """
+    started = time.monotonic()
+    plan = folder / Path(recipe.plan_path).name
+    build_plan(graph, recipe, plan, on_progress=on_progress, timing_cache=_timing_cache(recipe))
+    sync(plan)
+    record = EngineRecord(
+        **recipe.as_fields(),
+        plan=plan.name,
+        plan_sha256=sha256_of(plan),
+        driver_version=toolchain.gpu.driver_version if toolchain.gpu else None,
+        seconds=round(time.monotonic() - started, 1),
+        size_bytes=plan.stat().st_size,
+    )
+    write_file(folder / Path(recipe.record_path).name, encode_engine_record(record))
+    return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Store:
+    bundle: Path
+    manifest: Manifest
+    on_write: OnWrite
+
+    def partial(self, recipe: EngineRecipe) -> Path:
+        """Return where the recipe's files gather."""
+        return self.bundle / (recipe.folder + _PARTIAL)
+
+    def graph(self, recipe: EngineRecipe) -> Path:
+        """Return the graph that the recipe is made from."""
+        component = self.manifest.component(recipe.component)
+        (file,) = (graph.file for graph in component.graphs if graph.variant == "fp16")
+        return self.bundle / file
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Replace the bundle's manifest in one step."""
+        self.on_write("manifest")
+        write_file(self.bundle / MANIFEST_NAME, encode_manifest(manifest))
+
+
+def _obtain(
+    store: _Store, recipe: EngineRecipe, toolchain: Toolchain, progress: BuildProgress
+) -> None:
+    """Build an engine into its partial folder, unless it is there or in its place."""
+    stage, outcome = engine_stage(recipe), "reused"
+    progress.begin(stage)
+    partial = store.partial(recipe)
+    if not _is_published(store, recipe) and not _holds(partial, recipe):
+        store.on_write(f"build {recipe.plan_path}")
+        partial.mkdir(parents=True, exist_ok=True)
+        for path in (recipe.record_path, recipe.plan_path):  # perhaps links to published ones
+            (partial / Path(path).name).unlink(missing_ok=True)
+        write_engine(store.graph(recipe), recipe, toolchain, partial, on_progress=progress.advance)
+        outcome = "built"
+    progress.end(stage, outcome)
+
+
+def _timing_cache(recipe: EngineRecipe) -> Path | None:
+    """Return where TensorRT keeps kernel times: by version and GPU, outside of any bundle."""
+    if recipe.builder != "tensorrt":
+        return None
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", recipe.gpu_name or "unknown")
+    name = f"tensorrt-{recipe.builder_version}-{gpu}.timing"
+    return Path.home() / ".cache" / "ldm-deploy" / name
+
+
+def _publish(store: _Store, recipes: Sequence[EngineRecipe]) -> Manifest:
+    """Put the partial folders in their places and say so in the manifest."""
+    folders = sorted({each.folder for each in recipes if not _is_published(store, each)})
+    new = [recipe for recipe in recipes if recipe.folder in folders]
+    for recipe in new:
+        if not _holds(store.partial(recipe), recipe):
+            for path in (recipe.plan_path, recipe.record_path):
+                store.on_write(f"link {path}")
+                _link(store.bundle / path, store.partial(recipe))
+    kept = _without(store, folders)
+    if kept != store.manifest:
+        store.write_manifest(kept)
+    for folder in folders:
+        target = store.bundle / folder
+        store.on_write(f"replace {folder}")
+        if target.exists():
+            shutil.rmtree(target)
+        store.on_write(f"place {folder}")
+        store.bundle.joinpath(folder + _PARTIAL).rename(target)
+        sync(store.bundle / ENGINES_FOLDER)
+    if new:
+        kept = replace(
+            kept,
+            engines=(*kept.engines, *(recipe.record_path for recipe in new)),
+            files=(*kept.files, *_file_records(store.bundle, new)),
+        )
+        store.write_manifest(kept)
+    _remove_unlisted(store, kept)
+    return kept
+
+
+def _file_records(bundle: Path, recipes: Sequence[EngineRecipe]) -> list[FileRecord]:
+    paths = sorted(path for each in recipes for path in (each.plan_path, each.record_path))
+    return [
+        FileRecord(
+            path=path,
+            sha256=sha256_of(bundle / path),
+            size_bytes=(bundle / path).stat().st_size,
+        )
+        for path in paths
+    ]
+
+
+def _without(store: _Store, folders: Sequence[str]) -> Manifest:
+    """Return the manifest without engines of these folders and those of other graphs."""
+    files = component_files(store.manifest.components, store.manifest.files)
+    kept = []
+    for listed in store.manifest.engines:
+        try:
+            path = store.bundle / listed
+            record = decode_engine_record(path.read_bytes(), path)
+        except (OSError, BundleError):
+            continue
+        sources = ComponentFiles(
+            graph_sha256=record.graph_sha256, weights_sha256=record.weights_sha256
+        )
+        if record.folder not in folders and files.get(record.component) == sources:
+            kept.append(record)
+    paths = {path for record in kept for path in (record.plan_path, record.record_path)}
+    return replace(
+        store.manifest,
+        engines=tuple(record.record_path for record in kept),
+        files=tuple(
+            file
+            for file in store.manifest.files
+            if file.path in paths or not file.path.startswith(f"{ENGINES_FOLDER}/")
+        ),
+    )
+
+
+def _remove_unlisted(store: _Store, manifest: Manifest) -> None:
+    """Remove what no manifest names any more, left-overs of interrupted builds among it.
+
+    What a backend keeps beside a plan that stays, stays too.
+    """
+    listed = {file.path for file in manifest.files}
+    folders = {Path(path).parent.name for path in manifest.engines}
+    for folder in sorted((store.bundle / ENGINES_FOLDER).iterdir()):
+        if folder.name not in folders:
+            store.on_write(f"remove {folder.name}")
+            shutil.rmtree(folder)
+            continue
+        for path in sorted((*folder.glob("*.plan"), *folder.glob("*.json"))):
+            if path.relative_to(store.bundle).as_posix() not in listed:
+                store.on_write(f"remove {path.name}")
+                path.unlink()
+
+
+def _is_published(store: _Store, recipe: EngineRecipe) -> bool:
+    return recipe.record_path in store.manifest.engines and _holds(
+        store.bundle / recipe.folder, recipe
+    )
+
+
+def _holds(folder: Path, recipe: EngineRecipe) -> bool:
+    """Tell whether a folder has the engine of a recipe, whole."""
+    path = folder / Path(recipe.record_path).name
+    try:
+        record = decode_engine_record(path.read_bytes(), path)
+        plan = folder / record.plan
+        return record.recipe == recipe and sha256_of(plan) == record.plan_sha256
+    except (OSError, BundleError):
+        return False
+
+
+def _link(path: Path, folder: Path) -> None:
+    target = folder / path.name
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, target)
+
+
+@contextmanager
+def _locked(bundle: Path) -> Iterator[None]:
+    descriptor = os.open(bundle, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise EngineBuildError(
+            f"another build of engines in {bundle} is running; wait for it"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

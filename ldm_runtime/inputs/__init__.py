@@ -1,0 +1,1 @@
+"""Inputs that come with a request: images, masks, layouts, segmentation maps, embeddings."""

@@ -1,0 +1,118 @@
+"""Embeddings that requests carry: vectors of an encoder outside the bundle, such as CLIP's."""
+
+import io
+import os
+from tokenize import TokenError
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy_format
+
+from ldm_runtime.inputs.frozen_array import FrozenArray
+from ldm_runtime.inputs.reading import FORMS, Named, read_bytes, shown
+
+#: Most vectors, and most numbers of one.
+MAX_VECTORS = 1024
+MAX_WIDTH = 16384
+
+Float32Array = npt.NDArray[np.float32]
+
+_MAX_HEADER = 10_000  # NumPy's own limit, beyond which parsing is not safe
+_MAX_BYTES = MAX_VECTORS * MAX_WIDTH * 8 + _MAX_HEADER
+_HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+# What spoilt headers were seen to raise.
+_DAMAGE = (ValueError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError)
+
+
+class Embeddings(FrozenArray):
+    """Vectors in memory: immutable, hashable, and equal to any others with the same numbers.
+
+    Args:
+        values: A vector a row, (k, D), of any floating-point type; kept as float32.
+        source: Where they were read from.
+
+    Raises:
+        ValueError: The array is no such matrix, is empty or too large, or holds a number that is
+            not finite in float32.
+    """
+
+    def __init__(self, values: npt.NDArray[Any], source: str | None = None) -> None:
+        _check(values.dtype, values.shape, "the array")
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+            narrow = np.asarray(values, dtype=np.dtype("<f4"))
+        if not np.isfinite(narrow).all():
+            row = int(np.flatnonzero(~np.isfinite(narrow).all(axis=1))[0])
+            raise ValueError(
+                f"vector {row} holds a number that is NaN, infinite or too large for float32; "
+                "encode it again"
+            )
+        narrow = narrow + np.float32(0)  # which makes zeros of negative zeros
+        super().__init__(narrow, "{} {}\n".format(*narrow.shape), source)
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        """Return the embeddings that `value` is, names or holds.
+
+        Args:
+            value: A path, a `data:` URL in base64 or the bytes of a `.npy` file, an array (k, D),
+                or `Embeddings`. No pickles are read. A path lets whoever chose the text read any
+                such file that this process can; a server should only pass on text that starts
+                with "data:".
+
+        Raises:
+            ValueError: In one sentence, why `value` holds no embeddings, or too many.
+        """
+        match value:
+            case cls():
+                return value
+            case np.ndarray():
+                return cls(value)
+            case bytes() | bytearray() | memoryview() | str() | os.PathLike():
+                named = read_bytes(value, _MAX_BYTES)
+                return cls(_decoded(named), named.source)
+        raise ValueError(
+            f"{shown(value)} is no embeddings; give {FORMS} (.npy) or an array of vectors"
+        )
+
+    @property
+    def values(self) -> Float32Array:
+        """A vector a row, (k, D), read-only."""
+        return self._array
+
+    def __repr__(self) -> str:
+        count, width = self._array.shape
+        source = f", {self._source!r}" if self._source else ""
+        return f"Embeddings({count}x{width}, sha256 {self.sha256[:12]}{source})"
+
+
+def _decoded(named: Named) -> npt.NDArray[Any]:
+    """Read a `.npy` file; not with `np.load`, which makes room for whatever a header claims."""
+    file = io.BytesIO(named.data)
+    try:
+        version = npy_format.read_magic(file)
+        shape, is_fortran, dtype = _HEADERS[version](file, max_header_size=_MAX_HEADER)
+    except (*_DAMAGE, KeyError) as error:
+        raise ValueError(
+            f"{named.name} is no .npy file that can be read; write it with numpy.save"
+        ) from error
+    _check(dtype, shape, named.name)
+    data = named.data[file.tell() :]
+    if len(data) != shape[0] * shape[1] * dtype.itemsize:
+        raise ValueError(
+            f"{named.name} is damaged or cut off: {len(data)} bytes for {shape[0]}x{shape[1]} "
+            f"numbers of {dtype}"
+        )
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _check(dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> None:
+    if dtype.kind != "f" or len(shape) != 2:
+        raise ValueError(
+            f"{name} is of {dtype} and shape {shape}; give floating-point numbers, a vector a row"
+        )
+    if not (1 <= shape[0] <= MAX_VECTORS and 1 <= shape[1] <= MAX_WIDTH):
+        raise ValueError(
+            f"{name} has {shape[0]} vectors of {shape[1]} numbers; give 1 to {MAX_VECTORS} of 1 "
+            f"to {MAX_WIDTH}"
+        )

@@ -1,0 +1,82 @@
+"""Masks: which part of a picture is drawn anew, and how any model can be made to do so.
+
+In a mask picture white is drawn anew and black is kept; in between, the final picture is blended.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.inputs.images import MAX_SIDE, Picture
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def latent_mask(mask: Picture, factor: int) -> Float32Array:
+    """Return which latent pixels are drawn anew (1) and which are kept (0), shape (1, 1, h, w).
+
+    A latent pixel is drawn anew if any of its pixels is brighter than one half, because one that
+    is kept would hold on to all of them.
+
+    Args:
+        mask: The mask, as large as the picture.
+        factor: Pixels a latent pixel covers in each direction.
+
+    Raises:
+        ValueError: A side of the mask is not a multiple of `factor`.
+    """
+    width, height = mask.size
+    if width % factor or height % factor:
+        raise ValueError(
+            f"the mask has {width}x{height} pixels; make both sides multiples of {factor}"
+        )
+    blocks = mask.gray().reshape(height // factor, factor, width // factor, factor)
+    bright = blocks.max(axis=(1, 3)) > 127
+    return np.asarray(bright[None, None], dtype=np.float32)
+
+
+def composite(original: Picture, generated: Image.Image, mask: Picture) -> Image.Image:
+    """Return `generated` where the mask is white, and exactly `original` where it is black.
+
+    Gray blends the two. Without this step, what is kept would have gone through the autoencoder,
+    which changes every pixel a little.
+
+    Raises:
+        ValueError: The three are not of one size.
+    """
+    sizes = {"picture": original.size, "generated picture": generated.size, "mask": mask.size}
+    if len(set(sizes.values())) > 1:
+        named = ", ".join(f"the {name} {size[0]}x{size[1]}" for name, size in sizes.items())
+        raise ValueError(f"sizes differ: {named}; make them equal")
+    return Image.composite(generated, original.to_image(), Image.fromarray(mask.gray()))
+
+
+def outpaint_canvas(
+    picture: Picture, left: int, top: int, right: int, bottom: int
+) -> tuple[Picture, Picture]:
+    """Return a picture grown by so many pixels on each side, and the mask of what is new.
+
+    The new border repeats the edge of the picture. What is kept is encoded together with it, so
+    that a border of one colour would shine into the latents along the seam; and wherever sampling
+    starts from the picture and not from noise alone, this is the likeliest guess.
+
+    The mask is white in the border and black inside, with no gray between: every pixel of the
+    picture is kept exactly, and a seam softened inwards would not. The model itself makes the two
+    meet, because in every step it sees what is kept.
+
+    Raises:
+        ValueError: A number is negative, all are 0, or the canvas becomes too large.
+    """
+    sides = {"left": left, "top": top, "right": right, "bottom": bottom}
+    for side, count in sides.items():
+        if count < 0:
+            raise ValueError(f"cannot grow by {count} pixels on the {side}; give 0 or more")
+    if not any(sides.values()):
+        raise ValueError("nothing to add; give at least one side more than 0 pixels")
+    width, height = picture.size[0] + left + right, picture.size[1] + top + bottom
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"grown to {width}x{height} pixels; at most {MAX_SIDE} a side; add less")
+    border = ((top, bottom), (left, right), (0, 0))
+    grown = np.pad(picture.pixels, border, mode="edge")
+    mask = np.pad(np.zeros_like(picture.pixels), border, constant_values=255)
+    return Picture(grown), Picture(mask)

@@ -1,0 +1,171 @@
+"""Class maps that requests carry: a class for every pixel, read once and never changed."""
+
+import io
+import os
+import struct
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.inputs.frozen_array import FrozenArray
+from ldm_runtime.inputs.images import MAX_PIXELS, MAX_SIDE
+from ldm_runtime.inputs.reading import FORMS, Named, read_bytes, shown
+
+#: Highest number of a class: a pixel of a map is one byte.
+MAX_CLASS_ID = 255
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_MAX_BYTES = 2 * MAX_PIXELS  # the largest map, not compressed, and some metadata
+# Kinds of PNG whose pixels are single numbers; of a palette, places in it.
+_MODES = ("1", "L", "P", "I;16")
+# Pillow spreads the values of gray PNGs of two and four bits over 0 to 255.
+_SPREAD = {"L;2": 85, "L;4": 17}
+# The first three are what spoilt files were seen to raise; the rest is running out of bytes.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class ClassMap(FrozenArray):
+    """A class map in memory: immutable, hashable, and equal to any other with the same classes.
+
+    Args:
+        ids: The class of every pixel, any integers from 0 to `MAX_CLASS_ID`, (H, W); copied.
+        source: Where it was read from.
+
+    Raises:
+        ValueError: The array is no such map, is empty, or has a side above `MAX_SIDE`.
+    """
+
+    def __init__(self, ids: npt.NDArray[Any], source: str | None = None) -> None:
+        pixels = _bytes_of_array(ids, "the array")
+        # The header of a binary PGM.
+        super().__init__(pixels, "P5\n{1} {0}\n255\n".format(*pixels.shape), source)
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        """Return the class map that `value` is, names or holds.
+
+        Pixels are taken as the numbers that the file holds, whatever colours a palette gives them
+        and however many bits they have; transparency and orientation are ignored.
+
+        Args:
+            value: A path, a `data:` URL in base64 or the bytes of a gray or palette PNG, a PIL
+                image of such a kind, an array of integers (H, W), or a `ClassMap`. A path lets
+                whoever chose the text read any map that this process can; a server should only
+                pass on text that starts with "data:".
+
+        Raises:
+            ValueError: In one sentence, why `value` is no class map or too large a one.
+        """
+        match value:
+            case cls():
+                return value
+            case np.ndarray():
+                return cls(value)
+            case Image.Image():
+                spread = _spread(value)
+                return cls(_ids(value, "the image") // spread)
+            case bytes() | bytearray() | memoryview() | str() | os.PathLike():
+                named = read_bytes(value, _MAX_BYTES)
+                return cls(_decoded(named), named.source)
+        raise ValueError(
+            f"{shown(value)} is no class map; give {FORMS}, a PIL image or an array of integers"
+        )
+
+    @property
+    def ids(self) -> UInt8Array:
+        """The class of every pixel, (H, W), read-only."""
+        return self._array
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, in this order, as PIL has it."""
+        return self._array.shape[1], self._array.shape[0]
+
+    def resized(self, width: int, height: int) -> "ClassMap":
+        """Return the map in another size.
+
+        Every new pixel has the class of the old one that its centre lies in; between two, the
+        right or lower one.
+
+        Raises:
+            ValueError: A side lies outside 1 to `MAX_SIDE`.
+        """
+        _check_size("the result", width, height)
+        if (width, height) == self.size:
+            return self
+        rows, columns = (
+            (2 * np.arange(new) + 1) * old // (2 * new)
+            for new, old in zip((height, width), self._array.shape, strict=True)
+        )
+        return ClassMap(self._array[rows[:, None], columns], self._source)
+
+    def __repr__(self) -> str:
+        width, height = self.size
+        source = f", {self._source!r}" if self._source else ""
+        return f"ClassMap({width}x{height}, sha256 {self.sha256[:12]}{source})"
+
+
+def _decoded(named: Named) -> npt.NDArray[Any]:
+    too_large = f"{named.name} has more than {MAX_PIXELS} pixels; make it smaller"
+    try:
+        image = Image.open(io.BytesIO(named.data), formats=("PNG",))
+    except _BOMB as error:
+        raise ValueError(too_large) from error
+    except _DAMAGE as error:
+        raise ValueError(f"{named.name} is no PNG; a class map is a gray or palette PNG") from error
+    with image:
+        _check_size(named.name, *image.size)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(too_large)
+        spread = _spread(image)
+        try:
+            image.load()
+        except _DAMAGE as error:
+            raise ValueError(f"{named.name} is damaged or cut off: {error}") from error
+        return _ids(image, named.name) // spread
+
+
+def _spread(image: Image.Image) -> int:
+    """Return what Pillow multiplies the numbers of an opened file with when it loads them.
+
+    Of an image that was loaded before nobody can tell: its numbers are taken as they are.
+    """
+    tiles = getattr(image, "tile", None)
+    return _SPREAD.get(str(tiles[0].args), 1) if tiles else 1
+
+
+def _ids(image: Image.Image, name: str) -> npt.NDArray[Any]:
+    """Return the numbers (H, W) that the pixels of a PIL image are."""
+    if image.mode not in _MODES:
+        raise ValueError(
+            f"{name} has mode {image.mode!r}, whose pixels are no class numbers; "
+            "save it as a gray or palette PNG"
+        )
+    ids = np.asarray(image)
+    return _bytes_of_array(ids.astype(np.uint8) if image.mode == "1" else ids, name)
+
+
+def _bytes_of_array(ids: npt.NDArray[Any], name: str) -> UInt8Array:
+    if ids.dtype.kind not in "iu" or ids.ndim != 2:
+        raise ValueError(
+            f"an array of {ids.dtype} and shape {ids.shape} is no class map; "
+            "give integers (height, width)"
+        )
+    _check_size(name, ids.shape[1], ids.shape[0])
+    for id_ in (int(ids.min()), int(ids.max())):
+        if not 0 <= id_ <= MAX_CLASS_ID:
+            raise ValueError(
+                f"{name} has a pixel of class {id_}; classes lie between 0 and {MAX_CLASS_ID}"
+            )
+    return ids.astype(np.uint8)
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise ValueError(
+            f"{name} has {width}x{height} pixels; both sides must lie between 1 and {MAX_SIDE}"
+        )

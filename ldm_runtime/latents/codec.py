@@ -1,0 +1,100 @@
+"""Between latents and pixels, and from pixels to files that say how they were made."""
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.backends.contract import Runner
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import runs_in_patches
+from ldm_runtime.tiling.patches import over_patches
+from ldm_runtime.tiling.tiles import decode_tiled
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec) -> Float32Array:
+    """Return the latents (B, C, h, w) of pictures, in the UNet's scale; see `encode_pixels`.
+
+    Args:
+        engine: The autoencoder's encoder.
+        pixels: RGB, (B, H, W, 3).
+        spec: The model.
+
+    Raises:
+        ValueError: A side is not a multiple of the autoencoder's factor.
+    """
+    scale = float(spec.autoencoder.latent_scale_factor)
+    return encode_pixels(engine, to_float(pixels), spec) * scale
+
+
+def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float32Array:
+    """Return the latents (B, C, h, w) of pictures (B, 3, H, W) from -1 to 1, in their own scale.
+
+    Of a KL autoencoder these are the means of its posterior. CompVis and diffusers draw from it
+    instead; its deviation is small beside the noise that sampling adds, and a mean is the same
+    every time. Of a VQ autoencoder they are what comes before the codebook, as CompVis has it.
+
+    Args:
+        engine: The autoencoder's encoder.
+        image: The pictures.
+        spec: The model.
+
+    Raises:
+        ValueError: A side is not a multiple of the autoencoder's factor.
+    """
+    factor = spec.autoencoder.factor
+    height, width = image.shape[2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"the picture has {width}x{height} pixels; make both sides multiples of {factor}"
+        )
+    moments: Float32Array = engine.run({"image": image})["moments"]
+    mean: Float32Array = moments[:, : spec.autoencoder.embed_dim]
+    return mean
+
+
+def to_float(pixels: npt.NDArray[np.uint8]) -> Float32Array:
+    """Turn bytes (B, H, W, 3) into (B, 3, H, W) from -1 to 1."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
+
+
+def decode_latents(
+    engine: Runner, latents: Float32Array, spec: ModelSpec, tile_size: int = 0
+) -> list[Image.Image]:
+    """Return the pictures of the UNet's latents (B, C, h, w).
+
+    Args:
+        engine: The autoencoder's decoder.
+        latents: Latents in the UNet's scale, as `pipeline.sampling.sample_latents` ends with.
+        spec: The model.
+        tile_size: Side in pixels of the tiles to decode in, one image at a time; 0 decodes the
+            whole batch at once. Models that enlarge decode in the patches of `patches` instead.
+
+    Raises:
+        ValueError: The tile size is not a multiple of the autoencoder's factor, or too small.
+    """
+    latents = latents / float(spec.autoencoder.latent_scale_factor)
+    factor = spec.autoencoder.factor
+    if tile_size % factor:
+        raise ValueError(f"tile_size {tile_size} is not a multiple of {factor}; make it one")
+
+    def decode(part: Float32Array) -> Float32Array:
+        return engine.run({"latents": part})["image"]
+
+    if runs_in_patches(spec):
+        image = over_patches(decode, latents, factor)
+    elif tile_size:
+        image = decode_tiled(decode, latents, factor, tile_size // factor)
+    else:
+        image = decode(latents)
+    return [Image.fromarray(each) for each in to_uint8(image)]
+
+
+def to_uint8(image: Float32Array) -> npt.NDArray[np.uint8]:
+    """Turn (B, 3, H, W) from -1 to 1 into (B, H, W, 3) bytes, clipping and then rounding.
+
+    Rounding, not truncating, is what diffusers does; CompVis truncates.
+    """
+    unit = np.clip(image / 2 + 0.5, 0.0, 1.0)
+    return np.ascontiguousarray(np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1))

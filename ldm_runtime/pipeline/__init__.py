@@ -1,0 +1,1 @@
+"""The pipeline of one request: passes, sampling steps, guidance, batching, results."""

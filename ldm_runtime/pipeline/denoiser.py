@@ -1,0 +1,169 @@
+"""From a network to a denoiser: input scaling, timestep, guidance and prediction type.
+
+Samplers see `denoise(latents, sigma) -> x0` and none of what this module hides.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime.specs.model import PredictionType
+
+Float32Array = npt.NDArray[np.float32]
+#: Maps (latents, timesteps, context) to the prediction; latents have unit variance here.
+Network = Callable[[Float32Array, Float32Array, Float32Array | None], Float32Array]
+
+
+def to_x0(
+    prediction: Float32Array,
+    latents: Float32Array,
+    sigma: float,
+    prediction_type: PredictionType,
+) -> Float32Array:
+    """Return the clean latents that a network's output implies.
+
+    Args:
+        prediction: Network output, shaped like `latents`.
+        latents: Noisy latents x0 + sigma * noise, shape (B, C, h, w).
+        sigma: Noise level of `latents`.
+        prediction_type: What the network was trained to output.
+
+    Source: Salimans and Ho 2022 (arXiv:2202.00512), appendix D, rewritten in sigma.
+    """
+    match prediction_type:
+        case "epsilon":
+            return latents - sigma * prediction
+        case "v_prediction":
+            norm = math.hypot(1.0, sigma)
+            return latents / norm**2 - sigma / norm * prediction
+        case "sample":
+            return prediction
+
+
+def timestep_of(sigma: float, training_sigmas: npt.NDArray[np.float64]) -> float:
+    """Return the training timestep of a noise level.
+
+    A whole number for the values of `training_sigmas`, which increase; interpolated in log sigma
+    between them; the first or last outside them. Source: k-diffusion's `sigma_to_t`.
+    """
+    above = int(np.searchsorted(training_sigmas, sigma))
+    if above == len(training_sigmas):
+        return float(above - 1)
+    if above == 0 or training_sigmas[above] == sigma:
+        return float(above)
+    low, high = float(training_sigmas[above - 1]), float(training_sigmas[above])
+    return above - 1 + math.log(sigma / low) / math.log(high / low)
+
+
+def rescale_guidance(guided: Float32Array, cond: Float32Array, share: float) -> Float32Array:
+    """Give a guided prediction back the contrast of the conditional one, wholly or in part.
+
+    Guidance widens the spread of the prediction, which over-exposes pictures, most of all in models
+    whose schedule ends without any signal.
+
+    Args:
+        guided: Prediction after guidance, shape (B, C, h, w).
+        cond: The conditional prediction, likewise.
+        share: 0 leaves `guided` as it is, 1 gives it the standard deviation of `cond`, image by
+            image over channels and pixels; between them the two are mixed.
+
+    Source: Lin et al. 2023 (arXiv:2305.08891), section 3.4.
+    """
+    ratio = _spread(cond) / _spread(guided)
+    return guided * (share * ratio + (1 - share))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedDenoiser:
+    """A network as a denoiser, with classifier-free guidance in one batched call.
+
+    Source: Ho and Salimans 2022 (arXiv:2207.12598), equation 6 with w = guidance_scale - 1,
+    on the raw prediction.
+
+    Attributes:
+        network: Maps latents (N, C, h, w) of unit variance, timesteps (N,) and context (N, T, D)
+            or None to the prediction, shaped like the latents; all float32. Its context is always
+            one and the same array where guidance is on, and one other where it is off.
+        training_sigmas: Noise level of every training timestep.
+        context: What the network attends to, shape (B, T, D) if `guidance_scale` is 1 and else
+            (2B, T, D), the unconditional half first. None without: then there is no guidance.
+        guidance_scale: 1 is the plain conditional model, in a call of half the size.
+        prediction_type: What the network was trained to output.
+        guidance_rescale: Share of `rescale_guidance`.
+        guidance_interval: Lowest and highest noise level with guidance, both included; outside it
+            the model is the plain conditional one, in a call of half the size. None is everywhere.
+            Source: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
+    """
+
+    network: Network
+    training_sigmas: npt.NDArray[np.float64]
+    context: Float32Array | None
+    guidance_scale: float
+    prediction_type: PredictionType
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+
+    def __call__(self, latents: Float32Array, sigma: float) -> Float32Array:
+        """Predict x0 from `latents` (B, C, h, w) at noise level `sigma`.
+
+        Raises:
+            ValueError: The context has another number of rows than the network's batch, or there
+                is guidance without context.
+        """
+        self._check_context(len(latents))
+        batch = latents / math.hypot(1.0, sigma)
+        timestep = timestep_of(sigma, self.training_sigmas)
+        predict = self._guided if self.is_guided(sigma) else self._conditional
+        return to_x0(predict(batch, timestep), latents, sigma, self.prediction_type)
+
+    def is_guided(self, sigma: float) -> bool:
+        """Whether guidance is on at a noise level, and a call thus twice the size."""
+        low, high = self.guidance_interval or (0.0, math.inf)
+        return self.guidance_scale != 1 and low <= sigma <= high
+
+    def _guided(self, batch: Float32Array, timestep: float) -> Float32Array:
+        pair = self._run(np.concatenate([batch, batch]), timestep, self.context)
+        uncond, cond = np.split(pair, 2)
+        guided = uncond + self.guidance_scale * (cond - uncond)
+        if self.guidance_rescale == 0:
+            return guided
+        return rescale_guidance(guided, cond, self.guidance_rescale)
+
+    def _conditional(self, batch: Float32Array, timestep: float) -> Float32Array:
+        return self._run(batch, timestep, self._conditional_context)
+
+    def _run(
+        self, batch: Float32Array, timestep: float, context: Float32Array | None
+    ) -> Float32Array:
+        return self.network(batch, np.full(len(batch), timestep, dtype=np.float32), context)
+
+    @cached_property
+    def _conditional_context(self) -> Float32Array | None:
+        if self.context is None or self.guidance_scale == 1:
+            return self.context
+        return np.split(self.context, 2)[1]
+
+    def _check_context(self, images: int) -> None:
+        if self.context is None:
+            if self.guidance_scale != 1:
+                raise ValueError(
+                    f"guidance scale {self.guidance_scale} needs a context to steer away from, "
+                    "and there is none; make it 1"
+                )
+            return
+        rows = images if self.guidance_scale == 1 else 2 * images
+        if len(self.context) != rows:
+            raise ValueError(
+                f"context has {len(self.context)} rows, but {images} latents at guidance scale "
+                f"{self.guidance_scale} need {rows}"
+            )
+
+
+def _spread(predictions: Float32Array) -> Float32Array:
+    """Standard deviation of each image: (B, 1, 1, 1)."""
+    spread: Float32Array = predictions.std(axis=(1, 2, 3), keepdims=True)
+    return spread

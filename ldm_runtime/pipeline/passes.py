@@ -1,0 +1,198 @@
+"""What a request asks of the networks, one sampling pass after the other.
+
+A drawing is a generator: it yields the passes it needs and is sent the latents they end with. Who
+drives it decides how passes are run: one request after the other, or several sharing UNet calls.
+Models that only encode and decode have drawings without passes.
+"""
+
+import collections.abc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.backends.contract import Runner, Tensors
+from ldm_runtime.conditioning import Conditioning, OpenNetwork, encode_conditioning
+from ldm_runtime.latents.codec import decode_latents
+from ldm_runtime.latents.init_image import InitImage, Start, hires_start, init_image, start_from
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import last_sigmas, sigmas_of, strengths
+from ldm_runtime.requests.sizes import hires_size
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import task_record
+from ldm_runtime.text import Tokenizer
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """One run of a sampler over some images of a request.
+
+    Attributes:
+        request: What to sample; of a second pass, with its size.
+        conditioning: From `conditioning.encode_conditioning`.
+        images: Which images.
+        start: What to start from; None is noise.
+        steps_before: Steps of earlier passes.
+        total_steps: Steps of all passes.
+    """
+
+    request: GenerationRequest
+    conditioning: Conditioning
+    images: range
+    start: Start | None
+    steps_before: int
+    total_steps: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """Some finished images of a request, and the latents they were decoded from."""
+
+    images: list[Image.Image]
+    latents: Float32Array
+
+
+Drawing = collections.abc.Generator[Pass, Float32Array, Drawn]
+
+
+@dataclass(kw_only=True, eq=False)
+class Timings:
+    """Seconds spent on each network, with what surrounds it."""
+
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, network: str) -> Iterator[None]:
+        """Count the time until the end of the block."""
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[network] = self.seconds.get(network, 0.0) + spent
+
+    def timed(self, network: OpenNetwork) -> OpenNetwork:
+        """Return networks whose runs are counted under their names."""
+        return lambda name: _TimedRunner(timings=self, name=name, runner=network(name))
+
+    def finish(self) -> dict[str, float]:
+        """Return them all, and the "total" since the beginning."""
+        return {**self.seconds, "total": time.perf_counter() - self.started}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _TimedRunner:
+    timings: Timings
+    name: str
+    runner: Runner
+
+    def run(self, inputs: Tensors) -> Tensors:
+        with self.timings.of(self.name):
+            return self.runner.run(inputs)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawer:
+    """Draws one resolved request.
+
+    Attributes:
+        network: Returns the networks of the bundle by name.
+        request: What to draw.
+        spec: The model.
+        conditioning: What the request says, for the UNet.
+        init: The picture of the request, of which what is known comes back; None of one to enlarge.
+        start: What sampling starts from: that picture's latents, or None for noise. Of a first
+            stage alone it is all there is.
+        timings: Where the time goes.
+    """
+
+    network: OpenNetwork
+    request: GenerationRequest
+    spec: ModelSpec
+    conditioning: Conditioning
+    init: InitImage | None
+    start: Start | None
+    timings: Timings
+
+    def draw(self, images: range) -> Drawing:
+        """Draw some of the images."""
+        if not task_record(self.spec).samples:
+            assert self.start is not None, "a first stage has a picture to encode"
+            latents = self.start.latents
+            return Drawn(images=self._decode(latents, self.request), latents=latents)
+        latents = yield self._pass(self.request, images, self.start, "strength")
+        pictures = self._decode(latents, self.request)
+        if self.request.hires_scale is not None:
+            height, width = hires_size(self.request, self.spec)
+            large = replace(self.request, height=height, width=width)
+            with self.timings.of("vae_encoder"):
+                start = hires_start(self.network("vae_encoder"), pictures, large, self.spec)
+            latents = yield self._pass(large, images, start, "hires_strength")
+            pictures = self._decode(latents, large)
+        if self.init is not None:
+            pictures = [self.init.finish(picture) for picture in pictures]
+        return Drawn(images=pictures, latents=latents)
+
+    def _pass(
+        self, request: GenerationRequest, images: range, start: Start | None, field_name: str
+    ) -> Pass:
+        sigmas = sigmas_of(self.request, self.spec)
+        steps = {
+            name: len(last_sigmas(sigmas, strength, name)) - 1
+            for name, strength in strengths(self.request).items()
+        }
+        return Pass(
+            request=request,
+            conditioning=self.conditioning,
+            images=images,
+            start=start,
+            steps_before=steps["strength"] if field_name == "hires_strength" else 0,
+            total_steps=sum(steps.values()),
+        )
+
+    def _decode(self, latents: Float32Array, request: GenerationRequest) -> list[Image.Image]:
+        """Return the pictures of latents, without what was added to make them fit the UNet."""
+        with self.timings.of("vae_decoder"):
+            pictures = decode_latents(
+                self.network("vae_decoder"), latents, self.spec, int(request.tile_size or 0)
+            )
+            size = int(request.width or 0), int(request.height or 0)
+            return [each if each.size == size else each.crop((0, 0, *size)) for each in pictures]
+
+
+def open_drawer(
+    network: OpenNetwork, tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
+) -> Drawer:
+    """Encode what a resolved request says and shows, once for all its images.
+
+    Args:
+        network: Returns the networks of the bundle by name; asked only for those that it takes.
+        tokenizer: The bundle's, if it has one.
+        request: What to draw.
+        spec: The model.
+
+    Raises:
+        RequestError: The model cannot take what the request gives.
+    """
+    timings = Timings()
+    conditioning = encode_conditioning(timings.timed(network), tokenizer, request, spec)
+    task = task_record(spec)
+    init = None if task.size == "enlarged" else init_image(request)
+    start = None
+    if init is not None and (task.image == "start" or not task.samples):
+        with timings.of("vae_encoder"):
+            start = start_from(network("vae_encoder"), init, request, spec)
+    return Drawer(
+        network=network,
+        request=request,
+        spec=spec,
+        conditioning=conditioning,
+        init=init,
+        start=start,
+        timings=timings,
+    )

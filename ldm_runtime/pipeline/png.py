@@ -1,0 +1,80 @@
+"""PNG files that say how they were made."""
+
+import errno
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from PIL import Image, PngImagePlugin
+
+from ldm_runtime.errors import LdmError
+
+#: Keyword of the PNG text chunk that holds the metadata, as JSON.
+METADATA_KEY = "ldm-deploy"
+
+
+def save_png(
+    image: Image.Image, path: Path, metadata: Mapping[str, Any], *, replace: bool = False
+) -> None:
+    """Write a picture and its metadata; the file appears complete or not at all.
+
+    Args:
+        image: The picture.
+        path: The file.
+        metadata: What `read_metadata` returns.
+        replace: Whether to replace what is there.
+
+    Raises:
+        FileExistsError: There is something at `path` that is not to be replaced.
+        OSError: The folder cannot be written to.
+    """
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(METADATA_KEY, msgspec.json.encode(metadata).decode())
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as file:
+            image.save(file, format="PNG", pnginfo=text)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            _rename_without_replacing(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what `save_png` wrote into a file.
+
+    Raises:
+        LdmError: The file is no PNG, or not one of ours.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            assert isinstance(image, PngImagePlugin.PngImageFile)
+            text = image.text.get(METADATA_KEY)  # a str with a language
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise LdmError(f"{path} cannot be read as a PNG: {error}") from error
+    if text is None:
+        raise LdmError(
+            f"{path} carries no {METADATA_KEY!r} metadata; `ldm generate` did not make it"
+        )
+    try:
+        return msgspec.json.decode(str(text), type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise LdmError(f"{path}: its {METADATA_KEY!r} metadata is damaged: {error}") from error
+
+
+def _rename_without_replacing(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, this never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.rename(path)

@@ -1,0 +1,55 @@
+"""What comes of a request: pictures, and all that it takes to draw them again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.pipeline.png import save_png
+from ldm_runtime.requests.request import GenerationRequest, request_to_json
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """The pictures of a request.
+
+    Attributes:
+        images: In order; image i came from seed + i.
+        request: The request with nothing left open: what was drawn.
+        latents: (N, C, h, w) in the UNet's scale, as they were decoded.
+        timings: Seconds in each network that the request took, by the name of its component: the
+            UNet and the autoencoder with what surrounds them, the others in themselves; and "total"
+            from the first to the last, a stream's consumer included. With `run_many` a request's
+            time includes its waiting for others.
+        bundle_sha256: Hash of the bundle's manifest.
+    """
+
+    images: list[Image.Image]
+    request: GenerationRequest
+    latents: npt.NDArray[np.float32]
+    timings: Mapping[str, float]
+    bundle_sha256: str
+
+    def save(self, path: str | Path, index: int = 0) -> None:
+        """Write an image as PNG with its `metadata`, which `ldm inspect` shows.
+
+        A file that is there is replaced, in one step.
+
+        Raises:
+            OSError: The folder cannot be written to.
+        """
+        save_png(self.images[index], Path(path), self.metadata(index), replace=True)
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Return what to store with image `index`: all that it takes to draw it again, alone."""
+        from ldm_runtime import __version__
+
+        return {
+            "request": request_to_json(self.request.of_image(index)),
+            "bundle_sha256": self.bundle_sha256,
+            "version": __version__,
+        }

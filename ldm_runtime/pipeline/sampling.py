@@ -1,0 +1,241 @@
+"""The sampling loop: from a request and its conditioning to latents, a step at a time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ldm_runtime.backends.contract import Runner, Tensors, bind_constants
+from ldm_runtime.conditioning import Conditioning
+from ldm_runtime.errors import BackendError
+from ldm_runtime.latents.init_image import Start
+from ldm_runtime.noise import NOISES, NoiseGenerator
+from ldm_runtime.noise.brownian import BrownianPath
+from ldm_runtime.pipeline.denoiser import GuidedDenoiser
+from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
+from ldm_runtime.requests.request import GIVEN, GenerationRequest
+from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table, sigmas_of
+from ldm_runtime.requests.sizes import latent_size
+from ldm_runtime.samplers import Denoise, Draw
+from ldm_runtime.schedules import initial_scale
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import runs_in_patches
+from ldm_runtime.tiling.patches import over_patches
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One sampler step of one batch, just done.
+
+    Attributes:
+        index: Which step, from 1.
+        total: Steps of a batch.
+        sigma: Noise level that is left.
+        latents: (B, C, h, w) in the UNet's scale: clean latents plus sigma times noise, divided by
+            sqrt(1 + sigma^2). The caller's own copy.
+        x0: The clean latents that the model last saw in them, (B, C, h, w); the caller's own copy.
+        images: Which images of the request these are.
+        previews: Small pictures of what they are becoming, if the stream was asked for them.
+    """
+
+    index: int
+    total: int
+    sigma: float
+    latents: Float32Array
+    x0: Float32Array
+    images: range
+    previews: tuple[Image.Image, ...] = ()
+
+
+def sample_latents(
+    engine: Runner,
+    conditioning: Conditioning,
+    request: GenerationRequest,
+    spec: ModelSpec,
+    images: range | None = None,
+    start: Start | None = None,
+) -> Iterator[Step]:
+    """Yield the latents of some images of a request after each step, as one batch.
+
+    The last step's latents are the ones to decode.
+
+    Args:
+        engine: The UNet.
+        conditioning: From `conditioning.encode_conditioning`.
+        request: A resolved request.
+        spec: The model.
+        images: Which images; None is all of them.
+        start: What to start from; None is noise.
+
+    Raises:
+        BackendError: The network produced NaN or infinity.
+    """
+    images = range(request.num_images) if images is None else images
+    sigmas = sigmas_of(request, spec)
+    if start is not None:
+        sigmas = last_sigmas(sigmas, start.strength)
+    assert request.eta is not None, "the request is not resolved"
+    noise, draw = _noise(request, spec, images)
+    denoise: Denoise = _denoiser(engine, conditioning, request, spec, len(images))
+    latents = _first_latents(noise, sigmas, request, start)
+    if start is not None and start.mask is not None:
+        denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
+    seen = _Remembering(denoise)
+    sampler = sampler_of(request).function(seen, latents, sigmas, eta=request.eta, draw=draw)
+    for index, (sigma, after) in enumerate(zip(sigmas[1:], sampler, strict=True), start=1):
+        if not np.isfinite(after).all():
+            raise BackendError(
+                f"the UNet produced NaN or infinity in step {index} of {len(sigmas) - 1}; "
+                "run `ldm verify`, and export with --weights-dtype fp32 if that fails"
+            )
+        yield Step(
+            index=index,
+            total=len(sigmas) - 1,
+            sigma=sigma,
+            latents=after / math.hypot(1.0, sigma),
+            x0=seen.last(),
+            images=images,
+        )
+
+
+def batches(num_images: int, batch_size: int) -> Iterator[range]:
+    """Split the images of a request into consecutive ranges of at most `batch_size`."""
+    for start in range(0, num_images, batch_size):
+        yield range(start, min(start + batch_size, num_images))
+
+
+def slerp(low: Float32Array, high: Float32Array, share: float) -> Float32Array:
+    """Turn `low` by a share of the angle to `high`: mixed noise that keeps its strength.
+
+    Source: Shoemake 1985 (doi:10.1145/325165.325242), of whole arrays as vectors.
+    """
+    norms = float(np.linalg.norm(low)) * float(np.linalg.norm(high))
+    angle = math.acos(max(-1.0, min(1.0, float(np.sum(low * high, dtype=np.float64)) / norms)))
+    if math.sin(angle) < 1e-6:
+        return (1 - share) * low + share * high
+    parts = (
+        math.sin((1 - share) * angle) / math.sin(angle),
+        math.sin(share * angle) / math.sin(angle),
+    )
+    return parts[0] * low + parts[1] * high
+
+
+def _first_latents(
+    noise: Float32Array, sigmas: Sequence[float], request: GenerationRequest, start: Start | None
+) -> Float32Array:
+    """Return the latents at the first of `sigmas`."""
+    is_given = request.schedule == GIVEN
+    scale = sigmas[0] if is_given else initial_scale(sigmas, str(request.schedule))
+    if start is None:
+        return noise * scale
+    noisy = start.latents + sigmas[0] * noise
+    if start.mask is None or start.strength < 1:
+        return noisy
+    # Nothing of what is to be drawn anew is known then, not even its mean.
+    return start.mask * (noise * scale) + (1 - start.mask) * noisy
+
+
+def _noise(request: GenerationRequest, spec: ModelSpec, images: range) -> tuple[Float32Array, Draw]:
+    """Return the first noise of a batch and what draws more, every image from its own seed."""
+    shape = (1, spec.autoencoder.embed_dim, *latent_size(request, spec))
+    alone = [request.of_image(index) for index in images]
+    generators = [NOISES[request.noise](int(each.seed or 0)) for each in alone]
+    first = np.concatenate(
+        [
+            _first_noise(each, generator, shape)
+            for each, generator in zip(alone, generators, strict=True)
+        ]
+    )
+    if sampler_of(request).noise == "brownian":
+        paths = [BrownianPath(int(each.seed or 0), shape) for each in alone]
+        return first, lambda *stretch: np.concatenate([path(*stretch) for path in paths])
+    return first, lambda *_: np.concatenate([generator.randn(shape) for generator in generators])
+
+
+def _first_noise(
+    request: GenerationRequest, generator: NoiseGenerator, shape: tuple[int, ...]
+) -> Float32Array:
+    noise = generator.randn(shape)
+    if not request.is_variation:
+        return noise
+    other = NOISES[request.noise](int(request.variation_seed or 0)).randn(shape)
+    return slerp(noise, other, request.variation_strength)
+
+
+class _Remembering:
+    """A denoiser that keeps its last prediction, for whoever wants to look at it."""
+
+    def __init__(self, denoise: Denoise) -> None:
+        self._denoise = denoise
+        self._x0: Float32Array | None = None
+
+    def __call__(self, latents: Float32Array, sigma: float) -> Float32Array:
+        self._x0 = self._denoise(latents, sigma)
+        return self._x0
+
+    def last(self) -> Float32Array:
+        """Return the prediction of the last call."""
+        assert self._x0 is not None, "every sampler calls the denoiser before it yields"
+        return self._x0
+
+
+class _UNet:
+    """The UNet as the denoiser has it: a context is bound once, channels are joined every time."""
+
+    def __init__(self, engine: Runner, concat: Float32Array | None, *, in_patches: bool) -> None:
+        self._engine = engine
+        self._concat = concat
+        self._in_patches = in_patches
+        self._bound: list[tuple[Float32Array, Runner]] = []
+
+    def __call__(
+        self, latents: Float32Array, timesteps: Float32Array, context: Float32Array | None
+    ) -> Float32Array:
+        runner = self._engine if context is None else self._runner(context)
+
+        def predict(part: Float32Array) -> Float32Array:
+            inputs: Tensors = {"latents": part, "timesteps": timesteps}
+            return runner.run(inputs)["prediction"]
+
+        joined = self._joined(latents)
+        return over_patches(predict, joined) if self._in_patches else predict(joined)
+
+    def _joined(self, latents: Float32Array) -> Float32Array:
+        """Lay what conditions the latents behind every row of them."""
+        if self._concat is None:
+            return latents
+        behind = np.repeat(self._concat, len(latents), axis=0)
+        return np.concatenate([latents, behind], axis=1)
+
+    def _runner(self, context: Float32Array) -> Runner:
+        for known, runner in self._bound:
+            if known is context:
+                return runner
+        runner = bind_constants(self._engine, {"context": context})
+        self._bound.append((context, runner))
+        return runner
+
+
+def _denoiser(
+    engine: Runner,
+    conditioning: Conditioning,
+    request: GenerationRequest,
+    spec: ModelSpec,
+    batch_size: int,
+) -> GuidedDenoiser:
+    assert request.guidance_scale is not None, "the request is not resolved"
+    context = conditioning.context
+    return GuidedDenoiser(
+        network=_UNet(engine, conditioning.concat, in_patches=runs_in_patches(spec)),
+        training_sigmas=sigma_table(request, spec),
+        context=None if context is None else np.repeat(context, batch_size, axis=0),
+        guidance_scale=request.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        guidance_interval=request.guidance_interval,
+        prediction_type=spec.prediction_type,
+    )

@@ -1,0 +1,1 @@
+"""Requests: the record, its checks against a model, and its resolution."""

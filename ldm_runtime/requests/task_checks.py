@@ -1,0 +1,74 @@
+"""Checks of a request against the task of a model."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from types import MappingProxyType
+
+from ldm_runtime.errors import RequestError
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import can_guide, task_record
+
+#: How Python and JSON spell a field in the sentence that says it is missing.
+FIELDS: Mapping[str, str] = MappingProxyType(
+    {field.name: field.name for field in fields(GenerationRequest)}
+)
+
+
+def check_needs(
+    request: GenerationRequest, spec: ModelSpec, spelling: Mapping[str, str] = FIELDS
+) -> None:
+    """Check that a request has what a model's task needs.
+
+    Args:
+        request: What to draw.
+        spec: The model.
+        spelling: What to call each field in the message, such as the flag that sets it.
+
+    Raises:
+        RequestError: Something is missing; the sentence names all that is.
+    """
+    missing = [
+        group
+        for group in task_record(spec).needs
+        if all(getattr(request, name) is None for name in group)
+    ]
+    if missing:
+        wanted = " and ".join(" or ".join(spelling[name] for name in group) for group in missing)
+        raise RequestError(missing[0][0], f"this bundle is {spec.task}: give {wanted}")
+
+
+def check_foreign(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Check that a request has nothing that a model's task makes nothing of.
+
+    Raises:
+        RequestError: A field belongs to other tasks.
+    """
+    takes = task_record(spec).takes
+    for field in fields(request):
+        if field.name not in takes and getattr(request, field.name) != field.default:
+            raise RequestError(
+                field.name, f"means nothing to this bundle, which is {spec.task}; leave it out"
+            )
+
+
+def check_guidance(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Check that a request asks for guidance only where there is something to steer away from.
+
+    Raises:
+        RequestError: It does elsewhere.
+    """
+    if can_guide(spec):
+        return
+    asked = {
+        "guidance_scale": request.guidance_scale not in (None, 1.0),
+        "guidance_rescale": request.guidance_rescale != 0,
+        "guidance_interval": request.guidance_interval is not None,
+    }
+    for name in asked:
+        if asked[name]:
+            raise RequestError(
+                name,
+                f"is {getattr(request, name)}, but this bundle ({spec.task}) has no null "
+                "condition to steer away from; leave it out",
+            )

@@ -1,0 +1,1 @@
+"""Specifications: hyperparameters of a model, its components, and the table of tasks."""

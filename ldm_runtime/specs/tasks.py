@@ -1,0 +1,99 @@
+"""What each task takes: the one table that says which fields of a request go with which model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from ldm_runtime.specs.model import ModelSpec, Task
+
+_ANY = frozenset({"height", "width", "seed"})
+_TILES = frozenset({"tile_size"})
+_SAMPLING = frozenset(
+    {
+        *("num_inference_steps", "sampler", "schedule", "sigmas", "eta", "zero_terminal_snr"),
+        *("guidance_scale", "guidance_rescale", "guidance_interval"),
+        *("noise", "variation_seed", "variation_strength", "num_images"),
+    }
+)
+_PROMPTS = frozenset({"prompt", "negative_prompt", "plain_prompt"})
+_START = frozenset({"image", "strength", "mask_image", "outpaint"})
+_HIRES = frozenset({"hires_scale", "hires_strength"})
+#: What every model can do that samples from noise and decodes at any size.
+_DRAWING = _SAMPLING | _START | _HIRES | _TILES
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRecord:
+    """What a task needs, permits and makes of a request.
+
+    Attributes:
+        needs: What a request must have: of each group of fields one.
+        permits: Other fields that mean something to it, besides those that every task has.
+        image: What `image` is: where sampling starts, or what the result is made from.
+        size: Where height and width come from: "open" is the image's or else the model's default,
+            "segmentation" the map's; "enlarged" is the image's times the factor of the autoencoder,
+            and nothing else.
+        has_null: Whether there is a condition that says nothing, which guidance steers away from:
+            the empty prompt, the layout without objects, embeddings of zeros, the null class.
+    """
+
+    needs: tuple[tuple[str, ...], ...]
+    permits: frozenset[str]
+    image: Literal["start", "condition"] = "start"
+    size: Literal["open", "segmentation", "enlarged"] = "open"
+    has_null: bool = False
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Every field that means something to the task."""
+        return _ANY | self.permits | {name for group in self.needs for name in group}
+
+    @property
+    def samples(self) -> bool:
+        """Whether a picture is sampled, and not only encoded and decoded."""
+        return "sampler" in self.permits
+
+
+TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
+    {
+        "unconditional": TaskRecord(needs=(), permits=_DRAWING),
+        "class-to-image": TaskRecord(needs=(("class_label",),), permits=_DRAWING, has_null=True),
+        "text-to-image": TaskRecord(
+            needs=(("prompt",),), permits=_DRAWING | _PROMPTS, has_null=True
+        ),
+        "layout-to-image": TaskRecord(needs=(("layout",),), permits=_DRAWING, has_null=True),
+        # No second pass: the map would have to be encoded again at its size.
+        "semantic-synthesis": TaskRecord(
+            needs=(("segmentation",),), permits=_SAMPLING | _START | _TILES, size="segmentation"
+        ),
+        # No tiles: large images are decoded in patches, as the reference does (`tiling`).
+        "super-resolution": TaskRecord(
+            needs=(("image",),), permits=_SAMPLING, image="condition", size="enlarged"
+        ),
+        "inpainting": TaskRecord(
+            needs=(("image",), ("mask_image", "outpaint")),
+            permits=_SAMPLING | _TILES,
+            image="condition",
+        ),
+        "retrieval": TaskRecord(needs=(("embeddings",),), permits=_DRAWING, has_null=True),
+        "first-stage": TaskRecord(needs=(("image",),), permits=_TILES, image="condition"),
+    }
+)
+
+
+def task_record(spec: ModelSpec) -> TaskRecord:
+    """Return the row of a model's task."""
+    return TASKS[spec.task]
+
+
+def can_guide(spec: ModelSpec) -> bool:
+    """Return whether a model has a null condition, which guidance needs."""
+    embedder = spec.class_embedder
+    return task_record(spec).has_null and (embedder is None or embedder.null_class is not None)
+
+
+def runs_in_patches(spec: ModelSpec) -> bool:
+    """Return whether the UNet and the decoder of a model see large latents in patches."""
+    record = task_record(spec)
+    return record.samples and "tile_size" not in record.takes

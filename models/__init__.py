@@ -1,0 +1,1 @@
+"""Small models trained in this repository, which come along as its examples."""

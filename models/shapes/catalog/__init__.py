@@ -1,0 +1,1 @@
+"""Catalog: every model that is trained here, its hyperparameters and training configuration."""

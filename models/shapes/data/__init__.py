@@ -1,0 +1,1 @@
+"""Data: scenes, their labels and maps, and masks."""

@@ -1,0 +1,1 @@
+"""Evaluation: the detector, metrics, held-out prompts, and the sampler sweep."""

@@ -1,0 +1,63 @@
+"""Cells of the sampler sweep: one row per combination of sampler, schedule, steps and guidance."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ldm_runtime.errors import LdmError
+from measuring.rows import Row, as_line
+from models.shapes.evaluation import judging
+
+#: Samplers for models that were distilled for them, which the bundle's need not be.
+FOR_OTHER_MODELS = frozenset({"lcm"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell(Row):
+    """One sampler with one number of steps, measured; `seconds` are those of each picture.
+
+    Attributes:
+        calls: Denoiser calls of a picture.
+        counts: What the pictures show of what was asked for.
+        distance: Fréchet distance between the pictures and renders of the same captions.
+        floor: The same for as many renders in place of the pictures: what perfect ones get.
+    """
+
+    calls: int
+    counts: judging.Tally
+    distance: float
+    floor: float
+
+    @property
+    def sampler(self) -> str:
+        """Name of the sampler."""
+        return str(self.settings["sampler"])
+
+    @property
+    def steps(self) -> int:
+        """Steps that were asked for."""
+        return int(self.settings["num_inference_steps"])
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """Return the cells of a results file, oldest first; none if there is no file.
+
+    Raises:
+        LdmError: A line is not a cell.
+    """
+    cells = []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            cells.append(msgspec.json.decode(line, type=Cell))
+        except msgspec.MsgspecError as error:
+            raise LdmError(f"{path}:{number} is no cell of a sweep ({error}); remove it") from error
+    return cells
+
+
+def append_cell(path: Path, cell: Cell) -> None:
+    """Add a cell to a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(as_line(cell.as_dict()) + "\n")

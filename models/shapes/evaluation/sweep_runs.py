@@ -1,0 +1,110 @@
+"""Runs of the sampler sweep: which combinations, and the measurement of one."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime import Generator
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve, sampler_of, sigmas_of
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.specs.model import ModelSpec
+from measuring.rows import commit, machine
+from models.shapes.evaluation import exams, held_out, judging
+from models.shapes.evaluation.cells import Cell
+
+STEPS = (5, 8, 12, 16, 25, 50)
+#: Cells with more denoiser calls are left out unless `--steps` asks for them.
+MOST_CALLS = 60
+_SETTINGS = ("sampler", "num_inference_steps", "schedule", "eta", "guidance_scale")
+
+
+def run_sweep(
+    generator: Generator, todo: Sequence[GenerationRequest], captions: int
+) -> Iterator[Cell]:
+    """Measure a cell for each request, in order, and yield it.
+
+    Raises:
+        LdmError: A cell cannot be drawn.
+    """
+    exam = exams.prepare_exam(captions)
+    held_out.draw(generator, exam.wanted[0], held_out.SEED, {"num_inference_steps": 1})  # warms up
+    for request in todo:
+        yield measure(generator, request, exam)
+
+
+def measure(generator: Generator, request: GenerationRequest, exam: exams.Exam) -> Cell:
+    """Draw and judge every caption as a resolved request says."""
+    fields = {name: getattr(request, name) for name in ("sampler", "num_inference_steps")}
+    pictures, seconds = held_out.draw_all(generator, exam.wanted, fields)
+    return Cell(
+        name="shapes_sweep",
+        system=generator.backend,
+        commit=commit(),
+        bundle_sha256=bundle_hash(generator),
+        device=machine(),
+        settings=settings_of(request, len(exam.wanted)),
+        seconds=tuple(seconds),
+        calls=count_calls(request, generator.spec),
+        counts=judging.judge_all(exam.wanted, pictures),
+        distance=exams.distance_from(exam.reference, np.stack(pictures)),
+        floor=exam.floor,
+    )
+
+
+def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list[GenerationRequest]:
+    """Return a resolved request for each cell of the grid.
+
+    Args:
+        spec: The model.
+        samplers: Names; none is all there are.
+        steps: Numbers of steps; none is `STEPS` up to `MOST_CALLS`.
+
+    Raises:
+        RequestError: There is no such sampler, or it cannot take so many steps.
+    """
+    requests = [
+        resolve(
+            GenerationRequest(prompt="", sampler=sampler, num_inference_steps=count, seed=0), spec
+        )
+        for sampler in samplers or SAMPLERS
+        for count in steps or STEPS
+    ]
+    if steps:
+        return requests
+    return [request for request in requests if count_calls(request, spec) <= MOST_CALLS]
+
+
+def count_calls(request: GenerationRequest, spec: ModelSpec) -> int:
+    """Return how often a resolved request's sampler calls the denoiser for one picture.
+
+    Counted by running it over the request's sigmas, because first and last steps may differ.
+    """
+    calls = 0
+    nothing = np.zeros((1, 1, 1, 1), np.float32)
+
+    def denoise(latents: npt.NDArray[np.float32], _: float) -> npt.NDArray[np.float32]:
+        nonlocal calls
+        calls += 1
+        return latents
+
+    assert request.eta is not None, "the request is not resolved"
+    run = sampler_of(request).function
+    sigmas = sigmas_of(request, spec)
+    for _ in run(denoise, nothing, sigmas, eta=request.eta, draw=lambda *_: nothing):
+        pass
+    return calls
+
+
+def settings_of(request: GenerationRequest, captions: int) -> dict[str, str | int | float]:
+    """Return all that tells a cell of one bundle from the others."""
+    drawn = {name: getattr(request, name) for name in _SETTINGS}
+    return drawn | {"captions": captions, "layouts": exams.LAYOUTS, "seed": held_out.SEED}
+
+
+def bundle_hash(generator: Generator) -> str:
+    """Return the hash of the manifest of an open bundle."""
+    return sha256_of(generator.bundle / MANIFEST_NAME)

@@ -1,1 +1,0 @@
-"""The other systems of the latent-diffusion paper, small: trained here on the same scenes."""

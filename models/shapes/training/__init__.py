@@ -1,0 +1,1 @@
+"""Training: autoencoders, conditioners and UNets of the catalog."""

@@ -1,0 +1,153 @@
+"""The first stage of the shapes model: its data, its training and the latents it makes."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
+from ldm_runtime.specs.model import AutoencoderSpec
+from models.shapes.catalog.learning_rate import Cycle
+from models.shapes.data import scenes
+from models.shapes.training.trainer import WORK, Trainer
+
+NUM_SCENES = 40_000
+NUM_CHECKED = 256  # the last scenes are never trained on
+
+AUTOENCODER = AutoencoderSpec(
+    kind="kl",
+    image_channels=3,
+    channels=64,
+    channel_mult=(1, 1, 2),
+    num_res_blocks=1,
+    attention_levels=(),
+    middle_attention=True,
+    z_channels=4,
+    embed_dim=4,
+    codebook_size=None,
+    latent_scale_factor=1.0,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Part of the first stage's training: how many steps, on squares of how many pixels."""
+
+    steps: int
+    size: int
+    batch: int
+
+
+#: Small crops first: four times the steps for the same work.
+AUTOENCODER_PHASES = (
+    Phase(steps=4500, size=32, batch=8),
+    Phase(steps=1500, size=64, batch=8),
+)
+#: Weight of saturated pixels in the first stage's loss. Without it the mean picture, grey, is a
+#: good answer for a long time, because the shapes cover a tenth of a scene.
+SATURATION_WEIGHT = 4.0
+KL_WEIGHT = 1e-6
+
+
+def load_data() -> tuple[Tensor, list[str]]:
+    """Return pictures (N, 3, 64, 64) uint8 and their captions, drawn once and cached."""
+    path = WORK / "data.npz"
+    if not path.exists():
+        source = scenes.random_scenes(np.random.default_rng(1), held_out=False)
+        drawn = [next(source) for _ in range(NUM_SCENES)]
+        drawings = [np.rint(scenes.render(scene) * 255).astype(np.uint8) for scene in drawn]
+        captions = [scenes.caption(scene) for scene in drawn]
+        WORK.mkdir(exist_ok=True)
+        np.savez(path, pictures=np.stack(drawings), captions=np.array(captions))
+    with np.load(path) as data:
+        pictures = torch.from_numpy(data["pictures"]).permute(0, 3, 1, 2).contiguous()
+        return pictures, data["captions"].tolist()
+
+
+def as_input(pictures: Tensor) -> Tensor:
+    """Map uint8 pictures to float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def train_autoencoder() -> None:
+    """Train the first stage: reconstruction with saturated pixels weighted, plus a small KL."""
+    pictures, _ = load_data()
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"encoder": LatentEncoder(AUTOENCODER), "decoder": LatentDecoder(AUTOENCODER)}
+    )
+    trainer = Trainer(
+        "autoencoder", model, Cycle(end=sum(phase.steps for phase in AUTOENCODER_PHASES))
+    )
+
+    def loss_at(step: int) -> Tensor:
+        image = as_input(_crops(pictures[:-NUM_CHECKED], step))
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, log_variance = model["encoder"](image).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            noise = torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+            error = model["decoder"](mean + noise).float() - image
+        saturation = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
+        weight = 1 + SATURATION_WEIGHT * saturation
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss: Tensor = (weight * (error.abs() + error.square())).mean() + KL_WEIGHT * kl
+        return loss
+
+    trainer.run(loss_at, lambda: check_autoencoder(trainer.ema, pictures[-NUM_CHECKED:]))
+
+
+def _crops(pictures: Tensor, step: int) -> Tensor:
+    first, second = AUTOENCODER_PHASES
+    phase = first if step < first.steps else second
+    chosen = pictures[torch.randint(len(pictures), (phase.batch,))]
+    top, left = (4 * torch.randint((scenes.SIZE - phase.size) // 4 + 1, (2,))).tolist()
+    return chosen[:, :, top : top + phase.size, left : left + phase.size]
+
+
+@torch.no_grad()
+def check_autoencoder(weights: dict[str, Tensor], pictures: Tensor) -> dict[str, float]:
+    """Return PSNR (dB) on held-out pictures and the mean error (grey levels) inside shapes."""
+    encoder, decoder = load_autoencoder(weights)
+    image = as_input(pictures)
+    means = [encoder(part).chunk(2, dim=1)[0] for part in torch.split(image, 32)]
+    output = torch.cat([decoder(part) for part in means]).clamp(-1, 1)
+    error = 127.5 * (output - image)
+    inside = (image.amax(1) - image.amin(1)) > 0.5
+    return {
+        "psnr": 20 * math.log10(255) - 10 * math.log10(error.square().mean().item()),
+        "shape_error": error.abs().mean(1)[inside].mean().item(),
+    }
+
+
+def load_autoencoder(weights: dict[str, Tensor]) -> tuple[LatentEncoder, LatentDecoder]:
+    """Return the two halves of the first stage with the given trained weights."""
+    encoder, decoder = LatentEncoder(AUTOENCODER), LatentDecoder(AUTOENCODER)
+    for name, half in (("encoder", encoder), ("decoder", decoder)):
+        half.load_state_dict(under(f"{name}.", weights))
+        half.eval()
+    return encoder, decoder
+
+
+@torch.no_grad()
+def load_latents() -> tuple[Tensor, float]:
+    """Return the data's latents with unit variance, and the factor that makes it so."""
+    path = WORK / "latents.pt"
+    if not path.exists():
+        pictures, _ = load_data()
+        state = torch.load(WORK / "autoencoder.pt", weights_only=True)
+        encoder, _ = load_autoencoder(state["ema"])
+        with torch.autocast("cpu", torch.bfloat16):
+            means = [
+                encoder(as_input(part)).chunk(2, dim=1)[0] for part in torch.split(pictures, 64)
+            ]
+        torch.save(torch.cat(means).float(), path)
+    latents: Tensor = torch.load(path, weights_only=True)
+    scale = 1 / latents.std().item()
+    return latents * scale, scale
+
+
+def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights below a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
