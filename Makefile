@@ -12,7 +12,7 @@ help:
 	@echo "make demo       export the small model that comes along and draw out/demo.png"
 	@echo "make gallery    export the examples of every other task and draw a sheet of each"
 	@echo "make test       all tests, then the runtime's against the wheel, without torch"
-	@echo "make check      format, lint, types and spelling"
+	@echo "make check      format, lint, imports, types and spelling"
 	@echo "make bench      measure this machine"
 	@echo "make gpu-report run all that needs an NVIDIA GPU and write out/gpu-report.txt, to be sent"
 	@echo "make clean      remove caches and build outputs; distclean also the environments"
@@ -33,6 +33,7 @@ test: .venv/test.stamp
 check: .venv/test.stamp
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
+	.venv/bin/lint-imports
 	.venv/bin/mypy
 	.venv/bin/codespell
 

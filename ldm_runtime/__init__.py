@@ -19,6 +19,7 @@ from ldm_runtime.inputs.images import Picture
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step
 from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.version import version
 
 __all__ = [
     "BackendError",
@@ -40,12 +41,6 @@ __version__: str
 
 
 def __getattr__(name: str) -> str:
-    # Looked up on demand: importlib.metadata takes longer to import than the rest of this package.
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("ldm-deploy")
-    except PackageNotFoundError:
-        return "0+unknown"  # run from a source tree that is not installed
+    return version()

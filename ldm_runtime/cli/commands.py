@@ -13,6 +13,7 @@ from ldm_runtime.backends import BACKENDS
 from ldm_runtime.cli.engine_flags import EngineLines, add_engine_arguments, engine_options
 from ldm_runtime.cli.generate import add_generate_arguments, generate
 from ldm_runtime.errors import LdmError, RequestError
+from ldm_runtime.version import version
 
 _INTERRUPTED = 130
 
@@ -173,9 +174,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _version(_: argparse.Namespace) -> int:
-    from ldm_runtime import __version__
-
-    print(__version__)
+    print(version())
     return 0
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ldm_runtime.pipeline.png import save_png
 from ldm_runtime.requests.request import GenerationRequest, request_to_json
+from ldm_runtime.version import version
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,10 +47,8 @@ class Result:
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return what to store with image `index`: all that it takes to draw it again, alone."""
-        from ldm_runtime import __version__
-
         return {
             "request": request_to_json(self.request.of_image(index)),
             "bundle_sha256": self.bundle_sha256,
-            "version": __version__,
+            "version": version(),
         }

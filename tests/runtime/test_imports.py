@@ -1,4 +1,3 @@
-import ast
 import re
 import statistics
 import subprocess
@@ -11,15 +10,6 @@ import ldm_runtime
 
 PACKAGE = Path(ldm_runtime.__file__).parent
 HEAVY = {"torch", "transformers", "onnx", "diffusers", "onnxscript", "onnx_ir", "safetensors"}
-#: The rooms that import nothing of ours, so that they can be read and used on their own.
-ALONE = (
-    "samplers",
-    "schedules",
-    "noise",
-    "text",
-    "errors",
-    "specs/components",
-)
 
 
 def python(*arguments):
@@ -30,16 +20,6 @@ def python(*arguments):
         check=True,
         cwd=PACKAGE.parent,
     )
-
-
-def imported_by(path):
-    """Every module that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            yield node.module
 
 
 def test_importing_the_runtime_and_drawing_a_picture_load_nothing_heavy(tiny_bundle):
@@ -73,33 +53,6 @@ def test_importing_the_runtime_takes_at_most_150_ms_beyond_numpy():
         seconds.append(int(cumulative) / 1e6)
 
     assert statistics.median(seconds) <= 0.150
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
-def test_no_file_of_the_runtime_imports_the_exporter_or_anything_heavy(path):
-    roots = {module.partition(".")[0] for module in imported_by(path)}
-
-    assert roots.isdisjoint(HEAVY | {"ldm_export"})
-
-
-def files_of(room):
-    """The file of a module, or all files of a package."""
-    return [path for path in (PACKAGE / f"{room}.py",) if path.exists()] or sorted(
-        (PACKAGE / room).glob("*.py")
-    )
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_a_room_that_stands_alone_imports_only_numpy_and_the_standard_library(name):
-    imported = {module for path in files_of(name) for module in imported_by(path)}
-    roots = {
-        module.partition(".")[0]
-        for module in imported
-        if not module.startswith(f"ldm_runtime.{name.replace('/', '.')}")
-    }
-
-    assert imported
-    assert roots <= {"numpy", *sys.stdlib_module_names}
 
 
 def test_everything_promised_is_there():
