@@ -102,7 +102,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
     while True:
         relations = _random_relations(rng, count - 1)
         things = tuple(_random_thing(rng) for _ in range(count))
-        if _is_possible(things, relations):
+        if is_possible(things, relations):
             break
     background = _pick(rng, tuple(BACKGROUNDS))
     return Scene(
@@ -198,7 +198,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def _is_possible(things: tuple[Thing, ...], relations: tuple[str, ...]) -> bool:
+def is_possible(things: tuple[Thing, ...], relations: tuple[str, ...]) -> bool:
     if not all(map(_holds, relations, things[1:], [things[0]] * 2)):
         return False
     looks = {(thing.kind, thing.color) for thing in things}

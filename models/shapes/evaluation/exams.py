@@ -41,7 +41,7 @@ def another_layout(rng: np.random.Generator, scene: scenes.Scene) -> scenes.Scen
     """Return a scene with the same caption and everything in other places."""
     while True:
         things = tuple(_elsewhere(rng, thing) for thing in scene.things)
-        if scenes._is_possible(things, scene.relations):
+        if scenes.is_possible(things, scene.relations):
             return replace(scene, things=things)
 
 
