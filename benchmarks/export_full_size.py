@@ -33,67 +33,70 @@ MAX_SECONDS, MAX_BYTES = 300.0, 8_000_000_000
 
 def stable_diffusion_1() -> System:
     """Return the hyperparameters of Stable Diffusion 1.5."""
-    from ldm_runtime.specs.model import AutoencoderSpec, TextEncoderSpec, UNetSpec
+    from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
 
     return System(
         name="stable-diffusion-1.5",
         task="text-to-image",
-        unet=UNetSpec(
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            channel_mult=(1, 2, 4, 4),
-            num_res_blocks=2,
-            attention="transformer",
-            transformer_depth=(1, 1, 1, 0),
-            middle_depth=1,
-            num_heads=8,
-            num_head_channels=None,
-            context_dim=768,
-            linear_projection=False,
-            scale_shift_norm=False,
-            resblock_updown=False,
-        ),
-        autoencoder=AutoencoderSpec(
-            kind="kl",
-            image_channels=3,
-            channels=128,
-            channel_mult=(1, 2, 4, 4),
-            num_res_blocks=2,
-            attention_levels=(),
-            middle_attention=True,
-            z_channels=4,
-            embed_dim=4,
-            codebook_size=None,
-            latent_scale_factor=0.18215,
-        ),
-        text_encoder=TextEncoderSpec(
-            kind="clip",
-            width=768,
-            num_layers=12,
-            num_heads=12,
-            feed_forward_dim=3072,
-            vocab_size=49408,
-            max_tokens=77,
-            activation="quick_gelu",
-            pad_token_id=49407,
-        ),
         linear_start=0.00085,
         linear_end=0.012,
         parameters_millions=(859.52, 83.65, 123.06),
+        networks=Networks(
+            unet=UNetSpec(
+                in_channels=4,
+                out_channels=4,
+                model_channels=320,
+                channel_mult=(1, 2, 4, 4),
+                num_res_blocks=2,
+                attention="transformer",
+                transformer_depth=(1, 1, 1, 0),
+                middle_depth=1,
+                num_heads=8,
+                num_head_channels=None,
+                context_dim=768,
+                linear_projection=False,
+                scale_shift_norm=False,
+                resblock_updown=False,
+            ),
+            autoencoder=AutoencoderSpec(
+                kind="kl",
+                image_channels=3,
+                channels=128,
+                channel_mult=(1, 2, 4, 4),
+                num_res_blocks=2,
+                attention_levels=(),
+                middle_attention=True,
+                z_channels=4,
+                embed_dim=4,
+                codebook_size=None,
+                latent_scale_factor=0.18215,
+            ),
+            text_encoder=TextEncoderSpec(
+                kind="clip",
+                width=768,
+                num_layers=12,
+                num_heads=12,
+                feed_forward_dim=3072,
+                vocab_size=49408,
+                max_tokens=77,
+                activation="quick_gelu",
+                pad_token_id=49407,
+            ),
+        ),
     )
 
 
 def tiny(system: System) -> System:
     """Return the same layers, as narrow as their normalisations allow."""
-    assert system.unet is not None, "Stable Diffusion has one"
-    assert system.text_encoder is not None, "Stable Diffusion has one"
-    return replace(
-        system,
-        unet=replace(system.unet, model_channels=32, context_dim=64),
-        autoencoder=replace(system.autoencoder, channels=32),
-        text_encoder=replace(system.text_encoder, width=64, num_heads=1, feed_forward_dim=256),
+    from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
+
+    full = system.networks
+    networks = Networks(
+        unet=replace(full.of(UNetSpec), model_channels=32, context_dim=64),
+        autoencoder=replace(full.of(AutoencoderSpec), channels=32),
+        text_encoder=replace(full.of(TextEncoderSpec), width=64, num_heads=1, feed_forward_dim=256),
     )
+    return replace(system, networks=networks)
 
 
 def write_checkpoint(path: Path, system: System, *, half: bool) -> None:

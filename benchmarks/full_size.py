@@ -43,7 +43,7 @@ _PROBE = Path(__file__).parent / "released/full_size_probe.py"
 _DISK_A_WEIGHT, _MEMORY_A_WEIGHT = 10, 6
 _SPARE_BYTES = 1_500_000_000
 #: What of a `ModelSpec` must come back from the checkpoint as it went in.
-_HYPERPARAMETERS = ("task", "unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
+_HYPERPARAMETERS = ("task", "networks")
 
 Row = dict[str, Any]
 
@@ -93,11 +93,14 @@ def row_key(system: System) -> str:
 
     A change of code that changes bundles raises the recipe, see `ldm_export.source`.
     """
-    from ldm_export.source import RECIPE, versions
-    from ldm_runtime.bundle.manifest import SCHEMA_VERSION
+    import msgspec
 
-    facts = [RECIPE, SCHEMA_VERSION, versions(), asdict(system)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    from ldm_export.source import RECIPE, versions
+    from ldm_runtime.bundle.manifest import SCHEMA_VERSION, encode_networks
+
+    facts = [RECIPE, SCHEMA_VERSION, versions(), system]
+    encoded = msgspec.json.encode(facts, enc_hook=encode_networks, order="sorted")
+    return hashlib.sha256(encoded).hexdigest()
 
 
 def kept_rows(results: Path | None) -> list[Row]:

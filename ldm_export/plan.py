@@ -5,19 +5,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ldm_runtime.bundle.manifest import WeightsDType
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
 
-# Fitted to exports of the shapes model and of Stable Diffusion 1.5 on a 2-core machine
-# (benchmarks/export_full_size.py). Tracing costs much the same for a small network as for a large.
-_TRACE_SECONDS = {
-    "text_encoder": 5.0,
-    "class_embedder": 1.0,
-    "rescaler": 1.0,
-    "unet": 18.0,
-    "vae_decoder": 5.0,
-    "vae_encoder": 4.0,
-}
+# Fitted, like the `trace_seconds` of each component, to exports of the shapes model and of Stable
+# Diffusion 1.5 on a 2-core machine (benchmarks/export_full_size.py). Tracing costs much the same
+# for a small network as for a large.
 _SECONDS_PER_PARAMETER = 90e-9
 _PREVIEW_SECONDS_PER_PARAMETER = 250e-9  # of the encoder, which encodes the pictures
 _GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
@@ -89,7 +83,7 @@ def make_plan(
     width = 2 if dtype == "float16" else 4
     seconds = {"tokenizer": 0.1} if spec.task == "text-to-image" else {}
     for name, count in parameters.items():
-        seconds[name] = _TRACE_SECONDS[name] + _SECONDS_PER_PARAMETER * count
+        seconds[name] = COMPONENTS[name].trace_seconds + _SECONDS_PER_PARAMETER * count
         if name == "vae_encoder":
             seconds[name] += _PREVIEW_SECONDS_PER_PARAMETER * count
     seconds["preview"] = 0.1  # a fit to what the encoder left

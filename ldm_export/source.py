@@ -18,7 +18,7 @@ from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
 from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import WeightsDType
+from ldm_runtime.bundle.manifest import WeightsDType, encode_networks
 from ldm_runtime.engines.recipes import EngineOptions, Toolchain, choose_toolchain
 from ldm_runtime.specs.model import ModelSpec, components_of
 
@@ -103,7 +103,7 @@ class Source:
             stage: Its name.
             facts: What it is made from besides the checkpoint.
         """
-        spec = msgspec.to_builtins(self.spec)
+        spec = msgspec.to_builtins(self.spec, enc_hook=encode_networks)
         is_network = stage in components_of(self.spec)
         for name in ("assumptions", *(_SAMPLING_FACTS if is_network else ())):
             del spec[name]

@@ -24,6 +24,7 @@ from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import ComponentRecord, PreviewRecord
 from ldm_runtime.requests.request import GenerationRequest, request_to_json
 from ldm_runtime.specs.model import ModelSpec, components_of
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 #: Whose words each kind of text encoder knows.
@@ -100,9 +101,10 @@ def make_stages(source: Source) -> Stages:
 
 def vocabulary_of(spec: ModelSpec) -> Path | None:
     """Return the vocabulary of a model's prompts, or None if it takes none."""
-    if spec.task != "text-to-image" or spec.text_encoder is None:
+    encoder = spec.find(TextEncoderSpec)
+    if spec.task != "text-to-image" or encoder is None:
         return None
-    return _VOCABULARIES / _VOCABULARY_FILES[spec.text_encoder.kind]
+    return _VOCABULARIES / _VOCABULARY_FILES[encoder.kind]
 
 
 def _copy_vocabulary(vocabulary: Path, file: str, folder: Path) -> None:

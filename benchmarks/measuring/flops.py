@@ -7,7 +7,8 @@ layers and attention; biases, normalisations and activations count nothing.
 from dataclasses import dataclass
 from functools import reduce
 
-from ldm_runtime.specs.model import AutoencoderSpec, ModelSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
 
 _BERT_HEAD_CHANNELS = 64  # whatever the width
 
@@ -45,9 +46,10 @@ def network_work(
         rows: Rows in a call of the UNet: twice the images with guidance.
     """
     work = {}
-    tokens = 1 if spec.text_encoder is None else spec.text_encoder.max_tokens
-    if spec.text_encoder is not None:
-        work["text_encoder"] = text_encoder_work(spec.text_encoder).rows(rows // images)
+    encoder = spec.find(TextEncoderSpec)
+    tokens = 1 if encoder is None else encoder.max_tokens
+    if encoder is not None:
+        work["text_encoder"] = text_encoder_work(encoder).rows(rows // images)
     if spec.unet is not None:
         work["unet"] = unet_work(spec.unet, height, width, tokens).rows(rows)
     work["vae_decoder"] = decoder_work(spec.autoencoder, height, width).rows(images)

@@ -21,7 +21,8 @@ from ldm_runtime import Generator
 from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
 from ldm_runtime.bundle.manifest import Manifest, load_manifest
 from ldm_runtime.diagnostics.verify import verify
-from ldm_runtime.specs.model import ModelSpec, axis_sizes
+from ldm_runtime.specs.model import ModelSpec, axis_sizes, value_counts
+from ldm_runtime.specs.networks import TextEncoderSpec
 from measuring.measure import forget_peak, peak_bytes
 
 _MAX_PIXELS = 256  # a side, where a network works on pixels
@@ -127,30 +128,27 @@ def _session(graph: Path) -> Any:  # noqa: ANN401  (a class without types)
 
 
 def _inputs(name: str, spec: ModelSpec, names: Sequence[str]) -> Iterator[Mapping[str, Array]]:
-    rng, sizes = np.random.default_rng(0), axis_sizes(spec)
+    rng, sizes = np.random.default_rng(0), axis_sizes(spec, name)
     height, width = (
         min(side, _MAX_PIXELS) if name.startswith("vae_") else side
         for side in (spec.defaults.height, spec.defaults.width)
     )
     h, w = height // spec.autoencoder.factor, width // spec.autoencoder.factor
-    channels = sizes["unet_channels" if name == "unet" else "latent_channels"]
+    channels = sizes.get("unet_channels", spec.autoencoder.embed_dim)
+    encoder = spec.find(TextEncoderSpec)
+    tokens = 1 if encoder is None else encoder.max_tokens
+    shapes = {"tokens": (1, tokens), "class_labels": (1,), "segmentation": (1, height, width)}
     for scale, timestep in _EXTREMES:
         arrays: dict[str, Array] = {
             "latents": scale * rng.standard_normal((1, channels, h, w), dtype=np.float32),
             "timesteps": np.full(1, timestep, dtype=np.float32),
             "image": rng.uniform(-1, 1, (1, 3, height, width)).astype(np.float32),
         }
-        if spec.text_encoder is not None:
-            tokens = rng.integers(spec.text_encoder.vocab_size, size=(1, sizes["tokens"]))
-            arrays["tokens"] = tokens
         if "context_dim" in sizes:
-            shape = (1, sizes.get("tokens", 1), sizes["context_dim"])
+            shape = (1, tokens, sizes["context_dim"])
             arrays["context"] = rng.standard_normal(shape, dtype=np.float32)
-        if spec.class_embedder is not None:
-            arrays["class_labels"] = np.array([spec.class_embedder.num_classes - 1])
-        if spec.rescaler is not None:
-            ids = rng.integers(spec.rescaler.num_classes, size=(1, height, width))
-            arrays["segmentation"] = ids
+        for each, count in value_counts(spec, name).items():
+            arrays[each] = rng.integers(count, size=shapes[each])
         yield {each: arrays[each] for each in names}
 
 

@@ -2,7 +2,14 @@
 
 from dataclasses import replace
 
-from ldm_runtime.specs.model import TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    Networks,
+    NetworkSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 from released.released_systems import System
 
 _CHANNELS, _WIDTH, _LAYERS = 32, 64, 2
@@ -10,17 +17,24 @@ _CHANNELS, _WIDTH, _LAYERS = 32, 64, 2
 
 def narrowed(system: System) -> System:
     """Return the same model with as few channels as its normalisations allow."""
-    embedder, autoencoder = system.class_embedder, system.autoencoder
+    networks = {name: _narrowed(record) for name, record in system.networks.items()}
     if system.task == "retrieval":  # the released factor belongs to the released channels
-        autoencoder = replace(autoencoder, latent_scale_factor=1.0)
-    return replace(
-        system,
-        name=f"{system.name} (narrow)",
-        unet=None if system.unet is None else _unet(system.unet),
-        autoencoder=replace(autoencoder, channels=_CHANNELS, num_res_blocks=1),
-        text_encoder=None if system.text_encoder is None else _encoder(system.text_encoder),
-        class_embedder=None if embedder is None else replace(embedder, width=_WIDTH),
-    )
+        autoencoder = Networks(**networks).of(AutoencoderSpec)
+        networks["autoencoder"] = replace(autoencoder, latent_scale_factor=1.0)
+    return replace(system, name=f"{system.name} (narrow)", networks=Networks(**networks))
+
+
+def _narrowed(record: NetworkSpec) -> NetworkSpec:
+    match record:
+        case UNetSpec():
+            return _unet(record)
+        case AutoencoderSpec():
+            return replace(record, channels=_CHANNELS, num_res_blocks=1)
+        case TextEncoderSpec():
+            return _encoder(record)
+        case ClassEmbedderSpec():
+            return replace(record, width=_WIDTH)
+    return record
 
 
 def _unet(spec: UNetSpec) -> UNetSpec:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from ldm_export.networks.loading import build_network
-from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, TextEncoderSpec, components_of
+from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, components_of
+from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec
 from released.released_systems import System
 
 #: Size of the layers that training starts at zero, against the others: small, but there.
@@ -21,18 +22,13 @@ _TIMESTEPS = 1000
 
 def as_spec(system: System) -> ModelSpec:
     """Return what a checkpoint of a system is, sampled in no particular way."""
-    has_unet = system.unet is not None
+    has_unet = "unet" in system.networks
     alphas = _alphas(system).float().tolist() if has_unet else ()
-    side = 64 * system.autoencoder.factor
+    side = 64 * system.networks.of(AutoencoderSpec).factor
     return ModelSpec(
         family=system.name,
         task=system.task,
         weights="model",
-        unet=system.unet,
-        autoencoder=system.autoencoder,
-        text_encoder=system.text_encoder,
-        class_embedder=system.class_embedder,
-        rescaler=system.rescaler,
         alphas_cumprod=tuple(alphas),
         prediction_type="epsilon",
         defaults=SamplingDefaults(
@@ -44,6 +40,7 @@ def as_spec(system: System) -> ModelSpec:
             eta=0.0,
         ),
         assumptions=(),
+        networks=system.networks,
     )
 
 
@@ -57,13 +54,14 @@ def write_checkpoint(path: Path, system: System, *, half: bool = False) -> None:
     """
     random = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}
-    if system.unet is not None:
+    if "unet" in system.networks:
         state.update(_schedule_buffers(system))
     for name, shape in parameter_shapes(system):
         value = _random_weight(name, shape, random)
         state[name] = value.half() if half else value
-    if system.text_encoder is not None and system.text_encoder.kind == "clip":
-        positions = torch.arange(system.text_encoder.max_tokens)[None]
+    encoder = system.networks.find(TextEncoderSpec)
+    if encoder is not None and encoder.kind == "clip":
+        positions = torch.arange(encoder.max_tokens)[None]
         state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
     torch.save({"state_dict": state, "global_step": 0, "epoch": 0}, path)
 
@@ -75,8 +73,9 @@ def parameter_shapes(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
         prefix = _prefix(component, spec)
         for name, parameter in build_network(component, spec).named_parameters():
             yield prefix + name, tuple(parameter.shape)
-    if spec.text_encoder is not None and spec.text_encoder.kind == "bert":
-        yield from _unused_head(spec.text_encoder)
+    encoder = spec.find(TextEncoderSpec)
+    if encoder is not None and encoder.kind == "bert":
+        yield from _unused_head(encoder)
 
 
 def _prefix(component: str, spec: ModelSpec) -> str:
@@ -85,7 +84,8 @@ def _prefix(component: str, spec: ModelSpec) -> str:
         return "model.diffusion_model."
     if component.startswith("vae_"):
         return "" if spec.unet is None else "first_stage_model."
-    is_clip = spec.text_encoder is not None and spec.text_encoder.kind == "clip"
+    encoder = spec.find(TextEncoderSpec)
+    is_clip = encoder is not None and encoder.kind == "clip"
     return "cond_stage_model.transformer." if is_clip else "cond_stage_model."
 
 
@@ -128,5 +128,7 @@ def _schedule_buffers(system: System) -> dict[str, torch.Tensor]:
         "posterior_variance": betas * (1 - before) / (1 - alphas),
     }
     if system.scale_by_std:
-        buffers["scale_factor"] = torch.tensor(system.autoencoder.latent_scale_factor)
+        buffers["scale_factor"] = torch.tensor(
+            system.networks.of(AutoencoderSpec).latent_scale_factor
+        )
     return {name: values.float() for name, values in buffers.items()}

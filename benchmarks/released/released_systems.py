@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from ldm_runtime.specs.model import (
+from ldm_runtime.specs.model import Task
+from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    Networks,
     RescalerSpec,
-    Task,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -26,11 +27,7 @@ class System:
     Attributes:
         name: Of its folder, or of the first of those that share the row.
         task: What it does.
-        autoencoder: Its first stage.
-        unet: Its denoising network, or None of a first stage alone.
-        text_encoder: What encodes prompts or layouts.
-        class_embedder: What encodes class labels.
-        rescaler: What encodes semantic maps.
+        networks: Hyperparameters of its networks by name.
         linear_start: First beta of the schedule, which is linear in its square root.
         linear_end: Last beta.
         scale_by_std: Whether the scale factor is a tensor of the checkpoint.
@@ -40,11 +37,7 @@ class System:
 
     name: str
     task: Task
-    autoencoder: AutoencoderSpec
-    unet: UNetSpec | None = None
-    text_encoder: TextEncoderSpec | None = None
-    class_embedder: ClassEmbedderSpec | None = None
-    rescaler: RescalerSpec | None = None
+    networks: Networks
     linear_start: float = 0.0015
     linear_end: float = 0.0195
     scale_by_std: bool = False
@@ -136,174 +129,189 @@ _SYSTEMS = (
     System(
         name="celeba256",  # ffhq256 and lsun_beds256 are the same networks
         task="unconditional",
-        autoencoder=FIRST_STAGES["vq-f4"],
-        unet=_QKV,
         parameters_millions=(274.06, 55.32, 0.0),
+        networks=Networks(autoencoder=FIRST_STAGES["vq-f4"], unet=_QKV),
     ),
     System(
         name="lsun_churches256",
         task="unconditional",
-        autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.25),
-        unet=replace(
-            _QKV,
-            in_channels=4,
-            out_channels=4,
-            model_channels=192,
-            channel_mult=(1, 2, 2, 4, 4),
-            transformer_depth=(1, 1, 1, 1, 0),
-            num_heads=8,
-            num_head_channels=None,
-            scale_shift_norm=True,
-            resblock_updown=True,
-        ),
         linear_end=0.0155,
         scale_by_std=True,  # the released factor is in the checkpoint alone; this one is not it
         parameters_millions=(294.97, 83.65, 0.0),
+        networks=Networks(
+            autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.25),
+            unet=replace(
+                _QKV,
+                in_channels=4,
+                out_channels=4,
+                model_channels=192,
+                channel_mult=(1, 2, 2, 4, 4),
+                transformer_depth=(1, 1, 1, 1, 0),
+                num_heads=8,
+                num_head_channels=None,
+                scale_shift_norm=True,
+                resblock_updown=True,
+            ),
+        ),
     ),
     System(
         name="cin256",
         task="class-to-image",
-        autoencoder=FIRST_STAGES["vq-f8"],
-        unet=replace(
-            _TRANSFORMER,
-            in_channels=4,
-            out_channels=4,
-            model_channels=256,
-            channel_mult=(1, 2, 4),
-            transformer_depth=(1, 1, 1),
-            context_dim=512,
-        ),
-        class_embedder=ClassEmbedderSpec(num_classes=1000, width=512, null_class=None),
         parameters_millions=(394.98, 67.72, 0.51),
+        networks=Networks(
+            autoencoder=FIRST_STAGES["vq-f8"],
+            unet=replace(
+                _TRANSFORMER,
+                in_channels=4,
+                out_channels=4,
+                model_channels=256,
+                channel_mult=(1, 2, 4),
+                transformer_depth=(1, 1, 1),
+                context_dim=512,
+            ),
+            class_embedder=ClassEmbedderSpec(num_classes=1000, width=512, null_class=None),
+        ),
     ),
     System(
         name="cin256-v2",
         task="class-to-image",
-        autoencoder=FIRST_STAGES["vq-f4"],
-        unet=replace(_TRANSFORMER, num_heads=1, num_head_channels=None, context_dim=512),
-        class_embedder=ClassEmbedderSpec(num_classes=1001, width=512, null_class=1000),
         parameters_millions=(400.92, 55.32, 0.51),
+        networks=Networks(
+            autoencoder=FIRST_STAGES["vq-f4"],
+            unet=replace(_TRANSFORMER, num_heads=1, num_head_channels=None, context_dim=512),
+            class_embedder=ClassEmbedderSpec(num_classes=1001, width=512, null_class=1000),
+        ),
     ),
     System(
         name="text2img256",
         task="text-to-image",
-        autoencoder=FIRST_STAGES["vq-f4"],
-        unet=_TRANSFORMER,
-        text_encoder=_BERT,
         parameters_millions=(403.62, 55.32, 186.15),
+        networks=Networks(autoencoder=FIRST_STAGES["vq-f4"], unet=_TRANSFORMER, text_encoder=_BERT),
     ),
     System(
         name="txt2img-1p4B",
         task="text-to-image",
-        autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.18215),
-        unet=replace(
-            _TRANSFORMER,
-            in_channels=4,
-            out_channels=4,
-            model_channels=320,
-            channel_mult=(1, 2, 4, 4),
-            transformer_depth=(1, 1, 1, 0),
-            num_heads=8,
-            num_head_channels=None,
-            context_dim=1280,
-        ),
-        text_encoder=replace(_BERT, width=1280, feed_forward_dim=5120),
         linear_start=0.00085,
         linear_end=0.012,
         parameters_millions=(872.30, 83.65, 581.99),
+        networks=Networks(
+            autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.18215),
+            unet=replace(
+                _TRANSFORMER,
+                in_channels=4,
+                out_channels=4,
+                model_channels=320,
+                channel_mult=(1, 2, 4, 4),
+                transformer_depth=(1, 1, 1, 0),
+                num_heads=8,
+                num_head_channels=None,
+                context_dim=1280,
+            ),
+            text_encoder=replace(_BERT, width=1280, feed_forward_dim=5120),
+        ),
     ),
     System(
         name="layout2img-openimages256",
         task="layout-to-image",
-        autoencoder=FIRST_STAGES["vq-f4"],
-        unet=replace(
-            _TRANSFORMER,
-            model_channels=128,
-            channel_mult=(1, 2, 3, 4),
-            transformer_depth=(0, 3, 3, 3),
-            middle_depth=3,
-            context_dim=512,
-        ),
-        text_encoder=replace(
-            _BERT,
-            width=512,
-            num_layers=16,
-            feed_forward_dim=2048,
-            vocab_size=8192,
-            max_tokens=92,
-            pad_token_id=8191,
-        ),
         linear_end=0.0205,
         parameters_millions=(246.28, 55.32, 58.86),
+        networks=Networks(
+            autoencoder=FIRST_STAGES["vq-f4"],
+            unet=replace(
+                _TRANSFORMER,
+                model_channels=128,
+                channel_mult=(1, 2, 3, 4),
+                transformer_depth=(0, 3, 3, 3),
+                middle_depth=3,
+                context_dim=512,
+            ),
+            text_encoder=replace(
+                _BERT,
+                width=512,
+                num_layers=16,
+                feed_forward_dim=2048,
+                vocab_size=8192,
+                max_tokens=92,
+                pad_token_id=8191,
+            ),
+        ),
     ),
     System(
         name="semantic_synthesis256",  # semantic_synthesis512 is the same networks
         task="semantic-synthesis",
-        autoencoder=FIRST_STAGES["vq-f4"],
-        unet=replace(
-            _QKV,
-            in_channels=6,
-            model_channels=128,
-            channel_mult=(1, 4, 8),
-            transformer_depth=(0, 0, 0),
-            num_heads=8,
-            num_head_channels=None,
-        ),
-        rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=2),
         linear_end=0.0205,
         parameters_millions=(215.23, 55.32, 0.0),
+        networks=Networks(
+            autoencoder=FIRST_STAGES["vq-f4"],
+            unet=replace(
+                _QKV,
+                in_channels=6,
+                model_channels=128,
+                channel_mult=(1, 4, 8),
+                transformer_depth=(0, 0, 0),
+                num_heads=8,
+                num_head_channels=None,
+            ),
+            rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=2),
+        ),
     ),
     System(
         name="bsr_sr",
         task="super-resolution",
-        autoencoder=FIRST_STAGES["vq-f4"],
-        unet=replace(
-            _QKV,
-            in_channels=6,
-            model_channels=160,
-            channel_mult=(1, 2, 2, 4),
-            transformer_depth=(0, 0, 0, 1),
-        ),
         linear_end=0.0155,
         parameters_millions=(113.62, 55.32, 0.0),
+        networks=Networks(
+            autoencoder=FIRST_STAGES["vq-f4"],
+            unet=replace(
+                _QKV,
+                in_channels=6,
+                model_channels=160,
+                channel_mult=(1, 2, 2, 4),
+                transformer_depth=(0, 0, 0, 1),
+            ),
+        ),
     ),
     System(
         name="inpainting_big",
         task="inpainting",
-        autoencoder=FIRST_STAGES["vq-f4-noattn"],
-        unet=replace(
-            _QKV,
-            in_channels=7,
-            model_channels=256,
-            num_heads=8,
-            num_head_channels=None,
-            resblock_updown=True,
-        ),
         linear_end=0.0205,
         parameters_millions=(387.25, 53.22, 0.0),
+        networks=Networks(
+            autoencoder=FIRST_STAGES["vq-f4-noattn"],
+            unet=replace(
+                _QKV,
+                in_channels=7,
+                model_channels=256,
+                num_heads=8,
+                num_head_channels=None,
+                resblock_updown=True,
+            ),
+        ),
     ),
     System(
         name="rdm-768",
         task="retrieval",
-        autoencoder=replace(FIRST_STAGES["kl-f16"], latent_scale_factor=0.22765929),
-        unet=replace(
-            _TRANSFORMER,
-            in_channels=16,
-            out_channels=16,
-            model_channels=448,
-            channel_mult=(1, 2, 3, 4),
-            transformer_depth=(1, 1, 1, 0),
-            context_dim=768,
-        ),
         linear_end=0.015,
         parameters_millions=(1335.48, 69.61, 0.0),
+        networks=Networks(
+            autoencoder=replace(FIRST_STAGES["kl-f16"], latent_scale_factor=0.22765929),
+            unet=replace(
+                _TRANSFORMER,
+                in_channels=16,
+                out_channels=16,
+                model_channels=448,
+                channel_mult=(1, 2, 3, 4),
+                transformer_depth=(1, 1, 1, 0),
+                context_dim=768,
+            ),
+        ),
     ),
     *(
         System(
             name=name,
             task="first-stage",
-            autoencoder=autoencoder,
             parameters_millions=(0.0, _FIRST_STAGE_MILLIONS[name], 0.0),
+            networks=Networks(autoencoder=autoencoder),
         )
         for name, autoencoder in FIRST_STAGES.items()
     ),

@@ -1,14 +1,18 @@
-"""The records of what conditions a UNet: text or layout encoder, class embedder, rescaler."""
+"""The hyperparameters of conditioners: text or layout encoder, class embedder, rescaler."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from ldm_export.detection.overrides import Sources, assumed, settle
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.text_encoders import read_bert, read_clip
-from ldm_runtime.specs.model import (
-    Assumption,
+from ldm_runtime.specs.model import Assumption
+from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    NetworkSpec,
     RescalerSpec,
     TextEncoderSpec,
 )
@@ -19,7 +23,7 @@ _WORDPIECE_PADDING = 0
 
 
 def text_encoder_record(
-    sources: Sources, shapes: Shapes
+    sources: Sources, shapes: Shapes, _autoencoder: AutoencoderSpec
 ) -> tuple[TextEncoderSpec, list[Assumption]]:
     """Return the record of a text or layout encoder, and what it assumes.
 
@@ -36,7 +40,7 @@ def text_encoder_record(
 
 
 def class_embedder_record(
-    sources: Sources, shapes: Shapes
+    sources: Sources, shapes: Shapes, _autoencoder: AutoencoderSpec
 ) -> tuple[ClassEmbedderSpec, list[Assumption]]:
     """Return the record of a class embedding, and which class it assumes to stand for none.
 
@@ -80,6 +84,20 @@ def rescaler_record(
         num_classes=num_classes, out_channels=out_channels, num_halvings=num_halvings
     )
     return spec, [assumption]
+
+
+#: What reads the hyperparameters of each conditioner from its tensors, by the name of its network:
+#: a record, and what it assumes.
+CONDITIONER_READERS: Mapping[
+    str,
+    Callable[[Sources, Shapes, AutoencoderSpec], tuple[NetworkSpec, list[Assumption]]],
+] = MappingProxyType(
+    {
+        "text_encoder": text_encoder_record,
+        "class_embedder": class_embedder_record,
+        "rescaler": rescaler_record,
+    }
+)
 
 
 def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assumption]]:

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 
 from ldm_export.detection.compvis_config import ABSENT, Config, first_stage_of, lookup, params_of
 from ldm_export.errors import WeightsError
-from ldm_runtime.specs.model import AutoencoderSpec, ModelSpec, Task, UNetSpec
+from ldm_runtime.specs.model import ModelSpec, Task
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    RescalerSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 
 Value = bool | int | str | tuple[int, ...]
 
@@ -158,12 +165,12 @@ def _conditioning(spec: ModelSpec) -> dict[str, Value]:
     found: dict[str, Value] = {}
     if spec.task != "unconditional":
         found["conditioning_key"] = _conditioning_key(spec)
-    if (classes := spec.class_embedder) is not None:
+    if (classes := spec.find(ClassEmbedderSpec)) is not None:
         found["cond_stage_config.params.embed_dim"] = classes.width
-    if (rescaler := spec.rescaler) is not None:
+    if (rescaler := spec.find(RescalerSpec)) is not None:
         found["cond_stage_config.params.in_channels"] = rescaler.num_classes
         found["cond_stage_config.params.out_channels"] = rescaler.out_channels
-    if (text := spec.text_encoder) is not None and text.kind == "bert":
+    if (text := spec.find(TextEncoderSpec)) is not None and text.kind == "bert":
         found |= {
             "cond_stage_config.params.n_embed": text.width,
             "cond_stage_config.params.n_layer": text.num_layers,

@@ -1,7 +1,8 @@
 """What the parts of a model must say about each other, task by task."""
 
 from ldm_export.errors import ExportError, WeightsError
-from ldm_runtime.specs.model import ModelSpec, UNetSpec
+from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, size_step
+from ldm_runtime.specs.networks import RescalerSpec, UNetSpec
 
 _NOT_ONE_MODEL = "they are not of one model"
 
@@ -29,12 +30,12 @@ def _check_latents(spec: ModelSpec, unet: UNetSpec) -> None:
 
 
 def _check_context(spec: ModelSpec, unet: UNetSpec) -> None:
-    encoders = {"text encoder": spec.text_encoder, "class embedding": spec.class_embedder}
-    for name, encoder in encoders.items():
-        if encoder is not None and encoder.width != unet.context_dim:
+    for name, component in components_of(spec).items():
+        width = axis_sizes(spec, name).get("context_dim")
+        if component.role == "conditioner" and width not in (None, unet.context_dim):
             raise WeightsError(
-                f"the {name} is {encoder.width} wide, but the UNet attends to a context of width "
-                f"{unet.context_dim}; {_NOT_ONE_MODEL}"
+                f"the {name.replace('_', ' ')} is {width} wide, but the UNet attends to a context "
+                f"of width {unet.context_dim}; {_NOT_ONE_MODEL}"
             )
 
 
@@ -42,8 +43,9 @@ def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:
     """Check that the UNet takes as many channels behind the latents as its task lays there."""
     first_stage = spec.autoencoder
     expected, what = 0, "nothing"
-    if spec.rescaler is not None:
-        expected, what = spec.rescaler.out_channels, "a semantic map"
+    rescaler = spec.find(RescalerSpec)
+    if rescaler is not None:
+        expected, what = rescaler.out_channels, "a semantic map"
     elif spec.task == "inpainting":
         expected, what = first_stage.embed_dim + 1, "latents of the masked picture and the mask"
     elif spec.task == "super-resolution":
@@ -56,8 +58,7 @@ def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:
 
 
 def _check_size(spec: ModelSpec) -> None:
-    levels = 1 if spec.unet is None else len(spec.unet.channel_mult)
-    multiple = spec.autoencoder.factor * 2 ** (levels - 1)
+    multiple = size_step(spec)
     for name, size in (("height", spec.defaults.height), ("width", spec.defaults.width)):
         if size % multiple:
             raise ExportError(

@@ -97,11 +97,7 @@ def _describe(checkpoint: Checkpoint, config: Path | None) -> dict[str, Any]:
 
 def _records(spec: ModelSpec) -> dict[str, Any]:
     """Return the hyperparameters of the networks that the model has."""
-    parts = {
-        name: asdict(part)
-        for name in ("unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
-        if (part := getattr(spec, name)) is not None
-    }
+    parts = {name: asdict(record) for name, record in spec.networks.items()}
     parts["autoencoder"]["factor"] = spec.autoencoder.factor
     return parts
 

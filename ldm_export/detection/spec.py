@@ -8,11 +8,7 @@ import math
 from typing import TypeVar
 
 from ldm_export.detection.compvis_config import ConfigFacts
-from ldm_export.detection.conditioners import (
-    class_embedder_record,
-    rescaler_record,
-    text_encoder_record,
-)
+from ldm_export.detection.conditioners import CONDITIONER_READERS
 from ldm_export.detection.noise_schedule import ScheduleFormula, read_schedule
 from ldm_export.detection.overrides import Overrides, Sources, assumed, settle
 from ldm_export.detection.weight_assignment import Claims, component_shapes
@@ -20,14 +16,8 @@ from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.unet import read_unet
-from ldm_runtime.specs.model import (
-    Assumption,
-    AutoencoderSpec,
-    ModelSpec,
-    PredictionType,
-    SamplingDefaults,
-    UNetSpec,
-)
+from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType, SamplingDefaults
+from ldm_runtime.specs.networks import AutoencoderSpec, ClassEmbedderSpec, Networks, UNetSpec
 
 T = TypeVar("T")
 
@@ -58,23 +48,19 @@ def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
     notes = _Notes()
     unet = _unet(sources, shapes, notes)
     autoencoder = _autoencoder(sources, {**shapes["vae_encoder"], **shapes["vae_decoder"]}, notes)
-    text_encoder, class_embedder, rescaler = None, None, None
-    if "text_encoder" in shapes:
-        text_encoder = notes.keep(text_encoder_record(sources, shapes["text_encoder"]))
-    if "class_embedder" in shapes:
-        class_embedder = notes.keep(class_embedder_record(sources, shapes["class_embedder"]))
-    if "rescaler" in shapes:
-        rescaler = notes.keep(rescaler_record(sources, shapes["rescaler"], autoencoder))
-    has_null = class_embedder is None or class_embedder.null_class is not None
+    conditioners = {
+        name: notes.keep(read(sources, shapes[name], autoencoder))
+        for name, read in CONDITIONER_READERS.items()
+        if name in shapes
+    }
+    networks = Networks(unet=unet, autoencoder=autoencoder, **conditioners)
+    embedders = [each for each in networks.values() if isinstance(each, ClassEmbedderSpec)]
+    has_null = all(each.null_class is not None for each in embedders)
     return ModelSpec(
         family=family,
         task=sources.family.task,
         weights=claims.chosen,
-        unet=unet,
-        autoencoder=autoencoder,
-        text_encoder=text_encoder,
-        class_embedder=class_embedder,
-        rescaler=rescaler,
+        networks=networks,
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources)),
         prediction_type=_prediction_type(sources, unet, notes),
         defaults=_defaults(sources, autoencoder.factor, notes, has_null=has_null),

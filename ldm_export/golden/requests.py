@@ -15,6 +15,7 @@ from ldm_runtime.inputs.segmentation import ClassMap
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.specs.model import ModelSpec, Task, size_step
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
 
 _MAX_PIXELS = 256  # a side: golden outputs show that a bundle works, not how good it is
 _MAX_LATENTS = 32  # a side, of large models
@@ -79,8 +80,7 @@ def _prompts(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
 def _class_labels(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield the first, the middle and the last class, the null class left out."""
     del size
-    assert spec.class_embedder is not None, "the task has a class embedder"
-    embedder = spec.class_embedder
+    embedder = spec.network(ClassEmbedderSpec)
     classes = [each for each in range(embedder.num_classes) if each != embedder.null_class]
     for index in (0, len(classes) // 2, -1):
         yield {"class_label": classes[index]}
@@ -89,8 +89,8 @@ def _class_labels(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
 def _layouts(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield layouts of one, two and five objects."""
     del size
-    assert spec.text_encoder is not None, "the task has an encoder of layouts"
-    labels, most = num_labels(spec.text_encoder), max_objects(spec.text_encoder)
+    encoder = spec.network(TextEncoderSpec)
+    labels, most = num_labels(encoder), max_objects(encoder)
     for seed, count in enumerate((1, 2, 5)):
         rng = np.random.default_rng(seed)
         yield {"layout": tuple(_object(rng, labels) for _ in range(min(count, most)))}
@@ -104,9 +104,9 @@ def _object(rng: np.random.Generator, labels: int) -> LayoutObject:
 
 
 def _class_maps(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
-    assert spec.rescaler is not None, "the task has a rescaler"
+    classes = spec.network(RescalerSpec).num_classes
     for seed in range(len(_VARIED)):
-        yield {"segmentation": ClassMap(_class_map(seed, size, spec.rescaler.num_classes))}
+        yield {"segmentation": ClassMap(_class_map(seed, size, classes))}
 
 
 def _class_map(seed: int, size: Size, classes: int) -> npt.NDArray[np.uint8]:
@@ -142,11 +142,11 @@ def _holes(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
 def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield one, two and four vectors, as long as CLIP's are in practice."""
     del size
-    assert spec.unet is not None, "the task has a UNet"
-    assert spec.unet.context_dim is not None, "the task is conditioned by cross-attention"
+    context_dim = spec.network(UNetSpec).context_dim
+    assert context_dim is not None, "the task is conditioned by cross-attention"
     for seed, count in enumerate((1, 2, 4)):
         rng = np.random.default_rng(seed)
-        vectors = 10 * rng.standard_normal((count, spec.unet.context_dim), dtype=np.float32)
+        vectors = 10 * rng.standard_normal((count, context_dim), dtype=np.float32)
         yield {"embeddings": Embeddings(vectors)}
 
 

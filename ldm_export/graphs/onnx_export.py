@@ -40,8 +40,9 @@ from ldm_export.graphs.precision import FP32_WEIGHTS, NodePrecision, all_fp32, f
 from ldm_export.graphs.weights_file import INLINE_BYTES, store_weights
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import GraphRecord, GraphVariant, WeightsDType
-from ldm_runtime.specs.components import DYNAMIC_AXES, Component, TensorSignature
-from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of
+from ldm_runtime.specs.components import COMPONENTS, DYNAMIC_AXES, Component, TensorSignature
+from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, latent_step, value_counts
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 #: InstanceNormalization and plain attention: the forms every engine has kernels for.
 OPSET = 20
@@ -66,18 +67,21 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
     Returns:
         Lengths of the dynamic axes, and arrays by input name.
     """
-    step, component = _size_step(spec), components_of(spec)[name]
+    step, component = latent_step(spec), components_of(spec)[name]
     if name.startswith("vae_"):
         step = max(1, _PICTURE_STEP // spec.autoencoder.factor)
-    tokens = 1 if spec.text_encoder is None else spec.text_encoder.max_tokens
+    encoder = spec.find(TextEncoderSpec)
+    tokens = 1 if encoder is None else encoder.max_tokens
     axes = _axes(component)
     samples: list[tuple[SampleSize, Tensors]] = []
     for batch, height, width, chunks in ((1, 2 * step, 2 * step, 1), (3, 2 * step, 3 * step, 2)):
         rng = np.random.default_rng(batch)
         lengths = {"batch": batch, "height": height, "width": width}
         lengths["context_tokens"] = chunks * tokens
-        sizes = _sizes(spec, lengths)
-        arrays = {tensor.name: _sample(tensor, sizes, spec, rng) for tensor in component.inputs}
+        sizes, counts = _sizes(name, spec, lengths), value_counts(spec, name)
+        arrays = {
+            tensor.name: _sample(tensor, sizes, counts, spec, rng) for tensor in component.inputs
+        }
         size = SampleSize(**{axis: length * (axis in axes) for axis, length in lengths.items()})
         samples.append((size, arrays))
     return samples
@@ -145,8 +149,8 @@ def _plan(variant: GraphVariant, graph: ir.Graph, spec: ModelSpec) -> NodePrecis
     """Return what each node of a graph, which has the name of its component, computes in."""
     if variant == "fp32":
         return all_fp32(graph)
-    encoder = spec.text_encoder if graph.name == "text_encoder" else None
-    is_bert = encoder is not None and encoder.kind == "bert"
+    network = spec.networks[COMPONENTS[str(graph.name)].network]
+    is_bert = isinstance(network, TextEncoderSpec) and network.kind == "bert"
     return fp16_with_islands(graph, residual_stream=is_bert)
 
 
@@ -217,7 +221,7 @@ def _dynamic_shapes(
 
     Sizes are multiples: of what the UNet halves, and of the autoencoder's factor in pixels.
     """
-    step = _size_step(spec) if component.name == "unet" else 1
+    step = latent_step(spec) if component.name == "unet" else 1
     factor = spec.autoencoder.factor
     height, width = torch.export.Dim("height_", min=1), torch.export.Dim("width_", min=1)
     dims = {
@@ -234,19 +238,14 @@ def _dynamic_shapes(
     )
 
 
-def _size_step(spec: ModelSpec) -> int:
-    """Return what latent heights and widths are multiples of."""
-    return 1 if spec.unet is None else int(2 ** (len(spec.unet.channel_mult) - 1))
-
-
 def _axes(component: Component) -> set[str]:
     return {axis for tensor in (*component.inputs, *component.outputs) for axis in tensor.axes}
 
 
-def _sizes(spec: ModelSpec, dynamic: Mapping[str, int]) -> Mapping[str, int]:
+def _sizes(name: str, spec: ModelSpec, dynamic: Mapping[str, int]) -> Mapping[str, int]:
     factor = spec.autoencoder.factor
     return {
-        **axis_sizes(spec),
+        **axis_sizes(spec, name),
         **dynamic,
         "image_height": dynamic["height"] * factor,
         "image_width": dynamic["width"] * factor,
@@ -254,22 +253,17 @@ def _sizes(spec: ModelSpec, dynamic: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def _sample(
-    tensor: TensorSignature, sizes: Mapping[str, int], spec: ModelSpec, rng: np.random.Generator
+    tensor: TensorSignature,
+    sizes: Mapping[str, int],
+    counts: Mapping[str, int],
+    spec: ModelSpec,
+    rng: np.random.Generator,
 ) -> npt.NDArray[np.generic]:
     shape = [sizes[axis] for axis in tensor.axes]
-    match tensor.name:
-        case "tokens":
-            assert spec.text_encoder is not None, "only a text encoder takes tokens"
-            return rng.integers(spec.text_encoder.vocab_size, size=shape)
-        case "class_labels":
-            assert spec.class_embedder is not None, "only a class embedder takes labels"
-            return rng.integers(spec.class_embedder.num_classes, size=shape)
-        case "segmentation":
-            assert spec.rescaler is not None, "only a rescaler takes semantic maps"
-            return rng.integers(spec.rescaler.num_classes, size=shape)
-        case "timesteps":
-            return rng.uniform(0, len(spec.alphas_cumprod) - 1, size=shape).astype(np.float32)
-        case "image":
-            return rng.uniform(-1, 1, size=shape).astype(np.float32)
-        case _:
-            return rng.standard_normal(shape, dtype=np.float32)
+    if tensor.name in counts:
+        return rng.integers(counts[tensor.name], size=shape)
+    if tensor.name == "timesteps":
+        return rng.uniform(0, len(spec.alphas_cumprod) - 1, size=shape).astype(np.float32)
+    if tensor.name == "image":
+        return rng.uniform(-1, 1, size=shape).astype(np.float32)
+    return rng.standard_normal(shape, dtype=np.float32)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.shapes import Shapes, indices, multipliers, same, shape_of
-from ldm_runtime.specs.model import AutoencoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 
 _NORM_GROUPS = 32
 _CODEBOOK = "quantize.embedding.weight"

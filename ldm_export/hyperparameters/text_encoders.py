@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.shapes import Shapes, indices, same, shape_of
-from ldm_runtime.specs.model import TextEncoderSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 _HEAD_CHANNELS = 64
 _STACK = "transformer.attn_layers.layers"

@@ -13,7 +13,7 @@ from ldm_export.hyperparameters.unet_attention import (
     linear_projection,
     middle_depth,
 )
-from ldm_runtime.specs.model import UNetSpec
+from ldm_runtime.specs.networks import UNetSpec
 
 _NORM_GROUPS = 32
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_runtime.specs.model import UNetSpec
+from ldm_runtime.specs.networks import UNetSpec
 
 _GROUPS = 32
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_export.networks.quantizer import Quantizer
-from ldm_runtime.specs.model import AutoencoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 
 _GROUPS = 32
 
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(width, attention=spec.middle_attention)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, _halves(spec) * spec.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, spec.numbers_per_channel * spec.z_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, image_channels, H, W) in [-1, 1] to (B, z_channels or twice that, H/f, W/f)."""
@@ -181,9 +181,9 @@ class LatentEncoder(nn.Module):
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
-        halves = _halves(spec)
+        numbers = spec.numbers_per_channel
         self.encoder = Encoder(spec)
-        self.quant_conv = nn.Conv2d(halves * spec.z_channels, halves * spec.embed_dim, 1)
+        self.quant_conv = nn.Conv2d(numbers * spec.z_channels, numbers * spec.embed_dim, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map pictures (B, 3, H, W) in [-1, 1] to moments (B, 2 embed_dim, H/f, W/f).
@@ -211,11 +211,6 @@ class LatentDecoder(nn.Module):
         """Map latents (B, embed_dim, h, w), not scaled, to pictures (B, 3, f h, f w)."""
         image: Tensor = self.decoder(self.post_quant_conv(self.quantize(latents)))
         return image
-
-
-def _halves(spec: AutoencoderSpec) -> int:
-    """Return how many numbers say where one number of the latents is."""
-    return 2 if spec.kind == "kl" else 1
 
 
 def _norm(channels: int) -> nn.GroupNorm:

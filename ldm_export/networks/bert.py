@@ -8,7 +8,7 @@ mask, so that every token sees every other, padding too. Parameter names are tho
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_runtime.specs.model import TextEncoderSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 _HEAD_CHANNELS = 64
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_runtime.specs.model import TextEncoderSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 
 class Embeddings(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_runtime.specs.model import ClassEmbedderSpec, RescalerSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec
 
 
 class ClassEmbedder(nn.Module):

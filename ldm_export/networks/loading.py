@@ -3,7 +3,7 @@
 import mmap
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,16 @@ from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.unet import UNet
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    NetworkSpec,
+    RescalerSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 
 _NAMED = 5  # how many tensors an error lists before it only counts
 
@@ -34,43 +43,33 @@ class Weight(Protocol):
         ...
 
 
-def _text_encoder(spec: ModelSpec) -> nn.Module:
-    assert spec.text_encoder is not None  # a component that `components_of` lists
-    kind = {"clip": ClipTextEncoder, "bert": BertTextEncoder}[spec.text_encoder.kind]
-    return kind(spec.text_encoder)
-
-
-def _class_embedder(spec: ModelSpec) -> nn.Module:
-    assert spec.class_embedder is not None  # a component that `components_of` lists
-    return ClassEmbedder(spec.class_embedder)
-
-
-def _rescaler(spec: ModelSpec) -> nn.Module:
-    assert spec.rescaler is not None  # a component that `components_of` lists
-    return SpatialRescaler(spec.rescaler)
-
-
-def _unet(spec: ModelSpec) -> nn.Module:
-    assert spec.unet is not None  # a component that `components_of` lists
-    return UNet(spec.unet)
-
-
-_BUILDERS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType(
+#: The torch module of every kind of network but the autoencoder, by the class of its record.
+_MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyType(
     {
-        "text_encoder": _text_encoder,
-        "class_embedder": _class_embedder,
-        "rescaler": _rescaler,
-        "unet": _unet,
-        "vae_decoder": lambda spec: LatentDecoder(spec.autoencoder),
-        "vae_encoder": lambda spec: LatentEncoder(spec.autoencoder),
+        TextEncoderSpec: lambda record: _TEXT_ENCODERS[record.kind](record),
+        ClassEmbedderSpec: ClassEmbedder,
+        RescalerSpec: SpatialRescaler,
+        UNetSpec: UNet,
     }
+)
+_TEXT_ENCODERS: Mapping[str, Callable[[TextEncoderSpec], nn.Module]] = MappingProxyType(
+    {"clip": ClipTextEncoder, "bert": BertTextEncoder}
+)
+#: Those of its two halves, by role.
+_HALVES: Mapping[str, Callable[[AutoencoderSpec], nn.Module]] = MappingProxyType(
+    {"decoder": LatentDecoder, "encoder": LatentEncoder}
 )
 
 
 def build_network(component: str, spec: ModelSpec) -> nn.Module:
     """Return the network of `component`, which the model has, on the meta device: no memory."""
+    row = COMPONENTS[component]
+    record = spec.networks[row.network]
     with torch.device("meta"):
-        network = _BUILDERS[component](spec)
+        if isinstance(record, AutoencoderSpec):
+            network = _HALVES[row.role](record)
+        else:
+            network = _MODULES[row.record](record)
     return network.eval().requires_grad_(False)
 
 

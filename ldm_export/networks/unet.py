@@ -19,7 +19,7 @@ from ldm_export.networks.unet_blocks import (
     Upsample,
     timestep_embedding,
 )
-from ldm_runtime.specs.model import UNetSpec
+from ldm_runtime.specs.networks import UNetSpec
 
 _GROUPS = 32
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs.model import AutoencoderSpec, ModelSpec, UNetSpec
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import AutoencoderSpec, UNetSpec
 from ldm_runtime.specs.tasks import task_record
 
 _FLOAT32_BYTES = 4

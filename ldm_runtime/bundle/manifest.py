@@ -13,10 +13,11 @@ from typing import Literal
 import msgspec
 
 from ldm_runtime.errors import BundleError, ManifestError
-from ldm_runtime.specs.components import TensorSignature
+from ldm_runtime.specs.components import NETWORK_RECORDS, TensorSignature
 from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import Networks, TextEncoderSpec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 WeightsDType = Literal["float16", "float32"]
@@ -173,7 +174,7 @@ def load_manifest(bundle: Path) -> Manifest:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
     try:
         _check_version(path, msgspec.json.decode(data, type=_Version).schema_version)
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=Manifest, dec_hook=_decode_networks)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"{path}: {error}; export the bundle again") from error
     _check_sense(path, manifest)
@@ -182,7 +183,35 @@ def load_manifest(bundle: Path) -> Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the JSON text of `manifest`, one key a line."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    return msgspec.json.format(msgspec.json.encode(manifest, enc_hook=encode_networks), indent=1)
+
+
+def encode_networks(value: object) -> object:
+    """Return the networks of a specification as JSON has them, for msgspec's `enc_hook`.
+
+    Raises:
+        NotImplementedError: `value` is anything else.
+    """
+    if isinstance(value, Networks):
+        return dict(value)
+    raise NotImplementedError(f"a manifest holds no {type(value).__name__}")
+
+
+def _decode_networks(kind: type, value: object) -> Networks:
+    """Read the networks of a specification, each by the record that its name stands for."""
+    assert kind is Networks, "the only field of a manifest that is no plain record"
+    if not isinstance(value, dict):
+        raise ValueError("networks must be an object")
+    if unknown := value.keys() - NETWORK_RECORDS.keys():
+        raise ValueError(f"unknown networks {', '.join(sorted(unknown))}")
+    if "autoencoder" not in value:
+        raise ValueError("networks must include an autoencoder")
+    try:
+        for name, fields in value.items():
+            value[name] = msgspec.convert(fields, NETWORK_RECORDS[name])
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return Networks(**value)
 
 
 _LEAST_TOKENS = 3  # the first, the last and one between
@@ -209,12 +238,13 @@ def _check_version(path: Path, version: int) -> None:
 def _check_sense(path: Path, manifest: Manifest) -> None:
     """Check what types cannot say and others rely on; damage elsewhere is found by hashes."""
     spec = manifest.spec
-    autoencoder, unet, text = spec.autoencoder, spec.unet, spec.text_encoder
+    autoencoder, unet, text = spec.autoencoder, spec.unet, spec.find(TextEncoderSpec)
+    scale, networks = autoencoder.latent_scale_factor, "spec.networks"
     wrong = {
-        "spec.autoencoder.channel_mult": not autoencoder.channel_mult,
-        "spec.autoencoder.latent_scale_factor": not 0 < autoencoder.latent_scale_factor < math.inf,
-        "spec.unet.channel_mult": unet is not None and not unet.channel_mult,
-        "spec.text_encoder.max_tokens": text is not None and text.max_tokens < _LEAST_TOKENS,
+        f"{networks}.autoencoder.channel_mult": not autoencoder.channel_mult,
+        f"{networks}.autoencoder.latent_scale_factor": not 0 < scale < math.inf,
+        f"{networks}.unet.channel_mult": unet is not None and not unet.channel_mult,
+        f"{networks}.text_encoder.max_tokens": text is not None and text.max_tokens < _LEAST_TOKENS,
         "tokenizer_file": spec.task == "text-to-image" and manifest.tokenizer_file is None,
     }
     for name, is_wrong in wrong.items():

@@ -5,6 +5,7 @@ import numpy as np
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec
 from ldm_runtime.text import Tokenizer
 
 
@@ -15,11 +16,11 @@ def encode_class_label(
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    assert spec.class_embedder is not None, "the model embeds no classes"
     assert request.class_label is not None, "the request is not resolved"
     labels = [request.class_label]
     if request.guidance_scale != 1:
-        assert spec.class_embedder.null_class is not None, "the request is not resolved"
-        labels.insert(0, spec.class_embedder.null_class)
+        null_class = spec.network(ClassEmbedderSpec).null_class
+        assert null_class is not None, "the request is not resolved"
+        labels.insert(0, null_class)
     tokens = np.array(labels, dtype=np.int64)
     return Conditioning(context=network("class_embedder").run({"class_labels": tokens})["context"])

@@ -6,6 +6,7 @@ from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.inputs.layouts import layout_tokens
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import Tokenizer
 
 
@@ -16,10 +17,9 @@ def encode_layout(
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    assert spec.text_encoder is not None, "the model has no encoder of layouts"
     assert request.layout is not None, "the request is not resolved"
-    layouts = [request.layout]
+    encoder, layouts = spec.network(TextEncoderSpec), [request.layout]
     if request.guidance_scale != 1:
         layouts.insert(0, ())
-    tokens = np.stack([layout_tokens(each, spec.text_encoder) for each in layouts])
+    tokens = np.stack([layout_tokens(each, encoder) for each in layouts])
     return Conditioning(context=network("text_encoder").run({"tokens": tokens})["context"])

@@ -14,7 +14,8 @@ from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.request import GenerationRequest
-from ldm_runtime.specs.model import ModelSpec, TextEncoderSpec
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import ClipTokenizer, Tokenizer, WordPieceTokenizer
 from ldm_runtime.text.prompts import Token, parse_prompt, split_chunks
 
@@ -52,7 +53,7 @@ def open_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
         BundleError: The file is missing, malformed or larger than the text encoder's vocabulary,
             or the model has no text encoder.
     """
-    record = spec.text_encoder
+    record = spec.find(TextEncoderSpec)
     if record is None:
         raise BundleError(f"{path} is a vocabulary, but this {spec.task} model has no text encoder")
     try:
@@ -81,10 +82,9 @@ def encode_text(
     Raises:
         RequestError: A prompt takes too many chunks, or its weights make no sense.
     """
-    assert spec.text_encoder is not None, "the model has no text encoder"
     assert tokenizer is not None, "the bundle has no tokenizer"
     assert request.prompt is not None, "the request is not resolved"
-    record = spec.text_encoder
+    record = spec.network(TextEncoderSpec)
     texts = {"prompt": request.prompt}
     if request.guidance_scale != 1:
         texts = {"negative_prompt": request.negative_prompt, **texts}

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, encode_networks, load_manifest
 from ldm_runtime.engines.records import load_engine_records
 from ldm_runtime.errors import LdmError
 from ldm_runtime.pipeline.png import read_metadata
@@ -134,7 +134,7 @@ def _starts_like_png(path: Path) -> bool:
 
 def _inspect_bundle(path: Path) -> dict[str, Any]:
     manifest = load_manifest(path)
-    description: dict[str, Any] = msgspec.to_builtins(manifest)
+    description: dict[str, Any] = msgspec.to_builtins(manifest, enc_hook=encode_networks)
     engines = msgspec.to_builtins(load_engine_records(path, manifest))
     return {
         "kind": "bundle",

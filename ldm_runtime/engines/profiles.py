@@ -18,21 +18,11 @@ from types import MappingProxyType
 
 from ldm_runtime.engines.records import ProfileRecord
 from ldm_runtime.errors import EngineBuildError
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of, size_step
+from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.specs.tasks import can_guide, runs_in_patches
 from ldm_runtime.tiling.patches import PATCH
-
-#: The components that become engines, and how many rows an image asks of each with guidance.
-ROWS_AN_IMAGE: Mapping[str, int] = MappingProxyType(
-    {
-        "text_encoder": 2,
-        "class_embedder": 2,
-        "rescaler": 1,
-        "unet": 2,
-        "vae_decoder": 1,
-        "vae_encoder": 1,
-    }
-)
 
 _BELOW_PIXELS, _ABOVE, _MAX_BATCH = 256, 1.5, 4
 #: Longest context, in units of the shortest: chunks of a prompt, embeddings.
@@ -121,13 +111,13 @@ def component_profiles(
     name: str, spec: ModelSpec, shapes: EngineShapes
 ) -> tuple[ProfileRecord, ...]:
     """Return the shapes that the engine of component `name` takes, one record an input."""
-    rows = ROWS_AN_IMAGE[name] if can_guide(spec) else 1
+    rows = COMPONENTS[name].samples_per_image if can_guide(spec) else 1
     most = rows * shapes.max_batch
     longest = 1 if shapes.static else _LONGEST_CONTEXT.get(spec.task, 1)
     sizes = {
-        "min": _axes(spec, shapes.min_size, most if shapes.static else 1, 1),
-        "opt": _axes(spec, shapes.opt_size, most if shapes.static else rows, 1),
-        "max": _axes(spec, shapes.max_size, most, longest),
+        "min": _axes(name, spec, shapes.min_size, most if shapes.static else 1, 1),
+        "opt": _axes(name, spec, shapes.opt_size, most if shapes.static else rows, 1),
+        "max": _axes(name, spec, shapes.max_size, most, longest),
     }
     return tuple(
         ProfileRecord(
@@ -138,16 +128,16 @@ def component_profiles(
     )
 
 
-def _axes(spec: ModelSpec, size: Size, batch: int, context: int) -> dict[str, int]:
-    factor = spec.autoencoder.factor
+def _axes(name: str, spec: ModelSpec, size: Size, batch: int, context: int) -> dict[str, int]:
+    factor, encoder = spec.autoencoder.factor, spec.find(TextEncoderSpec)
     return {
-        **axis_sizes(spec),
+        **axis_sizes(spec, name),
         "batch": batch,
         "height": size[0] // factor,
         "width": size[1] // factor,
         "image_height": size[0],
         "image_width": size[1],
-        "context_tokens": context * (spec.text_encoder.max_tokens if spec.text_encoder else 1),
+        "context_tokens": context * (encoder.max_tokens if encoder else 1),
     }
 
 

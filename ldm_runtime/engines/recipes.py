@@ -8,13 +8,13 @@ from ldm_runtime.engines.build import HARDWARE_COMPATIBLE
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.engines.library import PACKAGES, import_builder, why_not
 from ldm_runtime.engines.profiles import (
-    ROWS_AN_IMAGE,
     SizeRange,
     component_profiles,
     resolve_shapes,
 )
 from ldm_runtime.engines.records import BuilderName, EngineRecipe
 from ldm_runtime.errors import EngineBuildError
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
 
 BuilderChoice = Literal["auto", "none", "tensorrt", "tensorrt_rtx"]
@@ -141,7 +141,7 @@ def make_recipes(
             gpu_name=toolchain.gpu.name if toolchain.gpu else None,
         )
         for targets in toolchain.target_groups
-        for name in ROWS_AN_IMAGE
+        for name in COMPONENTS
         if name in files
     ]
 

@@ -26,7 +26,6 @@ from ldm_runtime.bundle.manifest import (
 )
 from ldm_runtime.durable import sync, write_file
 from ldm_runtime.engines.build import build_plan
-from ldm_runtime.engines.profiles import ROWS_AN_IMAGE
 from ldm_runtime.engines.progress import BuildProgress, SilentBuild
 from ldm_runtime.engines.recipes import (
     ComponentFiles,
@@ -104,7 +103,7 @@ def component_files(
         )
         for component in components
         for graph in component.graphs
-        if graph.variant == "fp16" and component.name in ROWS_AN_IMAGE
+        if graph.variant == "fp16"
     }
 
 

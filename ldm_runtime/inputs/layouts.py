@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.inputs.reading import FORMS, read_bytes, shown
-from ldm_runtime.specs.model import TextEncoderSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 #: Bytes of the largest file of a layout, and of label names.
 MAX_BYTES = 2**20

@@ -7,6 +7,7 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import max_objects, num_labels
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
 from ldm_runtime.text.prompts import parse_prompt
 
 
@@ -33,8 +34,7 @@ def _check_prompts(request: GenerationRequest) -> None:
 
 
 def _check_class(request: GenerationRequest, spec: ModelSpec) -> None:
-    embedder, label = spec.class_embedder, request.class_label
-    assert embedder is not None, "a class-to-image model has a class embedder"
+    embedder, label = spec.network(ClassEmbedderSpec), request.class_label
     assert label is not None, "only given fields are checked"
     count, null = embedder.num_classes, embedder.null_class
     if label != null and label < count:
@@ -46,8 +46,7 @@ def _check_class(request: GenerationRequest, spec: ModelSpec) -> None:
 
 
 def _check_layout(request: GenerationRequest, spec: ModelSpec) -> None:
-    encoder = spec.text_encoder
-    assert encoder is not None, "a layout-to-image model has an encoder of tokens"
+    encoder = spec.network(TextEncoderSpec)
     assert request.layout is not None, "only given fields are checked"
     most, known = max_objects(encoder), num_labels(encoder)
     if len(request.layout) > most:
@@ -63,9 +62,8 @@ def _check_layout(request: GenerationRequest, spec: ModelSpec) -> None:
 
 
 def _check_segmentation(request: GenerationRequest, spec: ModelSpec) -> None:
-    assert spec.rescaler is not None, "a semantic-synthesis model has a rescaler"
     assert request.segmentation is not None, "only given fields are checked"
-    highest, last = int(request.segmentation.ids.max()), spec.rescaler.num_classes - 1
+    highest, last = int(request.segmentation.ids.max()), spec.network(RescalerSpec).num_classes - 1
     if highest > last:
         raise RequestError(
             "segmentation",

@@ -1,21 +1,31 @@
-"""What the networks of a bundle are called, take and give: the one place shapes are written.
+"""The components of a bundle: one row says all that is known of each of its graphs.
 
-ONNX input and output names, dynamic axes, sample inputs, engine profiles and manifest entries
-are all derived from `COMPONENTS`. Which of them a model has, and which inputs, is what
-`model.components_of` says. An axis is a name; `axis_sizes` says how long the fixed ones are for
-one model, and the dynamic ones are free at run time.
+ONNX input and output names, dynamic axes, sample inputs, engine profiles, batch sizes, estimates
+and manifest entries are all derived from `COMPONENTS`. An axis is a name: either it is dynamic, or
+the row says which hyperparameter of its network is its length. `model.components_of` says which
+components a model has.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
+
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    NetworkSpec,
+    RescalerSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 
 DType = Literal["float32", "int64"]
 
 #: Axes whose length may differ from call to call. `height` and `width` are in latent pixels;
 #: `image_height` and `image_width` are those times the autoencoder's factor f; `context_tokens` is
-#: what a prompt of any length becomes, chunks of `tokens` each, one behind the other.
+#: the length of the context that a prompt of any length becomes: chunks of `tokens` each,
+#: concatenated.
 DYNAMIC_AXES = frozenset(
     {"batch", "height", "width", "image_height", "image_width", "context_tokens"}
 )
@@ -32,11 +42,34 @@ class TensorSignature:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One network of a bundle."""
+    """One graph of a bundle.
+
+    Attributes:
+        name: Its folder in the bundle.
+        network: Name in `ModelSpec.networks` of the network that it is, or is a part of.
+        record: Class of that network's hyperparameters.
+        role: What it is for: a "conditioner" turns the condition of a request into what the UNet
+            is fed besides latents; the "denoiser" is the UNet; "decoder" and "encoder" are the two
+            halves of the autoencoder.
+        inputs: An input with an axis that the model does not have is left out.
+        outputs: Likewise.
+        lengths: Attribute of `record` that is the length of each fixed axis; None there means that
+            the model does not have that axis.
+        counts: Attribute of `record` that says how many values each integer input may take.
+        samples_per_image: Batch size that one image asks of it with guidance.
+        trace_seconds: Estimated seconds to trace and compare it on two cores, whatever its size.
+    """
 
     name: str
+    network: str
+    record: type[NetworkSpec]
+    role: Literal["conditioner", "denoiser", "decoder", "encoder"]
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
+    lengths: Mapping[str, str]
+    counts: Mapping[str, str] = field(default_factory=dict)
+    samples_per_image: int
+    trace_seconds: float
 
 
 _LATENTS = ("batch", "latent_channels", "height", "width")
@@ -47,46 +80,90 @@ def _tensor(name: str, axes: tuple[str, ...], dtype: DType = "float32") -> Tenso
     return TensorSignature(name=name, axes=axes, dtype=dtype)
 
 
-COMPONENTS: Mapping[str, Component] = MappingProxyType(
-    {
-        component.name: component
-        for component in (
-            Component(
-                name="text_encoder",
-                inputs=(_tensor("tokens", ("batch", "tokens"), "int64"),),
-                outputs=(_tensor("context", ("batch", "tokens", "context_dim")),),
-            ),
-            Component(
-                name="class_embedder",
-                inputs=(_tensor("class_labels", ("batch",), "int64"),),
-                outputs=(_tensor("context", ("batch", "class_tokens", "context_dim")),),
-            ),
-            Component(
-                name="rescaler",
-                inputs=(
-                    _tensor("segmentation", ("batch", "image_height", "image_width"), "int64"),
-                ),
-                outputs=(_tensor("concat", ("batch", "concat_channels", "height", "width")),),
-            ),
-            Component(
-                name="unet",
-                inputs=(
-                    _tensor("latents", ("batch", "unet_channels", "height", "width")),
-                    _tensor("timesteps", ("batch",)),
-                    _tensor("context", ("batch", "context_tokens", "context_dim")),
-                ),
-                outputs=(_tensor("prediction", _LATENTS),),
-            ),
-            Component(
-                name="vae_decoder",
-                inputs=(_tensor("latents", _LATENTS),),
-                outputs=(_tensor("image", _IMAGE),),
-            ),
-            Component(
-                name="vae_encoder",
-                inputs=(_tensor("image", _IMAGE),),
-                outputs=(_tensor("moments", ("batch", "moment_channels", "height", "width")),),
-            ),
-        )
-    }
+_ROWS = (
+    Component(
+        name="text_encoder",
+        network="text_encoder",
+        record=TextEncoderSpec,
+        role="conditioner",
+        inputs=(_tensor("tokens", ("batch", "tokens"), "int64"),),
+        outputs=(_tensor("context", ("batch", "tokens", "context_dim")),),
+        lengths={"tokens": "max_tokens", "context_dim": "width"},
+        counts={"tokens": "vocab_size"},
+        samples_per_image=2,
+        trace_seconds=5.0,
+    ),
+    Component(
+        name="class_embedder",
+        network="class_embedder",
+        record=ClassEmbedderSpec,
+        role="conditioner",
+        inputs=(_tensor("class_labels", ("batch",), "int64"),),
+        outputs=(_tensor("context", ("batch", "class_tokens", "context_dim")),),
+        lengths={"class_tokens": "tokens_per_class", "context_dim": "width"},
+        counts={"class_labels": "num_classes"},
+        samples_per_image=2,
+        trace_seconds=1.0,
+    ),
+    Component(
+        name="rescaler",
+        network="rescaler",
+        record=RescalerSpec,
+        role="conditioner",
+        inputs=(_tensor("segmentation", ("batch", "image_height", "image_width"), "int64"),),
+        outputs=(_tensor("concat", ("batch", "concat_channels", "height", "width")),),
+        lengths={"concat_channels": "out_channels"},
+        counts={"segmentation": "num_classes"},
+        samples_per_image=1,
+        trace_seconds=1.0,
+    ),
+    Component(
+        name="unet",
+        network="unet",
+        record=UNetSpec,
+        role="denoiser",
+        inputs=(
+            _tensor("latents", ("batch", "unet_channels", "height", "width")),
+            _tensor("timesteps", ("batch",)),
+            _tensor("context", ("batch", "context_tokens", "context_dim")),
+        ),
+        outputs=(_tensor("prediction", _LATENTS),),
+        lengths={
+            "unet_channels": "in_channels",
+            "latent_channels": "out_channels",
+            "context_dim": "context_dim",
+        },
+        samples_per_image=2,
+        trace_seconds=18.0,
+    ),
+    Component(
+        name="vae_decoder",
+        network="autoencoder",
+        record=AutoencoderSpec,
+        role="decoder",
+        inputs=(_tensor("latents", _LATENTS),),
+        outputs=(_tensor("image", _IMAGE),),
+        lengths={"latent_channels": "embed_dim", "image_channels": "image_channels"},
+        samples_per_image=1,
+        trace_seconds=5.0,
+    ),
+    Component(
+        name="vae_encoder",
+        network="autoencoder",
+        record=AutoencoderSpec,
+        role="encoder",
+        inputs=(_tensor("image", _IMAGE),),
+        outputs=(_tensor("moments", ("batch", "moment_channels", "height", "width")),),
+        lengths={"image_channels": "image_channels", "moment_channels": "moment_channels"},
+        samples_per_image=1,
+        trace_seconds=4.0,
+    ),
+)
+
+#: Every component by name, in the order in which a request uses them.
+COMPONENTS: Mapping[str, Component] = MappingProxyType({row.name: row for row in _ROWS})
+
+#: The class of every network's hyperparameters, by its name in `ModelSpec.networks`.
+NETWORK_RECORDS: Mapping[str, type[NetworkSpec]] = MappingProxyType(
+    {row.network: row.record for row in _ROWS}
 )

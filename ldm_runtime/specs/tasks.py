@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from ldm_runtime.specs.model import ModelSpec, Task
+from ldm_runtime.specs.networks import ClassEmbedderSpec
 
 _ANY = frozenset({"height", "width", "seed"})
 _TILES = frozenset({"tile_size"})
@@ -89,7 +90,7 @@ def task_record(spec: ModelSpec) -> TaskRecord:
 
 def can_guide(spec: ModelSpec) -> bool:
     """Return whether a model has a null condition, which guidance needs."""
-    embedder = spec.class_embedder
+    embedder = spec.find(ClassEmbedderSpec)
     return task_record(spec).has_null and (embedder is None or embedder.null_class is not None)
 
 

@@ -30,7 +30,7 @@ from ldm_runtime.pipeline.passes import Drawer, open_drawer
 from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
-from ldm_runtime.specs.components import TensorSignature
+from ldm_runtime.specs.components import Component
 from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of
 from ldm_runtime.testing.engine import FakeEngine, Function
 from ldm_runtime.testing.networks import Float32Array, tiny_network, tiny_networks, tiny_weights
@@ -110,21 +110,25 @@ def _write_golden_components(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, component in components_of(spec).items():
-        inputs = _sample_inputs(component.inputs, spec)
+        inputs = _sample_inputs(component, spec)
         arrays: dict[str, Any] = {f"in.{key}": array for key, array in inputs.items()}
         arrays |= {f"out.{key}": array for key, array in networks[name](inputs).items()}
         np.savez(folder / f"{name}.npz", **arrays)
 
 
-def _sample_inputs(
-    inputs: tuple[TensorSignature, ...], spec: ModelSpec
-) -> dict[str, npt.NDArray[Any]]:
+def _sample_inputs(component: Component, spec: ModelSpec) -> dict[str, npt.NDArray[Any]]:
     """Return one fixed input of a component: noise, small numbers and the ends of the schedule."""
-    sizes = {**axis_sizes(spec), "batch": 2, "height": 8, "width": 8, "context_tokens": 11}
+    sizes = {
+        **axis_sizes(spec, component.name),
+        "batch": 2,
+        "height": 8,
+        "width": 8,
+        "context_tokens": 11,
+    }
     sizes |= {"image_height": 16, "image_width": 16}
     generator = TorchCpuGenerator(1)
     arrays: dict[str, npt.NDArray[Any]] = {}
-    for tensor in inputs:
+    for tensor in component.inputs:
         shape = tuple(sizes[axis] for axis in tensor.axes)
         if tensor.dtype == "int64":
             arrays[tensor.name] = np.arange(math.prod(shape)).reshape(shape) % 5

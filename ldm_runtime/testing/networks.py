@@ -10,7 +10,15 @@ import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.noise import TorchCpuGenerator
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec, Task, components_of
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    RescalerSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 from ldm_runtime.testing.engine import Function
 from ldm_runtime.testing.onnx_bytes import Node
 from ldm_runtime.testing.specs import tiny_spec
@@ -51,7 +59,8 @@ def tiny_networks(task: Task = "text-to-image") -> Mapping[str, Function]:
 
 def tiny_network(name: str, spec: ModelSpec) -> TinyNetwork:
     """Return one network of a tiny model."""
-    return _NETWORKS[name](spec)
+    row = COMPONENTS[name]
+    return _NETWORKS[row.role if row.record is AutoencoderSpec else row.record](spec)
 
 
 def tiny_weights(spec: ModelSpec) -> dict[str, dict[str, Float32Array]]:
@@ -70,8 +79,7 @@ def tiny_weights(spec: ModelSpec) -> dict[str, dict[str, Float32Array]]:
 
 
 def _text_encoder(spec: ModelSpec) -> TinyNetwork:
-    assert spec.text_encoder is not None, "the model has no text encoder"
-    record = spec.text_encoder
+    record = spec.network(TextEncoderSpec)
     return TinyNetwork(
         shapes={
             "embedding": (record.vocab_size, record.width),
@@ -87,8 +95,7 @@ def _text_encoder(spec: ModelSpec) -> TinyNetwork:
 
 
 def _class_embedder(spec: ModelSpec) -> TinyNetwork:
-    assert spec.class_embedder is not None, "the model has no class embedder"
-    record = spec.class_embedder
+    record = spec.network(ClassEmbedderSpec)
     return TinyNetwork(
         shapes={"table": (record.num_classes, record.width)},
         nodes=(
@@ -102,7 +109,7 @@ def _class_embedder(spec: ModelSpec) -> TinyNetwork:
 
 def _rescaler(spec: ModelSpec) -> TinyNetwork:
     """Halve once: means of two by two pixels are what bilinear resizing gives there."""
-    assert spec.rescaler is not None, "the model has no rescaler"
+    record = spec.network(RescalerSpec)
 
     def function(inputs: Tensors, weights: Weights) -> Float32Array:
         rows = weights["mapper"][inputs["segmentation"]].transpose(0, 3, 1, 2)
@@ -113,7 +120,7 @@ def _rescaler(spec: ModelSpec) -> TinyNetwork:
 
     pool = {"kernel_shape": (2, 2), "strides": (2, 2)}
     return TinyNetwork(
-        shapes={"mapper": (spec.rescaler.num_classes, spec.rescaler.out_channels)},
+        shapes={"mapper": (record.num_classes, record.out_channels)},
         nodes=(
             Node(op="Gather", inputs=("mapper", "segmentation"), output="rows"),
             Node(
@@ -126,8 +133,7 @@ def _rescaler(spec: ModelSpec) -> TinyNetwork:
 
 
 def _unet(spec: ModelSpec) -> TinyNetwork:
-    assert spec.unet is not None, "the model has no UNet"
-    record = spec.unet
+    record = spec.network(UNetSpec)
     context_dim, channels = record.context_dim, record.out_channels
     attends = context_dim is not None
 
@@ -207,9 +213,8 @@ def _vae_encoder(spec: ModelSpec) -> TinyNetwork:
         deep = blocks.transpose(0, 3, 5, 1, 2, 4).reshape(batch, 12, height // 2, width // 2)
         return _convolve(deep, weights["kernel"])
 
-    halves = 2 if spec.autoencoder.kind == "kl" else 1
     return TinyNetwork(
-        shapes={"kernel": (halves * spec.autoencoder.embed_dim, 12, 1, 1)},
+        shapes={"kernel": (spec.autoencoder.moment_channels, 12, 1, 1)},
         nodes=(
             Node(op="SpaceToDepth", inputs=("image",), output="deep", attributes={"blocksize": 2}),
             Node(op="Conv", inputs=("deep", "kernel"), output="moments"),
@@ -218,14 +223,16 @@ def _vae_encoder(spec: ModelSpec) -> TinyNetwork:
     )
 
 
-_NETWORKS: Mapping[str, Callable[[ModelSpec], TinyNetwork]] = MappingProxyType(
+#: How the tiny network of each component is made: by the class of its hyperparameters, and for the
+#: autoencoder, which has two halves, by its role.
+_NETWORKS: Mapping[object, Callable[[ModelSpec], TinyNetwork]] = MappingProxyType(
     {
-        "text_encoder": _text_encoder,
-        "class_embedder": _class_embedder,
-        "rescaler": _rescaler,
-        "unet": _unet,
-        "vae_decoder": _vae_decoder,
-        "vae_encoder": _vae_encoder,
+        TextEncoderSpec: _text_encoder,
+        ClassEmbedderSpec: _class_embedder,
+        RescalerSpec: _rescaler,
+        UNetSpec: _unet,
+        "decoder": _vae_decoder,
+        "encoder": _vae_encoder,
     }
 )
 

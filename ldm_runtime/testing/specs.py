@@ -3,17 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from ldm_runtime.specs.model import (
+from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, Task
+from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
-    ModelSpec,
+    Networks,
+    NetworkSpec,
     RescalerSpec,
-    SamplingDefaults,
-    Task,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -27,48 +26,48 @@ TINY_SPEC = ModelSpec(
     family="tiny",
     task="text-to-image",
     weights="model",
-    unet=UNetSpec(
-        in_channels=4,
-        out_channels=4,
-        model_channels=4,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention="transformer",
-        transformer_depth=(0, 1),
-        middle_depth=1,
-        num_heads=1,
-        num_head_channels=None,
-        context_dim=_WIDTH,
-        linear_projection=False,
-        scale_shift_norm=False,
-        resblock_updown=False,
+    networks=Networks(
+        unet=UNetSpec(
+            in_channels=4,
+            out_channels=4,
+            model_channels=4,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+            attention="transformer",
+            transformer_depth=(0, 1),
+            middle_depth=1,
+            num_heads=1,
+            num_head_channels=None,
+            context_dim=_WIDTH,
+            linear_projection=False,
+            scale_shift_norm=False,
+            resblock_updown=False,
+        ),
+        autoencoder=AutoencoderSpec(
+            kind="kl",
+            image_channels=3,
+            channels=4,
+            channel_mult=(1, 1),
+            num_res_blocks=1,
+            attention_levels=(),
+            middle_attention=True,
+            z_channels=4,
+            embed_dim=4,
+            codebook_size=None,
+            latent_scale_factor=0.5,
+        ),
+        text_encoder=TextEncoderSpec(
+            kind="clip",
+            width=_WIDTH,
+            num_layers=1,
+            num_heads=1,
+            feed_forward_dim=_WIDTH,
+            vocab_size=_VOCABULARY,
+            max_tokens=16,
+            activation="quick_gelu",
+            pad_token_id=_VOCABULARY - 1,
+        ),
     ),
-    autoencoder=AutoencoderSpec(
-        kind="kl",
-        image_channels=3,
-        channels=4,
-        channel_mult=(1, 1),
-        num_res_blocks=1,
-        attention_levels=(),
-        middle_attention=True,
-        z_channels=4,
-        embed_dim=4,
-        codebook_size=None,
-        latent_scale_factor=0.5,
-    ),
-    text_encoder=TextEncoderSpec(
-        kind="clip",
-        width=_WIDTH,
-        num_layers=1,
-        num_heads=1,
-        feed_forward_dim=_WIDTH,
-        vocab_size=_VOCABULARY,
-        max_tokens=16,
-        activation="quick_gelu",
-        pad_token_id=_VOCABULARY - 1,
-    ),
-    class_embedder=None,
-    rescaler=None,
     alphas_cumprod=tuple(
         float(value) for value in np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     ),
@@ -107,13 +106,11 @@ def tiny_spec(task: Task = "text-to-image") -> ModelSpec:
     return _SPECS[task]
 
 
-def _spec(task: Task, *, concat: int = 0, **parts: Any) -> ModelSpec:  # noqa: ANN401
+def _spec(task: Task, *, concat: int = 0, **conditioner: NetworkSpec) -> ModelSpec:
     """Return a model with a VQ first stage, and cross-attention unless it has concat channels."""
-    assert TINY_SPEC.unet is not None, "text-to-image has a UNet"
-    spec = replace(TINY_SPEC, task=task, autoencoder=_VQ, text_encoder=None)
     is_plain = concat or task == "unconditional"
     unet = replace(
-        TINY_SPEC.unet,
+        TINY_SPEC.network(UNetSpec),
         in_channels=_VQ.embed_dim + concat,
         out_channels=_VQ.embed_dim,
         attention="qkv" if is_plain else "transformer",
@@ -121,7 +118,8 @@ def _spec(task: Task, *, concat: int = 0, **parts: Any) -> ModelSpec:  # noqa: A
     )
     scale = 1.0 if is_plain else TINY_SPEC.defaults.guidance_scale
     defaults = replace(TINY_SPEC.defaults, guidance_scale=scale)
-    return replace(spec, **{"unet": unet, "defaults": defaults, **parts})
+    spec = replace(TINY_SPEC, task=task, defaults=defaults)
+    return replace(spec, networks=Networks(unet=unet, autoencoder=_VQ, **conditioner))
 
 
 _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
@@ -134,6 +132,8 @@ _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
         "super-resolution": _spec("super-resolution", concat=3),
         "inpainting": _spec("inpainting", concat=4),
         "retrieval": _spec("retrieval"),
-        "first-stage": _spec("first-stage", unet=None, alphas_cumprod=()),
+        "first-stage": replace(
+            _spec("unconditional").with_networks(unet=None), task="first-stage", alphas_cumprod=()
+        ),
     }
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ldm_runtime.specs.model import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
 from tests.export.small_spec import SPEC
 
 VQ = replace(
@@ -35,35 +35,42 @@ BERT = TextEncoderSpec(
     pad_token_id=0,
 )
 FIRST_STAGE = replace(
-    SPEC, task="first-stage", unet=None, autoencoder=VQ, text_encoder=None, alphas_cumprod=()
+    SPEC.with_networks(unet=None, autoencoder=VQ, text_encoder=None),
+    task="first-stage",
+    alphas_cumprod=(),
 )
 INPAINTING = replace(
-    SPEC,
+    SPEC.with_networks(
+        unet=QKV, autoencoder=replace(VQ, middle_attention=False), text_encoder=None
+    ),
     task="inpainting",
-    unet=QKV,
-    autoencoder=replace(VQ, middle_attention=False),
-    text_encoder=None,
 )
 CLASSES = replace(
-    INPAINTING,
-    task="class-to-image",
-    unet=replace(
-        SPEC.unet, in_channels=3, out_channels=3, channel_mult=(1, 3), num_heads=1, context_dim=48
+    INPAINTING.with_networks(
+        unet=replace(
+            SPEC.unet,
+            in_channels=3,
+            out_channels=3,
+            channel_mult=(1, 3),
+            num_heads=1,
+            context_dim=48,
+        ),
+        class_embedder=ClassEmbedderSpec(num_classes=11, width=48, null_class=10),
     ),
-    class_embedder=ClassEmbedderSpec(num_classes=11, width=48, null_class=10),
+    task="class-to-image",
 )
 LAYOUTS = replace(
-    CLASSES,
+    CLASSES.with_networks(
+        unet=replace(CLASSES.unet, context_dim=96), class_embedder=None, text_encoder=BERT
+    ),
     task="layout-to-image",
-    unet=replace(CLASSES.unet, context_dim=96),
-    class_embedder=None,
-    text_encoder=BERT,
 )
 SEMANTIC = replace(
-    INPAINTING,
+    INPAINTING.with_networks(
+        unet=replace(QKV, in_channels=6, transformer_depth=(0, 0)),
+        rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=1),
+    ),
     task="semantic-synthesis",
-    unet=replace(QKV, in_channels=6, transformer_depth=(0, 0)),
-    rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=1),
 )
 
 #: Component and model of every kind of network, by what is new in it.

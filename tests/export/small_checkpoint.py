@@ -14,7 +14,7 @@ from torch import nn
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.unet import UNet
-from ldm_runtime.specs.model import AutoencoderSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
 
 UNET = UNetSpec(
     in_channels=4,

@@ -1,6 +1,7 @@
 """What the checkpoint of `small_checkpoint` is, without detecting it."""
 
 from ldm_runtime.specs.model import ModelSpec, SamplingDefaults
+from ldm_runtime.specs.networks import Networks
 from tests.export.small_checkpoint import (
     AUTOENCODER,
     SIZE,
@@ -13,15 +14,11 @@ SPEC = ModelSpec(
     family="stable-diffusion-1",
     task="text-to-image",
     weights="model",
-    unet=UNET,
-    autoencoder=AUTOENCODER,
-    text_encoder=TEXT_ENCODER,
-    class_embedder=None,
-    rescaler=None,
     alphas_cumprod=tuple(schedule_buffers()["alphas_cumprod"].tolist()),
     prediction_type="epsilon",
     defaults=SamplingDefaults(
         height=SIZE, width=SIZE, sampler="ddim", num_inference_steps=4, guidance_scale=7.5, eta=0.0
     ),
     assumptions=(),
+    networks=Networks(unet=UNET, autoencoder=AUTOENCODER, text_encoder=TEXT_ENCODER),
 )

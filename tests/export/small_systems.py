@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ldm_export.networks.loading import build_network
-from ldm_runtime.specs.model import (
+from ldm_runtime.specs.components import NETWORK_RECORDS
+from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, components_of
+from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
-    ModelSpec,
+    Networks,
     RescalerSpec,
-    SamplingDefaults,
     TextEncoderSpec,
     UNetSpec,
-    components_of,
 )
 
 #: What the weights cannot tell; give it as `height` and `width`.
@@ -74,11 +74,6 @@ _PLAIN = ModelSpec(
     family="ldm-unconditional",
     task="unconditional",
     weights="model",
-    unet=_QKV,
-    autoencoder=_VQ,
-    text_encoder=None,
-    class_embedder=None,
-    rescaler=None,
     alphas_cumprod=(),
     prediction_type="epsilon",
     defaults=SamplingDefaults(
@@ -90,6 +85,7 @@ _PLAIN = ModelSpec(
         eta=1.0,
     ),
     assumptions=(),
+    networks=Networks(unet=_QKV, autoencoder=_VQ),
 )
 
 
@@ -97,25 +93,27 @@ def _spec(steps: int, guidance_scale: float, eta: float, **fields: object) -> Mo
     defaults = replace(
         _PLAIN.defaults, num_inference_steps=steps, guidance_scale=guidance_scale, eta=eta
     )
-    return replace(_PLAIN, defaults=defaults, **fields)
+    networks = {name: fields.pop(name) for name in NETWORK_RECORDS if name in fields}
+    return replace(_PLAIN.with_networks(**networks), defaults=defaults, **fields)
 
 
 #: What each is, without detecting it; the noise schedule is added when one is made.
 _SPECS: Mapping[str, ModelSpec] = {
     "unconditional": _PLAIN,
     "churches": replace(
-        _PLAIN,
-        family="ldm-unconditional-scale-shift",
-        unet=replace(
-            _EIGHT_HEADS,
-            in_channels=4,
-            out_channels=4,
-            num_res_blocks=2,
-            transformer_depth=(1, 0),
-            scale_shift_norm=True,
-            resblock_updown=True,
+        _PLAIN.with_networks(
+            unet=replace(
+                _EIGHT_HEADS,
+                in_channels=4,
+                out_channels=4,
+                num_res_blocks=2,
+                transformer_depth=(1, 0),
+                scale_shift_norm=True,
+                resblock_updown=True,
+            ),
+            autoencoder=replace(_KL, latent_scale_factor=0.75),
         ),
-        autoencoder=replace(_KL, latent_scale_factor=0.75),
+        family="ldm-unconditional-scale-shift",
     ),
     "class-to-image": _spec(
         200,

@@ -100,7 +100,7 @@ def test_heads_of_the_text_encoder_come_from_the_configuration():
 
     spec = detect(checkpoint(TINY), config=heads).spec
 
-    assert spec.text_encoder.num_heads == 4
+    assert spec.networks["text_encoder"].num_heads == 4
     with pytest.raises(ExportError, match=r"num_attention_heads is 5, .* width 96"):
         detect(checkpoint(TINY), config=wrong)
 

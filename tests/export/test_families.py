@@ -43,7 +43,10 @@ def test_stable_diffusion_1_is_read_from_its_shapes():
     assert not spec.unet.linear_projection
     assert spec.autoencoder.factor == 8
     assert spec.autoencoder.latent_scale_factor == 0.18215
-    assert (spec.text_encoder.num_heads, spec.text_encoder.pad_token_id) == (12, 49407)
+    assert (
+        spec.networks["text_encoder"].num_heads,
+        spec.networks["text_encoder"].pad_token_id,
+    ) == (12, 49407)
     assert spec.prediction_type == "epsilon"
     assert (spec.defaults.height, spec.defaults.width) == (512, 512)
 
@@ -68,7 +71,7 @@ def test_the_components_of_stable_diffusion_1_have_the_published_sizes():
 def test_every_hyperparameter_of_a_small_sibling_is_read_from_its_shapes():
     spec = detect(checkpoint(TINY)).spec
 
-    unet, first_stage, text = spec.unet, spec.autoencoder, spec.text_encoder
+    unet, first_stage, text = spec.unet, spec.autoencoder, spec.networks["text_encoder"]
     for field in (
         *("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks"),
         *("middle_depth", "context_dim", "linear_projection"),
@@ -89,7 +92,7 @@ def test_the_text_encoder_has_64_channels_a_head_where_that_divides_its_width(wi
 
     spec = detect(checkpoint(layout)).spec
 
-    assert spec.text_encoder.num_heads == heads
+    assert spec.networks["text_encoder"].num_heads == heads
 
 
 def test_words_added_to_the_vocabulary_do_not_move_the_padding():
@@ -97,7 +100,7 @@ def test_words_added_to_the_vocabulary_do_not_move_the_padding():
 
     spec = detect(checkpoint(layout)).spec
 
-    assert spec.text_encoder.pad_token_id == 49407
+    assert spec.networks["text_encoder"].pad_token_id == 49407
 
 
 def test_parameters_have_the_names_of_their_networks():

@@ -17,7 +17,7 @@ from released.full_size_report import report
 from released.narrow_systems import narrowed
 from released.released_systems import SYSTEMS
 
-HYPERPARAMETERS = ("task", "unet", "autoencoder", "text_encoder", "class_embedder", "rescaler")
+HYPERPARAMETERS = ("task", "networks")
 
 
 def millions(system):
@@ -83,7 +83,8 @@ def test_no_weight_of_a_random_checkpoint_is_zero_or_large(tmp_path):
 
 def test_a_row_belongs_to_its_hyperparameters():
     system = SYSTEMS["bsr_sr"]
-    wider = replace(system, unet=replace(system.unet, model_channels=192))
+    unet = replace(system.networks["unet"], model_channels=192)
+    wider = replace(system, networks=system.networks.changed(unet=unet))
 
     assert full_size.row_key(system) == full_size.row_key(replace(system))
     assert full_size.row_key(system) != full_size.row_key(wider)

@@ -153,8 +153,8 @@ class Zeros:
                 sides[0] // factor,
                 sides[1] // factor,
             ),
-            "text_encoder": lambda: (*first.shape, spec.text_encoder.width),
-            "class_embedder": lambda: (rows, 1, spec.class_embedder.width),
+            "text_encoder": lambda: (*first.shape, spec.networks["text_encoder"].width),
+            "class_embedder": lambda: (rows, 1, spec.networks["class_embedder"].width),
             "rescaler": lambda: (rows, 3, sides[0] // factor, sides[1] // factor),
         }[self.name]()
         return {output.name: np.zeros(shape, np.float32)}
@@ -276,8 +276,8 @@ def test_one_network_is_in_memory_at_a_time(networks, requests, tmp_path):
 def test_prompts_of_ours_that_are_cut_are_not_the_users_business(
     networks, requests, tmp_path, caplog
 ):
-    text_encoder = dataclasses.replace(SPEC.text_encoder, max_tokens=8)
-    short = dataclasses.replace(SPEC, text_encoder=text_encoder)
+    text_encoder = dataclasses.replace(SPEC.networks["text_encoder"], max_tokens=8)
+    short = SPEC.with_networks(text_encoder=text_encoder)
 
     with caplog.at_level(logging.WARNING):
         write_golden(

@@ -24,8 +24,7 @@ from measuring.measure import Findings
 from measuring.rows import ROOT, Row, as_line
 from tests.export import small_checkpoint
 
-SMALL_SPEC = replace(
-    TINY_SPEC,
+SMALL_SPEC = TINY_SPEC.with_networks(
     unet=replace(
         small_checkpoint.UNET, channel_mult=(1, 2, 3), transformer_depth=(0, 1, 2), in_channels=5
     ),
@@ -87,7 +86,7 @@ def test_small_and_large_numbers_keep_six_digits_in_a_line():
 
 
 def inputs_of(component, rows, height, width, spec):
-    tokens = spec.text_encoder.max_tokens
+    tokens = spec.networks["text_encoder"].max_tokens
     context = torch.zeros(rows, tokens, spec.unet.context_dim, device="meta")
     latents = torch.zeros(rows, spec.unet.in_channels, height, width, device="meta")
     return {
@@ -100,7 +99,7 @@ def inputs_of(component, rows, height, width, spec):
 @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_the_work_of_a_network_is_what_torch_counts(component, linear):
-    spec = replace(SMALL_SPEC, unet=replace(SMALL_SPEC.unet, linear_projection=linear))
+    spec = SMALL_SPEC.with_networks(unet=replace(SMALL_SPEC.unet, linear_projection=linear))
     network = build_network(component, spec)
     images, rows = 2, 4
     batch = {"text_encoder": rows // images, "unet": rows, "vae_decoder": images}[component]
@@ -251,7 +250,8 @@ def test_the_stages_of_an_export_add_up_to_its_time():
 @pytest.mark.parametrize("half", [True, False])
 def test_the_random_checkpoint_is_a_model_without_layers_at_zero(half, tmp_path):
     model = export_full_size.tiny(export_full_size.stable_diffusion_1())
-    model = replace(model, text_encoder=replace(model.text_encoder, num_layers=1))
+    encoder = replace(model.networks["text_encoder"], num_layers=1)
+    model = replace(model, networks=model.networks.changed(text_encoder=encoder))
     path = tmp_path / "random.ckpt"
 
     export_full_size.write_checkpoint(path, model, half=half)

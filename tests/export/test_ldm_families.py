@@ -152,7 +152,7 @@ def test_every_tensor_of_a_released_model_fits_its_network(layout):
 
 def test_the_text_encoder_of_the_paper_has_eight_heads_of_64_whatever_its_width():
     for layout in (TEXT2IMG256, TXT2IMG_1P4B, LAYOUT2IMG):
-        text = detect(checkpoint(layout)).spec.text_encoder
+        text = detect(checkpoint(layout)).spec.networks["text_encoder"]
 
         assert (text.kind, text.activation, text.num_heads) == ("bert", "gelu", 8)
         assert text.width == layout.text_width
@@ -161,20 +161,20 @@ def test_the_text_encoder_of_the_paper_has_eight_heads_of_64_whatever_its_width(
 
 
 def test_prompts_are_filled_with_zeros_and_layouts_with_the_last_token():
-    prompts = detect(checkpoint(TXT2IMG_1P4B)).spec.text_encoder
-    layouts = detect(checkpoint(LAYOUT2IMG)).spec.text_encoder
+    prompts = detect(checkpoint(TXT2IMG_1P4B)).spec.networks["text_encoder"]
+    layouts = detect(checkpoint(LAYOUT2IMG)).spec.networks["text_encoder"]
 
     assert (prompts.pad_token_id, prompts.max_tokens) == (0, 77)
     assert (layouts.pad_token_id, layouts.max_tokens) == (8191, 92)
 
 
 def test_conditioners_without_layers_are_read():
-    classes = detect(checkpoint(CIN256)).spec.class_embedder
-    rescaler = detect(checkpoint(SEMANTIC)).spec.rescaler
+    classes = detect(checkpoint(CIN256)).spec.networks["class_embedder"]
+    rescaler = detect(checkpoint(SEMANTIC)).spec.networks["rescaler"]
 
     assert (classes.num_classes, classes.width, classes.null_class) == (1000, 512, None)
     assert (rescaler.num_classes, rescaler.out_channels, rescaler.num_halvings) == (182, 3, 2)
-    assert detect(checkpoint(CIN256_V2)).spec.class_embedder.null_class == 1000
+    assert detect(checkpoint(CIN256_V2)).spec.networks["class_embedder"].null_class == 1000
 
 
 def test_moving_averages_of_every_released_unet_are_found():
@@ -353,7 +353,7 @@ def test_the_null_class_is_settled(rows, params, flags, expected):
     spec = detect(checkpoint(replace(CIN256, classes=rows)), config=config, overrides=flags).spec
 
     source = {each.field: each.source for each in spec.assumptions}["class_embedder.null_class"]
-    assert (spec.class_embedder.null_class, source) == expected
+    assert (spec.networks["class_embedder"].null_class, source) == expected
     assert (spec.defaults.guidance_scale == 1.0) == (expected[0] is None)
 
 
@@ -406,7 +406,7 @@ def test_the_scale_of_churches_is_the_checkpoints_own():
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (replace(CIN256, text_width=384), "class embedding is 384 wide, .* width 512"),
+        (replace(CIN256, text_width=384), "class embedder is 384 wide, .* width 512"),
         (replace(LAYOUT2IMG, text_width=640), "text encoder is 640 wide, .* width 512"),
         (replace(CELEBA, embed_dim=4, z_channels=4), "4 latent channels, .* predicts 3"),
     ],

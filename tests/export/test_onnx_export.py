@@ -21,10 +21,9 @@ from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
 
 # The quickest networks to trace that have everything: convolutions, both normalisations, attention.
-QUICK = dataclasses.replace(
-    SPEC,
+QUICK = SPEC.with_networks(
     autoencoder=dataclasses.replace(SPEC.autoencoder, channel_mult=(1, 1), num_res_blocks=1),
-    text_encoder=dataclasses.replace(SPEC.text_encoder, vocab_size=1000, num_layers=1),
+    text_encoder=dataclasses.replace(SPEC.networks["text_encoder"], vocab_size=1000, num_layers=1),
 )
 FILES = {"fp16": "model.onnx", "fp32": "model.cpu.onnx"}
 

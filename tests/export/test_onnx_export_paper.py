@@ -187,7 +187,9 @@ def hot_bert(tmp_path_factory):
     """A BERT whose stream leaves the range of fp16, exported as what it is and by CLIP's plan."""
     network = random_network("text_encoder", LAYOUTS)
     network.transformer.attn_layers.layers[1][1].net[2].weight *= 60_000
-    as_clip = replace(LAYOUTS, text_encoder=replace(LAYOUTS.text_encoder, kind="clip"))
+    as_clip = LAYOUTS.with_networks(
+        text_encoder=replace(LAYOUTS.networks["text_encoder"], kind="clip")
+    )
     graphs = {}
     for kind, spec in (("bert", LAYOUTS), ("clip", as_clip)):
         folder = tmp_path_factory.mktemp(kind)

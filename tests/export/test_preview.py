@@ -107,7 +107,7 @@ def test_the_latents_of_a_codebook_are_taken_as_they_are(channels, tmp_path):
         latents = np.einsum("lc,bchw->blhw", matrix, averaged(inputs["image"]))
         return {"moments": latents.astype(np.float32)}
 
-    record = fit(quantisable, tmp_path, dataclasses.replace(SPEC, autoencoder=autoencoder))
+    record = fit(quantisable, tmp_path, SPEC.with_networks(autoencoder=autoencoder))
 
     assert [len(row) for row in record.matrix] == [channels] * 3
     assert record.r2 == pytest.approx(1, abs=1e-5)
@@ -125,7 +125,7 @@ def test_pictures_are_at_most_256_pixels_a_side(levels, side, tmp_path):
         latent = side // autoencoder.factor
         return {"moments": np.ones((1, 8, latent, latent), np.float32)}
 
-    fit(remember, tmp_path, dataclasses.replace(SPEC, autoencoder=autoencoder))
+    fit(remember, tmp_path, SPEC.with_networks(autoencoder=autoencoder))
 
     assert seen == [(1, 3, side, side)] * 6
 

@@ -17,13 +17,14 @@ from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.engines.profiles import SizeRange
 from ldm_runtime.engines.recipes import EngineOptions
 from ldm_runtime.engines.records import load_engine_records
-from ldm_runtime.specs.model import (
+from ldm_runtime.specs.model import components_of
+from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    Networks,
     RescalerSpec,
     TextEncoderSpec,
     UNetSpec,
-    components_of,
 )
 from released import random_checkpoints
 from released.released_systems import System
@@ -79,10 +80,8 @@ def system(task, unet, **conditioner):
     return System(
         name=task,
         task=task,
-        autoencoder=FIRST_STAGE,
-        unet=unet,
         parameters_millions=(0.0, 0.0, 0.0),
-        **conditioner,
+        networks=Networks(autoencoder=FIRST_STAGE, unet=unet, **conditioner),
     )
 
 
@@ -139,7 +138,7 @@ def test_every_task_becomes_a_bundle_that_keeps_its_promises(system, dtype, tmp_
     options = ExportOptions(
         checkpoint=checkpoint,
         out=bundle,
-        overrides=FACTS if system.unet else replace(FACTS, num_head_channels=None),
+        overrides=FACTS if "unet" in system.networks else replace(FACTS, num_head_channels=None),
         weights_dtype=dtype,
         engines=RTX if HAS_RTX and system.task in BUILT else NONE,
     )
@@ -149,7 +148,7 @@ def test_every_task_becomes_a_bundle_that_keeps_its_promises(system, dtype, tmp_
 
     assert load_manifest(bundle) == manifest
     assert (manifest.spec.task, manifest.weights_dtype) == (system.task, dtype)
-    assert manifest.spec.unet == system.unet
+    assert manifest.spec.networks == system.networks
     assert manifest.spec.autoencoder == FIRST_STAGE
     assert [each.name for each in manifest.components] == list(components_of(manifest.spec))
     assert (manifest.tokenizer_file is not None) == (system.task == "text-to-image")

@@ -10,8 +10,6 @@ from ldm_export import bundle, stages
 from ldm_export.graphs import onnx_export
 from ldm_runtime.specs.model import components_of
 
-_PARTS = {"vae_decoder": "autoencoder", "vae_encoder": "autoencoder"}
-
 
 class Traces:
     """Stands in for tracing; the memory of a small network is left to itself.
@@ -28,7 +26,8 @@ class Traces:
 
     def _traced(self, name, network, spec):
         """Return the traced graph of a network, its weights those of `network`."""
-        key = (components_of(spec)[name], getattr(spec, _PARTS.get(name, name)))
+        row = components_of(spec)[name]
+        key = (name, row.inputs, spec.networks[row.network])
         if key not in self._known:
             self._known[key] = ir.to_proto(self._trace(name, network, spec))
         model = ir.from_proto(self._known[key])

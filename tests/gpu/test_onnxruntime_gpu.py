@@ -34,7 +34,8 @@ def open_unet(bundle, *, options=None, **run_options):
 
 
 def unet_inputs(bundle, seed=0, *, batch=2, height=8, width=8):
-    sizes = axis_sizes(load_manifest(bundle).spec)
+    spec = load_manifest(bundle).spec
+    sizes = {**axis_sizes(spec, "text_encoder"), **axis_sizes(spec, "unet")}
     rng = np.random.default_rng(seed)
     shapes = {
         "latents": (batch, sizes["unet_channels"], height, width),

@@ -35,7 +35,7 @@ def open_unet(bundle, backend="tensorrt", **options):
 
 def unet_inputs(bundle, seed=0, *, batch=2, larger=0):
     spec = load_manifest(bundle).spec
-    sizes = axis_sizes(spec)
+    sizes = axis_sizes(spec, "unet")
     height = spec.defaults.height // spec.autoencoder.factor + larger
     width = spec.defaults.width // spec.autoencoder.factor
     rng = np.random.default_rng(seed)

@@ -55,7 +55,7 @@ def open_engine(bundle, name, threads):
 
 def random_rows(spec, rows, height, width):
     rng = np.random.default_rng(0)
-    tokens = (spec.text_encoder.max_tokens, spec.unet.context_dim)
+    tokens = (spec.networks["text_encoder"].max_tokens, spec.unet.context_dim)
     return {
         "latents": rng.normal(size=(rows, spec.unet.in_channels, height, width)).astype("f4"),
         "timesteps": rng.uniform(0, 999, size=rows).astype("f4"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
-from ldm_runtime.specs.model import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
 from tests.reference.bert_twin import load_bert
 from tests.reference.test_networks_reference import randomised, relative_error
 

@@ -7,7 +7,7 @@ import torch
 
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.quantizer import Quantizer
-from ldm_runtime.specs.model import AutoencoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 from tests.reference.first_stage_twin import load_first_stage
 from tests.reference.test_networks_reference import checkpoint_of, randomised, relative_error
 

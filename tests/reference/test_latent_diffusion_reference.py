@@ -229,7 +229,11 @@ def test_a_bert_model_draws_what_diffusers_draws(text_to_image, tmp_path, prompt
             tiny.autoencoder, channel_mult=(1, 1, 1, 1), latent_scale_factor=0.18215
         ),
         text_encoder=replace(
-            tiny.text_encoder, kind="bert", vocab_size=len(WORDS), max_tokens=77, pad_token_id=0
+            tiny.networks["text_encoder"],
+            kind="bert",
+            vocab_size=len(WORDS),
+            max_tokens=77,
+            pad_token_id=0,
         ),
     )
     networks = {

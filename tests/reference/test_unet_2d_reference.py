@@ -12,7 +12,7 @@ import torch
 
 from ldm_export.networks.attention import AttentionBlock
 from ldm_export.networks.unet import UNet
-from ldm_runtime.specs.model import UNetSpec
+from ldm_runtime.specs.networks import UNetSpec
 from tests.reference.test_networks_reference import randomised, relative_error
 from tests.reference.unet_2d_twin import load_unet_2d
 

@@ -21,8 +21,8 @@ PLACES = np.random.default_rng(1).standard_normal((MAX_TOKENS, WIDTH))
 
 
 def spec(**text_encoder):
-    record = replace(TINY_SPEC.text_encoder, max_tokens=MAX_TOKENS, pad_token_id=PAD)
-    return replace(TINY_SPEC, text_encoder=replace(record, **text_encoder))
+    record = replace(TINY_SPEC.networks["text_encoder"], max_tokens=MAX_TOKENS, pad_token_id=PAD)
+    return TINY_SPEC.with_networks(text_encoder=replace(record, **text_encoder))
 
 
 def text_encoder():

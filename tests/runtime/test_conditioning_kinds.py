@@ -70,7 +70,9 @@ def test_a_class_is_its_row_behind_that_of_the_null_class():
 
 def test_a_class_without_null_class_is_its_row_alone():
     spec = tiny_spec("class-to-image")
-    spec = replace(spec, class_embedder=replace(spec.class_embedder, null_class=None))
+    spec = spec.with_networks(
+        class_embedder=replace(spec.networks["class_embedder"], null_class=None)
+    )
 
     found, asked = encode("class-to-image", spec, class_label=4)
 
@@ -80,7 +82,7 @@ def test_a_class_without_null_class_is_its_row_alone():
 
 def test_a_layout_is_steered_away_from_the_layout_without_objects():
     box = {"label": 3, "box": [0.25, 0.0, 1.0, 0.5]}
-    record = tiny_spec("layout-to-image").text_encoder
+    record = tiny_spec("layout-to-image").networks["text_encoder"]
 
     found, asked = encode("layout-to-image", layout=[box])
 
@@ -174,7 +176,7 @@ def test_the_latents_of_a_picture_with_a_hole_are_not_scaled_as_those_that_are_s
     fields = {"image": PICTURE, "mask_image": np.full((24, 32), 255, dtype=np.uint8)}
     fields["mask_image"][:, 9:] = 0
     spec = tiny_spec("inpainting")
-    scaled = replace(spec, autoencoder=replace(spec.autoencoder, latent_scale_factor=0.25))
+    scaled = spec.with_networks(autoencoder=replace(spec.autoencoder, latent_scale_factor=0.25))
 
     found, other = (encode("inpainting", each, **fields)[0].concat for each in (spec, scaled))
 

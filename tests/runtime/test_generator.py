@@ -426,12 +426,12 @@ def test_hashes_can_be_skipped(own_bundle):
 
 
 def test_a_vocabulary_larger_than_the_text_encoder_does_not_open(tiny_bundle):
-    small = dataclasses.replace(TINY_SPEC.text_encoder, vocab_size=100)
+    small = dataclasses.replace(TINY_SPEC.networks["text_encoder"], vocab_size=100)
 
     with pytest.raises(BundleError, match="521 tokens, the text encoder knows 100"):
         open_tokenizer(
             tiny_bundle / "tokenizer/merges.txt",
-            dataclasses.replace(TINY_SPEC, text_encoder=small),
+            TINY_SPEC.with_networks(text_encoder=small),
         )
 
 

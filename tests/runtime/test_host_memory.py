@@ -78,7 +78,7 @@ UNET = replace(
 AUTOENCODER = replace(
     TINY_SPEC.autoencoder, channels=32, channel_mult=(1, 2, 4), attention_levels=()
 )
-SPEC = replace(TINY_SPEC, unet=UNET, autoencoder=AUTOENCODER)
+SPEC = TINY_SPEC.with_networks(unet=UNET, autoencoder=AUTOENCODER)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_the_largest_tensor_is_features_or_scores(name, axes, values):
 def test_fixed_heads_and_attention_beside_the_middle_count():
     unet = replace(UNET, transformer_depth=(1, 0, 0), num_heads=8, num_head_channels=None)
     autoencoder = replace(AUTOENCODER, attention_levels=(1,), middle_attention=False)
-    spec = replace(SPEC, unet=unet, autoencoder=autoencoder)
+    spec = SPEC.with_networks(unet=unet, autoencoder=autoencoder)
 
     of_unet = host_memory.least_bytes("unet", spec, lengths(height=64, width=64))
     of_decoder = host_memory.least_bytes("vae_decoder", spec, lengths(height=64, width=64))
 
     assert of_unet == 4 * 2 * 8 * 64**4
     assert of_decoder == 4 * 2 * 128**4
-    plain = replace(spec, autoencoder=replace(autoencoder, attention_levels=()))
+    plain = spec.with_networks(autoencoder=replace(autoencoder, attention_levels=()))
     features = host_memory.least_bytes("vae_decoder", plain, lengths(height=64, width=64))
     assert features == 4 * 2 * 32 * 256**2
 
@@ -114,7 +114,9 @@ def test_fixed_heads_and_attention_beside_the_middle_count():
 def test_attention_in_the_middle_alone_counts():
     unet = replace(UNET, transformer_depth=(0, 0, 0), middle_depth=1, num_heads=8)
 
-    found = host_memory.least_bytes("unet", replace(SPEC, unet=unet), lengths(height=64, width=64))
+    found = host_memory.least_bytes(
+        "unet", SPEC.with_networks(unet=unet), lengths(height=64, width=64)
+    )
 
     assert found == 4 * 2 * 8 * 16**4
 

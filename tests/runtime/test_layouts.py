@@ -19,7 +19,7 @@ from ldm_runtime.inputs.layouts import (
     read_label_names,
     read_layout,
 )
-from ldm_runtime.specs.model import TextEncoderSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 #: The encoder of layout2img-openimages256: a grid of 90 x 90 points.
 ENCODER = TextEncoderSpec(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import fields, replace
 
 import pytest
 
@@ -6,7 +7,8 @@ from ldm_runtime.bundle.files import check_file, sha256_of
 from ldm_runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, encode_manifest, load_manifest
 from ldm_runtime.errors import BundleError, ManifestError
 from ldm_runtime.specs.components import COMPONENTS, DYNAMIC_AXES
-from ldm_runtime.specs.model import axis_sizes
+from ldm_runtime.specs.model import components_of
+from ldm_runtime.specs.networks import ClassEmbedderSpec, Networks
 from ldm_runtime.testing import TINY_SPEC
 
 
@@ -47,7 +49,7 @@ def test_every_misspelt_key_is_an_error_that_names_it(own_bundle):
             document[f"{path[-1]}x"] = document.pop(path[-1])
 
         edit(own_bundle, misspell)
-        with pytest.raises(ManifestError, match=f"missing required field `{path[-1]}`"):
+        with pytest.raises(ManifestError, match=f"(required field|networks).*{path[-1]}"):
             load_manifest(own_bundle)
 
     assert len(paths) > 60
@@ -57,16 +59,28 @@ def test_every_misspelt_key_is_an_error_that_names_it(own_bundle):
     ("change", "message"),
     [
         (lambda m: m.update(weights_dtype="fp17"), r"Invalid enum value 'fp17'.*weights_dtype"),
-        (lambda m: m["spec"]["unet"].update(in_channels="4"), r"in_channels"),
-        (lambda m: m["spec"]["unet"].update(in_channels=True), r"in_channels"),
+        (lambda m: m["spec"]["networks"]["unet"].update(in_channels="4"), r"in_channels"),
+        (lambda m: m["spec"]["networks"]["unet"].update(in_channels=True), r"in_channels"),
         (lambda m: m["spec"].update(alphas_cumprod=[None]), r"alphas_cumprod\[0\]|\[\.\.\.\]"),
         (lambda m: m.update(schema_version="1"), r"schema_version"),
         (lambda m: m["preview"]["matrix"].pop(), r"length 3.*preview\.matrix"),
         (lambda m: m["preview"].update(r2=None), r"preview\.r2"),
-        (lambda m: m["spec"]["unet"].update(channel_mult=[]), r"spec\.unet\.channel_mult cannot"),
-        (lambda m: m["spec"]["autoencoder"].update(channel_mult=[]), r"autoencoder\.channel_mult"),
-        (lambda m: m["spec"]["autoencoder"].update(latent_scale_factor=0), "latent_scale_factor"),
-        (lambda m: m["spec"]["text_encoder"].update(max_tokens=1), "max_tokens cannot be"),
+        (
+            lambda m: m["spec"]["networks"]["unet"].update(channel_mult=[]),
+            r"unet\.channel_mult cannot",
+        ),
+        (
+            lambda m: m["spec"]["networks"]["autoencoder"].update(channel_mult=[]),
+            r"autoencoder\.channel_mult",
+        ),
+        (
+            lambda m: m["spec"]["networks"]["autoencoder"].update(latent_scale_factor=0),
+            "latent_scale_factor",
+        ),
+        (
+            lambda m: m["spec"]["networks"]["text_encoder"].update(max_tokens=1),
+            "max_tokens cannot be",
+        ),
         (lambda m: m.update(tokenizer_file=None), "tokenizer_file cannot be"),
     ],
 )
@@ -137,16 +151,50 @@ def test_an_unknown_component_is_an_error_that_lists_the_known_ones(tiny_bundle)
         manifest.component("depth")
 
 
-def test_every_axis_is_either_dynamic_or_has_a_length():
-    axes = {
-        axis
-        for component in COMPONENTS.values()
-        for each in (*component.inputs, *component.outputs)
-        for axis in each.axes
-    }
+@pytest.mark.parametrize("row", COMPONENTS.values(), ids=lambda row: row.name)
+def test_every_axis_is_either_dynamic_or_a_hyperparameter(row):
+    axes = {axis for each in (*row.inputs, *row.outputs) for axis in each.axes}
+    integers = {each.name for each in row.inputs if each.dtype == "int64"}
 
-    assert axes - DYNAMIC_AXES == set(axis_sizes(TINY_SPEC))
-    assert not DYNAMIC_AXES & set(axis_sizes(TINY_SPEC))
+    assert axes - DYNAMIC_AXES == row.lengths.keys()
+    assert not DYNAMIC_AXES & row.lengths.keys()
+    assert row.counts.keys() == integers
+    attributes = {field.name for field in fields(row.record)} | {*dir(row.record)}
+    assert {*row.lengths.values(), *row.counts.values()} <= attributes
+
+
+@pytest.mark.parametrize(
+    ("networks", "problem"),
+    [
+        ([], "networks must be an object"),
+        ({}, "networks must include an autoencoder"),
+        ({"autoencoder": {}}, "autoencoder: Object missing required field"),
+        ({"autoencoder": {}, "depth_encoder": {}}, "unknown networks depth_encoder"),
+    ],
+)
+def test_networks_that_this_runtime_does_not_know_are_an_error(own_bundle, networks, problem):
+    edit(own_bundle, lambda document: document["spec"].update(networks=networks))
+
+    with pytest.raises(ManifestError, match=f"{problem}.*spec.networks.*export the bundle again"):
+        load_manifest(own_bundle)
+
+
+def test_networks_are_compared_by_value_and_a_model_without_one_says_so():
+    same = replace(TINY_SPEC, networks=Networks(**TINY_SPEC.networks))
+
+    assert (same, hash(same)) == (TINY_SPEC, hash(TINY_SPEC))
+    assert TINY_SPEC.with_networks(text_encoder=None) != TINY_SPEC
+    with pytest.raises(LookupError, match="no ClassEmbedderSpec among autoencoder, text_encoder"):
+        TINY_SPEC.network(ClassEmbedderSpec)
+
+
+def test_an_input_with_an_axis_that_the_model_does_not_have_is_left_out():
+    unet = replace(TINY_SPEC.unet, context_dim=None)
+
+    plain = components_of(TINY_SPEC.with_networks(unet=unet))["unet"]
+
+    assert [each.name for each in plain.inputs] == ["latents", "timesteps"]
+    assert [each.name for each in components_of(TINY_SPEC)["unet"].inputs][2:] == ["context"]
 
 
 def test_a_file_is_checked_by_size_and_then_by_content(tmp_path):

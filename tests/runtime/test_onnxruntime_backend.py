@@ -25,11 +25,11 @@ def open_component(bundle, name, **options):
     manifest = load_manifest(bundle)
     record = manifest.component(name)
     path = bundle / record.graphs[0].file
-    return OnnxRuntimeEngine(path, record, axis_sizes(manifest.spec), **options)
+    return OnnxRuntimeEngine(path, record, axis_sizes(manifest.spec, record.name), **options)
 
 
 def random_inputs(name, *, spec=TINY_SPEC, batch=2, height=6, width=8):
-    sizes = dict(axis_sizes(spec)) | {
+    sizes = dict(axis_sizes(spec, name)) | {
         "batch": batch,
         "height": height,
         "width": width,
@@ -174,7 +174,9 @@ def test_a_graph_with_other_inputs_than_the_manifest_says_is_refused(tiny_bundle
     record = load_manifest(tiny_bundle).component("unet")
 
     with pytest.raises(BackendError, match="takes latents, but the manifest says context, lat"):
-        OnnxRuntimeEngine(tiny_bundle / "vae_decoder/model.cpu.onnx", record, axis_sizes(TINY_SPEC))
+        OnnxRuntimeEngine(
+            tiny_bundle / "vae_decoder/model.cpu.onnx", record, axis_sizes(TINY_SPEC, record.name)
+        )
 
 
 @linux

@@ -95,7 +95,9 @@ class FakeSession:
 def open_fake(bundle, name="unet", task="text-to-image", **options):
     session = FakeSession(tiny_networks(task)[name], **options)
     record = load_manifest(bundle).component(name)
-    return session, DeviceEngine(session, record, axis_sizes(tiny_spec(task)), factor=FACTOR)
+    return session, DeviceEngine(
+        session, record, axis_sizes(tiny_spec(task), record.name), factor=FACTOR
+    )
 
 
 def open_real(bundle, name="unet"):
@@ -103,7 +105,7 @@ def open_real(bundle, name="unet"):
     manifest = load_manifest(bundle)
     record = manifest.component(name)
     session = OrtSession(bundle / record.graphs[0].file, CPU, records_graphs=False)
-    return DeviceEngine(session, record, axis_sizes(manifest.spec), factor=FACTOR)
+    return DeviceEngine(session, record, axis_sizes(manifest.spec, record.name), factor=FACTOR)
 
 
 def unet_inputs(seed=0, *, batch=2, height=4, width=6):
@@ -122,7 +124,7 @@ def apart(inputs):
 
 
 def shaped(name, *, spec=TINY_SPEC, batch, height, width):
-    sizes = dict(axis_sizes(spec)) | {
+    sizes = dict(axis_sizes(spec, name)) | {
         "batch": batch,
         "height": height,
         "width": width,

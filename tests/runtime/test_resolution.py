@@ -82,7 +82,7 @@ def test_the_size_step_counts_the_autoencoder_and_the_halvings_of_the_unet():
     deeper = dataclasses.replace(TINY_SPEC.unet, channel_mult=(1, 2, 4, 4))
 
     assert size_step(TINY_SPEC) == 2 * 2
-    assert size_step(dataclasses.replace(TINY_SPEC, unet=deeper)) == 2 * 8
+    assert size_step(TINY_SPEC.with_networks(unet=deeper)) == 2 * 8
 
 
 @pytest.mark.parametrize(
@@ -366,8 +366,8 @@ def test_eta_of_a_bundle_whose_sampler_has_none_changes_nothing():
 
 def test_a_null_class_between_the_others_is_named_in_the_message():
     spec = tiny_spec("class-to-image")
-    spec = dataclasses.replace(
-        spec, class_embedder=dataclasses.replace(spec.class_embedder, null_class=2)
+    spec = spec.with_networks(
+        class_embedder=dataclasses.replace(spec.networks["class_embedder"], null_class=2)
     )
 
     with pytest.raises(RequestError, match="2 stands for no class of this bundle; give 0 to 4 but"):

@@ -139,9 +139,9 @@ def test_guidance_takes_a_condition_that_says_nothing(task, expected):
 
 def test_classes_without_a_null_class_cannot_be_guided():
     spec = tiny_spec("class-to-image")
-    embedder = dataclasses.replace(spec.class_embedder, null_class=None)
+    embedder = dataclasses.replace(spec.networks["class_embedder"], null_class=None)
 
-    assert not can_guide(dataclasses.replace(spec, class_embedder=embedder))
+    assert not can_guide(spec.with_networks(class_embedder=embedder))
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if not can_guide(tiny_spec(name))])

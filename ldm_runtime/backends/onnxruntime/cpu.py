@@ -111,7 +111,7 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(
         source.graph("fp32"),
         source.component,
-        axis_sizes(source.manifest.spec),
+        axis_sizes(source.manifest.spec, source.component.name),
         threads=source.threads,
         spec=source.manifest.spec,
     )

@@ -156,7 +156,12 @@ def open_on(provider: Provider, source: EngineSource) -> DeviceEngine:
         opened = OrtSession(path, provider, records_graphs=False)
     check_names(path, opened.inputs, source.component)
     spec = source.manifest.spec
-    return DeviceEngine(opened, source.component, axis_sizes(spec), factor=spec.autoencoder.factor)
+    return DeviceEngine(
+        opened,
+        source.component,
+        axis_sizes(spec, source.component.name),
+        factor=spec.autoencoder.factor,
+    )
 
 
 def check_placement(

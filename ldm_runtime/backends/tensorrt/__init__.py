@@ -18,7 +18,6 @@ from ldm_runtime.backends.tensorrt.runtime import LoadedPlan, cache_path, instal
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
 from ldm_runtime.engines.gpu import Gpu, find_gpu
-from ldm_runtime.engines.profiles import ROWS_AN_IMAGE
 from ldm_runtime.engines.records import BuilderName, EngineRecord, load_engine_records
 from ldm_runtime.errors import BackendError, BundleError
 
@@ -106,8 +105,7 @@ def _choose_all(bundle: Path, manifest: Manifest, vendor: Vendor) -> None:
     records = load_engine_records(bundle, manifest)
     machine = _machine(bundle, records, vendor)
     for component in manifest.components:
-        if component.name in ROWS_AN_IMAGE:
-            choose_record(records, component.name, machine, bundle, manifest)
+        choose_record(records, component.name, machine, bundle, manifest)
 
 
 def _machine(bundle: Path, records: tuple[EngineRecord, ...], vendor: Vendor) -> Machine:

@@ -5,7 +5,7 @@ Without torch, so that what only draws need not load it.
 
 from dataclasses import dataclass, replace
 
-from ldm_runtime.specs.model import AutoencoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from ldm_runtime.specs.model import ClassEmbedderSpec, RescalerSpec, Task, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.model import Task
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.noise import TOLD, UNTOLD, Noise
 from models.shapes.catalog.recipes import WITH_ATTENTION, WITHOUT_ATTENTION, Recipe

@@ -199,6 +199,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def is_possible(things: tuple[Thing, ...], relations: tuple[str, ...]) -> bool:
+    """Return whether all relations of a scene's things hold, without their overlapping."""
     if not all(map(_holds, relations, things[1:], [things[0]] * 2)):
         return False
     looks = {(thing.kind, thing.color) for thing in things}

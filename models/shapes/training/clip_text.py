@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_export.networks.clip import ClipTextEncoder
-from ldm_runtime.specs.model import TextEncoderSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import ClipTokenizer
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes

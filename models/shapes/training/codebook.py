@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ldm_runtime.specs.model import AutoencoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 
 _CHUNK = 4096  # latents whose distances to all codes are in memory together
 

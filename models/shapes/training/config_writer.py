@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from ldm_runtime.specs.model import (
+from ldm_runtime.specs.model import Task
+from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     RescalerSpec,
-    Task,
     TextEncoderSpec,
     UNetSpec,
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_export.networks.unet import UNet
-from ldm_runtime.specs.model import UNetSpec
+from ldm_runtime.specs.networks import UNetSpec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.noise import TOLD
 from models.shapes.training.clip_text import load_text_encoder, load_tokens

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
-from ldm_runtime.specs.model import AutoencoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
 from models.shapes.training.trainer import WORK, Trainer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.quantizer import Quantizer
-from ldm_runtime.specs.model import AutoencoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 from models.shapes.catalog.recipes import (
     VQ,
     VQ_WITHOUT_ATTENTION,

@@ -1,0 +1,221 @@
+"""Hyperparameters of every kind of network that a latent-diffusion model is made of."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetSpec:
+    """Hyperparameters of a CompVis `UNetModel`.
+
+    Attributes:
+        in_channels: Channels of the input: latents, then what conditions them pixel by pixel.
+        out_channels: Channels of the prediction.
+        model_channels: Channels of the first level; level i has this times `channel_mult[i]`.
+        channel_mult: One multiplier a level, from full latent resolution down.
+        num_res_blocks: Residual blocks a level (one more on the way up).
+        attention: "transformer" blocks with cross-attention (SpatialTransformer), or "qkv" blocks
+            of self-attention alone (AttentionBlock).
+        transformer_depth: Blocks in each attention of a level, 0 for none; one a level. A "qkv"
+            attention is one block.
+        middle_depth: Blocks in the middle attention.
+        num_heads: Attention heads everywhere, or None if the head size is fixed instead.
+        num_head_channels: Channels a head, or None if the number of heads is fixed instead.
+        context_dim: Width of what cross-attention attends to, or None without cross-attention.
+        linear_projection: Whether a transformer is entered and left by linear layers (SD 2) and
+            not by 1x1 convolutions (LDM, SD 1).
+        scale_shift_norm: Whether the time embedding scales and shifts, and is not added.
+        resblock_updown: Whether residual blocks change the resolution, and not convolutions.
+    """
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention: Literal["transformer", "qkv"]
+    transformer_depth: tuple[int, ...]
+    middle_depth: int
+    num_heads: int | None
+    num_head_channels: int | None
+    context_dim: int | None
+    linear_projection: bool
+    scale_shift_norm: bool
+    resblock_updown: bool
+
+    @property
+    def concat_channels(self) -> int:
+        """Channels of what is laid behind the latents and conditions them pixel by pixel."""
+        return self.in_channels - self.out_channels
+
+    def heads_over(self, channels: int) -> int:
+        """Return how many heads attention over `channels` has."""
+        if self.num_heads is not None:
+            return self.num_heads
+        assert self.num_head_channels is not None, "a spec fixes one of the two"
+        return channels // self.num_head_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSpec:
+    """Hyperparameters of a first stage.
+
+    Attributes:
+        kind: "kl": a diagonal Gaussian posterior; "vq": latents are replaced by the nearest vectors
+            of a codebook before they are decoded.
+        image_channels: Channels of the picture.
+        channels: Channels of the first level; level i has this times `channel_mult[i]`.
+        channel_mult: One multiplier a level, from full resolution down.
+        num_res_blocks: Residual blocks a level in the encoder (one more in the decoder).
+        attention_levels: Levels that carry attention besides the middle.
+        middle_attention: Whether the middle carries attention.
+        z_channels: Channels inside, before the 1x1 quantisation convolutions.
+        embed_dim: Channels of the latents.
+        codebook_size: Vectors in the codebook, or None without one.
+        latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+    """
+
+    kind: Literal["kl", "vq"]
+    image_channels: int
+    channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention_levels: tuple[int, ...]
+    middle_attention: bool
+    z_channels: int
+    embed_dim: int
+    codebook_size: int | None
+    latent_scale_factor: float
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent pixel covers in each direction: f in the paper."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels of the encoder's output: mean and log-variance of a KL posterior, or latents."""
+        return self.numbers_per_channel * self.embed_dim
+
+    @property
+    def numbers_per_channel(self) -> int:
+        """Numbers that the encoder predicts for one latent: mean and log-variance, or itself."""
+        return 2 if self.kind == "kl" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSpec:
+    """Hyperparameters of a transformer over tokens, those of a prompt or of a layout.
+
+    Attributes:
+        kind: "clip": causal; "bert": every token sees every other, heads of 64 channels whatever
+            the width. Both are pre-normalised, with the output after the final LayerNorm.
+        width: Channels of a token, which is the UNet's `context_dim`.
+        num_layers: Transformer layers.
+        num_heads: Attention heads.
+        feed_forward_dim: Inner width of the feed-forward layers.
+        vocab_size: Rows of the token embedding.
+        max_tokens: Length every prompt is padded or cut to, start and end tokens included; of a
+            layout three tokens an object and two of the crop.
+        activation: Feed-forward activation.
+        pad_token_id: What short prompts are filled with.
+    """
+
+    kind: Literal["clip", "bert"]
+    width: int
+    num_layers: int
+    num_heads: int
+    feed_forward_dim: int
+    vocab_size: int
+    max_tokens: int
+    activation: Literal["quick_gelu", "gelu"]
+    pad_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassEmbedderSpec:
+    """A learned vector for every class.
+
+    Attributes:
+        num_classes: Rows of the embedding, the null class included.
+        width: Channels of a row, which is the UNet's `context_dim`.
+        null_class: The class that stands for none, which guidance needs; None without one.
+    """
+
+    num_classes: int
+    width: int
+    null_class: int | None
+
+    @property
+    def tokens_per_class(self) -> int:
+        """Length of the context that a class becomes."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescalerSpec:
+    """A semantic map, brought to the size of the latents (SpatialRescaler).
+
+    Attributes:
+        num_classes: Classes of a pixel.
+        out_channels: Channels of the result, which is the UNet's `concat_channels`.
+        num_halvings: How often height and width are halved.
+    """
+
+    num_classes: int
+    out_channels: int
+    num_halvings: int
+
+
+NetworkSpec = UNetSpec | AutoencoderSpec | TextEncoderSpec | ClassEmbedderSpec | RescalerSpec
+
+_Record = TypeVar("_Record", bound=NetworkSpec)
+
+
+class Networks(Mapping[str, NetworkSpec]):
+    """The networks of one model by name; immutable, and compared by value.
+
+    Names are those in `components.Component.network`, so that a model may have two of a kind.
+
+    Args:
+        networks: Hyperparameters by name; None is a network that the model does not have.
+    """
+
+    def __init__(self, **networks: NetworkSpec | None) -> None:
+        present = {name: each for name, each in sorted(networks.items()) if each is not None}
+        self._networks: Mapping[str, NetworkSpec] = present
+
+    def __getitem__(self, name: str) -> NetworkSpec:
+        return self._networks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._networks)
+
+    def __len__(self) -> int:
+        return len(self._networks)
+
+    def find(self, record: type[_Record]) -> _Record | None:
+        """Return the hyperparameters of the first network of a kind, or None without one."""
+        return next((each for each in self.values() if isinstance(each, record)), None)
+
+    def of(self, record: type[_Record]) -> _Record:
+        """Return the hyperparameters of the first network of a kind.
+
+        Raises:
+            LookupError: There is none; `find` is for models that may have none.
+        """
+        found = self.find(record)
+        if found is None:
+            raise LookupError(f"no {record.__name__} among {', '.join(self) or 'no networks'}")
+        return found
+
+    def changed(self, **networks: NetworkSpec | None) -> "Networks":
+        """Return these networks with some replaced; None takes one away."""
+        return Networks(**{**self, **networks})
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._networks.items()))
+
+    def __repr__(self) -> str:
+        return f"Networks({', '.join(f'{name}={each!r}' for name, each in self.items())})"
