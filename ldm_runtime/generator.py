@@ -12,8 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from ldm_runtime.backends import choose_backend, get_backend
 from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, Shared
 from ldm_runtime.bundle.files import checked_file, sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, PreviewRecord, load_manifest
+from ldm_runtime.closing import Closing
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
 from ldm_runtime.errors import BackendError, BundleError, RequestError
 from ldm_runtime.inputs.images import Picture
@@ -44,7 +44,7 @@ __all__ = ["Generator", "Result"]
 Float32Array = npt.NDArray[np.float32]
 
 
-class Generator:
+class Generator(Closing):
     """A bundle, opened: requests in, images out.
 
     Threads may share one; a request changes nothing in it. The same request gives the same bytes
@@ -228,17 +228,6 @@ class Generator:
             self._closed = True
         self._engines.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _resolved(self, request: object) -> GenerationRequest:
         if not isinstance(request, GenerationRequest):
             given = type(request).__name__
@@ -315,18 +304,13 @@ class Generator:
                 loops,
                 self._network("unet"),
                 max_rows=2 * max_batch,
-                min_rows=self._min_shared_rows,
+                min_rows=get_backend(self.backend).ABILITIES.min_shared_samples,
             )
         )
         with closing(drawn):
             for number, request in enumerate(requests):
                 images = [next(drawn) for _ in range(request.num_images)]
                 yield self._result(drawers.pop(number), images)
-
-    @property
-    def _min_shared_rows(self) -> int:
-        """Rows from which on a row has the same bits in any company; see `run_together`."""
-        return int(getattr(get_backend(self.backend), "MIN_SHARED_ROWS", 1))
 
     def _run_passes(
         self, drawing: Drawing, unet: Callable[[], Runner], timings: Timings

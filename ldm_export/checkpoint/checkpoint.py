@@ -9,8 +9,8 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from ldm_export.checkpoint.safetensors_header import read_safetensors_header
 from ldm_export.checkpoint.tensor_extent import TensorExtent
 from ldm_export.checkpoint.torch_archive import read_torch_archive
 from ldm_export.errors import CheckpointError, FormatError
+from ldm_runtime.closing import Closing
 
 _ZIP_MAGIC = b"PK\3\4"
 # Protocol 2 and the 80-bit magic number of torch 0.1.10 to 1.5, whose files are plain pickles.
@@ -142,7 +143,7 @@ def _widened(bfloat16: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint. Close it, or use it in a `with` statement.
 
     Attributes:
@@ -161,17 +162,6 @@ class Checkpoint:
     global_step: int | None
     metadata: Mapping[str, str]
     _file: MappedFile = field(repr=False)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give up the file. Arrays that were read stay valid; further reading is an error."""

@@ -1,16 +1,14 @@
 """Torch as an engine: the reference that every exported graph and golden image is held against."""
 
-from types import TracebackType
-from typing import Self
-
 import torch
 from torch import nn
 
 from ldm_runtime.backends.contract import BoundInputs, Runner, Tensors
+from ldm_runtime.closing import Closing
 from ldm_runtime.specs.components import COMPONENTS
 
 
-class TorchEngine:
+class TorchEngine(Closing):
     """A network in torch behind the runtime's `Engine` protocol, float32 on the CPU.
 
     Args:
@@ -39,14 +37,3 @@ class TorchEngine:
 
     def close(self) -> None:
         """Do nothing: torch frees the network with its last reference."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -1,7 +1,7 @@
 """What can run a network: the one interface, and how to find something that satisfies it.
 
-A backend is a module with three functions (see `Backend`); it is imported on first use, so that a
-package that is not installed only matters to whoever asks for it.
+A backend is a module with one record and three functions (see `Backend`); it is imported on first
+use, so that a package that is not installed only matters to the caller who asks for it.
 """
 
 import logging
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, cast
 
-from ldm_runtime.backends.contract import Engine, EngineSource
+from ldm_runtime.backends.contract import Abilities, Engine, EngineSource
 from ldm_runtime.bundle.manifest import Manifest
 from ldm_runtime.errors import BackendError
 
@@ -21,6 +21,11 @@ _LOGGER = logging.getLogger(__name__)
 
 class Backend(Protocol):
     """A module that opens engines."""
+
+    @property
+    def ABILITIES(self) -> Abilities:  # noqa: N802  (a constant of the module)
+        """What its engines can do."""
+        ...
 
     def open_engine(self, source: EngineSource) -> Engine:
         """Open one component, ready to run.
@@ -141,9 +146,8 @@ def _why_not(
 
 
 def _is_prepared(name: str, manifest: Manifest | None, entries: Mapping[str, BackendEntry]) -> bool:
-    """Say whether somebody would expect it to run, by its own `is_prepared` if it has one."""
+    """Say whether the user would expect it to run."""
     try:
-        ask = getattr(get_backend(name, entries), "is_prepared", None)
+        return get_backend(name, entries).ABILITIES.is_prepared(manifest)
     except BackendError:
         return True
-    return ask is None or bool(ask(manifest))

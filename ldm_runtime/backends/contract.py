@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar, cast
+from typing import Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import numpy.typing as npt
 
@@ -36,11 +36,9 @@ class Runner(Protocol):
         ...
 
 
-class Engine(Runner, Protocol):
-    """One loaded network. Opened on construction, closed by `with`; never half-ready.
-
-    Several threads may call `run` at once.
-    """
+@runtime_checkable
+class BindingRunner(Runner, Protocol):
+    """A runner that can keep some of its inputs from call to call."""
 
     def bind(self, constants: Tensors) -> Runner:
         """Return this network with some inputs fixed, for `run` to be given only the others.
@@ -49,6 +47,13 @@ class Engine(Runner, Protocol):
         not meet each other's constants.
         """
         ...
+
+
+class Engine(BindingRunner, Protocol):
+    """One loaded network. Opened on construction, closed by `with`; never half-ready.
+
+    Several threads may call `run` at once.
+    """
 
     def close(self) -> None:
         """Free everything; `run` raises from then on. Closing twice is harmless."""
@@ -78,10 +83,34 @@ class BoundInputs:
 
 def bind_constants(runner: Runner, constants: Tensors) -> Runner:
     """Return `runner` with some inputs fixed, by its own `bind` if it has one."""
-    bind = getattr(runner, "bind", None)
-    if bind is None:
-        return BoundInputs(runner=runner, constants=constants)
-    return cast("Engine", runner).bind(constants)
+    if isinstance(runner, BindingRunner):
+        return runner.bind(constants)
+    return BoundInputs(runner=runner, constants=constants)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What the engines of a backend can do, and when it is expected to run.
+
+    Attributes:
+        variant: The graphs that its engines are made from, on which the bounds of `ldm verify`
+            depend.
+        limited_shapes: Whether an engine takes the shapes of its profiles and no others.
+        min_shared_samples: Batch size from which on a sample has the same bits whatever else is in
+            its batch; see `ldm_runtime.pipeline.batching`.
+        is_prepared: Whether the user made this machine or this bundle (None: any bundle) ready for
+            the backend, so that choosing another one deserves a sentence.
+    """
+
+    variant: GraphVariant
+    limited_shapes: bool
+    min_shared_samples: int
+    is_prepared: Callable[[Manifest | None], bool]
+
+
+def always_prepared(_manifest: Manifest | None) -> bool:
+    """Say that passing over a backend always deserves a sentence."""
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from ldm_runtime.conditioning.retrieval import encode_embeddings
 from ldm_runtime.conditioning.semantic import encode_segmentation
 from ldm_runtime.conditioning.text import MAX_CHUNKS, encode_text, open_tokenizer
 from ldm_runtime.requests.request import GenerationRequest
-from ldm_runtime.specs.model import ModelSpec, Task
+from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.text import Tokenizer
 
 __all__ = [
@@ -34,10 +34,10 @@ _NOTHING = Kind(lambda *_: Conditioning())
 KINDS: Mapping[Task, Kind] = MappingProxyType(
     {
         "unconditional": _NOTHING,
-        "class-to-image": Kind(encode_class_label, ("class_embedder",)),
-        "text-to-image": Kind(encode_text, ("text_encoder",)),
-        "layout-to-image": Kind(encode_layout, ("text_encoder",)),
-        "semantic-synthesis": Kind(encode_segmentation, ("rescaler",)),
+        "class-to-image": Kind(encode_class_label),
+        "text-to-image": Kind(encode_text),
+        "layout-to-image": Kind(encode_layout),
+        "semantic-synthesis": Kind(encode_segmentation),
         "super-resolution": Kind(encode_low_resolution),
         "inpainting": Kind(encode_hole, ("vae_encoder",)),
         "retrieval": Kind(encode_embeddings),
@@ -48,7 +48,10 @@ KINDS: Mapping[Task, Kind] = MappingProxyType(
 
 def conditioning_components(spec: ModelSpec) -> tuple[str, ...]:
     """Return the networks that `encode_conditioning` asks for, by name."""
-    return KINDS[spec.task].components
+    conditioners = [
+        name for name, component in components_of(spec).items() if component.role == "conditioner"
+    ]
+    return (*conditioners, *KINDS[spec.task].others)
 
 
 def encode_conditioning(

@@ -40,8 +40,8 @@ class Kind(NamedTuple):
 
     Attributes:
         encode: Takes networks by name, the bundle's tokenizer, a resolved request and the model.
-        components: The networks it asks for.
+        others: The components it asks for besides the model's conditioners.
     """
 
     encode: Encode
-    components: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()

@@ -194,7 +194,7 @@ class _Verification:
 
 def _bounds(backend: Backend, manifest: Manifest) -> Bounds:
     """Return the promise that holds: fp16 somewhere, in weights or graphs, is fp16's."""
-    variant = getattr(backend, "VARIANT", "fp32")
+    variant = backend.ABILITIES.variant
     return BOUNDS["float16" if variant == "fp16" else manifest.weights_dtype]
 
 
@@ -234,7 +234,7 @@ def _outputs(backend: Backend, engine: Runner, name: str, inputs: Tensors) -> Te
     try:
         return engine.run(inputs)
     except ShapeError as error:
-        if not getattr(backend, "LIMITED_SHAPES", False):
+        if not backend.ABILITIES.limited_shapes:
             raise
         _LOGGER.warning("%s is only compared in whole pictures, not alone: %s", name, error)
         return None

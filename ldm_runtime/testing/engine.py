@@ -1,18 +1,18 @@
 """An engine over a Python function, for tests of whatever calls engines."""
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import BoundInputs, Runner, Tensors
+from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 
 Function = Callable[[Tensors], dict[str, npt.NDArray[Any]]]
 
 
-class FakeEngine:
+class FakeEngine(Closing):
     """An engine over a Python function.
 
     Attributes:
@@ -37,14 +37,3 @@ class FakeEngine:
     def close(self) -> None:
         """Make `run` raise from now on."""
         self._function = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,6 +9,7 @@ from ldm_runtime.backends import BACKENDS, BackendEntry, choose_backend, get_bac
 from ldm_runtime.backends.contract import EngineSource, bind_constants
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import GraphRecord, load_manifest
+from ldm_runtime.diagnostics.verify import BOUNDS, _bounds
 from ldm_runtime.errors import BackendError, BundleError
 from ldm_runtime.testing import FakeEngine, tiny_networks
 
@@ -171,3 +172,22 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(own_bundle):
 
     with pytest.raises(BundleError, match=r"lists no file 'extra\.bin'"):
         checked_file(own_bundle, load_manifest(own_bundle), "extra.bin")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "tensorrt"])
+def test_the_graphs_that_a_backend_states_are_those_that_it_asks_for(name, tiny_bundle):
+    manifest = load_manifest(tiny_bundle)
+    bare = dataclasses.replace(
+        manifest,
+        components=tuple(dataclasses.replace(each, graphs=()) for each in manifest.components),
+    )
+    backend = get_backend(name)
+
+    assert f"needs an {backend.ABILITIES.variant} graph" in backend.why_not(bare)
+
+
+def test_fp16_graphs_over_fp32_weights_are_held_to_the_bounds_of_fp16(tiny_bundle):
+    manifest = dataclasses.replace(load_manifest(tiny_bundle), weights_dtype="float32")
+    bounds = {name: _bounds(get_backend(name), manifest) for name in ("onnxruntime", "cuda")}
+
+    assert bounds == {"onnxruntime": BOUNDS["float32"], "cuda": BOUNDS["float16"]}

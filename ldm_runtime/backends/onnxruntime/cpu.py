@@ -2,14 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from ldm_runtime.backends.contract import BoundInputs, EngineSource, Runner, Tensors
+from ldm_runtime.backends.contract import (
+    Abilities,
+    BoundInputs,
+    EngineSource,
+    Runner,
+    Tensors,
+    always_prepared,
+)
 from ldm_runtime.backends.host_memory import check_memory
 from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
 from ldm_runtime.backends.onnxruntime.session import (
@@ -21,16 +27,18 @@ from ldm_runtime.backends.onnxruntime.session import (
     lacks_graph,
 )
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
+from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec, axis_sizes
 
-#: Rows from which on a row has the same bits in any company: see `ldm_runtime.pipeline.batching`.
-MIN_SHARED_ROWS = 2
+ABILITIES = Abilities(
+    variant="fp32", limited_shapes=False, min_shared_samples=2, is_prepared=always_prepared
+)
 
 _PROVIDERS = ("CPUExecutionProvider",)
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Closing):
     """One graph in ONNX Runtime's CPU provider.
 
     Denormals count as zero. Weights beside the graph are memory-mapped by ONNX Runtime. Any number
@@ -93,17 +101,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Let go of the session; calls that are running finish."""
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_engine(source: EngineSource) -> OnnxRuntimeEngine:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import onnxruntime
 
-from ldm_runtime.backends.contract import EngineSource
+from ldm_runtime.backends.contract import Abilities, EngineSource
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.packages import installed_packages
 from ldm_runtime.backends.onnxruntime.providers import (
@@ -51,6 +51,16 @@ class CudaOptions:
     memory_limit: int | None = None
 
 
+def _is_prepared(_manifest: Manifest | None) -> bool:
+    """Say whether somebody installed what this backend needs, and so expects it to run."""
+    return "onnxruntime-gpu" in installed_packages() or has_provider(_PROVIDER)
+
+
+ABILITIES = Abilities(
+    variant="fp16", limited_shapes=False, min_shared_samples=1, is_prepared=_is_prepared
+)
+
+
 def cuda_provider(options: CudaOptions) -> Provider:
     """Spell options as ONNX Runtime does."""
     spelled = {
@@ -81,11 +91,6 @@ def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | Non
     return (
         lacks_graph(_NAME, "fp16", manifest) or gpu_fault(_NAME) or provider_fault(_NAME, _PROVIDER)
     )
-
-
-def is_prepared(_manifest: Manifest | None) -> bool:
-    """Say whether somebody installed what this backend needs, and so expects it to run."""
-    return "onnxruntime-gpu" in installed_packages() or has_provider(_PROVIDER)
 
 
 def version() -> str:

@@ -8,8 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, check_inputs, describe
 from ldm_runtime.bundle.manifest import ComponentRecord
+from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 
 #: Sets of shapes whose buffers and CUDA graph are kept; the one used longest ago makes room.
@@ -82,7 +82,7 @@ class _Slot:
     holder: object | None = None
 
 
-class DeviceEngine:
+class DeviceEngine(Closing):
     """One network on a device; see `ldm_runtime.backends.Engine`.
 
     All work is done in order by one thread of its own: ONNX Runtime keeps CUDA graphs per thread,
@@ -158,17 +158,6 @@ class DeviceEngine:
             self._closed = True
             self._slots.clear()
             self._session.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _guarded(
         self, compute: Callable[[], dict[str, Array]], inputs: Tensors

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import onnxruntime
 
-from ldm_runtime.backends.contract import EngineSource
+from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared
 from ldm_runtime.backends.onnxruntime.cuda import CudaOptions, cuda_provider
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.providers import Provider, gpu_fault, open_on, provider_fault
@@ -24,6 +24,10 @@ PROVIDER = Provider(
     ),
     graph_option="trt_cuda_graph_enable",
     fallbacks=(cuda_provider(CudaOptions()),),
+)
+
+ABILITIES = Abilities(
+    variant="fp16", limited_shapes=False, min_shared_samples=1, is_prepared=always_prepared
 )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from ldm_runtime.backends.contract import EngineSource
+from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.providers import Provider, gpu_fault, open_on, plugin_devices
 from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, describe, lacks_graph
@@ -17,6 +17,10 @@ _PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
 # The plugin brings a device of its own; ONNX Runtime copies to and from it.
 PROVIDER = Provider(name="NvTensorRTRTXExecutionProvider", options={}, memory="cpu")
+
+ABILITIES = Abilities(
+    variant="fp16", limited_shapes=False, min_shared_samples=1, is_prepared=always_prepared
+)
 
 
 def open_engine(source: EngineSource) -> DeviceEngine:

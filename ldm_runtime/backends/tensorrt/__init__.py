@@ -10,23 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ldm_runtime.backends.contract import EngineSource, RunOptions
+from ldm_runtime.backends.contract import Abilities, EngineSource, RunOptions
 from ldm_runtime.backends.cuda_device import CudaDevice, Device
 from ldm_runtime.backends.tensorrt.engine import Plan, Session, TensorRTEngine
 from ldm_runtime.backends.tensorrt.plan import Machine, choose_record
 from ldm_runtime.backends.tensorrt.runtime import LoadedPlan, cache_path, installed_versions
 from ldm_runtime.bundle.files import checked_file
-from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
+from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
+from ldm_runtime.bundle.manifest import GraphVariant as GraphVariant
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.engines.records import BuilderName, EngineRecord, load_engine_records
 from ldm_runtime.errors import BackendError, BundleError
 
-#: The graphs that engines are built from: what the promises of `verify` depend on.
-VARIANT: GraphVariant = "fp16"
-#: An engine takes the shapes of its profiles and no others.
-LIMITED_SHAPES = True
-
 _BUILDERS: tuple[BuilderName, ...] = get_args(BuilderName)
+
+
+def _is_prepared(manifest: Manifest | None) -> bool:
+    """Say whether somebody built engines, so that not using them deserves a sentence."""
+    return manifest is not None and bool(manifest.engines)
+
+
+ABILITIES = Abilities(
+    variant="fp16", limited_shapes=True, min_shared_samples=1, is_prepared=_is_prepared
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +93,6 @@ def why_not(
     except (BackendError, BundleError) as error:
         return str(error)
     return None
-
-
-def is_prepared(manifest: Manifest | None) -> bool:
-    """Say whether somebody built engines, so that not using them deserves a sentence."""
-    return manifest is not None and bool(manifest.engines)
 
 
 def version() -> str:

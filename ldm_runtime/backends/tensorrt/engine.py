@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.backends.cuda_device import Device, DeviceMemory, HostMemory
 from ldm_runtime.backends.tensorrt.plan import Replay, Shaped, check_inputs, padded
 from ldm_runtime.bundle.manifest import ComponentRecord
+from ldm_runtime.closing import Closing
 from ldm_runtime.engines.records import EngineRecord
 from ldm_runtime.errors import BackendError
 
@@ -223,7 +223,7 @@ class _Prepared:
         self._context.close()
 
 
-class TensorRTEngine:
+class TensorRTEngine(Closing):
     """One engine on one GPU. Threads may share it; they take turns.
 
     The first run of a shape makes a context for it; the most recent four shapes are kept.
@@ -285,17 +285,6 @@ class TensorRTEngine:
             self._prepared.clear()
             self._plan = None
             self._session.leave()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _run(
         self, inputs: Tensors, constants: Mapping[str, _Constant]

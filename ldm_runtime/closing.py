@@ -1,0 +1,24 @@
+"""The base of every resource that a `with` block closes."""
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+
+class Closing(ABC):
+    """A resource that is ready once constructed, and closed by `with` or by `close`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. Closing twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
