@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ldm_runtime import GenerationRequest, Generator, LdmError
-from ldm_runtime.requests.resolution import resolve, sigmas_of
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
 from measuring.opened import add_generator_arguments, generator_row, open_generator
 from measuring.rows import as_line
 from measuring.runs import PROMPT
@@ -48,8 +49,10 @@ def record(generator: Generator, steps: int, repetitions: int) -> dict[str, Any]
         GenerationRequest(prompt=PROMPT, seed=0, num_inference_steps=steps, guidance_scale=7.5),
         generator.spec,
     )
-    sigmas = sigmas_of(everywhere, generator.spec)
-    half = (sigmas[steps - 1], sigmas[steps // 2])  # the later half of the steps
+    half = (
+        everywhere.sigmas[steps - 1],
+        everywhere.sigmas[steps // 2],
+    )  # the later half of the steps
     ways = {
         "everywhere": everywhere,
         "half of the steps": replace(everywhere, guidance_interval=half),
@@ -82,7 +85,7 @@ def measure(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str,
     return seconds
 
 
-def _unet_seconds(generator: Generator, request: GenerationRequest) -> Callable[[], float]:
+def _unet_seconds(generator: Generator, request: ResolvedRequest) -> Callable[[], float]:
     return lambda: generator.generate(request).timings["unet"]
 
 

@@ -22,7 +22,8 @@ from ldm_export.source import Source
 from ldm_export.workspace import Stage
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import ComponentRecord, PreviewRecord
-from ldm_runtime.requests.request import GenerationRequest, request_to_json
+from ldm_runtime.requests.request import request_to_json
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.networks import TextEncoderSpec
 
@@ -67,7 +68,7 @@ class Stages:
 def make_stages(source: Source) -> Stages:
     """Return the stages that turn a checkpoint into a bundle."""
     requests = golden_requests(source.spec, source.parameters().get("unet", 0))
-    drawn = [request_to_json(request) for request in requests]
+    drawn = [request_to_json(request.as_request()) for request in requests]
     vocabulary, fit = vocabulary_of(source.spec), Fit()
     file = None if vocabulary is None else f"tokenizer/{vocabulary.name}"
     stages = [
@@ -113,7 +114,7 @@ def _copy_vocabulary(vocabulary: Path, file: str, folder: Path) -> None:
     shutil.copyfile(vocabulary, target)
 
 
-def _build_golden(source: Source, requests: tuple[GenerationRequest, ...], folder: Path) -> None:
+def _build_golden(source: Source, requests: tuple[ResolvedRequest, ...], folder: Path) -> None:
     write_golden(
         folder,
         requests,

@@ -35,6 +35,7 @@ from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, batches, sample_latents
 from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.tasks import task_record
 from ldm_runtime.text import Tokenizer
@@ -158,7 +159,7 @@ class Generator(Closing):
             raise RequestError("tile_size", str(error)) from error
 
     def generate(
-        self, request: GenerationRequest, *, deadline_seconds: float | None = None
+        self, request: GenerationRequest | ResolvedRequest, *, deadline_seconds: float | None = None
     ) -> Result:
         """Draw a request.
 
@@ -177,7 +178,7 @@ class Generator(Closing):
 
     def stream(
         self,
-        request: GenerationRequest,
+        request: GenerationRequest | ResolvedRequest,
         *,
         previews: bool = False,
         deadline_seconds: float | None = None,
@@ -200,7 +201,7 @@ class Generator(Closing):
         return self._draw(self._resolved(request), record, Deadline(deadline_seconds))
 
     def run_many(
-        self, requests: Iterable[GenerationRequest], *, max_batch: int = 4
+        self, requests: Iterable[GenerationRequest | ResolvedRequest], *, max_batch: int = 4
     ) -> Iterator[Result]:
         """Draw several requests at once and yield their results in order.
 
@@ -228,8 +229,8 @@ class Generator(Closing):
             self._closed = True
         self._engines.close()
 
-    def _resolved(self, request: object) -> GenerationRequest:
-        if not isinstance(request, GenerationRequest):
+    def _resolved(self, request: object) -> ResolvedRequest:
+        if not isinstance(request, GenerationRequest | ResolvedRequest):
             given = type(request).__name__
             raise RequestError(
                 "request",
@@ -266,7 +267,7 @@ class Generator(Closing):
         return self.manifest.preview
 
     def _draw(
-        self, request: GenerationRequest, preview: PreviewRecord | None, deadline: Deadline
+        self, request: ResolvedRequest, preview: PreviewRecord | None, deadline: Deadline
     ) -> collections.abc.Generator[Step | Result, None, None]:
         deadline.start()
         drawer = open_drawer(self._network, self._tokenizer, request, self.spec)
@@ -281,7 +282,7 @@ class Generator(Closing):
         yield self._result(drawer, drawn)
 
     def _draw_together(
-        self, requests: Sequence[GenerationRequest], max_batch: int
+        self, requests: Sequence[ResolvedRequest], max_batch: int
     ) -> Iterator[Result]:
         drawers: dict[int, Drawer] = {}
 

@@ -14,6 +14,7 @@ from ldm_runtime.backends import BACKENDS, choose_backend
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
 from measuring.ceilings import Ceilings
 from measuring.flops import Work, network_work
 from measuring.measure import IMAGE, Findings, Job
@@ -32,12 +33,12 @@ class Subject:
     Attributes:
         bundle: The bundle's folder.
         manifest: Its manifest.
-        request: The resolved request; its images are one batch.
+        request: The request; its images are one batch.
     """
 
     bundle: Path
     manifest: Manifest
-    request: GenerationRequest
+    request: ResolvedRequest
 
     @property
     def rows(self) -> int:
@@ -47,8 +48,6 @@ class Subject:
     @property
     def work(self) -> Mapping[str, Work]:
         """Work of one call of each network."""
-        assert self.request.height is not None, "the request is not resolved"
-        assert self.request.width is not None, "the request is not resolved"
         factor = self.manifest.spec.autoencoder.factor
         height, width = self.request.height // factor, self.request.width // factor
         return network_work(self.manifest.spec, height, width, self.request.num_images, self.rows)
@@ -56,9 +55,8 @@ class Subject:
     @property
     def settings(self) -> dict[str, str | int | float]:
         """What to store with every row."""
-        fields = asdict(self.request)
         names = ("height", "width", "num_inference_steps", "guidance_scale", "sampler", "schedule")
-        return {name: fields[name] for name in names} | {
+        return {name: getattr(self.request, name) for name in names} | {
             "batch": self.request.num_images,
             "unet_rows": self.rows,
             "weights_dtype": self.manifest.weights_dtype,
@@ -138,7 +136,8 @@ def find(
     Raises:
         LdmError: A process failed.
     """
-    fields = {key: value for key, value in asdict(subject.request).items() if value is not None}
+    known = asdict(subject.request.as_request())
+    fields = {key: value for key, value in known.items() if value is not None}
     for _ in range(repetitions):
         for backend in backends:
             job = Job(

@@ -14,7 +14,7 @@ from ldm_runtime.diagnostics.golden_requests import save_golden_request
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.pipeline.passes import Drawer, open_drawer
 from ldm_runtime.pipeline.sampling import batches, sample_latents
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
 
@@ -26,14 +26,14 @@ Float32Array = npt.NDArray[np.float32]
 OpenReference = Callable[[str], Runner]
 
 
-def golden_folders(requests: Sequence[GenerationRequest]) -> tuple[str, ...]:
+def golden_folders(requests: Sequence[ResolvedRequest]) -> tuple[str, ...]:
     """Return where each request and its outputs go, relative to the bundle."""
     return tuple(f"golden/{index}" for index in range(len(requests)))
 
 
 def write_golden(
     folder: Path,
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[ResolvedRequest],
     spec: ModelSpec,
     vocabulary: Path | None,
     open_reference: OpenReference,
@@ -46,7 +46,7 @@ def write_golden(
     Args:
         folder: The bundle; each request gets one of `golden_folders` with the request and what it
             names, `golden.npz` (latents) and one PNG an image.
-        requests: Resolved requests.
+        requests: The requests.
         spec: The model.
         vocabulary: Of its tokenizer, or None without prompts.
         open_reference: Opens a component in torch.
@@ -56,7 +56,7 @@ def write_golden(
     latents = [_latents(network, drawer) for drawer in drawers]
     for name, request, drawn in zip(golden_folders(requests), requests, latents, strict=True):
         place = folder / name
-        save_golden_request(place, request)
+        save_golden_request(place, request.as_request())
         np.savez(place / OUTPUTS_FILE, allow_pickle=False, latents=drawn)
         for number, row in enumerate(drawn):
             (image,) = decode_latents(network("vae_decoder"), row[None], spec)
@@ -80,7 +80,7 @@ class _OneNetwork:
 
 def _open_drawers(
     network: _OneNetwork,
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[ResolvedRequest],
     spec: ModelSpec,
     vocabulary: Path | None,
 ) -> list[Drawer]:

@@ -14,6 +14,7 @@ from ldm_runtime.inputs.layouts import LayoutObject, max_objects, num_labels
 from ldm_runtime.inputs.segmentation import ClassMap
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, Task, size_step
 from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
 
@@ -33,8 +34,8 @@ Inputs = Mapping[str, Any]
 Size = tuple[int, int]
 
 
-def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[GenerationRequest, ...]:
-    """Return resolved requests; large models draw small pictures in few steps."""
+def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[ResolvedRequest, ...]:
+    """Return the golden requests of a model; large models get small images in few steps."""
     is_large = unet_parameters > _MANY_PARAMETERS
     height, width = _size(spec, is_large=is_large)
     drawn: Inputs = {"num_inference_steps": _FEW_STEPS if is_large else _STEPS}

@@ -18,7 +18,7 @@ from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.png import save_png
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import ResolvedRequest
 
 _BAR_WIDTH = 30
 
@@ -55,7 +55,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _draw_one_by_one(
-    generator: Generator, requests: Sequence[GenerationRequest], args: argparse.Namespace
+    generator: Generator, requests: Sequence[ResolvedRequest], args: argparse.Namespace
 ) -> Iterator[Result]:
     """Draw every image as a request of its own, so that it can be written at once."""
     (request,) = requests
@@ -77,7 +77,7 @@ def _draw_one_by_one(
 
 
 def _draw_together(
-    generator: Generator, requests: Sequence[GenerationRequest], args: argparse.Namespace
+    generator: Generator, requests: Sequence[ResolvedRequest], args: argparse.Namespace
 ) -> Iterator[Result]:
     if args.preview_file is not None or args.deadline_seconds is not None:
         raise RequestError("requests", "go without --preview-file and --deadline-seconds")

@@ -12,6 +12,7 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import label_number, read_label_names, read_layout
 from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.requests.task_checks import check_needs
 from ldm_runtime.specs.model import ModelSpec
 
@@ -31,7 +32,7 @@ _FLAGS: Mapping[str, str] = MappingProxyType(
 )
 
 
-def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[GenerationRequest]:
+def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedRequest]:
     """Return the resolved requests of a command line, or of the file that it names.
 
     Raises:
@@ -63,7 +64,7 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[GenerationR
 
 def _parse_line(
     line: bytes, place: str, names: Sequence[str] | None, spec: ModelSpec
-) -> GenerationRequest:
+) -> ResolvedRequest:
     try:
         values = msgspec.json.decode(line, type=dict[str, object])
         return resolve(parse_request(_with_labels(values, names)), spec)

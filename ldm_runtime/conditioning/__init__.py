@@ -13,7 +13,7 @@ from ldm_runtime.conditioning.pictures import encode_hole, encode_low_resolution
 from ldm_runtime.conditioning.retrieval import encode_embeddings
 from ldm_runtime.conditioning.semantic import encode_segmentation
 from ldm_runtime.conditioning.text import MAX_CHUNKS, encode_text, open_tokenizer
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.text import Tokenizer
 
@@ -57,7 +57,7 @@ def conditioning_components(spec: ModelSpec) -> tuple[str, ...]:
 def encode_conditioning(
     network: OpenNetwork,
     tokenizer: Tokenizer | None,
-    request: GenerationRequest,
+    request: ResolvedRequest,
     spec: ModelSpec,
 ) -> Conditioning:
     """Return what conditions every image of a request.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.text import Tokenizer
 
@@ -32,7 +32,7 @@ class Conditioning:
     concat: Float32Array | None = None
 
 
-Encode = Callable[[OpenNetwork, Tokenizer | None, GenerationRequest, ModelSpec], Conditioning]
+Encode = Callable[[OpenNetwork, Tokenizer | None, ResolvedRequest, ModelSpec], Conditioning]
 
 
 class Kind(NamedTuple):

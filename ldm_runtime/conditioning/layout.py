@@ -4,22 +4,22 @@ import numpy as np
 
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.inputs.layouts import layout_tokens
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import LayoutCondition, ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import Tokenizer
 
 
 def encode_layout(
-    network: OpenNetwork, _tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
+    network: OpenNetwork, _tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
 ) -> Conditioning:
     """Return context (2, T, D), the layout without objects first, or (1, T, D) without guidance.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    assert request.layout is not None, "the request is not resolved"
-    encoder, layouts = spec.network(TextEncoderSpec), [request.layout]
-    if request.guidance_scale != 1:
+    encoder = spec.network(TextEncoderSpec)
+    layouts = [request.condition_as(LayoutCondition).objects]
+    if request.is_guided:
         layouts.insert(0, ())
     tokens = np.stack([layout_tokens(each, encoder) for each in layouts])
     return Conditioning(context=network("text_encoder").run({"tokens": tokens})["context"])

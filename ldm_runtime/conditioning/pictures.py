@@ -5,7 +5,7 @@ import numpy as np
 from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork
 from ldm_runtime.latents.codec import encode_pixels, to_float
 from ldm_runtime.latents.init_image import init_image
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import ResolvedRequest, WholeImage
 from ldm_runtime.requests.sizes import latent_size, padded_size
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.text import Tokenizer
@@ -14,7 +14,7 @@ from ldm_runtime.text import Tokenizer
 def encode_low_resolution(
     _network: OpenNetwork,
     _tokenizer: Tokenizer | None,
-    request: GenerationRequest,
+    request: ResolvedRequest,
     spec: ModelSpec,
 ) -> Conditioning:
     """Return concat (1, 3, h, w): the small picture itself, from -1 to 1, a latent pixel each.
@@ -23,8 +23,9 @@ def encode_low_resolution(
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    assert request.image is not None, "the request is not resolved"
-    picture = to_float(request.image.pixels[None])
+    small = request.source_image
+    assert isinstance(small, WholeImage), "what is enlarged has neither mask nor margins"
+    picture = to_float(small.image.pixels[None])
     height, width = latent_size(request, spec)
     missing = (0, height - picture.shape[2]), (0, width - picture.shape[3])
     return Conditioning(concat=np.pad(picture, ((0, 0), (0, 0), *missing), mode="edge"))
@@ -33,7 +34,7 @@ def encode_low_resolution(
 def encode_hole(
     network: OpenNetwork,
     _tokenizer: Tokenizer | None,
-    request: GenerationRequest,
+    request: ResolvedRequest,
     spec: ModelSpec,
 ) -> Conditioning:
     """Return concat (1, C + 1, h, w): the latents of the picture with its hole, then the mask.
@@ -47,9 +48,9 @@ def encode_hole(
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
     picture = init_image(request)
-    assert picture is not None, "the request is not resolved"
+    assert picture is not None, "a request to inpaint has an image"
     init = picture.padded(*padded_size(request, spec))
-    assert init.mask is not None, "the request is not resolved"
+    assert init.mask is not None, "and a mask, or margins"
     hole: Float32Array = (init.mask.gray() > 127).astype(np.float32)
     masked = np.where(hole > 0, np.float32(-1), to_float(init.picture.pixels[None]))
     latents = encode_pixels(network("vae_encoder"), masked, spec)

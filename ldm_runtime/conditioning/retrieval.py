@@ -3,13 +3,13 @@
 import numpy as np
 
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import EmbeddingsCondition, ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.text import Tokenizer
 
 
 def encode_embeddings(
-    _network: OpenNetwork, _tokenizer: Tokenizer | None, request: GenerationRequest, _: ModelSpec
+    _network: OpenNetwork, _tokenizer: Tokenizer | None, request: ResolvedRequest, _: ModelSpec
 ) -> Conditioning:
     """Return context (2, k, D), zeros first, or (1, k, D) without guidance: rows of length 1.
 
@@ -18,10 +18,9 @@ def encode_embeddings(
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    assert request.embeddings is not None, "the request is not resolved"
-    rows = request.embeddings.values
+    rows = request.condition_as(EmbeddingsCondition).embeddings.values
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     context = (rows / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)[None]
-    if request.guidance_scale != 1:
+    if request.is_guided:
         context = np.concatenate([np.zeros_like(context), context])
     return Conditioning(context=context)

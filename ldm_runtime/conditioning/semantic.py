@@ -3,14 +3,14 @@
 import numpy as np
 
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import ResolvedRequest, SegmentationCondition
 from ldm_runtime.requests.sizes import padded_size
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.text import Tokenizer
 
 
 def encode_segmentation(
-    network: OpenNetwork, _tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
+    network: OpenNetwork, _tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
 ) -> Conditioning:
     """Return concat (1, c, h, w) of a map that is drawn in the size of the picture.
 
@@ -18,10 +18,8 @@ def encode_segmentation(
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    assert request.segmentation is not None, "the request is not resolved"
-    assert request.height is not None, "the request is not resolved"
-    assert request.width is not None, "the request is not resolved"
-    classes = request.segmentation.resized(request.width, request.height)
+    segmentation = request.condition_as(SegmentationCondition).segmentation
+    classes = segmentation.resized(request.width, request.height)
     height, width = padded_size(request, spec)
     missing = (0, height - request.height), (0, width - request.width)
     ids = np.pad(classes.ids, missing, mode="edge")[None].astype(np.int64)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import PromptCondition, ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import ClipTokenizer, Tokenizer, WordPieceTokenizer
@@ -69,7 +69,7 @@ def open_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
 
 
 def encode_text(
-    network: OpenNetwork, tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
+    network: OpenNetwork, tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
 ) -> Conditioning:
     """Return context (2, T, D), of the negative prompt first, or (1, T, D) without guidance.
 
@@ -83,12 +83,12 @@ def encode_text(
         RequestError: A prompt takes too many chunks, or its weights make no sense.
     """
     assert tokenizer is not None, "the bundle has no tokenizer"
-    assert request.prompt is not None, "the request is not resolved"
     record = spec.network(TextEncoderSpec)
-    texts = {"prompt": request.prompt}
-    if request.guidance_scale != 1:
-        texts = {"negative_prompt": request.negative_prompt, **texts}
-    read = _plain_chunk if request.plain_prompt else _weighted_chunks
+    condition = request.condition_as(PromptCondition)
+    texts = {"prompt": condition.prompt}
+    if request.is_guided:
+        texts = {"negative_prompt": condition.negative_prompt, **texts}
+    read = _plain_chunk if condition.literal else _weighted_chunks
     prompts = {field: read(tokenizer, field, text, record) for field, text in texts.items()}
     empty = _chunk((), tokenizer, record)
     engine = network("text_encoder")

@@ -25,8 +25,8 @@ from ldm_runtime.errors import BundleError, ShapeError
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.pipeline.passes import Drawer, open_drawer
 from ldm_runtime.pipeline.sampling import batches, sample_latents
-from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import NoImage, ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Check:
 @dataclass(frozen=True, kw_only=True)
 class _Golden:
     name: str
-    request: GenerationRequest
+    request: ResolvedRequest
     latents: Array
     images: list[Array]
 
@@ -201,7 +201,7 @@ def _bounds(backend: Backend, manifest: Manifest) -> Bounds:
 def _encoders(goldens: Sequence[_Golden], spec: ModelSpec) -> list[str]:
     """Return the networks that golden requests take before they are sampled."""
     needed = {*conditioning_components(spec)}
-    if any(golden.request.image is not None for golden in goldens):
+    if not all(isinstance(golden.request.source_image, NoImage) for golden in goldens):
         needed.add("vae_encoder")
     return [name for name in components_of(spec) if name in needed]
 

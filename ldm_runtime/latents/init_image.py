@@ -11,7 +11,14 @@ from ldm_runtime.backends.contract import Runner
 from ldm_runtime.inputs.images import Picture, resize
 from ldm_runtime.inputs.masks import composite, latent_mask, outpaint_canvas
 from ldm_runtime.latents.codec import encode_image
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import (
+    MaskedImage,
+    NoImage,
+    OutpaintedImage,
+    ResolvedRequest,
+    SamplingPass,
+    WholeImage,
+)
 from ldm_runtime.requests.sizes import padded_size
 from ldm_runtime.specs.model import ModelSpec
 
@@ -55,60 +62,54 @@ class Start:
     mask: Float32Array | None = None
 
 
-def init_image(request: GenerationRequest) -> InitImage | None:
-    """Return the picture of a resolved request, with what is to be added around it, or None."""
-    if request.image is None:
-        return None
-    assert request.height is not None, "the request is not resolved"
-    assert request.width is not None, "the request is not resolved"
-    picture, mask = request.image, request.mask_image
-    if request.outpaint is not None:
-        picture, mask = outpaint_canvas(picture, *request.outpaint)
+def init_image(request: ResolvedRequest) -> InitImage | None:
+    """Return the image of a request, with what is to be added around it, or None without one."""
     size = request.width, request.height
-    return InitImage(
-        picture=resize(picture, *size), mask=None if mask is None else resize(mask, *size)
-    )
+    match request.source_image:
+        case NoImage():
+            return None
+        case WholeImage(image=picture):
+            return InitImage(picture=resize(picture, *size), mask=None)
+        case MaskedImage(image=picture, mask=mask):
+            pass
+        case OutpaintedImage(image=small, margins=margins):
+            picture, mask = outpaint_canvas(small, *margins)
+    return InitImage(picture=resize(picture, *size), mask=resize(mask, *size))
 
 
-def start_from(
-    engine: Runner, init: InitImage, request: GenerationRequest, spec: ModelSpec
-) -> Start:
-    """Return what sampling starts from; of a request without strength it is also where it ends.
+def start_from(engine: Runner, init: InitImage, request: ResolvedRequest, spec: ModelSpec) -> Start:
+    """Return what sampling starts from; without sampling it is also where it ends.
 
     Args:
         engine: The autoencoder's encoder.
         init: From `init_image`.
-        request: A resolved request.
+        request: The request.
         spec: The model.
     """
     whole = init.padded(*padded_size(request, spec))
     factor = spec.autoencoder.factor
     return Start(
         latents=encode_image(engine, whole.picture.pixels[None], spec),
-        strength=0.0 if request.strength is None else request.strength,
+        strength=request.passes[0].strength if request.passes else 0.0,
         mask=None if whole.mask is None else latent_mask(whole.mask, factor),
     )
 
 
 def hires_start(
-    engine: Runner,
-    images: Sequence[Image.Image],
-    request: GenerationRequest,
-    spec: ModelSpec,
+    engine: Runner, images: Sequence[Image.Image], second: SamplingPass, spec: ModelSpec
 ) -> Start:
-    """Return what the second pass starts from: the first pass's pictures, enlarged.
+    """Return what the second pass starts from: the first pass's images, enlarged.
 
     Args:
         engine: The autoencoder's encoder.
         images: What the first pass drew.
-        request: The request of the second pass: resolved, with its size.
+        second: The second pass.
         spec: The model.
     """
-    assert request.hires_strength is not None, "the request is not resolved"
-    size = int(request.width or 0), int(request.height or 0)
+    size = second.width, second.height
     enlarged = [resize(Picture.read(image), *size).pixels for image in images]
     latents = [encode_image(engine, pixels[None], spec) for pixels in enlarged]
-    return Start(latents=np.concatenate(latents), strength=request.hires_strength)
+    return Start(latents=np.concatenate(latents), strength=second.strength)
 
 
 def _padded(picture: Picture, height: int, width: int) -> Picture:

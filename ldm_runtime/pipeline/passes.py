@@ -19,9 +19,8 @@ from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.conditioning import Conditioning, OpenNetwork, encode_conditioning
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.latents.init_image import InitImage, Start, hires_start, init_image, start_from
-from ldm_runtime.requests.request import GenerationRequest
-from ldm_runtime.requests.resolution import last_sigmas, sigmas_of, strengths
-from ldm_runtime.requests.sizes import hires_size
+from ldm_runtime.requests.resolution import last_sigmas
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
 from ldm_runtime.text import Tokenizer
@@ -42,7 +41,7 @@ class Pass:
         total_steps: Steps of all passes.
     """
 
-    request: GenerationRequest
+    request: ResolvedRequest
     conditioning: Conditioning
     images: range
     start: Start | None
@@ -112,7 +111,7 @@ class Drawer:
     """
 
     network: OpenNetwork
-    request: GenerationRequest
+    request: ResolvedRequest
     spec: ModelSpec
     conditioning: Conditioning
     init: InitImage | None
@@ -125,48 +124,45 @@ class Drawer:
             assert self.start is not None, "a first stage has a picture to encode"
             latents = self.start.latents
             return Drawn(images=self._decode(latents, self.request), latents=latents)
-        latents = yield self._pass(self.request, images, self.start, "strength")
+        latents = yield self._pass(0, self.request, images, self.start)
         pictures = self._decode(latents, self.request)
-        if self.request.hires_scale is not None:
-            height, width = hires_size(self.request, self.spec)
-            large = replace(self.request, height=height, width=width)
+        for number, more in enumerate(self.request.passes[1:], start=1):
+            large = replace(self.request, height=more.height, width=more.width)
             with self.timings.of("vae_encoder"):
-                start = hires_start(self.network("vae_encoder"), pictures, large, self.spec)
-            latents = yield self._pass(large, images, start, "hires_strength")
+                start = hires_start(self.network("vae_encoder"), pictures, more, self.spec)
+            latents = yield self._pass(number, large, images, start)
             pictures = self._decode(latents, large)
         if self.init is not None:
             pictures = [self.init.finish(picture) for picture in pictures]
         return Drawn(images=pictures, latents=latents)
 
     def _pass(
-        self, request: GenerationRequest, images: range, start: Start | None, field_name: str
+        self, number: int, request: ResolvedRequest, images: range, start: Start | None
     ) -> Pass:
-        sigmas = sigmas_of(self.request, self.spec)
-        steps = {
-            name: len(last_sigmas(sigmas, strength, name)) - 1
-            for name, strength in strengths(self.request).items()
-        }
+        steps = [
+            len(last_sigmas(request.sigmas, each.strength)) - 1 for each in self.request.passes
+        ]
         return Pass(
             request=request,
             conditioning=self.conditioning,
             images=images,
             start=start,
-            steps_before=steps["strength"] if field_name == "hires_strength" else 0,
-            total_steps=sum(steps.values()),
+            steps_before=sum(steps[:number]),
+            total_steps=sum(steps),
         )
 
-    def _decode(self, latents: Float32Array, request: GenerationRequest) -> list[Image.Image]:
+    def _decode(self, latents: Float32Array, request: ResolvedRequest) -> list[Image.Image]:
         """Return the pictures of latents, without what was added to make them fit the UNet."""
         with self.timings.of("vae_decoder"):
             pictures = decode_latents(
-                self.network("vae_decoder"), latents, self.spec, int(request.tile_size or 0)
+                self.network("vae_decoder"), latents, self.spec, request.tile_size
             )
-            size = int(request.width or 0), int(request.height or 0)
+            size = request.width, request.height
             return [each if each.size == size else each.crop((0, 0, *size)) for each in pictures]
 
 
 def open_drawer(
-    network: OpenNetwork, tokenizer: Tokenizer | None, request: GenerationRequest, spec: ModelSpec
+    network: OpenNetwork, tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
 ) -> Drawer:
     """Encode what a resolved request says and shows, once for all its images.
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.pipeline.png import save_png
-from ldm_runtime.requests.request import GenerationRequest, request_to_json
+from ldm_runtime.requests.request import request_to_json
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.version import version
 
 
@@ -30,7 +31,7 @@ class Result:
     """
 
     images: list[Image.Image]
-    request: GenerationRequest
+    request: ResolvedRequest
     latents: npt.NDArray[np.float32]
     timings: Mapping[str, float]
     bundle_sha256: str
@@ -48,7 +49,7 @@ class Result:
     def metadata(self, index: int) -> dict[str, Any]:
         """Return what to store with image `index`: all that it takes to draw it again, alone."""
         return {
-            "request": request_to_json(self.request.of_image(index)),
+            "request": request_to_json(self.request.of_image(index).as_request()),
             "bundle_sha256": self.bundle_sha256,
             "version": version(),
         }

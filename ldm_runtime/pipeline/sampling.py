@@ -16,8 +16,9 @@ from ldm_runtime.noise import NOISES, NoiseGenerator
 from ldm_runtime.noise.brownian import BrownianPath
 from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
-from ldm_runtime.requests.request import GIVEN, GenerationRequest
-from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table, sigmas_of
+from ldm_runtime.requests.request import GIVEN
+from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import Denoise, Draw
 from ldm_runtime.schedules import initial_scale
@@ -55,7 +56,7 @@ class Step:
 def sample_latents(
     engine: Runner,
     conditioning: Conditioning,
-    request: GenerationRequest,
+    request: ResolvedRequest,
     spec: ModelSpec,
     images: range | None = None,
     start: Start | None = None,
@@ -67,7 +68,7 @@ def sample_latents(
     Args:
         engine: The UNet.
         conditioning: From `conditioning.encode_conditioning`.
-        request: A resolved request.
+        request: The request.
         spec: The model.
         images: Which images; None is all of them.
         start: What to start from; None is noise.
@@ -76,10 +77,9 @@ def sample_latents(
         BackendError: The network produced NaN or infinity.
     """
     images = range(request.num_images) if images is None else images
-    sigmas = sigmas_of(request, spec)
+    sigmas = request.sigmas
     if start is not None:
         sigmas = last_sigmas(sigmas, start.strength)
-    assert request.eta is not None, "the request is not resolved"
     noise, draw = _noise(request, spec, images)
     denoise: Denoise = _denoiser(engine, conditioning, request, spec, len(images))
     latents = _first_latents(noise, sigmas, request, start)
@@ -126,11 +126,11 @@ def slerp(low: Float32Array, high: Float32Array, share: float) -> Float32Array:
 
 
 def _first_latents(
-    noise: Float32Array, sigmas: Sequence[float], request: GenerationRequest, start: Start | None
+    noise: Float32Array, sigmas: Sequence[float], request: ResolvedRequest, start: Start | None
 ) -> Float32Array:
     """Return the latents at the first of `sigmas`."""
     is_given = request.schedule == GIVEN
-    scale = sigmas[0] if is_given else initial_scale(sigmas, str(request.schedule))
+    scale = sigmas[0] if is_given else initial_scale(sigmas, request.schedule)
     if start is None:
         return noise * scale
     noisy = start.latents + sigmas[0] * noise
@@ -140,11 +140,11 @@ def _first_latents(
     return start.mask * (noise * scale) + (1 - start.mask) * noisy
 
 
-def _noise(request: GenerationRequest, spec: ModelSpec, images: range) -> tuple[Float32Array, Draw]:
+def _noise(request: ResolvedRequest, spec: ModelSpec, images: range) -> tuple[Float32Array, Draw]:
     """Return the first noise of a batch and what draws more, every image from its own seed."""
     shape = (1, spec.autoencoder.embed_dim, *latent_size(request, spec))
     alone = [request.of_image(index) for index in images]
-    generators = [NOISES[request.noise](int(each.seed or 0)) for each in alone]
+    generators = [NOISES[request.noise](each.seed) for each in alone]
     first = np.concatenate(
         [
             _first_noise(each, generator, shape)
@@ -152,18 +152,18 @@ def _noise(request: GenerationRequest, spec: ModelSpec, images: range) -> tuple[
         ]
     )
     if sampler_of(request).noise == "brownian":
-        paths = [BrownianPath(int(each.seed or 0), shape) for each in alone]
+        paths = [BrownianPath(each.seed, shape) for each in alone]
         return first, lambda *stretch: np.concatenate([path(*stretch) for path in paths])
     return first, lambda *_: np.concatenate([generator.randn(shape) for generator in generators])
 
 
 def _first_noise(
-    request: GenerationRequest, generator: NoiseGenerator, shape: tuple[int, ...]
+    request: ResolvedRequest, generator: NoiseGenerator, shape: tuple[int, ...]
 ) -> Float32Array:
     noise = generator.randn(shape)
     if not request.is_variation:
         return noise
-    other = NOISES[request.noise](int(request.variation_seed or 0)).randn(shape)
+    other = NOISES[request.noise](request.variation_seed).randn(shape)
     return slerp(noise, other, request.variation_strength)
 
 
@@ -224,15 +224,14 @@ class _UNet:
 def _denoiser(
     engine: Runner,
     conditioning: Conditioning,
-    request: GenerationRequest,
+    request: ResolvedRequest,
     spec: ModelSpec,
     batch_size: int,
 ) -> GuidedDenoiser:
-    assert request.guidance_scale is not None, "the request is not resolved"
     context = conditioning.context
     return GuidedDenoiser(
         network=_UNet(engine, conditioning.concat, in_patches=runs_in_patches(spec)),
-        training_sigmas=sigma_table(request, spec),
+        training_sigmas=sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr),
         context=None if context is None else np.repeat(context, batch_size, axis=0),
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,

@@ -1,41 +1,72 @@
 """Checks of what a request is conditioned on against one model: what it knows, and how much."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import max_objects, num_labels
 from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import (
+    ClassCondition,
+    Condition,
+    EmbeddingsCondition,
+    LayoutCondition,
+    NoCondition,
+    PromptCondition,
+    SegmentationCondition,
+)
 from ldm_runtime.specs.model import ModelSpec
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
 from ldm_runtime.text.prompts import parse_prompt
 
 
-def check_conditions(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Check the prompt, class, layout, map or embeddings of a request whose fields fit the task.
+def condition_of(request: GenerationRequest) -> Condition:
+    """Return what a request whose fields fit its model's task is conditioned on."""
+    if request.prompt is not None:
+        return PromptCondition(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            literal=request.plain_prompt,
+        )
+    if request.class_label is not None:
+        return ClassCondition(label=request.class_label)
+    if request.layout is not None:
+        return LayoutCondition(objects=request.layout)
+    if request.segmentation is not None:
+        return SegmentationCondition(segmentation=request.segmentation)
+    if request.embeddings is not None:
+        return EmbeddingsCondition(embeddings=request.embeddings)
+    return NoCondition()
+
+
+def check_condition(condition: Condition, spec: ModelSpec) -> None:
+    """Check a condition against the model that it is for.
 
     Raises:
         RequestError: A prompt cannot be read, or the model does not know what it is asked for.
     """
-    _check_prompts(request)
-    for name, check in _CHECKS.items():
-        if getattr(request, name) is not None:
-            check(request, spec)
+    match condition:
+        case PromptCondition():
+            _check_prompts(condition)
+        case ClassCondition():
+            _check_class(condition.label, spec.network(ClassEmbedderSpec))
+        case LayoutCondition():
+            _check_layout(condition, spec.network(TextEncoderSpec))
+        case SegmentationCondition():
+            _check_segmentation(condition, spec.network(RescalerSpec))
+        case EmbeddingsCondition():
+            _check_embeddings(condition, spec.network(UNetSpec))
 
 
-def _check_prompts(request: GenerationRequest) -> None:
-    if request.plain_prompt:
+def _check_prompts(condition: PromptCondition) -> None:
+    if condition.literal:
         return
-    for name in ("prompt", "negative_prompt"):
+    texts = {"prompt": condition.prompt, "negative_prompt": condition.negative_prompt}
+    for name, text in texts.items():
         try:
-            parse_prompt(getattr(request, name) or "")
+            parse_prompt(text)
         except ValueError as error:
             raise RequestError(name, str(error)) from error
 
 
-def _check_class(request: GenerationRequest, spec: ModelSpec) -> None:
-    embedder, label = spec.network(ClassEmbedderSpec), request.class_label
-    assert label is not None, "only given fields are checked"
+def _check_class(label: int, embedder: ClassEmbedderSpec) -> None:
     count, null = embedder.num_classes, embedder.null_class
     if label != null and label < count:
         return
@@ -45,15 +76,13 @@ def _check_class(request: GenerationRequest, spec: ModelSpec) -> None:
     raise RequestError("class_label", f"{label} {reason} of this bundle; give 0 to {last}{but}")
 
 
-def _check_layout(request: GenerationRequest, spec: ModelSpec) -> None:
-    encoder = spec.network(TextEncoderSpec)
-    assert request.layout is not None, "only given fields are checked"
+def _check_layout(condition: LayoutCondition, encoder: TextEncoderSpec) -> None:
     most, known = max_objects(encoder), num_labels(encoder)
-    if len(request.layout) > most:
+    if len(condition.objects) > most:
         raise RequestError(
-            "layout", f"has {len(request.layout)} objects; this bundle takes at most {most}"
+            "layout", f"has {len(condition.objects)} objects; this bundle takes at most {most}"
         )
-    for index, each in enumerate(request.layout):
+    for index, each in enumerate(condition.objects):
         if each.label >= known:
             raise RequestError(
                 "layout",
@@ -61,9 +90,8 @@ def _check_layout(request: GenerationRequest, spec: ModelSpec) -> None:
             )
 
 
-def _check_segmentation(request: GenerationRequest, spec: ModelSpec) -> None:
-    assert request.segmentation is not None, "only given fields are checked"
-    highest, last = int(request.segmentation.ids.max()), spec.network(RescalerSpec).num_classes - 1
+def _check_segmentation(condition: SegmentationCondition, rescaler: RescalerSpec) -> None:
+    highest, last = int(condition.segmentation.ids.max()), rescaler.num_classes - 1
     if highest > last:
         raise RequestError(
             "segmentation",
@@ -71,23 +99,11 @@ def _check_segmentation(request: GenerationRequest, spec: ModelSpec) -> None:
         )
 
 
-def _check_embeddings(request: GenerationRequest, spec: ModelSpec) -> None:
-    assert spec.unet is not None, "a retrieval model has a UNet"
-    assert request.embeddings is not None, "only given fields are checked"
-    width = request.embeddings.values.shape[1]
-    if width != spec.unet.context_dim:
+def _check_embeddings(condition: EmbeddingsCondition, unet: UNetSpec) -> None:
+    width = condition.embeddings.values.shape[1]
+    if width != unet.context_dim:
         raise RequestError(
             "embeddings",
-            f"have {width} numbers each; this bundle takes {spec.unet.context_dim}, as the "
-            "encoder makes them that it was trained with",
+            f"have {width} numbers each; this bundle takes {unet.context_dim}, as the encoder "
+            "makes them that it was trained with",
         )
-
-
-_CHECKS: Mapping[str, Callable[[GenerationRequest, ModelSpec], None]] = MappingProxyType(
-    {
-        "class_label": _check_class,
-        "layout": _check_layout,
-        "segmentation": _check_segmentation,
-        "embeddings": _check_embeddings,
-    }
-)

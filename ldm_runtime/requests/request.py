@@ -1,7 +1,7 @@
 """The one record behind the Python call, the command line and the metadata of a PNG."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -121,14 +121,6 @@ class GenerationRequest:
     def is_variation(self) -> bool:
         """Whether the noise leans towards that of another seed."""
         return self.variation_strength > 0
-
-    def of_image(self, index: int) -> "GenerationRequest":
-        """Return the request, of a resolved one, that draws image `index` alone."""
-        assert self.seed is not None, "the request is not resolved"
-        if not self.is_variation:
-            return replace(self, seed=self.seed + index, num_images=1)
-        assert self.variation_seed is not None, "the request is not resolved"
-        return replace(self, variation_seed=self.variation_seed + index, num_images=1)
 
 
 def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:

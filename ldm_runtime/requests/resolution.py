@@ -1,20 +1,23 @@
 """What a request means for one model: every field filled in, and the noise levels it visits."""
 
 import secrets
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.requests.conditions import check_conditions
+from ldm_runtime.requests.conditions import check_condition, condition_of
 from ldm_runtime.requests.request import GIVEN, MAX_IMAGES, GenerationRequest
-from ldm_runtime.requests.sizes import (
-    TILE_LATENTS,
-    WHOLE_LATENTS,
-    canvas_size,
-    hires_size,
-    latent_size,
-    with_size,
+from ldm_runtime.requests.resolved import (
+    EVERY_SIGMA,
+    MaskedImage,
+    NoImage,
+    OutpaintedImage,
+    RequestImage,
+    ResolvedRequest,
+    SamplingPass,
+    WholeImage,
 )
+from ldm_runtime.requests.sizes import Size, hires_size, image_size, tile_size
 from ldm_runtime.requests.task_checks import check_foreign, check_guidance, check_needs
 from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import (
@@ -24,106 +27,101 @@ from ldm_runtime.schedules import (
     sampling_sigmas,
     training_sigmas,
 )
-from ldm_runtime.specs.model import ModelSpec, size_step
+from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import can_guide, task_record
 
-__all__ = [
-    "HIRES_STRENGTH",
-    "IMAGE_STRENGTH",
-    "MASK_STRENGTH",
-    "TILE_LATENTS",
-    "WHOLE_LATENTS",
-    "canvas_size",
-    "hires_size",
-    "last_sigmas",
-    "latent_size",
-    "resolve",
-    "sampler_of",
-    "sigma_table",
-    "sigmas_of",
-    "size_step",
-    "strengths",
-]
-
-#: How much of a picture is forgotten unless a request says so: `strength` without and with a mask,
+#: How much of an image is forgotten unless a request says so: `strength` without and with a mask,
 #: and that of the second pass at high resolution.
 IMAGE_STRENGTH, MASK_STRENGTH, HIRES_STRENGTH = 0.8, 1.0, 0.6
 
 _T = TypeVar("_T")
 
 
-def resolve(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
-    """Return `request` with every field filled in that means something to a model, and checked.
+@dataclass(frozen=True, kw_only=True)
+class _Sampling:
+    """The part of a resolved request that says how to sample; empty for an autoencoder alone."""
 
-    Resolving a resolved request changes nothing, and the result is all that decides a picture. A
-    first stage alone draws nothing at random: its request keeps None in all fields of sampling, and
-    an open seed becomes 0.
+    sampler: str = ""
+    schedule: str = ""
+    sigmas: tuple[float, ...] = ()
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+
+
+def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> ResolvedRequest:
+    """Return a request with everything filled in that it leaves to a model, and checked.
+
+    Resolving a resolved request changes nothing. A model that only encodes and decodes samples no
+    noise: an open seed becomes 0.
 
     Raises:
         RequestError: The model cannot do what the request asks for.
+        BundleError: The model has no training schedule.
     """
+    if isinstance(request, ResolvedRequest):
+        request = request.as_request()
     check_needs(request, spec)
     check_foreign(request, spec)
-    check_conditions(request, spec)
-    _check_company(request)
-    request = with_size(request, spec)
-    if not task_record(spec).samples:
-        return replace(request, seed=_first(request.seed, 0))
-    check_guidance(request, spec)
-    request = _with_steering(_with_sampler(_with_sigmas(request), spec), spec)
-    for name, strength in strengths(request).items():
-        last_sigmas(sigmas_of(request, spec), strength, name)
-    return request
-
-
-def sampler_of(request: GenerationRequest) -> SamplerRecord:
-    """Return the sampler of a request that names one."""
-    return SAMPLERS[str(request.sampler)]
-
-
-def strengths(request: GenerationRequest) -> dict[str, float]:
-    """Return, by field, the shares of the steps that the passes of a resolved request make."""
-    first = {"strength": request.strength or 1.0}
-    return (
-        first
-        if request.hires_strength is None
-        else first | {"hires_strength": request.hires_strength}
+    condition, image = condition_of(request), _image_of(request)
+    check_condition(condition, spec)
+    _check_combinations(request)
+    size = image_size(request, image, condition, spec)
+    samples = task_record(spec).samples
+    if samples:
+        check_guidance(request, spec)
+    sampling = _sampling(request, spec) if samples else _Sampling()
+    passes = _passes(request, image, size, sampling, spec) if samples else ()
+    seed = _first(request.seed, _random_seed() if samples else 0)
+    return ResolvedRequest(
+        task=spec.task,
+        condition=condition,
+        source_image=image,
+        height=size[0],
+        width=size[1],
+        num_images=request.num_images,
+        sampler=sampling.sampler,
+        schedule=sampling.schedule,
+        sigmas=sampling.sigmas,
+        eta=sampling.eta,
+        zero_terminal_snr=request.zero_terminal_snr,
+        guidance_scale=sampling.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        guidance_interval=_first(request.guidance_interval, EVERY_SIGMA),
+        seed=seed,
+        noise=request.noise,
+        variation_seed=_variation_seed(request, seed),
+        variation_strength=request.variation_strength,
+        passes=passes,
+        tile_size=tile_size(request, _last_size(passes, size), spec),
     )
 
 
-def sigma_table(request: GenerationRequest, spec: ModelSpec) -> SigmaTable:
-    """Return the noise level of every training timestep, as a request sees the model.
+def sampler_of(request: ResolvedRequest) -> SamplerRecord:
+    """Return the sampler of a request."""
+    return SAMPLERS[request.sampler]
+
+
+def sigma_table(spec: ModelSpec, *, zero_terminal_snr: bool) -> SigmaTable:
+    """Return the noise level of every training timestep.
+
+    Args:
+        spec: The model.
+        zero_terminal_snr: Whether the schedule is rescaled to end in pure noise.
 
     Raises:
         BundleError: The model has no schedule.
     """
     try:
-        if request.zero_terminal_snr:
+        if zero_terminal_snr:
             return training_sigmas(rescale_zero_terminal_snr(spec.alphas_cumprod))
         return training_sigmas(spec.alphas_cumprod)
     except ValueError as error:
         raise BundleError(f"{error}; export the bundle again") from error
 
 
-def sigmas_of(request: GenerationRequest, spec: ModelSpec) -> list[float]:
-    """Return the noise levels that a resolved request visits, if it starts from noise.
-
-    Raises:
-        RequestError: The model's schedule has no such steps.
-        BundleError: The model has no schedule.
-    """
-    assert request.num_inference_steps is not None, "the request is not resolved"
-    table = sigma_table(request, spec)
-    if request.sigmas is not None:
-        return list(request.sigmas)
-    final = sampler_of(request).final_sigma
-    try:
-        return sampling_sigmas(table, request.num_inference_steps, str(request.schedule), final)
-    except ValueError as error:
-        raise RequestError("num_inference_steps", str(error)) from error
-
-
-def last_sigmas(sigmas: list[float], strength: float, field: str = "strength") -> list[float]:
+def last_sigmas(
+    sigmas: tuple[float, ...], strength: float, field: str = "strength"
+) -> tuple[float, ...]:
     """Return the noise levels of the last steps: so many as diffusers' pipelines make.
 
     Raises:
@@ -138,8 +136,18 @@ def last_sigmas(sigmas: list[float], strength: float, field: str = "strength") -
     return sigmas[steps - kept :]
 
 
-def _check_company(request: GenerationRequest) -> None:
-    """Fields that mean something only beside another field."""
+def _image_of(request: GenerationRequest) -> RequestImage:
+    if request.image is None:
+        return NoImage()
+    if request.outpaint is not None:
+        return OutpaintedImage(image=request.image, margins=request.outpaint)
+    if request.mask_image is not None:
+        return MaskedImage(image=request.image, mask=request.mask_image)
+    return WholeImage(image=request.image)
+
+
+def _check_combinations(request: GenerationRequest) -> None:
+    """Check fields that mean something only together with another field."""
     for name in ("strength", "mask_image", "outpaint"):
         if getattr(request, name) is not None and request.image is None:
             raise RequestError(name, "means nothing without an image; give image, or leave it out")
@@ -167,16 +175,53 @@ def _check_mask(request: GenerationRequest) -> None:
         )
 
 
-def _with_sigmas(request: GenerationRequest) -> GenerationRequest:
+def _sampling(request: GenerationRequest, spec: ModelSpec) -> _Sampling:
+    """Fill in what the model's defaults and the sampler's record say."""
+    defaults = spec.defaults
+    name = _first(request.sampler, defaults.sampler)
+    record = SAMPLERS[name]
+    is_default = record.uses_eta and name == defaults.sampler
+    eta = _first(request.eta, defaults.eta if is_default else record.default_eta)
+    if not record.uses_eta and eta != record.default_eta:
+        users = ", ".join(name for name, each in SAMPLERS.items() if each.uses_eta)
+        raise RequestError(
+            "eta",
+            f"sampler {name!r} has none, got {eta}; leave it out or choose one of {users}",
+        )
+    scale = defaults.guidance_scale if can_guide(spec) else 1.0
+    schedule, sigmas = _sigmas(request, record, spec)
+    return _Sampling(
+        sampler=name,
+        schedule=schedule,
+        sigmas=sigmas,
+        eta=eta,
+        guidance_scale=_first(request.guidance_scale, scale),
+    )
+
+
+def _sigmas(
+    request: GenerationRequest, record: SamplerRecord, spec: ModelSpec
+) -> tuple[str, tuple[float, ...]]:
+    """Return the schedule of a request, and the noise levels that it visits from noise on."""
+    table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
+    if request.sigmas is not None:
+        return GIVEN, _given_sigmas(request, request.sigmas)
+    if request.schedule == GIVEN:
+        raise RequestError("schedule", f"{GIVEN!r} means those in sigmas; give sigmas")
+    schedule = _first(request.schedule, record.schedule)
+    steps = _first(request.num_inference_steps, spec.defaults.num_inference_steps)
+    try:
+        return schedule, tuple(sampling_sigmas(table, steps, schedule, record.final_sigma))
+    except ValueError as error:
+        raise RequestError("num_inference_steps", str(error)) from error
+
+
+def _given_sigmas(request: GenerationRequest, listed: tuple[float, ...]) -> tuple[float, ...]:
     """Check a list of noise levels, and the fields that it replaces."""
-    if request.sigmas is None:
-        if request.schedule == GIVEN:
-            raise RequestError("schedule", f"{GIVEN!r} means those in sigmas; give sigmas")
-        return request
     if request.schedule not in (None, GIVEN):
         raise RequestError("schedule", "does not go with sigmas; leave one of them out")
     try:
-        sigmas = tuple(given_sigmas(request.sigmas))
+        sigmas = tuple(given_sigmas(listed))
     except ValueError as error:
         raise RequestError("sigmas", str(error)) from error
     steps = len(sigmas) - 1
@@ -185,53 +230,44 @@ def _with_sigmas(request: GenerationRequest) -> GenerationRequest:
             "num_inference_steps",
             f"is {request.num_inference_steps}, but sigmas lists {steps}; leave it out",
         )
-    return replace(request, sigmas=sigmas, schedule=GIVEN, num_inference_steps=steps)
+    return sigmas
 
 
-def _with_sampler(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
-    """Fill in what the model's defaults and the sampler's record say."""
-    defaults = spec.defaults
-    request = replace(
-        request,
-        num_inference_steps=_first(request.num_inference_steps, defaults.num_inference_steps),
-        guidance_scale=_first(
-            request.guidance_scale, defaults.guidance_scale if can_guide(spec) else 1.0
-        ),
-        sampler=_first(request.sampler, defaults.sampler),
-    )
-    record = sampler_of(request)
-    is_default = record.uses_eta and request.sampler == defaults.sampler
-    request = replace(
-        request,
-        schedule=_first(request.schedule, record.schedule),
-        eta=_first(request.eta, defaults.eta if is_default else record.default_eta),
-    )
-    if not record.uses_eta and request.eta != record.default_eta:
-        users = ", ".join(name for name, each in SAMPLERS.items() if each.uses_eta)
-        raise RequestError(
-            "eta",
-            f"sampler {request.sampler!r} has none, got {request.eta}; leave it out or choose "
-            f"one of {users}",
-        )
-    return request
+def _passes(
+    request: GenerationRequest,
+    image: RequestImage,
+    size: Size,
+    sampling: _Sampling,
+    spec: ModelSpec,
+) -> tuple[SamplingPass, ...]:
+    """Return the passes of a request that samples, each with at least one step."""
+    strength = 1.0
+    if not isinstance(image, NoImage) and task_record(spec).image == "start":
+        default = IMAGE_STRENGTH if isinstance(image, WholeImage) else MASK_STRENGTH
+        strength = _first(request.strength, default)
+    last_sigmas(sampling.sigmas, strength)
+    first = SamplingPass(height=size[0], width=size[1], strength=strength, scale=1.0)
+    if request.hires_scale is None:
+        return (first,)
+    strength = _first(request.hires_strength, HIRES_STRENGTH)
+    last_sigmas(sampling.sigmas, strength, "hires_strength")
+    height, width = hires_size(size, request.hires_scale, spec)
+    second = SamplingPass(height=height, width=width, strength=strength, scale=request.hires_scale)
+    return first, second
 
 
-def _with_steering(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
-    """Fill in seeds, and how much of the pictures to start from is forgotten."""
-    # 32 bits, because torch's generator uses no more; short enough to read out.
-    request = replace(request, seed=_first(request.seed, _random_seed()))
-    if request.is_variation:
-        request = replace(request, variation_seed=_first(request.variation_seed, _random_seed()))
-    if request.image is not None and task_record(spec).image == "start":
-        masked = request.mask_image is not None or request.outpaint is not None
-        default = MASK_STRENGTH if masked else IMAGE_STRENGTH
-        request = replace(request, strength=_first(request.strength, default))
-    if request.hires_scale is not None:
-        request = replace(request, hires_strength=_first(request.hires_strength, HIRES_STRENGTH))
-    return request
+def _last_size(passes: tuple[SamplingPass, ...], size: Size) -> Size:
+    return (passes[-1].height, passes[-1].width) if passes else size
+
+
+def _variation_seed(request: GenerationRequest, seed: int) -> int:
+    if request.variation_strength == 0:
+        return seed
+    return _first(request.variation_seed, _random_seed())
 
 
 def _random_seed() -> int:
+    # 32 bits, because torch's generator uses no more; short enough to read out.
     return secrets.randbelow(2**32 - MAX_IMAGES)
 
 

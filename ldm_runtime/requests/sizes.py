@@ -1,151 +1,90 @@
-"""Sizes: what a model can draw, what a request gets, and what of it is sampled."""
-
-from dataclasses import replace
+"""Sizes: what a model can generate, what a request gets, and what of it is sampled."""
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.images import MAX_SIDE
 from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import (
+    Condition,
+    NoImage,
+    OutpaintedImage,
+    RequestImage,
+    ResolvedRequest,
+    SegmentationCondition,
+)
 from ldm_runtime.specs.model import ModelSpec, latent_step, size_step
 from ldm_runtime.specs.tasks import task_record
 from ldm_runtime.tiling.tiles import MIN_TILE
 
-#: Pictures of more latent pixels than this are decoded in tiles of so many a side: memory goes with
-#: latent pixels, and of what a model can draw, tiles of this size are within 47 dB
+#: Images of more latent pixels than this are decoded in tiles of that many per side: memory grows
+#: with latent pixels, and of what a model can generate, tiles of this size are within 47 dB
 #: (`docs/steering.md`).
 WHOLE_LATENTS, TILE_LATENTS = 128 * 128, 96
 
+#: Height and width in pixels.
+Size = tuple[int, int]
 
-def latent_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
-    """Return height and width of what is sampled for a resolved request, in latent pixels.
 
-    They cover the request's size and are what the UNet can take: pictures and maps that a request
+def latent_size(request: ResolvedRequest, spec: ModelSpec) -> Size:
+    """Return height and width of what is sampled for a request, in latent pixels.
+
+    They cover the request's size and are what the UNet can take: images and maps that a request
     brings are padded to them on the right and at the bottom, and the result has to be cropped.
     """
-    assert request.height is not None, "the request is not resolved"
-    assert request.width is not None, "the request is not resolved"
     factor, step = spec.autoencoder.factor, latent_step(spec)
     height, width = -(-request.height // factor), -(-request.width // factor)
     return -(-height // step) * step, -(-width // step) * step
 
 
-def padded_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
-    """Return height and width of what is encoded and decoded for a resolved request, in pixels."""
+def padded_size(request: ResolvedRequest, spec: ModelSpec) -> Size:
+    """Return height and width of what is encoded and decoded for a request, in pixels."""
     height, width = latent_size(request, spec)
     return height * spec.autoencoder.factor, width * spec.autoencoder.factor
 
 
-def canvas_size(request: GenerationRequest) -> tuple[int, int]:
-    """Return width and height of a request's image with what is added around it."""
-    assert request.image is not None, "the request has no image"
-    width, height = request.image.size
-    left, top, right, bottom = request.outpaint or (0, 0, 0, 0)
-    return left + width + right, top + height + bottom
-
-
-def hires_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
-    """Return height and width of the second pass of a resolved request, or of the only one."""
-    assert request.height is not None, "the request is not resolved"
-    assert request.width is not None, "the request is not resolved"
-    if request.hires_scale is None:
-        return request.height, request.width
-    step, scale = size_step(spec), request.hires_scale
-    return (round(request.height * scale / step) * step, round(request.width * scale / step) * step)
-
-
-def with_size(request: GenerationRequest, spec: ModelSpec) -> GenerationRequest:
-    """Return a request with its size, and that of its tiles if it has any, filled in and checked.
+def image_size(
+    request: GenerationRequest, image: RequestImage, condition: Condition, spec: ModelSpec
+) -> Size:
+    """Return the size of a request's images, checked.
 
     Raises:
-        RequestError: The model cannot draw such a size, or not from such a picture.
+        RequestError: The model cannot generate such a size, or not from such an image.
     """
-    default = _default_size(request, spec)
+    default = _default_size(image, condition, spec)
     height = default[0] if request.height is None else request.height
     width = default[1] if request.width is None else request.width
-    request = replace(request, height=height, width=width)
     if task_record(spec).size == "enlarged":
-        _check_enlarged(request, spec)
+        _check_enlarged((height, width), default, spec)
     else:
-        _check_multiples(request, spec, default)
-    if max(hires_size(request, spec)) > MAX_SIDE:
-        raise RequestError("hires_scale", f"makes more than {MAX_SIDE} pixels a side; lower it")
-    _check_outpaint(request)
-    if "tile_size" not in task_record(spec).takes:
-        return request
-    return replace(request, tile_size=_tile_size(request, spec))
+        _check_multiples((height, width), default, spec)
+    _check_outpaint((height, width), image)
+    if max(height, width) > MAX_SIDE:
+        raise RequestError("outpaint", f"makes more than {MAX_SIDE} pixels a side; add fewer")
+    return height, width
 
 
-def _default_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
-    """Return height and width where the request leaves them open.
+def hires_size(size: Size, scale: float, spec: ModelSpec) -> Size:
+    """Return height and width of images enlarged for a second pass.
 
-    What a request brings keeps its size, whatever that is: a picture of which a part is kept cannot
-    be stretched.
+    Raises:
+        RequestError: They are too large.
     """
-    size = task_record(spec).size
-    if size == "enlarged":
-        return _enlarged_size(request, spec)
-    if size == "segmentation":
-        assert request.segmentation is not None, "the request is not checked"
-        width, height = request.segmentation.size
-    elif request.image is not None:
-        width, height = canvas_size(request)
-    else:
-        return spec.defaults.height, spec.defaults.width
-    return height, width
-
-
-def _enlarged_size(request: GenerationRequest, spec: ModelSpec) -> tuple[int, int]:
-    assert request.image is not None, "the request is not checked"
-    width, height = (spec.autoencoder.factor * side for side in request.image.size)
-    if max(width, height) > MAX_SIDE:
-        raise RequestError(
-            "image",
-            f"makes {width}x{height} pixels, enlarged {spec.autoencoder.factor} times; give at "
-            f"most {MAX_SIDE // spec.autoencoder.factor} a side",
-        )
-    return height, width
-
-
-def _check_enlarged(request: GenerationRequest, spec: ModelSpec) -> None:
-    for name, size in zip(("height", "width"), _enlarged_size(request, spec), strict=True):
-        if getattr(request, name) != size:
-            raise RequestError(
-                name,
-                f"is {getattr(request, name)}, but the image enlarged {spec.autoencoder.factor} "
-                f"times has {size}; leave it out",
-            )
-
-
-def _check_multiples(request: GenerationRequest, spec: ModelSpec, default: tuple[int, int]) -> None:
     step = size_step(spec)
-    sizes = (request.height, request.width)
-    for name, size, given in zip(("height", "width"), sizes, default, strict=True):
-        assert size is not None, "the request is not resolved"
-        below = size // step * step
-        if size not in (below, given):
-            nearest = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
-            raise RequestError(
-                name, f"{size} is not a multiple of {step}; the nearest sizes are {nearest}"
-            )
+    height, width = (round(side * scale / step) * step for side in size)
+    if max(height, width) > MAX_SIDE:
+        raise RequestError("hires_scale", f"makes more than {MAX_SIDE} pixels a side; lower it")
+    return height, width
 
 
-def _check_outpaint(request: GenerationRequest) -> None:
-    """Margins are counted in pixels of the picture, so that the canvas cannot be resized."""
-    if request.outpaint is None:
-        return
-    width, height = canvas_size(request)
-    if (width, height) != (request.width, request.height):
-        raise RequestError(
-            "outpaint",
-            f"makes {width}x{height} pixels, but {request.width}x{request.height} are asked for; "
-            "leave height and width out",
-        )
+def tile_size(request: GenerationRequest, size: Size, spec: ModelSpec) -> int:
+    """Return the side of the tiles to decode images of a size in, in pixels; 0 is in one piece.
 
-
-def _tile_size(request: GenerationRequest, spec: ModelSpec) -> int:
-    """Return the side of the tiles to decode in, in pixels; 0 decodes in one piece."""
-    height, width = hires_size(request, spec)
+    Raises:
+        RequestError: The model cannot decode in such tiles.
+    """
+    if "tile_size" not in task_record(spec).takes:
+        return 0
     factor, step = spec.autoencoder.factor, size_step(spec)
-    is_large = height * width > WHOLE_LATENTS * factor**2
+    is_large = size[0] * size[1] > WHOLE_LATENTS * factor**2
     default = -(-TILE_LATENTS * factor // step) * step if is_large else 0
     tile = default if request.tile_size is None else request.tile_size
     if tile % step:
@@ -157,3 +96,65 @@ def _tile_size(request: GenerationRequest, spec: ModelSpec) -> int:
             "tile_size", f"{tile} is too small; take 0 or at least {MIN_TILE * factor}"
         )
     return tile
+
+
+def _default_size(image: RequestImage, condition: Condition, spec: ModelSpec) -> Size:
+    """Return height and width where the request leaves them open.
+
+    What a request brings keeps its size, whatever that is: an image of which a part is kept cannot
+    be stretched.
+    """
+    if isinstance(condition, SegmentationCondition):
+        width, height = condition.segmentation.size
+    elif isinstance(image, NoImage):
+        return spec.defaults.height, spec.defaults.width
+    elif task_record(spec).size == "enlarged":
+        return _enlarged_size(image.size, spec)
+    else:
+        width, height = image.size
+    return height, width
+
+
+def _enlarged_size(size: tuple[int, int], spec: ModelSpec) -> Size:
+    width, height = (spec.autoencoder.factor * side for side in size)
+    if max(width, height) > MAX_SIDE:
+        raise RequestError(
+            "image",
+            f"makes {width}x{height} pixels, enlarged {spec.autoencoder.factor} times; give at "
+            f"most {MAX_SIDE // spec.autoencoder.factor} a side",
+        )
+    return height, width
+
+
+def _check_enlarged(size: Size, enlarged: Size, spec: ModelSpec) -> None:
+    for name, given, only in zip(("height", "width"), size, enlarged, strict=True):
+        if given != only:
+            raise RequestError(
+                name,
+                f"is {given}, but the image enlarged {spec.autoencoder.factor} times has {only}; "
+                "leave it out",
+            )
+
+
+def _check_multiples(size: Size, default: Size, spec: ModelSpec) -> None:
+    step = size_step(spec)
+    for name, side, given in zip(("height", "width"), size, default, strict=True):
+        below = side // step * step
+        if side not in (below, given):
+            nearest = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
+            raise RequestError(
+                name, f"{side} is not a multiple of {step}; the nearest sizes are {nearest}"
+            )
+
+
+def _check_outpaint(size: Size, image: RequestImage) -> None:
+    """Margins are counted in pixels of the image, so that the canvas cannot be resized."""
+    if not isinstance(image, OutpaintedImage):
+        return
+    (height, width), canvas = size, image.size
+    if canvas != (width, height):
+        raise RequestError(
+            "outpaint",
+            f"makes {canvas[0]}x{canvas[1]} pixels, but {width}x{height} are asked for; "
+            "leave height and width out",
+        )

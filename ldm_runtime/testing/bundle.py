@@ -28,8 +28,8 @@ from ldm_runtime.latents.previews import explained_variance, preview_pixels
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.pipeline.passes import Drawer, open_drawer
 from ldm_runtime.pipeline.sampling import sample_latents
-from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.components import Component
 from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of
 from ldm_runtime.testing.engine import FakeEngine, Function
@@ -140,12 +140,12 @@ def _sample_inputs(component: Component, spec: ModelSpec) -> dict[str, npt.NDArr
 
 
 def _write_golden_request(
-    folder: Path, request: GenerationRequest, spec: ModelSpec, vocabulary: Path | None
+    folder: Path, request: ResolvedRequest, spec: ModelSpec, vocabulary: Path | None
 ) -> None:
     engines = {name: FakeEngine(each) for name, each in tiny_networks(spec.task).items()}
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
     drawer = open_drawer(engines.__getitem__, tokenizer, request, spec)
-    save_golden_request(folder, request)
+    save_golden_request(folder, request.as_request())
     arrays = {"latents": _golden_latents(drawer, engines)}
     for name in ("context", "concat"):
         if (array := getattr(drawer.conditioning, name)) is not None:

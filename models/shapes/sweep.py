@@ -103,7 +103,7 @@ def _sweep(args: argparse.Namespace) -> None:
             if (bundle_hash(generator), settings_of(request, args.captions)) not in done
         ]
         print(f"{len(grid) - len(todo)} of {len(grid)} cells are there", file=sys.stderr)
-        left = sum(count_calls(request, generator.spec) for request in todo)
+        left = sum(count_calls(request) for request in todo)
         for cell in run_sweep(generator, todo, args.captions):
             append_cell(args.results, cell)
             left -= cell.calls

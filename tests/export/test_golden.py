@@ -238,7 +238,8 @@ def test_a_first_stage_is_shown_by_latents_and_what_they_become(tmp_path):
     write_golden(tmp_path, requests, system.spec, None, engines.__getitem__)
 
     for name, request in zip(golden_folders(requests), requests, strict=True):
-        pixels = request.image.pixels[None].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        image = request.source_image.image
+        pixels = image.pixels[None].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         latents = engines["vae_encoder"].run({"image": pixels})["moments"]
         (decoded,) = engines["vae_decoder"].run({"latents": latents})["image"]
         with np.load(tmp_path / name / "golden.npz") as arrays:

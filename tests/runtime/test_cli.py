@@ -288,9 +288,9 @@ def names(tmp_path):
 
 
 def test_a_class_is_a_number_or_a_name(names):
-    assert asked("class-to-image", "--class-label", 2).class_label == 2
+    assert asked("class-to-image", "--class-label", 2).condition.label == 2
     named = asked("class-to-image", "--class-label", "red circle", "--label-names", names)
-    assert named.class_label == 1
+    assert named.condition.label == 1
 
 
 def test_a_layout_is_a_file_with_numbers_or_names_for_labels(tmp_path, names):
@@ -299,12 +299,15 @@ def test_a_layout_is_a_file_with_numbers_or_names_for_labels(tmp_path, names):
     expected = parse_request({"layout": numbered}).layout
     path.write_text(json.dumps(numbered))
 
-    assert asked("layout-to-image", "--layout", path).layout == expected
+    assert asked("layout-to-image", "--layout", path).condition.objects == expected
 
     numbered[0]["label"] = "dog"
     path.write_text(json.dumps(numbered))
 
-    assert asked("layout-to-image", "--layout", path, "--label-names", names).layout == expected
+    assert (
+        asked("layout-to-image", "--layout", path, "--label-names", names).condition.objects
+        == expected
+    )
 
 
 def test_a_map_and_embeddings_are_files(tmp_path):
@@ -314,8 +317,10 @@ def test_a_map_and_embeddings_are_files(tmp_path):
     request = asked("semantic-synthesis", "--segmentation", tmp_path / "map.png")
     retrieval = asked("retrieval", "--embeddings", tmp_path / "vectors.npy")
 
-    np.testing.assert_array_equal(request.segmentation.ids, MAP)
-    np.testing.assert_array_equal(retrieval.embeddings.values, NEEDED["retrieval"]["embeddings"])
+    np.testing.assert_array_equal(request.condition.segmentation.ids, MAP)
+    np.testing.assert_array_equal(
+        retrieval.condition.embeddings.values, NEEDED["retrieval"]["embeddings"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -376,12 +381,12 @@ def test_lines_of_requests_may_hold_what_any_task_takes(tmp_path, names):
 
     request = asked("layout-to-image", "--requests", path, "--label-names", names)
 
-    assert [each.label for each in request.layout] == [2]
+    assert [each.label for each in request.condition.objects] == [2]
 
     Image.fromarray(MAP).save(tmp_path / "map.png")
     path.write_text(json.dumps({"segmentation": str(tmp_path / "map.png")}))
 
-    assert asked("semantic-synthesis", "--requests", path).segmentation.size == (32, 24)
+    assert asked("semantic-synthesis", "--requests", path).condition.segmentation.size == (32, 24)
 
 
 def test_a_line_that_lacks_what_the_bundle_needs_is_named(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from ldm_runtime.conditioning import MAX_CHUNKS, encode_conditioning, open_tokenizer
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_spec
 from ldm_runtime.text import ClipTokenizer, WordPieceTokenizer
 
@@ -36,9 +37,10 @@ def text_encoder():
 
 
 def encode(engine=None, model=None, **fields):
-    request = GenerationRequest(**{"prompt": "", "guidance_scale": 3.0, **fields})
+    model = model or spec()
+    request = resolve(GenerationRequest(**{"prompt": "", "guidance_scale": 3.0, **fields}), model)
     engines = {"text_encoder": engine or text_encoder()}
-    conditioning = encode_conditioning(engines.__getitem__, LETTERS, request, model or spec())
+    conditioning = encode_conditioning(engines.__getitem__, LETTERS, request, model)
     assert conditioning.concat is None
     return conditioning.context
 
@@ -220,7 +222,7 @@ WORDS = WordPieceTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red",
 def test_prompts_of_a_bert_model_are_framed_and_padded_its_way():
     engine = text_encoder()
     model = spec(kind="bert", pad_token_id=0)
-    request = GenerationRequest(prompt="Red cats, dog", guidance_scale=3.0)
+    request = resolve(GenerationRequest(prompt="Red cats, dog", guidance_scale=3.0), model)
 
     encode_conditioning(lambda _: engine, WORDS, request, model)
 
@@ -230,11 +232,10 @@ def test_prompts_of_a_bert_model_are_framed_and_padded_its_way():
 
 def test_prompts_of_a_bert_model_have_weights_and_chunks_too():
     engine = text_encoder()
-    request = GenerationRequest(prompt="(red:1.5) BREAK cats", guidance_scale=1.0)
+    model = spec(kind="bert", pad_token_id=0)
+    request = resolve(GenerationRequest(prompt="(red:1.5) BREAK cats", guidance_scale=1.0), model)
 
-    found = encode_conditioning(
-        lambda _: engine, WORDS, request, spec(kind="bert", pad_token_id=0)
-    ).context
+    found = encode_conditioning(lambda _: engine, WORDS, request, model).context
 
     assert token_rows(engine) == [(2, 5, 3, 0, 0, 0, 0, 0), (2, 6, 7, 3, 0, 0, 0, 0)]
     plain = text_encoder().run({"tokens": np.array([token_rows(engine)[1]])})["context"]

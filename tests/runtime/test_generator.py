@@ -16,7 +16,7 @@ from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.pipeline.png import read_metadata
 from ldm_runtime.pipeline.sampling import batches, sample_latents
-from ldm_runtime.requests.resolution import resolve, sigmas_of
+from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import initial_scale
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
@@ -105,7 +105,7 @@ def _unet():
 def test_sampling_starts_from_torchs_noise_of_each_seed():
     engine, conditioning = _unet()
     request = resolved(seed=6, num_images=2)
-    sigmas = sigmas_of(request, TINY_SPEC)
+    sigmas = request.sigmas
 
     next(sample_latents(engine, conditioning, request, TINY_SPEC))
 
@@ -128,13 +128,13 @@ def test_guidance_runs_both_halves_in_one_call_and_none_runs_one_half():
 
 def test_steps_count_up_and_end_with_what_is_decoded(generator):
     request = resolved(seed=1, sampler="ddim", num_inference_steps=5)
-    sigmas = sigmas_of(request, TINY_SPEC)
+    sigmas = request.sigmas
 
     *steps, result = generator.stream(request)
 
     assert all(type(step) is Step for step in steps)
     assert [(step.index, step.total) for step in steps] == [(i, 5) for i in range(1, 6)]
-    assert [step.sigma for step in steps] == sigmas[1:]
+    assert [step.sigma for step in steps] == list(sigmas[1:])
     assert type(result) is Result
     np.testing.assert_array_equal(steps[-1].latents, result.latents)
 
@@ -153,7 +153,7 @@ def test_a_network_that_always_sees_the_same_picture_draws_it_along_a_straight_l
     spec = dataclasses.replace(TINY_SPEC, prediction_type="sample")
     engine = FakeEngine(lambda inputs: {"prediction": np.full_like(inputs["latents"], 0.25)})
     request = resolved(sampler=sampler, guidance_scale=1, seed=3)
-    sigmas = sigmas_of(request, spec)
+    sigmas = request.sigmas
     start = TorchCpuGenerator(3).randn((1, 4, 8, 8)) * initial_scale(sigmas, "leading")
 
     steps = list(

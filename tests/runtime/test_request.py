@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 
@@ -153,18 +152,6 @@ def test_seeds_of_all_images_must_fit_64_bits():
         GenerationRequest(prompt="red", seed=MAX_SEED, num_images=2)
 
 
-def test_of_image_i_moves_the_seed_or_that_of_the_variation():
-    plain = GenerationRequest(prompt="red", seed=5, num_images=3)
-    varied = GenerationRequest(
-        prompt="red", seed=5, variation_seed=9, variation_strength=0.2, num_images=3
-    )
-
-    assert plain.of_image(2) == GenerationRequest(prompt="red", seed=7)
-    assert varied.of_image(2) == GenerationRequest(
-        prompt="red", seed=5, variation_seed=11, variation_strength=0.2
-    )
-
-
 def test_json_says_of_a_picture_what_identifies_it_and_of_the_rest_everything():
     request = GenerationRequest(
         prompt="red", image=PICTURE, outpaint=(0, 0, 8, 0), sigmas=(3.0, 1.0), seed=2
@@ -219,6 +206,3 @@ def test_requests_with_equal_conditions_are_equal_and_hash_alike(fields):
 
     assert first == second != other
     assert hash(first) == hash(second)
-    assert dataclasses.replace(first, seed=3, num_images=2).of_image(1) == dataclasses.replace(
-        first, seed=4
-    )

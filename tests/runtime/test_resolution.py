@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.fields import MAX_SEED
 from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
-from ldm_runtime.requests.resolution import last_sigmas, resolve, sigma_table, sigmas_of
-from ldm_runtime.requests.sizes import TILE_LATENTS, hires_size, latent_size, padded_size
+from ldm_runtime.requests.resolution import last_sigmas, resolve, sigma_table
+from ldm_runtime.requests.resolved import ClassCondition
+from ldm_runtime.requests.sizes import TILE_LATENTS, latent_size, padded_size
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.specs.model import size_step
-from ldm_runtime.testing import TINY_SPEC, tiny_spec
+from ldm_runtime.specs.model import Task, size_step
+from ldm_runtime.testing import TINY_SPEC, tiny_requests, tiny_spec
 from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE
 
 
@@ -33,7 +35,7 @@ def picture(height, width):
 def test_resolving_fills_every_field_from_the_model_and_the_sampler():
     request = resolved(seed=5)
 
-    assert request == GenerationRequest(
+    assert request.as_request() == GenerationRequest(
         prompt="a red circle",
         negative_prompt="",
         height=16,
@@ -65,9 +67,9 @@ def test_what_a_request_says_wins_over_the_defaults():
 def test_a_resolved_request_survives_json_and_resolves_to_itself(sampler, seed, steps, scale):
     request = resolved(sampler=sampler, seed=seed, num_inference_steps=steps, guidance_scale=scale)
 
-    again = parse_request(json.loads(json.dumps(request_to_json(request))))
+    again = parse_request(json.loads(json.dumps(request_to_json(request.as_request()))))
 
-    assert again == request
+    assert again == request.as_request()
     assert resolve(again, TINY_SPEC) == request
 
 
@@ -118,9 +120,9 @@ def test_eta_is_an_error_for_a_sampler_without_noise():
 def test_the_sigmas_of_a_request_are_those_of_its_sampler():
     ddim, euler = resolved(sampler="ddim"), resolved(sampler="euler")
 
-    assert sigmas_of(ddim, TINY_SPEC)[:-1] == sigmas_of(euler, TINY_SPEC)[:-1]
-    assert sigmas_of(euler, TINY_SPEC)[-1] == 0
-    assert sigmas_of(ddim, TINY_SPEC)[-1] > 0
+    assert ddim.sigmas[:-1] == euler.sigmas[:-1]
+    assert euler.sigmas[-1] == 0
+    assert ddim.sigmas[-1] > 0
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,31 @@ def test_a_request_that_steers_resolves_once_and_for_all(fields):
     request = resolved(**fields)
 
     assert resolve(request, TINY_SPEC) == request
+
+
+def test_of_image_i_moves_the_seed_or_that_of_the_variation():
+    plain = resolved(seed=5, num_images=3)
+    varied = resolved(seed=5, variation_seed=9, variation_strength=0.2, num_images=3)
+
+    assert plain.of_image(2) == resolved(seed=7)
+    assert varied.of_image(2) == resolved(seed=5, variation_seed=11, variation_strength=0.2)
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_no_field_of_a_resolved_request_is_none_and_its_request_resolves_to_it(task):
+    for request in tiny_requests(task):
+        full = resolve(request, tiny_spec(task))
+
+        assert None not in dataclasses.asdict(full).values()
+        assert resolve(full.as_request(), tiny_spec(task)) == full
+        assert hash(full) == hash(resolve(full, tiny_spec(task)))
+
+
+def test_a_condition_of_another_task_is_an_error_that_names_both():
+    with pytest.raises(
+        TypeError, match=r"a text-to-image request has PromptCondition.*not a Class"
+    ):
+        resolved(seed=1).condition_as(ClassCondition)
 
 
 def test_a_picture_decides_the_size_unless_a_size_is_asked_for():
@@ -181,6 +208,7 @@ def test_a_mask_of_another_size_than_the_image_is_refused_with_both_sizes():
         ({"hires_strength": 0.5}, "hires_strength"),
         ({"hires_scale": 2.0, "image": PICTURE, "mask_image": PICTURE}, "hires_scale"),
         ({"hires_scale": 8.0, "height": 16384}, "hires_scale"),
+        ({"outpaint": (0, 16384, 0, 0), "image": PICTURE}, "outpaint"),
         ({"outpaint": (4, 0, 0, 0), "image": PICTURE, "mask_image": PICTURE}, "outpaint"),
         ({"variation_seed": 3}, "variation_seed"),
         ({"schedule": "given"}, "schedule"),
@@ -204,7 +232,7 @@ def test_sigmas_given_replace_schedule_and_steps():
 
     assert request.schedule == "given"
     assert request.num_inference_steps == 3
-    assert sigmas_of(request, TINY_SPEC) == [9.0, 3.0, 1.0, 0.0]
+    assert request.sigmas == (9.0, 3.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 10), (0.75, 7), (0.5, 5), (0.19, 1)])
@@ -215,14 +243,20 @@ def test_strength_keeps_the_last_steps(strength, steps):
 
 
 def test_strength_defaults_to_everything_where_a_mask_says_what():
-    assert resolved(image=PICTURE).strength == 0.8
-    assert resolved(image=PICTURE, mask_image=PICTURE).strength == 1.0
-    assert resolved().strength is None
+    def strengths(**fields):
+        return [each.strength for each in resolved(**fields).passes]
+
+    assert strengths(image=PICTURE) == [0.8]
+    assert strengths(image=PICTURE, mask_image=PICTURE) == [1.0]
+    assert strengths() == [1.0]
+    assert strengths(hires_scale=2.0) == [1.0, 0.6]
 
 
 def test_the_second_pass_has_a_size_the_model_can_draw():
-    assert hires_size(resolved(height=20, width=32, hires_scale=1.5), TINY_SPEC) == (32, 48)
-    assert hires_size(resolved(), TINY_SPEC) == (16, 16)
+    first, second = resolved(height=20, width=32, hires_scale=1.5).passes
+
+    assert (first.height, first.width, first.scale) == (20, 32, 1.0)
+    assert (second.height, second.width, second.scale) == (32, 48, 1.5)
 
 
 def test_large_pictures_are_decoded_in_tiles_unless_told_otherwise():
@@ -237,9 +271,7 @@ def test_large_pictures_are_decoded_in_tiles_unless_told_otherwise():
 
 
 def test_zero_terminal_snr_moves_the_last_sigma_and_keeps_the_first():
-    plain, rescaled = (
-        sigma_table(resolved(zero_terminal_snr=each), TINY_SPEC) for each in (False, True)
-    )
+    plain, rescaled = (sigma_table(TINY_SPEC, zero_terminal_snr=each) for each in (False, True))
 
     assert rescaled[0] == pytest.approx(plain[0])
     assert rescaled[-1] > 100 * plain[-1]
@@ -248,7 +280,7 @@ def test_zero_terminal_snr_moves_the_last_sigma_and_keeps_the_first():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_can_take_a_schedule_that_repeats_a_timestep(sampler):
     request = resolved(sampler=sampler, schedule="ldm_quadratic", num_inference_steps=50)
-    sigmas = sigmas_of(request, TINY_SPEC)
+    sigmas = request.sigmas
     latents = np.ones((1, 4, 2, 2), dtype=np.float32)
 
     def denoise(latents, sigma):
@@ -329,8 +361,9 @@ def test_a_first_stage_pads_to_its_factor_alone_and_samples_nothing():
     assert size_step(spec) == 2
     assert (request.height, request.width) == (23, 35)
     assert latent_size(request, spec) == (12, 18)
-    assert request == GenerationRequest(
-        image=request.image, height=23, width=35, seed=0, tile_size=0
+    assert (request.passes, request.sigmas, request.num_inference_steps) == ((), (), 0)
+    assert request.as_request() == GenerationRequest(
+        image=request.source_image.image, height=23, width=35, seed=0, tile_size=0
     )
 
 
@@ -376,7 +409,7 @@ def test_a_null_class_between_the_others_is_named_in_the_message():
 
 @pytest.mark.parametrize("label", [0, 3])
 def test_every_class_but_the_null_class_can_be_drawn(label):
-    assert resolved_for("class-to-image", class_label=label).class_label == label
+    assert resolved_for("class-to-image", class_label=label).condition.label == label
 
 
 @pytest.mark.parametrize(
@@ -425,12 +458,14 @@ def test_a_condition_that_the_model_does_not_know_is_an_error_with_what_it_knows
 
 
 def test_a_layout_may_have_as_many_objects_as_fit_and_none():
-    assert len(resolved_for("layout-to-image", layout=[BOX] * 3).layout) == 3
-    assert resolved_for("layout-to-image", layout=[]).layout == ()
+    assert len(resolved_for("layout-to-image", layout=[BOX] * 3).condition.objects) == 3
+    assert resolved_for("layout-to-image", layout=[]).condition.objects == ()
 
 
 def test_a_prompt_that_cannot_be_read_is_an_error_only_where_weights_are_read():
     with pytest.raises(RequestError, match="prompt: "):
         resolved(prompt="(red:1000000000)")
 
-    assert resolved(prompt="(red:1000000000)", plain_prompt=True).prompt == "(red:1000000000)"
+    literal = resolved(prompt="(red:1000000000)", plain_prompt=True).condition
+
+    assert (literal.prompt, literal.literal) == ("(red:1000000000)", True)

@@ -59,9 +59,10 @@ def test_every_field_of_a_request_means_something_to_some_task():
 def test_what_a_task_needs_is_enough_and_resolves_once_and_for_all(task):
     request = resolved(task)
 
-    assert None not in (request.height, request.width, request.seed)
-    assert (request.tile_size is None) == ("tile_size" not in TASKS[task].takes)
+    assert None not in dataclasses.asdict(request).values()
+    assert bool(request.passes) == TASKS[task].samples
     assert resolve(request, tiny_spec(task)) == request
+    assert resolve(request.as_request(), tiny_spec(task)) == request
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_where_guidance_cannot_be_on_it_is_off_whatever_the_bundle_s_default(tas
 
     request = resolve(parse_request(NEEDED[task]), spec)
 
-    assert request.guidance_scale == (1.0 if TASKS[task].samples else None)
+    assert request.guidance_scale == 1.0
     assert resolve(request, spec) == request
 
 
@@ -181,11 +182,11 @@ def test_guidance_is_the_bundle_s_where_it_can_be_on():
 
 @pytest.mark.parametrize("task", [name for name in TASKS if TASKS[name].image == "start"])
 def test_a_picture_to_start_from_goes_with_every_task_that_starts_from_noise(task):
-    assert resolved(task, image=PICTURE).strength == 0.8
-    assert resolved(task, image=PICTURE, mask_image=PICTURE).strength == 1.0
-    assert resolved(task).strength is None
+    assert resolved(task, image=PICTURE).passes[0].strength == 0.8
+    assert resolved(task, image=PICTURE, mask_image=PICTURE).passes[0].strength == 1.0
+    assert resolved(task).passes[0].strength == 1.0
 
 
 @pytest.mark.parametrize("task", ["inpainting", "super-resolution", "first-stage"])
 def test_a_picture_that_is_the_condition_has_no_strength(task):
-    assert resolved(task).strength is None
+    assert resolved(task).as_request().strength is None

@@ -9,7 +9,8 @@ from ldm_runtime import Generator
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.requests.request import GenerationRequest
-from ldm_runtime.requests.resolution import resolve, sampler_of, sigmas_of
+from ldm_runtime.requests.resolution import resolve, sampler_of
+from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.specs.model import ModelSpec
 from measuring.rows import commit, machine
@@ -23,7 +24,7 @@ _SETTINGS = ("sampler", "num_inference_steps", "schedule", "eta", "guidance_scal
 
 
 def run_sweep(
-    generator: Generator, todo: Sequence[GenerationRequest], captions: int
+    generator: Generator, todo: Sequence[ResolvedRequest], captions: int
 ) -> Iterator[Cell]:
     """Measure a cell for each request, in order, and yield it.
 
@@ -36,8 +37,8 @@ def run_sweep(
         yield measure(generator, request, exam)
 
 
-def measure(generator: Generator, request: GenerationRequest, exam: exams.Exam) -> Cell:
-    """Draw and judge every caption as a resolved request says."""
+def measure(generator: Generator, request: ResolvedRequest, exam: exams.Exam) -> Cell:
+    """Draw and judge every caption as a request says."""
     fields = {name: getattr(request, name) for name in ("sampler", "num_inference_steps")}
     pictures, seconds = held_out.draw_all(generator, exam.wanted, fields)
     return Cell(
@@ -48,14 +49,14 @@ def measure(generator: Generator, request: GenerationRequest, exam: exams.Exam) 
         device=machine(),
         settings=settings_of(request, len(exam.wanted)),
         seconds=tuple(seconds),
-        calls=count_calls(request, generator.spec),
+        calls=count_calls(request),
         counts=judging.judge_all(exam.wanted, pictures),
         distance=exams.distance_from(exam.reference, np.stack(pictures)),
         floor=exam.floor,
     )
 
 
-def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list[GenerationRequest]:
+def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list[ResolvedRequest]:
     """Return a resolved request for each cell of the grid.
 
     Args:
@@ -75,11 +76,11 @@ def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list
     ]
     if steps:
         return requests
-    return [request for request in requests if count_calls(request, spec) <= MOST_CALLS]
+    return [request for request in requests if count_calls(request) <= MOST_CALLS]
 
 
-def count_calls(request: GenerationRequest, spec: ModelSpec) -> int:
-    """Return how often a resolved request's sampler calls the denoiser for one picture.
+def count_calls(request: ResolvedRequest) -> int:
+    """Return how often a request's sampler calls the denoiser for one picture.
 
     Counted by running it over the request's sigmas, because first and last steps may differ.
     """
@@ -91,15 +92,13 @@ def count_calls(request: GenerationRequest, spec: ModelSpec) -> int:
         calls += 1
         return latents
 
-    assert request.eta is not None, "the request is not resolved"
     run = sampler_of(request).function
-    sigmas = sigmas_of(request, spec)
-    for _ in run(denoise, nothing, sigmas, eta=request.eta, draw=lambda *_: nothing):
+    for _ in run(denoise, nothing, request.sigmas, eta=request.eta, draw=lambda *_: nothing):
         pass
     return calls
 
 
-def settings_of(request: GenerationRequest, captions: int) -> dict[str, str | int | float]:
+def settings_of(request: ResolvedRequest, captions: int) -> dict[str, str | int | float]:
     """Return all that tells a cell of one bundle from the others."""
     drawn = {name: getattr(request, name) for name in _SETTINGS}
     return drawn | {"captions": captions, "layouts": exams.LAYOUTS, "seed": held_out.SEED}

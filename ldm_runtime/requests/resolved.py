@@ -1,0 +1,292 @@
+"""`ResolvedRequest`: a request with nothing left open, which the pipeline runs.
+
+No field is ever None: what a request may or may not have is one of several records. A resolved
+request is a pure function of a request and a model, and with its seed it decides every bit of the
+images, so it is what travels: to the metadata of a PNG, into a batch, to another process.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from ldm_runtime.inputs.embeddings import Embeddings
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.layouts import LayoutObject
+from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.requests.request import GIVEN, MAX_SIGMA, GenerationRequest
+from ldm_runtime.specs.model import Task
+from ldm_runtime.specs.tasks import TASKS
+
+#: The guidance interval that has every sigma in it.
+EVERY_SIGMA = (0.0, MAX_SIGMA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCondition:
+    """Nothing but noise, or an image alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCondition:
+    """Words; `literal` ones have no weights, no `BREAK` and one chunk."""
+
+    prompt: str
+    negative_prompt: str
+    literal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCondition:
+    """The number of a class."""
+
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutCondition:
+    """Labelled boxes."""
+
+    objects: tuple[LayoutObject, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationCondition:
+    """A class for every pixel."""
+
+    segmentation: ClassMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingsCondition:
+    """Vectors of an encoder that the bundle does not hold."""
+
+    embeddings: Embeddings
+
+
+Condition = (
+    NoCondition
+    | PromptCondition
+    | ClassCondition
+    | LayoutCondition
+    | SegmentationCondition
+    | EmbeddingsCondition
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoImage:
+    """Nothing to start from but noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeImage:
+    """An image, all of which may change; or one to enlarge or to encode."""
+
+    image: Picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.image.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedImage:
+    """An image, and the mask of what is generated again: white pixels are, black ones are kept."""
+
+    image: Picture
+    mask: Picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.image.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutpaintedImage:
+    """An image, and pixels to add left of it, above, right and below."""
+
+    image: Picture
+    margins: tuple[int, int, int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, with what is added."""
+        (width, height), (left, top, right, bottom) = self.image.size, self.margins
+        return left + width + right, top + height + bottom
+
+
+RequestImage = NoImage | WholeImage | MaskedImage | OutpaintedImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPass:
+    """One run of the sampler over the same noise levels.
+
+    Attributes:
+        height: Of its images, in pixels.
+        width: Likewise.
+        strength: Share of the steps that it makes, above 0 to 1.
+        scale: How many times the images of the pass before it are enlarged to start from; 1 for the
+            first pass.
+    """
+
+    height: int
+    width: int
+    strength: float
+    scale: float
+
+
+_Condition = TypeVar("_Condition", bound=Condition)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest:
+    """What to generate with one model, down to the last number; see `resolution.resolve`.
+
+    Attributes:
+        task: The model's task, which says what fields of a request mean.
+        condition: What the UNet is conditioned on.
+        source_image: The image that the request brings, to start from, to enlarge or to encode.
+        height: Of the images, in pixels; those of the first pass, if there is a second.
+        width: Likewise.
+        num_images: How many images.
+        sampler: Name in `ldm_runtime.samplers.SAMPLERS`; empty for a model that only encodes and
+            decodes, like all that says how to sample.
+        schedule: Name in `ldm_runtime.schedules.SCHEDULES`, or "given" for listed sigmas.
+        sigmas: Noise levels from first to last, decreasing; one more than there are steps.
+        eta: Share of fresh noise per step.
+        zero_terminal_snr: Whether the training schedule is rescaled to end in pure noise.
+        guidance_scale: Classifier-free guidance; 1 is the unguided model.
+        guidance_rescale: How far guided predictions get the contrast of unguided ones, 0 to 1.
+        guidance_interval: Lowest and highest sigma with guidance.
+        seed: Image i samples its noise from seed + i.
+        noise: Name in `ldm_runtime.noise.NOISES`.
+        variation_seed: Seed of the noise to go towards.
+        variation_strength: How far, 0 (not at all) to 1.
+        passes: Runs of the sampler, one after the other; none without sampling.
+        tile_size: Decode in tiles of that many pixels; 0 decodes in one piece.
+    """
+
+    task: Task
+    condition: Condition
+    source_image: RequestImage
+    height: int
+    width: int
+    num_images: int
+    sampler: str
+    schedule: str
+    sigmas: tuple[float, ...]
+    eta: float
+    zero_terminal_snr: bool
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    seed: int
+    noise: str
+    variation_seed: int
+    variation_strength: float
+    passes: tuple[SamplingPass, ...]
+    tile_size: int
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps of the sampler, if it starts from noise."""
+        return max(0, len(self.sigmas) - 1)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the UNet also sees what the result is steered away from."""
+        return self.guidance_scale != 1
+
+    @property
+    def is_variation(self) -> bool:
+        """Whether the noise leans towards that of another seed."""
+        return self.variation_strength > 0
+
+    def condition_as(self, kind: type[_Condition]) -> _Condition:
+        """Return the condition, which is of a kind that the caller knows from the task.
+
+        Raises:
+            TypeError: It is of another kind.
+        """
+        if not isinstance(self.condition, kind):
+            raise TypeError(f"a {self.task} request has {self.condition}, not a {kind.__name__}")
+        return self.condition
+
+    def of_image(self, index: int) -> "ResolvedRequest":
+        """Return the request that generates image `index` alone."""
+        if self.is_variation:
+            return replace(self, variation_seed=self.variation_seed + index, num_images=1)
+        seed = self.seed + index
+        return replace(self, seed=seed, variation_seed=seed, num_images=1)
+
+    def as_request(self) -> GenerationRequest:
+        """Return the request that resolves to this one, every field filled in that means something.
+
+        It is what a PNG's metadata holds, as `request.request_to_json` writes it.
+        """
+        known = {**_condition_fields(self.condition), **_image_fields(self.source_image)}
+        known |= {"height": self.height, "width": self.width, "seed": self.seed}
+        if self.passes:
+            known |= _sampling_fields(self)
+        if "tile_size" in TASKS[self.task].takes:
+            known["tile_size"] = self.tile_size
+        return GenerationRequest(**known)  # type: ignore[arg-type]
+
+
+def _condition_fields(condition: Condition) -> dict[str, object]:
+    match condition:
+        case PromptCondition():
+            return {
+                "prompt": condition.prompt,
+                "negative_prompt": condition.negative_prompt,
+                "plain_prompt": condition.literal,
+            }
+        case ClassCondition():
+            return {"class_label": condition.label}
+        case LayoutCondition():
+            return {"layout": condition.objects}
+        case SegmentationCondition():
+            return {"segmentation": condition.segmentation}
+        case EmbeddingsCondition():
+            return {"embeddings": condition.embeddings}
+    return {}
+
+
+def _image_fields(image: RequestImage) -> dict[str, object]:
+    match image:
+        case WholeImage():
+            return {"image": image.image}
+        case MaskedImage():
+            return {"image": image.image, "mask_image": image.mask}
+        case OutpaintedImage():
+            return {"image": image.image, "outpaint": image.margins}
+    return {}
+
+
+def _sampling_fields(request: ResolvedRequest) -> dict[str, object]:
+    first, *more = request.passes
+    known: dict[str, object] = {
+        "num_images": request.num_images,
+        "num_inference_steps": request.num_inference_steps,
+        "sampler": request.sampler,
+        "schedule": request.schedule,
+        "eta": request.eta,
+        "zero_terminal_snr": request.zero_terminal_snr,
+        "guidance_scale": request.guidance_scale,
+        "guidance_rescale": request.guidance_rescale,
+        "noise": request.noise,
+    }
+    if request.schedule == GIVEN:
+        known["sigmas"] = request.sigmas
+    if request.guidance_interval != EVERY_SIGMA:
+        known["guidance_interval"] = request.guidance_interval
+    if request.is_variation:
+        known["variation_seed"] = request.variation_seed
+        known["variation_strength"] = request.variation_strength
+    if not isinstance(request.source_image, NoImage) and TASKS[request.task].image == "start":
+        known["strength"] = first.strength
+    for second in more:
+        known |= {"hires_scale": second.scale, "hires_strength": second.strength}
+    return known
