@@ -95,9 +95,9 @@ def plain_unet(in_channels, sample_size=None):
     )
 
 
-def spec_of(task, **changes):
+def spec_of(task, **networks):
     """Return the tiny model of a task, trained as the twins' schedulers have it."""
-    return replace(tiny_spec(task), prediction_type="epsilon", **changes)
+    return replace(tiny_spec(task).with_networks(**networks), prediction_type="epsilon")
 
 
 def draw(networks, spec, tokenizer=None, **fields):
