@@ -60,7 +60,7 @@ def networks():
 @pytest.fixture(scope="module")
 def requests():
     return tuple(
-        dataclasses.replace(each, num_inference_steps=FEW_STEPS)
+        resolve(dataclasses.replace(each.as_request(), num_inference_steps=FEW_STEPS), SPEC)
         for each in golden_requests(SPEC, 10**6)
     )
 
@@ -90,7 +90,7 @@ def test_golden_requests_differ_in_what_can_go_wrong():
     assert len({each.sampler for each in requests}) == 3
     assert {each.guidance_scale == 1 for each in requests} == {True, False}
     assert max(each.num_images for each in requests) > 1
-    assert any(each.negative_prompt for each in requests)
+    assert any(each.condition.negative_prompt for each in requests)
     assert any(each.eta for each in requests)
     assert 0 in {each.seed for each in requests}
 
@@ -98,10 +98,12 @@ def test_golden_requests_differ_in_what_can_go_wrong():
 def test_the_golden_requests_of_every_task_have_what_it_needs(released):
     requests = golden_requests(released, 10**6)
 
-    inputs = [[getattr(each, name) for name in FIELDS[released.task]] for each in requests]
+    inputs = [
+        [getattr(each.as_request(), name) for name in FIELDS[released.task]] for each in requests
+    ]
     assert len(requests) == (2 if released.task == "first-stage" else 3)
     for request in requests:
-        check_needs(request, released)
+        check_needs(request.as_request(), released)
         assert resolve(request, released) == request
     for field in zip(*inputs, strict=True):
         assert len(set(map(repr, field))) == len(requests)  # no two are of the same input
@@ -110,8 +112,7 @@ def test_the_golden_requests_of_every_task_have_what_it_needs(released):
         requests = golden_requests(dataclasses.replace(released, defaults=guided), 10**6)
         assert [each.guidance_scale for each in requests] == [3.0, 3.0, 1.0]
     else:
-        scale = None if released.task == "first-stage" else 1.0
-        assert {each.guidance_scale for each in requests} == {scale}
+        assert {each.guidance_scale for each in requests} == {1.0}
 
 
 def test_the_inputs_of_golden_requests_are_the_same_every_time(released):
@@ -247,7 +248,7 @@ def test_a_first_stage_is_shown_by_latents_and_what_they_become(tmp_path):
         with Image.open(tmp_path / name / "0.png") as image:
             wanted = np.clip(decoded / 2 + 0.5, 0, 1).transpose(1, 2, 0) * 255
             np.testing.assert_allclose(np.asarray(image), wanted, atol=1)
-    assert requests[0].image.size == (SIZE, SIZE)
+    assert requests[0].source_image.size == (SIZE, SIZE)
 
 
 def engine_of(name, system):
