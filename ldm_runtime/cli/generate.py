@@ -25,8 +25,7 @@ _BAR_WIDTH = 30
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ldm generate`, but for those that open a bundle."""
-    add_request_arguments(parser)
-    group = parser.add_argument_group("what comes out")
+    group = add_request_arguments(parser)["Output"]
     group.add_argument("--bundle", type=Path, default=Path("engines"), help="default: engines")
     group.add_argument("--out-dir", type=Path, default=Path("out"), help="default: out")
     group.add_argument(

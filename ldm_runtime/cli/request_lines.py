@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,25 +9,15 @@ import msgspec
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import label_number, read_label_names, read_layout
-from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.requests.request import FIELDS, parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.requests.task_checks import check_needs
 from ldm_runtime.specs.model import ModelSpec
 
-_FIELDS = fields(GenerationRequest)
 #: What to type for the fields that a task can need.
-_FLAGS: Mapping[str, str] = MappingProxyType(
-    {
-        "prompt": 'a prompt, such as "a red circle"',
-        "class_label": "--class-label 3",
-        "layout": "--layout boxes.json",
-        "segmentation": "--segmentation map.png",
-        "embeddings": "--embeddings vectors.npy",
-        "image": "--image photo.png",
-        "mask_image": "--mask-image mask.png",
-        "outpaint": "--outpaint 0,0,64,0",
-    }
+_EXAMPLES: Mapping[str, str] = MappingProxyType(
+    {name: record.example or name for name, record in FIELDS.items()}
 )
 
 
@@ -39,18 +28,16 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedReq
         RequestError: A field is wrong, missing for the model's task, or given twice.
     """
     names = None if args.label_names is None else _label_names(args.label_names)
-    values = {field.name: getattr(args, field.name) for field in _FIELDS}
+    values = {name: getattr(args, name) for name in FIELDS}
     if args.requests is None:
         if names is not None and values["class_label"] is None and values["layout"] is None:
             raise RequestError("label_names", "means nothing without --class-label or --layout")
         request = parse_request(_with_labels(values, names))
-        check_needs(request, spec, _FLAGS)
+        check_needs(request, spec, _EXAMPLES)
         return [resolve(request, spec)]
-    for field in _FIELDS:
-        if values[field.name] != field.default:
-            raise RequestError(
-                field.name, "does not go with --requests, whose lines have their own"
-            )
+    for name, record in FIELDS.items():
+        if values[name] != record.default:
+            raise RequestError(name, "does not go with --requests, whose lines have their own")
     lines = enumerate(args.requests.read_bytes().splitlines(), start=1)
     requests = [
         _parse_line(line, f"{args.requests}, line {number}", names, spec)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -36,7 +37,7 @@ class LayoutObject:
         ValueError: A value has the wrong type or lies out of range, or the box has no area.
     """
 
-    label: int
+    label: Annotated[int, msgspec.Meta(ge=0)]
     box: Box
 
     def __post_init__(self) -> None:

@@ -1,9 +1,18 @@
-"""Checks of the single fields of a generation request; each returns the value to keep."""
+"""The fields of a generation request: what each says, its bounds, and the check of its value.
+
+A field is one annotation in `request.GenerationRequest`. Its bounds, the flags of the command line,
+their help and the JSON schema are all read from there.
+"""
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+import msgspec
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
@@ -14,7 +23,126 @@ from ldm_runtime.inputs.segmentation import ClassMap
 MAX_SEED = 2**64 - 1
 _PAIR = 2
 
+#: The groups of `ldm generate --help`.
+Group = Literal["Conditioning", "Input image", "Sampling", "Guidance", "Output"]
+
+Check = Callable[[str, object], object]
+
 _T = TypeVar("_T")
+
+
+def about(
+    text: str,
+    group: Group,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+    **extra: object,
+) -> msgspec.Meta:
+    """Describe a field of a request, for `typing.Annotated`.
+
+    Args:
+        text: What it says, in one phrase with units.
+        group: Where the help has it.
+        low: Lowest value.
+        high: Highest value.
+        choices: All values there are.
+        extra: `metavar`, `flags` besides its name, and `example` of what to type for it.
+    """
+    schema = _bounds_schema(low, high) | ({"enum": [*choices, None]} if choices else {})
+    return msgspec.Meta(
+        description=text,
+        extra_json_schema=schema or None,
+        extra={"group": group, "low": low, "high": high, "choices": tuple(choices), **extra},
+    )
+
+
+def about_items(
+    text: str, group: Group, *, low: float, high: float, **extra: object
+) -> msgspec.Meta:
+    """Describe a field that is a list of numbers, with the bounds of each."""
+    return msgspec.Meta(
+        description=text,
+        extra_json_schema={"items": {"type": "number", **_bounds_schema(low, high)}},
+        extra={"group": group, "low": low, "high": high, "choices": (), **extra},
+    )
+
+
+def _bounds_schema(low: float | None, high: float | None) -> dict[str, Any]:
+    bounds = {"minimum": low, "maximum": high}
+    return {name: bound for name, bound in bounds.items() if bound is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldRecord:
+    """What is known of one field of a request.
+
+    Attributes:
+        name: Its name.
+        kind: Its type, None left out.
+        default: Its default.
+        text: What it says.
+        group: Where the help has it.
+        choices: All values there are, if they are names.
+        metavar: What the help calls its value.
+        flags: Flags besides its name.
+        example: What to type for it.
+        schema: Its bounds and choices, as JSON schema has them.
+        check: Returns the value to keep, or raises a `RequestError`.
+    """
+
+    name: str
+    kind: Any
+    default: object
+    text: str
+    group: Group
+    choices: tuple[str, ...]
+    metavar: str | None
+    flags: tuple[str, ...]
+    example: str | None
+    schema: Mapping[str, Any]
+    check: Check
+
+
+def field_records(request: type) -> Mapping[str, FieldRecord]:
+    """Return the record of every field of a dataclass whose fields are described by `about`."""
+    hints = get_type_hints(request, include_extras=True)
+    return MappingProxyType(
+        {
+            field.name: _record(
+                field.name, hints[field.name], None if field.default is MISSING else field.default
+            )
+            for field in fields(request)
+        }
+    )
+
+
+def _record(name: str, hint: Any, default: object) -> FieldRecord:  # noqa: ANN401  (a type)
+    optional, meta = get_args(hint)
+    kind = get_args(optional)[0] if isinstance(optional, UnionType) else optional
+    extra = meta.extra
+    return FieldRecord(
+        name=name,
+        kind=kind,
+        default=default,
+        text=meta.description,
+        group=extra["group"],
+        choices=extra["choices"],
+        metavar=extra.get("metavar"),
+        flags=tuple(extra.get("flags", ())),
+        example=extra.get("example"),
+        schema=meta.extra_json_schema or {},
+        check=_check_of(kind, extra),
+    )
+
+
+def _check_of(kind: Any, extra: Mapping[str, Any]) -> Check:  # noqa: ANN401  (a type)
+    """Return the check of a field from its type and its bounds."""
+    if extra["choices"]:
+        return partial(choice, choices=extra["choices"])
+    bounds = {name: extra[name] for name in ("low", "high") if extra[name] is not None}
+    return partial(_CHECKS[kind], **bounds)
 
 
 def text(name: str, value: object) -> str:
@@ -81,9 +209,9 @@ def interval(name: str, value: object, *, low: float, high: float) -> tuple[floa
     return ends[0], ends[1]
 
 
-def margins(name: str, value: object, *, high: int) -> tuple[int, int, int, int]:
+def margins(name: str, value: object, *, low: int, high: int) -> tuple[int, int, int, int]:
     """Accept pixels to the left, top, right and bottom, not all zero."""
-    sides = tuple(whole_number(name, each, low=0, high=high) for each in _items(name, value))
+    sides = tuple(whole_number(name, each, low=low, high=high) for each in _items(name, value))
     if len(sides) != 2 * _PAIR or not any(sides):
         raise RequestError(
             name, f"must be pixels to add left, top, right and bottom, got {shown(value)}"
@@ -132,3 +260,21 @@ def _read(name: str, value: object, read: Callable[[object], _T], noun: str) -> 
         return read(value)
     except ValueError as error:
         raise RequestError(name, str(error)) from error
+
+
+#: The check of every type that a field has.
+_CHECKS: Mapping[Any, Callable[..., object]] = MappingProxyType(
+    {
+        str: text,
+        int: whole_number,
+        float: number,
+        bool: switch,
+        tuple[float, ...]: numbers_list,
+        tuple[float, float]: interval,
+        tuple[int, int, int, int]: margins,
+        tuple[LayoutObject, ...]: layout,
+        Picture: picture,
+        ClassMap: class_map,
+        Embeddings: embeddings,
+    }
+)

@@ -1,10 +1,8 @@
 """The one record behind the Python call, the command line and the metadata of a PNG."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import partial
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
@@ -12,8 +10,7 @@ from ldm_runtime.inputs.images import MAX_SIDE, Picture
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import ClassMap
 from ldm_runtime.noise import NOISES
-from ldm_runtime.requests import fields as checks
-from ldm_runtime.requests.fields import MAX_SEED
+from ldm_runtime.requests.fields import MAX_SEED, FieldRecord, about, about_items, field_records
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
 
@@ -28,90 +25,263 @@ GIVEN = "given"
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to draw. Fields left at None take the bundle's default, or switch their feature off.
+    """What to generate. Fields left at None take the bundle's default, or switch their feature off.
 
-    Which fields say what to draw, and which are welcome besides, depends on the bundle's task:
-    `ldm_runtime.specs.tasks.TASKS` has them all.
+    Which fields a request must have, and which others mean something, depends on the bundle's task:
+    `ldm_runtime.specs.tasks.TASKS` has them all. The text beside each field is also the help of its
+    flag, and `FIELDS` has everything that is known of it.
 
-    Attributes:
-        prompt: What to draw, in words.
-        class_label: What to draw, as the number of a class.
-        layout: What to draw where: labelled boxes.
-        segmentation: What to draw where: a class for every pixel.
-        embeddings: What to draw, as vectors of an encoder that the bundle does not hold.
-        negative_prompt: What to steer away from; used where guidance is on.
-        plain_prompt: Take prompts literally: no weights `(word:1.2)`, no `BREAK`, cut where the
-            text encoder ends.
-        height: Pixels; a multiple of the size step of the bundle.
-        width: Pixels, likewise.
-        num_inference_steps: Steps of the sampler, at least 1.
-        guidance_scale: Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598);
-            1 is the plain conditional model, at half the work.
-        guidance_rescale: How far guided predictions get the contrast of unguided ones, 0 to 1
-            (Lin et al. 2023, arXiv:2305.08891, section 3.4).
-        guidance_interval: Lowest and highest sigma at which guidance is on (Kynkäänniemi et al.
-            2024, arXiv:2404.07724); None is everywhere.
-        sampler: Name in `ldm_runtime.samplers.SAMPLERS`.
-        schedule: Name in `ldm_runtime.schedules.SCHEDULES`; None is the sampler's own.
-        sigmas: Noise levels to visit, decreasing, instead of a schedule and a number of steps.
-        eta: Share of fresh noise a step, 0 deterministic to 1 ancestral, for samplers that have it.
-        zero_terminal_snr: Sample from pure noise, for models that were trained so (Lin et al. 2023,
-            algorithm 1).
-        seed: Image i draws its noise from seed + i. None draws a seed and records it.
-        noise: Name in `ldm_runtime.noise.NOISES`: whose random numbers a seed means.
-        variation_seed: Seed of the noise to go towards. With a variation every image starts from
-            `seed`, and image i goes towards variation_seed + i.
-        variation_strength: How far, 0 (not at all) to 1.
-        num_images: How many pictures.
-        image: Picture to start from; to enlarge, fill or encode, if that is the bundle's task.
-        strength: How much of it to forget, above 0 to 1; the share of the steps that are made.
-        mask_image: What of `image` to draw anew: white yes, black no. Black pixels are kept as
-            they are, to the last bit.
-        outpaint: Pixels to add to `image` left, above, right and below it, and to draw.
-        hires_scale: Draw, enlarge the picture this many times, and draw over it once more.
-        hires_strength: `strength` of that second pass.
-        tile_size: Decode in tiles of this many pixels, which bounds memory; 0 is in one piece.
+    Sources: classifier-free guidance is Ho and Salimans 2022 (arXiv:2207.12598), its rescaling
+    Lin et al. 2023 (arXiv:2305.08891) section 3.4, its interval Kynkäänniemi et al. 2024
+    (arXiv:2404.07724), and zero terminal SNR Lin et al. 2023 algorithm 1.
 
     Raises:
         RequestError: A field has the wrong type or lies out of range.
     """
 
-    prompt: str | None = None
-    class_label: int | None = None
-    layout: tuple[LayoutObject, ...] | None = None
-    segmentation: ClassMap | None = None
-    embeddings: Embeddings | None = None
-    negative_prompt: str = ""
-    plain_prompt: bool = False
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
-    sampler: str | None = None
-    schedule: str | None = None
-    sigmas: tuple[float, ...] | None = None
-    eta: float | None = None
-    zero_terminal_snr: bool = False
-    seed: int | None = None
-    noise: str = "torch-cpu"
-    variation_seed: int | None = None
-    variation_strength: float = 0.0
-    num_images: int = 1
-    image: Picture | None = None
-    strength: float | None = None
-    mask_image: Picture | None = None
-    outpaint: tuple[int, int, int, int] | None = None
-    hires_scale: float | None = None
-    hires_strength: float | None = None
-    tile_size: int | None = None
+    prompt: Annotated[
+        str | None,
+        about(
+            "what to generate, in words",
+            "Conditioning",
+            example='a prompt, such as "a red circle"',
+        ),
+    ] = None
+    class_label: Annotated[
+        int | None,
+        about(
+            "a class, by its number (or by its name in --label-names)",
+            "Conditioning",
+            low=0,
+            high=MAX_CLASS,
+            metavar="LABEL",
+            example="--class-label 3",
+        ),
+    ] = None
+    layout: Annotated[
+        tuple[LayoutObject, ...] | None,
+        about(
+            'JSON: [{"label": 3, "box": [left, top, right, bottom]}, …], sides from 0 to 1',
+            "Conditioning",
+            metavar="FILE",
+            example="--layout boxes.json",
+        ),
+    ] = None
+    segmentation: Annotated[
+        ClassMap | None,
+        about(
+            "PNG, gray or palette: a class number for each pixel",
+            "Conditioning",
+            metavar="FILE",
+            example="--segmentation map.png",
+        ),
+    ] = None
+    embeddings: Annotated[
+        Embeddings | None,
+        about(
+            ".npy: one vector per row, of an encoder that the bundle does not hold",
+            "Conditioning",
+            metavar="FILE",
+            example="--embeddings vectors.npy",
+        ),
+    ] = None
+    negative_prompt: Annotated[
+        str, about("what to steer away from, with guidance", "Conditioning", metavar="TEXT")
+    ] = ""
+    plain_prompt: Annotated[
+        bool,
+        about(
+            "take prompts literally: no (word:1.2), no [word], no BREAK, no second chunk",
+            "Conditioning",
+        ),
+    ] = False
+    height: Annotated[
+        int | None,
+        about(
+            "height in pixels, a multiple of the bundle's size step; default: the bundle's",
+            "Output",
+            low=1,
+            high=MAX_SIDE,
+            metavar="PIXELS",
+        ),
+    ] = None
+    width: Annotated[
+        int | None,
+        about("width in pixels, likewise", "Output", low=1, high=MAX_SIDE, metavar="PIXELS"),
+    ] = None
+    num_inference_steps: Annotated[
+        int | None,
+        about(
+            "steps of the sampler; default: the bundle's",
+            "Sampling",
+            low=1,
+            high=MAX_STEPS,
+            metavar="N",
+            flags=("--steps",),
+        ),
+    ] = None
+    # Beyond 100, guidance leaves all that a network was ever fed, and float32 soon after.
+    guidance_scale: Annotated[
+        float | None,
+        about(
+            "classifier-free guidance; 1 is the unguided model, at half the work; default: "
+            "the bundle's",
+            "Guidance",
+            low=0.0,
+            high=100.0,
+            metavar="W",
+        ),
+    ] = None
+    guidance_rescale: Annotated[
+        float,
+        about(
+            "how far guided predictions get the contrast of unguided ones, 0 to 1",
+            "Guidance",
+            low=0.0,
+            high=1.0,
+            metavar="PHI",
+        ),
+    ] = 0.0
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        about_items(
+            "lowest and highest sigma with guidance; elsewhere a step costs half",
+            "Guidance",
+            low=0.0,
+            high=MAX_SIGMA,
+            metavar="LOW,HIGH",
+        ),
+    ] = None
+    sampler: Annotated[str | None, about("the sampler", "Sampling", choices=tuple(SAMPLERS))] = None
+    schedule: Annotated[
+        str | None,
+        about(
+            "the noise schedule; default: the sampler's",
+            "Sampling",
+            choices=(*SCHEDULES, GIVEN),
+        ),
+    ] = None
+    sigmas: Annotated[
+        tuple[float, ...] | None,
+        about_items(
+            "decreasing noise levels, instead of a schedule and a number of steps",
+            "Sampling",
+            low=0.0,
+            high=MAX_SIGMA,
+            metavar="A,B,…",
+        ),
+    ] = None
+    eta: Annotated[
+        float | None,
+        about(
+            "share of fresh noise per step, 0 deterministic to 1 ancestral, for samplers "
+            "that have it",
+            "Sampling",
+            low=0.0,
+            high=1.0,
+        ),
+    ] = None
+    zero_terminal_snr: Annotated[
+        bool, about("start from pure noise, for models that were trained so", "Sampling")
+    ] = False
+    seed: Annotated[
+        int | None,
+        about(
+            "image i samples its noise from seed + i; default: a random one",
+            "Sampling",
+            low=0,
+            high=MAX_SEED,
+        ),
+    ] = None
+    noise: Annotated[
+        str, about("whose random numbers a seed means", "Sampling", choices=tuple(NOISES))
+    ] = "torch-cpu"
+    variation_seed: Annotated[
+        int | None,
+        about(
+            "go from --seed towards this one; image i goes towards it + i",
+            "Sampling",
+            low=0,
+            high=MAX_SEED,
+            metavar="SEED",
+        ),
+    ] = None
+    variation_strength: Annotated[
+        float, about("how far, 0 (not at all) to 1", "Sampling", low=0.0, high=1.0, metavar="S")
+    ] = 0.0
+    num_images: Annotated[
+        int,
+        about("how many images", "Output", low=1, high=MAX_IMAGES, metavar="N", flags=("-n",)),
+    ] = 1
+    image: Annotated[
+        Picture | None,
+        about(
+            "image to start from; to enlarge, inpaint or encode, if that is the bundle's task",
+            "Input image",
+            metavar="FILE",
+            example="--image photo.png",
+        ),
+    ] = None
+    strength: Annotated[
+        float | None,
+        about(
+            "how much of it to change, above 0 to 1: the share of the steps that are made",
+            "Input image",
+            low=1e-6,
+            high=1.0,
+            metavar="S",
+        ),
+    ] = None
+    mask_image: Annotated[
+        Picture | None,
+        about(
+            "what of it to generate again: white; black pixels are kept to the last bit",
+            "Input image",
+            metavar="FILE",
+            example="--mask-image mask.png",
+        ),
+    ] = None
+    outpaint: Annotated[
+        tuple[int, int, int, int] | None,
+        about_items(
+            "pixels to add left of it, above, right and below, and to generate",
+            "Input image",
+            low=0,
+            high=MAX_SIDE,
+            metavar="L,T,R,B",
+            example="--outpaint 0,0,64,0",
+        ),
+    ] = None
+    hires_scale: Annotated[
+        float | None,
+        about(
+            "enlarge the image this many times and sample over it again",
+            "Output",
+            low=1.0,
+            high=8.0,
+            metavar="X",
+        ),
+    ] = None
+    hires_strength: Annotated[
+        float | None,
+        about("strength of that second pass", "Output", low=1e-6, high=1.0, metavar="S"),
+    ] = None
+    tile_size: Annotated[
+        int | None,
+        about(
+            "decode in tiles of this many pixels, which bounds memory; 0 is in one piece",
+            "Output",
+            low=0,
+            high=MAX_SIDE,
+            metavar="PIXELS",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
-                object.__setattr__(self, field.name, _CHECKS[field.name](field.name, value))
+                object.__setattr__(self, field.name, FIELDS[field.name].check(field.name, value))
         for name in ("seed", "variation_seed"):
             seed = getattr(self, name)
             if seed is not None and seed + self.num_images - 1 > MAX_SEED:
@@ -161,42 +331,5 @@ def _description(value: object) -> object:
     return value
 
 
-_pixels = partial(checks.whole_number, low=1, high=MAX_SIDE)
-_seed = partial(checks.whole_number, low=0, high=MAX_SEED)
-_share = partial(checks.number, low=0.0, high=1.0)
-
-_CHECKS: Mapping[str, Callable[[str, object], object]] = MappingProxyType(
-    {
-        "prompt": checks.text,
-        "class_label": partial(checks.whole_number, low=0, high=MAX_CLASS),
-        "layout": checks.layout,
-        "segmentation": checks.class_map,
-        "embeddings": checks.embeddings,
-        "negative_prompt": checks.text,
-        "plain_prompt": checks.switch,
-        "height": _pixels,
-        "width": _pixels,
-        "num_inference_steps": partial(checks.whole_number, low=1, high=MAX_STEPS),
-        # Beyond 100, guidance leaves all that a network was ever fed, and float32 soon after.
-        "guidance_scale": partial(checks.number, low=0.0, high=100.0),
-        "guidance_rescale": _share,
-        "guidance_interval": partial(checks.interval, low=0.0, high=MAX_SIGMA),
-        "sampler": partial(checks.choice, choices=tuple(SAMPLERS)),
-        "schedule": partial(checks.choice, choices=(*SCHEDULES, GIVEN)),
-        "sigmas": partial(checks.numbers_list, low=0.0, high=MAX_SIGMA),
-        "eta": _share,
-        "zero_terminal_snr": checks.switch,
-        "seed": _seed,
-        "noise": partial(checks.choice, choices=tuple(NOISES)),
-        "variation_seed": _seed,
-        "variation_strength": _share,
-        "num_images": partial(checks.whole_number, low=1, high=MAX_IMAGES),
-        "image": checks.picture,
-        "strength": partial(checks.number, low=1e-6, high=1.0),
-        "mask_image": checks.picture,
-        "outpaint": partial(checks.margins, high=MAX_SIDE),
-        "hires_scale": partial(checks.number, low=1.0, high=8.0),
-        "hires_strength": partial(checks.number, low=1e-6, high=1.0),
-        "tile_size": partial(checks.whole_number, low=0, high=MAX_SIDE),
-    }
-)
+#: Everything that is known of every field.
+FIELDS: Mapping[str, FieldRecord] = field_records(GenerationRequest)

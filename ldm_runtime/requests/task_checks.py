@@ -9,21 +9,16 @@ from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import can_guide, task_record
 
-#: How Python and JSON spell a field in the sentence that says it is missing.
-FIELDS: Mapping[str, str] = MappingProxyType(
-    {field.name: field.name for field in fields(GenerationRequest)}
-)
-
 
 def check_needs(
-    request: GenerationRequest, spec: ModelSpec, spelling: Mapping[str, str] = FIELDS
+    request: GenerationRequest, spec: ModelSpec, spelling: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Check that a request has what a model's task needs.
 
     Args:
         request: What to draw.
         spec: The model.
-        spelling: What to call each field in the message, such as the flag that sets it.
+        spelling: What to call some fields in the message, such as the flag that sets each.
 
     Raises:
         RequestError: Something is missing; the sentence names all that is.
@@ -34,7 +29,9 @@ def check_needs(
         if all(getattr(request, name) is None for name in group)
     ]
     if missing:
-        wanted = " and ".join(" or ".join(spelling[name] for name in group) for group in missing)
+        wanted = " and ".join(
+            " or ".join(spelling.get(name, name) for name in group) for group in missing
+        )
         raise RequestError(missing[0][0], f"this bundle is {spec.task}: give {wanted}")
 
 

@@ -1,0 +1,32 @@
+"""The JSON schema of a generation request."""
+
+from typing import Any
+
+import msgspec
+
+from ldm_runtime.inputs.embeddings import Embeddings
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.requests.request import GenerationRequest
+
+_FILES = (Picture, ClassMap, Embeddings)
+
+
+def request_schema() -> dict[str, Any]:
+    """Return the schema (draft 2020-12) of what `request.parse_request` reads from JSON.
+
+    Bounds that depend on a model are not in it; `resolution.resolve` checks those.
+    """
+    schema = msgspec.json.schema(GenerationRequest, schema_hook=_file_schema)
+    (definition,) = (
+        each for name, each in schema["$defs"].items() if name == GenerationRequest.__name__
+    )
+    definition["additionalProperties"] = False
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _file_schema(kind: type) -> dict[str, Any]:
+    """Describe what is a file in JSON."""
+    if kind in _FILES:
+        return {"type": "string", "description": "path of a file, or a data: URL"}
+    raise NotImplementedError(f"no request has a {kind.__name__}")
