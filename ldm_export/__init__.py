@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ldm_export.detection.overrides import Overrides
-    from ldm_export.progress import Progress
     from ldm_runtime.bundle.manifest import Manifest, WeightsDType
     from ldm_runtime.engines.recipes import EngineOptions
+    from ldm_runtime.progress import Progress
 
 __all__ = ["export"]
 

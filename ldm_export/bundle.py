@@ -9,13 +9,13 @@ from ldm_export.errors import CheckpointError
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import check_weights
 from ldm_export.plan import Plan, make_plan
-from ldm_export.progress import Progress, Silent
 from ldm_export.source import ExportOptions, Source, open_source, versions
 from ldm_export.stages import make_stages
 from ldm_export.workspace import Stage, StageRecord, Workspace
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import SCHEMA_VERSION, BuildRecord, Manifest
 from ldm_runtime.engines.records import ENGINES_FOLDER
+from ldm_runtime.progress import Progress, Silent
 from ldm_runtime.specs.model import components_of
 
 __all__ = ["ExportOptions", "export_bundle", "plan_export"]

@@ -4,11 +4,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
 from ldm_runtime.errors import LdmError
+from ldm_runtime.progress import reporting_to
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,7 +100,6 @@ def _export(args: argparse.Namespace) -> None:
         pass
     from ldm_export.bundle import export_bundle, plan_export
     from ldm_export.detection.overrides import Overrides
-    from ldm_export.progress import Bar, Lines
     from ldm_export.source import ExportOptions
 
     options = ExportOptions(
@@ -123,8 +122,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.plan:
         print(plan_export(options).describe())
         return
-    reporter = Bar(sys.stderr) if sys.stderr.isatty() else nullcontext(Lines(sys.stderr))
-    with reporter as progress:
+    with reporting_to(sys.stderr) as progress:
         manifest = export_bundle(options, progress=progress)
     for assumption in manifest.spec.assumptions:
         print(

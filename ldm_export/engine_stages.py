@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from ldm_export.progress import Progress
 from ldm_export.workspace import Stage, StageRecord
 from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.engines.profiles import SizeRange
 from ldm_runtime.engines.recipes import ComponentFiles, Toolchain, make_recipes
 from ldm_runtime.engines.records import EngineRecipe, engine_key
 from ldm_runtime.engines.store import component_files, engine_stage, write_engine
+from ldm_runtime.progress import Progress
 from ldm_runtime.specs.model import ModelSpec, components_of
 
 

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ldm_runtime.backends import BACKENDS
-from ldm_runtime.cli.engine_flags import EngineLines, add_engine_arguments, engine_options
+from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
 from ldm_runtime.cli.generate import add_generate_arguments, generate
 from ldm_runtime.errors import LdmError, RequestError
+from ldm_runtime.progress import reporting_to
 from ldm_runtime.version import version
 
 _INTERRUPTED = 130
@@ -143,7 +144,8 @@ def _build_engines(args: argparse.Namespace) -> int:
     from ldm_runtime.engines.store import add_engines
 
     options = engine_options(args, args.builder)
-    add_engines(args.bundle, options, progress=EngineLines(sys.stderr))
+    with reporting_to(sys.stderr) as progress:
+        add_engines(args.bundle, options, progress=progress)
     print(args.bundle)
     return 0
 

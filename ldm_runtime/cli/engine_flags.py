@@ -2,13 +2,9 @@
 
 import argparse
 import re
-import time
-from typing import TextIO
 
 from ldm_runtime.engines.profiles import Size, SizeRange
 from ldm_runtime.engines.recipes import TARGETS, BuilderChoice, EngineOptions
-
-_BAR_WIDTH = 24
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,34 +67,6 @@ def engine_options(args: argparse.Namespace, builder: str) -> EngineOptions:
         hardware_compatible=args.hardware_compatible,
         refittable=args.refittable,
     )
-
-
-class EngineLines:
-    """Shows builds: a bar on a terminal, a line a finished engine elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._stage, self._started = "", time.monotonic()
-
-    def begin(self, stage: str) -> None:
-        """Start the engine's clock."""
-        self._stage, self._started = stage, time.monotonic()
-        self.advance(0.0)
-
-    def advance(self, fraction: float) -> None:
-        """Show how far the builder is, on a terminal."""
-        if self._stream.isatty():
-            bar = ("#" * round(_BAR_WIDTH * fraction)).ljust(_BAR_WIDTH, ".")
-            seconds = time.monotonic() - self._started
-            self._stream.write(f"\r\x1b[K[{bar}] {self._stage} ({seconds:.0f} s)")
-            self._stream.flush()
-
-    def end(self, stage: str, outcome: str) -> None:
-        """Show the engine's time."""
-        seconds = time.monotonic() - self._started
-        clear = "\r\x1b[K" if self._stream.isatty() else ""
-        self._stream.write(f"{clear}{stage:<20} {outcome} in {seconds:.1f} s\n")
-        self._stream.flush()
 
 
 def _size(text: str) -> Size:

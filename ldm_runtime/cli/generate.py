@@ -3,10 +3,8 @@
 import argparse
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from PIL import Image
 
@@ -17,10 +15,8 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.png import save_png
 from ldm_runtime.pipeline.results import Result
-from ldm_runtime.pipeline.sampling import Step
+from ldm_runtime.progress import Progress, reporting_to
 from ldm_runtime.requests.resolved import ResolvedRequest
-
-_BAR_WIDTH = 30
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,19 +43,25 @@ def generate(args: argparse.Namespace) -> int:
     with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         draw = _draw_together if args.requests else _draw_one_by_one
-        for result in draw(generator, requests, args):
-            for index in range(len(result.images)):
-                print(_write(result, index, args.out_dir), flush=True)
+        with reporting_to(sys.stderr) as progress:
+            for result in draw(generator, requests, args, progress):
+                for index in range(len(result.images)):
+                    print(_write(result, index, args.out_dir), flush=True)
     return 0
 
 
 def _draw_one_by_one(
-    generator: Generator, requests: Sequence[ResolvedRequest], args: argparse.Namespace
+    generator: Generator,
+    requests: Sequence[ResolvedRequest],
+    args: argparse.Namespace,
+    progress: Progress,
 ) -> Iterator[Result]:
     """Draw every image as a request of its own, so that it can be written at once."""
     (request,) = requests
-    progress = _Progress(request.num_images, sys.stderr)
-    for index in range(request.num_images):
+    names = _names(request.num_images)
+    progress.plan(dict.fromkeys(names))
+    for index, name in enumerate(names):
+        progress.begin(name)
         events = generator.stream(
             request.of_image(index),
             previews=args.preview_file is not None,
@@ -67,23 +69,34 @@ def _draw_one_by_one(
         )
         for event in events:
             if isinstance(event, Result):
-                progress.finish(index, event)
+                progress.end(name, "generated")
                 yield event
             else:
-                progress.show(index, event)
+                progress.advance(event.index / event.total)
                 if event.previews:
                     _replace(args.preview_file, event.previews[0])
 
 
 def _draw_together(
-    generator: Generator, requests: Sequence[ResolvedRequest], args: argparse.Namespace
+    generator: Generator,
+    requests: Sequence[ResolvedRequest],
+    args: argparse.Namespace,
+    progress: Progress,
 ) -> Iterator[Result]:
     if args.preview_file is not None or args.deadline_seconds is not None:
         raise RequestError("requests", "go without --preview-file and --deadline-seconds")
-    progress = _Progress(len(requests), sys.stderr)
-    for index, result in enumerate(generator.run_many(requests)):
-        progress.finish(index, result)
+    names = _names(len(requests))
+    progress.plan(dict.fromkeys(names))
+    results = generator.run_many(requests)
+    for name in names:
+        progress.begin(name)
+        result = next(results)
+        progress.end(name, "generated")
         yield result
+
+
+def _names(count: int) -> list[str]:
+    return [f"image {number}/{count}" for number in range(1, count + 1)]
 
 
 def _write(result: Result, index: int, folder: Path) -> Path:
@@ -105,32 +118,3 @@ def _replace(path: Path, picture: Image.Image) -> None:
     partial = path.with_name(f".{path.name}.part")
     picture.save(partial, format="PNG")
     partial.replace(path)
-
-
-class _Progress:
-    """A bar on a terminal, one line an image elsewhere."""
-
-    def __init__(self, num_images: int, stream: TextIO) -> None:
-        self._num_images = num_images
-        self._stream = stream
-        self._started = time.perf_counter()
-
-    def show(self, index: int, step: Step) -> None:
-        """Show a step of image `index`."""
-        if not self._stream.isatty():
-            return
-        done = (index + step.index / step.total) / self._num_images
-        left = (time.perf_counter() - self._started) * (1 - done) / done
-        bar = ("#" * round(done * _BAR_WIDTH)).ljust(_BAR_WIDTH)
-        self._stream.write(
-            f"\r[{bar}] image {index + 1}/{self._num_images} step {step.index}/{step.total}, "
-            f"{left:.0f} s left\x1b[K"
-        )
-        self._stream.flush()
-
-    def finish(self, index: int, result: Result) -> None:
-        """Report image `index`."""
-        end = "\n" if not self._stream.isatty() else "\r\x1b[K"
-        line = f"image {index + 1}/{self._num_images}: {result.timings['total']:.2f} s"
-        self._stream.write(f"{line}{end}" if end == "\n" else end)
-        self._stream.flush()

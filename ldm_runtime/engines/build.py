@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors
-from ldm_runtime.engines.progress import PhaseTree
+from ldm_runtime.engines.phases import PhaseTree
 from ldm_runtime.engines.records import EngineRecipe
 from ldm_runtime.errors import EngineBuildError
 

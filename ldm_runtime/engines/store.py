@@ -26,7 +26,6 @@ from ldm_runtime.bundle.manifest import (
 )
 from ldm_runtime.durable import sync, write_file
 from ldm_runtime.engines.build import build_plan
-from ldm_runtime.engines.progress import BuildProgress, SilentBuild
 from ldm_runtime.engines.recipes import (
     ComponentFiles,
     EngineOptions,
@@ -42,6 +41,7 @@ from ldm_runtime.engines.records import (
     encode_engine_record,
 )
 from ldm_runtime.errors import BundleError, EngineBuildError
+from ldm_runtime.progress import Progress, Silent
 
 _PARTIAL = ".partial"
 
@@ -53,7 +53,7 @@ def add_engines(
     bundle: Path,
     options: EngineOptions,
     *,
-    progress: BuildProgress | None = None,
+    progress: Progress | None = None,
     on_write: OnWrite = lambda _: None,
 ) -> Manifest:
     """Build the engines of a bundle, or take over those that would come out the same.
@@ -87,8 +87,10 @@ def add_engines(
         for record in store.manifest.files:
             if record.path.startswith(tuple(f"{name}/" for name in files)):
                 check_file(bundle, record)
+        progress = progress or Silent()
+        progress.plan(dict.fromkeys(map(engine_stage, recipes)))
         for recipe in recipes:
-            _obtain(store, recipe, toolchain, progress or SilentBuild())
+            _obtain(store, recipe, toolchain, progress)
         return _publish(store, recipes)
 
 
@@ -171,9 +173,7 @@ class _Store:
         write_file(self.bundle / MANIFEST_NAME, encode_manifest(manifest))
 
 
-def _obtain(
-    store: _Store, recipe: EngineRecipe, toolchain: Toolchain, progress: BuildProgress
-) -> None:
+def _obtain(store: _Store, recipe: EngineRecipe, toolchain: Toolchain, progress: Progress) -> None:
     """Build an engine into its partial folder, unless it is there or in its place."""
     stage, outcome = engine_stage(recipe), "reused"
     progress.begin(stage)

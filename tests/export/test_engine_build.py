@@ -15,7 +15,6 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.graph_quality import count_layers
 from ldm_export.bundle import export_bundle
 from ldm_export.detection.overrides import Overrides
-from ldm_export.progress import Silent
 from ldm_export.source import ExportOptions
 from ldm_runtime import Generator
 from ldm_runtime.bundle.files import check_file
@@ -29,6 +28,7 @@ from ldm_runtime.engines.recipes import TARGETS, EngineOptions, choose_toolchain
 from ldm_runtime.engines.records import EngineRecipe, ProfileRecord, load_engine_records
 from ldm_runtime.engines.store import add_engines, component_files
 from ldm_runtime.errors import EngineBuildError
+from ldm_runtime.progress import Silent
 from ldm_runtime.specs.model import components_of
 from tests.export.small_checkpoint import SIZE
 

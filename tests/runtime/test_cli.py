@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -521,7 +522,8 @@ def test_progress_goes_to_stderr_as_plain_lines_where_there_is_no_terminal(draw,
     draw("red", "-n", "2")
 
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["image 1/2", "image 2/2"]
+    assert [line.split("  ")[0] for line in lines] == ["image 1/2", "image 2/2"]
+    assert all(re.search(r" generated in \d+\.\d s$", line) for line in lines)
 
 
 def test_progress_is_a_bar_on_a_terminal(draw, capsys, monkeypatch):
@@ -531,7 +533,8 @@ def test_progress_is_a_bar_on_a_terminal(draw, capsys, monkeypatch):
 
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
-    assert "image 2/2 step 4/4, 0 s left" in err
+    assert "[........................] image 1/2" in err
+    assert "[############............] image 2/2" in err
     assert err.endswith("\r\x1b[K")  # and nothing is left of it
 
 

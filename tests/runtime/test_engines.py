@@ -22,8 +22,8 @@ from ldm_runtime.engines import store as engine_store
 from ldm_runtime.engines.build import build_plan
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.engines.library import import_builder
+from ldm_runtime.engines.phases import PhaseTree
 from ldm_runtime.engines.profiles import SizeRange
-from ldm_runtime.engines.progress import PhaseTree
 from ldm_runtime.engines.recipes import EngineOptions, Toolchain, choose_toolchain
 from ldm_runtime.engines.records import (
     EngineRecipe,

@@ -1,39 +1,6 @@
-"""How far an engine's build is: the builder reports nested phases, a person wants one number."""
+"""Phases of an engine's build: the builder reports them nested, and progress is one number."""
 
 from dataclasses import dataclass
-from typing import Protocol
-
-
-class BuildProgress(Protocol):
-    """Told what happens to the engines of a bundle."""
-
-    def begin(self, stage: str) -> None:
-        """An engine's turn has come."""
-        ...
-
-    def advance(self, fraction: float) -> None:
-        """Its build is as far as `fraction` of the whole, by the builder's own count.
-
-        Called from another thread.
-        """
-        ...
-
-    def end(self, stage: str, outcome: str) -> None:
-        """It is there; `outcome` is "built" or "reused"."""
-        ...
-
-
-class SilentBuild:
-    """Tells nobody."""
-
-    def begin(self, stage: str) -> None:
-        """Ignore it."""
-
-    def advance(self, fraction: float) -> None:
-        """Ignore it."""
-
-    def end(self, stage: str, outcome: str) -> None:
-        """Ignore it."""
 
 
 @dataclass
