@@ -32,7 +32,14 @@ from ldm_runtime.bundle.manifest import (
     encode_manifest,
     load_manifest,
 )
-from ldm_runtime.durable import exchange_folders, lock_folder, sync, sync_folders, write_file
+from ldm_runtime.durable import (
+    exchange_folders,
+    link_or_copy,
+    lock_folder,
+    sync,
+    sync_folders,
+    write_file,
+)
 from ldm_runtime.engines.records import ENGINES_FOLDER, engine_key, load_engine_records
 from ldm_runtime.engines.store import engine_stage
 from ldm_runtime.errors import BundleError, ManifestError
@@ -245,10 +252,7 @@ class Workspace:
         for file, target in zip(files, targets, strict=True):
             self._on_write(f"link {file.path}")
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(self.out / file.path, target)
-            except OSError:  # a file system without hard links
-                shutil.copy2(self.out / file.path, target)
+            if not link_or_copy(self.out / file.path, target):
                 sync(target)
         sync_folders(targets, self._folder)
 

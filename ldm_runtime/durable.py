@@ -4,9 +4,13 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The kernel, or the file system, cannot exchange; an overlay cannot for folders of its lower layer.
@@ -15,11 +19,47 @@ _CANNOT_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EXDEV})
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file so that it has all of `data` or is as it was."""
-    partial = path.with_name(path.name + ".new")
-    partial.write_bytes(data)
-    sync(partial)
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(data)
     sync(path.parent)
+
+
+@contextmanager
+def whole_file(path: Path, *, replace: bool = True, synced: bool = True) -> Iterator[BinaryIO]:
+    """Write a file that appears complete, when the block ends, or not at all.
+
+    Args:
+        path: The file.
+        replace: Whether to replace what is there.
+        synced: Whether to wait until it is on the disk, for what a crash must not lose.
+
+    Raises:
+        FileExistsError: There is something at `path` that is not to be replaced.
+        OSError: The folder cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        if replace:
+            partial.replace(path)
+        else:
+            _rename_without_replacing(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Make a file appear a second time, by a hard link where there are any; say whether by one."""
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+        return False
+    return True
 
 
 def sync(path: Path) -> None:
@@ -39,12 +79,12 @@ def sync_folders(paths: Iterable[Path], top: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Create a folder and lock it; return the descriptor, which holds the lock until it is closed.
+    """Create a folder if need be and lock it; return the descriptor that holds the lock.
 
-    The lock goes with the process, however that ends.
+    It is held until the descriptor is closed. The lock goes with the process, however that ends.
 
     Raises:
-        BlockingIOError: Somebody else holds it.
+        BlockingIOError: Another process holds it.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,3 +115,14 @@ def exchange_folders(first: Path, second: Path) -> bool:
     if code in _CANNOT_EXCHANGE:
         return False
     raise OSError(code, os.strerror(code), str(second))
+
+
+def _rename_without_replacing(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, this never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.rename(path)

@@ -6,11 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.cli.flags import add_request_arguments
 from ldm_runtime.cli.request_lines import read_requests
+from ldm_runtime.durable import whole_file
 from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.png import save_png
@@ -74,7 +73,8 @@ def _draw_one_by_one(
             else:
                 progress.advance(event.index / event.total)
                 if event.previews:
-                    _replace(args.preview_file, event.previews[0])
+                    with whole_file(args.preview_file, synced=False) as file:
+                        event.previews[0].save(file, format="PNG")
 
 
 def _draw_together(
@@ -111,10 +111,3 @@ def _write(result: Result, index: int, folder: Path) -> Path:
         except FileExistsError:
             continue  # another process took the number
         return path
-
-
-def _replace(path: Path, picture: Image.Image) -> None:
-    """Write a picture so that whoever looks at the file never sees half of it."""
-    partial = path.with_name(f".{path.name}.part")
-    picture.save(partial, format="PNG")
-    partial.replace(path)

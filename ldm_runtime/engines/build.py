@@ -6,13 +6,13 @@ chooses another. The library answers None where it fails and tells its logger wh
 """
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ldm_runtime.durable import whole_file
 from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors
 from ldm_runtime.engines.phases import PhaseTree
 from ldm_runtime.engines.records import EngineRecipe
@@ -118,11 +118,10 @@ def _attach_timing_cache(config: Any, path: Path) -> Any:  # noqa: ANN401  (clas
 
 
 def _keep(cache: Any, path: Path) -> None:  # noqa: ANN401
-    new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(cache.serialize())
-        new.replace(path)
+        with whole_file(path, synced=False) as file:
+            file.write(cache.serialize())
     except OSError as error:
         _LOGGER.info("the times of kernels are not kept for the next build: %s", error)
 

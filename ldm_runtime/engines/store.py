@@ -5,7 +5,6 @@ interrupted build left there is used if its recipe is still the right one. A man
 file that is not there or not yet right: before a folder is replaced, one without it is written.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from ldm_runtime.bundle.manifest import (
     encode_manifest,
     load_manifest,
 )
-from ldm_runtime.durable import sync, write_file
+from ldm_runtime.durable import link_or_copy, lock_folder, sync, write_file
 from ldm_runtime.engines.build import build_plan
 from ldm_runtime.engines.recipes import (
     ComponentFiles,
@@ -305,19 +304,14 @@ def _holds(folder: Path, recipe: EngineRecipe) -> bool:
 def _link(path: Path, folder: Path) -> None:
     target = folder / path.name
     target.unlink(missing_ok=True)
-    try:
-        os.link(path, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(path, target)
+    link_or_copy(path, target)
 
 
 @contextmanager
 def _locked(bundle: Path) -> Iterator[None]:
-    descriptor = os.open(bundle, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = lock_folder(bundle)
     except OSError:
-        os.close(descriptor)
         raise EngineBuildError(
             f"another build of engines in {bundle} is running; wait for it"
         ) from None

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.inputs.images import MAX_SIDE, Picture
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.reading import MAX_SIDE
 
 Float32Array = npt.NDArray[np.float32]
 

@@ -1,13 +1,28 @@
-"""The bytes of what people hand in: a file, a `data:` URL, or the bytes themselves."""
+"""The bytes and images that come with a request: a file, a `data:` URL, or the data itself."""
 
 import base64
 import binascii
+import io
 import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from PIL import Image
 
 #: What `read_bytes` reads, as sentences list it.
 FORMS = "a path, a data: URL, the bytes of a file"
+#: Longest side of an image in pixels.
+MAX_SIDE = 16384
+#: Most pixels of an encoded image, 8192 times 8192: a few kilobytes can claim any size.
+MAX_PIXELS = 2**26
+
+#: What spoilt image files were seen to raise (the first three), or running out of bytes.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+_T = TypeVar("_T")
 
 
 class Named(NamedTuple):
@@ -71,6 +86,58 @@ def shown(value: object, limit: int = 60) -> str:
     """Return a value as it may stand in a sentence, text without quotation marks."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def check_sides(name: str, width: int, height: int) -> None:
+    """Check the size of an image in pixels.
+
+    Raises:
+        ValueError: A side is 0 or above `MAX_SIDE`.
+    """
+    if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise ValueError(
+            f"{name} has {width}x{height} pixels; both sides must lie between 1 and {MAX_SIDE}"
+        )
+
+
+def decode_image(
+    named: Named, formats: tuple[str, ...], unreadable: str, take: Callable[[Image.Image], _T]
+) -> _T:
+    """Open an encoded image, check its size before a pixel is decoded, and take what is wanted.
+
+    Args:
+        named: The bytes of the file.
+        formats: Formats that Pillow may try.
+        unreadable: The end of the sentence that says that it is of none of them.
+        take: Given the opened image, of which nothing is loaded yet; loads what it needs.
+
+    Raises:
+        ValueError: In one sentence, why it cannot be decoded, or that it is too large.
+    """
+    too_large = f"{named.name} has more than {MAX_PIXELS} pixels; make it smaller"
+    try:
+        image = Image.open(io.BytesIO(named.data), formats=formats)
+    except _BOMB as error:
+        raise ValueError(too_large) from error
+    except DAMAGE as error:
+        raise ValueError(f"{named.name} {unreadable}") from error
+    with image:
+        check_sides(named.name, *image.size)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(too_large)
+        return take(image)
+
+
+def load_image(image: Image.Image, name: str) -> None:
+    """Decode the pixels of an opened image.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        image.load()
+    except DAMAGE as error:
+        raise ValueError(f"{name} is damaged or cut off: {error}") from error
 
 
 def _read_file(path: Path, limit: int) -> Named:

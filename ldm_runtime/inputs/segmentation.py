@@ -1,8 +1,6 @@
 """Class maps that requests carry: a class for every pixel, read once and never changed."""
 
-import io
 import os
-import struct
 from typing import Any, Self
 
 import numpy as np
@@ -10,8 +8,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.inputs.frozen_array import FrozenArray
-from ldm_runtime.inputs.images import MAX_PIXELS, MAX_SIDE
-from ldm_runtime.inputs.reading import FORMS, Named, read_bytes, shown
+from ldm_runtime.inputs.reading import (
+    FORMS,
+    MAX_PIXELS,
+    Named,
+    check_sides,
+    decode_image,
+    load_image,
+    read_bytes,
+    shown,
+)
 
 #: Highest number of a class: a pixel of a map is one byte.
 MAX_CLASS_ID = 255
@@ -23,9 +29,6 @@ _MAX_BYTES = 2 * MAX_PIXELS  # the largest map, not compressed, and some metadat
 _MODES = ("1", "L", "P", "I;16")
 # Pillow spreads the values of gray PNGs of two and four bits over 0 to 255.
 _SPREAD = {"L;2": 85, "L;4": 17}
-# The first three are what spoilt files were seen to raise; the rest is running out of bytes.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class ClassMap(FrozenArray):
@@ -94,7 +97,7 @@ class ClassMap(FrozenArray):
         Raises:
             ValueError: A side lies outside 1 to `MAX_SIDE`.
         """
-        _check_size("the result", width, height)
+        check_sides("the result", width, height)
         if (width, height) == self.size:
             return self
         rows, columns = (
@@ -110,23 +113,13 @@ class ClassMap(FrozenArray):
 
 
 def _decoded(named: Named) -> npt.NDArray[Any]:
-    too_large = f"{named.name} has more than {MAX_PIXELS} pixels; make it smaller"
-    try:
-        image = Image.open(io.BytesIO(named.data), formats=("PNG",))
-    except _BOMB as error:
-        raise ValueError(too_large) from error
-    except _DAMAGE as error:
-        raise ValueError(f"{named.name} is no PNG; a class map is a gray or palette PNG") from error
-    with image:
-        _check_size(named.name, *image.size)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(too_large)
+    def ids(image: Image.Image) -> npt.NDArray[Any]:
         spread = _spread(image)
-        try:
-            image.load()
-        except _DAMAGE as error:
-            raise ValueError(f"{named.name} is damaged or cut off: {error}") from error
+        load_image(image, named.name)
         return _ids(image, named.name) // spread
+
+    unreadable = "is no PNG; a class map is a gray or palette PNG"
+    return decode_image(named, ("PNG",), unreadable, ids)
 
 
 def _spread(image: Image.Image) -> int:
@@ -155,17 +148,10 @@ def _bytes_of_array(ids: npt.NDArray[Any], name: str) -> UInt8Array:
             f"an array of {ids.dtype} and shape {ids.shape} is no class map; "
             "give integers (height, width)"
         )
-    _check_size(name, ids.shape[1], ids.shape[0])
+    check_sides(name, ids.shape[1], ids.shape[0])
     for id_ in (int(ids.min()), int(ids.max())):
         if not 0 <= id_ <= MAX_CLASS_ID:
             raise ValueError(
                 f"{name} has a pixel of class {id_}; classes lie between 0 and {MAX_CLASS_ID}"
             )
     return ids.astype(np.uint8)
-
-
-def _check_size(name: str, width: int, height: int) -> None:
-    if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
-        raise ValueError(
-            f"{name} has {width}x{height} pixels; both sides must lie between 1 and {MAX_SIDE}"
-        )

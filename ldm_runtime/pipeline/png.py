@@ -1,8 +1,5 @@
 """PNG files that say how they were made."""
 
-import errno
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 import msgspec
 from PIL import Image, PngImagePlugin
 
+from ldm_runtime.durable import whole_file
 from ldm_runtime.errors import LdmError
 
 #: Keyword of the PNG text chunk that holds the metadata, as JSON.
@@ -33,18 +31,8 @@ def save_png(
     """
     text = PngImagePlugin.PngInfo()
     text.add_itxt(METADATA_KEY, msgspec.json.encode(metadata).decode())
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=text)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            temporary.replace(path)
-        else:
-            _rename_without_replacing(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, replace=replace) as file:
+        image.save(file, format="PNG", pnginfo=text)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -67,14 +55,3 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return msgspec.json.decode(str(text), type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
         raise LdmError(f"{path}: its {METADATA_KEY!r} metadata is damaged: {error}") from error
-
-
-def _rename_without_replacing(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)  # unlike a rename, this never replaces a file
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-        temporary.rename(path)

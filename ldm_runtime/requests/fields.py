@@ -18,6 +18,7 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import Picture
 from ldm_runtime.inputs.layouts import LayoutObject, read_layout
+from ldm_runtime.inputs.reading import shown as shown_text
 from ldm_runtime.inputs.segmentation import ClassMap
 
 MAX_SEED = 2**64 - 1
@@ -241,8 +242,7 @@ def layout(name: str, value: object) -> tuple[LayoutObject, ...]:
 
 def shown(value: object) -> str:
     """Return a value as it may stand in a message."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}…"
+    return shown_text(repr(value))
 
 
 def _items(name: str, value: object) -> Sequence[object]:

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import MAX_SIDE, Picture
+from ldm_runtime.inputs.images import Picture
 from ldm_runtime.inputs.layouts import LayoutObject
+from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.inputs.segmentation import ClassMap
 from ldm_runtime.noise import NOISES
 from ldm_runtime.requests.fields import MAX_SEED, FieldRecord, about, about_items, field_records

@@ -1,7 +1,7 @@
 """Sizes: what a model can generate, what a request gets, and what of it is sampled."""
 
 from ldm_runtime.errors import RequestError
-from ldm_runtime.inputs.images import MAX_SIDE
+from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolved import (
     Condition,

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm_runtime.inputs.images import MAX_SIDE, Picture
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.inputs.segmentation import ClassMap
 
 IDS = np.random.default_rng(0).integers(0, 182, (6, 9), dtype=np.uint8)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_runtime.inputs.images import MAX_SIDE, Picture
+from ldm_runtime.inputs.images import Picture
 from ldm_runtime.inputs.masks import composite, latent_mask, outpaint_canvas
+from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.samplers import SAMPLERS
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm_runtime.inputs.images import MAX_SIDE, Picture
+from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.reading import MAX_SIDE
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 IMAGE = Image.fromarray(PIXELS)

@@ -6,9 +6,7 @@ cache, which lies beside the plan and belongs to this machine: it is no file of 
 """
 
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +17,7 @@ import numpy as np
 from ldm_runtime.backends.contract import RunOptions
 from ldm_runtime.backends.cuda_device import out_of_memory
 from ldm_runtime.bundle.manifest import ComponentRecord
+from ldm_runtime.durable import whole_file
 from ldm_runtime.engines.gpu import Gpu
 from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors, why_not
 from ldm_runtime.engines.records import BuilderName, EngineRecord
@@ -191,14 +190,8 @@ def write_cache(path: Path, data: bytes) -> None:
     if data == read_cache(path):
         return
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+        with whole_file(path, synced=False) as file:
+            file.write(data)
     except OSError as error:
         _LOGGER.warning(
             "%s cannot be written (%s); kernels will be compiled again next time",
