@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
+from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from measuring.rows import ROOT, as_line, commit, machine
 from measuring.watched_export import Measurement, measure_export, run_apart, stage_seconds
 from released.released_systems import System
@@ -33,8 +35,6 @@ MAX_SECONDS, MAX_BYTES = 300.0, 8_000_000_000
 
 def stable_diffusion_1() -> System:
     """Return the hyperparameters of Stable Diffusion 1.5."""
-    from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
-
     return System(
         name="stable-diffusion-1.5",
         task="text-to-image",
@@ -42,54 +42,15 @@ def stable_diffusion_1() -> System:
         linear_end=0.012,
         parameters_millions=(859.52, 83.65, 123.06),
         networks=Networks(
-            unet=UNetSpec(
-                in_channels=4,
-                out_channels=4,
-                model_channels=320,
-                channel_mult=(1, 2, 4, 4),
-                num_res_blocks=2,
-                attention="transformer",
-                transformer_depth=(1, 1, 1, 0),
-                middle_depth=1,
-                num_heads=8,
-                num_head_channels=None,
-                context_dim=768,
-                linear_projection=False,
-                scale_shift_norm=False,
-                resblock_updown=False,
-            ),
-            autoencoder=AutoencoderSpec(
-                kind="kl",
-                image_channels=3,
-                channels=128,
-                channel_mult=(1, 2, 4, 4),
-                num_res_blocks=2,
-                attention_levels=(),
-                middle_attention=True,
-                z_channels=4,
-                embed_dim=4,
-                codebook_size=None,
-                latent_scale_factor=0.18215,
-            ),
-            text_encoder=TextEncoderSpec(
-                kind="clip",
-                width=768,
-                num_layers=12,
-                num_heads=12,
-                feed_forward_dim=3072,
-                vocab_size=49408,
-                max_tokens=77,
-                activation="quick_gelu",
-                pad_token_id=49407,
-            ),
+            unet=unet_spec(),
+            autoencoder=autoencoder_spec(),
+            text_encoder=text_encoder_spec(),
         ),
     )
 
 
 def tiny(system: System) -> System:
     """Return the same layers, as narrow as their normalisations allow."""
-    from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
-
     full = system.networks
     networks = Networks(
         unet=replace(full.of(UNetSpec), model_channels=32, context_dim=64),

@@ -84,7 +84,7 @@ class Generator(Closing):
         self.spec = self.manifest.spec
         self.backend = choose_backend(backend, self.manifest, bundle=self.bundle)
         self._batch_size = batch_size or 1
-        self._sha256 = sha256_of(self.bundle / MANIFEST_NAME)
+        self.bundle_sha256 = sha256_of(self.bundle / MANIFEST_NAME)
         self._tokenizer = self._open_tokenizer(check_hashes)
         self._source = partial(
             EngineSource,
@@ -347,7 +347,7 @@ class Generator(Closing):
             request=drawer.request,
             latents=np.concatenate([each.latents for each in drawn]),
             timings=drawer.timings.finish(),
-            bundle_sha256=self._sha256,
+            bundle_sha256=self.bundle_sha256,
         )
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from ldm_runtime import Generator
 from ldm_runtime.backends import get_backend
-from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from measuring.rows import Row, commit, machine
 from measuring.runs import shapes_bundle
 
@@ -41,7 +39,7 @@ def generator_row(
         name=name,
         system=generator.backend,
         commit=commit(),
-        bundle_sha256=sha256_of(generator.bundle / MANIFEST_NAME),
+        bundle_sha256=generator.bundle_sha256,
         device=f"{machine()}; {generator.backend} {version}",
         settings=settings,
         seconds=tuple(seconds),

@@ -77,7 +77,7 @@ def machine() -> str:
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may use."""
+    """Return how many CPUs this process may use; also where our package is not installed."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -15,9 +15,8 @@ from ldm_runtime.specs.networks import (
     ClassEmbedderSpec,
     Networks,
     RescalerSpec,
-    TextEncoderSpec,
-    UNetSpec,
 )
+from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +50,10 @@ def _first_stage(
     codebook_size: int | None = None,
     attention_levels: tuple[int, ...] = (),
 ) -> AutoencoderSpec:
-    return AutoencoderSpec(
+    return autoencoder_spec(
         kind=kind,
-        image_channels=3,
-        channels=128,
         channel_mult=channel_mult,
-        num_res_blocks=2,
         attention_levels=attention_levels,
-        middle_attention=True,
         z_channels=channels,
         embed_dim=channels,
         codebook_size=codebook_size,
@@ -94,33 +89,27 @@ _FIRST_STAGE_MILLIONS = MappingProxyType(
     }
 )
 
-_QKV = UNetSpec(
+_QKV = unet_spec(
     in_channels=3,
     out_channels=3,
     model_channels=224,
     channel_mult=(1, 2, 3, 4),
-    num_res_blocks=2,
     attention="qkv",
     transformer_depth=(0, 1, 1, 1),
-    middle_depth=1,
     num_heads=None,
     num_head_channels=32,
     context_dim=None,
-    linear_projection=False,
-    scale_shift_norm=False,
-    resblock_updown=False,
 )
 _TRANSFORMER = replace(
     _QKV, model_channels=192, channel_mult=(1, 2, 3, 5), attention="transformer", context_dim=640
 )
-_BERT = TextEncoderSpec(
+_BERT = text_encoder_spec(
     kind="bert",
     width=640,
     num_layers=32,
     num_heads=8,
     feed_forward_dim=2560,
     vocab_size=30522,
-    max_tokens=77,
     activation="gelu",
     pad_token_id=0,
 )

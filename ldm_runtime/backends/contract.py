@@ -113,6 +113,20 @@ def always_prepared(_manifest: Manifest | None) -> bool:
     return True
 
 
+def check_input_names(component: ComponentRecord, inputs: Mapping[str, object]) -> None:
+    """Check that a run is given every input of a component and nothing else.
+
+    Raises:
+        BackendError: An input is missing or unknown.
+    """
+    names = [signature.name for signature in component.inputs]
+    if inputs.keys() != set(names):
+        raise BackendError(
+            f"{component.name} takes {', '.join(names)}; "
+            f"it was given {', '.join(inputs) or 'nothing'}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """How engines run, for the backends that have the choice; the others ignore it.

@@ -9,13 +9,22 @@ from ldm_runtime.testing.bundle import write_tiny_bundle
 from ldm_runtime.testing.engine import FakeEngine
 from ldm_runtime.testing.networks import tiny_networks
 from ldm_runtime.testing.requests import tiny_requests
-from ldm_runtime.testing.specs import TINY_SPEC, tiny_spec
+from ldm_runtime.testing.specs import (
+    TINY_SPEC,
+    autoencoder_spec,
+    text_encoder_spec,
+    tiny_spec,
+    unet_spec,
+)
 
 __all__ = [
     "TINY_SPEC",
     "FakeEngine",
+    "autoencoder_spec",
+    "text_encoder_spec",
     "tiny_networks",
     "tiny_requests",
     "tiny_spec",
+    "unet_spec",
     "write_tiny_bundle",
 ]

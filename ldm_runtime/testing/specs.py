@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,63 @@ from ldm_runtime.specs.networks import (
     UNetSpec,
 )
 
+_UNET = UNetSpec(
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    channel_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    attention="transformer",
+    transformer_depth=(1, 1, 1, 0),
+    middle_depth=1,
+    num_heads=8,
+    num_head_channels=None,
+    context_dim=768,
+    linear_projection=False,
+    scale_shift_norm=False,
+    resblock_updown=False,
+)
+_AUTOENCODER = AutoencoderSpec(
+    kind="kl",
+    image_channels=3,
+    channels=128,
+    channel_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    attention_levels=(),
+    middle_attention=True,
+    z_channels=4,
+    embed_dim=4,
+    codebook_size=None,
+    latent_scale_factor=0.18215,
+)
+_TEXT_ENCODER = TextEncoderSpec(
+    kind="clip",
+    width=768,
+    num_layers=12,
+    num_heads=12,
+    feed_forward_dim=3072,
+    vocab_size=49408,
+    max_tokens=77,
+    activation="quick_gelu",
+    pad_token_id=49407,
+)
+
+
+def unet_spec(**changes: Any) -> UNetSpec:  # noqa: ANN401  (the record checks them)
+    """Return the hyperparameters of Stable Diffusion 1.5's UNet, with some changed."""
+    return replace(_UNET, **changes)
+
+
+def autoencoder_spec(**changes: Any) -> AutoencoderSpec:  # noqa: ANN401
+    """Return the hyperparameters of Stable Diffusion 1.5's autoencoder, with some changed."""
+    return replace(_AUTOENCODER, **changes)
+
+
+def text_encoder_spec(**changes: Any) -> TextEncoderSpec:  # noqa: ANN401
+    """Return the hyperparameters of CLIP ViT-L/14's text encoder, with some changed."""
+    return replace(_TEXT_ENCODER, **changes)
+
+
 MERGES = ("r e", "re d</w>", "c i", "ci r", "cir c", "circ l", "circl e</w>")
 
 _WIDTH = 8
@@ -27,44 +85,24 @@ TINY_SPEC = ModelSpec(
     task="text-to-image",
     weights="model",
     networks=Networks(
-        unet=UNetSpec(
-            in_channels=4,
-            out_channels=4,
+        unet=unet_spec(
             model_channels=4,
             channel_mult=(1, 2),
             num_res_blocks=1,
-            attention="transformer",
             transformer_depth=(0, 1),
-            middle_depth=1,
             num_heads=1,
-            num_head_channels=None,
             context_dim=_WIDTH,
-            linear_projection=False,
-            scale_shift_norm=False,
-            resblock_updown=False,
         ),
-        autoencoder=AutoencoderSpec(
-            kind="kl",
-            image_channels=3,
-            channels=4,
-            channel_mult=(1, 1),
-            num_res_blocks=1,
-            attention_levels=(),
-            middle_attention=True,
-            z_channels=4,
-            embed_dim=4,
-            codebook_size=None,
-            latent_scale_factor=0.5,
+        autoencoder=autoencoder_spec(
+            channels=4, channel_mult=(1, 1), num_res_blocks=1, latent_scale_factor=0.5
         ),
-        text_encoder=TextEncoderSpec(
-            kind="clip",
+        text_encoder=text_encoder_spec(
             width=_WIDTH,
             num_layers=1,
             num_heads=1,
             feed_forward_dim=_WIDTH,
             vocab_size=_VOCABULARY,
             max_tokens=16,
-            activation="quick_gelu",
             pad_token_id=_VOCABULARY - 1,
         ),
     ),
@@ -86,7 +124,7 @@ _VQ = replace(
     codebook_size=16,
     latent_scale_factor=1.0,
 )
-_LAYOUTS = TextEncoderSpec(
+_LAYOUTS = text_encoder_spec(
     kind="bert",
     width=_WIDTH,
     num_layers=1,

@@ -19,7 +19,6 @@ from models.shapes.evaluation.cells import Cell, append_cell, read_cells
 from models.shapes.evaluation.sweep_runs import (
     MOST_CALLS,
     STEPS,
-    bundle_hash,
     count_calls,
     plan,
     run_sweep,
@@ -100,7 +99,7 @@ def _sweep(args: argparse.Namespace) -> None:
         todo = [
             request
             for request in grid
-            if (bundle_hash(generator), settings_of(request, args.captions)) not in done
+            if (generator.bundle_sha256, settings_of(request, args.captions)) not in done
         ]
         print(f"{len(grid) - len(todo)} of {len(grid)} cells are there", file=sys.stderr)
         left = sum(count_calls(request) for request in todo)

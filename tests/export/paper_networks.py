@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec
+from ldm_runtime.testing import text_encoder_spec
 from tests.export.small_spec import SPEC
 
 VQ = replace(
@@ -23,7 +24,7 @@ QKV = replace(
     scale_shift_norm=True,
     resblock_updown=True,
 )
-BERT = TextEncoderSpec(
+BERT = text_encoder_spec(
     kind="bert",
     width=96,
     num_layers=2,

@@ -14,48 +14,17 @@ from torch import nn
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.unet import UNet
-from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 
-UNET = UNetSpec(
-    in_channels=4,
-    out_channels=4,
+UNET = unet_spec(
     model_channels=32,
     channel_mult=(1, 2),
     num_res_blocks=1,
-    attention="transformer",
     transformer_depth=(0, 1),
-    middle_depth=1,
-    num_heads=8,
-    num_head_channels=None,
     context_dim=64,
-    linear_projection=False,
-    scale_shift_norm=False,
-    resblock_updown=False,
 )
-AUTOENCODER = AutoencoderSpec(
-    kind="kl",
-    image_channels=3,
-    channels=32,
-    channel_mult=(1, 1, 2),
-    num_res_blocks=1,
-    attention_levels=(),
-    middle_attention=True,
-    z_channels=4,
-    embed_dim=4,
-    codebook_size=None,
-    latent_scale_factor=0.18215,
-)
-TEXT_ENCODER = TextEncoderSpec(
-    kind="clip",
-    width=64,
-    num_layers=2,
-    num_heads=1,
-    feed_forward_dim=256,
-    vocab_size=49408,
-    max_tokens=77,
-    activation="quick_gelu",
-    pad_token_id=49407,
-)
+AUTOENCODER = autoencoder_spec(channels=32, channel_mult=(1, 1, 2), num_res_blocks=1)
+TEXT_ENCODER = text_encoder_spec(width=64, num_layers=2, num_heads=1, feed_forward_dim=256)
 #: What the weights cannot tell; pass as `height` and `width`.
 SIZE = 64
 

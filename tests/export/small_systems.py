@@ -15,18 +15,16 @@ from ldm_export.networks.loading import build_network
 from ldm_runtime.specs.components import NETWORK_RECORDS
 from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, components_of
 from ldm_runtime.specs.networks import (
-    AutoencoderSpec,
     ClassEmbedderSpec,
     Networks,
     RescalerSpec,
-    TextEncoderSpec,
-    UNetSpec,
 )
+from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 
 #: What the weights cannot tell; give it as `height` and `width`.
 SIZE = 64
 
-_QKV = UNetSpec(
+_QKV = unet_spec(
     in_channels=3,
     out_channels=3,
     model_channels=32,
@@ -34,38 +32,30 @@ _QKV = UNetSpec(
     num_res_blocks=1,
     attention="qkv",
     transformer_depth=(0, 1),
-    middle_depth=1,
     num_heads=None,
     num_head_channels=32,
     context_dim=None,
-    linear_projection=False,
-    scale_shift_norm=False,
-    resblock_updown=False,
 )
 _CROSS = replace(_QKV, attention="transformer", context_dim=48)
 _EIGHT_HEADS = replace(_QKV, num_heads=8, num_head_channels=None)
-_VQ = AutoencoderSpec(
+_VQ = autoencoder_spec(
     kind="vq",
-    image_channels=3,
     channels=32,
     channel_mult=(1, 1, 2),
     num_res_blocks=1,
-    attention_levels=(),
-    middle_attention=True,
     z_channels=3,
     embed_dim=3,
     codebook_size=600,  # more than are compared at a time
     latent_scale_factor=1.0,
 )
 _KL = replace(_VQ, kind="kl", z_channels=4, embed_dim=4, codebook_size=None)
-_WORDS = TextEncoderSpec(
+_WORDS = text_encoder_spec(
     kind="bert",
     width=48,
     num_layers=2,
     num_heads=2,
     feed_forward_dim=96,
     vocab_size=30522,
-    max_tokens=77,
     activation="gelu",
     pad_token_id=0,
 )

@@ -19,13 +19,11 @@ from ldm_runtime.engines.recipes import EngineOptions
 from ldm_runtime.engines.records import load_engine_records
 from ldm_runtime.specs.model import components_of
 from ldm_runtime.specs.networks import (
-    AutoencoderSpec,
     ClassEmbedderSpec,
     Networks,
     RescalerSpec,
-    TextEncoderSpec,
-    UNetSpec,
 )
+from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from released import random_checkpoints
 from released.released_systems import System
 from tests.export.traces import Traces
@@ -33,20 +31,18 @@ from tests.export.traces import Traces
 SIZE = 32
 #: Whatever the kind of model, one head of all 32 channels.
 FACTS = Overrides(height=SIZE, width=SIZE, num_head_channels=32)
-FIRST_STAGE = AutoencoderSpec(
+FIRST_STAGE = autoencoder_spec(
     kind="vq",
-    image_channels=3,
     channels=32,
     channel_mult=(1, 1),
     num_res_blocks=1,
-    attention_levels=(),
     middle_attention=False,
     z_channels=3,
     embed_dim=3,
     codebook_size=64,
     latent_scale_factor=1.0,
 )
-QKV = UNetSpec(
+QKV = unet_spec(
     in_channels=3,
     out_channels=3,
     model_channels=32,
@@ -54,23 +50,18 @@ QKV = UNetSpec(
     num_res_blocks=1,
     attention="qkv",
     transformer_depth=(1,),
-    middle_depth=1,
     num_heads=None,
     num_head_channels=32,
     context_dim=None,
-    linear_projection=False,
-    scale_shift_norm=False,
-    resblock_updown=False,
 )
 CROSS = replace(QKV, attention="transformer", context_dim=64)
-WORDS = TextEncoderSpec(
+WORDS = text_encoder_spec(
     kind="bert",
     width=64,
     num_layers=1,
     num_heads=1,
     feed_forward_dim=64,
     vocab_size=30522,
-    max_tokens=77,
     activation="gelu",
     pad_token_id=0,
 )

@@ -8,21 +8,21 @@ import torch.nn.functional as F
 
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec
+from ldm_runtime.testing import text_encoder_spec
 from tests.reference.bert_twin import load_bert
 from tests.reference.test_networks_reference import randomised, relative_error
 
 pytestmark = pytest.mark.reference
 
 TOLERANCE = 1e-5  # of the largest value
-PROMPTS = TextEncoderSpec(
+PROMPTS = text_encoder_spec(
     kind="bert",
     width=96,
     num_layers=3,
     num_heads=2,
     feed_forward_dim=384,
     vocab_size=600,
-    max_tokens=77,
     activation="gelu",
     pad_token_id=0,
 )

@@ -7,21 +7,17 @@ import torch
 
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.quantizer import Quantizer
-from ldm_runtime.specs.networks import AutoencoderSpec
+from ldm_runtime.testing import autoencoder_spec
 from tests.reference.first_stage_twin import load_first_stage
 from tests.reference.test_networks_reference import checkpoint_of, randomised, relative_error
 
 pytestmark = pytest.mark.reference
 
 TOLERANCE = 1e-5  # of the largest value
-VQ_F4 = AutoencoderSpec(
+VQ_F4 = autoencoder_spec(
     kind="vq",
-    image_channels=3,
     channels=32,
     channel_mult=(1, 2, 2),
-    num_res_blocks=2,
-    attention_levels=(),
-    middle_attention=True,
     z_channels=3,
     embed_dim=3,
     codebook_size=1024,

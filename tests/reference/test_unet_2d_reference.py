@@ -12,28 +12,23 @@ import torch
 
 from ldm_export.networks.attention import AttentionBlock
 from ldm_export.networks.unet import UNet
-from ldm_runtime.specs.networks import UNetSpec
+from ldm_runtime.testing import unet_spec
 from tests.reference.test_networks_reference import randomised, relative_error
 from tests.reference.unet_2d_twin import load_unet_2d
 
 pytestmark = pytest.mark.reference
 
 TOLERANCE = 1e-5  # of the largest value
-CELEBA = UNetSpec(
+CELEBA = unet_spec(
     in_channels=3,
     out_channels=3,
     model_channels=32,
     channel_mult=(1, 2, 3),
-    num_res_blocks=2,
     attention="qkv",
     transformer_depth=(0, 1, 1),
-    middle_depth=1,
     num_heads=None,
     num_head_channels=16,
     context_dim=None,
-    linear_projection=False,
-    scale_shift_norm=False,
-    resblock_updown=False,
 )
 UNETS = {
     "celeba": CELEBA,

@@ -1,13 +1,9 @@
 import base64
-import copy
-import hashlib
 import io
-import pickle
 import re
 import struct
 import warnings
 import zlib
-from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -135,58 +131,6 @@ def test_arrays_of_any_integers_are_read(dtype):
 
 
 # --- what a map is --------------------------------------------------------------------------------
-
-
-def test_a_map_cannot_be_changed():
-    mine = IDS.copy()
-    classes = ClassMap(mine)
-
-    mine[:] = 0
-
-    np.testing.assert_array_equal(classes.ids, IDS)
-    with pytest.raises(ValueError, match="read-only"):
-        classes.ids[0, 0] = 1
-    with pytest.raises(ValueError, match="WRITEABLE"):
-        classes.ids.setflags(write=True)
-    with pytest.raises(AttributeError):
-        classes.ids = mine
-
-
-def test_maps_are_equal_by_their_classes_and_shape():
-    classes = ClassMap(IDS, source="a.png")
-    other = IDS.copy()
-    other[5, 8] ^= 1
-
-    assert classes == ClassMap(IDS) == ClassMap(np.asfortranarray(IDS.astype(np.int32)))
-    assert hash(classes) == hash(ClassMap(IDS))
-    for different in (other, IDS.reshape(9, 6)):
-        assert classes != ClassMap(different)
-        assert classes.sha256 != ClassMap(different).sha256
-    assert classes != "a.png"
-
-
-def test_its_hash_is_that_of_the_portable_graymap():
-    assert ClassMap(IDS).sha256 == hashlib.sha256(encoded(GRAY, "PPM")).hexdigest()
-
-
-def test_a_record_that_holds_one_can_be_copied_and_taken_apart():
-    @dataclass(frozen=True)
-    class Request:
-        segmentation: ClassMap
-
-    request = Request(ClassMap(IDS, source="a.png"))
-
-    assert asdict(request)["segmentation"] is request.segmentation
-    assert copy.deepcopy(request) == request
-    assert len({request, Request(ClassMap(IDS))}) == 1
-
-
-def test_a_map_travels_between_processes_and_stays_read_only():
-    classes = pickle.loads(pickle.dumps(ClassMap(IDS, source="a.png")))  # noqa: S301  (just written)
-
-    assert classes == ClassMap(IDS)
-    assert classes.source == "a.png"
-    assert not classes.ids.flags.writeable
 
 
 def test_it_shows_itself_in_one_short_line():

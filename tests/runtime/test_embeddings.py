@@ -1,12 +1,8 @@
 import base64
-import copy
-import hashlib
 import io
-import pickle
 import re
 import struct
 import warnings
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm_runtime.inputs.embeddings import MAX_VECTORS, MAX_WIDTH, Embeddings
-from ldm_runtime.inputs.segmentation import ClassMap
 
 VECTORS = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
 
@@ -78,67 +73,12 @@ def test_both_versions_of_the_header_are_read():
 # --- what embeddings are --------------------------------------------------------------------------
 
 
-def test_embeddings_cannot_be_changed():
-    mine = VECTORS.copy()
-    embeddings = Embeddings(mine)
-
-    mine[:] = 0
-
-    np.testing.assert_array_equal(embeddings.values, VECTORS)
-    with pytest.raises(ValueError, match="read-only"):
-        embeddings.values[0, 0] = 1
-    with pytest.raises(ValueError, match="WRITEABLE"):
-        embeddings.values.setflags(write=True)
-    with pytest.raises(AttributeError):
-        embeddings.values = mine
-
-
-def test_embeddings_are_equal_by_their_numbers_and_shape():
-    embeddings = Embeddings(VECTORS, source="a.npy")
-    other = VECTORS.copy()
-    other[2, 7] = np.nextafter(other[2, 7], np.float32(9))
-
-    assert embeddings == Embeddings(VECTORS.astype(np.float64))
-    assert hash(embeddings) == hash(Embeddings(VECTORS))
-    for different in (other, VECTORS.reshape(4, 6)):
-        assert embeddings != Embeddings(different)
-        assert embeddings.sha256 != Embeddings(different).sha256
-    assert embeddings != "a.npy"
-    assert Embeddings(np.zeros((1, 1))) != ClassMap(np.zeros((1, 1), int))
-
-
 def test_equal_numbers_hash_alike_even_zeros_of_either_sign():
     plus, minus = Embeddings(np.array([[0.0]])), Embeddings(np.array([[-0.0]]))
 
     assert plus == minus
     assert plus.sha256 == minus.sha256
     assert hash(plus) == hash(minus)
-
-
-def test_its_hash_is_that_of_its_shape_and_little_endian_rows():
-    expected = hashlib.sha256(b"3 8\n" + VECTORS.astype("<f4").tobytes()).hexdigest()
-
-    assert Embeddings(VECTORS).sha256 == expected
-
-
-def test_a_record_that_holds_them_can_be_copied_and_taken_apart():
-    @dataclass(frozen=True)
-    class Request:
-        embeddings: Embeddings
-
-    request = Request(Embeddings(VECTORS))
-
-    assert asdict(request)["embeddings"] is request.embeddings
-    assert copy.deepcopy(request) == request
-    assert len({request, Request(Embeddings(VECTORS))}) == 1
-
-
-def test_embeddings_travel_between_processes_and_stay_read_only():
-    embeddings = pickle.loads(pickle.dumps(Embeddings(VECTORS, source="a.npy")))  # noqa: S301  (just written)
-
-    assert embeddings == Embeddings(VECTORS)
-    assert embeddings.source == "a.npy"
-    assert not embeddings.values.flags.writeable
 
 
 def test_they_show_themselves_in_one_short_line():

@@ -19,10 +19,10 @@ from ldm_runtime.inputs.layouts import (
     read_label_names,
     read_layout,
 )
-from ldm_runtime.specs.networks import TextEncoderSpec
+from ldm_runtime.testing import text_encoder_spec
 
 #: The encoder of layout2img-openimages256: a grid of 90 x 90 points.
-ENCODER = TextEncoderSpec(
+ENCODER = text_encoder_spec(
     kind="bert",
     width=512,
     num_layers=16,

@@ -1,13 +1,9 @@
 import base64
-import copy
-import hashlib
 import io
-import pickle
 import re
 import struct
 import warnings
 import zlib
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
@@ -183,61 +179,6 @@ def test_an_animation_is_its_first_frame(format):
 
 
 # --- what a picture is ----------------------------------------------------------------------------
-
-
-def test_a_picture_cannot_be_changed():
-    mine = PIXELS.copy()
-    picture = Picture.read(mine)
-
-    mine[:] = 0
-
-    np.testing.assert_array_equal(picture.pixels, PIXELS)
-    with pytest.raises(ValueError, match="read-only"):
-        picture.pixels[0, 0, 0] = 1
-    with pytest.raises(ValueError, match="WRITEABLE"):
-        picture.pixels.setflags(write=True)
-    with pytest.raises(AttributeError):
-        picture.pixels = mine
-    with pytest.raises(ValueError, match="read-only"):
-        picture.gray()[0, 0] = 1
-
-
-def test_pictures_are_equal_by_their_pixels_and_shape():
-    picture = Picture(PIXELS, source="a.png")
-    other = PIXELS.copy()
-    other[5, 8, 2] ^= 1
-
-    assert picture == Picture(PIXELS)
-    assert hash(picture) == hash(Picture(PIXELS))
-    assert picture != Picture(other)
-    assert picture.sha256 != Picture(other).sha256
-    assert picture != Picture(PIXELS.reshape(9, 6, 3))
-    assert picture.sha256 != Picture(PIXELS.reshape(9, 6, 3)).sha256
-    assert picture != "a.png"
-
-
-def test_its_hash_is_that_of_the_portable_pixmap():
-    assert Picture(PIXELS).sha256 == hashlib.sha256(encoded(IMAGE, "PPM")).hexdigest()
-
-
-def test_a_record_that_holds_one_can_be_copied_and_taken_apart():
-    @dataclass(frozen=True)
-    class Request:
-        image: Picture
-
-    request = Request(Picture(PIXELS, source="a.png"))
-
-    assert asdict(request)["image"] is request.image
-    assert copy.deepcopy(request) == request
-    assert len({request, Request(Picture(PIXELS))}) == 1
-
-
-def test_a_picture_travels_between_processes_and_stays_read_only():
-    picture = pickle.loads(pickle.dumps(Picture(PIXELS, source="a.png")))  # noqa: S301  (just written)
-
-    assert picture == Picture(PIXELS)
-    assert picture.source == "a.png"
-    assert not picture.pixels.flags.writeable
 
 
 def test_its_png_holds_its_pixels_and_nothing_else():

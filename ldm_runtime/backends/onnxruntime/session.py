@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
-from ldm_runtime.backends.contract import Tensors
+from ldm_runtime.backends.contract import Tensors, check_input_names
 from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
 from ldm_runtime.errors import BackendError, ShapeError
 from ldm_runtime.specs.components import DYNAMIC_AXES, TensorSignature
@@ -92,12 +92,7 @@ def check_inputs(
         BackendError: An input is missing, unknown or of another type.
         ShapeError: A shape does not fit.
     """
-    names = [signature.name for signature in component.inputs]
-    if inputs.keys() != set(names):
-        raise BackendError(
-            f"{component.name} takes {', '.join(names)}; "
-            f"it was given {', '.join(inputs) or 'nothing'}"
-        )
+    check_input_names(component, inputs)
     lengths = dict(sizes)
     for signature in component.inputs:
         _check_input(signature, inputs[signature.name], lengths)

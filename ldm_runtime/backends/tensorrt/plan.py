@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ldm_runtime.backends.contract import check_input_names
 from ldm_runtime.backends.cuda_device import RecordedGraph
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.engines.build import HARDWARE_COMPATIBLE
@@ -171,12 +172,7 @@ def check_inputs(
         BackendError: An input is missing, unknown or of the wrong type.
         ShapeError: A shape is outside the profiles, or two inputs disagree about an axis.
     """
-    expected = [signature.name for signature in component.inputs]
-    if inputs.keys() != set(expected):
-        raise BackendError(
-            f"{component.name} takes {', '.join(expected)}; "
-            f"it was given {', '.join(inputs) or 'nothing'}"
-        )
+    check_input_names(component, inputs)
     ranges = {profile.input: profile for profile in profiles}
     lengths: dict[str, int] = {}
     for signature in component.inputs:

@@ -6,17 +6,15 @@ Without torch, so that what only draws need not load it.
 from dataclasses import dataclass, replace
 
 from ldm_runtime.specs.networks import AutoencoderSpec
+from ldm_runtime.testing import autoencoder_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
 
-VQ = AutoencoderSpec(
+VQ = autoencoder_spec(
     kind="vq",
-    image_channels=3,
     channels=32,
     channel_mult=(1, 2, 2),
     num_res_blocks=1,
-    attention_levels=(),
-    middle_attention=True,
     z_channels=3,
     embed_dim=3,
     codebook_size=2048,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ldm_runtime.specs.model import Task
 from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.testing import text_encoder_spec, unet_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.noise import TOLD, UNTOLD, Noise
 from models.shapes.catalog.recipes import WITH_ATTENTION, WITHOUT_ATTENTION, Recipe
@@ -18,7 +19,7 @@ NUM_HALVINGS = 2
 _LATENT_CHANNELS = 3
 
 #: Self-attention at 8x8, 4x4 and in the middle, as the paper's models for faces have it.
-_PLAIN = UNetSpec(
+_PLAIN = unet_spec(
     in_channels=_LATENT_CHANNELS,
     out_channels=_LATENT_CHANNELS,
     model_channels=64,
@@ -26,27 +27,21 @@ _PLAIN = UNetSpec(
     num_res_blocks=1,
     attention="qkv",
     transformer_depth=(0, 1, 1),
-    middle_depth=1,
     num_heads=4,
-    num_head_channels=None,
     context_dim=None,
-    linear_projection=False,
-    scale_shift_norm=False,
-    resblock_updown=False,
 )
 _CROSS = replace(_PLAIN, attention="transformer", context_dim=CONTEXT_DIM)
 #: Beside an encoder there is no room for a third level of 128 channels.
 _SLIM = replace(_CROSS, channel_mult=(1, 1, 1))
 
 #: Heads of a BERT encoder have 64 channels and there are 8, whatever the width.
-BERT = TextEncoderSpec(
+BERT = text_encoder_spec(
     kind="bert",
     width=CONTEXT_DIM,
     num_layers=3,
     num_heads=8,
     feed_forward_dim=4 * CONTEXT_DIM,
     vocab_size=30522,
-    max_tokens=77,
     activation="gelu",
     pad_token_id=0,
 )

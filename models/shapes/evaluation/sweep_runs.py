@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime import Generator
-from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve, sampler_of
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -45,7 +43,7 @@ def measure(generator: Generator, request: ResolvedRequest, exam: exams.Exam) ->
         name="shapes_sweep",
         system=generator.backend,
         commit=commit(),
-        bundle_sha256=bundle_hash(generator),
+        bundle_sha256=generator.bundle_sha256,
         device=machine(),
         settings=settings_of(request, len(exam.wanted)),
         seconds=tuple(seconds),
@@ -102,8 +100,3 @@ def settings_of(request: ResolvedRequest, captions: int) -> dict[str, str | int 
     """Return all that tells a cell of one bundle from the others."""
     drawn = {name: getattr(request, name) for name in _SETTINGS}
     return drawn | {"captions": captions, "layouts": exams.LAYOUTS, "seed": held_out.SEED}
-
-
-def bundle_hash(generator: Generator) -> str:
-    """Return the hash of the manifest of an open bundle."""
-    return sha256_of(generator.bundle / MANIFEST_NAME)

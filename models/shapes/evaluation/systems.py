@@ -12,8 +12,6 @@ import msgspec
 import numpy as np
 
 from ldm_runtime import Generator
-from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
 from ldm_runtime.specs.model import Task
 from measuring.rows import ROOT, Row, as_line, commit, machine
@@ -161,7 +159,7 @@ def examine(
         name=system.name,
         system=generator.backend,
         commit=commit(),
-        bundle_sha256=sha256_of(generator.bundle / MANIFEST_NAME),
+        bundle_sha256=generator.bundle_sha256,
         device=machine(),
         settings=settings_of(system, steps) | {"pictures": count, "seed": SEED},
         seconds=tuple(seconds),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_export.networks.unet import UNet
-from ldm_runtime.specs.networks import UNetSpec
+from ldm_runtime.testing import unet_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.noise import TOLD
 from models.shapes.training.clip_text import load_text_encoder, load_tokens
@@ -17,21 +17,12 @@ from models.shapes.training.trainer import Trainer
 from models.shapes.training.velocity import velocity_loss
 
 #: The lowest level has 4x4 pixels: seen from there, left and right of a scene are neighbours.
-UNET = UNetSpec(
-    in_channels=4,
-    out_channels=4,
+UNET = unet_spec(
     model_channels=64,
     channel_mult=(1, 1, 2),
     num_res_blocks=1,
-    attention="transformer",
     transformer_depth=(0, 1, 1),
-    middle_depth=1,
-    num_heads=8,
-    num_head_channels=None,
     context_dim=64,
-    linear_projection=False,
-    scale_shift_norm=False,
-    resblock_updown=False,
 )
 #: At 10,500 steps places were right and outlines still improving fast; the restart is for those.
 CYCLES = (Cycle(end=12_000), Cycle(start=10_500, end=18_500, learning_rate=7e-4))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
-from ldm_runtime.specs.networks import AutoencoderSpec
+from ldm_runtime.testing import autoencoder_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
 from models.shapes.training.trainer import WORK, Trainer
@@ -16,18 +16,8 @@ from models.shapes.training.trainer import WORK, Trainer
 NUM_SCENES = 40_000
 NUM_CHECKED = 256  # the last scenes are never trained on
 
-AUTOENCODER = AutoencoderSpec(
-    kind="kl",
-    image_channels=3,
-    channels=64,
-    channel_mult=(1, 1, 2),
-    num_res_blocks=1,
-    attention_levels=(),
-    middle_attention=True,
-    z_channels=4,
-    embed_dim=4,
-    codebook_size=None,
-    latent_scale_factor=1.0,
+AUTOENCODER = autoencoder_spec(
+    channels=64, channel_mult=(1, 1, 2), num_res_blocks=1, latent_scale_factor=1.0
 )
 
 

@@ -1,0 +1,151 @@
+"""Training of a text encoder by itself, on captions and the scenes that they describe.
+
+Every token from the end of a caption on has to tell the whole scene through a linear layer, and
+every noun the thing that it names. Trained together with the UNet from nothing, an encoder told
+"left" from "right" only after hours, because a UNet that ignores its context teaches nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ldm_runtime.specs.networks import TextEncoderSpec
+from ldm_runtime.text import Tokenizer
+from models.shapes.catalog.learning_rate import Cycle
+from models.shapes.data import scenes
+from models.shapes.training.caption_questions import (
+    ANSWERS,
+    NOT_ASKED,
+    NUM_CAPTIONS,
+    NUM_CHECKED,
+    SCENE_ANSWERS,
+    Lessons,
+    about_scene,
+    about_things,
+    answers_loss,
+)
+from models.shapes.training.trainer import Trainer
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionEncoder:
+    """A kind of text encoder, and how it is trained.
+
+    Attributes:
+        stage: Its name in the log and in the folder of work.
+        record: Its hyperparameters.
+        open_tokenizer: Returns its tokenizer.
+        build: Makes the network.
+        embeddings: Returns its token and position embeddings, whose initial values are drawn.
+        end_of: Returns the index of the end token of each row of token ids, (N,).
+        steps: Training steps.
+        seed: Of the captions.
+    """
+
+    stage: str
+    record: TextEncoderSpec
+    open_tokenizer: Callable[[], Tokenizer]
+    build: Callable[[TextEncoderSpec], nn.Module]
+    embeddings: Callable[[nn.Module], tuple[nn.Embedding, nn.Embedding]]
+    end_of: Callable[[Tensor], Tensor]
+    steps: int
+    seed: int
+
+
+class DescribingEncoder(nn.Module):
+    """An encoder with the two linear layers that only its training needs."""
+
+    def __init__(self, kind: CaptionEncoder) -> None:
+        super().__init__()
+        self.text = kind.build(kind.record)
+        self.scene = nn.Linear(kind.record.width, sum(SCENE_ANSWERS))
+        self.noun = nn.Linear(kind.record.width, sum(ANSWERS))
+        tokens, positions = kind.embeddings(self.text)
+        nn.init.normal_(tokens.weight, std=1.0)
+        nn.init.normal_(positions.weight, std=0.3)
+
+    def forward(self, tokens: Tensor, ends: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits about scenes and about nouns.
+
+        Args:
+            tokens: (B, 77).
+            ends: Index of the end token, (B,).
+            share: Which of the tokens from there on tells the scene: 0 the first, 1 the last.
+        """
+        context = self.text(tokens)
+        places = ends + (share * (tokens.shape[1] - 1 - ends)).round().long()
+        after = context[torch.arange(len(tokens)), places]
+        return self.scene(after), self.noun(context.flatten(0, 1))
+
+
+def caption_tokens(kind: CaptionEncoder, captions: Sequence[str]) -> Tensor:
+    """Return token ids (N + 1, 77) of captions; the last row is the empty caption."""
+    tokenizer, record = kind.open_tokenizer(), kind.record
+    known: dict[str, tuple[int, ...]] = {}
+    for text in [*captions, ""]:
+        if text not in known:
+            encoded = tokenizer.encode(text, record.max_tokens, pad_token_id=record.pad_token_id)
+            known[text] = encoded.ids
+    return torch.tensor([known[text] for text in [*captions, ""]])
+
+
+def make_lessons(kind: CaptionEncoder, noun_places: Callable[[str], Sequence[int]]) -> Lessons:
+    """Return captions of random scenes, without images, and what is to be said of them.
+
+    Args:
+        kind: The encoder.
+        noun_places: Returns where the names of shapes are among a caption's tokens.
+    """
+    source = scenes.random_scenes(np.random.default_rng(kind.seed), held_out=False)
+    drawn = list(islice(source, NUM_CAPTIONS))
+    captions = [scenes.caption(scene) for scene in drawn]
+    tokens = caption_tokens(kind, captions)[:-1]
+    nouns = torch.full((len(drawn), kind.record.max_tokens, len(ANSWERS)), NOT_ASKED)
+    for row, (scene, caption) in enumerate(zip(drawn, captions, strict=True)):
+        for place, thing in zip(noun_places(caption), about_things(scene), strict=True):
+            nouns[row, place] = torch.tensor(thing)
+    return Lessons(
+        tokens=tokens,
+        ends=kind.end_of(tokens),
+        scenes=torch.tensor([about_scene(scene) for scene in drawn]),
+        nouns=nouns,
+    )
+
+
+def train_caption_encoder(kind: CaptionEncoder, lessons: Lessons) -> None:
+    """Train an encoder; what it learned is saved under the name of its stage."""
+    torch.manual_seed(0)
+    model = DescribingEncoder(kind)
+    trainer = Trainer(kind.stage, model, Cycle(end=kind.steps))
+    trained = len(lessons.tokens) - NUM_CHECKED
+
+    def answers(rows: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        scene, noun = model(lessons.tokens[rows], lessons.ends[rows], share)
+        return scene, noun
+
+    def loss_at(_: int) -> Tensor:
+        rows = torch.randint(trained, (_BATCH,))
+        scene, noun = answers(rows, torch.rand(_BATCH))
+        return answers_loss(scene, SCENE_ANSWERS, lessons.scenes[rows]) + answers_loss(
+            noun, ANSWERS, lessons.nouns[rows].flatten(0, 1)
+        )
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        rows = torch.arange(trained, len(lessons.tokens))
+        scene, _ = answers(rows, torch.ones(len(rows)))
+        right = [
+            part.argmax(1) == lessons.scenes[rows, index]
+            for index, part in enumerate(torch.split(scene, list(SCENE_ANSWERS), 1))
+        ]
+        return {"scenes_right": torch.stack(right).all(0).float().mean().item()}
+
+    with sdpa_kernel(SDPBackend.MATH):
+        trainer.run(loss_at, check)
