@@ -51,8 +51,8 @@ class Build:
 
 def options(arguments: argparse.Namespace) -> Any:  # noqa: ANN401  (ours, but imported late)
     """Return which engines to build."""
+    from ldm_runtime.engines.build_specs import EngineOptions
     from ldm_runtime.engines.profiles import SizeRange
-    from ldm_runtime.engines.recipes import EngineOptions
 
     return EngineOptions(
         builder="tensorrt_rtx",
@@ -63,22 +63,22 @@ def options(arguments: argparse.Namespace) -> Any:  # noqa: ANN401  (ours, but i
 
 def build_one(arguments: argparse.Namespace) -> None:
     """Build engine number `--one` and write its plan below `--out`: the measured process."""
-    from ldm_runtime.engines.recipes import choose_toolchain
+    from ldm_runtime.engines.build_specs import choose_toolchain
     from ldm_runtime.engines.store import write_engine
 
     wanted = options(arguments)
     toolchain = choose_toolchain(wanted)
     assert not isinstance(toolchain, str)  # only "auto" and "none" answer with a sentence
-    recipe = recipes(arguments)[arguments.one]
-    graph = arguments.bundle / recipe.component / "model.onnx"
-    record = write_engine(graph, recipe, toolchain, arguments.out)
+    build_spec = build_specs(arguments)[arguments.one]
+    graph = arguments.bundle / build_spec.component / "model.onnx"
+    record = write_engine(graph, build_spec, toolchain, arguments.out)
     print(json.dumps({"build_seconds": record.seconds, "plan_bytes": record.size_bytes}))
 
 
-def recipes(arguments: argparse.Namespace) -> list[Any]:
+def build_specs(arguments: argparse.Namespace) -> list[Any]:
     """Return what there is to build."""
     from ldm_runtime.bundle.manifest import load_manifest
-    from ldm_runtime.engines.recipes import choose_toolchain, make_recipes
+    from ldm_runtime.engines.build_specs import choose_toolchain, make_build_specs
     from ldm_runtime.engines.store import component_files
 
     manifest = load_manifest(arguments.bundle)
@@ -86,10 +86,10 @@ def recipes(arguments: argparse.Namespace) -> list[Any]:
     toolchain = choose_toolchain(wanted)
     assert not isinstance(toolchain, str)  # as above
     files = component_files(manifest.components, manifest.files)
-    return list(make_recipes(toolchain, wanted.sizes, manifest.spec, files))
+    return list(make_build_specs(toolchain, wanted.sizes, manifest.spec, files))
 
 
-def measure(arguments: argparse.Namespace, number: int, recipe: Any) -> Build:  # noqa: ANN401
+def measure(arguments: argparse.Namespace, number: int, build_spec: Any) -> Build:  # noqa: ANN401
     """Build one engine in a process of its own and watch it.
 
     Raises:
@@ -100,8 +100,8 @@ def measure(arguments: argparse.Namespace, number: int, recipe: Any) -> Build:  
         words += ["--target", arguments.target, *(["--static"] if arguments.static else [])]
         answer = ask(Path(__file__), *words)
     return Build(
-        component=recipe.component,
-        targets=recipe.targets,
+        component=build_spec.component,
+        targets=build_spec.targets,
         seconds=answer.seconds,
         build_seconds=answer.value["build_seconds"],
         peak_bytes=answer.peak_bytes,
@@ -215,28 +215,28 @@ def measure_bundle(bundle: Path, folder: Path) -> tuple[list[Build], dict[str, s
     """
     arguments = build_parser().parse_args(["--bundle", str(bundle), "--folder", str(folder)])
     builds, reasons = [], {}
-    for number, recipe in enumerate(recipes(arguments)):
+    for number, build_spec in enumerate(build_specs(arguments)):
         try:
-            builds.append(measure(arguments, number, recipe))
+            builds.append(measure(arguments, number, build_spec))
         except RuntimeError as error:
-            reasons[recipe.component] = str(error)
+            reasons[build_spec.component] = str(error)
     return builds, reasons
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
-        model = "given" if arguments.bundle else "stable-diffusion-1.5"
+        model = "custom" if arguments.bundle else "stable-diffusion-1.5"
         if arguments.bundle is None:
             folder = tempfile.TemporaryDirectory(prefix="ldm-engines-", dir=arguments.folder)
             path = Path(stack.enter_context(folder))
             arguments.bundle = make_bundle(path, is_tiny=arguments.tiny)
-        wanted = recipes(arguments)
+        wanted = build_specs(arguments)
         weights = [arguments.bundle / each.component / "weights.bin" for each in wanted]
         weights_bytes = sum(path.stat().st_size for path in weights)
         builds = []
-        for number, recipe in enumerate(wanted):
-            print(f"building the {recipe.component} …", file=sys.stderr, flush=True)
-            builds.append(measure(arguments, number, recipe))
+        for number, build_spec in enumerate(wanted):
+            print(f"building the {build_spec.component} …", file=sys.stderr, flush=True)
+            builds.append(measure(arguments, number, build_spec))
     settings = {
         "model": "tiny" if arguments.tiny else model,
         "builder": f"{wanted[0].builder} {wanted[0].builder_version}",

@@ -95,10 +95,10 @@ def row_key(system: System) -> str:
     """
     import msgspec
 
-    from ldm_export.source import RECIPE, versions
+    from ldm_export.source import CACHE_VERSION, versions
     from ldm_runtime.bundle.manifest import SCHEMA_VERSION, encode_networks
 
-    facts = [RECIPE, SCHEMA_VERSION, versions(), system]
+    facts = [CACHE_VERSION, SCHEMA_VERSION, versions(), system]
     encoded = msgspec.json.encode(facts, enc_hook=encode_networks, order="sorted")
     return hashlib.sha256(encoded).hexdigest()
 

@@ -153,21 +153,21 @@ def write_unet(checkpoint: Path, folder: Path) -> "ModelSpec":
 
 def build_seconds(graph: Path, spec: "ModelSpec", plan: Path) -> float:
     """Build a graph for sm89 at default sizes and return the time it took."""
-    from ldm_runtime.engines.build import build_plan
-    from ldm_runtime.engines.profiles import SizeRange
-    from ldm_runtime.engines.recipes import (
+    from ldm_runtime.engines.build import build_engine
+    from ldm_runtime.engines.build_specs import (
         ComponentFiles,
         EngineOptions,
         choose_toolchain,
-        make_recipes,
+        make_build_specs,
     )
+    from ldm_runtime.engines.profiles import SizeRange
 
     toolchain = choose_toolchain(EngineOptions(builder="tensorrt_rtx", targets=("sm89",)))
     assert not isinstance(toolchain, str)  # only "auto" and "none" answer with a sentence
     files = {"unet": ComponentFiles(graph_sha256="", weights_sha256="")}
-    (recipe,) = make_recipes(toolchain, SizeRange(), spec, files)
+    (build_spec,) = make_build_specs(toolchain, SizeRange(), spec, files)
     started = time.monotonic()
-    build_plan(graph, recipe, plan)
+    build_engine(graph, build_spec, plan)
     return time.monotonic() - started
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ldm_export.detection.overrides import Overrides
     from ldm_runtime.bundle.manifest import Manifest, WeightsDType
-    from ldm_runtime.engines.recipes import EngineOptions
+    from ldm_runtime.engines.build_specs import EngineOptions
     from ldm_runtime.progress import Progress
 
 __all__ = ["export"]
@@ -43,7 +43,7 @@ def export(  # noqa: PLR0913  (the flags of the command that are not facts)
     from ldm_export.bundle import export_bundle
     from ldm_export.detection.overrides import Overrides
     from ldm_export.source import ExportOptions
-    from ldm_runtime.engines.recipes import EngineOptions
+    from ldm_runtime.engines.build_specs import EngineOptions
 
     options = ExportOptions(
         checkpoint=Path(ckpt),

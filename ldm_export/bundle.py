@@ -4,21 +4,21 @@ import time
 from collections.abc import Callable, Sequence
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ldm_export.engine_stages import engine_stages, planned_engines
+from ldm_export.engine_steps import engine_steps, expected_engines
 from ldm_export.errors import CheckpointError
+from ldm_export.estimate import Estimate, make_estimate
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import check_weights
-from ldm_export.plan import Plan, make_plan
 from ldm_export.source import ExportOptions, Source, open_source, versions
-from ldm_export.stages import make_stages
-from ldm_export.workspace import Stage, StageRecord, Workspace
+from ldm_export.steps import make_steps
+from ldm_export.workspace import ExportStep, StepRecord, Workspace
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import SCHEMA_VERSION, BuildRecord, Manifest
 from ldm_runtime.engines.records import ENGINES_FOLDER
 from ldm_runtime.progress import Progress, Silent
 from ldm_runtime.specs.model import components_of
 
-__all__ = ["ExportOptions", "export_bundle", "plan_export"]
+__all__ = ["ExportOptions", "estimate_export", "export_bundle"]
 
 
 def export_bundle(
@@ -48,19 +48,19 @@ def export_bundle(
     workspace = Workspace(options.out, on_write)
     with open_checkpoint(options.checkpoint) as checkpoint:
         source = _open_source(options, checkpoint)
-        stages = make_stages(source)
+        steps = make_steps(source)
         with workspace.locked():
-            records = _run_stages(source, stages.stages, workspace, progress or Silent())
+            records = _run_steps(source, steps.steps, workspace, progress or Silent())
             _check_unchanged(source)
             manifest = Manifest(
                 schema_version=SCHEMA_VERSION,
                 spec=source.spec,
                 weights_dtype=options.weights_dtype,
                 components=tuple(each.component for each in records if each.component),
-                tokenizer_file=stages.tokenizer_file,
-                golden=stages.golden,
-                golden_key=stages.golden_key,
-                preview=stages.fit.preview,
+                tokenizer_file=steps.tokenizer_file,
+                golden=steps.golden,
+                golden_key=steps.golden_key,
+                preview=steps.fit.preview,
                 engines=_engine_paths(records),
                 files=workspace.files,
                 build=BuildRecord(
@@ -74,7 +74,7 @@ def export_bundle(
     return manifest
 
 
-def plan_export(options: ExportOptions) -> Plan:
+def estimate_export(options: ExportOptions) -> Estimate:
     """Say what `export_bundle` would do, and write nothing.
 
     Raises:
@@ -93,41 +93,41 @@ def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool
     source = open_source(options, checkpoint, hashed=hashed)
     for component in components_of(source.spec):
         check_weights(component, source.spec, source.weights(component))
-    _planned_engines(source)  # of impossible sizes
+    _expected_engines(source)  # of impossible sizes
     return source
 
 
-def _run_stages(
-    source: Source, stages: Sequence[Stage], workspace: Workspace, progress: Progress
-) -> list[StageRecord]:
-    found = [record for stage in stages if (record := workspace.find(stage))]
-    known = [*stages, *_engine_stages(source, found, progress)]
+def _run_steps(
+    source: Source, steps: Sequence[ExportStep], workspace: Workspace, progress: Progress
+) -> list[StepRecord]:
+    found = [record for step in steps if (record := workspace.find(step))]
+    known = [*steps, *_engine_steps(source, found, progress)]
     seconds = dict(_plan(source).stage_seconds)
-    seconds |= {stage.name: 0.0 for stage in known if workspace.can_reuse(stage)}
+    seconds |= {step.name: 0.0 for step in known if workspace.can_reuse(step)}
     progress.plan(seconds)
-    records = [_run_stage(stage, workspace, progress) for stage in stages]
-    engines = _engine_stages(source, records, progress)
-    return records + [_run_stage(stage, workspace, progress) for stage in engines]
+    records = [_run_step(step, workspace, progress) for step in steps]
+    engines = _engine_steps(source, records, progress)
+    return records + [_run_step(step, workspace, progress) for step in engines]
 
 
-def _run_stage(stage: Stage, workspace: Workspace, progress: Progress) -> StageRecord:
-    progress.begin(stage.name)
-    record, outcome = workspace.run(stage)
+def _run_step(step: ExportStep, workspace: Workspace, progress: Progress) -> StepRecord:
+    progress.begin(step.name)
+    record, outcome = workspace.run(step)
     give_back_memory()
-    progress.end(stage.name, outcome)
+    progress.end(step.name, outcome)
     return record
 
 
-def _engine_stages(
-    source: Source, records: Sequence[StageRecord], progress: Progress
-) -> list[Stage]:
+def _engine_steps(
+    source: Source, records: Sequence[StepRecord], progress: Progress
+) -> list[ExportStep]:
     if source.toolchain is None:
         return []
     sizes = source.options.engines.sizes
-    return engine_stages(source.toolchain, sizes, source.spec, records, progress)
+    return engine_steps(source.toolchain, sizes, source.spec, records, progress)
 
 
-def _engine_paths(records: Sequence[StageRecord]) -> tuple[str, ...]:
+def _engine_paths(records: Sequence[StepRecord]) -> tuple[str, ...]:
     paths = (file.path for record in records for file in record.files)
     return tuple(
         path for path in paths if path.startswith(f"{ENGINES_FOLDER}/") and path.endswith(".json")
@@ -140,13 +140,13 @@ def _check_unchanged(source: Source) -> None:
         raise CheckpointError(path, "changed while it was being exported; export it again")
 
 
-def _plan(source: Source) -> Plan:
-    return make_plan(
-        source.spec, source.parameters(), source.options.weights_dtype, _planned_engines(source)
+def _plan(source: Source) -> Estimate:
+    return make_estimate(
+        source.spec, source.parameters(), source.options.weights_dtype, _expected_engines(source)
     )
 
 
-def _planned_engines(source: Source) -> dict[str, str]:
+def _expected_engines(source: Source) -> dict[str, str]:
     if source.toolchain is None:
         return {}
-    return planned_engines(source.toolchain, source.options.engines.sizes, source.spec)
+    return expected_engines(source.toolchain, source.options.engines.sizes, source.spec)

@@ -36,30 +36,30 @@ def build_parser() -> argparse.ArgumentParser:
         "else TensorRT-RTX if it is installed, else nothing)",
     )
     add_engine_arguments(parser)
-    facts = parser.add_argument_group("facts that the weights cannot tell")
-    facts.add_argument(
+    features = parser.add_argument_group("facts that the weights cannot tell")
+    features.add_argument(
         "--config", type=Path, help="CompVis yaml (default: <ckpt>.yaml or config.yaml beside it)"
     )
-    facts.add_argument(
+    features.add_argument(
         "--weights",
         choices=("ema", "model"),
         help="averaged or last trained weights (default: ema if the checkpoint has them)",
     )
-    facts.add_argument("--num-heads", type=int, help="attention heads of the UNet")
-    facts.add_argument("--num-head-channels", type=int, help="channels of a head of the UNet")
-    facts.add_argument(
+    features.add_argument("--num-heads", type=int, help="attention heads of the UNet")
+    features.add_argument("--num-head-channels", type=int, help="channels of a head of the UNet")
+    features.add_argument(
         "--null-class", type=int, help="the class that stands for none, which guidance needs"
     )
-    facts.add_argument(
+    features.add_argument(
         "--prediction-type",
         choices=("epsilon", "v_prediction", "sample"),
         help="what the UNet was trained to predict",
     )
-    facts.add_argument(
+    features.add_argument(
         "--latent-scale-factor", type=float, help="from the autoencoder's latents to the UNet's"
     )
-    facts.add_argument("--height", type=int, help="default height in pixels")
-    facts.add_argument("--width", type=int, help="default width in pixels")
+    features.add_argument("--height", type=int, help="default height in pixels")
+    features.add_argument("--width", type=int, help="default width in pixels")
     return parser
 
 
@@ -98,7 +98,7 @@ def _export(args: argparse.Namespace) -> None:
 
     with open_checkpoint(args.ckpt):  # a file that cannot be read is reported before torch loads
         pass
-    from ldm_export.bundle import export_bundle, plan_export
+    from ldm_export.bundle import estimate_export, export_bundle
     from ldm_export.detection.overrides import Overrides
     from ldm_export.source import ExportOptions
 
@@ -120,7 +120,7 @@ def _export(args: argparse.Namespace) -> None:
         engines=engine_options(args, args.engines),
     )
     if args.plan:
-        print(plan_export(options).describe())
+        print(estimate_export(options).describe())
         return
     with reporting_to(sys.stderr) as progress:
         manifest = export_bundle(options, progress=progress)

@@ -19,13 +19,13 @@ from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import WeightsDType, encode_networks
-from ldm_runtime.engines.recipes import EngineOptions, Toolchain, choose_toolchain
+from ldm_runtime.engines.build_specs import EngineOptions, Toolchain, choose_toolchain
 from ldm_runtime.specs.model import ModelSpec, components_of
 
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-RECIPE = 6
+CACHE_VERSION = 6
 _SAMPLING_FACTS = ("defaults", "prediction_type")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -94,20 +94,28 @@ class Source:
             for name in components_of(self.spec)
         }
 
-    def key(self, stage: str, *facts: Any) -> str:  # noqa: ANN401  (whatever JSON holds)
+    def key(self, step: str, *features: Any) -> str:  # noqa: ANN401  (whatever JSON holds)
         """Return the hash of everything a stage is made from.
 
         Networks do not depend on how they are sampled: another default size does not rebuild them.
 
         Args:
-            stage: Its name.
-            facts: What it is made from besides the checkpoint.
+            step: Its name.
+            *features: What it is made from besides the checkpoint.
         """
         spec = msgspec.to_builtins(self.spec, enc_hook=encode_networks)
-        is_network = stage in components_of(self.spec)
+        is_network = step in components_of(self.spec)
         for name in ("assumptions", *(_SAMPLING_FACTS if is_network else ())):
             del spec[name]
-        known = [RECIPE, stage, self.sha256, spec, self.options.weights_dtype, versions(), *facts]
+        known = [
+            CACHE_VERSION,
+            step,
+            self.sha256,
+            spec,
+            self.options.weights_dtype,
+            versions(),
+            *features,
+        ]
         return hashlib.sha256(msgspec.json.encode(known, order="deterministic")).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 Work goes on in a sibling of the bundle, `<out>.partial`, which holds
 
-* `stages/`  the records of finished stages; by this folder the whole is recognised,
+* `steps/`  the records of finished stages; by this folder the whole is recognised,
 * `bundle/`  the bundle to be; once it is published, the one it replaced,
 * `old/`     the replaced bundle, where the system cannot exchange two folders in one step.
 
@@ -41,7 +41,7 @@ from ldm_runtime.durable import (
     write_file,
 )
 from ldm_runtime.engines.records import ENGINES_FOLDER, engine_key, load_engine_records
-from ldm_runtime.engines.store import engine_stage
+from ldm_runtime.engines.store import engine_step
 from ldm_runtime.errors import BundleError, ManifestError
 
 _STAGES, _BUNDLE, _OLD = "stages", "bundle", "old"
@@ -51,7 +51,7 @@ Outcome = Literal["built", "reused"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRecord:
+class StepRecord:
     """A finished stage.
 
     Attributes:
@@ -66,7 +66,7 @@ class StageRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class ExportStep:
     """One part of an export.
 
     Attributes:
@@ -125,8 +125,8 @@ class Workspace:
         self._partial = _partial(self.out)
         self._folder = self._partial / _BUNDLE
         self._on_write, self._exchange = on_write, exchange
-        self._previous: dict[str, StageRecord] = {}
-        self._finished: dict[str, StageRecord] = {}
+        self._previous: dict[str, StepRecord] = {}
+        self._finished: dict[str, StepRecord] = {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -146,29 +146,29 @@ class Workspace:
         finally:
             os.close(lock)
 
-    def find(self, stage: Stage) -> StageRecord | None:
+    def find(self, step: ExportStep) -> StepRecord | None:
         """Return the record of a stage that is already there, unchanged, or None."""
-        return self._saved(stage) or self._published(stage)
+        return self._saved(step) or self._published(step)
 
-    def can_reuse(self, stage: Stage) -> bool:
+    def can_reuse(self, step: ExportStep) -> bool:
         """Tell whether a stage is already there, unchanged."""
-        return self.find(stage) is not None
+        return self.find(step) is not None
 
-    def run(self, stage: Stage) -> tuple[StageRecord, Outcome]:
+    def run(self, step: ExportStep) -> tuple[StepRecord, Outcome]:
         """Take a stage over if its record and files are what they should be, or build it."""
         outcome: Outcome = "reused"
-        record = self._saved(stage)
+        record = self._saved(step)
         if record is None:
-            self._clear(stage)
-            record = self._published(stage)
+            self._clear(step)
+            record = self._published(step)
             if record is not None:
                 self._link(record.files)
             else:
-                self._on_write(f"build {stage.name}")
-                record, outcome = self._build(stage), "built"
-            self._on_write(f"record {stage.name}")
-            write_file(self._record_path(stage), msgspec.json.encode(record))
-        self._finished[stage.name] = record
+                self._on_write(f"build {step.name}")
+                record, outcome = self._build(step), "built"
+            self._on_write(f"record {step.name}")
+            write_file(self._record_path(step), msgspec.json.encode(record))
+        self._finished[step.name] = record
         return record, outcome
 
     @property
@@ -184,10 +184,14 @@ class Workspace:
         check_destination(self.out)  # an export takes minutes, in which anything may have happened
         self._swap()
         sync(self.out.parent)
-        for leftover in (_BUNDLE, _OLD, _STAGES):  # without stages/ it would not be recognised
-            if (self._partial / leftover).exists():
-                self._on_write(f"remove {leftover}")
-                shutil.rmtree(self._partial / leftover)
+        for ignored_tensor in (
+            _BUNDLE,
+            _OLD,
+            _STAGES,
+        ):  # without stages/ it would not be recognised
+            if (self._partial / ignored_tensor).exists():
+                self._on_write(f"remove {ignored_tensor}")
+                shutil.rmtree(self._partial / ignored_tensor)
         self._on_write("remove partial")
         self._partial.rmdir()
 
@@ -200,7 +204,7 @@ class Workspace:
             old.rename(self.out)
         self._folder.mkdir(exist_ok=True)
         (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
-        self._previous = _published_stages(self.out)
+        self._previous = _published_steps(self.out)
 
     def _swap(self) -> None:
         self._on_write("swap")
@@ -224,24 +228,24 @@ class Workspace:
             if not any(Path(folder).iterdir()) and Path(folder) != self._folder:
                 Path(folder).rmdir()
 
-    def _record_path(self, stage: Stage) -> Path:
-        return self._partial / _STAGES / f"{stage.name}.json"
+    def _record_path(self, step: ExportStep) -> Path:
+        return self._partial / _STAGES / f"{step.name}.json"
 
-    def _saved(self, stage: Stage) -> StageRecord | None:
+    def _saved(self, step: ExportStep) -> StepRecord | None:
         try:
-            record = msgspec.json.decode(self._record_path(stage).read_bytes(), type=StageRecord)
+            record = msgspec.json.decode(self._record_path(step).read_bytes(), type=StepRecord)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
-        return record if _is_intact(self._folder, record, stage.key) else None
+        return record if _is_intact(self._folder, record, step.key) else None
 
-    def _published(self, stage: Stage) -> StageRecord | None:
-        record = self._previous.get(stage.name)
-        return record if record and _is_intact(self.out, record, stage.key) else None
+    def _published(self, step: ExportStep) -> StepRecord | None:
+        record = self._previous.get(step.name)
+        return record if record and _is_intact(self.out, record, step.key) else None
 
-    def _clear(self, stage: Stage) -> None:
-        self._on_write(f"clear {stage.name}")
-        self._record_path(stage).unlink(missing_ok=True)
-        for path in (self._folder / name for name in stage.paths):
+    def _clear(self, step: ExportStep) -> None:
+        self._on_write(f"clear {step.name}")
+        self._record_path(step).unlink(missing_ok=True)
+        for path in (self._folder / name for name in step.paths):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -256,9 +260,9 @@ class Workspace:
                 sync(target)
         sync_folders(targets, self._folder)
 
-    def _build(self, stage: Stage) -> StageRecord:
-        component = stage.build(self._folder)
-        paths = [path for name in stage.paths for path in _files(self._folder / name)]
+    def _build(self, step: ExportStep) -> StepRecord:
+        component = step.build(self._folder)
+        paths = [path for name in step.paths for path in _files(self._folder / name)]
         for path in paths:
             self._on_write(f"sync {path.relative_to(self._folder)}")
             sync(path)
@@ -271,7 +275,7 @@ class Workspace:
             )
             for path in paths
         )
-        return StageRecord(key=stage.key, files=files, component=component)
+        return StepRecord(key=step.key, files=files, component=component)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +317,7 @@ def _check_bundle(folder: Path) -> None:
         )
 
 
-def _published_stages(out: Path) -> dict[str, StageRecord]:
+def _published_steps(out: Path) -> dict[str, StepRecord]:
     """Return the stages of the bundle at `out`, or none if there is no readable one."""
     try:
         manifest = load_manifest(out)
@@ -322,8 +326,8 @@ def _published_stages(out: Path) -> dict[str, StageRecord]:
     files = {
         each.path: each for each in manifest.files if ".." not in PurePosixPath(each.path).parts
     }
-    stages = {
-        each.name: StageRecord(
+    steps = {
+        each.name: StepRecord(
             key=each.key,
             files=_listed(files, (f"{each.name}/", f"golden/components/{each.name}.npz")),
             component=each,
@@ -331,25 +335,25 @@ def _published_stages(out: Path) -> dict[str, StageRecord]:
         for each in manifest.components
     }
     golden = _listed(files, tuple(f"{folder}/" for folder in manifest.golden))
-    stages["golden"] = StageRecord(key=manifest.golden_key, files=golden, component=None)
+    steps["golden"] = StepRecord(key=manifest.golden_key, files=golden, component=None)
     try:
         engines = load_engine_records(out, manifest)
     except BundleError:
         engines = ()
     for engine in engines:
-        stages[engine_stage(engine)] = StageRecord(
+        steps[engine_step(engine)] = StepRecord(
             key=engine_key(engine),
-            files=_listed(files, (engine.plan_path, engine.record_path)),
+            files=_listed(files, (engine.engine_path, engine.record_path)),
             component=None,
         )
-    return stages
+    return steps
 
 
 def _listed(files: dict[str, FileRecord], prefixes: tuple[str, ...]) -> tuple[FileRecord, ...]:
     return tuple(file for path, file in files.items() if path.startswith(prefixes))
 
 
-def _is_intact(folder: Path, record: StageRecord, key: str) -> bool:
+def _is_intact(folder: Path, record: StepRecord, key: str) -> bool:
     if record.key != key or not record.files:
         return False
     try:

@@ -15,7 +15,7 @@ from ldm_runtime.errors import (
     ShapeError,
 )
 from ldm_runtime.generator import Generator
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step
 from ldm_runtime.requests.request import GenerationRequest
@@ -27,9 +27,9 @@ __all__ = [
     "DeadlineError",
     "GenerationRequest",
     "Generator",
+    "InputImage",
     "LdmError",
     "ManifestError",
-    "Picture",
     "RequestError",
     "Result",
     "ShapeError",

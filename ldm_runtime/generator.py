@@ -19,18 +19,25 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends import choose_backend, get_backend
-from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, Shared
+from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, SharedResources
 from ldm_runtime.bundle.files import checked_file, sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, PreviewRecord, load_manifest
 from ldm_runtime.closing import Closing
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
 from ldm_runtime.errors import BackendError, BundleError, RequestError
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.latents.codec import decode_latents, encode_image
 from ldm_runtime.latents.previews import preview_image
 from ldm_runtime.pipeline.batching import in_order, run_together
 from ldm_runtime.pipeline.deadline import Deadline
-from ldm_runtime.pipeline.passes import Drawer, Drawing, Drawn, Pass, Timings, open_drawer
+from ldm_runtime.pipeline.passes import (
+    GeneratedImages,
+    ImagePasses,
+    Pass,
+    PassRun,
+    Timings,
+    open_passes,
+)
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, batches, sample_latents
 from ldm_runtime.requests.request import GenerationRequest, parse_request
@@ -93,7 +100,7 @@ class Generator(Closing):
             threads=threads,
             check_hashes=check_hashes,
             options=options or RunOptions(),
-            shared=Shared(),
+            shared=SharedResources(),
         )
         self._engines = ExitStack()
         self._opened: dict[str, Engine] = {}
@@ -125,14 +132,14 @@ class Generator(Closing):
         the posterior, of a VQ autoencoder what comes before the codebook.
 
         Args:
-            picture: Whatever `Picture.read` can read; sides are multiples of the autoencoder's
+            picture: Whatever `InputImage.read` can read; sides are multiples of the autoencoder's
                 factor.
 
         Raises:
             RequestError: It is no picture, or of another size.
         """
         try:
-            pixels = Picture.read(picture).pixels
+            pixels = InputImage.read(picture).pixels
             return encode_image(self._network("vae_encoder"), pixels[None], self.spec)
         except ValueError as error:
             raise RequestError("picture", str(error)) from error
@@ -198,7 +205,7 @@ class Generator(Closing):
             DeadlineError: Between two steps, when time is up.
         """
         record = self._preview_record() if previews else None
-        return self._draw(self._resolved(request), record, Deadline(deadline_seconds))
+        return self._generate(self._resolved(request), record, Deadline(deadline_seconds))
 
     def run_many(
         self, requests: Iterable[GenerationRequest | ResolvedRequest], *, max_batch: int = 4
@@ -221,7 +228,7 @@ class Generator(Closing):
         resolved = [self._resolved(request) for request in requests]
         if self.spec.unet is None:
             return map(self.generate, resolved)
-        return self._draw_together(resolved, max_batch)
+        return self._generate_together(resolved, max_batch)
 
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""
@@ -266,37 +273,37 @@ class Generator(Closing):
             raise BundleError(f"{self.bundle} was exported without previews; export it again")
         return self.manifest.preview
 
-    def _draw(
+    def _generate(
         self, request: ResolvedRequest, preview: PreviewRecord | None, deadline: Deadline
     ) -> collections.abc.Generator[Step | Result, None, None]:
         deadline.start()
-        drawer = open_drawer(self._network, self._tokenizer, request, self.spec)
+        passes = open_passes(self._network, self._tokenizer, request, self.spec)
         drawn = []
         for images in batches(request.num_images, self._batch_size):
             unet = partial(self._network, "unet")
-            drawing = self._run_passes(drawer.draw(images), unet, drawer.timings)
-            while not isinstance(event := next(drawing), Drawn):
+            pass_run = self._run_passes(passes.run(images), unet, passes.timings)
+            while not isinstance(event := next(pass_run), GeneratedImages):
                 deadline.check(event)
                 yield _for_caller(event, preview)
             drawn.append(event)
-        yield self._result(drawer, drawn)
+        yield self._result(passes, drawn)
 
-    def _draw_together(
+    def _generate_together(
         self, requests: Sequence[ResolvedRequest], max_batch: int
     ) -> Iterator[Result]:
-        drawers: dict[int, Drawer] = {}
+        all_passes: dict[int, ImagePasses] = {}
 
-        def draw(number: int, image: int, unet: Runner) -> Iterator[Drawn]:
-            if number not in drawers:  # loops take turns, so that nobody else is opening it
+        def generate_image(number: int, image: int, unet: Runner) -> Iterator[GeneratedImages]:
+            if number not in all_passes:  # loops take turns, so that nobody else is opening it
                 request = requests[number]
-                drawers[number] = open_drawer(self._network, self._tokenizer, request, self.spec)
-            drawing = drawers[number].draw(range(image, image + 1))
-            for event in self._run_passes(drawing, lambda: unet, drawers[number].timings):
-                if isinstance(event, Drawn):
+                all_passes[number] = open_passes(self._network, self._tokenizer, request, self.spec)
+            pass_run = all_passes[number].run(range(image, image + 1))
+            for event in self._run_passes(pass_run, lambda: unet, all_passes[number].timings):
+                if isinstance(event, GeneratedImages):
                     yield event
 
         loops = (
-            partial(draw, number, image)
+            partial(generate_image, number, image)
             for number, request in enumerate(requests)
             for image in range(request.num_images)
         )
@@ -311,13 +318,13 @@ class Generator(Closing):
         with closing(drawn):
             for number, request in enumerate(requests):
                 images = [next(drawn) for _ in range(request.num_images)]
-                yield self._result(drawers.pop(number), images)
+                yield self._result(all_passes.pop(number), images)
 
     def _run_passes(
-        self, drawing: Drawing, unet: Callable[[], Runner], timings: Timings
-    ) -> Iterator[Step | Drawn]:
+        self, pass_run: PassRun, unet: Callable[[], Runner], timings: Timings
+    ) -> Iterator[Step | GeneratedImages]:
         """Run the passes of a drawing one after the other; what was drawn comes last."""
-        advance: Callable[[], Pass] = partial(next, drawing)
+        advance: Callable[[], Pass] = partial(next, pass_run)
         while True:
             try:
                 wanted = advance()
@@ -332,7 +339,7 @@ class Generator(Closing):
                     break
                 last = step
                 yield step
-            advance = partial(drawing.send, last.latents)
+            advance = partial(pass_run.send, last.latents)
 
     def _sample(self, wanted: Pass, unet: Runner) -> Iterator[Step]:
         for step in sample_latents(
@@ -341,12 +348,12 @@ class Generator(Closing):
             index = wanted.steps_before + step.index
             yield replace(step, index=index, total=wanted.total_steps)
 
-    def _result(self, drawer: Drawer, drawn: Sequence[Drawn]) -> Result:
+    def _result(self, passes: ImagePasses, drawn: Sequence[GeneratedImages]) -> Result:
         return Result(
             images=[image for each in drawn for image in each.images],
-            request=drawer.request,
+            request=passes.request,
             latents=np.concatenate([each.latents for each in drawn]),
-            timings=drawer.timings.finish(),
+            timings=passes.timings.finish(),
             bundle_sha256=self.bundle_sha256,
         )
 

@@ -112,7 +112,7 @@ class Bar:
         with self._lock:
             self._step, self._step_started = step, time.monotonic()
             self._fraction, self._reports_itself = 0.0, False
-        self.draw()
+        self.redraw()
 
     def advance(self, fraction: float) -> None:
         """Show how far the step says that it is."""
@@ -126,7 +126,7 @@ class Bar:
             self._step = ""
             self._write("")
 
-    def draw(self) -> None:
+    def redraw(self) -> None:
         """Draw the bar as it is now."""
         with self._lock:
             if self._step:
@@ -183,7 +183,7 @@ def reporting_to(stream: TextIO) -> Iterator[Progress]:
 
     def tick() -> None:
         while not stop.wait(_TICK_SECONDS):
-            bar.draw()
+            bar.redraw()
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()

@@ -45,7 +45,7 @@ def shapes_bundle(tmp_path_factory):
 
     def make(folder):
         from ldm_export import export
-        from ldm_runtime.engines.recipes import EngineOptions
+        from ldm_runtime.engines.build_specs import EngineOptions
 
         engines = EngineOptions(builder="tensorrt_rtx")
         export(SHAPES_CHECKPOINT, folder / "engines", engines=engines)

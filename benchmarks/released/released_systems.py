@@ -14,7 +14,7 @@ from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     Networks,
-    RescalerSpec,
+    SegmentationEncoderSpec,
 )
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 
@@ -62,7 +62,7 @@ def _first_stage(
 
 
 #: The zoo of first stages.
-FIRST_STAGES: Mapping[str, AutoencoderSpec] = MappingProxyType(
+AUTOENCODERS: Mapping[str, AutoencoderSpec] = MappingProxyType(
     {
         "vq-f4": _first_stage("vq", (1, 2, 4), 3, 8192),
         "vq-f4-noattn": replace(_first_stage("vq", (1, 2, 4), 3, 8192), middle_attention=False),
@@ -75,7 +75,7 @@ FIRST_STAGES: Mapping[str, AutoencoderSpec] = MappingProxyType(
         "kl-f32": _first_stage("kl", (1, 1, 2, 2, 4, 4), 64, None, (4, 5)),
     }
 )
-_FIRST_STAGE_MILLIONS = MappingProxyType(
+_AUTOENCODER_MILLIONS = MappingProxyType(
     {
         "vq-f4": 55.32,
         "vq-f4-noattn": 53.22,
@@ -119,7 +119,7 @@ _SYSTEMS = (
         name="celeba256",  # ffhq256 and lsun_beds256 are the same networks
         task="unconditional",
         parameters_millions=(274.06, 55.32, 0.0),
-        networks=Networks(autoencoder=FIRST_STAGES["vq-f4"], unet=_QKV),
+        networks=Networks(autoencoder=AUTOENCODERS["vq-f4"], unet=_QKV),
     ),
     System(
         name="lsun_churches256",
@@ -128,7 +128,7 @@ _SYSTEMS = (
         scale_by_std=True,  # the released factor is in the checkpoint alone; this one is not it
         parameters_millions=(294.97, 83.65, 0.0),
         networks=Networks(
-            autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.25),
+            autoencoder=replace(AUTOENCODERS["kl-f8"], latent_scale_factor=0.25),
             unet=replace(
                 _QKV,
                 in_channels=4,
@@ -148,7 +148,7 @@ _SYSTEMS = (
         task="class-to-image",
         parameters_millions=(394.98, 67.72, 0.51),
         networks=Networks(
-            autoencoder=FIRST_STAGES["vq-f8"],
+            autoencoder=AUTOENCODERS["vq-f8"],
             unet=replace(
                 _TRANSFORMER,
                 in_channels=4,
@@ -166,7 +166,7 @@ _SYSTEMS = (
         task="class-to-image",
         parameters_millions=(400.92, 55.32, 0.51),
         networks=Networks(
-            autoencoder=FIRST_STAGES["vq-f4"],
+            autoencoder=AUTOENCODERS["vq-f4"],
             unet=replace(_TRANSFORMER, num_heads=1, num_head_channels=None, context_dim=512),
             class_embedder=ClassEmbedderSpec(num_classes=1001, width=512, null_class=1000),
         ),
@@ -175,7 +175,7 @@ _SYSTEMS = (
         name="text2img256",
         task="text-to-image",
         parameters_millions=(403.62, 55.32, 186.15),
-        networks=Networks(autoencoder=FIRST_STAGES["vq-f4"], unet=_TRANSFORMER, text_encoder=_BERT),
+        networks=Networks(autoencoder=AUTOENCODERS["vq-f4"], unet=_TRANSFORMER, text_encoder=_BERT),
     ),
     System(
         name="txt2img-1p4B",
@@ -184,7 +184,7 @@ _SYSTEMS = (
         linear_end=0.012,
         parameters_millions=(872.30, 83.65, 581.99),
         networks=Networks(
-            autoencoder=replace(FIRST_STAGES["kl-f8"], latent_scale_factor=0.18215),
+            autoencoder=replace(AUTOENCODERS["kl-f8"], latent_scale_factor=0.18215),
             unet=replace(
                 _TRANSFORMER,
                 in_channels=4,
@@ -205,7 +205,7 @@ _SYSTEMS = (
         linear_end=0.0205,
         parameters_millions=(246.28, 55.32, 58.86),
         networks=Networks(
-            autoencoder=FIRST_STAGES["vq-f4"],
+            autoencoder=AUTOENCODERS["vq-f4"],
             unet=replace(
                 _TRANSFORMER,
                 model_channels=128,
@@ -231,7 +231,7 @@ _SYSTEMS = (
         linear_end=0.0205,
         parameters_millions=(215.23, 55.32, 0.0),
         networks=Networks(
-            autoencoder=FIRST_STAGES["vq-f4"],
+            autoencoder=AUTOENCODERS["vq-f4"],
             unet=replace(
                 _QKV,
                 in_channels=6,
@@ -241,7 +241,9 @@ _SYSTEMS = (
                 num_heads=8,
                 num_head_channels=None,
             ),
-            rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=2),
+            segmentation_encoder=SegmentationEncoderSpec(
+                num_classes=182, out_channels=3, num_downsampling_steps=2
+            ),
         ),
     ),
     System(
@@ -250,7 +252,7 @@ _SYSTEMS = (
         linear_end=0.0155,
         parameters_millions=(113.62, 55.32, 0.0),
         networks=Networks(
-            autoencoder=FIRST_STAGES["vq-f4"],
+            autoencoder=AUTOENCODERS["vq-f4"],
             unet=replace(
                 _QKV,
                 in_channels=6,
@@ -266,7 +268,7 @@ _SYSTEMS = (
         linear_end=0.0205,
         parameters_millions=(387.25, 53.22, 0.0),
         networks=Networks(
-            autoencoder=FIRST_STAGES["vq-f4-noattn"],
+            autoencoder=AUTOENCODERS["vq-f4-noattn"],
             unet=replace(
                 _QKV,
                 in_channels=7,
@@ -283,7 +285,7 @@ _SYSTEMS = (
         linear_end=0.015,
         parameters_millions=(1335.48, 69.61, 0.0),
         networks=Networks(
-            autoencoder=replace(FIRST_STAGES["kl-f16"], latent_scale_factor=0.22765929),
+            autoencoder=replace(AUTOENCODERS["kl-f16"], latent_scale_factor=0.22765929),
             unet=replace(
                 _TRANSFORMER,
                 in_channels=16,
@@ -298,11 +300,11 @@ _SYSTEMS = (
     *(
         System(
             name=name,
-            task="first-stage",
-            parameters_millions=(0.0, _FIRST_STAGE_MILLIONS[name], 0.0),
+            task="autoencoder",
+            parameters_millions=(0.0, _AUTOENCODER_MILLIONS[name], 0.0),
             networks=Networks(autoencoder=autoencoder),
         )
-        for name, autoencoder in FIRST_STAGES.items()
+        for name, autoencoder in AUTOENCODERS.items()
     ),
 )
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigFacts:
+class ConfigFields:
     """What a configuration says that no shape tells; None where it says nothing.
 
     Attributes:
@@ -64,7 +64,7 @@ class ConfigFacts:
     text_activation: Literal["quick_gelu", "gelu"] | None = None
     num_classes: int | None = None
     class_dropout: float | None = None
-    num_halvings: int | None = None
+    num_downsampling_steps: int | None = None
 
 
 def read_config(path: Path) -> Config:
@@ -96,24 +96,24 @@ def config_beside(checkpoint: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def config_facts(config: Config | None) -> ConfigFacts:
+def config_fields(config: Config | None) -> ConfigFields:
     """Return the facts in a configuration that the weights cannot tell.
 
     Raises:
         ExportError: One of them has an impossible value, or one that is not exported.
     """
     if config is None:
-        return ConfigFacts()
+        return ConfigFields()
     params = params_of(config)
     _check_exported(params)
-    return ConfigFacts(
+    return ConfigFields(
         prediction_type=_choice(params, "parameterization", _PARAMETERIZATIONS),
         latent_scale_factor=(
             None if params.get("scale_by_std") else _number(params, "scale_factor")
         ),
         scale_by_std=bool(params.get("scale_by_std")),
         latent_size=_integer(params, "image_size", _MAX_LATENTS),
-        resolution=_integer(first_stage_of(params), "ddconfig.resolution", _MAX_PIXELS),
+        resolution=_integer(autoencoder_config_of(params), "ddconfig.resolution", _MAX_PIXELS),
         linear_start=_number(params, "linear_start"),
         linear_end=_number(params, "linear_end"),
         num_train_timesteps=_integer(params, "timesteps", _MAX_TIMESTEPS),
@@ -127,7 +127,7 @@ def config_facts(config: Config | None) -> ConfigFacts:
         ),
         num_classes=_integer(params, "cond_stage_config.params.n_classes"),
         class_dropout=_share(params, "cond_stage_config.params.ucg_rate"),
-        num_halvings=_integer(params, "cond_stage_config.params.n_stages"),
+        num_downsampling_steps=_integer(params, "cond_stage_config.params.n_stages"),
     )
 
 
@@ -146,7 +146,7 @@ def params_of(config: Config) -> Config:
     return params
 
 
-def first_stage_of(params: Config) -> Config:
+def autoencoder_config_of(params: Config) -> Config:
     """Return what describes the first stage: the whole, if the model is one, else a part."""
     part = lookup(params, "first_stage_config.params")
     if isinstance(part, dict):
@@ -174,7 +174,7 @@ def _check_exported(params: Config) -> None:
         "cond_stage_config.params.method": "bilinear",
         "cond_stage_config.params.multiplier": 0.5,
     }
-    place = "" if first_stage_of(params) is params else "first_stage_config.params."
+    place = "" if autoencoder_config_of(params) is params else "first_stage_config.params."
     only = only | {f"{place}{path}": exported for path, exported in _FIRST_STAGE_ONLY.items()}
     for path, exported in only.items():
         value = lookup(params, path)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from ldm_export.detection.overrides import Sources, assumed, settle
+from ldm_export.detection.overrides import Sources, assumed, first_stated
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
 from ldm_export.hyperparameters.shapes import Shapes
@@ -13,7 +13,7 @@ from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     NetworkSpec,
-    RescalerSpec,
+    SegmentationEncoderSpec,
     TextEncoderSpec,
 )
 
@@ -59,29 +59,31 @@ def class_embedder_record(
     return spec, [assumed("class_embedder.null_class", null_class, source)]
 
 
-def rescaler_record(
+def segmentation_encoder_record(
     sources: Sources, shapes: Shapes, autoencoder: AutoencoderSpec
-) -> tuple[RescalerSpec, list[Assumption]]:
+) -> tuple[SegmentationEncoderSpec, list[Assumption]]:
     """Return the record of a rescaler, which brings maps as large as pictures to latent size.
 
     Raises:
         WeightsError: Tensors are missing, or the configuration halves maps to another size.
     """
     num_classes, out_channels = read_channel_mapper(shapes)
-    num_halvings, assumption = settle(
+    num_downsampling_steps, assumption = first_stated(
         "rescaler.num_halvings",
         None,
-        sources.config.num_halvings,
+        sources.config.num_downsampling_steps,
         autoencoder.factor.bit_length() - 1,
     )
-    if 2**num_halvings != autoencoder.factor:
+    if 2**num_downsampling_steps != autoencoder.factor:
         raise WeightsError(
-            f"the configuration's cond_stage_config halves maps {num_halvings} times (n_stages), "
+            f"the configuration's cond_stage_config halves maps {num_downsampling_steps} times (n_stages), "
             f"but the weights' first stage makes pictures {autoencoder.factor} times smaller; they "
             "are not of one model"
         )
-    spec = RescalerSpec(
-        num_classes=num_classes, out_channels=out_channels, num_halvings=num_halvings
+    spec = SegmentationEncoderSpec(
+        num_classes=num_classes,
+        out_channels=out_channels,
+        num_downsampling_steps=num_downsampling_steps,
     )
     return spec, [assumption]
 
@@ -95,14 +97,14 @@ CONDITIONER_READERS: Mapping[
     {
         "text_encoder": text_encoder_record,
         "class_embedder": class_embedder_record,
-        "rescaler": rescaler_record,
+        "segmentation_encoder": segmentation_encoder_record,
     }
 )
 
 
 def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assumption]]:
     clip = read_clip(shapes)
-    num_heads, of_heads = settle(
+    num_heads, of_heads = first_stated(
         "text_encoder.num_heads",
         None,
         sources.config.text_num_heads,
@@ -113,7 +115,7 @@ def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assum
             f"config: cond_stage_config.params.num_attention_heads is {num_heads}, which does not "
             f"divide the text encoder's width {clip.width}"
         )
-    activation, of_activation = settle(
+    activation, of_activation = first_stated(
         "text_encoder.activation",
         None,
         sources.config.text_activation,

@@ -2,13 +2,19 @@
 
 from collections.abc import Mapping
 
-from ldm_export.detection.compvis_config import ABSENT, Config, first_stage_of, lookup, params_of
+from ldm_export.detection.compvis_config import (
+    ABSENT,
+    Config,
+    autoencoder_config_of,
+    lookup,
+    params_of,
+)
 from ldm_export.errors import WeightsError
 from ldm_runtime.specs.model import ModelSpec, Task
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
-    RescalerSpec,
+    SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -27,7 +33,7 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
 }
 #: What kind each first stage of CompVis is, likewise. Under a UNet, `VQModel` would decode without
 #: its codebook; as all released models, only `VQModelInterface` is exported there.
-_FIRST_STAGES: Mapping[str, str] = {"AutoencoderKL": "kl", "VQModelInterface": "vq"}
+_AUTOENCODERS: Mapping[str, str] = {"AutoencoderKL": "kl", "VQModelInterface": "vq"}
 
 
 def check_architecture(config: Config | None, spec: ModelSpec) -> None:
@@ -39,13 +45,13 @@ def check_architecture(config: Config | None, spec: ModelSpec) -> None:
     if config is None:
         return
     params = params_of(config)
-    first_stage = first_stage_of(params)
-    place = "" if first_stage is params else "first_stage_config.params."
-    _compare(first_stage, place, _first_stage(spec.autoencoder))
-    _compare(first_stage, place, _attention_pixels(first_stage, spec.autoencoder))
+    autoencoder = autoencoder_config_of(params)
+    place = "" if autoencoder is params else "first_stage_config.params."
+    _compare(autoencoder, place, _autoencoder(spec.autoencoder))
+    _compare(autoencoder, place, _attention_pixels(autoencoder, spec.autoencoder))
     if spec.unet is not None:
         _check_task(params, spec)
-        _check_first_stage(params, spec.autoencoder)
+        _check_autoencoder(params, spec.autoencoder)
         _compare(params, "", _unet(spec.unet) | _conditioning(spec))
         _compare(params, "", _attention_factors(params, spec.unet))
 
@@ -80,7 +86,7 @@ def _check_task(params: Config, spec: ModelSpec) -> None:
         raise _contradiction(path, value, f"the tensors of a model for {spec.task}")
 
 
-def _check_first_stage(params: Config, first_stage: AutoencoderSpec) -> None:
+def _check_autoencoder(params: Config, autoencoder: AutoencoderSpec) -> None:
     path = "first_stage_config.target"
     value = lookup(params, path)
     name = value.rpartition(".")[2] if isinstance(value, str) else ""
@@ -89,9 +95,9 @@ def _check_first_stage(params: Config, first_stage: AutoencoderSpec) -> None:
             f"the configuration says model.params.{path} is {value}, which decodes without its "
             "codebook and is not exported; only VQModelInterface is"
         )
-    if _FIRST_STAGES.get(name, first_stage.kind) != first_stage.kind:
+    if _AUTOENCODERS.get(name, autoencoder.kind) != autoencoder.kind:
         raise _contradiction(
-            path, value, f"the tensors of a {first_stage.kind.upper()} first stage"
+            path, value, f"the tensors of a {autoencoder.kind.upper()} first stage"
         )
 
 
@@ -127,35 +133,35 @@ def _attention_factors(params: Config, unet: UNetSpec) -> dict[str, Value]:
     return {path: found}
 
 
-def _first_stage(first_stage: AutoencoderSpec) -> dict[str, Value]:
+def _autoencoder(autoencoder: AutoencoderSpec) -> dict[str, Value]:
     found: dict[str, Value] = {
-        "embed_dim": first_stage.embed_dim,
-        "ddconfig.z_channels": first_stage.z_channels,
-        "ddconfig.ch": first_stage.channels,
-        "ddconfig.ch_mult": first_stage.channel_mult,
-        "ddconfig.num_res_blocks": first_stage.num_res_blocks,
-        "ddconfig.in_channels": first_stage.image_channels,
-        "ddconfig.out_ch": first_stage.image_channels,
-        "ddconfig.double_z": first_stage.kind == "kl",
+        "embed_dim": autoencoder.embed_dim,
+        "ddconfig.z_channels": autoencoder.z_channels,
+        "ddconfig.ch": autoencoder.channels,
+        "ddconfig.ch_mult": autoencoder.channel_mult,
+        "ddconfig.num_res_blocks": autoencoder.num_res_blocks,
+        "ddconfig.in_channels": autoencoder.image_channels,
+        "ddconfig.out_ch": autoencoder.image_channels,
+        "ddconfig.double_z": autoencoder.kind == "kl",
     }
-    if first_stage.codebook_size is not None:
-        found["n_embed"] = first_stage.codebook_size
+    if autoencoder.codebook_size is not None:
+        found["n_embed"] = autoencoder.codebook_size
     return found
 
 
-def _attention_pixels(params: Config, first_stage: AutoencoderSpec) -> dict[str, Value]:
+def _attention_pixels(params: Config, autoencoder: AutoencoderSpec) -> dict[str, Value]:
     """Return what the weights have, of entries that say in pixels which levels attend."""
     kind, said = lookup(params, "ddconfig.attn_type"), lookup(params, "ddconfig.attn_resolutions")
     resolution = lookup(params, "ddconfig.resolution")
     found: dict[str, Value] = {}
-    if isinstance(kind, str) and (kind != "none") != first_stage.middle_attention:
-        found["ddconfig.attn_type"] = "vanilla" if first_stage.middle_attention else "none"
+    if isinstance(kind, str) and (kind != "none") != autoencoder.middle_attention:
+        found["ddconfig.attn_type"] = "vanilla" if autoencoder.middle_attention else "none"
     if kind != "none" and isinstance(said, list) and isinstance(resolution, int):
-        levels = range(len(first_stage.channel_mult))
+        levels = range(len(autoencoder.channel_mult))
         attended = tuple(level for level in levels if resolution // 2**level in said)
-        if attended != first_stage.attention_levels:
+        if attended != autoencoder.attention_levels:
             found["ddconfig.attn_resolutions"] = tuple(
-                resolution // 2**level for level in first_stage.attention_levels
+                resolution // 2**level for level in autoencoder.attention_levels
             )
     return found
 
@@ -167,9 +173,9 @@ def _conditioning(spec: ModelSpec) -> dict[str, Value]:
         found["conditioning_key"] = _conditioning_key(spec)
     if (classes := spec.find(ClassEmbedderSpec)) is not None:
         found["cond_stage_config.params.embed_dim"] = classes.width
-    if (rescaler := spec.find(RescalerSpec)) is not None:
-        found["cond_stage_config.params.in_channels"] = rescaler.num_classes
-        found["cond_stage_config.params.out_channels"] = rescaler.out_channels
+    if (segmentation_encoder := spec.find(SegmentationEncoderSpec)) is not None:
+        found["cond_stage_config.params.in_channels"] = segmentation_encoder.num_classes
+        found["cond_stage_config.params.out_channels"] = segmentation_encoder.out_channels
     if (text := spec.find(TextEncoderSpec)) is not None and text.kind == "bert":
         found |= {
             "cond_stage_config.params.n_embed": text.width,

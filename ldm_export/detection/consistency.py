@@ -2,7 +2,7 @@
 
 from ldm_export.errors import ExportError, WeightsError
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, size_step
-from ldm_runtime.specs.networks import RescalerSpec, UNetSpec
+from ldm_runtime.specs.networks import SegmentationEncoderSpec, UNetSpec
 
 _NOT_ONE_MODEL = "they are not of one model"
 
@@ -41,15 +41,15 @@ def _check_context(spec: ModelSpec, unet: UNetSpec) -> None:
 
 def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:
     """Check that the UNet takes as many channels behind the latents as its task lays there."""
-    first_stage = spec.autoencoder
+    autoencoder = spec.autoencoder
     expected, what = 0, "nothing"
-    rescaler = spec.find(RescalerSpec)
-    if rescaler is not None:
-        expected, what = rescaler.out_channels, "a semantic map"
+    segmentation_encoder = spec.find(SegmentationEncoderSpec)
+    if segmentation_encoder is not None:
+        expected, what = segmentation_encoder.out_channels, "a semantic map"
     elif spec.task == "inpainting":
-        expected, what = first_stage.embed_dim + 1, "latents of the masked picture and the mask"
+        expected, what = autoencoder.embed_dim + 1, "latents of the masked picture and the mask"
     elif spec.task == "super-resolution":
-        expected, what = first_stage.image_channels, "the small picture"
+        expected, what = autoencoder.image_channels, "the small picture"
     if unet.concat_channels != expected:
         raise WeightsError(
             f"the UNet takes {unet.in_channels} channels and predicts {unet.out_channels}, but "

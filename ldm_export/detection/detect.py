@@ -9,19 +9,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ldm_export.detection.compvis_config import Config, config_facts
+from ldm_export.detection.compvis_config import Config, config_fields
 from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
-from ldm_export.detection.facts import Tensors
+from ldm_export.detection.features import Tensors
 from ldm_export.detection.match import match_family
 from ldm_export.detection.overrides import Overrides, Sources
 from ldm_export.detection.spec import read_spec
-from ldm_export.detection.weight_assignment import claimed_weights
+from ldm_export.detection.weight_assignment import assigned_weights
 from ldm_export.errors import ExportError
-from ldm_export.families.records import Knowledge
+from ldm_export.families.records import FamilyDefaults
 from ldm_runtime.specs.model import ModelSpec
 
-__all__ = ["Detection", "Overrides", "claimed_weights", "detect"]
+__all__ = ["Detection", "Overrides", "assigned_weights", "detect"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +58,17 @@ def detect(
     """
     flags = overrides or Overrides()
     _check_flags(flags)
-    family, knowledge = match_family(tensors)
-    _check_needed(flags, knowledge)
-    claims = claimed_weights(tensors, family, flags.weights)
-    sources = Sources(tensors=tensors, flags=flags, config=config_facts(config), family=knowledge)
-    spec = read_spec(sources, family.name, claims)
+    family, family_defaults = match_family(tensors)
+    _check_needed(flags, family_defaults)
+    assignments = assigned_weights(tensors, family, flags.weights)
+    sources = Sources(
+        tensors=tensors, flags=flags, config=config_fields(config), family=family_defaults
+    )
+    spec = read_spec(sources, family.name, assignments)
     check_architecture(config, spec)
     check_consistent(spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
-    return Detection(spec=spec, weights=claims.weights, unused=claims.unused)
+    return Detection(spec=spec, weights=assignments.weights, unused=assignments.unused)
 
 
 def _check_flags(flags: Overrides) -> None:
@@ -82,12 +84,12 @@ def _check_flags(flags: Overrides) -> None:
             raise ExportError(f"--{flag} is {value}; a positive number was expected")
 
 
-def _check_needed(flags: Overrides, knowledge: Knowledge) -> None:
+def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
     """Check that flags are about something that this checkpoint has."""
     unneeded = []
-    if knowledge.task == "first-stage":
+    if family_defaults.task == "autoencoder":
         unneeded += ["num_heads", "num_head_channels", "prediction_type"]
-    if knowledge.task != "class-to-image":
+    if family_defaults.task != "class-to-image":
         unneeded += ["null_class"]
     for name in unneeded:
         value = getattr(flags, name)
@@ -95,5 +97,5 @@ def _check_needed(flags: Overrides, knowledge: Knowledge) -> None:
             flag = name.replace("_", "-")
             raise ExportError(
                 f"--{flag} {value} does not go with this checkpoint, which is for "
-                f"{knowledge.task}; leave it out"
+                f"{family_defaults.task}; leave it out"
             )

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from ldm_export.detection.facts import (
+from ldm_export.detection.features import (
     ABSENT,
     NONE,
-    Fact,
+    Feature,
     Tensors,
     difference,
     ending,
@@ -20,7 +20,7 @@ _FIRST_STAGE_PREFIXES = ("first_stage_model.", "")
 _WORDPIECES = 30522  # rows of BERT's uncased vocabulary
 
 #: Tensors that give a kind of first stage or conditioner away; the first that is present decides.
-FIRST_STAGES = tuple(
+AUTOENCODERS = tuple(
     (kind, f"{prefix}{tensor}")
     for prefix in _FIRST_STAGE_PREFIXES
     for kind, tensor in (("vq", "quantize.embedding.weight"), ("kl", "post_quant_conv.weight"))
@@ -49,21 +49,21 @@ EXTRAS = (
 )
 
 
-def fingerprint(tensors: Tensors) -> Mapping[str, Fact]:
+def fingerprint(tensors: Tensors) -> Mapping[str, Feature]:
     """Return what is known about a checkpoint from names and shapes alone, by name of the fact."""
     unet = {name: tensors[name].shape for name in tensors if name.startswith(UNET_PREFIX)}
     rest = {name: tensors[name].shape for name in tensors if name not in unet}
-    return unet_facts(unet) | _first_stage_facts(rest) | _conditioner_facts(unet, rest)
+    return unet_features(unet) | _autoencoder_features(rest) | _conditioner_features(unet, rest)
 
 
-def _first_stage_facts(tensors: Shapes) -> dict[str, Fact]:
-    kind = present(tensors, FIRST_STAGES)
+def _autoencoder_features(tensors: Shapes) -> dict[str, Feature]:
+    kind = present(tensors, AUTOENCODERS)
     found = (prefix for prefix in _FIRST_STAGE_PREFIXES if kind.tensor.startswith(prefix))
     prefix = next(found, "")
     codebook = "quantize.embedding.weight"
     return {
-        "first_stage": kind,
-        "first_stage_channels": size_of(tensors, f"{prefix}encoder.conv_in.weight", axis=0),
+        "autoencoder": kind,
+        "autoencoder_channels": size_of(tensors, f"{prefix}encoder.conv_in.weight", axis=0),
         "factor": _factor(tensors, prefix),
         "latent_channels": size_of(tensors, f"{prefix}post_quant_conv.weight", axis=1),
         "codebook_size": size_of(tensors, f"{prefix}{codebook}", axis=0),
@@ -71,7 +71,7 @@ def _first_stage_facts(tensors: Shapes) -> dict[str, Fact]:
     }
 
 
-def _conditioner_facts(unet: Shapes, rest: Shapes) -> dict[str, Fact]:
+def _conditioner_features(unet: Shapes, rest: Shapes) -> dict[str, Feature]:
     return {
         "concat": _concat(unet, rest),
         "conditioner": present(rest, CONDITIONERS),
@@ -91,39 +91,39 @@ def prefixes(names: Iterable[str]) -> Mapping[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def expected_tensor(fact: str, value: int | str) -> str:
-    """Return the tensor that would show that `fact` is `value`, or "" if there is no one tensor."""
-    tables = {"first_stage": FIRST_STAGES, "conditioner": CONDITIONERS, "vector": VECTORS}
-    return next((tensor for kind, tensor in tables.get(fact, ()) if kind == value), "")
+def expected_tensor(feature: str, value: int | str) -> str:
+    """Return the tensor that would show that `feature` is `value`, or "" if there is no one tensor."""
+    tables = {"autoencoder": AUTOENCODERS, "conditioner": CONDITIONERS, "vector": VECTORS}
+    return next((tensor for kind, tensor in tables.get(feature, ()) if kind == value), "")
 
 
-def _extra(tensors: Shapes) -> Fact:
+def _extra(tensors: Shapes) -> Feature:
     for kind, prefix in EXTRAS:
         tensor = next((name for name in tensors if name.startswith(prefix)), "")
         if tensor:
-            return Fact(value=kind, tensor=tensor)
+            return Feature(value=kind, tensor=tensor)
     return ABSENT
 
 
-def _factor(tensors: Shapes, prefix: str) -> Fact:
+def _factor(tensors: Shapes, prefix: str) -> Feature:
     """Return the pixels that a latent pixel covers in each direction."""
     pattern = re.compile(rf"{re.escape(prefix)}decoder\.up\.([0-9]{{1,2}})\.")
     levels = {int(match[1]): name for name in tensors if (match := pattern.match(name))}
     if not levels:
         return ABSENT
-    return Fact(value=2 ** max(levels), tensor=levels[max(levels)])
+    return Feature(value=2 ** max(levels), tensor=levels[max(levels)])
 
 
-def _middle_attention(tensors: Shapes, prefix: str) -> Fact:
+def _middle_attention(tensors: Shapes, prefix: str) -> Feature:
     if f"{prefix}decoder.mid.block_1.conv1.weight" not in tensors:
         return ABSENT
     attention = f"{prefix}decoder.mid.attn_1.q.weight"
     if attention in tensors:
-        return Fact(value="yes", tensor=attention)
-    return Fact(value="no", tensor="")
+        return Feature(value="yes", tensor=attention)
+    return Feature(value="no", tensor="")
 
 
-def _concat(unet: Shapes, rest: Shapes) -> Fact:
+def _concat(unet: Shapes, rest: Shapes) -> Feature:
     """Return what the UNet's extra input channels look like beside those of its first stage."""
     tensor = f"{UNET_PREFIX}input_blocks.0.0.weight"
     extra = difference(
@@ -137,10 +137,10 @@ def _concat(unet: Shapes, rest: Shapes) -> Fact:
         "masked latents": latents + 1 if isinstance(latents, int) else NONE,
     }
     fitting = [kind for kind, channels in kinds.items() if channels == extra.value]
-    return Fact(value=" or ".join(fitting) or "something else", tensor=tensor)
+    return Feature(value=" or ".join(fitting) or "something else", tensor=tensor)
 
 
-def _tokens(tensors: Shapes) -> Fact:
+def _tokens(tensors: Shapes) -> Feature:
     """Return what a BERT encoder reads: words, or three tokens an object and two of the crop."""
     tensor = f"{_BERT}token_emb.weight"
     vocabulary = size_of(tensors, tensor, axis=0)
@@ -148,9 +148,9 @@ def _tokens(tensors: Shapes) -> Fact:
     if not isinstance(vocabulary.value, int):
         return vocabulary
     if vocabulary.value == _WORDPIECES:
-        return Fact(value="words", tensor=tensor)
+        return Feature(value="words", tensor=tensor)
     is_layout = isinstance(length.value, int) and length.value > 2 and length.value % 3 == 2
-    return Fact(value="layout" if is_layout else "something else", tensor=tensor)
+    return Feature(value="layout" if is_layout else "something else", tensor=tensor)
 
 
 UNET_PREFIX = "model.diffusion_model."
@@ -162,7 +162,7 @@ VECTORS = (
 ATTENTIONS = (("transformer", ".attn1.to_q.weight"), ("qkv", ".qkv.weight"))
 
 
-def unet_facts(unet: Shapes) -> dict[str, Fact]:
+def unet_features(unet: Shapes) -> dict[str, Feature]:
     """Return what the shapes of a UNet's tensors, by their names in the checkpoint, tell."""
     middle = f"{UNET_PREFIX}middle_block.0.out_layers.3.weight"
     in_channels = size_of(unet, f"{UNET_PREFIX}input_blocks.0.0.weight", axis=1)
@@ -183,27 +183,27 @@ def unet_facts(unet: Shapes) -> dict[str, Fact]:
     }
 
 
-def _attention(unet: Shapes) -> Fact:
+def _attention(unet: Shapes) -> Feature:
     for kind, suffix in ATTENTIONS:
         if tensor := ending(unet, suffix):
-            return Fact(value=kind, tensor=tensor)
+            return Feature(value=kind, tensor=tensor)
     return ABSENT
 
 
-def _projection(unet: Shapes) -> Fact:
+def _projection(unet: Shapes) -> Feature:
     kinds = {2: "linear", 4: "convolution"}
     for name in unet:
         # An AttentionBlock has a proj_out only, so proj_in is a transformer's.
         if name.endswith(".proj_in.weight"):
-            return Fact(value=kinds.get(len(unet[name]), NONE), tensor=name)
+            return Feature(value=kinds.get(len(unet[name]), NONE), tensor=name)
     return ABSENT
 
 
-def _time_embedding(unet: Shapes) -> Fact:
+def _time_embedding(unet: Shapes) -> Feature:
     tensor = f"{UNET_PREFIX}input_blocks.1.0.emb_layers.1.weight"
     rows = size_of(unet, tensor, axis=0)
     channels = size_of(unet, f"{UNET_PREFIX}input_blocks.1.0.out_layers.3.weight", axis=0)
     if not isinstance(rows.value, int) or not isinstance(channels.value, int):
         return ABSENT
     scales = rows.value == 2 * channels.value
-    return Fact(value="scale and shift" if scales else "added", tensor=tensor)
+    return Feature(value="scale and shift" if scales else "added", tensor=tensor)

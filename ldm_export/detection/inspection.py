@@ -10,7 +10,7 @@ from typing import Any
 from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ldm_export.detection.compvis_config import config_beside, read_config
 from ldm_export.detection.detect import Detection, detect
-from ldm_export.detection.facts import Tensors
+from ldm_export.detection.features import Tensors
 from ldm_export.detection.weight_assignment import has_ema
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
 from ldm_runtime.specs.model import ModelSpec

@@ -3,21 +3,21 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from ldm_export.detection.facts import NONE, Fact, Tensors
+from ldm_export.detection.features import NONE, Feature, Tensors
 from ldm_export.detection.fingerprint import expected_tensor, fingerprint, prefixes
 from ldm_export.errors import UnknownModelError
-from ldm_export.families.records import Expected, Family, Knowledge
+from ldm_export.families.records import Expected, Family, FamilyDefaults
 from ldm_export.families.table import FAMILIES
 from ldm_export.families.unused_tensors import FOREIGN
 
-Fingerprint = Mapping[str, Fact]
+Fingerprint = Mapping[str, Feature]
 
 _MAX_PREFIXES = 6
 
 
 def match_family(
     tensors: Tensors, families: Sequence[Family] = FAMILIES
-) -> tuple[Family, Knowledge]:
+) -> tuple[Family, FamilyDefaults]:
     """Return the row that a checkpoint belongs to, and what it adds to the shapes.
 
     Raises:
@@ -27,27 +27,29 @@ def match_family(
     family = recognise(found, families)
     if family is None:
         raise UnknownModelError(_unknown(tensors, found, families))
-    if family.knowledge is None:
+    if family.family_defaults is None:
         raise UnknownModelError(_refusal(family, found, families))
-    return family, family.knowledge
+    return family, family.family_defaults
 
 
 def recognise(found: Fingerprint, families: Sequence[Family] = FAMILIES) -> Family | None:
     """Return the matching row with the most facts, or None."""
     matching = [family for family in families if not _differing(found, family)]
-    return max(matching, key=lambda family: len(family.facts), default=None)
+    return max(matching, key=lambda family: len(family.features), default=None)
 
 
 def describe(found: Fingerprint) -> str:
     """Return a fingerprint as text, without what is absent."""
-    facts = [f"{name} {fact.value}" for name, fact in found.items() if fact.value != NONE]
-    return ", ".join(facts) or "no UNet, no first stage and no text encoder"
+    features = [
+        f"{name} {feature.value}" for name, feature in found.items() if feature.value != NONE
+    ]
+    return ", ".join(features) or "no UNet, no first stage and no text encoder"
 
 
 def _differing(found: Fingerprint, family: Family) -> list[str]:
     return [
         name
-        for name, expected in family.facts.items()
+        for name, expected in family.features.items()
         if found[name].value not in _alternatives(expected)
     ]
 
@@ -59,7 +61,7 @@ def _alternatives(expected: Expected) -> tuple[int | str, ...]:
 def _refusal(family: Family, found: Fingerprint, families: Sequence[Family]) -> str:
     if not family.is_whole:
         return f"this is {family.name}; give the whole checkpoint. Found: {describe(found)}"
-    tasks = sorted({row.knowledge.task for row in families if row.knowledge})
+    tasks = sorted({row.family_defaults.task for row in families if row.family_defaults})
     return (
         f"recognised but not supported yet by this version: {family.name} ({describe(found)}); "
         f"latent diffusion models for {', '.join(tasks)} and Stable Diffusion 1 are exported"
@@ -76,11 +78,12 @@ def _unknown(tensors: Tensors, found: Fingerprint, families: Sequence[Family]) -
         f"this is no checkpoint of a known family{f': {advice}' if advice else ''}. "
         f"Found: {describe(found)}; tensors: {names or 'none'}"
     )
-    if all(fact.value == NONE for fact in found.values()):
+    if all(feature.value == NONE for feature in found.values()):
         return message
     nearest = _nearest(found, families)
     differences = "; ".join(
-        _difference(name, found[name], nearest.facts[name]) for name in _differing(found, nearest)
+        _difference(name, found[name], nearest.features[name])
+        for name in _differing(found, nearest)
     )
     return f"{message}. Nearest family: {nearest.name}, which differs in {differences}"
 
@@ -91,21 +94,21 @@ def _nearest(found: Fingerprint, families: Sequence[Family]) -> Family:
     comparable = [
         family
         for family in families
-        if family.is_whole and (family.facts.get("model_channels") != NONE) == has_unet
+        if family.is_whole and (family.features.get("model_channels") != NONE) == has_unet
     ]
     return min(
         comparable or families,
-        key=lambda family: len(_differing(found, family)) / (len(family.facts) or 1),
+        key=lambda family: len(_differing(found, family)) / (len(family.features) or 1),
     )
 
 
-def _difference(name: str, fact: Fact, expected: Expected) -> str:
-    seen = f" ({fact.tensor})" if fact.tensor else ""
+def _difference(name: str, feature: Feature, expected: Expected) -> str:
+    seen = f" ({feature.tensor})" if feature.tensor else ""
     wanted = []
     for value in _alternatives(expected):
         tensor = expected_tensor(name, value)
         wanted.append(f"{value} ({tensor})" if tensor else f"{value}")
-    return f"{name}: found {fact.value}{seen}, expected {' or '.join(wanted)}"
+    return f"{name}: found {feature.value}{seen}, expected {' or '.join(wanted)}"
 
 
 def _advice(tensors: Tensors) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.detection.facts import Tensors
+from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
 
 _EXACT_TYPES = frozenset({"float32", "float64"})

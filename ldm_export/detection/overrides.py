@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ldm_export.detection.compvis_config import ConfigFacts
-from ldm_export.detection.facts import Tensors
+from ldm_export.detection.compvis_config import ConfigFields
+from ldm_export.detection.features import Tensors
 from ldm_export.detection.weight_assignment import WeightsChoice
-from ldm_export.families.records import Knowledge
+from ldm_export.families.records import FamilyDefaults
 from ldm_runtime.specs.model import Assumption, PredictionType
 
 T = TypeVar("T")
@@ -43,11 +43,11 @@ class Sources:
 
     tensors: Tensors
     flags: Overrides
-    config: ConfigFacts
-    family: Knowledge
+    config: ConfigFields
+    family: FamilyDefaults
 
 
-def settle(field: str, flag: T | None, config: T | None, family: T) -> tuple[T, Assumption]:
+def first_stated(field: str, flag: T | None, config: T | None, family: T) -> tuple[T, Assumption]:
     """Return the value of the first source that has one, and the record of it."""
     for source, value in (("flag", flag), ("config", config)):
         if value is not None:

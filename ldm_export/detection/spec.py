@@ -7,11 +7,11 @@ it, and every such fact is noted with its source.
 import math
 from typing import TypeVar
 
-from ldm_export.detection.compvis_config import ConfigFacts
+from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
 from ldm_export.detection.noise_schedule import ScheduleFormula, read_schedule
-from ldm_export.detection.overrides import Overrides, Sources, assumed, settle
-from ldm_export.detection.weight_assignment import Claims, component_shapes
+from ldm_export.detection.overrides import Overrides, Sources, assumed, first_stated
+from ldm_export.detection.weight_assignment import WeightAssignment, component_shapes
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
@@ -27,15 +27,15 @@ _FIRST_STAGE_SIZE = 256  # pixels a side of what the released first stages were 
 class _Notes(list[Assumption]):
     """What was assumed so far."""
 
-    def keep(self, settled: tuple[T, Assumption | list[Assumption]]) -> T:
+    def keep(self, stated: tuple[T, Assumption | list[Assumption]]) -> T:
         """Note the assumptions that come with a value, and return the value."""
-        value, notes = settled
+        value, notes = stated
         self.extend([notes] if isinstance(notes, Assumption) else notes)
         return value
 
 
-def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
-    """Return the record of a checkpoint of `family` whose tensors are assigned by `claims`.
+def read_spec(sources: Sources, family: str, assignments: WeightAssignment) -> ModelSpec:
+    """Return the record of a checkpoint of `family` whose tensors are assigned by `assignments`.
 
     Raises:
         WeightsError: Tensors are missing, or contradict each other or the configuration.
@@ -43,7 +43,7 @@ def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
     """
     shapes = {
         component: component_shapes(sources.tensors, names)
-        for component, names in claims.weights.items()
+        for component, names in assignments.weights.items()
     }
     notes = _Notes()
     unet = _unet(sources, shapes, notes)
@@ -59,7 +59,7 @@ def read_spec(sources: Sources, family: str, claims: Claims) -> ModelSpec:
     return ModelSpec(
         family=family,
         task=sources.family.task,
-        weights=claims.chosen,
+        weights=assignments.chosen,
         networks=networks,
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources)),
         prediction_type=_prediction_type(sources, unet, notes),
@@ -80,16 +80,16 @@ def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpe
 
 def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
     """Return (num_heads, num_head_channels), exactly one of them not None, and the source."""
-    candidates: tuple[tuple[str, Overrides | ConfigFacts], ...] = (
+    candidates: tuple[tuple[str, Overrides | ConfigFields], ...] = (
         ("flag", sources.flags),
         ("config", sources.config),
     )
-    for source, facts in candidates:
+    for source, features in candidates:
         # A CompVis UNet ignores num_heads where both are given.
-        if facts.num_head_channels is not None:
-            return (None, facts.num_head_channels), source
-        if facts.num_heads is not None:
-            return (facts.num_heads, None), source
+        if features.num_head_channels is not None:
+            return (None, features.num_head_channels), source
+        if features.num_heads is not None:
+            return (features.num_heads, None), source
     return (sources.family.num_heads, sources.family.num_head_channels), "family"
 
 
@@ -103,7 +103,7 @@ def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> Autoencoder
             "training, but the checkpoint has no scale_factor; give it with --latent-scale-factor"
         )
     factor = notes.keep(
-        settle(
+        first_stated(
             "autoencoder.latent_scale_factor",
             flag,
             sources.config.latent_scale_factor,
@@ -149,13 +149,13 @@ def _schedule(sources: Sources) -> tuple[tuple[float, ...], list[Assumption]]:
 
 
 def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> PredictionType:
-    settled = settle(
+    stated = first_stated(
         "prediction_type",
         sources.flags.prediction_type,
         sources.config.prediction_type,
         sources.family.prediction_type,
     )
-    return settled[0] if unet is None else notes.keep(settled)
+    return stated[0] if unet is None else notes.keep(stated)
 
 
 def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -> SamplingDefaults:
@@ -166,14 +166,14 @@ def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -
         native = None if config.latent_size is None else config.latent_size * factor
         usual = family.latent_size * factor
     defaults = SamplingDefaults(
-        height=notes.keep(settle("defaults.height", flags.height, native, usual)),
-        width=notes.keep(settle("defaults.width", flags.width, native, usual)),
+        height=notes.keep(first_stated("defaults.height", flags.height, native, usual)),
+        width=notes.keep(first_stated("defaults.width", flags.width, native, usual)),
         sampler=family.sampler,
         num_inference_steps=family.num_inference_steps,
         guidance_scale=family.guidance_scale if has_null else 1.0,
         eta=family.eta,
     )
-    if family.task != "first-stage":
+    if family.task != "autoencoder":
         notes += [
             assumed(f"defaults.{name}", getattr(defaults, name), "family")
             for name in ("sampler", "num_inference_steps", "guidance_scale", "eta")

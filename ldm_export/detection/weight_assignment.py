@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from ldm_export.detection.facts import Tensors
+from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
 from ldm_export.families.records import Family
-from ldm_export.families.unused_tensors import LEFTOVERS
+from ldm_export.families.unused_tensors import IGNORED_TENSORS
 from ldm_export.hyperparameters.shapes import Shapes, listed
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _EMA_PREFIX = "model_ema."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claims:
+class WeightAssignment:
     """Where the weights of a checkpoint go.
 
     Attributes:
@@ -36,7 +36,9 @@ class Claims:
     unused: Mapping[str, str]
 
 
-def claimed_weights(tensors: Tensors, family: Family, asked: WeightsChoice | None = None) -> Claims:
+def assigned_weights(
+    tensors: Tensors, family: Family, asked: WeightsChoice | None = None
+) -> WeightAssignment:
     """Assign every tensor of a checkpoint to a component of `family` or to the leftovers.
 
     The moving average is used if it is there for all that the family averages (the UNet, or a first
@@ -58,12 +60,12 @@ def claimed_weights(tensors: Tensors, family: Family, asked: WeightsChoice | Non
             weights[component] = {parameter: ema_name(name) for parameter, name in names}
     claimed = frozenset(name for names in weights.values() for name in names.values())
     _check_types(tensors, claimed)
-    return Claims(
+    return WeightAssignment(
         weights=MappingProxyType(
             {component: MappingProxyType(names) for component, names in weights.items()}
         ),
         chosen=chosen,
-        unused=MappingProxyType(_leftovers(tensors, family, claimed, replaced)),
+        unused=MappingProxyType(_ignored_tensors(tensors, family, claimed, replaced)),
     )
 
 
@@ -88,26 +90,26 @@ def has_ema(tensors: Tensors) -> bool:
 
 
 def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
-    weights: dict[str, dict[str, str]] = {claim.component: {} for claim in family.claims}
+    weights: dict[str, dict[str, str]] = {assign.component: {} for assign in family.assignments}
     for name in tensors:
-        if _leftover_reason(name):
+        if _ignored_reason(name):
             continue
-        for claim in family.claims:
-            if not name.startswith(claim.checkpoint_prefix):
+        for assign in family.assignments:
+            if not name.startswith(assign.checkpoint_prefix):
                 continue
-            parameter = claim.parameter_prefix + name.removeprefix(claim.checkpoint_prefix)
-            taken = weights[claim.component].setdefault(parameter, name)
+            parameter = assign.parameter_prefix + name.removeprefix(assign.checkpoint_prefix)
+            taken = weights[assign.component].setdefault(parameter, name)
             if taken != name:
                 raise WeightsError(
-                    f"{taken} and {name} are both the {claim.component}'s {parameter}; remove one"
+                    f"{taken} and {name} are both the {assign.component}'s {parameter}; remove one"
                 )
             break
     for component, names in weights.items():
         if not names:
             wanted = ", ".join(
-                f"{claim.checkpoint_prefix}*"
-                for claim in family.claims
-                if claim.component == component
+                f"{assign.checkpoint_prefix}*"
+                for assign in family.assignments
+                if assign.component == component
             )
             raise WeightsError(f"the checkpoint has no weights for the {component} ({wanted})")
     return weights
@@ -151,7 +153,7 @@ def _check_types(tensors: Tensors, claimed: frozenset[str]) -> None:
         )
 
 
-def _leftovers(
+def _ignored_tensors(
     tensors: Tensors, family: Family, claimed: frozenset[str], replaced: frozenset[str]
 ) -> dict[str, str]:
     unused, unclaimed = {}, []
@@ -161,7 +163,7 @@ def _leftovers(
         reason = (
             "training weights, their moving average is used"
             if name in replaced
-            else _leftover_reason(name) or _copy_reason(tensors, family, name)
+            else _ignored_reason(name) or _copy_reason(tensors, family, name)
         )
         if reason:
             unused[name] = reason
@@ -176,9 +178,14 @@ def _leftovers(
     return unused
 
 
-def _leftover_reason(name: str) -> str:
+def _ignored_reason(name: str) -> str:
     return next(
-        (leftover.reason for leftover in LEFTOVERS if re.fullmatch(leftover.pattern, name)), ""
+        (
+            ignored_tensor.reason
+            for ignored_tensor in IGNORED_TENSORS
+            if re.fullmatch(ignored_tensor.pattern, name)
+        ),
+        "",
     )
 
 

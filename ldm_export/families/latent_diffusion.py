@@ -13,12 +13,12 @@ from ldm_export.families.records import (
     BERT,
     CLASS_EMBEDDER,
     FIRST_STAGE,
-    RESCALER,
+    SEGMENTATION_ENCODER,
     UNET,
-    Claim,
+    Assignment,
     Expected,
     Family,
-    Knowledge,
+    FamilyDefaults,
 )
 from ldm_export.families.released_settings import (
     CAPTIONS,
@@ -34,55 +34,55 @@ from ldm_export.families.released_settings import (
     UPSCALER,
 )
 
-Facts = Mapping[str, Expected]
+Features = Mapping[str, Expected]
 
-_WHOLE: Facts = {"first_stage": ("vq", "kl"), "vector": "none", "extra": "none"}
-_QKV: Facts = {**_WHOLE, "attention": "qkv", "context_dim": "none"}
-_CROSS: Facts = {
+_WHOLE: Features = {"autoencoder": ("vq", "kl"), "vector": "none", "extra": "none"}
+_QKV: Features = {**_WHOLE, "attention": "qkv", "context_dim": "none"}
+_CROSS: Features = {
     **_WHOLE,
     "attention": "transformer",
     "projection": "convolution",
     "concat": "none",
 }
-_UNCONDITIONAL: Facts = {**_QKV, "concat": "none", "conditioner": "none"}
-_PLAIN: Facts = {**_UNCONDITIONAL, "time_embedding": "added"}
-_SCALE_SHIFT: Facts = {**_UNCONDITIONAL, "time_embedding": "scale and shift"}
-_SUPER_RESOLUTION: Facts = {**_QKV, "concat": "picture", "conditioner": "none"}
-_INPAINTING: Facts = {
+_UNCONDITIONAL: Features = {**_QKV, "concat": "none", "conditioner": "none"}
+_PLAIN: Features = {**_UNCONDITIONAL, "time_embedding": "added"}
+_SCALE_SHIFT: Features = {**_UNCONDITIONAL, "time_embedding": "scale and shift"}
+_SUPER_RESOLUTION: Features = {**_QKV, "concat": "picture", "conditioner": "none"}
+_INPAINTING: Features = {
     **_QKV,
     "concat": "masked latents",
     "conditioner": ("none", "first stage"),
 }
-_SEMANTIC: Facts = {**_QKV, "conditioner": "spatial rescaler"}
-_CLASS: Facts = {**_CROSS, "conditioner": "class embedding"}
-_IMAGENET_AND_NULL: Facts = {**_CLASS, "classes": 1001}
-_TEXT: Facts = {**_CROSS, "conditioner": "bert", "tokens": "words"}
-_TEXT_VQ: Facts = {**_TEXT, "first_stage": "vq"}
-_TEXT_KL: Facts = {**_TEXT, "first_stage": "kl"}
-_LAYOUT: Facts = {**_CROSS, "conditioner": "bert", "tokens": "layout"}
-_RETRIEVAL: Facts = {**_CROSS, "conditioner": "none"}
+_SEMANTIC: Features = {**_QKV, "conditioner": "spatial rescaler"}
+_CLASS: Features = {**_CROSS, "conditioner": "class embedding"}
+_IMAGENET_AND_NULL: Features = {**_CLASS, "classes": 1001}
+_TEXT: Features = {**_CROSS, "conditioner": "bert", "tokens": "words"}
+_TEXT_VQ: Features = {**_TEXT, "autoencoder": "vq"}
+_TEXT_KL: Features = {**_TEXT, "autoencoder": "kl"}
+_LAYOUT: Features = {**_CROSS, "conditioner": "bert", "tokens": "layout"}
+_RETRIEVAL: Features = {**_CROSS, "conditioner": "none"}
 
 _UNET_AND_FIRST_STAGE = UNET + FIRST_STAGE
 
 
 def _row(
     name: str,
-    facts: Facts,
-    knowledge: Knowledge,
-    conditioner: tuple[Claim, ...] = (),
+    features: Features,
+    family_defaults: FamilyDefaults,
+    conditioner: tuple[Assignment, ...] = (),
     *,
     copies: tuple[tuple[str, str], ...] = (),
 ) -> Family:
     return Family(
         name=name,
-        facts=MappingProxyType(dict(facts)),
-        knowledge=knowledge,
-        claims=_UNET_AND_FIRST_STAGE + conditioner,
+        features=MappingProxyType(dict(features)),
+        family_defaults=family_defaults,
+        assignments=_UNET_AND_FIRST_STAGE + conditioner,
         copies=copies,
     )
 
 
-def _released(name: str, kind: str, *channels: int, **facts: Expected) -> Family:
+def _released(name: str, kind: str, *channels: int, **features: Expected) -> Family:
     """Return a released model: a kind with the channels of its UNet.
 
     They are those of the first level, of input and output, and of the middle.
@@ -90,16 +90,18 @@ def _released(name: str, kind: str, *channels: int, **facts: Expected) -> Family
     places = ("model_channels", "in_channels", "out_channels", "middle_channels")
     numbers = dict(zip(places, channels, strict=True))
     return replace(
-        _KINDS[kind], name=name, facts=MappingProxyType({**_KINDS[kind].facts, **numbers, **facts})
+        _KINDS[kind],
+        name=name,
+        features=MappingProxyType({**_KINDS[kind].features, **numbers, **features}),
     )
 
 
-def _without(lost: str, *, of: str, name: str = "", **facts: Expected) -> Family:
+def _without(lost: str, *, of: str, name: str = "", **features: Expected) -> Family:
     """Return what a released model looks like without its conditioner: often another kind."""
     nothing = {"conditioner": "none", "classes": "none", "tokens": "none"}
     return Family(
         name=f"{name or of} without its {lost}",
-        facts=MappingProxyType({**_RELEASED[of].facts, **nothing, **facts}),
+        features=MappingProxyType({**_RELEASED[of].features, **nothing, **features}),
         is_whole=False,
     )
 
@@ -114,7 +116,7 @@ _KINDS = {
         _row("ldm-text-vq", _TEXT_VQ, CAPTIONS, BERT),
         _row("ldm-text-kl", _TEXT_KL, TXT2IMG, BERT),
         _row("ldm-layout", _LAYOUT, LAYOUTS, BERT),
-        _row("ldm-semantic-synthesis", _SEMANTIC, MAPS, RESCALER),
+        _row("ldm-semantic-synthesis", _SEMANTIC, MAPS, SEGMENTATION_ENCODER),
         _row("ldm-super-resolution", _SUPER_RESOLUTION, UPSCALER),
         _row(
             "ldm-inpainting",
@@ -145,7 +147,7 @@ _RELEASED = {
             _released(
                 "ldm-retrieval-augmented-768", "ldm-retrieval", 448, 16, 16, 1792, context_dim=768
             ),
-            knowledge=replace(NEIGHBOURS, latent_scale_factor=0.22765929),
+            family_defaults=replace(NEIGHBOURS, latent_scale_factor=0.22765929),
         ),
     )
 }

@@ -12,7 +12,7 @@ Expected = int | str | tuple[int | str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim:
+class Assignment:
     """Which tensors of a checkpoint belong to a component, and what the network calls them.
 
     Attributes:
@@ -27,7 +27,7 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knowledge:
+class FamilyDefaults:
     """What no shape tells about a family, from its released configurations and scripts.
 
     Attributes:
@@ -82,29 +82,29 @@ class Family:
     """
 
     name: str
-    facts: Mapping[str, Expected]
-    knowledge: Knowledge | None = None
-    claims: tuple[Claim, ...] = ()
+    features: Mapping[str, Expected]
+    family_defaults: FamilyDefaults | None = None
+    assignments: tuple[Assignment, ...] = ()
     averaged: tuple[str, ...] = ("unet",)
     copies: tuple[tuple[str, str], ...] = ()
     is_whole: bool = True
 
 
-def claim(component: str, checkpoint_prefix: str, parameter_prefix: str = "") -> Claim:
+def assign(component: str, checkpoint_prefix: str, parameter_prefix: str = "") -> Assignment:
     """Return a claim; most networks' names are what is left of the checkpoint's."""
-    return Claim(
+    return Assignment(
         component=component,
         checkpoint_prefix=checkpoint_prefix,
         parameter_prefix=parameter_prefix,
     )
 
 
-def recognised(name: str, **facts: Expected) -> Family:
+def recognised(name: str, **features: Expected) -> Family:
     """Return a row for a family that is known by name, but not exported."""
-    return Family(name=name, facts=MappingProxyType(facts))
+    return Family(name=name, features=MappingProxyType(features))
 
 
-def first_stage_claims(prefix: str) -> tuple[Claim, ...]:
+def autoencoder_assignments(prefix: str) -> tuple[Assignment, ...]:
     """Return where the two halves of a first stage are whose names begin with `prefix`."""
     parts = {
         "decoder": "vae_decoder",
@@ -113,19 +113,21 @@ def first_stage_claims(prefix: str) -> tuple[Claim, ...]:
         "encoder": "vae_encoder",
         "quant_conv": "vae_encoder",
     }
-    return tuple(claim(parts[part], f"{prefix}{part}.", f"{part}.") for part in parts)
+    return tuple(assign(parts[part], f"{prefix}{part}.", f"{part}.") for part in parts)
 
 
-FIRST_STAGE = first_stage_claims("first_stage_model.")
-UNET = (claim("unet", "model.diffusion_model."),)
+FIRST_STAGE = autoencoder_assignments("first_stage_model.")
+UNET = (assign("unet", "model.diffusion_model."),)
 CLIP = (
-    claim("text_encoder", "cond_stage_model.transformer.text_model.", "text_model."),
+    assign("text_encoder", "cond_stage_model.transformer.text_model.", "text_model."),
     # Written by transformers before 4.31, or by tools that copied its names of then.
     *(
-        claim("text_encoder", f"cond_stage_model.transformer.{part}.", f"text_model.{part}.")
+        assign("text_encoder", f"cond_stage_model.transformer.{part}.", f"text_model.{part}.")
         for part in ("embeddings", "encoder", "final_layer_norm")
     ),
 )
-BERT = (claim("text_encoder", "cond_stage_model.transformer.", "transformer."),)
-CLASS_EMBEDDER = (claim("class_embedder", "cond_stage_model.embedding.", "embedding."),)
-RESCALER = (claim("rescaler", "cond_stage_model.channel_mapper.", "channel_mapper."),)
+BERT = (assign("text_encoder", "cond_stage_model.transformer.", "transformer."),)
+CLASS_EMBEDDER = (assign("class_embedder", "cond_stage_model.embedding.", "embedding."),)
+SEGMENTATION_ENCODER = (
+    assign("segmentation_encoder", "cond_stage_model.channel_mapper.", "channel_mapper."),
+)

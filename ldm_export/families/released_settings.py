@@ -5,10 +5,10 @@ Sources: configurations, scripts, notebooks and README of CompVis/latent-diffusi
 
 from dataclasses import replace
 
-from ldm_export.families.records import Knowledge
+from ldm_export.families.records import FamilyDefaults
 
 #: CelebA-HQ, FFHQ and LSUN bedrooms: `sample_diffusion.py` draws with 50 steps and eta 1.
-FACES = Knowledge(
+FACES = FamilyDefaults(
     task="unconditional",
     num_heads=None,
     num_head_channels=32,
@@ -65,7 +65,7 @@ NEIGHBOURS = replace(
 )
 AUTOENCODER = replace(
     FACES,
-    task="first-stage",
+    task="autoencoder",
     num_head_channels=None,
     latent_size=None,
     num_inference_steps=1,

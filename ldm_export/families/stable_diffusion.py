@@ -6,22 +6,22 @@ Stability-AI/stablediffusion (cf1d67a) and Stability-AI/generative-models (0ad7d
 
 from types import MappingProxyType
 
-from ldm_export.families.records import CLIP, FIRST_STAGE, UNET, Family, Knowledge, recognised
+from ldm_export.families.records import CLIP, FIRST_STAGE, UNET, Family, FamilyDefaults, recognised
 
 STABLE_DIFFUSION_1 = Family(
     name="stable-diffusion-1",
-    facts=MappingProxyType(
+    features=MappingProxyType(
         {
             "attention": "transformer",
             "projection": "convolution",
             "conditioning_channels": 0,
             "vector": "none",
-            "first_stage": "kl",
+            "autoencoder": "kl",
             "conditioner": "clip",
             "extra": "none",
         }
     ),
-    knowledge=Knowledge(
+    family_defaults=FamilyDefaults(
         task="text-to-image",
         num_heads=8,
         num_head_channels=None,
@@ -39,7 +39,7 @@ STABLE_DIFFUSION_1 = Family(
         guidance_scale=7.5,
         eta=0.0,
     ),
-    claims=UNET + FIRST_STAGE + CLIP,
+    assignments=UNET + FIRST_STAGE + CLIP,
 )
 
 SD_FAMILIES: tuple[Family, ...] = (
@@ -48,14 +48,14 @@ SD_FAMILIES: tuple[Family, ...] = (
         "stable-diffusion-1-inpainting",
         projection="convolution",
         conditioning_channels=5,
-        first_stage="kl",
+        autoencoder="kl",
         conditioner="clip",
     ),
     recognised(
         "instruct-pix2pix",
         projection="convolution",
         conditioning_channels=4,
-        first_stage="kl",
+        autoencoder="kl",
         conditioner="clip",
     ),
     recognised(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leftover:
+class IgnoredTensor:
     """Tensors that no component needs: a regular expression over whole names, and why."""
 
     pattern: str
@@ -12,7 +12,7 @@ class Leftover:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
+class UnsupportedFormat:
     """A layout that is no whole LDM checkpoint: an expression found in a name, and what to do."""
 
     pattern: str
@@ -25,68 +25,68 @@ _SCHEDULE_BUFFERS = (
     "posterior_variance|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2"
 )
 
-LEFTOVERS: tuple[Leftover, ...] = (
-    Leftover(pattern=_SCHEDULE_BUFFERS, reason="noise schedule, recorded in the bundle"),
-    Leftover(
+IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
+    IgnoredTensor(pattern=_SCHEDULE_BUFFERS, reason="noise schedule, recorded in the bundle"),
+    IgnoredTensor(
         pattern="ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)",
         reason="left behind by a sampler",
     ),
-    Leftover(pattern="scale_factor", reason="latent scale factor, recorded in the bundle"),
-    Leftover(pattern="logvar", reason="used in training only"),
-    Leftover(
+    IgnoredTensor(pattern="scale_factor", reason="latent scale factor, recorded in the bundle"),
+    IgnoredTensor(pattern="logvar", reason="used in training only"),
+    IgnoredTensor(
         pattern=r"((first_stage|cond_stage)_model\.)?loss\..*", reason="used in training only"
     ),
-    Leftover(pattern=r"model_ema\.(decay|num_updates)", reason="state of the moving average"),
-    Leftover(pattern=r"model_ema\..*", reason="moving average, not used"),
-    Leftover(pattern=r".*\.position_ids", reason="the numbers 0, 1, 2, …"),
-    Leftover(
+    IgnoredTensor(pattern=r"model_ema\.(decay|num_updates)", reason="state of the moving average"),
+    IgnoredTensor(pattern=r"model_ema\..*", reason="moving average, not used"),
+    IgnoredTensor(pattern=r".*\.position_ids", reason="the numbers 0, 1, 2, …"),
+    IgnoredTensor(
         pattern=r"cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)",
         reason="for comparing text with images only",
     ),
-    Leftover(
+    IgnoredTensor(
         pattern=r"cond_stage_model\.transformer\.to_logits\.(weight|bias)",
         reason="for predicting words only",
     ),
 )
 
-FOREIGN: tuple[Foreign, ...] = (
-    Foreign(
+FOREIGN: tuple[UnsupportedFormat, ...] = (
+    UnsupportedFormat(
         pattern=r"(^|\.)time_embedding\.cond_proj\.weight$",
         advice="it is a latent consistency model in the layout of diffusers, which this version "
         "does not export",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"lora_(down|up|A|B)\b|^lora_",
         advice="it is a LoRA, a change to a model and no model; merge it into its base checkpoint",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"(^|\.)(down_blocks|up_blocks)\.\d",
         advice="it has the layout of diffusers (down_blocks, up_blocks); use the single-file "
         "checkpoint of the same model, or convert it to the original layout",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"(^|\.)(joint_blocks|double_blocks|transformer_blocks\.0\.norm1_context)\.",
         advice="it is a diffusion transformer, not a UNet; only UNets are exported",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"^(control_model\.|input_hint_block\.|controlnet_)",
         advice="it is or contains a ControlNet, which this version does not export",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"^(string_to_param|emb_params)",
         advice="it is a textual inversion embedding and no model",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$",
         advice="it is a UNet only; a whole checkpoint also holds first_stage_model.* and what "
         "conditions the UNet, cond_stage_model.*",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"^(encoder|decoder)\.conv_in\.weight$",
         advice="it is a part of a first stage (VAE) only; a whole one holds encoder.*, "
         "quant_conv.*, post_quant_conv.* and decoder.*",
     ),
-    Foreign(
+    UnsupportedFormat(
         pattern=r"^text_model\.",
         advice="it is a text encoder only; a whole checkpoint also holds model.diffusion_model.* "
         "and first_stage_model.*",

@@ -12,7 +12,7 @@ from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.diagnostics.golden_requests import save_golden_request
 from ldm_runtime.latents.codec import decode_latents
-from ldm_runtime.pipeline.passes import Drawer, open_drawer
+from ldm_runtime.pipeline.passes import ImagePasses, open_passes
 from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
@@ -52,13 +52,13 @@ def write_golden(
         open_reference: Opens a component in torch.
     """
     network = _OneNetwork(open_reference)
-    drawers = _open_drawers(network, requests, spec, vocabulary)
-    latents = [_latents(network, drawer) for drawer in drawers]
-    for name, request, drawn in zip(golden_folders(requests), requests, latents, strict=True):
+    all_passes = _open_all_passes(network, requests, spec, vocabulary)
+    latents = [_latents(network, passes) for passes in all_passes]
+    for name, request, generated in zip(golden_folders(requests), requests, latents, strict=True):
         place = folder / name
         save_golden_request(place, request.as_request())
-        np.savez(place / OUTPUTS_FILE, allow_pickle=False, latents=drawn)
-        for number, row in enumerate(drawn):
+        np.savez(place / OUTPUTS_FILE, allow_pickle=False, latents=generated)
+        for number, row in enumerate(generated):
             (image,) = decode_latents(network("vae_decoder"), row[None], spec)
             image.save(place / f"{number}.png")
 
@@ -78,27 +78,27 @@ class _OneNetwork:
         return self._engine
 
 
-def _open_drawers(
+def _open_all_passes(
     network: _OneNetwork,
     requests: Sequence[ResolvedRequest],
     spec: ModelSpec,
     vocabulary: Path | None,
-) -> list[Drawer]:
+) -> list[ImagePasses]:
     """Return what draws each request, with all that conditions it."""
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
     with _quiet_cuts():
-        return [open_drawer(network, tokenizer, request, spec) for request in requests]
+        return [open_passes(network, tokenizer, request, spec) for request in requests]
 
 
-def _latents(network: _OneNetwork, drawer: Drawer) -> Float32Array:
+def _latents(network: _OneNetwork, passes: ImagePasses) -> Float32Array:
     """Sample every image of a request alone; of a first stage there is only what was encoded."""
-    spec, request = drawer.spec, drawer.request
+    spec, request = passes.spec, passes.request
     if not task_record(spec).samples:
-        assert drawer.start is not None, "a first stage has a picture to encode"
-        return drawer.start.latents
+        assert passes.start is not None, "a first stage has a picture to encode"
+        return passes.start.latents
     unet, rows = network("unet"), []
     for images in batches(request.num_images, 1):
-        *_, last = sample_latents(unet, drawer.conditioning, request, spec, images, drawer.start)
+        *_, last = sample_latents(unet, passes.conditioning, request, spec, images, passes.start)
         rows.append(last.latents)
     return np.concatenate(rows)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.golden.pictures import Pixels, draw_pictures
+from ldm_export.golden.images import Pixels, make_images
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.bundle.manifest import PreviewRecord
 from ldm_runtime.diagnostics.verify import Array
@@ -42,13 +42,13 @@ def write_pairs(path: Path, encoder: Runner, spec: ModelSpec) -> None:
         spec: What the checkpoint is.
     """
     factor = spec.autoencoder.factor
-    pictures = draw_pictures(min(_LATENT_SIDE * factor, _MAX_SIDE))
-    latents = [encode_image(encoder, each[None], spec) for each in pictures]
+    images = make_images(min(_LATENT_SIDE * factor, _MAX_SIDE))
+    latents = [encode_image(encoder, each[None], spec) for each in images]
     np.savez(
         path,
         allow_pickle=False,
         latents=np.concatenate(latents),
-        colours=_averaged(pictures, factor),
+        colours=_averaged(images, factor),
     )
 
 
@@ -68,11 +68,11 @@ def fit_preview(path: Path) -> PreviewRecord | None:
     return replace(record, r2=explained_variance(predicted, colours[-_HELD_OUT:]))
 
 
-def _averaged(pictures: Pixels, factor: int) -> Float32Array:
+def _averaged(images: Pixels, factor: int) -> Float32Array:
     """Average (N, H, W, 3) over squares of `factor` pixels a side: (N, 3, h, w) from -1 to 1."""
-    count, height, width, channels = pictures.shape
+    count, height, width, channels = images.shape
     shape = (count, height // factor, factor, width // factor, factor, channels)
-    averages: Array = pictures.reshape(shape).mean(axis=(2, 4)) / 127.5 - 1
+    averages: Array = images.reshape(shape).mean(axis=(2, 4)) / 127.5 - 1
     return averages.transpose(0, 3, 1, 2).astype(np.float32)
 
 

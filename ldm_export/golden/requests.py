@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.golden.pictures import draw_pictures
+from ldm_export.golden.images import make_images
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject, max_objects, num_labels
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, Task, size_step
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import (
+    ClassEmbedderSpec,
+    SegmentationEncoderSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 
 _MAX_PIXELS = 256  # a side: golden outputs show that a bundle works, not how good it is
 _MAX_LATENTS = 32  # a side, of large models
@@ -38,15 +43,15 @@ def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[ResolvedRequ
     """Return the golden requests of a model; large models get small images in few steps."""
     is_large = unet_parameters > _MANY_PARAMETERS
     height, width = _size(spec, is_large=is_large)
-    drawn: Inputs = {"num_inference_steps": _FEW_STEPS if is_large else _STEPS}
+    generated: Inputs = {"num_inference_steps": _FEW_STEPS if is_large else _STEPS}
     varied = _VARIED
-    if spec.task not in ("super-resolution", "first-stage"):  # of which the picture says the size
-        drawn = {**drawn, "height": height, "width": width}
-    if spec.task == "first-stage":  # nothing is sampled
-        drawn, varied = {}, ({}, {})
+    if spec.task not in ("super-resolution", "autoencoder"):  # of which the picture says the size
+        generated = {**generated, "height": height, "width": width}
+    if spec.task == "autoencoder":  # nothing is sampled
+        generated, varied = {}, ({}, {})
     inputs = _INPUTS[spec.task](spec, (height, width))
     return tuple(
-        resolve(GenerationRequest(**{**drawn, **each, **fields}), spec)
+        resolve(GenerationRequest(**{**generated, **each, **fields}), spec)
         for each, fields in zip(varied, inputs, strict=False)
     )
 
@@ -105,9 +110,9 @@ def _object(rng: np.random.Generator, labels: int) -> LayoutObject:
 
 
 def _class_maps(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
-    classes = spec.network(RescalerSpec).num_classes
+    classes = spec.network(SegmentationEncoderSpec).num_classes
     for seed in range(len(_VARIED)):
-        yield {"segmentation": ClassMap(_class_map(seed, size, classes))}
+        yield {"segmentation": SegmentationMap(_class_map(seed, size, classes))}
 
 
 def _class_map(seed: int, size: Size, classes: int) -> npt.NDArray[np.uint8]:
@@ -125,18 +130,18 @@ def _low_resolution(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     height, width = (side // spec.autoencoder.factor for side in size)
     for seed, narrower in enumerate((0, 0, 3)):
         shape = height, width - narrower if width > 2 * narrower else width
-        yield {"image": _picture(seed, shape)}
+        yield {"image": _image(seed, shape)}
 
 
-def _holes(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+def _masked_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield pictures with a hole: a rectangle, an ellipse, and room beside the picture."""
     height, width = size
     y, x = np.mgrid[:height, :width]
     y, x = np.abs(2 * y + 1 - height) / height, np.abs(2 * x + 1 - width) / width
-    yield {"image": _picture(0, size), "mask_image": _mask(np.maximum(y, x) < 0.5)}
-    yield {"image": _picture(1, size), "mask_image": _mask(np.hypot(y, x) < 0.7)}
+    yield {"image": _image(0, size), "mask_image": _mask(np.maximum(y, x) < 0.5)}
+    yield {"image": _image(1, size), "mask_image": _mask(np.hypot(y, x) < 0.7)}
     margin = max(spec.autoencoder.factor, width // 4)
-    image = _picture(2, (height, width - margin))
+    image = _image(2, (height, width - margin))
     yield {"image": image, "outpaint": (0, 0, margin, 0)}
 
 
@@ -151,20 +156,20 @@ def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
         yield {"embeddings": Embeddings(vectors)}
 
 
-def _whole_pictures(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+def _whole_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield two pictures, one of them half as wide."""
     (height, width), factor = size, spec.autoencoder.factor
-    yield {"image": _picture(0, size)}
-    yield {"image": _picture(1, (height, max(factor, width // 2 // factor * factor)))}
+    yield {"image": _image(0, size)}
+    yield {"image": _image(1, (height, max(factor, width // 2 // factor * factor)))}
 
 
-def _picture(seed: int, size: Size) -> Picture:
+def _image(seed: int, size: Size) -> InputImage:
     height, width = size
-    return Picture(draw_pictures(max(size))[seed, :height, :width])
+    return InputImage(make_images(max(size))[seed, :height, :width])
 
 
-def _mask(inside: npt.NDArray[np.bool_]) -> Picture:
-    return Picture(np.repeat(np.uint8(255) * inside[..., None], 3, axis=2))
+def _mask(inside: npt.NDArray[np.bool_]) -> InputImage:
+    return InputImage(np.repeat(np.uint8(255) * inside[..., None], 3, axis=2))
 
 
 _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingProxyType(
@@ -175,8 +180,8 @@ _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingP
         "layout-to-image": _layouts,
         "semantic-synthesis": _class_maps,
         "super-resolution": _low_resolution,
-        "inpainting": _holes,
+        "inpainting": _masked_images,
         "retrieval": _neighbours,
-        "first-stage": _whole_pictures,
+        "autoencoder": _whole_images,
     }
 )

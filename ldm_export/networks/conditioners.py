@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, SegmentationEncoderSpec
 
 
 class ClassEmbedder(nn.Module):
@@ -33,9 +33,9 @@ class SpatialRescaler(nn.Module):
     first needs 3 channels where that needs 182. A bilinear halving is the mean of four pixels.
     """
 
-    def __init__(self, spec: RescalerSpec) -> None:
+    def __init__(self, spec: SegmentationEncoderSpec) -> None:
         super().__init__()
-        self.shrink = 2**spec.num_halvings
+        self.shrink = 2**spec.num_downsampling_steps
         self.channel_mapper = nn.Conv2d(spec.num_classes, spec.out_channels, 1, bias=False)
 
     def forward(self, segmentation: Tensor) -> Tensor:

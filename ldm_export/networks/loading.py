@@ -22,7 +22,7 @@ from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     NetworkSpec,
-    RescalerSpec,
+    SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -48,7 +48,7 @@ _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyT
     {
         TextEncoderSpec: lambda record: _TEXT_ENCODERS[record.kind](record),
         ClassEmbedderSpec: ClassEmbedder,
-        RescalerSpec: SpatialRescaler,
+        SegmentationEncoderSpec: SpatialRescaler,
         UNetSpec: UNet,
     }
 )

@@ -125,7 +125,7 @@ class Upsample(nn.Module):
         return out
 
 
-class Stage(nn.Sequential):
+class ExportStep(nn.Sequential):
     """Layers of one numbered block; each gets what it needs besides the hidden state."""
 
     def forward(  # type: ignore[override]

@@ -13,7 +13,7 @@ from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
 from ldm_runtime.errors import BackendError
 
-Thing = TypeVar("Thing")
+Resource = TypeVar("Resource")
 
 
 #: Arrays by the names of `ldm_runtime.specs.components.COMPONENTS`.
@@ -142,19 +142,19 @@ class RunOptions:
     specialization: Literal["lazy", "eager", "none"] = "lazy"
 
 
-class Shared:
+class SharedResources:
     """What the engines of one generator have in common, such as scratch memory on a GPU."""
 
     def __init__(self) -> None:
         self._things: dict[str, Any] = {}
         self._lock = Lock()
 
-    def obtain(self, name: str, make: Callable[[], Thing]) -> Thing:
+    def obtain(self, name: str, make: Callable[[], Resource]) -> Resource:
         """Return the thing of that name, made by the first to ask."""
         with self._lock:
             if name not in self._things:
                 self._things[name] = make()
-            return cast("Thing", self._things[name])
+            return cast("Resource", self._things[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class EngineSource:
     threads: int | None = None
     check_hashes: bool = True
     options: RunOptions = RunOptions()
-    shared: Shared = field(default_factory=Shared, compare=False)
+    shared: SharedResources = field(default_factory=SharedResources, compare=False)
 
     def graph(self, variant: GraphVariant) -> Path:
         """Return the path of a graph, having checked it and its weights.

@@ -3,8 +3,8 @@
 import argparse
 import re
 
+from ldm_runtime.engines.build_specs import TARGETS, BuilderChoice, EngineOptions
 from ldm_runtime.engines.profiles import Size, SizeRange
-from ldm_runtime.engines.recipes import TARGETS, BuilderChoice, EngineOptions
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

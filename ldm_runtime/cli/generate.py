@@ -41,15 +41,15 @@ def generate(args: argparse.Namespace) -> int:
     requests = read_requests(args, load_manifest(args.bundle).spec)
     with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        draw = _draw_together if args.requests else _draw_one_by_one
+        run = _generate_together if args.requests else _generate_one_by_one
         with reporting_to(sys.stderr) as progress:
-            for result in draw(generator, requests, args, progress):
+            for result in run(generator, requests, args, progress):
                 for index in range(len(result.images)):
                     print(_write(result, index, args.out_dir), flush=True)
     return 0
 
 
-def _draw_one_by_one(
+def _generate_one_by_one(
     generator: Generator,
     requests: Sequence[ResolvedRequest],
     args: argparse.Namespace,
@@ -77,7 +77,7 @@ def _draw_one_by_one(
                         event.previews[0].save(file, format="PNG")
 
 
-def _draw_together(
+def _generate_together(
     generator: Generator,
     requests: Sequence[ResolvedRequest],
     args: argparse.Namespace,

@@ -1,15 +1,15 @@
 """What each task feeds the UNet besides latents: context, channels behind the latents, or nothing.
 
-A module has one kind of conditioning, and `KINDS` says which kind a task has.
+A module has one kind of conditioning, and `CONDITIONERS` says which kind a task has.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from ldm_runtime.conditioning.class_labels import encode_class_label
-from ldm_runtime.conditioning.contract import Conditioning, Kind, OpenNetwork
+from ldm_runtime.conditioning.contract import Conditioner, Conditioning, OpenNetwork
+from ldm_runtime.conditioning.images import encode_low_resolution, encode_masked_image
 from ldm_runtime.conditioning.layout import encode_layout
-from ldm_runtime.conditioning.pictures import encode_hole, encode_low_resolution
 from ldm_runtime.conditioning.retrieval import encode_embeddings
 from ldm_runtime.conditioning.semantic import encode_segmentation
 from ldm_runtime.conditioning.text import MAX_CHUNKS, encode_text, open_tokenizer
@@ -18,30 +18,30 @@ from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.text import Tokenizer
 
 __all__ = [
-    "KINDS",
+    "CONDITIONERS",
     "MAX_CHUNKS",
+    "Conditioner",
     "Conditioning",
-    "Kind",
     "OpenNetwork",
     "conditioning_components",
     "encode_conditioning",
     "open_tokenizer",
 ]
 
-_NOTHING = Kind(lambda *_: Conditioning())
+_NOTHING = Conditioner(lambda *_: Conditioning())
 
 #: How the requests of every task become conditioning.
-KINDS: Mapping[Task, Kind] = MappingProxyType(
+CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
     {
         "unconditional": _NOTHING,
-        "class-to-image": Kind(encode_class_label),
-        "text-to-image": Kind(encode_text),
-        "layout-to-image": Kind(encode_layout),
-        "semantic-synthesis": Kind(encode_segmentation),
-        "super-resolution": Kind(encode_low_resolution),
-        "inpainting": Kind(encode_hole, ("vae_encoder",)),
-        "retrieval": Kind(encode_embeddings),
-        "first-stage": _NOTHING,
+        "class-to-image": Conditioner(encode_class_label),
+        "text-to-image": Conditioner(encode_text),
+        "layout-to-image": Conditioner(encode_layout),
+        "semantic-synthesis": Conditioner(encode_segmentation),
+        "super-resolution": Conditioner(encode_low_resolution),
+        "inpainting": Conditioner(encode_masked_image, ("vae_encoder",)),
+        "retrieval": Conditioner(encode_embeddings),
+        "autoencoder": _NOTHING,
     }
 )
 
@@ -51,7 +51,7 @@ def conditioning_components(spec: ModelSpec) -> tuple[str, ...]:
     conditioners = [
         name for name, component in components_of(spec).items() if component.role == "conditioner"
     ]
-    return (*conditioners, *KINDS[spec.task].others)
+    return (*conditioners, *CONDITIONERS[spec.task].others)
 
 
 def encode_conditioning(
@@ -71,4 +71,4 @@ def encode_conditioning(
     Raises:
         RequestError: The model cannot take what the request gives.
     """
-    return KINDS[spec.task].encode(network, tokenizer, request, spec)
+    return CONDITIONERS[spec.task].encode(network, tokenizer, request, spec)

@@ -35,7 +35,7 @@ class Conditioning:
 Encode = Callable[[OpenNetwork, Tokenizer | None, ResolvedRequest, ModelSpec], Conditioning]
 
 
-class Kind(NamedTuple):
+class Conditioner(NamedTuple):
     """How the requests of a task become conditioning.
 
     Attributes:

@@ -23,4 +23,4 @@ def encode_segmentation(
     height, width = padded_size(request, spec)
     missing = (0, height - request.height), (0, width - request.width)
     ids = np.pad(classes.ids, missing, mode="edge")[None].astype(np.int64)
-    return Conditioning(concat=network("rescaler").run({"segmentation": ids})["concat"])
+    return Conditioning(concat=network("segmentation_encoder").run({"segmentation": ids})["concat"])

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import Picture
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
 
 REQUEST_FILE = "request.json"
@@ -75,7 +75,7 @@ def _located(folder: Path, file: str, named: object) -> Path:
     return folder / file
 
 
-def _encode_classes(classes: ClassMap) -> bytes:
+def _encode_classes(classes: SegmentationMap) -> bytes:
     return _file_of(lambda file: Image.fromarray(classes.ids).save(file, format="PNG"))
 
 
@@ -92,8 +92,8 @@ def _file_of(write: Callable[[io.BytesIO], None]) -> bytes:
 #: The fields of a request that are files of their own.
 ATTACHMENTS: Mapping[str, Attachment] = MappingProxyType(
     {
-        "image": Attachment("image.png", Picture.to_png_bytes),
-        "mask_image": Attachment("mask_image.png", Picture.to_png_bytes),
+        "image": Attachment("image.png", InputImage.to_png_bytes),
+        "mask_image": Attachment("mask_image.png", InputImage.to_png_bytes),
         "segmentation": Attachment("segmentation.png", _encode_classes),
         "embeddings": Attachment("embeddings.npy", _encode_embeddings),
     }

@@ -23,7 +23,7 @@ from ldm_runtime.diagnostics.golden_requests import ATTACHMENTS, REQUEST_FILE, l
 from ldm_runtime.diagnostics.measures import max_relative_error, psnr, relative_l2
 from ldm_runtime.errors import BundleError, ShapeError
 from ldm_runtime.latents.codec import decode_latents
-from ldm_runtime.pipeline.passes import Drawer, open_drawer
+from ldm_runtime.pipeline.passes import ImagePasses, open_passes
 from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import NoImage, ResolvedRequest
@@ -140,12 +140,12 @@ class _Verification:
             engines = {name: opened.enter_context(self._open(name)) for name in encoders}
             for name, engine in engines.items():
                 yield from self._check_component(name, engine)
-            drawers = self._drawers(engines, goldens)
-        latents = [each.start.latents if each.start else np.empty(0) for each in drawers]
+            all_passes = self._all_passes(engines, goldens)
+        latents = [each.start.latents if each.start else np.empty(0) for each in all_passes]
         if spec.unet is not None:
             with self._open("unet") as unet:
                 yield from self._check_component("unet", unet)
-                latents = [_latents(unet, each) for each in drawers]
+                latents = [_latents(unet, each) for each in all_passes]
         with self._open("vae_decoder") as decoder:
             yield from self._check_component("vae_decoder", decoder)
             for golden, mine in zip(goldens, latents, strict=True):
@@ -165,11 +165,13 @@ class _Verification:
         )
         return self.backend.open_engine(source)
 
-    def _drawers(self, engines: Mapping[str, Engine], goldens: Sequence[_Golden]) -> list[Drawer]:
+    def _all_passes(
+        self, engines: Mapping[str, Engine], goldens: Sequence[_Golden]
+    ) -> list[ImagePasses]:
         path, spec = self.manifest.tokenizer_file, self.manifest.spec
         tokenizer = None if path is None else open_tokenizer(self.bundle / path, spec)
         return [
-            open_drawer(engines.__getitem__, tokenizer, golden.request, spec) for golden in goldens
+            open_passes(engines.__getitem__, tokenizer, golden.request, spec) for golden in goldens
         ]
 
     def _check_component(self, name: str, engine: Engine) -> Iterator[Check]:
@@ -206,12 +208,12 @@ def _encoders(goldens: Sequence[_Golden], spec: ModelSpec) -> list[str]:
     return [name for name in components_of(spec) if name in needed]
 
 
-def _latents(unet: Runner, drawer: Drawer) -> Array:
+def _latents(unet: Runner, passes: ImagePasses) -> Array:
     """Sample every image alone, as torch did."""
     rows = []
-    for images in batches(drawer.request.num_images, 1):
+    for images in batches(passes.request.num_images, 1):
         *_, last = sample_latents(
-            unet, drawer.conditioning, drawer.request, drawer.spec, images, drawer.start
+            unet, passes.conditioning, passes.request, passes.spec, images, passes.start
         )
         rows.append(last.latents)
     return np.concatenate(rows)

@@ -15,7 +15,7 @@ from typing import Any
 from ldm_runtime.durable import whole_file
 from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors
 from ldm_runtime.engines.phases import PhaseTree
-from ldm_runtime.engines.records import EngineRecipe
+from ldm_runtime.engines.records import EngineBuildSpec
 from ldm_runtime.errors import EngineBuildError
 
 _LOGGER = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ HARDWARE_COMPATIBLE = "SAME_COMPUTE_CAPABILITY"
 _TURN = threading.Lock()
 
 
-def build_plan(
+def build_engine(
     graph: Path,
-    recipe: EngineRecipe,
+    build_spec: EngineBuildSpec,
     plan: Path,
     *,
     on_progress: Callable[[float], None] = lambda _: None,
@@ -42,7 +42,7 @@ def build_plan(
 
     Args:
         graph: The ONNX file; its weights are found beside it.
-        recipe: What to build, and with what.
+        build_spec: What to build, and with what.
         plan: Where the plan goes.
         on_progress: Called with the fraction that is done, from another thread.
         timing_cache: Where measured times of kernels are kept, for TensorRT; read if it is there.
@@ -50,42 +50,42 @@ def build_plan(
     Raises:
         EngineBuildError: The builder is not installed, or cannot parse or build the graph.
     """
-    module = import_builder(recipe.builder)
+    module = import_builder(build_spec.builder)
     with _TURN:
         take_errors(module)
         try:
             builder = module.Builder(library_logger(module))
         except (RuntimeError, TypeError) as error:  # pybind's answers to a null pointer
-            raise _failure(module, recipe, graph, str(error)) from error
+            raise _failure(module, build_spec, graph, str(error)) from error
         flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
         parser = module.OnnxParser(network, library_logger(module))
         if not parser.parse_from_file(str(graph)):
-            raise _failure(module, recipe, graph, *_parser_errors(parser))
+            raise _failure(module, build_spec, graph, *_parser_errors(parser))
         config = builder.create_builder_config()
-        _configure(module, config, recipe)
-        _add_profile(module, builder, config, recipe, graph)
+        _configure(module, config, build_spec)
+        _add_profile(module, builder, config, build_spec, graph)
         cache = _attach_timing_cache(config, timing_cache) if timing_cache else None
         monitor = _monitor(module, on_progress)
         config.progress_monitor = monitor
         memory = _in_a_thread(lambda: builder.build_serialized_network(network, config), monitor)
         if memory is None:
-            raise _failure(module, recipe, graph)
+            raise _failure(module, build_spec, graph)
         plan.write_bytes(memory)
         if timing_cache and cache is not None:
             _keep(cache, timing_cache)
 
 
-def _configure(module: ModuleType, config: Any, recipe: EngineRecipe) -> None:  # noqa: ANN401
-    for flag in recipe.flags:
+def _configure(module: ModuleType, config: Any, build_spec: EngineBuildSpec) -> None:  # noqa: ANN401
+    for flag in build_spec.flags:
         if flag == HARDWARE_COMPATIBLE:
             level = module.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
             config.hardware_compatibility_level = level
         else:
             config.set_flag(module.BuilderFlag.__members__[flag])
-    if recipe.builder == "tensorrt_rtx":
-        config.num_compute_capabilities = len(recipe.targets)
-        for index, target in enumerate(recipe.targets):
+    if build_spec.builder == "tensorrt_rtx":
+        config.num_compute_capabilities = len(build_spec.targets)
+        for index, target in enumerate(build_spec.targets):
             capability = module.ComputeCapability.__members__[target.upper()]
             config.set_compute_capability(capability, index)
 
@@ -94,17 +94,17 @@ def _add_profile(
     module: ModuleType,
     builder: Any,  # noqa: ANN401  (classes of the vendor's)
     config: Any,  # noqa: ANN401
-    recipe: EngineRecipe,
+    build_spec: EngineBuildSpec,
     graph: Path,
 ) -> None:
     profile = builder.create_optimization_profile()
     try:
-        for record in recipe.profiles:
+        for record in build_spec.profiles:
             profile.set_shape(record.input, record.min, record.opt, record.max)
     except ValueError as error:
-        raise _failure(module, recipe, graph, str(error)) from error
+        raise _failure(module, build_spec, graph, str(error)) from error
     if config.add_optimization_profile(profile) < 0:
-        raise _failure(module, recipe, graph)
+        raise _failure(module, build_spec, graph)
 
 
 def _attach_timing_cache(config: Any, path: Path) -> Any:  # noqa: ANN401  (classes of the vendor's)
@@ -186,12 +186,12 @@ def _parser_errors(parser: Any) -> list[str]:  # noqa: ANN401  (a class of the v
 
 
 def _failure(
-    module: ModuleType, recipe: EngineRecipe, graph: Path, *reasons: str
+    module: ModuleType, build_spec: EngineBuildSpec, graph: Path, *reasons: str
 ) -> EngineBuildError:
     """Return the error for a failure, in the library's words: the parser's, or the logger's."""
     logged = take_errors(module)
     told = "; ".join(reasons or logged) or "it gave no reason"
     return EngineBuildError(
-        f"{TITLES[recipe.builder]} {recipe.builder_version} cannot build the {recipe.component} "
+        f"{TITLES[build_spec.builder]} {build_spec.builder_version} cannot build the {build_spec.component} "
         f"engine from {graph}: {told}"
     )

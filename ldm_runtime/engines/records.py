@@ -40,7 +40,7 @@ class ProfileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineRecipe:
+class EngineBuildSpec:
     """All that decides what an engine is.
 
     Attributes:
@@ -67,7 +67,7 @@ class EngineRecipe:
 
     def as_fields(self) -> dict[str, Any]:
         """Return the fields of a recipe by name, also those of a record's recipe."""
-        return {field.name: getattr(self, field.name) for field in fields(EngineRecipe)}
+        return {field.name: getattr(self, field.name) for field in fields(EngineBuildSpec)}
 
     @property
     def folder(self) -> str:
@@ -81,13 +81,13 @@ class EngineRecipe:
         return f"{self.folder}/{self.component}.json"
 
     @property
-    def plan_path(self) -> str:
+    def engine_path(self) -> str:
         """Where the plan is, inside the bundle."""
         return f"{self.folder}/{self.component}.plan"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineRecord(EngineRecipe):
+class EngineRecord(EngineBuildSpec):
     """A recipe and what came of it.
 
     Attributes:
@@ -105,14 +105,14 @@ class EngineRecord(EngineRecipe):
     size_bytes: int
 
     @property
-    def recipe(self) -> EngineRecipe:
+    def build_spec(self) -> EngineBuildSpec:
         """The recipe alone, to compare with another."""
-        return EngineRecipe(**self.as_fields())
+        return EngineBuildSpec(**self.as_fields())
 
 
-def engine_key(recipe: EngineRecipe) -> str:
+def engine_key(build_spec: EngineBuildSpec) -> str:
     """Return a hash of all that decides what an engine is; of a record, of its recipe."""
-    fields = msgspec.json.encode(recipe.as_fields(), order="deterministic")
+    fields = msgspec.json.encode(build_spec.as_fields(), order="deterministic")
     return hashlib.sha256(fields).hexdigest()
 
 
@@ -149,9 +149,9 @@ def load_engine_records(bundle: Path, manifest: Manifest) -> tuple[EngineRecord,
     for listed in manifest.engines:
         path = checked_file(bundle, manifest, listed)
         record = decode_engine_record(path.read_bytes(), path)
-        if record.record_path != listed or f"{record.folder}/{record.plan}" != record.plan_path:
+        if record.record_path != listed or f"{record.folder}/{record.plan}" != record.engine_path:
             raise BundleError(
-                f"{path} describes the engine {record.plan_path}, which belongs to another record; "
+                f"{path} describes the engine {record.engine_path}, which belongs to another record; "
                 "run `ldm build-engines` again"
             )
         records.append(record)

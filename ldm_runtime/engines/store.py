@@ -24,17 +24,17 @@ from ldm_runtime.bundle.manifest import (
     load_manifest,
 )
 from ldm_runtime.durable import link_or_copy, lock_folder, sync, write_file
-from ldm_runtime.engines.build import build_plan
-from ldm_runtime.engines.recipes import (
+from ldm_runtime.engines.build import build_engine
+from ldm_runtime.engines.build_specs import (
     ComponentFiles,
     EngineOptions,
     Toolchain,
     choose_toolchain,
-    make_recipes,
+    make_build_specs,
 )
 from ldm_runtime.engines.records import (
     ENGINES_FOLDER,
-    EngineRecipe,
+    EngineBuildSpec,
     EngineRecord,
     decode_engine_record,
     encode_engine_record,
@@ -82,15 +82,15 @@ def add_engines(
         files = component_files(store.manifest.components, store.manifest.files)
         if not files:
             raise EngineBuildError(f"{bundle} has no fp16 graphs to build from; export it again")
-        recipes = make_recipes(toolchain, options.sizes, store.manifest.spec, files)
+        build_specs = make_build_specs(toolchain, options.sizes, store.manifest.spec, files)
         for record in store.manifest.files:
             if record.path.startswith(tuple(f"{name}/" for name in files)):
                 check_file(bundle, record)
         progress = progress or Silent()
-        progress.plan(dict.fromkeys(map(engine_stage, recipes)))
-        for recipe in recipes:
-            _obtain(store, recipe, toolchain, progress)
-        return _publish(store, recipes)
+        progress.plan(dict.fromkeys(map(engine_step, build_specs)))
+        for build_spec in build_specs:
+            _obtain(store, build_spec, toolchain, progress)
+        return _publish(store, build_specs)
 
 
 def component_files(
@@ -108,15 +108,15 @@ def component_files(
     }
 
 
-def engine_stage(recipe: EngineRecipe) -> str:
+def engine_step(build_spec: EngineBuildSpec) -> str:
     """Return what progress calls the build of an engine."""
-    target = f" {recipe.targets[0]}" if len(recipe.targets) == 1 else ""
-    return f"{recipe.component} engine{target}"
+    target = f" {build_spec.targets[0]}" if len(build_spec.targets) == 1 else ""
+    return f"{build_spec.component} engine{target}"
 
 
 def write_engine(
     graph: Path,
-    recipe: EngineRecipe,
+    build_spec: EngineBuildSpec,
     toolchain: Toolchain,
     folder: Path,
     *,
@@ -126,7 +126,7 @@ def write_engine(
 
     Args:
         graph: The fp16 graph.
-        recipe: What to build.
+        build_spec: What to build.
         toolchain: What to build with.
         folder: Existing folder for the two files.
         on_progress: Called with the fraction that is done, from another thread.
@@ -135,18 +135,20 @@ def write_engine(
         EngineBuildError: The builder cannot be used, or fails.
     """
     started = time.monotonic()
-    plan = folder / Path(recipe.plan_path).name
-    build_plan(graph, recipe, plan, on_progress=on_progress, timing_cache=_timing_cache(recipe))
+    plan = folder / Path(build_spec.engine_path).name
+    build_engine(
+        graph, build_spec, plan, on_progress=on_progress, timing_cache=_timing_cache(build_spec)
+    )
     sync(plan)
     record = EngineRecord(
-        **recipe.as_fields(),
+        **build_spec.as_fields(),
         plan=plan.name,
         plan_sha256=sha256_of(plan),
         driver_version=toolchain.gpu.driver_version if toolchain.gpu else None,
         seconds=round(time.monotonic() - started, 1),
         size_bytes=plan.stat().st_size,
     )
-    write_file(folder / Path(recipe.record_path).name, encode_engine_record(record))
+    write_file(folder / Path(build_spec.record_path).name, encode_engine_record(record))
     return record
 
 
@@ -156,13 +158,13 @@ class _Store:
     manifest: Manifest
     on_write: OnWrite
 
-    def partial(self, recipe: EngineRecipe) -> Path:
+    def partial(self, build_spec: EngineBuildSpec) -> Path:
         """Return where the recipe's files gather."""
-        return self.bundle / (recipe.folder + _PARTIAL)
+        return self.bundle / (build_spec.folder + _PARTIAL)
 
-    def graph(self, recipe: EngineRecipe) -> Path:
+    def graph(self, build_spec: EngineBuildSpec) -> Path:
         """Return the graph that the recipe is made from."""
-        component = self.manifest.component(recipe.component)
+        component = self.manifest.component(build_spec.component)
         (file,) = (graph.file for graph in component.graphs if graph.variant == "fp16")
         return self.bundle / file
 
@@ -172,39 +174,46 @@ class _Store:
         write_file(self.bundle / MANIFEST_NAME, encode_manifest(manifest))
 
 
-def _obtain(store: _Store, recipe: EngineRecipe, toolchain: Toolchain, progress: Progress) -> None:
+def _obtain(
+    store: _Store, build_spec: EngineBuildSpec, toolchain: Toolchain, progress: Progress
+) -> None:
     """Build an engine into its partial folder, unless it is there or in its place."""
-    stage, outcome = engine_stage(recipe), "reused"
+    stage, outcome = engine_step(build_spec), "reused"
     progress.begin(stage)
-    partial = store.partial(recipe)
-    if not _is_published(store, recipe) and not _holds(partial, recipe):
-        store.on_write(f"build {recipe.plan_path}")
+    partial = store.partial(build_spec)
+    if not _is_published(store, build_spec) and not _holds(partial, build_spec):
+        store.on_write(f"build {build_spec.engine_path}")
         partial.mkdir(parents=True, exist_ok=True)
-        for path in (recipe.record_path, recipe.plan_path):  # perhaps links to published ones
+        for path in (
+            build_spec.record_path,
+            build_spec.engine_path,
+        ):  # perhaps links to published ones
             (partial / Path(path).name).unlink(missing_ok=True)
-        write_engine(store.graph(recipe), recipe, toolchain, partial, on_progress=progress.advance)
+        write_engine(
+            store.graph(build_spec), build_spec, toolchain, partial, on_progress=progress.advance
+        )
         outcome = "built"
     progress.end(stage, outcome)
 
 
-def _timing_cache(recipe: EngineRecipe) -> Path | None:
+def _timing_cache(build_spec: EngineBuildSpec) -> Path | None:
     """Return where TensorRT keeps kernel times: by version and GPU, outside of any bundle."""
-    if recipe.builder != "tensorrt":
+    if build_spec.builder != "tensorrt":
         return None
-    gpu = re.sub(r"[^A-Za-z0-9]+", "-", recipe.gpu_name or "unknown")
-    name = f"tensorrt-{recipe.builder_version}-{gpu}.timing"
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", build_spec.gpu_name or "unknown")
+    name = f"tensorrt-{build_spec.builder_version}-{gpu}.timing"
     return Path.home() / ".cache" / "ldm-deploy" / name
 
 
-def _publish(store: _Store, recipes: Sequence[EngineRecipe]) -> Manifest:
+def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
     """Put the partial folders in their places and say so in the manifest."""
-    folders = sorted({each.folder for each in recipes if not _is_published(store, each)})
-    new = [recipe for recipe in recipes if recipe.folder in folders]
-    for recipe in new:
-        if not _holds(store.partial(recipe), recipe):
-            for path in (recipe.plan_path, recipe.record_path):
+    folders = sorted({each.folder for each in build_specs if not _is_published(store, each)})
+    new = [build_spec for build_spec in build_specs if build_spec.folder in folders]
+    for build_spec in new:
+        if not _holds(store.partial(build_spec), build_spec):
+            for path in (build_spec.engine_path, build_spec.record_path):
                 store.on_write(f"link {path}")
-                _link(store.bundle / path, store.partial(recipe))
+                _link(store.bundle / path, store.partial(build_spec))
     kept = _without(store, folders)
     if kept != store.manifest:
         store.write_manifest(kept)
@@ -219,7 +228,7 @@ def _publish(store: _Store, recipes: Sequence[EngineRecipe]) -> Manifest:
     if new:
         kept = replace(
             kept,
-            engines=(*kept.engines, *(recipe.record_path for recipe in new)),
+            engines=(*kept.engines, *(build_spec.record_path for build_spec in new)),
             files=(*kept.files, *_file_records(store.bundle, new)),
         )
         store.write_manifest(kept)
@@ -227,8 +236,8 @@ def _publish(store: _Store, recipes: Sequence[EngineRecipe]) -> Manifest:
     return kept
 
 
-def _file_records(bundle: Path, recipes: Sequence[EngineRecipe]) -> list[FileRecord]:
-    paths = sorted(path for each in recipes for path in (each.plan_path, each.record_path))
+def _file_records(bundle: Path, build_specs: Sequence[EngineBuildSpec]) -> list[FileRecord]:
+    paths = sorted(path for each in build_specs for path in (each.engine_path, each.record_path))
     return [
         FileRecord(
             path=path,
@@ -254,7 +263,7 @@ def _without(store: _Store, folders: Sequence[str]) -> Manifest:
         )
         if record.folder not in folders and files.get(record.component) == sources:
             kept.append(record)
-    paths = {path for record in kept for path in (record.plan_path, record.record_path)}
+    paths = {path for record in kept for path in (record.engine_path, record.record_path)}
     return replace(
         store.manifest,
         engines=tuple(record.record_path for record in kept),
@@ -284,19 +293,19 @@ def _remove_unlisted(store: _Store, manifest: Manifest) -> None:
                 path.unlink()
 
 
-def _is_published(store: _Store, recipe: EngineRecipe) -> bool:
-    return recipe.record_path in store.manifest.engines and _holds(
-        store.bundle / recipe.folder, recipe
+def _is_published(store: _Store, build_spec: EngineBuildSpec) -> bool:
+    return build_spec.record_path in store.manifest.engines and _holds(
+        store.bundle / build_spec.folder, build_spec
     )
 
 
-def _holds(folder: Path, recipe: EngineRecipe) -> bool:
+def _holds(folder: Path, build_spec: EngineBuildSpec) -> bool:
     """Tell whether a folder has the engine of a recipe, whole."""
-    path = folder / Path(recipe.record_path).name
+    path = folder / Path(build_spec.record_path).name
     try:
         record = decode_engine_record(path.read_bytes(), path)
         plan = folder / record.plan
-        return record.recipe == recipe and sha256_of(plan) == record.plan_sha256
+        return record.build_spec == build_spec and sha256_of(plan) == record.plan_sha256
     except (OSError, BundleError):
         return False
 

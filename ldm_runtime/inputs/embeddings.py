@@ -10,7 +10,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy_format
 
 from ldm_runtime.inputs.frozen_array import FrozenArray
-from ldm_runtime.inputs.reading import FORMS, Named, read_bytes, shown
+from ldm_runtime.inputs.reading import FORMS, NamedBytes, read_bytes, shown
 
 #: Most vectors, and most numbers of one.
 MAX_VECTORS = 1024
@@ -86,7 +86,7 @@ class Embeddings(FrozenArray):
         return f"Embeddings({count}x{width}, sha256 {self.sha256[:12]}{source})"
 
 
-def _decoded(named: Named) -> npt.NDArray[Any]:
+def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
     """Read a `.npy` file; not with `np.load`, which makes room for whatever a header claims."""
     file = io.BytesIO(named.data)
     try:

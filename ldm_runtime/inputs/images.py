@@ -12,7 +12,7 @@ from ldm_runtime.inputs.frozen_array import FrozenArray
 from ldm_runtime.inputs.reading import (
     DAMAGE,
     MAX_PIXELS,
-    Named,
+    NamedBytes,
     check_sides,
     decode_image,
     load_image,
@@ -28,7 +28,7 @@ UInt8Array = npt.NDArray[np.uint8]
 _MAX_BYTES = 4 * MAX_PIXELS + 2**20  # the largest image, not compressed, and some metadata
 
 
-class Picture(FrozenArray):
+class InputImage(FrozenArray):
     """A picture in memory: immutable, hashable, and equal to any other with the same pixels.
 
     Args:
@@ -58,7 +58,7 @@ class Picture(FrozenArray):
 
         Args:
             value: A path, a `data:` URL in base64, the bytes of a file, a PIL image, an array of
-                uint8 with shape (H, W), (H, W, 3) or (H, W, 4), or a `Picture`. A path lets
+                uint8 with shape (H, W), (H, W, 3) or (H, W, 4), or a `InputImage`. A path lets
                 whoever chose the text read any picture that this process can; a server should
                 only pass on text that starts with "data:".
 
@@ -110,7 +110,7 @@ class Picture(FrozenArray):
         return f"Picture({width}x{height}, sha256 {self.sha256[:12]}{source})"
 
 
-def _decoded(named: Named) -> UInt8Array:
+def _decoded(named: NamedBytes) -> UInt8Array:
     def rgb(image: Image.Image) -> UInt8Array:
         load_image(image, named.name)
         return _rgb(image, named.name)
@@ -160,7 +160,7 @@ def _image_of_array(array: npt.NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def resize(picture: Picture, width: int, height: int) -> Picture:
+def resize(picture: InputImage, width: int, height: int) -> InputImage:
     """Return a picture of another size, by Lanczos' filter; the same one if it has that size.
 
     It is stretched if the sides are in another proportion; cropping is left to the caller.
@@ -168,4 +168,4 @@ def resize(picture: Picture, width: int, height: int) -> Picture:
     if picture.size == (width, height):
         return picture
     resized = picture.to_image().resize((width, height), Image.Resampling.LANCZOS)
-    return Picture(np.asarray(resized))
+    return InputImage(np.asarray(resized))

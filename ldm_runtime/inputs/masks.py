@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 
 Float32Array = npt.NDArray[np.float32]
 
 
-def latent_mask(mask: Picture, factor: int) -> Float32Array:
+def latent_mask(mask: InputImage, factor: int) -> Float32Array:
     """Return which latent pixels are drawn anew (1) and which are kept (0), shape (1, 1, h, w).
 
     A latent pixel is drawn anew if any of its pixels is brighter than one half, because one that
@@ -36,7 +36,7 @@ def latent_mask(mask: Picture, factor: int) -> Float32Array:
     return np.asarray(bright[None, None], dtype=np.float32)
 
 
-def composite(original: Picture, generated: Image.Image, mask: Picture) -> Image.Image:
+def composite(original: InputImage, generated: Image.Image, mask: InputImage) -> Image.Image:
     """Return `generated` where the mask is white, and exactly `original` where it is black.
 
     Gray blends the two. Without this step, what is kept would have gone through the autoencoder,
@@ -53,8 +53,8 @@ def composite(original: Picture, generated: Image.Image, mask: Picture) -> Image
 
 
 def outpaint_canvas(
-    picture: Picture, left: int, top: int, right: int, bottom: int
-) -> tuple[Picture, Picture]:
+    picture: InputImage, left: int, top: int, right: int, bottom: int
+) -> tuple[InputImage, InputImage]:
     """Return a picture grown by so many pixels on each side, and the mask of what is new.
 
     The new border repeats the edge of the picture. What is kept is encoded together with it, so
@@ -80,4 +80,4 @@ def outpaint_canvas(
     border = ((top, bottom), (left, right), (0, 0))
     grown = np.pad(picture.pixels, border, mode="edge")
     mask = np.pad(np.zeros_like(picture.pixels), border, constant_values=255)
-    return Picture(grown), Picture(mask)
+    return InputImage(grown), InputImage(mask)

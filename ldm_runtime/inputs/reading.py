@@ -25,7 +25,7 @@ _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _T = TypeVar("_T")
 
 
-class Named(NamedTuple):
+class NamedBytes(NamedTuple):
     """Bytes that were read.
 
     Attributes:
@@ -39,7 +39,9 @@ class Named(NamedTuple):
     source: str | None
 
 
-def read_bytes(value: bytes | bytearray | memoryview | str | os.PathLike[str], limit: int) -> Named:
+def read_bytes(
+    value: bytes | bytearray | memoryview | str | os.PathLike[str], limit: int
+) -> NamedBytes:
     """Return the bytes that `value` is, holds or names.
 
     Args:
@@ -52,9 +54,9 @@ def read_bytes(value: bytes | bytearray | memoryview | str | os.PathLike[str], l
         ValueError: In one sentence, why it cannot be read, or that it is longer than `limit`.
     """
     if isinstance(value, bytes | bytearray | memoryview):
-        named = Named(bytes(value), "the data", None)
+        named = NamedBytes(bytes(value), "the data", None)
     elif isinstance(value, str) and is_data_url(value):
-        named = Named(data_of_url(value), "the data: URL", None)
+        named = NamedBytes(data_of_url(value), "the data: URL", None)
     else:
         named = _read_file(Path(value), limit)
     if len(named.data) > limit:
@@ -101,7 +103,7 @@ def check_sides(name: str, width: int, height: int) -> None:
 
 
 def decode_image(
-    named: Named, formats: tuple[str, ...], unreadable: str, take: Callable[[Image.Image], _T]
+    named: NamedBytes, formats: tuple[str, ...], unreadable: str, take: Callable[[Image.Image], _T]
 ) -> _T:
     """Open an encoded image, check its size before a pixel is decoded, and take what is wanted.
 
@@ -140,11 +142,11 @@ def load_image(image: Image.Image, name: str) -> None:
         raise ValueError(f"{name} is damaged or cut off: {error}") from error
 
 
-def _read_file(path: Path, limit: int) -> Named:
+def _read_file(path: Path, limit: int) -> NamedBytes:
     name = shown(str(path), limit=255)
     try:
         with path.open("rb") as file:
-            return Named(file.read(limit + 1), name, str(path))
+            return NamedBytes(file.read(limit + 1), name, str(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{name} cannot be read: {reason}") from error

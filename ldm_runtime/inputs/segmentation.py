@@ -11,7 +11,7 @@ from ldm_runtime.inputs.frozen_array import FrozenArray
 from ldm_runtime.inputs.reading import (
     FORMS,
     MAX_PIXELS,
-    Named,
+    NamedBytes,
     check_sides,
     decode_image,
     load_image,
@@ -31,7 +31,7 @@ _MODES = ("1", "L", "P", "I;16")
 _SPREAD = {"L;2": 85, "L;4": 17}
 
 
-class ClassMap(FrozenArray):
+class SegmentationMap(FrozenArray):
     """A class map in memory: immutable, hashable, and equal to any other with the same classes.
 
     Args:
@@ -56,7 +56,7 @@ class ClassMap(FrozenArray):
 
         Args:
             value: A path, a `data:` URL in base64 or the bytes of a gray or palette PNG, a PIL
-                image of such a kind, an array of integers (H, W), or a `ClassMap`. A path lets
+                image of such a kind, an array of integers (H, W), or a `SegmentationMap`. A path lets
                 whoever chose the text read any map that this process can; a server should only
                 pass on text that starts with "data:".
 
@@ -88,7 +88,7 @@ class ClassMap(FrozenArray):
         """Width and height in pixels, in this order, as PIL has it."""
         return self._array.shape[1], self._array.shape[0]
 
-    def resized(self, width: int, height: int) -> "ClassMap":
+    def resized(self, width: int, height: int) -> "SegmentationMap":
         """Return the map in another size.
 
         Every new pixel has the class of the old one that its centre lies in; between two, the
@@ -104,7 +104,7 @@ class ClassMap(FrozenArray):
             (2 * np.arange(new) + 1) * old // (2 * new)
             for new, old in zip((height, width), self._array.shape, strict=True)
         )
-        return ClassMap(self._array[rows[:, None], columns], self._source)
+        return SegmentationMap(self._array[rows[:, None], columns], self._source)
 
     def __repr__(self) -> str:
         width, height = self.size
@@ -112,7 +112,7 @@ class ClassMap(FrozenArray):
         return f"ClassMap({width}x{height}, sha256 {self.sha256[:12]}{source})"
 
 
-def _decoded(named: Named) -> npt.NDArray[Any]:
+def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
     def ids(image: Image.Image) -> npt.NDArray[Any]:
         spread = _spread(image)
         load_image(image, named.name)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends.contract import Runner
-from ldm_runtime.inputs.images import Picture, resize
+from ldm_runtime.inputs.images import InputImage, resize
 from ldm_runtime.inputs.masks import composite, latent_mask, outpaint_canvas
 from ldm_runtime.latents.codec import encode_image
 from ldm_runtime.requests.resolved import (
@@ -34,8 +34,8 @@ class InitImage:
         mask: What of it to draw anew, or None for all of it.
     """
 
-    picture: Picture
-    mask: Picture | None
+    picture: InputImage
+    mask: InputImage | None
 
     def padded(self, height: int, width: int) -> "InitImage":
         """Return both grown to a size on the right and at the bottom, by repeating their edge."""
@@ -107,13 +107,13 @@ def hires_start(
         spec: The model.
     """
     size = second.width, second.height
-    enlarged = [resize(Picture.read(image), *size).pixels for image in images]
+    enlarged = [resize(InputImage.read(image), *size).pixels for image in images]
     latents = [encode_image(engine, pixels[None], spec) for pixels in enlarged]
     return Start(latents=np.concatenate(latents), strength=second.strength)
 
 
-def _padded(picture: Picture, height: int, width: int) -> Picture:
+def _padded(picture: InputImage, height: int, width: int) -> InputImage:
     if picture.size == (width, height):
         return picture
     missing = (0, height - picture.size[1]), (0, width - picture.size[0]), (0, 0)
-    return Picture(np.pad(picture.pixels, missing, mode="edge"))
+    return InputImage(np.pad(picture.pixels, missing, mode="edge"))

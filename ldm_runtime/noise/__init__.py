@@ -29,7 +29,7 @@ class NumpyGenerator(NoiseGenerator):
         super().__init__(seed)
         self._generator = np.random.Generator(np.random.PCG64(seed))
 
-    def _draw(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
+    def _sample(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
         if dtype == np.float32:
             return self._generator.standard_normal(count, np.float32)
         return self._generator.standard_normal(count, np.float64)

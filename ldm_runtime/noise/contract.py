@@ -41,8 +41,8 @@ class NoiseGenerator(ABC):
         precision = np.dtype(dtype)
         if precision not in (np.float32, np.float64):
             raise ValueError(f"noise is drawn in float32 or float64, not in {precision}")
-        return self._draw(math.prod(shape), precision).reshape(shape)
+        return self._sample(math.prod(shape), precision).reshape(shape)
 
     @abstractmethod
-    def _draw(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
+    def _sample(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
         """Draw `count` numbers of type `dtype`, shape (count,)."""

@@ -78,7 +78,7 @@ class TorchCpuGenerator(NoiseGenerator):
         self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
         self._waiting: float | None = None
 
-    def _draw(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
+    def _sample(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
         if count < _GROUP:
             return np.array([self._next_double() for _ in range(count)], dtype)
         per_number, to_normal = (1, _box_muller) if dtype == np.float32 else (2, _box_muller_double)

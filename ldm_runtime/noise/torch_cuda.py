@@ -76,7 +76,7 @@ class TorchCudaGenerator(NoiseGenerator):
         self._most_blocks = multiprocessors * (threads_per_multiprocessor // _BLOCK)
         self._offset = 0
 
-    def _draw(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
+    def _sample(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
         if count == 0:
             return np.empty(0, dtype)
         if count * dtype.itemsize > 2**31:

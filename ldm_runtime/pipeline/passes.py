@@ -50,14 +50,14 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawn:
+class GeneratedImages:
     """Some finished images of a request, and the latents they were decoded from."""
 
     images: list[Image.Image]
     latents: Float32Array
 
 
-Drawing = collections.abc.Generator[Pass, Float32Array, Drawn]
+PassRun = collections.abc.Generator[Pass, Float32Array, GeneratedImages]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,7 +96,7 @@ class _TimedRunner:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Drawer:
+class ImagePasses:
     """Draws one resolved request.
 
     Attributes:
@@ -118,12 +118,12 @@ class Drawer:
     start: Start | None
     timings: Timings
 
-    def draw(self, images: range) -> Drawing:
+    def run(self, images: range) -> PassRun:
         """Draw some of the images."""
         if not task_record(self.spec).samples:
             assert self.start is not None, "a first stage has a picture to encode"
             latents = self.start.latents
-            return Drawn(images=self._decode(latents, self.request), latents=latents)
+            return GeneratedImages(images=self._decode(latents, self.request), latents=latents)
         latents = yield self._pass(0, self.request, images, self.start)
         pictures = self._decode(latents, self.request)
         for number, more in enumerate(self.request.passes[1:], start=1):
@@ -134,7 +134,7 @@ class Drawer:
             pictures = self._decode(latents, large)
         if self.init is not None:
             pictures = [self.init.finish(picture) for picture in pictures]
-        return Drawn(images=pictures, latents=latents)
+        return GeneratedImages(images=pictures, latents=latents)
 
     def _pass(
         self, number: int, request: ResolvedRequest, images: range, start: Start | None
@@ -161,9 +161,9 @@ class Drawer:
             return [each if each.size == size else each.crop((0, 0, *size)) for each in pictures]
 
 
-def open_drawer(
+def open_passes(
     network: OpenNetwork, tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
-) -> Drawer:
+) -> ImagePasses:
     """Encode what a resolved request says and shows, once for all its images.
 
     Args:
@@ -183,7 +183,7 @@ def open_drawer(
     if init is not None and (task.image == "start" or not task.samples):
         with timings.of("vae_encoder"):
             start = start_from(network("vae_encoder"), init, request, spec)
-    return Drawer(
+    return ImagePasses(
         network=network,
         request=request,
         spec=spec,

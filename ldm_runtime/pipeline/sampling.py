@@ -16,11 +16,11 @@ from ldm_runtime.noise import NOISES, NoiseGenerator
 from ldm_runtime.noise.brownian import BrownianPath
 from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
-from ldm_runtime.requests.request import GIVEN
+from ldm_runtime.requests.request import CUSTOM
 from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.requests.sizes import latent_size
-from ldm_runtime.samplers import Denoise, Draw
+from ldm_runtime.samplers import Denoise, NoiseSampler
 from ldm_runtime.schedules import initial_scale
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import runs_in_patches
@@ -80,13 +80,15 @@ def sample_latents(
     sigmas = request.sigmas
     if start is not None:
         sigmas = last_sigmas(sigmas, start.strength)
-    noise, draw = _noise(request, spec, images)
+    noise, noise_sampler = _noise(request, spec, images)
     denoise: Denoise = _denoiser(engine, conditioning, request, spec, len(images))
     latents = _first_latents(noise, sigmas, request, start)
     if start is not None and start.mask is not None:
         denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
     seen = _Remembering(denoise)
-    sampler = sampler_of(request).function(seen, latents, sigmas, eta=request.eta, draw=draw)
+    sampler = sampler_of(request).function(
+        seen, latents, sigmas, eta=request.eta, noise_sampler=noise_sampler
+    )
     for index, (sigma, after) in enumerate(zip(sigmas[1:], sampler, strict=True), start=1):
         if not np.isfinite(after).all():
             raise BackendError(
@@ -129,7 +131,7 @@ def _first_latents(
     noise: Float32Array, sigmas: Sequence[float], request: ResolvedRequest, start: Start | None
 ) -> Float32Array:
     """Return the latents at the first of `sigmas`."""
-    is_given = request.schedule == GIVEN
+    is_given = request.schedule == CUSTOM
     scale = sigmas[0] if is_given else initial_scale(sigmas, request.schedule)
     if start is None:
         return noise * scale
@@ -140,7 +142,9 @@ def _first_latents(
     return start.mask * (noise * scale) + (1 - start.mask) * noisy
 
 
-def _noise(request: ResolvedRequest, spec: ModelSpec, images: range) -> tuple[Float32Array, Draw]:
+def _noise(
+    request: ResolvedRequest, spec: ModelSpec, images: range
+) -> tuple[Float32Array, NoiseSampler]:
     """Return the first noise of a batch and what draws more, every image from its own seed."""
     shape = (1, spec.autoencoder.embed_dim, *latent_size(request, spec))
     alone = [request.of_image(index) for index in images]

@@ -13,7 +13,12 @@ from ldm_runtime.requests.resolved import (
     SegmentationCondition,
 )
 from ldm_runtime.specs.model import ModelSpec
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import (
+    ClassEmbedderSpec,
+    SegmentationEncoderSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 from ldm_runtime.text.prompts import parse_prompt
 
 
@@ -23,7 +28,7 @@ def condition_of(request: GenerationRequest) -> Condition:
         return PromptCondition(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
-            literal=request.plain_prompt,
+            literal=request.literal_prompt,
         )
     if request.class_label is not None:
         return ClassCondition(label=request.class_label)
@@ -50,7 +55,7 @@ def check_condition(condition: Condition, spec: ModelSpec) -> None:
         case LayoutCondition():
             _check_layout(condition, spec.network(TextEncoderSpec))
         case SegmentationCondition():
-            _check_segmentation(condition, spec.network(RescalerSpec))
+            _check_segmentation(condition, spec.network(SegmentationEncoderSpec))
         case EmbeddingsCondition():
             _check_embeddings(condition, spec.network(UNetSpec))
 
@@ -90,8 +95,10 @@ def _check_layout(condition: LayoutCondition, encoder: TextEncoderSpec) -> None:
             )
 
 
-def _check_segmentation(condition: SegmentationCondition, rescaler: RescalerSpec) -> None:
-    highest, last = int(condition.segmentation.ids.max()), rescaler.num_classes - 1
+def _check_segmentation(
+    condition: SegmentationCondition, segmentation_encoder: SegmentationEncoderSpec
+) -> None:
+    highest, last = int(condition.segmentation.ids.max()), segmentation_encoder.num_classes - 1
     if highest > last:
         raise RequestError(
             "segmentation",

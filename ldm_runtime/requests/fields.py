@@ -16,10 +16,10 @@ import msgspec
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject, read_layout
 from ldm_runtime.inputs.reading import shown as shown_text
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.segmentation import SegmentationMap
 
 MAX_SEED = 2**64 - 1
 _PAIR = 2
@@ -220,14 +220,14 @@ def margins(name: str, value: object, *, low: int, high: int) -> tuple[int, int,
     return sides[0], sides[1], sides[2], sides[3]
 
 
-def picture(name: str, value: object) -> Picture:
-    """Accept whatever `Picture.read` can read."""
-    return _read(name, value, Picture.read, "picture")
+def picture(name: str, value: object) -> InputImage:
+    """Accept whatever `InputImage.read` can read."""
+    return _read(name, value, InputImage.read, "picture")
 
 
-def class_map(name: str, value: object) -> ClassMap:
-    """Accept whatever `ClassMap.read` can read."""
-    return _read(name, value, ClassMap.read, "map")
+def class_map(name: str, value: object) -> SegmentationMap:
+    """Accept whatever `SegmentationMap.read` can read."""
+    return _read(name, value, SegmentationMap.read, "map")
 
 
 def embeddings(name: str, value: object) -> Embeddings:
@@ -273,8 +273,8 @@ _CHECKS: Mapping[Any, Callable[..., object]] = MappingProxyType(
         tuple[float, float]: interval,
         tuple[int, int, int, int]: margins,
         tuple[LayoutObject, ...]: layout,
-        Picture: picture,
-        ClassMap: class_map,
+        InputImage: picture,
+        SegmentationMap: class_map,
         Embeddings: embeddings,
     }
 )

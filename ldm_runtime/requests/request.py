@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.reading import MAX_SIDE
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.noise import NOISES
 from ldm_runtime.requests.fields import MAX_SEED, FieldRecord, about, about_items, field_records
 from ldm_runtime.samplers import SAMPLERS
@@ -21,7 +21,7 @@ MAX_CLASS = 2**31 - 1
 MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 
 #: The schedule of a request whose noise levels are listed in `sigmas`.
-GIVEN = "given"
+CUSTOM = "custom"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class GenerationRequest:
         ),
     ] = None
     segmentation: Annotated[
-        ClassMap | None,
+        SegmentationMap | None,
         about(
             "PNG, gray or palette: a class number for each pixel",
             "Conditioning",
@@ -89,7 +89,7 @@ class GenerationRequest:
     negative_prompt: Annotated[
         str, about("what to steer away from, with guidance", "Conditioning", metavar="TEXT")
     ] = ""
-    plain_prompt: Annotated[
+    literal_prompt: Annotated[
         bool,
         about(
             "take prompts literally: no (word:1.2), no [word], no BREAK, no second chunk",
@@ -159,7 +159,7 @@ class GenerationRequest:
         about(
             "the noise schedule; default: the sampler's",
             "Sampling",
-            choices=(*SCHEDULES, GIVEN),
+            choices=(*SCHEDULES, CUSTOM),
         ),
     ] = None
     sigmas: Annotated[
@@ -215,7 +215,7 @@ class GenerationRequest:
         about("how many images", "Output", low=1, high=MAX_IMAGES, metavar="N", flags=("-n",)),
     ] = 1
     image: Annotated[
-        Picture | None,
+        InputImage | None,
         about(
             "image to start from; to enlarge, inpaint or encode, if that is the bundle's task",
             "Input image",
@@ -234,7 +234,7 @@ class GenerationRequest:
         ),
     ] = None
     mask_image: Annotated[
-        Picture | None,
+        InputImage | None,
         about(
             "what of it to generate again: white; black pixels are kept to the last bit",
             "Input image",
@@ -319,7 +319,7 @@ def request_to_json(request: GenerationRequest) -> dict[str, Any]:
 
 def _description(value: object) -> object:
     match value:
-        case Picture() | ClassMap():
+        case InputImage() | SegmentationMap():
             width, height = value.size
             return {"sha256": value.sha256, "width": width, "height": height}
         case Embeddings():

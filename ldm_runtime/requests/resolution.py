@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.conditions import check_condition, condition_of
-from ldm_runtime.requests.request import GIVEN, MAX_IMAGES, GenerationRequest
+from ldm_runtime.requests.request import CUSTOM, MAX_IMAGES, GenerationRequest
 from ldm_runtime.requests.resolved import (
     EVERY_SIGMA,
     MaskedImage,
@@ -18,11 +18,11 @@ from ldm_runtime.requests.resolved import (
     WholeImage,
 )
 from ldm_runtime.requests.sizes import Size, hires_size, image_size, tile_size
-from ldm_runtime.requests.task_checks import check_foreign, check_guidance, check_needs
+from ldm_runtime.requests.task_checks import check_guidance, check_needs, check_unknown
 from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import (
     SigmaTable,
-    given_sigmas,
+    custom_sigmas,
     rescale_zero_terminal_snr,
     sampling_sigmas,
     training_sigmas,
@@ -61,7 +61,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
     if isinstance(request, ResolvedRequest):
         request = request.as_request()
     check_needs(request, spec)
-    check_foreign(request, spec)
+    check_unknown(request, spec)
     condition, image = condition_of(request), _image_of(request)
     check_condition(condition, spec)
     _check_combinations(request)
@@ -205,9 +205,9 @@ def _sigmas(
     """Return the schedule of a request, and the noise levels that it visits from noise on."""
     table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
     if request.sigmas is not None:
-        return GIVEN, _given_sigmas(request, request.sigmas)
-    if request.schedule == GIVEN:
-        raise RequestError("schedule", f"{GIVEN!r} means those in sigmas; give sigmas")
+        return CUSTOM, _custom_sigmas(request, request.sigmas)
+    if request.schedule == CUSTOM:
+        raise RequestError("schedule", f"{CUSTOM!r} means those in sigmas; give sigmas")
     schedule = _first(request.schedule, record.schedule)
     steps = _first(request.num_inference_steps, spec.defaults.num_inference_steps)
     try:
@@ -216,12 +216,12 @@ def _sigmas(
         raise RequestError("num_inference_steps", str(error)) from error
 
 
-def _given_sigmas(request: GenerationRequest, listed: tuple[float, ...]) -> tuple[float, ...]:
+def _custom_sigmas(request: GenerationRequest, listed: tuple[float, ...]) -> tuple[float, ...]:
     """Check a list of noise levels, and the fields that it replaces."""
-    if request.schedule not in (None, GIVEN):
+    if request.schedule not in (None, CUSTOM):
         raise RequestError("schedule", "does not go with sigmas; leave one of them out")
     try:
-        sigmas = tuple(given_sigmas(listed))
+        sigmas = tuple(custom_sigmas(listed))
     except ValueError as error:
         raise RequestError("sigmas", str(error)) from error
     steps = len(sigmas) - 1

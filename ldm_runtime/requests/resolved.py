@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject
-from ldm_runtime.inputs.segmentation import ClassMap
-from ldm_runtime.requests.request import GIVEN, MAX_SIGMA, GenerationRequest
+from ldm_runtime.inputs.segmentation import SegmentationMap
+from ldm_runtime.requests.request import CUSTOM, MAX_SIGMA, GenerationRequest
 from ldm_runtime.specs.model import Task
 from ldm_runtime.specs.tasks import TASKS
 
@@ -52,7 +52,7 @@ class LayoutCondition:
 class SegmentationCondition:
     """A class for every pixel."""
 
-    segmentation: ClassMap
+    segmentation: SegmentationMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class NoImage:
 class WholeImage:
     """An image, all of which may change; or one to enlarge or to encode."""
 
-    image: Picture
+    image: InputImage
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,8 +93,8 @@ class WholeImage:
 class MaskedImage:
     """An image, and the mask of what is generated again: white pixels are, black ones are kept."""
 
-    image: Picture
-    mask: Picture
+    image: InputImage
+    mask: InputImage
 
     @property
     def size(self) -> tuple[int, int]:
@@ -106,7 +106,7 @@ class MaskedImage:
 class OutpaintedImage:
     """An image, and pixels to add left of it, above, right and below."""
 
-    image: Picture
+    image: InputImage
     margins: tuple[int, int, int, int]
 
     @property
@@ -241,7 +241,7 @@ def _condition_fields(condition: Condition) -> dict[str, object]:
             return {
                 "prompt": condition.prompt,
                 "negative_prompt": condition.negative_prompt,
-                "plain_prompt": condition.literal,
+                "literal_prompt": condition.literal,
             }
         case ClassCondition():
             return {"class_label": condition.label}
@@ -278,7 +278,7 @@ def _sampling_fields(request: ResolvedRequest) -> dict[str, object]:
         "guidance_rescale": request.guidance_rescale,
         "noise": request.noise,
     }
-    if request.schedule == GIVEN:
+    if request.schedule == CUSTOM:
         known["sigmas"] = request.sigmas
     if request.guidance_interval != EVERY_SIGMA:
         known["guidance_interval"] = request.guidance_interval

@@ -5,11 +5,11 @@ from typing import Any
 import msgspec
 
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import Picture
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import GenerationRequest
 
-_FILES = (Picture, ClassMap, Embeddings)
+_FILES = (InputImage, SegmentationMap, Embeddings)
 
 
 def request_schema() -> dict[str, Any]:

@@ -35,7 +35,7 @@ def check_needs(
         raise RequestError(missing[0][0], f"this bundle is {spec.task}: give {wanted}")
 
 
-def check_foreign(request: GenerationRequest, spec: ModelSpec) -> None:
+def check_unknown(request: GenerationRequest, spec: ModelSpec) -> None:
     """Check that a request has nothing that a model's task makes nothing of.
 
     Raises:

@@ -7,7 +7,7 @@ Conventions of every sampler in this package:
            last latents still hold noise of that level.
 * denoise  maps (latents, sigma) to the predicted clean latents x0, same shape.
 * eta      share of fresh noise in a step, from 0 (none) to 1; unused by samplers without noise.
-* draw     `draw(sigma, sigma_next)` returns the standard normal noise of the stretch from one level
+* draw     `noise_sampler(sigma, sigma_next)` returns the standard normal noise of the stretch from one level
            down to another, shaped like latents. Nothing else is random. A sampler whose record says
            "fresh" calls it once in each step that adds noise and never otherwise; one that says
            "brownian" gets increments of a Brownian path over sigma, divided by the root of the
@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 Latents = npt.NDArray[np.float32]
 Denoise = Callable[[Latents, float], Latents]
-Draw = Callable[[float, float], Latents]
+NoiseSampler = Callable[[float, float], Latents]
 
 
 class Sampler(Protocol):
@@ -41,7 +41,7 @@ class Sampler(Protocol):
         sigmas: Sequence[float],
         *,
         eta: float,
-        draw: Draw,
+        noise_sampler: NoiseSampler,
     ) -> Iterator[Latents]:
         """Yield the latents after each step."""
         ...
@@ -59,7 +59,7 @@ class SamplerRecord:
         final_sigma: Where its last step leads, as in `schedules.sampling_sigmas`.
         default_eta: The `eta` it gets; 1 without `uses_eta` is a sampler that always adds noise.
         uses_eta: Whether `eta` makes a difference to it.
-        noise: What its `draw` returns: independent noise, or increments of a Brownian path.
+        noise: What its `noise_sampler` returns: independent noise, or increments of a Brownian path.
         calls_per_step: Denoiser calls of a step in the middle of a run.
     """
 
@@ -86,9 +86,14 @@ def split_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, floa
 
 
 def ancestral_step(
-    latents: Latents, target: Latents, sigma: float, sigma_next: float, eta: float, draw: Draw
+    latents: Latents,
+    target: Latents,
+    sigma: float,
+    sigma_next: float,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Latents:
     """Step straight towards the x0 in `target`, below `sigma_next`, and return to it with noise."""
     sigma_down, sigma_up = split_step(sigma, sigma_next, eta)
     latents = target + sigma_down / sigma * (latents - target)
-    return latents + sigma_up * draw(sigma, sigma_next) if sigma_up > 0 else latents
+    return latents + sigma_up * noise_sampler(sigma, sigma_next) if sigma_up > 0 else latents

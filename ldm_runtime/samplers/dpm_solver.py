@@ -3,14 +3,19 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord
+from ldm_runtime.samplers.contract import Denoise, Latents, NoiseSampler, SamplerRecord
 from ldm_runtime.samplers.exponential import passing_over_repeats, width_of
 from ldm_runtime.samplers.first_order import slope_at
 from ldm_runtime.samplers.stochastic import dpmpp_2m_sde
 
 
 def dpmpp_2m(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Second-order steps from one denoiser call each: `dpmpp_2m_sde` without noise.
 
@@ -22,12 +27,17 @@ def dpmpp_2m(
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2, DPM-Solver++(2M), with alpha 1;
     k-diffusion's `sample_dpmpp_2m`.
     """
-    return dpmpp_2m_sde(denoise, latents, sigmas, eta=0.0, draw=draw)
+    return dpmpp_2m_sde(denoise, latents, sigmas, eta=0.0, noise_sampler=noise_sampler)
 
 
 @passing_over_repeats
 def dpm_solver(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Steps of order 3, 2 and 1 that share out the sigmas, one denoiser call at each.
 

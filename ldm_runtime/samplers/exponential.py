@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import wraps
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, Sampler
+from ldm_runtime.samplers.contract import Denoise, Latents, NoiseSampler, Sampler
 
 #: The last predictions of x0, newest first, each with the width in lambda of the step it began.
 History = Sequence[tuple[Latents, float]]
@@ -23,7 +23,12 @@ def width_of(sigma: float, sigma_next: float) -> float:
 
 
 def exponential_step(
-    latents: Latents, target: Latents, sigma: float, sigma_next: float, eta: float, draw: Draw
+    latents: Latents,
+    target: Latents,
+    sigma: float,
+    sigma_next: float,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Latents:
     """Step to `sigma_next` as if x0 stayed at `target`, with a share `eta` of fresh noise.
 
@@ -33,7 +38,7 @@ def exponential_step(
     ratio = sigma_next / sigma
     latents = target + ratio ** (1 + eta) * (latents - target)
     sigma_up = sigma_next * math.sqrt(1 - ratio ** (2 * eta))
-    return latents + sigma_up * draw(sigma, sigma_next) if sigma_up > 0 else latents
+    return latents + sigma_up * noise_sampler(sigma, sigma_next) if sigma_up > 0 else latents
 
 
 def middle_of_step(x0: Latents, history: History, width: float) -> Latents:
@@ -50,10 +55,15 @@ def passing_over_repeats(sampler: Sampler) -> Sampler:
 
     @wraps(sampler)
     def passing(
-        denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+        denoise: Denoise,
+        latents: Latents,
+        sigmas: Sequence[float],
+        *,
+        eta: float,
+        noise_sampler: NoiseSampler,
     ) -> Iterator[Latents]:
         distinct = list(dict.fromkeys(sigmas))
-        steps = sampler(denoise, latents, distinct, eta=eta, draw=draw)
+        steps = sampler(denoise, latents, distinct, eta=eta, noise_sampler=noise_sampler)
         for sigma, sigma_next in pairwise(sigmas):
             latents = next(steps) if sigma_next < sigma else latents
             yield latents

@@ -3,11 +3,22 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, ancestral_step
+from ldm_runtime.samplers.contract import (
+    Denoise,
+    Latents,
+    NoiseSampler,
+    SamplerRecord,
+    ancestral_step,
+)
 
 
 def ddim(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """First-order steps, of which a share `eta` is fresh noise.
 
@@ -19,33 +30,48 @@ def ddim(
     """
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(latents, sigma)
-        latents = ancestral_step(latents, x0, sigma, sigma_next, eta, draw)
+        latents = ancestral_step(latents, x0, sigma, sigma_next, eta, noise_sampler)
         yield latents
 
 
 def euler(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Euler's method on the probability-flow equation: `ddim` without noise.
 
     Source: Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without the correction.
     """
-    return ddim(denoise, latents, sigmas, eta=0.0, draw=draw)
+    return ddim(denoise, latents, sigmas, eta=0.0, noise_sampler=noise_sampler)
 
 
 def ddpm(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Ancestral sampling with the posterior's own variance, beta-tilde: `ddim` with eta 1.
 
     Source: Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7, over the timesteps visited;
     CompVis' `p_sample_loop`, which visits all.
     """
-    return ddim(denoise, latents, sigmas, eta=1.0, draw=draw)
+    return ddim(denoise, latents, sigmas, eta=1.0, noise_sampler=noise_sampler)
 
 
 def lcm(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Jump to x0 and add noise anew in every step: for latent consistency models.
 
@@ -59,7 +85,7 @@ def lcm(
     for sigma, sigma_next in pairwise(sigmas):
         latents = denoise(latents, sigma)
         if sigma_next > 0:
-            latents = latents + sigma_next * draw(sigma, sigma_next)
+            latents = latents + sigma_next * noise_sampler(sigma, sigma_next)
         yield latents
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord
+from ldm_runtime.samplers.contract import Denoise, Latents, NoiseSampler, SamplerRecord
 from ldm_runtime.samplers.first_order import slope_at
 
 FloatArray = npt.NDArray[np.float64]
@@ -31,7 +31,12 @@ _NODES = 16  # of Gauss-Legendre: exact for `lms`, below rounding for steps of `
 
 
 def plms(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Adams-Bashforth steps of order 4, started with the mean of the slopes at both ends.
 
@@ -52,7 +57,12 @@ def plms(
 
 
 def ipndm(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Adams-Bashforth steps of order 4, started with those of order 1, 2 and 3.
 
@@ -67,7 +77,12 @@ def ipndm(
 
 
 def lms(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Adams-Bashforth steps of order 4 for steps of any length, the polynomial in sigma.
 
@@ -82,7 +97,12 @@ def lms(
 
 
 def deis(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Steps of order 3 for steps of any length, the polynomial in log sigma.
 

@@ -8,7 +8,13 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, ancestral_step
+from ldm_runtime.samplers.contract import (
+    Denoise,
+    Latents,
+    NoiseSampler,
+    SamplerRecord,
+    ancestral_step,
+)
 from ldm_runtime.samplers.exponential import (
     History,
     exponential_step,
@@ -20,7 +26,12 @@ from ldm_runtime.samplers.exponential import (
 
 @passing_over_repeats
 def dpmpp_2m_sde(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Second-order steps from one denoiser call each, by extrapolating x0 in log sigma.
 
@@ -35,14 +46,19 @@ def dpmpp_2m_sde(
         width = width_of(sigma, sigma_next)
         if history and sigma_next > 0:
             target = middle_of_step(x0, history, width)
-        latents = exponential_step(latents, target, sigma, sigma_next, eta, draw)
+        latents = exponential_step(latents, target, sigma, sigma_next, eta, noise_sampler)
         history = ((x0, width),)
         yield latents
 
 
 @passing_over_repeats
 def dpmpp_3m_sde(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Steps from one denoiser call each, with the slope and curvature of x0 from three calls.
 
@@ -54,7 +70,7 @@ def dpmpp_3m_sde(
     history: History = ()
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(latents, sigma)
-        latents = exponential_step(latents, x0, sigma, sigma_next, eta, draw)
+        latents = exponential_step(latents, x0, sigma, sigma_next, eta, noise_sampler)
         width = width_of(sigma, sigma_next)
         if history and sigma_next > 0:
             latents = latents + _change_by_bending(x0, history, width, eta)
@@ -79,7 +95,12 @@ def _change_by_bending(x0: Latents, history: History, width: float, eta: float) 
 
 
 def dpmpp_sde(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Second-order steps by way of the middle in log sigma; two denoiser calls per step.
 
@@ -92,9 +113,9 @@ def dpmpp_sde(
         target = denoise(latents, sigma)
         if sigma_next > 0:
             middle = math.sqrt(sigma * sigma_next)
-            guess = ancestral_step(latents, target, sigma, middle, eta, draw)
+            guess = ancestral_step(latents, target, sigma, middle, eta, noise_sampler)
             target = denoise(guess, middle)
-        latents = ancestral_step(latents, target, sigma, sigma_next, eta, draw)
+        latents = ancestral_step(latents, target, sigma, sigma_next, eta, noise_sampler)
         yield latents
 
 

@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord, split_step
+from ldm_runtime.samplers.contract import Denoise, Latents, NoiseSampler, SamplerRecord, split_step
 from ldm_runtime.samplers.first_order import slope_at
 
 
 def heun(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Straight steps along the mean of the slopes at both ends.
 
@@ -31,32 +36,47 @@ def heun(
 
 
 def dpm2_ancestral(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Straight steps along the slope half-way in log sigma, of which a share `eta` is noise.
 
     Source: k-diffusion's `sample_dpm_2_ancestral`, after DPM-Solver-2 of Lu et al. 2022
     (arXiv:2206.00927), algorithm 1.
     """
-    return _ancestral(partial(_dpm2_step, denoise), latents, sigmas, eta, draw)
+    return _ancestral(partial(_dpm2_step, denoise), latents, sigmas, eta, noise_sampler)
 
 
 def dpm2(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """`dpm2_ancestral` without noise. Source: k-diffusion's `sample_dpm_2` without churn."""
-    return dpm2_ancestral(denoise, latents, sigmas, eta=0.0, draw=draw)
+    return dpm2_ancestral(denoise, latents, sigmas, eta=0.0, noise_sampler=noise_sampler)
 
 
 def dpmpp_2s_ancestral(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Steps towards the x0 predicted half-way in log sigma, of which a share `eta` is noise.
 
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 1, DPM-Solver++(2S) with r 1/2 and
     alpha 1; k-diffusion's `sample_dpmpp_2s_ancestral`.
     """
-    return _ancestral(partial(_dpmpp_2s_step, denoise), latents, sigmas, eta, draw)
+    return _ancestral(partial(_dpmpp_2s_step, denoise), latents, sigmas, eta, noise_sampler)
 
 
 def _dpm2_step(denoise: Denoise, latents: Latents, sigma: float, sigma_next: float) -> Latents:
@@ -88,14 +108,14 @@ def _ancestral(
     latents: Latents,
     sigmas: Sequence[float],
     eta: float,
-    draw: Draw,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Step below each next sigma and return to it with noise."""
     for sigma, sigma_next in pairwise(sigmas):
         sigma_down, sigma_up = split_step(sigma, sigma_next, eta)
         latents = step(latents, sigma, sigma_down)
         if sigma_up > 0:
-            latents = latents + sigma_up * draw(sigma, sigma_next)
+            latents = latents + sigma_up * noise_sampler(sigma, sigma_next)
         yield latents
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ldm_runtime.samplers.contract import Denoise, Draw, Latents, SamplerRecord
+from ldm_runtime.samplers.contract import Denoise, Latents, NoiseSampler, SamplerRecord
 from ldm_runtime.samplers.exponential import (
     History,
     exponential_step,
@@ -16,7 +16,12 @@ from ldm_runtime.samplers.exponential import (
 
 @passing_over_repeats
 def unipc(
-    denoise: Denoise, latents: Latents, sigmas: Sequence[float], *, eta: float, draw: Draw
+    denoise: Denoise,
+    latents: Latents,
+    sigmas: Sequence[float],
+    *,
+    eta: float,
+    noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
     """Second-order predictor and corrector with one denoiser call for both.
 
@@ -33,10 +38,10 @@ def unipc(
         x0 = denoise(latents, sigma)
         if history:
             target = _corrected_target(x0, history)
-            start = exponential_step(start, target, sigmas[index - 1], sigma, 0.0, draw)
+            start = exponential_step(start, target, sigmas[index - 1], sigma, 0.0, noise_sampler)
         width = width_of(sigma, sigma_next)
         target = middle_of_step(x0, history, width) if history and index < last else x0
-        latents = exponential_step(start, target, sigma, sigma_next, 0.0, draw)
+        latents = exponential_step(start, target, sigma, sigma_next, 0.0, noise_sampler)
         history = ((x0, width), *history[:1])
         yield latents
 

@@ -34,7 +34,7 @@ __all__ = [
     "FinalSigma",
     "Schedule",
     "SigmaTable",
-    "given_sigmas",
+    "custom_sigmas",
     "initial_scale",
     "rescale_zero_terminal_snr",
     "sampling_sigmas",
@@ -102,7 +102,7 @@ def sampling_sigmas(
     return [*sigmas, smallest if ends_above else 0.0]
 
 
-def given_sigmas(values: Sequence[float]) -> list[float]:
+def custom_sigmas(values: Sequence[float]) -> list[float]:
     """Return a user's list of sigmas as a run needs them, with 0 at its end.
 
     Raises:

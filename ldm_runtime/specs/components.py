@@ -15,7 +15,7 @@ from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     NetworkSpec,
-    RescalerSpec,
+    SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -106,9 +106,9 @@ _ROWS = (
         trace_seconds=1.0,
     ),
     Component(
-        name="rescaler",
-        network="rescaler",
-        record=RescalerSpec,
+        name="segmentation_encoder",
+        network="segmentation_encoder",
+        record=SegmentationEncoderSpec,
         role="conditioner",
         inputs=(_tensor("segmentation", ("batch", "image_height", "image_width"), "int64"),),
         outputs=(_tensor("concat", ("batch", "concat_channels", "height", "width")),),

@@ -17,7 +17,7 @@ Task = Literal[
     "super-resolution",
     "inpainting",
     "retrieval",
-    "first-stage",
+    "autoencoder",
 ]
 
 _Record = TypeVar("_Record", bound=NetworkSpec)

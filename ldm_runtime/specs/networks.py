@@ -154,7 +154,7 @@ class ClassEmbedderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RescalerSpec:
+class SegmentationEncoderSpec:
     """A semantic map, brought to the size of the latents (SpatialRescaler).
 
     Attributes:
@@ -165,10 +165,12 @@ class RescalerSpec:
 
     num_classes: int
     out_channels: int
-    num_halvings: int
+    num_downsampling_steps: int
 
 
-NetworkSpec = UNetSpec | AutoencoderSpec | TextEncoderSpec | ClassEmbedderSpec | RescalerSpec
+NetworkSpec = (
+    UNetSpec | AutoencoderSpec | TextEncoderSpec | ClassEmbedderSpec | SegmentationEncoderSpec
+)
 
 _Record = TypeVar("_Record", bound=NetworkSpec)
 

@@ -17,7 +17,7 @@ _SAMPLING = frozenset(
         *("noise", "variation_seed", "variation_strength", "num_images"),
     }
 )
-_PROMPTS = frozenset({"prompt", "negative_prompt", "plain_prompt"})
+_PROMPTS = frozenset({"prompt", "negative_prompt", "literal_prompt"})
 _START = frozenset({"image", "strength", "mask_image", "outpaint"})
 _HIRES = frozenset({"hires_scale", "hires_strength"})
 #: What every model can do that samples from noise and decodes at any size.
@@ -78,7 +78,7 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             image="condition",
         ),
         "retrieval": TaskRecord(needs=(("embeddings",),), permits=_DRAWING, has_null=True),
-        "first-stage": TaskRecord(needs=(("image",),), permits=_TILES, image="condition"),
+        "autoencoder": TaskRecord(needs=(("image",),), permits=_TILES, image="condition"),
     }
 )
 

@@ -26,7 +26,7 @@ from ldm_runtime.diagnostics.golden_requests import save_golden_request
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.latents.previews import explained_variance, preview_pixels
 from ldm_runtime.noise import TorchCpuGenerator
-from ldm_runtime.pipeline.passes import Drawer, open_drawer
+from ldm_runtime.pipeline.passes import ImagePasses, open_passes
 from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -144,11 +144,11 @@ def _write_golden_request(
 ) -> None:
     engines = {name: FakeEngine(each) for name, each in tiny_networks(spec.task).items()}
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
-    drawer = open_drawer(engines.__getitem__, tokenizer, request, spec)
+    passes = open_passes(engines.__getitem__, tokenizer, request, spec)
     save_golden_request(folder, request.as_request())
-    arrays = {"latents": _golden_latents(drawer, engines)}
+    arrays = {"latents": _golden_latents(passes, engines)}
     for name in ("context", "concat"):
-        if (array := getattr(drawer.conditioning, name)) is not None:
+        if (array := getattr(passes.conditioning, name)) is not None:
             arrays[name] = array
     np.savez(folder / "golden.npz", **arrays)  # type: ignore[arg-type]
     images = decode_latents(engines["vae_decoder"], arrays["latents"], spec)
@@ -156,11 +156,11 @@ def _write_golden_request(
         image.save(folder / f"{index}.png")
 
 
-def _golden_latents(drawer: Drawer, engines: Mapping[str, FakeEngine]) -> Float32Array:
-    if drawer.spec.unet is None:
-        assert drawer.start is not None, "a first stage has a picture to encode"
-        return drawer.start.latents
-    *_, last = sample_latents(engines["unet"], drawer.conditioning, drawer.request, drawer.spec)
+def _golden_latents(passes: ImagePasses, engines: Mapping[str, FakeEngine]) -> Float32Array:
+    if passes.spec.unet is None:
+        assert passes.start is not None, "a first stage has a picture to encode"
+        return passes.start.latents
+    *_, last = sample_latents(engines["unet"], passes.conditioning, passes.request, passes.spec)
     return last.latents
 
 

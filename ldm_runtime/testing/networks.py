@@ -15,7 +15,7 @@ from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
-    RescalerSpec,
+    SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -107,9 +107,9 @@ def _class_embedder(spec: ModelSpec) -> TinyNetwork:
     )
 
 
-def _rescaler(spec: ModelSpec) -> TinyNetwork:
+def _segmentation_encoder(spec: ModelSpec) -> TinyNetwork:
     """Halve once: means of two by two pixels are what bilinear resizing gives there."""
-    record = spec.network(RescalerSpec)
+    record = spec.network(SegmentationEncoderSpec)
 
     def function(inputs: Tensors, weights: Weights) -> Float32Array:
         rows = weights["mapper"][inputs["segmentation"]].transpose(0, 3, 1, 2)
@@ -229,7 +229,7 @@ _NETWORKS: Mapping[object, Callable[[ModelSpec], TinyNetwork]] = MappingProxyTyp
     {
         TextEncoderSpec: _text_encoder,
         ClassEmbedderSpec: _class_embedder,
-        RescalerSpec: _rescaler,
+        SegmentationEncoderSpec: _segmentation_encoder,
         UNetSpec: _unet,
         "decoder": _vae_decoder,
         "encoder": _vae_encoder,

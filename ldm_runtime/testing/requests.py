@@ -46,7 +46,7 @@ _GOLDEN: Mapping[Task, tuple[Mapping[str, object], ...]] = MappingProxyType(
             {"embeddings": np.eye(2, 8, dtype=np.float32) + 0.5, **_GUIDED},
             {"embeddings": np.ones((1, 8), dtype=np.float32), **_UNGUIDED},
         ),
-        "first-stage": ({"image": _PICTURE}, {"image": _PICTURE[:8]}),
+        "autoencoder": ({"image": _PICTURE}, {"image": _PICTURE[:8]}),
     }
 )
 

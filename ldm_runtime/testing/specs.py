@@ -13,7 +13,7 @@ from ldm_runtime.specs.networks import (
     ClassEmbedderSpec,
     Networks,
     NetworkSpec,
-    RescalerSpec,
+    SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -136,7 +136,7 @@ _LAYOUTS = text_encoder_spec(
     pad_token_id=100,
 )
 _CLASSES = ClassEmbedderSpec(num_classes=5, width=_WIDTH, null_class=4)
-_MAPS = RescalerSpec(num_classes=6, out_channels=3, num_halvings=1)
+_MAPS = SegmentationEncoderSpec(num_classes=6, out_channels=3, num_downsampling_steps=1)
 
 
 def tiny_spec(task: Task = "text-to-image") -> ModelSpec:
@@ -166,12 +166,12 @@ _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
         "class-to-image": _spec("class-to-image", class_embedder=_CLASSES),
         "text-to-image": TINY_SPEC,
         "layout-to-image": _spec("layout-to-image", text_encoder=_LAYOUTS),
-        "semantic-synthesis": _spec("semantic-synthesis", concat=3, rescaler=_MAPS),
+        "semantic-synthesis": _spec("semantic-synthesis", concat=3, segmentation_encoder=_MAPS),
         "super-resolution": _spec("super-resolution", concat=3),
         "inpainting": _spec("inpainting", concat=4),
         "retrieval": _spec("retrieval"),
-        "first-stage": replace(
-            _spec("unconditional").with_networks(unet=None), task="first-stage", alphas_cumprod=()
+        "autoencoder": replace(
+            _spec("unconditional").with_networks(unet=None), task="autoencoder", alphas_cumprod=()
         ),
     }
 )

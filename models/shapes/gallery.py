@@ -75,7 +75,7 @@ def _label(question: Question) -> Image.Image:
 
 
 #: What a system was given, to be looked at; none where nothing is given.
-GIVEN: Mapping[Task, Callable[[Question], Image.Image]] = MappingProxyType(
+CUSTOM: Mapping[Task, Callable[[Question], Image.Image]] = MappingProxyType(
     {
         "class-to-image": _label,
         "text-to-image": lambda asked: _words(scenes.caption(asked.scene)),
@@ -135,8 +135,8 @@ def draw_system(system: System, bundle: Path) -> Image.Image:
     with Generator(bundle) as generator:
         drawn, _ = draw_all(generator, system, questions, STEPS)
     rows = [[Image.fromarray(picture) for picture in drawn]]
-    if system.task in GIVEN:
-        rows.insert(0, [GIVEN[system.task](question) for question in questions])
+    if system.task in CUSTOM:
+        rows.insert(0, [CUSTOM[system.task](question) for question in questions])
     return sheet(rows)
 
 

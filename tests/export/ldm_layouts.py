@@ -87,7 +87,7 @@ SEMANTIC = replace(
     model_channels=128,
     channel_mult=(1, 4, 8),
     depth=(0, 0, 0),
-    conditioner="rescaler",
+    conditioner="segmentation_encoder",
 )
 BSR_SR = replace(
     _QKV_F4, in_channels=6, model_channels=160, channel_mult=(1, 2, 2, 4), depth=(0, 0, 0, 1)
@@ -132,7 +132,7 @@ def _kl(mult, channels, attention=()):
 
 
 #: First stages alone.
-FIRST_STAGES = {
+AUTOENCODERS = {
     "ldm-vq-f4": _VQ_F4,
     "ldm-vq-f4-noattn": replace(_VQ_F4, vae_middle=False),
     "ldm-vq-f8": replace(_kl((1, 2, 2, 4), 4, (3,)), codebook=16384),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, SegmentationEncoderSpec
 from ldm_runtime.testing import text_encoder_spec
 from tests.export.small_spec import SPEC
 
@@ -37,7 +37,7 @@ BERT = text_encoder_spec(
 )
 FIRST_STAGE = replace(
     SPEC.with_networks(unet=None, autoencoder=VQ, text_encoder=None),
-    task="first-stage",
+    task="autoencoder",
     alphas_cumprod=(),
 )
 INPAINTING = replace(
@@ -69,7 +69,9 @@ LAYOUTS = replace(
 SEMANTIC = replace(
     INPAINTING.with_networks(
         unet=replace(QKV, in_channels=6, transformer_depth=(0, 0)),
-        rescaler=RescalerSpec(num_classes=182, out_channels=3, num_halvings=1),
+        segmentation_encoder=SegmentationEncoderSpec(
+            num_classes=182, out_channels=3, num_downsampling_steps=1
+        ),
     ),
     task="semantic-synthesis",
 )
@@ -80,7 +82,7 @@ CASES = {
     "unet_of_one_head_and_one_token": ("unet", CLASSES),
     "bert": ("text_encoder", LAYOUTS),
     "class_embedder": ("class_embedder", CLASSES),
-    "rescaler": ("rescaler", SEMANTIC),
+    "segmentation_encoder": ("segmentation_encoder", SEMANTIC),
     "encoder_without_attention": ("vae_encoder", INPAINTING),
     "decoder_with_a_codebook": ("vae_decoder", FIRST_STAGE),
 }

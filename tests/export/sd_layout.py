@@ -186,7 +186,7 @@ def _transformer(shapes, name, channels, depth, layout):
             shapes.norm(f"{block}.{norm}", channels)
 
 
-def first_stage_shapes(layout):
+def autoencoder_shapes(layout):
     shapes, numbers = _Shapes(), 2 if layout.codebook is None else 1
     _encoder(shapes, layout, numbers)
     shapes.conv("quant_conv", numbers * layout.z_channels, numbers * layout.embed_dim, 1)
@@ -299,11 +299,11 @@ def conditioner_shapes(layout):
             return bert_shapes(layout) | logits
         case "class":
             return {"embedding.weight": (layout.classes, layout.text_width)}
-        case "rescaler":
+        case "segmentation_encoder":
             channels = layout.in_channels - layout.out_channels
             return {"channel_mapper.weight": (channels, layout.map_classes, 1, 1)}
         case "first stage":
-            return first_stage_shapes(layout)
+            return autoencoder_shapes(layout)
         case _:
             return {}
 
@@ -317,7 +317,7 @@ def checkpoint(layout=SD1, *, ema=False, schedule=True, dtype="float32"):
     """Return the tensors of a whole checkpoint by name, as fakes."""
     parts = {
         "model.diffusion_model.": unet_shapes(layout),
-        "first_stage_model.": first_stage_shapes(layout),
+        "first_stage_model.": autoencoder_shapes(layout),
         "cond_stage_model.": conditioner_shapes(layout),
     }
     tensors = {

@@ -17,7 +17,7 @@ from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, components_of
 from ldm_runtime.specs.networks import (
     ClassEmbedderSpec,
     Networks,
-    RescalerSpec,
+    SegmentationEncoderSpec,
 )
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 
@@ -150,7 +150,9 @@ _SPECS: Mapping[str, ModelSpec] = {
         family="ldm-semantic-synthesis",
         task="semantic-synthesis",
         unet=replace(_EIGHT_HEADS, in_channels=6, transformer_depth=(0, 0)),
-        rescaler=RescalerSpec(num_classes=5, out_channels=3, num_halvings=2),
+        segmentation_encoder=SegmentationEncoderSpec(
+            num_classes=5, out_channels=3, num_downsampling_steps=2
+        ),
     ),
     "super-resolution": _spec(
         100,
@@ -178,9 +180,9 @@ _SPECS: Mapping[str, ModelSpec] = {
         unet=replace(_CROSS, in_channels=4, out_channels=4),
         autoencoder=_KL,
     ),
-    "first-stage": _spec(1, 1.0, 0.0, family="first-stage-vq", task="first-stage", unet=None),
-    "first-stage-kl": _spec(
-        1, 1.0, 0.0, family="first-stage-kl", task="first-stage", unet=None, autoencoder=_KL
+    "autoencoder": _spec(1, 1.0, 0.0, family="autoencoder-vq", task="autoencoder", unet=None),
+    "autoencoder-kl": _spec(
+        1, 1.0, 0.0, family="autoencoder-kl", task="autoencoder", unet=None, autoencoder=_KL
     ),
 }
 #: First and last beta of the released model of each kind; others have .0015 and .0195.
@@ -194,7 +196,7 @@ _BETAS: Mapping[str, tuple[float, float]] = {
     "retrieval": (0.0015, 0.015),
 }
 #: Every task, and "churches" (KL, scale-shift), "class-guided" (one head, a null class) and
-#: "first-stage-kl" besides.
+#: "autoencoder-kl" besides.
 SMALL_SYSTEMS = tuple(_SPECS)
 
 
@@ -219,11 +221,11 @@ def small_system(name: str, seed: int = 0) -> SmallSystem:
         buffers = _schedule(*_BETAS.get(name, (0.0015, 0.0195)))
         spec = replace(spec, alphas_cumprod=tuple(buffers["alphas_cumprod"].tolist()))
         state |= buffers
-    first_stage = "first_stage_model." if spec.unet is not None else ""
+    autoencoder = "first_stage_model." if spec.unet is not None else ""
     prefixes = {
         "unet": "model.diffusion_model.",
-        "vae_encoder": first_stage,
-        "vae_decoder": first_stage,
+        "vae_encoder": autoencoder,
+        "vae_decoder": autoencoder,
     }
     for component in components_of(spec):
         prefix = prefixes.get(component, "cond_stage_model.")
@@ -271,14 +273,14 @@ def _unneeded(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         case "super-resolution":
             return strays
         case "inpainting":
-            first_stage = "first_stage_model."
+            autoencoder = "first_stage_model."
             copies = {
-                key.replace(first_stage, "cond_stage_model."): tensor
+                key.replace(autoencoder, "cond_stage_model."): tensor
                 for key, tensor in state.items()
-                if key.startswith(first_stage)
+                if key.startswith(autoencoder)
             }
             return strays | copies
-        case "first-stage" | "first-stage-kl":
+        case "autoencoder" | "autoencoder-kl":
             return {
                 "loss.logvar": torch.zeros(()),
                 "loss.discriminator.main.0.weight": torch.zeros(8, 3, 4, 4),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm_export import export
-from ldm_export.bundle import export_bundle, plan_export
+from ldm_export.bundle import estimate_export, export_bundle
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import CheckpointError, ExportError, WeightsError
 from ldm_export.golden.preview import fit_preview
@@ -34,11 +34,11 @@ class Outcomes:
     def plan(self, seconds):
         self.planned = dict(seconds)
 
-    def begin(self, stage):
+    def begin(self, step):
         pass
 
-    def end(self, stage, outcome):
-        self.of[stage] = outcome
+    def end(self, step, outcome):
+        self.of[step] = outcome
 
 
 def options(checkpoint, out, **changes):
@@ -257,7 +257,7 @@ def test_which_of_the_two_sets_of_weights_was_used_is_recorded(tmp_path, ema, fl
     checkpoint = write_checkpoint(tmp_path / "small.ckpt", random_networks(), ema=ema)
     overrides = Overrides(height=SIZE, width=SIZE, weights=flag)
 
-    plan = plan_export(options(checkpoint, tmp_path / "engines", overrides=overrides))
+    plan = estimate_export(options(checkpoint, tmp_path / "engines", overrides=overrides))
 
     assert plan.spec.weights == used
     assert f"({used} weights)" in plan.describe()
@@ -271,7 +271,7 @@ def test_a_configuration_beside_the_checkpoint_is_read(tmp_path, small_checkpoin
     checkpoint = shutil.copy(small_checkpoint_path, tmp_path / "small.ckpt")
     (tmp_path / name).write_text(CONFIG.format(0.25))
 
-    plan = plan_export(options(checkpoint, tmp_path / "engines"))
+    plan = estimate_export(options(checkpoint, tmp_path / "engines"))
 
     assert plan.spec.autoencoder.latent_scale_factor == 0.25
     sources = {each.field: each.source for each in plan.spec.assumptions}
@@ -283,13 +283,13 @@ def test_a_configuration_that_is_given_wins_over_the_one_beside_it(tmp_path, sma
     (tmp_path / "config.yaml").write_text(CONFIG.format(0.25))
     (tmp_path / "mine.yaml").write_text(CONFIG.format(0.5))
 
-    plan = plan_export(options(checkpoint, tmp_path / "engines", config=tmp_path / "mine.yaml"))
+    plan = estimate_export(options(checkpoint, tmp_path / "engines", config=tmp_path / "mine.yaml"))
 
     assert plan.spec.autoencoder.latent_scale_factor == 0.5
 
 
 def test_a_plan_writes_nothing(tmp_path, small_checkpoint_path):
-    plan_export(options(small_checkpoint_path, tmp_path / "engines"))
+    estimate_export(options(small_checkpoint_path, tmp_path / "engines"))
 
     assert list(tmp_path.iterdir()) == []
 
@@ -305,7 +305,7 @@ LOST, STRAY = "first_stage_model.decoder.mid.block_1.conv1.weight", "model.diffu
         ({STRAY: torch.zeros(1)}, r"the unet; not part of it: out\.7\.x"),
     ],
 )
-@pytest.mark.parametrize("begin", [plan_export, export_bundle])
+@pytest.mark.parametrize("begin", [estimate_export, export_bundle])
 def test_weights_that_do_not_fit_are_named_before_anything_is_written(
     tmp_path, small_checkpoint_path, change, message, begin
 ):

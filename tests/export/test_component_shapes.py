@@ -10,7 +10,7 @@ from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_cl
 from ldm_export.hyperparameters.text_encoders import read_bert
 from ldm_export.hyperparameters.unet import read_unet
 from tests.export.ldm_layouts import CELEBA, CHURCHES, CIN256, INPAINTING, LAYOUT2IMG, SEMANTIC
-from tests.export.sd_layout import TINY, bert_shapes, first_stage_shapes, unet_shapes
+from tests.export.sd_layout import TINY, autoencoder_shapes, bert_shapes, unet_shapes
 
 SMALL = replace(CHURCHES, model_channels=32, channel_mult=(1, 1, 2), depth=(1, 1, 0))
 
@@ -19,7 +19,7 @@ def unet(shapes, num_heads=8):
     return read_unet(shapes, num_heads=num_heads, num_head_channels=None)
 
 
-def first_stage(shapes):
+def autoencoder(shapes):
     return read_autoencoder(shapes, latent_scale_factor=1.0)
 
 
@@ -96,35 +96,35 @@ def test_attention_in_the_middle_alone_is_read():
 
 
 def test_a_codebook_of_another_width_is_an_error():
-    shapes = first_stage_shapes(CELEBA) | {"quantize.embedding.weight": (8192, 4)}
+    shapes = autoencoder_shapes(CELEBA) | {"quantize.embedding.weight": (8192, 4)}
 
     with pytest.raises(
         WeightsError, match=r"post_quant_conv.* is 3, but columns of quantize.* is 4"
     ):
-        first_stage(shapes)
+        autoencoder(shapes)
 
 
 def test_an_encoder_with_moments_does_not_go_with_a_codebook():
-    shapes = first_stage_shapes(CELEBA) | {"quant_conv.weight": (6, 6, 1, 1)}
+    shapes = autoencoder_shapes(CELEBA) | {"quant_conv.weight": (6, 6, 1, 1)}
 
     with pytest.raises(WeightsError, match=r"quant_conv.* begins with \(6, 6\), but a VQ auto"):
-        first_stage(shapes)
+        autoencoder(shapes)
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 def test_attention_in_the_middle_of_one_half_only_is_an_error(side):
-    shapes = first_stage_shapes(INPAINTING) | {f"{side}.mid.attn_1.q.weight": (512, 512, 1, 1)}
+    shapes = autoencoder_shapes(INPAINTING) | {f"{side}.mid.attn_1.q.weight": (512, 512, 1, 1)}
 
     with pytest.raises(WeightsError, match=r"presence of decoder\.mid\.attn_1"):
-        first_stage(shapes)
+        autoencoder(shapes)
 
 
 def test_attention_on_a_level_of_one_half_only_is_an_error():
-    shapes = first_stage_shapes(CIN256)
+    shapes = autoencoder_shapes(CIN256)
     shapes = {name: shapes[name] for name in shapes if "encoder.down.3.attn" not in name}
 
     with pytest.raises(WeightsError, match=r"decoder\.up is \(3,\), but .* encoder\.down is \(\)"):
-        first_stage(shapes)
+        autoencoder(shapes)
 
 
 STACK = "transformer.attn_layers.layers"

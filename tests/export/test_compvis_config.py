@@ -1,6 +1,6 @@
 import pytest
 
-from ldm_export.detection.compvis_config import ConfigFacts, config_facts, read_config
+from ldm_export.detection.compvis_config import ConfigFields, config_fields, read_config
 from ldm_export.detection.detect import detect
 from ldm_export.errors import ExportError, WeightsError
 from tests.export.sd_layout import SD1, TINY, checkpoint
@@ -67,9 +67,9 @@ def test_facts_are_read_and_minus_one_leaves_them_open():
         cond_stage_config={"params": {"num_attention_heads": 4, "hidden_act": "gelu"}},
     )
 
-    facts = config_facts(config)
+    features = config_fields(config)
 
-    assert facts == ConfigFacts(
+    assert features == ConfigFields(
         prediction_type="sample",
         latent_scale_factor=0.1,
         linear_start=0.0015,
@@ -81,7 +81,7 @@ def test_facts_are_read_and_minus_one_leaves_them_open():
 
 
 def test_no_configuration_says_nothing():
-    assert config_facts(None) == ConfigFacts()
+    assert config_fields(None) == ConfigFields()
 
 
 def test_a_schedule_from_the_configuration_is_recorded_as_such():
@@ -149,14 +149,14 @@ def test_one_number_a_level_is_the_same_as_one_number():
 )
 def test_impossible_values_are_an_error_that_names_the_entry(params, message):
     with pytest.raises(ExportError, match=message):
-        config_facts(of_params(**params))
+        config_fields(of_params(**params))
 
 
 def test_a_scale_by_std_configuration_leaves_the_scale_to_the_checkpoint():
-    facts = config_facts(of_params(scale_by_std=True, scale_factor=1.0))
+    features = config_fields(of_params(scale_by_std=True, scale_factor=1.0))
 
-    assert facts.latent_scale_factor is None
-    assert facts.scale_by_std
+    assert features.latent_scale_factor is None
+    assert features.scale_by_std
 
 
 @pytest.mark.parametrize(

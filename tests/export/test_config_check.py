@@ -5,24 +5,24 @@ from dataclasses import replace
 
 import pytest
 
-from ldm_export.detection.compvis_config import config_facts
+from ldm_export.detection.compvis_config import config_fields
 from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, WeightsError
 from tests.export.ldm_layouts import (
+    AUTOENCODERS,
     BSR_SR,
     CELEBA,
     CHURCHES,
     CIN256,
     CIN256_V2,
-    FIRST_STAGES,
     INPAINTING,
     LAYOUT2IMG,
     RDM,
     SEMANTIC,
     TXT2IMG_1P4B,
 )
-from tests.export.sd_layout import FakeTensor, checkpoint, first_stage_shapes, with_values
+from tests.export.sd_layout import FakeTensor, autoencoder_shapes, checkpoint, with_values
 
 
 def of_params(**params):
@@ -33,7 +33,7 @@ def part(target="", **params):
     return ({"target": target} if target else {}) | {"params": params}
 
 
-def first_stage_part(layout, resolution=256, attended=(), **params):
+def autoencoder_part(layout, resolution=256, attended=(), **params):
     ddconfig = {
         "double_z": layout.codebook is None,
         "z_channels": layout.z_channels,
@@ -74,7 +74,7 @@ RELEASED = {
             linear_end=0.0195,
             image_size=64,
             unet_config=unet_part(CELEBA, (8, 4, 2), num_head_channels=32),
-            first_stage_config={"params": first_stage_part(CELEBA)},
+            first_stage_config={"params": autoencoder_part(CELEBA)},
             cond_stage_config="__is_unconditional__",
         ),
     ),
@@ -93,7 +93,7 @@ RELEASED = {
                 use_scale_shift_norm=True,
                 resblock_updown=True,
             ),
-            first_stage_config={"params": first_stage_part(CHURCHES)},
+            first_stage_config={"params": autoencoder_part(CHURCHES)},
         ),
     ),
     "cin256-v2": (
@@ -177,7 +177,7 @@ RELEASED = {
             linear_end=0.0205,
             cond_stage_config="__is_first_stage__",
             unet_config=unet_part(INPAINTING, (8, 4, 2), num_heads=8, resblock_updown=True),
-            first_stage_config={"params": first_stage_part(INPAINTING, attn_type="none")},
+            first_stage_config={"params": autoencoder_part(INPAINTING, attn_type="none")},
         ),
     ),
     "rdm": (
@@ -193,14 +193,14 @@ RELEASED = {
                 use_spatial_transformer=True,
                 context_dim=768,
             ),
-            first_stage_config={"params": first_stage_part(RDM, attended=(16,))},
+            first_stage_config={"params": autoencoder_part(RDM, attended=(16,))},
         ),
     ),
 }
 
 
 def alone(layout):
-    return {name: FakeTensor(shape=shape) for name, shape in first_stage_shapes(layout).items()}
+    return {name: FakeTensor(shape=shape) for name, shape in autoencoder_shapes(layout).items()}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -248,9 +248,9 @@ def test_a_configuration_gives_a_sibling_its_heads():
 
 @pytest.mark.parametrize("name", ["ldm-vq-f8", "ldm-kl-f16", "ldm-kl-f32", "ldm-vq-f4-noattn"])
 def test_the_configuration_of_a_first_stage_alone_is_read(name):
-    layout = FIRST_STAGES[name]
+    layout = AUTOENCODERS[name]
     attended = [256 // 2**level for level in layout.vae_attention]
-    params = first_stage_part(layout, attended=attended)
+    params = autoencoder_part(layout, attended=attended)
     params["ddconfig"]["resolution"] = 256
     if not layout.vae_middle:
         params["ddconfig"]["attn_type"] = "none"
@@ -266,7 +266,7 @@ def unet_says(**params):
     return {"unet_config": {"params": params}}
 
 
-def first_stage_says(**params):
+def autoencoder_says(**params):
     return {"first_stage_config": {"params": params}}
 
 
@@ -282,13 +282,13 @@ def conditioner_says(**params):
         (CELEBA, unet_says(use_spatial_transformer=True), "use_spatial_transformer is True"),
         (BSR_SR, unet_says(attention_resolutions=[8, 4]), r"resolutions is \[8, 4\], .* \(8,\)"),
         (LAYOUT2IMG, unet_says(transformer_depth=1), "transformer_depth is 1, .* have 3"),
-        (CELEBA, first_stage_says(n_embed=16384), "n_embed is 16384, .* have 8192"),
-        (CELEBA, first_stage_says(ddconfig={"double_z": True}), "double_z is True"),
-        (CELEBA, first_stage_says(ddconfig={"attn_type": "none"}), "none, .* have vanilla"),
-        (INPAINTING, first_stage_says(ddconfig={"attn_type": "vanilla"}), "vanilla, .* have none"),
+        (CELEBA, autoencoder_says(n_embed=16384), "n_embed is 16384, .* have 8192"),
+        (CELEBA, autoencoder_says(ddconfig={"double_z": True}), "double_z is True"),
+        (CELEBA, autoencoder_says(ddconfig={"attn_type": "none"}), "none, .* have vanilla"),
+        (INPAINTING, autoencoder_says(ddconfig={"attn_type": "vanilla"}), "vanilla, .* have none"),
         (
             CIN256,
-            first_stage_says(ddconfig={"resolution": 256, "attn_resolutions": [16]}),
+            autoencoder_says(ddconfig={"resolution": 256, "attn_resolutions": [16]}),
             r"attn_resolutions is \[16\], .* have \(32,\)",
         ),
         (CIN256, conditioner_says(embed_dim=640), "embed_dim is 640, .* have 512"),
@@ -323,8 +323,8 @@ def test_a_configuration_of_another_model_is_an_error_that_shows_both(layout, pa
 
 
 def test_a_first_stage_alone_is_compared_with_its_configuration():
-    layout = FIRST_STAGES["ldm-vq-f8"]
-    params = first_stage_part(layout, attended=(32,)) | {"n_embed": 256}
+    layout = AUTOENCODERS["ldm-vq-f8"]
+    params = autoencoder_part(layout, attended=(32,)) | {"n_embed": 256}
 
     with pytest.raises(WeightsError, match=r"params\.n_embed is 256, .* have 16384"):
         detect(alone(layout), config=of_params(**params))
@@ -336,7 +336,7 @@ def test_a_first_stage_alone_is_compared_with_its_configuration():
         (unet_says(use_new_attention_order=True), "use_new_attention_order True is not exported"),
         (unet_says(num_heads_upsample=4), "num_heads_upsample 4 is not exported"),
         (unet_says(conv_resample=False), "conv_resample False is not exported"),
-        (first_stage_says(ddconfig={"tanh_out": True}), "ddconfig.tanh_out True is not exported"),
+        (autoencoder_says(ddconfig={"tanh_out": True}), "ddconfig.tanh_out True is not exported"),
         (conditioner_says(method="bicubic"), "method 'bicubic' is not exported"),
         (conditioner_says(multiplier=0.25), "multiplier 0.25 is not exported"),
         (conditioner_says(ucg_rate=1.5), "ucg_rate is 1.5; a number from 0 to 1"),
@@ -346,4 +346,4 @@ def test_a_first_stage_alone_is_compared_with_its_configuration():
 )
 def test_what_is_not_exported_is_an_error_that_names_the_entry(params, message):
     with pytest.raises(ExportError, match=message):
-        config_facts(of_params(**params))
+        config_fields(of_params(**params))

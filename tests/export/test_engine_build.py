@@ -20,12 +20,17 @@ from ldm_runtime import Generator
 from ldm_runtime.bundle.files import check_file
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.inspection import inspect, readable
-from ldm_runtime.engines.build import _attach_timing_cache, build_plan
+from ldm_runtime.engines.build import _attach_timing_cache, build_engine
+from ldm_runtime.engines.build_specs import (
+    TARGETS,
+    EngineOptions,
+    choose_toolchain,
+    make_build_specs,
+)
 from ldm_runtime.engines.gpu import find_gpu
 from ldm_runtime.engines.library import import_builder, library_logger
 from ldm_runtime.engines.profiles import SizeRange
-from ldm_runtime.engines.recipes import TARGETS, EngineOptions, choose_toolchain, make_recipes
-from ldm_runtime.engines.records import EngineRecipe, ProfileRecord, load_engine_records
+from ldm_runtime.engines.records import EngineBuildSpec, ProfileRecord, load_engine_records
 from ldm_runtime.engines.store import add_engines, component_files
 from ldm_runtime.errors import EngineBuildError
 from ldm_runtime.progress import Silent
@@ -59,12 +64,12 @@ def recipes_for(bundle, options):
     manifest = load_manifest(bundle)
     toolchain = choose_toolchain(options)
     files = component_files(manifest.components, manifest.files)
-    return make_recipes(toolchain, options.sizes, manifest.spec, files)
+    return make_build_specs(toolchain, options.sizes, manifest.spec, files)
 
 
-def recipe(*, targets=("sm86",), **lengths):
+def build_spec(*, targets=("sm86",), **lengths):
     """A recipe for a hand-written graph whose inputs have these shapes, whatever their sizes."""
-    return EngineRecipe(
+    return EngineBuildSpec(
         component="unet",
         builder="tensorrt_rtx",
         builder_version=str(import_builder("tensorrt_rtx").__version__),
@@ -103,7 +108,7 @@ def test_every_component_builds_for_every_target_from_a_clean_state(
 
     for each in recipes_for(small_bundle_fp16, options):
         plan = tmp_path / f"{each.component}.plan"
-        build_plan(small_bundle_fp16 / each.component / "model.onnx", each, plan)
+        build_engine(small_bundle_fp16 / each.component / "model.onnx", each, plan)
         weights = (small_bundle_fp16 / each.component / "weights.bin").stat().st_size
         assert each.targets == (target,)
         assert plan.stat().st_size > 0.9 * weights
@@ -122,7 +127,7 @@ def test_a_bundle_gets_engines_that_its_manifest_vouches_for(built_bundle):
     for record in records:
         assert record.graph_sha256 == hashes[f"{record.component}/model.onnx"]
         assert record.weights_sha256 == hashes[f"{record.component}/weights.bin"]
-        assert record.plan_sha256 == hashes[record.plan_path]
+        assert record.plan_sha256 == hashes[record.engine_path]
         assert record.seconds > 0
     assert "unet for sm80, sm86, sm89, sm120, sm121" in readable(inspect(built_bundle, {}))
 
@@ -147,10 +152,10 @@ def test_engines_are_taken_over_until_their_weights_change(built_bundle, tmp_pat
     manifest = load_manifest(bundle)
     records = load_engine_records(bundle, manifest)
 
-    changed = replace(records[1].recipe, weights_sha256="0" * 64)
+    changed = replace(records[1].build_spec, weights_sha256="0" * 64)
 
-    assert changed != records[1].recipe
-    assert recipes_for(bundle, RTX)[1] == records[1].recipe
+    assert changed != records[1].build_spec
+    assert recipes_for(bundle, RTX)[1] == records[1].build_spec
 
 
 @pytest.mark.slow
@@ -158,7 +163,7 @@ def test_progress_grows_to_the_end(small_bundle_fp16, tmp_path):
     (text_encoder, *_) = recipes_for(small_bundle_fp16, STATIC)
     seen = []
 
-    build_plan(
+    build_engine(
         small_bundle_fp16 / "text_encoder/model.onnx",
         text_encoder,
         tmp_path / "a.plan",
@@ -184,11 +189,11 @@ def test_ctrl_c_ends_a_build_without_a_plan_and_the_next_build_works(
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        build_plan(small_bundle_fp16 / "unet/model.onnx", unet, plan, on_progress=interrupt)
+        build_engine(small_bundle_fp16 / "unet/model.onnx", unet, plan, on_progress=interrupt)
 
     assert not plan.exists()
     assert "engine build" not in {thread.name for thread in threading.enumerate()}
-    build_plan(small_bundle_fp16 / "text_encoder/model.onnx", text_encoder, plan)
+    build_engine(small_bundle_fp16 / "text_encoder/model.onnx", text_encoder, plan)
     assert plan.stat().st_size > 0
 
 
@@ -199,13 +204,13 @@ class Outcomes(Silent):
     """Remembers what became of each stage."""
 
     def __init__(self):
-        self.stages, self.estimates = {}, {}
+        self.steps, self.estimates = {}, {}
 
     def plan(self, seconds):
         self.estimates = dict(seconds)
 
-    def end(self, stage, outcome):
-        self.stages[stage] = outcome
+    def end(self, step, outcome):
+        self.steps[step] = outcome
 
 
 def export_over(bundle, checkpoint, engines, **arguments):
@@ -234,12 +239,12 @@ def test_an_export_publishes_engines_and_the_next_one_takes_them_over(
     third = export_over(bundle, small_checkpoint_path, EngineOptions(builder="none"))
 
     engines = {f"{name} engine sm86" for name in ("text_encoder", "unet", "vae_decoder")}
-    assert {name for name, outcome in first.stages.items() if outcome == "built"} >= engines
-    assert {name for name, outcome in second.stages.items() if outcome == "reused"} >= engines
+    assert {name for name, outcome in first.steps.items() if outcome == "built"} >= engines
+    assert {name for name, outcome in second.steps.items() if outcome == "reused"} >= engines
     assert engines <= first.estimates.keys()
     assert [second.estimates[name] for name in engines] == [0.0] * 3
-    assert [record.recipe for record in records] == recipes_for(bundle, STATIC)
-    assert engines.isdisjoint(third.stages)
+    assert [record.build_spec for record in records] == recipes_for(bundle, STATIC)
+    assert engines.isdisjoint(third.steps)
     assert load_manifest(bundle).engines == ()
     assert not (bundle / "tensorrt").exists()
 
@@ -260,8 +265,8 @@ def test_an_export_interrupted_between_engines_goes_on_with_the_next(
 
     outcomes = export_over(bundle, small_checkpoint_path, STATIC)
 
-    assert outcomes.stages["unet engine sm86"] == "reused"
-    assert outcomes.stages["vae_decoder engine sm86"] == "built"
+    assert outcomes.steps["unet engine sm86"] == "reused"
+    assert outcomes.steps["vae_decoder engine sm86"] == "built"
     for file in load_manifest(bundle).files:
         check_file(bundle, file)
 
@@ -276,7 +281,7 @@ def test_engines_that_were_added_later_do_not_forbid_another_export(
 
     outcomes = export_over(bundle, small_checkpoint_path, RTX)
 
-    assert outcomes.stages["unet engine"] == "reused"
+    assert outcomes.steps["unet engine"] == "reused"
     assert not (bundle / "tensorrt/left.partial").exists()
 
 
@@ -297,7 +302,7 @@ def test_an_operator_that_the_parser_does_not_know_is_named_with_its_node(tmp_pa
     graph = write_graph(tmp_path / "a.onnx", node, ["b", 4, 4])
 
     with pytest.raises(EngineBuildError, match=r"node 'the_determinant' \(Det\)"):
-        build_plan(graph, recipe(x=(1, 4, 4)), tmp_path / "a.plan")
+        build_engine(graph, build_spec(x=(1, 4, 4)), tmp_path / "a.plan")
 
     assert not (tmp_path / "a.plan").exists()
 
@@ -307,7 +312,7 @@ def test_two_precisions_at_one_node_are_an_error_because_networks_are_strongly_t
     graph = write_graph(tmp_path / "a.onnx", node, ["b", 4], [np.ones((4, 4), np.float16)])
 
     with pytest.raises(EngineBuildError, match=r"node 'mixed' .* same input types"):
-        build_plan(graph, recipe(x=(1, 4)), tmp_path / "a.plan")
+        build_engine(graph, build_spec(x=(1, 4)), tmp_path / "a.plan")
 
 
 def test_a_node_that_fails_in_the_builder_is_named(tmp_path):
@@ -316,7 +321,7 @@ def test_a_node_that_fails_in_the_builder_is_named(tmp_path):
     graph = write_graph(tmp_path / "a.onnx", node, ["b", 3, "h", "w"], [weights])
 
     with pytest.raises(EngineBuildError, match=r"late_conv: .* cannot be negative"):
-        build_plan(graph, recipe(x=(1, 3, 1, 1)), tmp_path / "a.plan")
+        build_engine(graph, build_spec(x=(1, 3, 1, 1)), tmp_path / "a.plan")
 
 
 def test_a_profile_of_another_shape_is_an_error(tmp_path):
@@ -324,7 +329,7 @@ def test_a_profile_of_another_shape_is_an_error(tmp_path):
     graph = write_graph(tmp_path / "a.onnx", node, ["b", 4])
 
     with pytest.raises(EngineBuildError, match="profile has min=5"):
-        build_plan(graph, recipe(x=(1, 5)), tmp_path / "a.plan")
+        build_engine(graph, build_spec(x=(1, 5)), tmp_path / "a.plan")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a graph"])
@@ -334,17 +339,17 @@ def test_a_missing_or_damaged_graph_is_an_error(content, tmp_path):
         graph.write_bytes(content)
 
     with pytest.raises(EngineBuildError, match=r"cannot build the unet engine from .*a\.onnx: "):
-        build_plan(graph, recipe(x=(1, 4)), tmp_path / "a.plan")
+        build_engine(graph, build_spec(x=(1, 4)), tmp_path / "a.plan")
 
 
 def test_an_error_of_one_build_is_not_told_by_the_next(tmp_path):
     bad = write_graph(tmp_path / "bad.onnx", helper.make_node("Det", ["x"], ["y"]), ["b", 4, 4])
     good = write_graph(tmp_path / "good.onnx", helper.make_node("Relu", ["x"], ["y"]), ["b", 4])
     with pytest.raises(EngineBuildError):
-        build_plan(bad, recipe(x=(1, 4, 4)), tmp_path / "a.plan")
+        build_engine(bad, build_spec(x=(1, 4, 4)), tmp_path / "a.plan")
 
     with pytest.raises(EngineBuildError) as caught:
-        build_plan(good, recipe(x=(1, 5)), tmp_path / "a.plan")
+        build_engine(good, build_spec(x=(1, 5)), tmp_path / "a.plan")
 
     assert "Det" not in str(caught.value)
 

@@ -14,8 +14,8 @@ from tests.export.sd_layout import (
     SD1,
     TINY,
     FakeTensor,
+    autoencoder_shapes,
     checkpoint,
-    first_stage_shapes,
     text_shapes,
     unet_shapes,
     with_values,
@@ -71,17 +71,17 @@ def test_the_components_of_stable_diffusion_1_have_the_published_sizes():
 def test_every_hyperparameter_of_a_small_sibling_is_read_from_its_shapes():
     spec = detect(checkpoint(TINY)).spec
 
-    unet, first_stage, text = spec.unet, spec.autoencoder, spec.networks["text_encoder"]
+    unet, autoencoder, text = spec.unet, spec.autoencoder, spec.networks["text_encoder"]
     for field in (
         *("in_channels", "out_channels", "model_channels", "channel_mult", "num_res_blocks"),
         *("middle_depth", "context_dim", "linear_projection"),
     ):
         assert getattr(unet, field) == getattr(TINY, field), field
     assert unet.transformer_depth == TINY.depth
-    assert (first_stage.channels, first_stage.channel_mult) == (32, (1, 2, 2))
-    assert (first_stage.num_res_blocks, first_stage.attention_levels) == (1, (2,))
-    assert (first_stage.z_channels, first_stage.embed_dim, first_stage.factor) == (6, 4, 4)
-    assert first_stage.image_channels == 3
+    assert (autoencoder.channels, autoencoder.channel_mult) == (32, (1, 2, 2))
+    assert (autoencoder.num_res_blocks, autoencoder.attention_levels) == (1, (2,))
+    assert (autoencoder.z_channels, autoencoder.embed_dim, autoencoder.factor) == (6, 4, 4)
+    assert autoencoder.image_channels == 3
     assert (text.width, text.num_layers, text.feed_forward_dim) == (96, 3, 200)
     assert (text.vocab_size, text.max_tokens, text.pad_token_id) == (600, 24, 599)
 
@@ -108,8 +108,8 @@ def test_parameters_have_the_names_of_their_networks():
 
     assert weights["unet"].keys() == unet_shapes(TINY).keys()
     assert weights["text_encoder"].keys() == text_shapes(TINY).keys()
-    first_stage = weights["vae_encoder"].keys() | weights["vae_decoder"].keys()
-    assert first_stage == first_stage_shapes(TINY).keys()
+    autoencoder = weights["vae_encoder"].keys() | weights["vae_decoder"].keys()
+    assert autoencoder == autoencoder_shapes(TINY).keys()
     assert (
         weights["vae_decoder"]["post_quant_conv.bias"] == "first_stage_model.post_quant_conv.bias"
     )

@@ -67,10 +67,10 @@ def test_a_family_that_is_not_exported_yet_is_refused_by_name(name):
 
 @pytest.mark.parametrize("layout", [SD1, TINY, replace(TINY, model_channels=192, context_dim=640)])
 def test_stable_diffusion_1_and_its_siblings_are_one_family(layout):
-    family, knowledge = match_family(checkpoint(layout))
+    family, family_defaults = match_family(checkpoint(layout))
 
     assert family.name == "stable-diffusion-1"
-    assert knowledge is family.knowledge
+    assert family_defaults is family.family_defaults
 
 
 def test_the_order_of_the_rows_does_not_matter():
@@ -93,7 +93,7 @@ def test_an_unknown_checkpoint_is_described_and_compared_with_the_nearest_family
         "conditioner clip",
         "model.* (686)",
         "Nearest family: stable-diffusion-1",
-        "first_stage: found none, expected kl (first_stage_model.post_quant_conv.weight)",
+        "autoencoder: found none, expected kl (first_stage_model.post_quant_conv.weight)",
     ):
         assert part in message
 
@@ -137,12 +137,12 @@ def test_an_empty_checkpoint_is_of_no_family():
 
 def test_no_two_rows_have_the_same_name_or_the_same_facts():
     names = [family.name for family in FAMILIES]
-    facts = [tuple(sorted(family.facts.items())) for family in FAMILIES]
+    features = [tuple(sorted(family.features.items())) for family in FAMILIES]
 
-    assert len(set(names)) == len(set(facts)) == len(FAMILIES)
+    assert len(set(names)) == len(set(features)) == len(FAMILIES)
 
 
 def test_every_fact_of_every_row_is_one_that_is_looked_for():
     looked_for = fingerprint({}).keys()
 
-    assert all(family.facts.keys() <= looked_for for family in FAMILIES)
+    assert all(family.features.keys() <= looked_for for family in FAMILIES)

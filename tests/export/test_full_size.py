@@ -132,7 +132,7 @@ def test_a_narrow_model_goes_from_checkpoint_to_engines_and_its_row_is_kept(tmp_
     assert list(work.iterdir()) == []
     (row,) = map(json.loads, results.read_text().splitlines())  # the second run had it already
     assert row["failure"] is None
-    assert row["family"] == "first-stage-kl"
+    assert row["family"] == "autoencoder-kl"
     assert row["differs"] == []
     assert row["export"]["peak_bytes"] > 100e6
     assert max(row["fp32_max_relative_error"].values()) <= 1e-4
@@ -143,7 +143,7 @@ def test_a_narrow_model_goes_from_checkpoint_to_engines_and_its_row_is_kept(tmp_
     assert {build["component"] for build in row["engines"]} == {"vae_decoder", "vae_encoder"}
     captured = capsys.readouterr()
     assert "kl-f4 is there already" in captured.err
-    assert "| kl-f4 (narrow) | first-stage-kl |" in captured.out
+    assert "| kl-f4 (narrow) | autoencoder-kl |" in captured.out
 
 
 ROW = {

@@ -11,7 +11,7 @@ from ldm_export.golden.outputs import golden_folders, write_golden
 from ldm_export.golden.requests import golden_requests
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import build_network
-from ldm_export.stages import vocabulary_of
+from ldm_export.steps import vocabulary_of
 from ldm_runtime.diagnostics.golden_requests import load_golden_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.sizes import latent_size
@@ -48,7 +48,7 @@ FIELDS = {
     "super-resolution": ("image",),
     "inpainting": ("image",),
     "retrieval": ("embeddings",),
-    "first-stage": ("image",),
+    "autoencoder": ("image",),
 }
 
 
@@ -101,7 +101,7 @@ def test_the_golden_requests_of_every_task_have_what_it_needs(released):
     inputs = [
         [getattr(each.as_request(), name) for name in FIELDS[released.task]] for each in requests
     ]
-    assert len(requests) == (2 if released.task == "first-stage" else 3)
+    assert len(requests) == (2 if released.task == "autoencoder" else 3)
     for request in requests:
         check_needs(request.as_request(), released)
         assert resolve(request, released) == request
@@ -156,7 +156,7 @@ class Zeros:
             ),
             "text_encoder": lambda: (*first.shape, spec.networks["text_encoder"].width),
             "class_embedder": lambda: (rows, 1, spec.networks["class_embedder"].width),
-            "rescaler": lambda: (rows, 3, sides[0] // factor, sides[1] // factor),
+            "segmentation_encoder": lambda: (rows, 3, sides[0] // factor, sides[1] // factor),
         }[self.name]()
         return {output.name: np.zeros(shape, np.float32)}
 
@@ -174,13 +174,13 @@ def test_no_network_is_opened_twice(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("default", "drawn"),
+    ("default", "generated"),
     [((64, 64), (64, 64)), ((512, 768), (256, 256)), ((40, 264), (40, 256))],
 )
-def test_golden_images_are_at_most_256_pixels_a_side(default, drawn):
+def test_golden_images_are_at_most_256_pixels_a_side(default, generated):
     requests = golden_requests(with_size(*default), 10**6)
 
-    assert {(each.height, each.width) for each in requests} == {drawn}
+    assert {(each.height, each.width) for each in requests} == {generated}
 
 
 def test_large_models_draw_few_steps():
@@ -232,7 +232,7 @@ def test_the_same_golden_outputs_come_out_twice(golden, networks, requests, tmp_
 
 
 def test_a_first_stage_is_shown_by_latents_and_what_they_become(tmp_path):
-    system = small_system("first-stage")
+    system = small_system("autoencoder")
     engines = {name: engine_of(name, system) for name in ("vae_encoder", "vae_decoder")}
     requests = golden_requests(system.spec, 0)
 

@@ -86,14 +86,14 @@ def test_a_safetensors_checkpoint_is_described(tmp_path):
 
 def test_only_what_a_model_has_is_described(tmp_path):
     path = tmp_path / "first stage.ckpt"
-    torch.save({"state_dict": small_system("first-stage").state}, path)
+    torch.save({"state_dict": small_system("autoencoder").state}, path)
 
     report = inspect_checkpoint(path)
 
-    assert (report["family"], report["task"]) == ("first-stage-vq", "first-stage")
+    assert (report["family"], report["task"]) == ("autoencoder-vq", "autoencoder")
     assert report["autoencoder"]["codebook_size"] == 600
     assert report["components"].keys() == {"vae_decoder", "vae_encoder"}
-    assert {"unet", "text_encoder", "class_embedder", "rescaler"}.isdisjoint(report)
+    assert {"unet", "text_encoder", "class_embedder", "segmentation_encoder"}.isdisjoint(report)
 
 
 def test_a_configuration_beside_a_checkpoint_is_read_as_an_export_reads_it(tmp_path):

@@ -240,11 +240,11 @@ def test_the_stages_of_an_export_add_up_to_its_time():
         (13.0, "reading something"),
     ]
 
-    stages = export_full_size.stage_seconds(arrivals, 15.0)
+    steps = export_full_size.stage_seconds(arrivals, 15.0)
 
-    assert stages["unet"] == 9.9
-    assert stages["start, read, hash"] == pytest.approx(2.4)
-    assert sum(stages.values()) == pytest.approx(15.0)
+    assert steps["unet"] == 9.9
+    assert steps["start, read, hash"] == pytest.approx(2.4)
+    assert sum(steps.values()) == pytest.approx(15.0)
 
 
 @pytest.mark.parametrize("half", [True, False])

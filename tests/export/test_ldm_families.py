@@ -15,12 +15,12 @@ from ldm_export.errors import ExportError, UnknownModelError, WeightsError
 from ldm_export.networks.loading import build_network
 from ldm_runtime.specs.model import components_of
 from tests.export.ldm_layouts import (
+    AUTOENCODERS,
     BSR_SR,
     CELEBA,
     CHURCHES,
     CIN256,
     CIN256_V2,
-    FIRST_STAGES,
     INPAINTING,
     LAYOUT2IMG,
     RDM,
@@ -29,7 +29,7 @@ from tests.export.ldm_layouts import (
     TEXT2IMG256,
     TXT2IMG_1P4B,
 )
-from tests.export.sd_layout import SD1, FakeTensor, checkpoint, first_stage_shapes
+from tests.export.sd_layout import SD1, FakeTensor, autoencoder_shapes, checkpoint
 from tests.export.small_systems import SIZE, SMALL_SYSTEMS, small_system
 
 NAMES = {id(layout): name for name, layout in RELEASED.items()}
@@ -77,8 +77,8 @@ def changed(tensors, *, without="\0", **added):
     return kept | {name: FakeTensor(shape=shape) for name, shape in added.items()}
 
 
-def first_stage(layout, prefix="", *, ema=False):
-    shapes = first_stage_shapes(layout) | {"loss.logvar": (), "loss.discriminator.bias": (3,)}
+def autoencoder(layout, prefix="", *, ema=False):
+    shapes = autoencoder_shapes(layout) | {"loss.logvar": (), "loss.discriminator.bias": (3,)}
     averages = {"model_ema." + name.replace(".", ""): shapes[name] for name in shapes}
     names = {prefix + name: shape for name, shape in shapes.items()}
     return {
@@ -86,13 +86,13 @@ def first_stage(layout, prefix="", *, ema=False):
     }
 
 
-@pytest.mark.parametrize(("layout", "facts", "heads", "sigma_max", "sampling"), FACTS, ids=name_of)
-def test_a_released_model_needs_no_flag(layout, facts, heads, sigma_max, sampling):
+@pytest.mark.parametrize(("layout", "features", "heads", "sigma_max", "sampling"), FACTS, ids=name_of)
+def test_a_released_model_needs_no_flag(layout, features, heads, sigma_max, sampling):
     spec = detect(checkpoint(layout, schedule=False)).spec
 
     defaults = spec.defaults
     assert spec.family == name_of(layout)
-    assert (spec.task, spec.autoencoder.latent_scale_factor, defaults.height) == facts
+    assert (spec.task, spec.autoencoder.latent_scale_factor, defaults.height) == features
     assert (spec.unet.num_heads, spec.unet.num_head_channels) == heads
     assert math.sqrt(1 / spec.alphas_cumprod[-1] - 1) == pytest.approx(sigma_max, abs=0.005)
     assert len(spec.alphas_cumprod) == 1000
@@ -170,10 +170,14 @@ def test_prompts_are_filled_with_zeros_and_layouts_with_the_last_token():
 
 def test_conditioners_without_layers_are_read():
     classes = detect(checkpoint(CIN256)).spec.networks["class_embedder"]
-    rescaler = detect(checkpoint(SEMANTIC)).spec.networks["rescaler"]
+    segmentation_encoder = detect(checkpoint(SEMANTIC)).spec.networks["segmentation_encoder"]
 
     assert (classes.num_classes, classes.width, classes.null_class) == (1000, 512, None)
-    assert (rescaler.num_classes, rescaler.out_channels, rescaler.num_halvings) == (182, 3, 2)
+    assert (
+        segmentation_encoder.num_classes,
+        segmentation_encoder.out_channels,
+        segmentation_encoder.num_downsampling_steps,
+    ) == (182, 3, 2)
     assert detect(checkpoint(CIN256_V2)).spec.networks["class_embedder"].null_class == 1000
 
 
@@ -219,14 +223,14 @@ def as_stored(tensor):
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-@pytest.mark.parametrize("name", FIRST_STAGES)
+@pytest.mark.parametrize("name", AUTOENCODERS)
 def test_a_released_first_stage_is_recognised_alone(name, prefix):
-    layout = FIRST_STAGES[name]
+    layout = AUTOENCODERS[name]
 
-    detection = detect(first_stage(layout, prefix))
+    detection = detect(autoencoder(layout, prefix))
 
     spec = detection.spec
-    assert (spec.family, spec.task, spec.unet) == (name, "first-stage", None)
+    assert (spec.family, spec.task, spec.unet) == (name, "autoencoder", None)
     assert detection.weights.keys() == {"vae_decoder", "vae_encoder"}
     assert spec.autoencoder.factor == int(name.split("-f")[1].split("-")[0])
     assert spec.autoencoder.codebook_size == layout.codebook
@@ -237,7 +241,7 @@ def test_a_released_first_stage_is_recognised_alone(name, prefix):
 
 
 def test_moving_averages_of_a_first_stage_alone_are_used():
-    detection = detect(first_stage(FIRST_STAGES["ldm-vq-f4"], ema=True))
+    detection = detect(autoencoder(AUTOENCODERS["ldm-vq-f4"], ema=True))
 
     assert detection.spec.weights == "ema"
     assert detection.weights["vae_decoder"]["quantize.embedding.weight"] == (
@@ -281,7 +285,7 @@ def test_a_word_predictor_is_left_over():
         (replace(TEXT2IMG256, vocab_size=8192, max_tokens=92), "ldm-layout"),
         (replace(BSR_SR, in_channels=7), "ldm-inpainting"),
         (replace(INPAINTING, in_channels=6), "ldm-super-resolution"),
-        (replace(BSR_SR, conditioner="rescaler"), "ldm-semantic-synthesis"),
+        (replace(BSR_SR, conditioner="segmentation_encoder"), "ldm-semantic-synthesis"),
         (replace(RDM, model_channels=320), "ldm-retrieval"),
         (SD1, "stable-diffusion-1"),
         (replace(SD1, context_dim=1280, text_width=1280), "stable-diffusion-1"),
@@ -387,8 +391,8 @@ def test_a_flag_about_what_a_model_lacks_is_an_error(layout, flags, message):
     ],
 )
 def test_a_first_stage_alone_has_no_flags_of_a_unet(flags):
-    with pytest.raises(ExportError, match=r"does not go .* for first-stage"):
-        detect(first_stage(FIRST_STAGES["ldm-kl-f8"]), overrides=flags)
+    with pytest.raises(ExportError, match=r"does not go .* for autoencoder"):
+        detect(autoencoder(AUTOENCODERS["ldm-kl-f8"]), overrides=flags)
 
 
 def test_the_scale_of_churches_is_the_checkpoints_own():
@@ -435,4 +439,4 @@ def test_a_default_size_that_cannot_be_drawn_is_an_error():
     with pytest.raises(ExportError, match="multiples of 128 pixels; give --height 128"):
         detect(checkpoint(CHURCHES), overrides=Overrides(height=160))
     with pytest.raises(ExportError, match="multiples of 4 pixels"):
-        detect(first_stage(FIRST_STAGES["ldm-vq-f4"]), overrides=Overrides(width=66))
+        detect(autoencoder(AUTOENCODERS["ldm-vq-f4"]), overrides=Overrides(width=66))

@@ -81,7 +81,7 @@ NAMES = {
         "transformer.norm.bias": (96,),
     },
     "class_embedder": {"embedding.weight": (11, 48)},
-    "rescaler": {"channel_mapper.weight": (3, 182, 1, 1)},
+    "segmentation_encoder": {"channel_mapper.weight": (3, 182, 1, 1)},
     "encoder_without_attention": {
         "encoder.conv_out.weight": (3, 64, 3, 3),
         "quant_conv.weight": (3, 3, 1, 1),

@@ -78,9 +78,9 @@ def test_graphs_take_the_inputs_of_their_model(exported):
 
 def test_tensorrt_rtx_builds_an_engine(exported, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
-    from ldm_runtime.engines.build import build_plan
+    from ldm_runtime.engines.build import build_engine
 
-    build_plan(exported.folder / "model.onnx", recipe_of(exported), tmp_path / "a.plan")
+    build_engine(exported.folder / "model.onnx", recipe_of(exported), tmp_path / "a.plan")
 
     weights = (exported.folder / "weights.bin").stat().st_size
     assert (tmp_path / "a.plan").stat().st_size > 0.9 * weights
@@ -89,10 +89,10 @@ def test_tensorrt_rtx_builds_an_engine(exported, tmp_path):
 def recipe_of(exported):
     """An engine for the sizes of the samples, made by TensorRT-RTX for one GPU."""
     from ldm_runtime.engines.library import import_builder
-    from ldm_runtime.engines.records import EngineRecipe, ProfileRecord
+    from ldm_runtime.engines.records import EngineBuildSpec, ProfileRecord
 
     (_, small), (_, large) = sample_inputs(exported.name, exported.spec)
-    return EngineRecipe(
+    return EngineBuildSpec(
         component=exported.name,
         builder="tensorrt_rtx",
         builder_version=str(import_builder("tensorrt_rtx").__version__),
@@ -257,7 +257,7 @@ def stream_of(network):
     ("name", "spec", "key", "count"),
     [
         ("class_embedder", CLASSES, "class_labels", 11),
-        ("rescaler", SEMANTIC, "segmentation", 182),
+        ("segmentation_encoder", SEMANTIC, "segmentation", 182),
         ("text_encoder", LAYOUTS, "tokens", 8192),
     ],
 )

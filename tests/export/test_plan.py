@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from ldm_export.plan import make_plan
+from ldm_export.estimate import make_estimate
 from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import Assumption, components_of
 from tests.export.small_spec import SPEC
@@ -13,20 +13,20 @@ STABLE_DIFFUSION = {name: int(count) for name, count in PARAMETERS.items()}
 
 @pytest.mark.parametrize(("dtype", "width"), [("float16", 2), ("float32", 4)])
 def test_the_size_of_a_bundle_is_that_of_its_weights(dtype, width):
-    plan = make_plan(SPEC, STABLE_DIFFUSION, dtype)
+    plan = make_estimate(SPEC, STABLE_DIFFUSION, dtype)
 
     assert plan.bundle_bytes == pytest.approx(width * sum(STABLE_DIFFUSION.values()), rel=0.01)
 
 
 def test_every_stage_is_estimated():
-    plan = make_plan(SPEC, STABLE_DIFFUSION, "float16")
+    plan = make_estimate(SPEC, STABLE_DIFFUSION, "float16")
 
     assert set(plan.stage_seconds) == {"tokenizer", *components_of(SPEC), "preview", "golden"}
     assert all(seconds > 0 for seconds in plan.stage_seconds.values())
 
 
 def test_every_network_there_is_has_an_estimate():
-    plan = make_plan(SPEC, dict.fromkeys(COMPONENTS, 1000), "float16")
+    plan = make_estimate(SPEC, dict.fromkeys(COMPONENTS, 1000), "float16")
 
     assert COMPONENTS.keys() <= plan.stage_seconds.keys()
 
@@ -40,14 +40,14 @@ def test_every_network_there_is_has_an_estimate():
     ],
 )
 def test_a_plan_says_what_the_model_draws_and_from_what(task, line):
-    plan = make_plan(dataclasses.replace(SPEC, task=task), STABLE_DIFFUSION, "float16")
+    plan = make_estimate(dataclasses.replace(SPEC, task=task), STABLE_DIFFUSION, "float16")
 
     assert line in plan.describe()
     assert "tokenizer" not in plan.stage_seconds
 
 
 def test_stable_diffusion_keeps_its_promises():
-    plan = make_plan(SPEC, STABLE_DIFFUSION, "float16")
+    plan = make_estimate(SPEC, STABLE_DIFFUSION, "float16")
 
     assert plan.peak_bytes <= 8e9
     assert sum(plan.stage_seconds.values()) <= 5 * 60
@@ -55,9 +55,9 @@ def test_stable_diffusion_keeps_its_promises():
 
 
 def test_memory_is_that_of_the_largest_component_alone():
-    alone = make_plan(SPEC, {"unet": 10**9}, "float16")
+    alone = make_estimate(SPEC, {"unet": 10**9}, "float16")
 
-    with_others = make_plan(SPEC, {"unet": 10**9, "vae_decoder": 10**9}, "float16")
+    with_others = make_estimate(SPEC, {"unet": 10**9, "vae_decoder": 10**9}, "float16")
 
     assert with_others.peak_bytes == alone.peak_bytes
 
@@ -66,7 +66,7 @@ def test_a_plan_names_the_family_the_components_and_every_assumption():
     assumption = Assumption(field="unet.num_heads", value="8", source="family")
     spec = dataclasses.replace(SPEC, assumptions=(assumption,))
 
-    text = make_plan(spec, STABLE_DIFFUSION, "float16").describe()
+    text = make_estimate(spec, STABLE_DIFFUSION, "float16").describe()
 
     assert "stable-diffusion-1 (model weights)" in text
     assert all(name in text for name in components_of(SPEC))

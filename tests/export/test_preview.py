@@ -4,7 +4,7 @@ import logging
 import numpy as np
 import pytest
 
-from ldm_export.golden.pictures import draw_pictures
+from ldm_export.golden.images import make_images
 from ldm_export.golden.preview import fit_preview, write_pairs
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_runtime.latents.previews import explained_variance, preview_pixels
@@ -87,10 +87,10 @@ def test_what_is_stored_is_the_posteriors_mean_and_the_averaged_picture(tmp_path
 
     write_pairs(tmp_path / "preview.npz", TorchEngine("vae_encoder", network), SPEC)
 
-    picture = as_image(draw_pictures(128)[3:4])
-    moments = TorchEngine("vae_encoder", network).run({"image": picture})["moments"]
+    image = as_image(make_images(128)[3:4])
+    moments = TorchEngine("vae_encoder", network).run({"image": image})["moments"]
     with np.load(tmp_path / "preview.npz", allow_pickle=False) as file:
-        np.testing.assert_allclose(file["colours"][3], averaged(picture)[0], atol=1e-6)
+        np.testing.assert_allclose(file["colours"][3], averaged(image)[0], atol=1e-6)
         np.testing.assert_allclose(file["latents"][3], moments[0, :4] * SCALE, atol=1e-4)
 
 
@@ -152,20 +152,20 @@ def test_latents_that_are_not_numbers_give_no_preview_and_a_warning(tmp_path, ca
 
 
 def test_pictures_are_the_same_every_time_and_full_of_colour():
-    first, second = draw_pictures(64), draw_pictures(64)
+    first, second = make_images(64), make_images(64)
 
     assert np.array_equal(first, second)
     assert first.shape == (6, 64, 64, 3)
     assert first.dtype == np.uint8
-    for picture in first:  # every picture has smooth parts, saturated ones and sharp edges
-        steps = np.abs(np.diff(picture.astype(int), axis=1)).max(axis=2)
-        assert np.isin(picture, (0, 255)).all(axis=2).mean() > 0.05
+    for image in first:  # every picture has smooth parts, saturated ones and sharp edges
+        steps = np.abs(np.diff(image.astype(int), axis=1)).max(axis=2)
+        assert np.isin(image, (0, 255)).all(axis=2).mean() > 0.05
         assert ((steps > 0) & (steps < 13)).mean() > 0.2
         assert (steps > 64).mean() > 0.01
 
 
 def test_colours_of_the_pictures_do_not_depend_on_their_size():
-    small, large = as_image(draw_pictures(64)), as_image(draw_pictures(256))
+    small, large = as_image(make_images(64)), as_image(make_images(256))
     small, large = averaged(small, 8), averaged(large, 32)
 
     assert explained_variance(small, large) > 0.95

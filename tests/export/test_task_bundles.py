@@ -9,19 +9,19 @@ from dataclasses import replace
 
 import pytest
 
-from ldm_export.bundle import export_bundle, plan_export
+from ldm_export.bundle import estimate_export, export_bundle
 from ldm_export.detection.overrides import Overrides
 from ldm_export.source import ExportOptions
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.verify import verify
+from ldm_runtime.engines.build_specs import EngineOptions
 from ldm_runtime.engines.profiles import SizeRange
-from ldm_runtime.engines.recipes import EngineOptions
 from ldm_runtime.engines.records import load_engine_records
 from ldm_runtime.specs.model import components_of
 from ldm_runtime.specs.networks import (
     ClassEmbedderSpec,
     Networks,
-    RescalerSpec,
+    SegmentationEncoderSpec,
 )
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from released import random_checkpoints
@@ -92,12 +92,14 @@ SYSTEMS = (
     system(
         "semantic-synthesis",
         replace(QKV, in_channels=6),
-        rescaler=RescalerSpec(num_classes=5, out_channels=3, num_halvings=1),
+        segmentation_encoder=SegmentationEncoderSpec(
+            num_classes=5, out_channels=3, num_downsampling_steps=1
+        ),
     ),
     system("super-resolution", replace(QKV, in_channels=6)),
     system("inpainting", replace(QKV, in_channels=7)),
     system("retrieval", CROSS),
-    system("first-stage", None),
+    system("autoencoder", None),
 )
 #: Every other one stores fp32: what weights are stored as has nothing to do with the task.
 CASES = [
@@ -133,7 +135,7 @@ def test_every_task_becomes_a_bundle_that_keeps_its_promises(system, dtype, tmp_
         weights_dtype=dtype,
         engines=RTX if HAS_RTX and system.task in BUILT else NONE,
     )
-    plan = plan_export(options)
+    plan = estimate_export(options)
 
     manifest = export_bundle(options)
 
@@ -144,7 +146,7 @@ def test_every_task_becomes_a_bundle_that_keeps_its_promises(system, dtype, tmp_
     assert [each.name for each in manifest.components] == list(components_of(manifest.spec))
     assert (manifest.tokenizer_file is not None) == (system.task == "text-to-image")
     assert manifest.preview is not None
-    assert len(manifest.golden) == (2 if system.task == "first-stage" else 3)
+    assert len(manifest.golden) == (2 if system.task == "autoencoder" else 3)
     assert f"task              {system.task}" in plan.describe()
     assert plan.parameters.keys() == components_of(manifest.spec).keys()
     engines = {record.component for record in load_engine_records(bundle, manifest)}

@@ -17,8 +17,8 @@ import pytest
 from ldm_runtime.backends import cuda_device
 from ldm_runtime.backends.contract import RunOptions
 from ldm_runtime.backends.tensorrt import runtime as tensorrt_runtime
+from ldm_runtime.engines import build_specs as engine_recipes
 from ldm_runtime.engines import gpu as cuda_driver
-from ldm_runtime.engines import recipes as engine_recipes
 
 trt = pytest.importorskip("tensorrt_rtx")
 core = pytest.importorskip("cuda.core")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldm_export.errors import ExportError
-from ldm_export.workspace import Stage, Workspace, check_destination
+from ldm_export.workspace import ExportStep, Workspace, check_destination
 from ldm_runtime.bundle.files import check_file, sha256_of
 from ldm_runtime.bundle.manifest import (
     SCHEMA_VERSION,
@@ -58,10 +58,10 @@ def component(name, key):
     )
 
 
-def stages(version, built=None):
+def steps(version, built=None):
     """Three stages of small files; `built` collects the names of those that are built."""
 
-    def stage(name, paths, record, **files):
+    def step(name, paths, record, **files):
         def build(folder):
             if built is not None:
                 built.append(name)
@@ -71,24 +71,24 @@ def stages(version, built=None):
                 target.write_text(f"{text} {version.get(name, 1)}")
             return record
 
-        return Stage(name=name, key=f"{name}-{version.get(name, 1)}", paths=paths, build=build)
+        return ExportStep(name=name, key=f"{name}-{version.get(name, 1)}", paths=paths, build=build)
 
     return [
-        stage(
+        step(
             name,
             (name, f"golden/components/{name}.npz"),
             component(name, f"{name}-{version.get(name, 1)}"),
             **{f"{name}__weights.bin": "weights", f"golden__components__{name}.npz": "arrays"},
         )
         for name in ("text_encoder", "unet")
-    ] + [stage("golden", ("golden/0",), None, golden__0__golden="latents")]
+    ] + [step("golden", ("golden/0",), None, golden__0__golden="latents")]
 
 
 def export(out, *, version=None, on_write=never, built=None, exchange=exchange_folders):
     """What bundle.py does, with cheap stages. `version` says which build of a stage is wanted."""
     workspace = Workspace(out, on_write, exchange)
     with workspace.locked():
-        records = [workspace.run(stage)[0] for stage in stages(version or {}, built)]
+        records = [workspace.run(step)[0] for step in steps(version or {}, built)]
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             spec=SPEC,

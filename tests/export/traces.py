@@ -6,7 +6,7 @@ parameters. Tracing takes most of the time that the export of a small network ta
 
 import onnx_ir as ir
 
-from ldm_export import bundle, stages
+from ldm_export import bundle, steps
 from ldm_export.graphs import onnx_export
 from ldm_runtime.specs.model import components_of
 
@@ -21,7 +21,7 @@ class Traces:
     def __init__(self, monkeypatch):
         self._trace, self._known = onnx_export._trace, {}
         monkeypatch.setattr(onnx_export, "_trace", self._traced)
-        for module in (bundle, stages):
+        for module in (bundle, steps):
             monkeypatch.setattr(module, "give_back_memory", lambda: None)
 
     def _traced(self, name, network, spec):

@@ -28,7 +28,7 @@ def engine_bundle(small_bundle_fp16, tmp_path_factory):
 
 def build_engines(bundle, folder, **options):
     """Copy a bundle and build engines in it; skip the test where no builder runs."""
-    from ldm_runtime.engines.recipes import EngineOptions, choose_toolchain
+    from ldm_runtime.engines.build_specs import EngineOptions, choose_toolchain
     from ldm_runtime.engines.store import add_engines
     from ldm_runtime.errors import EngineBuildError
 

@@ -13,8 +13,8 @@ from ldm_runtime.backends import get_backend, tensorrt
 from ldm_runtime.backends.contract import EngineSource, RunOptions
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.verify import verify
+from ldm_runtime.engines.build_specs import TARGETS
 from ldm_runtime.engines.gpu import find_gpu
-from ldm_runtime.engines.recipes import TARGETS
 from ldm_runtime.errors import BackendError, ShapeError
 from ldm_runtime.specs.model import axis_sizes
 from tests.gpu.conftest import build_engines

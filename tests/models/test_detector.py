@@ -35,9 +35,9 @@ def test_every_shape_is_read_back_with_its_place_and_size(kind, color, size, rad
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("background", scenes.BACKGROUNDS)
 def test_every_background_is_read_back(background, gradient):
-    picture = picture_of(one_thing(), background=background, gradient=gradient, noise=12.0)
+    image = picture_of(one_thing(), background=background, gradient=gradient, noise=12.0)
 
-    reading = detector.read_picture(picture)
+    reading = detector.read_picture(image)
 
     assert (reading.background, reading.gradient) == (background, gradient)
 
@@ -62,11 +62,11 @@ def test_an_empty_picture_holds_nothing():
 
 
 def test_specks_and_streaks_are_no_shapes():
-    picture = picture_of(one_thing("circle", "green", "large", 12.0, x=32.0, y=40.0))
-    picture[3:6, 3:6] = scenes.COLORS["red"]
-    picture[12:15, 2:60] = scenes.COLORS["blue"]
+    image = picture_of(one_thing("circle", "green", "large", 12.0, x=32.0, y=40.0))
+    image[3:6, 3:6] = scenes.COLORS["red"]
+    image[12:15, 2:60] = scenes.COLORS["blue"]
 
-    reading = detector.read_picture(picture)
+    reading = detector.read_picture(image)
 
     assert [(each.kind, each.color) for each in reading.things] == [("circle", "green")]
 
@@ -90,9 +90,9 @@ def test_a_pale_or_gaudy_shape_keeps_its_colour_kind_and_size(share):
         np.zeros((64, 64), np.uint8),
     ],
 )
-def test_a_picture_of_another_type_or_shape_is_refused(picture):
+def test_a_picture_of_another_type_or_shape_is_refused(image):
     with pytest.raises(ValueError, match=r"a picture is uint8 \(64, 64, 3\), got"):
-        detector.read_picture(picture)
+        detector.read_picture(image)
 
 
 def test_pixels_that_touch_by_a_corner_only_are_apart():

@@ -40,7 +40,7 @@ def test_a_bundle_is_judged_on_pictures_it_drew_for_the_captions(tmp_path):
     with Generator(tmp_path) as generator:
         tally, seconds = held_out.evaluate_bundle(generator, wanted, {"num_inference_steps": 2})
 
-    assert (tally.pictures, tally.objects) == (2, sum(len(each.things) for each in wanted))
+    assert (tally.images, tally.objects) == (2, sum(len(each.things) for each in wanted))
     assert tally.pictures_right == 0  # the tiny bundle has learnt nothing
     assert seconds > 0
 
@@ -92,21 +92,21 @@ def test_a_missing_bundle_is_an_error_that_names_it(tmp_path, capsys):
 
 
 def test_the_verdict_names_every_fault():
-    picture = reading(
+    image = reading(
         moved(RED._replace(size="small"), 60, 20), BLUE, recolored(GREEN, "cyan"), background="gray"
     )
 
     assert demo.verdict(SCENE, reading(RED, BLUE, GREEN)) == "right"
-    assert demo.verdict(SCENE, picture) == (
+    assert demo.verdict(SCENE, image) == (
         "red circle is small, no green cross, not left of, background is gray, "
         "1 more than asked for"
     )
 
 
 def test_the_contact_sheet_shows_every_picture_enlarged_in_reading_order():
-    pictures = [Image.new("RGB", (64, 64), (40 * index, 0, 0)) for index in range(6)]
+    images = [Image.new("RGB", (64, 64), (40 * index, 0, 0)) for index in range(6)]
 
-    sheet = demo.contact_sheet(pictures, ["a large red circle on a white background"] * 6)
+    sheet = demo.contact_sheet(images, ["a large red circle on a white background"] * 6)
 
     middles = [
         sheet.getpixel((12 + 96 + column * (192 + 12), 12 + 96 + row * (192 + 4 * 13 + 12)))

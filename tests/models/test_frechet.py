@@ -81,30 +81,30 @@ def test_one_picture_has_no_covariance():
 
 
 def test_a_fit_has_the_mean_and_covariance_of_its_features():
-    drawn = np.random.default_rng(0).standard_normal((50_000, 3)) * [1, 2, 3] + [4, 5, 6]
+    generated = np.random.default_rng(0).standard_normal((50_000, 3)) * [1, 2, 3] + [4, 5, 6]
 
-    one = frechet.fit(drawn)
+    one = frechet.fit(generated)
 
     np.testing.assert_allclose(one.mean, [4, 5, 6], atol=0.05)
     np.testing.assert_allclose(one.covariance, np.diag([1, 4, 9]), atol=0.15)
 
 
 def test_features_depend_on_their_own_picture_only():
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
-    together = frechet.features_of(pictures)
+    together = frechet.features_of(images)
 
     assert together.shape == (3, frechet.FEATURES)
-    np.testing.assert_allclose(together[1:2], frechet.features_of(pictures[1:2]), atol=1e-5)
+    np.testing.assert_allclose(together[1:2], frechet.features_of(images[1:2]), atol=1e-5)
 
 
 def test_features_are_those_of_a_convolution_written_out():
-    picture = np.random.default_rng(0).integers(0, 256, (1, 5, 4, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (1, 5, 4, 3), np.uint8)
     (first, *_) = frechet._weights()
 
-    found = frechet.features_of(picture)[0]
+    found = frechet.features_of(image)[0]
 
-    signal = np.pad(picture[0] / 127.5 - 1, ((1, 1), (1, 1), (0, 0)))
+    signal = np.pad(image[0] / 127.5 - 1, ((1, 1), (1, 1), (0, 0)))
     sums = [
         [signal[2 * row :, 2 * column :][:3, :3].ravel() @ first for column in range(2)]
         for row in range(3)
@@ -133,26 +133,26 @@ def reference(asked):
     return exams.reference_of(asked)
 
 
-def noisy(pictures, levels):
-    noise = levels * np.random.default_rng(1).standard_normal(pictures.shape)
-    return np.clip(np.rint(pictures + noise), 0, 255).astype(np.uint8)
+def noisy(images, levels):
+    noise = levels * np.random.default_rng(1).standard_normal(images.shape)
+    return np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
 
 
-def blurred(pictures, times):
-    soft = np.moveaxis(pictures.astype(np.float32), 0, 2)  # neighbours are those of axes 0 and 1
+def blurred(images, times):
+    soft = np.moveaxis(images.astype(np.float32), 0, 2)  # neighbours are those of axes 0 and 1
     for _ in range(times):
         soft = detector.smooth(soft)
     return np.rint(np.moveaxis(soft, 2, 0)).astype(np.uint8)
 
 
-def miscoloured(pictures, share):
-    count = int(share * len(pictures))
-    return np.concatenate([pictures[:count, ..., [2, 0, 1]], pictures[count:]])
+def miscoloured(images, share):
+    count = int(share * len(images))
+    return np.concatenate([images[:count, ..., [2, 0, 1]], images[count:]])
 
 
-def pale(pictures, share):
-    gray = pictures.mean(axis=3, keepdims=True)
-    return np.rint((1 - share) * pictures + share * gray).astype(np.uint8)
+def pale(images, share):
+    gray = images.mean(axis=3, keepdims=True)
+    return np.rint((1 - share) * images + share * gray).astype(np.uint8)
 
 
 def with_things_missing(asked, share):

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from ldm_runtime.cli.commands import build_parser
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import read_label_names, read_layout
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import GenerationRequest
 from models.shapes import gallery
 from models.shapes.catalog.systems import SYSTEMS
@@ -39,32 +39,32 @@ def inputs(tmp_path_factory):
 def test_the_inputs_are_what_requests_take(inputs):
     names = read_label_names(inputs / "labels.txt")
     layout = read_layout(inputs / "boxes.json", names)
-    picture, mask = Picture.read(inputs / "picture.png"), Picture.read(inputs / "mask.png")
+    image, mask = InputImage.read(inputs / "picture.png"), InputImage.read(inputs / "mask.png")
 
     assert len(names) == 24
     assert 1 <= len(layout) <= 3
-    assert ClassMap.read(inputs / "map.png").size == picture.size == mask.size == (64, 64)
-    assert Picture.read(inputs / "small.png").size == (16, 16)
+    assert SegmentationMap.read(inputs / "map.png").size == image.size == mask.size == (64, 64)
+    assert InputImage.read(inputs / "small.png").size == (16, 16)
     assert set(np.unique(mask.pixels)) == {0, 255}
 
 
 @pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
 def test_what_a_system_was_given_differs_from_question_to_question(system):
     if system.task == "unconditional":
-        assert system.task not in gallery.GIVEN
+        assert system.task not in gallery.CUSTOM
         return
     questions = exam.held_out_questions(system, 8, 7)
 
-    shown = [np.asarray(gallery.GIVEN[system.task](question)) for question in questions]
+    shown = [np.asarray(gallery.CUSTOM[system.task](question)) for question in questions]
 
-    assert all(picture.shape[2] == 3 for picture in shown)
-    assert len({picture.tobytes() for picture in shown}) > 4
+    assert all(image.shape[2] == 3 for image in shown)
+    assert len({image.tobytes() for image in shown}) > 4
 
 
 def test_what_is_missing_of_a_picture_is_shown_in_a_colour_that_no_scene_has():
     (question,) = exam.held_out_questions(SYSTEMS["inpainting"], 1, 7)
 
-    shown = np.asarray(gallery.GIVEN["inpainting"](question))
+    shown = np.asarray(gallery.CUSTOM["inpainting"](question))
 
     np.testing.assert_array_equal((shown == (255, 0, 255)).all(axis=2), question.hole)
 

@@ -19,9 +19,9 @@ def test_a_perfect_picture_gets_everything():
 
 
 def test_swapped_colours_lose_both_objects_and_their_relations():
-    picture = reading(recolored(RED, "blue"), recolored(BLUE, "red"), GREEN)
+    image = reading(recolored(RED, "blue"), recolored(BLUE, "red"), GREEN)
 
-    tally = judging.judge(SCENE, picture)
+    tally = judging.judge(SCENE, image)
 
     assert (tally.objects_right, tally.sizes_right, tally.extra) == (1, 1, 2)
     assert (tally.relations, tally.relations_judged, tally.relations_right) == (2, 0, 0)
@@ -29,9 +29,9 @@ def test_swapped_colours_lose_both_objects_and_their_relations():
 
 
 def test_swapped_places_lose_the_relation_but_no_object():
-    picture = reading(moved(RED, 48, 20), moved(BLUE, 16, 20), moved(GREEN, 48, 52))
+    image = reading(moved(RED, 48, 20), moved(BLUE, 16, 20), moved(GREEN, 48, 52))
 
-    tally = judging.judge(SCENE, picture)
+    tally = judging.judge(SCENE, image)
 
     assert tally.objects_right == 3
     assert (tally.relations_judged, tally.relations_right) == (2, 1)
@@ -55,9 +55,9 @@ def test_a_missing_first_object_loses_every_relation():
 
 
 def test_a_wrong_size_costs_the_size_only():
-    picture = reading(RED._replace(size="small", radius=6.5), BLUE, GREEN)
+    image = reading(RED._replace(size="small", radius=6.5), BLUE, GREEN)
 
-    tally = judging.judge(SCENE, picture)
+    tally = judging.judge(SCENE, image)
 
     assert (tally.objects_right, tally.sizes_right, tally.relations_right) == (3, 2, 2)
     assert tally.pictures_right == 0
@@ -125,15 +125,15 @@ def test_tallies_add_up_field_by_field():
 
     total = good + bad
 
-    assert (total.pictures, total.objects, total.objects_right) == (2, 6, 4)
+    assert (total.images, total.objects, total.objects_right) == (2, 6, 4)
     assert total.shares()["objects"] == pytest.approx(4 / 6)
 
 
 def test_clean_renders_of_held_out_captions_score_everything():
     total = judging.Tally()
     for scene in held_out.held_out_scenes(15, seed=5):
-        picture = detector_check.photograph(scene, np.random.default_rng(0), 0.0, 0)
-        total += judging.judge(scene, detector.read_picture(picture))
+        image = detector_check.photograph(scene, np.random.default_rng(0), 0.0, 0)
+        total += judging.judge(scene, detector.read_picture(image))
 
     assert total.pictures_right == 15
     assert total.relations_right == total.relations > 0

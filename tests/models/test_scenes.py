@@ -58,11 +58,11 @@ def test_no_caption_is_both_trained_on_and_held_out():
 
 
 def test_relations_are_true_of_the_places():
-    drawn = first_scenes(200, held_out=False)
+    generated = first_scenes(200, held_out=False)
 
     pairs = [
         (relation, each.things[0], other)
-        for each in drawn
+        for each in generated
         for relation, other in zip(each.relations, each.things[1:], strict=True)
     ]
     is_true = {
@@ -95,10 +95,10 @@ def test_things_lie_inside_the_picture_and_have_the_radius_of_their_size():
 
 @pytest.mark.parametrize("kind", scenes.SHAPES)
 def test_a_thing_has_its_colour_inside_and_the_background_outside(kind):
-    picture = scenes.render(scene(thing(kind=kind, color="purple"), background="black")) * 255
+    image = scenes.render(scene(thing(kind=kind, color="purple"), background="black")) * 255
 
-    np.testing.assert_allclose(picture[32, 32], scenes.COLORS["purple"], atol=1e-3)
-    np.testing.assert_allclose(picture[2, 2], scenes.BACKGROUNDS["black"], atol=1e-3)
+    np.testing.assert_allclose(image[32, 32], scenes.COLORS["purple"], atol=1e-3)
+    np.testing.assert_allclose(image[2, 2], scenes.BACKGROUNDS["black"], atol=1e-3)
 
 
 @pytest.mark.parametrize(

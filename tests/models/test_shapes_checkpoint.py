@@ -43,4 +43,4 @@ def test_it_draws_what_held_out_captions_say(shapes_bundle):
         tally, _ = held_out.evaluate_bundle(generator, wanted, {"num_inference_steps": 25})
 
     assert tally.objects_right >= 0.8 * tally.objects
-    assert tally.backgrounds_right >= 0.8 * tally.pictures
+    assert tally.backgrounds_right >= 0.8 * tally.images

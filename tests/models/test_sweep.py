@@ -30,7 +30,7 @@ from models.shapes.evaluation import (
 )
 
 TALLY = judging.Tally(
-    pictures=50,
+    images=50,
     pictures_right=25,
     objects=100,
     objects_right=90,
@@ -421,9 +421,9 @@ def test_pictures_show_swapped_guidance_and_a_wrong_sigma(shapes_bundle):
     for fault in (dict, swapped_guidance, higher_sigma):
         with Generator(shapes_bundle, backend="onnxruntime") as generator:
             generator._opened["unet"] = FaultyNetwork(generator._opened["unet"], fault)
-            pictures, _ = held_out.draw_all(generator, exam.wanted, {"num_inference_steps": 10})
-        counts[fault] = judging.judge_all(exam.wanted, pictures)
-        distances[fault] = exams.distance_from(exam.reference, np.stack(pictures))
+            images, _ = held_out.draw_all(generator, exam.wanted, {"num_inference_steps": 10})
+        counts[fault] = judging.judge_all(exam.wanted, images)
+        distances[fault] = exams.distance_from(exam.reference, np.stack(images))
 
     assert counts[dict].objects_right >= 0.8 * counts[dict].objects
     assert counts[swapped_guidance].objects_right == 0

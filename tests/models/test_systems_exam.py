@@ -22,15 +22,15 @@ class Painter:
 
     backend = "paint"
 
-    def __init__(self, system, bundle, pictures):
+    def __init__(self, system, bundle, images):
         self.spec = SimpleNamespace(task=system.task)
         self.bundle = bundle
-        self.pictures = iter(pictures)
+        self.images = iter(images)
         self.seeds = []
 
     def __call__(self, *, seed, **_fields):
         self.seeds.append(seed)
-        return SimpleNamespace(images=[Image.fromarray(next(self.pictures))])
+        return SimpleNamespace(images=[Image.fromarray(next(self.images))])
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def test_a_perfect_painter_reaches_every_goal(system, bundle):
     asked = exam.held_out_questions(system, 4, exam.SEED)
     painter = Painter(system, bundle, [each.truth for each in asked])
 
-    row, pictures = exam.examine(painter, system, 4, steps=3)
+    row, images = exam.examine(painter, system, 4, steps=3)
 
     assert painter.seeds == [exam.SEED + index for index in range(4)]
-    assert len(pictures) == len(row.seconds) == 4
+    assert len(images) == len(row.seconds) == 4
     assert all(row.scores[name] >= goal for name, goal in GOALS[system.task].items())
     assert "missed" not in exam.table(row)
 
@@ -107,9 +107,9 @@ def test_a_painter_of_blurs_misses_a_goal_and_the_table_says_so(bundle):
 
 def test_worse_pictures_are_farther_from_held_out_ones_than_held_out_ones_are():
     system = SYSTEMS["unconditional"]
-    pictures = [each.truth for each in exam.held_out_questions(system, 64, exam.SEED + 9)]
+    images = [each.truth for each in exam.held_out_questions(system, 64, exam.SEED + 9)]
 
-    found = exam.distances_of(system, pictures)
+    found = exam.distances_of(system, images)
 
     assert found["worse"] > 2 * found["floor"]
     assert found["worse"] > 2 * found["drawn"]
@@ -147,9 +147,9 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
 
 def test_a_sheet_has_whole_rows_of_pictures():
     asked = exam.held_out_questions(SYSTEMS["class_to_image"], 7, exam.SEED)
-    pictures = [drawing_of(each.scene) for each in asked]
+    images = [drawing_of(each.scene) for each in asked]
 
-    whole = exam.sheet(pictures, columns=3)
+    whole = exam.sheet(images, columns=3)
 
     assert whole.shape == (2 * 64, 3 * 64, 3)
-    np.testing.assert_array_equal(whole[64:, 64:128], pictures[4])
+    np.testing.assert_array_equal(whole[64:, 64:128], images[4])

@@ -101,13 +101,13 @@ def test_features_of_labels_are_those_of_a_kind_plus_those_of_a_colour():
 
 
 def test_holes_are_of_every_size_up_to_half_and_the_same_for_a_seed():
-    drawn = [holes.random_hole(np.random.default_rng(seed)) for seed in range(60)]
-    shares = [hole.mean() for hole in drawn]
+    generated = [holes.random_hole(np.random.default_rng(seed)) for seed in range(60)]
+    shares = [hole.mean() for hole in generated]
 
-    assert all(hole.shape == (64, 64) and hole.dtype == np.bool_ for hole in drawn)
+    assert all(hole.shape == (64, 64) and hole.dtype == np.bool_ for hole in generated)
     assert 0.05 <= min(shares) < 0.15
     assert 0.35 < max(shares) <= 0.5
-    np.testing.assert_array_equal(drawn[7], holes.random_hole(np.random.default_rng(7)))
+    np.testing.assert_array_equal(generated[7], holes.random_hole(np.random.default_rng(7)))
 
 
 def test_half_of_a_thing_shows_beside_a_hole_through_its_middle():
@@ -119,13 +119,13 @@ def test_half_of_a_thing_shows_beside_a_hole_through_its_middle():
 
 
 def test_the_plain_fill_is_the_mean_of_what_is_left():
-    picture = np.full((64, 64, 3), 200, np.uint8)
-    picture[:, :32] = 100
+    image = np.full((64, 64, 3), 200, np.uint8)
+    image[:, :32] = 100
     hole = np.zeros((64, 64), np.bool_)
     hole[:, 48:] = True
 
-    filled = holes.mean_color_fill(picture, hole)
+    filled = holes.mean_color_fill(image, hole)
 
     assert (filled[hole] == 133).all()
-    assert (filled[~hole] == picture[~hole]).all()
-    assert (picture[hole] == 200).all()
+    assert (filled[~hole] == image[~hole]).all()
+    assert (image[hole] == 200).all()

@@ -31,8 +31,8 @@ def write_untrained(folder, system):
     conditioner = {} if model.conditioner is None else model.conditioner.state_dict()
     if system.encoder is not None:
         conditioner = BertTextEncoder(system.encoder).state_dict()
-    first_stage = halves_of(Autoencoder(system.first_stage.spec))
-    state = averaged_state(first_stage, conditioner, model.unet.state_dict())
+    autoencoder = halves_of(Autoencoder(system.autoencoder.spec))
+    state = averaged_state(autoencoder, conditioner, model.unet.state_dict())
     state |= schedule_buffers(alphas_cumprod(system.noise))
     state["scale_factor"] = torch.tensor(0.625)
     path = folder / f"{system.name}.ckpt"
@@ -53,11 +53,11 @@ def test_the_exporter_reads_back_what_was_packed(system, tmp_path):
     assert spec.unet == system.unet
     assert spec.networks.get("text_encoder") == system.encoder
     assert spec.networks.get("class_embedder") == system.embedder
-    assert spec.networks.get("rescaler") == system.rescaler
+    assert spec.networks.get("segmentation_encoder") == system.segmentation_encoder
     assert spec.prediction_type == "v_prediction"
     assert spec.autoencoder.latent_scale_factor == 0.625
-    assert spec.autoencoder.codebook_size == system.first_stage.spec.codebook_size
-    assert spec.autoencoder.middle_attention == system.first_stage.spec.middle_attention
+    assert spec.autoencoder.codebook_size == system.autoencoder.spec.codebook_size
+    assert spec.autoencoder.middle_attention == system.autoencoder.spec.middle_attention
     assert (spec.defaults.height, spec.defaults.width) == (64, 64)
 
 
@@ -136,8 +136,8 @@ def test_a_first_stage_that_is_there_is_not_overwritten(tmp_path):
     system = SYSTEMS["super_resolution"]
     write_untrained(tmp_path, system)
     unpack(system, folder=tmp_path, work=tmp_path / "work")
-    path = tmp_path / "work" / f"{system.first_stage.stage}.pt"
-    model = Autoencoder(system.first_stage.spec)
+    path = tmp_path / "work" / f"{system.autoencoder.step}.pt"
+    model = Autoencoder(system.autoencoder.spec)
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["ema"])
     assert (model.codes.total == model.codebook).all()

@@ -122,9 +122,9 @@ def test_the_wrong_background_costs_nearly_all_of_a_map():
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda picture: np.full_like(picture, 244),  # nothing there
-        lambda picture: np.clip(picture.astype(int) - 30, 0, 255).astype(np.uint8),
-        lambda picture: np.concatenate([picture[:, 32:], picture[:, :32]], axis=1),  # two halves
+        lambda image: np.full_like(image, 244),  # nothing there
+        lambda image: np.clip(image.astype(int) - 30, 0, 255).astype(np.uint8),
+        lambda image: np.concatenate([image[:, 32:], image[:, :32]], axis=1),  # two halves
     ],
 )
 def test_pictures_that_are_no_scenes_are_not_valid(spoil):
@@ -137,11 +137,11 @@ def test_pictures_that_are_no_scenes_are_not_valid(spoil):
 
 def test_a_coloured_smear_is_stray():
     asked = Question(scene=scene(thing(x=18.0, y=18.0)))
-    picture = asked.truth.copy()
-    picture[50:54, 4:60] = scenes.COLORS["green"]
+    image = asked.truth.copy()
+    image[50:54, 4:60] = scenes.COLORS["green"]
 
     assert scores.judge_scene(asked, asked.truth)["valid"] == (True, 1)
-    assert scores.judge_scene(asked, picture)["valid"] == (False, 1)
+    assert scores.judge_scene(asked, image)["valid"] == (False, 1)
 
 
 def test_more_things_than_a_system_learns_from_are_not_valid():
@@ -164,10 +164,10 @@ def test_one_changed_pixel_beside_the_hole_is_not_kept():
 
 def test_errors_in_a_hole_are_those_of_its_pixels_alone():
     (question,) = some_questions(1, hole=square_hole())
-    picture = question.truth.copy()
-    picture[question.hole] = np.clip(picture[question.hole].astype(int) ^ 8, 0, 255)
+    image = question.truth.copy()
+    image[question.hole] = np.clip(image[question.hole].astype(int) ^ 8, 0, 255)
 
-    marks = scores.judge_filled(question, picture)
+    marks = scores.judge_filled(question, image)
 
     assert marks["error"] == (64 * 400 * 3, 400 * 3)
 
@@ -184,10 +184,10 @@ def test_a_thing_that_is_mostly_hidden_need_not_come_back():
 
 
 def test_shrinking_takes_the_mean_of_sixteen_pixels():
-    picture = np.zeros((8, 8, 3), np.uint8)
-    picture[:4, :4] = np.arange(16).reshape(4, 4, 1)
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:4, :4] = np.arange(16).reshape(4, 4, 1)
 
-    small = scores.shrink(picture)
+    small = scores.shrink(image)
 
     assert small.shape == (2, 2, 3)
     assert small[0, 0, 0] == round(7.5)
@@ -218,8 +218,8 @@ def test_one_bad_picture_of_two_decides_the_gain_and_half_of_the_mean_gain():
     missing[bad.hole] = 128
 
     of_good, of_bad = (
-        scores.scores(JUDGES["inpainting"](asked, picture))["gain"]
-        for asked, picture in ((good, good.truth), (bad, missing))
+        scores.scores(JUDGES["inpainting"](asked, image))["gain"]
+        for asked, image in ((good, good.truth), (bad, missing))
     )
     both = scores.scores(judge_all("inpainting", (good, bad), (good.truth, missing)))
 

@@ -9,19 +9,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tests.generated import drawn_by
 
 from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import load_network
 from ldm_export.source import ExportOptions, open_source
-from ldm_export.stages import vocabulary_of
+from ldm_export.steps import vocabulary_of
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.specs.model import components_of
 from models.shapes.catalog.systems import SYSTEMS
 from models.shapes.evaluation import systems as exam
 from models.shapes.evaluation.scores import GOALS, judge_all, scores
 from models.shapes.training.packing import MOST_BYTES
-from tests.drawn import drawn_by
 
 FOLDER = Path(__file__).parents[2] / "models/shapes"
 PICTURES, STEPS = 8, 20
@@ -58,21 +58,21 @@ def test_it_is_what_the_catalog_says_and_small_enough_to_come_along(opened):
 
     assert (FOLDER / f"{system.name}.ckpt").stat().st_size <= MOST_BYTES
     assert (spec.task, spec.unet) == (system.task, system.unet)
-    assert spec.autoencoder.codebook_size == system.first_stage.spec.codebook_size
+    assert spec.autoencoder.codebook_size == system.autoencoder.spec.codebook_size
     assert spec.networks.get("text_encoder") == system.encoder
     assert spec.networks.get("class_embedder") == system.embedder
-    assert spec.networks.get("rescaler") == system.rescaler
+    assert spec.networks.get("segmentation_encoder") == system.segmentation_encoder
 
 
 def test_it_draws_what_is_asked_for(opened):
     system, generator = opened
     asked = exam.held_out_questions(system, PICTURES, exam.SEED)
 
-    pictures, _ = exam.draw_all(generator, system, asked, STEPS)
+    images, _ = exam.draw_all(generator, system, asked, STEPS)
 
-    reached = scores(judge_all(system.task, asked, pictures))
+    reached = scores(judge_all(system.task, asked, images))
     goals = GOALS[system.task]
     missed = [name for name, goal in goals.items() if reached[name] < SHARE * goal]
     assert goals
     assert missed == []
-    assert all(np.ptp(picture) > 100 for picture in pictures)
+    assert all(np.ptp(image) > 100 for image in images)

@@ -28,7 +28,7 @@ def some_scenes(count, most=3):
 
 
 def small_corpus(system, count=6):
-    drawn, masked = some_scenes(count, system.most_things), None
+    generated, masked = some_scenes(count, system.most_things), None
     holes = [None] * count
     if system.task == "inpainting":
         holes = [random_hole(np.random.default_rng(row)) for row in range(count)]
@@ -37,7 +37,7 @@ def small_corpus(system, count=6):
     torch.manual_seed(0)
     return corpus.Corpus(
         rows=torch.arange(count),
-        questions=[Question(scene=a, hole=b) for a, b in zip(drawn, holes, strict=True)],
+        questions=[Question(scene=a, hole=b) for a, b in zip(generated, holes, strict=True)],
         latents=torch.randn(count, 3, 16, 16),
         scale=0.5,
         masked=masked,
@@ -161,11 +161,11 @@ def test_of_a_latent_pixel_of_the_mask_the_first_pixel_decides():
 
 @pytest.mark.parametrize("system", ALL, ids=NAMES)
 def test_a_system_learns_from_scenes_of_as_many_things_as_it_says(system):
-    drawn = some_scenes(50)
+    generated = some_scenes(50)
 
-    rows = corpus.rows_of(drawn, system)
+    rows = corpus.rows_of(generated, system)
 
-    few = [row for row, each in enumerate(drawn) if len(each.things) <= system.most_things]
+    few = [row for row, each in enumerate(generated) if len(each.things) <= system.most_things]
     assert rows == few[: system.most_rows]
 
 
@@ -175,8 +175,8 @@ def test_a_perfect_prediction_has_no_loss(noise):
 
     def predict(noisy, timesteps):
         alpha = velocity.alphas_of(noise)[timesteps.long()][:, None, None, None]
-        drawn = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-        return alpha.sqrt() * drawn - (1 - alpha).sqrt() * clean
+        generated = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return alpha.sqrt() * generated - (1 - alpha).sqrt() * clean
 
     assert velocity.velocity_loss(predict, clean, noise, layout=False) < 1e-6
 
@@ -240,11 +240,11 @@ def test_nouns_are_found_behind_words_of_several_tokens():
 
 
 def test_layouts_name_every_thing_in_another_order_for_another_seed():
-    drawn = some_scenes(30)
+    generated = some_scenes(30)
 
-    shuffled, again = boxes.shuffled_layouts(drawn, 0), boxes.shuffled_layouts(drawn, 1)
+    shuffled, again = boxes.shuffled_layouts(generated, 0), boxes.shuffled_layouts(generated, 1)
 
-    asked = [sorted(label_of(thing) for thing in scene.things) for scene in drawn]
+    asked = [sorted(label_of(thing) for thing in scene.things) for scene in generated]
     assert [sorted(each.label for each in layout) for layout in shuffled] == asked
     assert shuffled != again
     assert boxes.tokens_of(shuffled).shape == (30, LAYOUT.max_tokens)

@@ -16,7 +16,7 @@ def small_model(seed=0, **changes):
     return vq.Autoencoder(replace(SMALL, **changes))
 
 
-def pictures(count=4):
+def images(count=4):
     torch.manual_seed(5)
     blocks = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8)
     return blocks.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
@@ -25,7 +25,7 @@ def pictures(count=4):
 def recipe(**changes):
     cycles = (Cycle(end=20),)
     known = dict(quantised_from=2, revived_until=10, whole_from=10, cycles=cycles)
-    return vq.Recipe(stage="test", spec=SMALL, **(known | changes))
+    return vq.Recipe(step="test", spec=SMALL, **(known | changes))
 
 
 def test_the_nearest_code_is_the_one_at_the_smallest_distance():
@@ -88,7 +88,7 @@ def test_a_dead_code_is_moved_to_the_latent_that_is_served_worst_and_living_ones
 def test_the_encoder_learns_before_and_through_the_codebook(step):
     model = small_model()
 
-    vq.first_stage_loss(model, recipe(), pictures(), step).backward()
+    vq.first_stage_loss(model, recipe(), images(), step).backward()
 
     gradients = [parameter.grad for parameter in model.encoder.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
@@ -100,9 +100,9 @@ def test_the_codebook_is_laid_out_once_when_quantisation_begins():
     model = small_model()
     before = model.codebook.clone()
 
-    vq.first_stage_loss(model, recipe(), pictures(), 1)
+    vq.first_stage_loss(model, recipe(), images(), 1)
     untouched = model.codebook.clone()
-    vq.first_stage_loss(model, recipe(), pictures(), 2)
+    vq.first_stage_loss(model, recipe(), images(), 2)
 
     assert torch.equal(untouched, before)
     assert not torch.equal(model.codebook, before)
@@ -127,7 +127,7 @@ def test_both_halves_are_named_as_in_a_checkpoint():
 def test_a_check_measures_what_comes_back_through_the_codebook():
     model = small_model()
 
-    found = vq.check_first_stage(recipe(), model.state_dict(), pictures())
+    found = vq.check_first_stage(recipe(), model.state_dict(), images())
 
     assert found.keys() >= {"psnr", "shape_error", "readable", "continuous_psnr", "codes"}
     assert 0 < found["psnr"] < 20

@@ -59,11 +59,11 @@ def _dpm_solver_sde_scheduler():
 _TORCH_OF_DOUBLES = SimpleNamespace(**vars(torch) | {"float32": torch.float64})
 
 
-def take_draws_of_ours(scheduler, draw):
-    scheduler.noise_sampler = lambda *levels: torch.from_numpy(draw(*levels))
+def take_draws_of_ours(scheduler, noise_sampler):
+    scheduler.noise_sampler = lambda *levels: torch.from_numpy(noise_sampler(*levels))
 
 
-def weigh_inner_points_as_in_the_paper(scheduler, draw):
+def weigh_inner_points_as_in_the_paper(scheduler, noise_sampler):
     theirs = scheduler.singlestep_dpm_solver_second_order_update
 
     def update(outputs, **arguments):
@@ -76,7 +76,7 @@ def weigh_inner_points_as_in_the_paper(scheduler, draw):
     scheduler.singlestep_dpm_solver_second_order_update = update
 
 
-def weigh_curvature_as_in_k_diffusion(scheduler, draw):
+def weigh_curvature_as_in_k_diffusion(scheduler, noise_sampler):
     theirs = scheduler.multistep_dpm_solver_third_order_update
 
     def update(outputs, **arguments):
@@ -91,7 +91,7 @@ def weigh_curvature_as_in_k_diffusion(scheduler, draw):
     scheduler.multistep_dpm_solver_third_order_update = update
 
 
-def keep_double_precision(scheduler, draw):
+def keep_double_precision(scheduler, noise_sampler):
     theirs = scheduler.step
 
     def step(*arguments, **options):
@@ -101,7 +101,7 @@ def keep_double_precision(scheduler, draw):
     scheduler.step = wraps(theirs)(step)  # the signature tells the harness what a step takes
 
 
-def visit_leading_timesteps(scheduler, draw):
+def visit_leading_timesteps(scheduler, noise_sampler):
     """Replace timesteps that are spaced over one point more, and do not round the sigmas."""
     count = scheduler.num_inference_steps
     scheduler.timesteps = 1000 // count * torch.arange(count - 1, -1, -1) + 1
@@ -111,7 +111,9 @@ def visit_leading_timesteps(scheduler, draw):
 
 
 def do_all(*prepares):
-    return lambda scheduler, draw: [prepare(scheduler, draw) for prepare in prepares]
+    return lambda scheduler, noise_sampler: [
+        prepare(scheduler, noise_sampler) for prepare in prepares
+    ]
 
 
 def _multistep(name, algorithm, **fields):
@@ -157,7 +159,7 @@ DPMPP_2S = Twin(
     scheduler=DPMSolverSinglestepScheduler,
     options={"solver_order": 2, "lower_order_final": True},
     visits=also_in_the_middle,
-    given_sigmas=True,
+    custom_sigmas=True,
 )
 UNIPC = Twin(name="unipc", scheduler=UniPCMultistepScheduler)
 THIRD_ORDER = {"solver_order": 3, "solver_type": "heun"}
@@ -166,7 +168,7 @@ SMALLEST = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
 DPM_TWINS = [
     replace(DPM_SOLVER, schedule="leading", given_timesteps=True),
     replace(DPM_SOLVER, schedule="trailing", given_timesteps=True),
-    replace(DPM_SOLVER, schedule="karras", given_sigmas=True, without_zero=True),
+    replace(DPM_SOLVER, schedule="karras", custom_sigmas=True, without_zero=True),
     replace(DPMPP_SDE, schedule="leading", options=LEADING),
     replace(DPMPP_SDE, schedule="trailing", options=TRAILING),
     replace(DPMPP_SDE, schedule="karras", options=KARRAS),

@@ -66,7 +66,7 @@ def leading_and_trailing(twin):
 
 def visiting(twin, *schedules):
     """The twin on schedules that its scheduler lacks and is made to visit."""
-    return [replace(twin, schedule=schedule, given_sigmas=True) for schedule in schedules]
+    return [replace(twin, schedule=schedule, custom_sigmas=True) for schedule in schedules]
 
 
 def of_uniform_strides(twin):

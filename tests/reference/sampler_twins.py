@@ -54,7 +54,7 @@ def network_of_whole_timesteps(latents, timesteps, context):
 
 
 def make_draw(seed):
-    """Return a `draw` of ours with the noise that a scheduler of theirs gets from a generator."""
+    """Return a `noise_sampler` of ours with the noise that a scheduler of theirs gets from a generator."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *_: torch.randn(SHAPE, generator=generator, dtype=torch.float64).numpy()
 
@@ -92,7 +92,7 @@ class Twin:
         final_sigma: Where ours ends; None is as its record says.
         num_steps: The numbers of steps compared.
         visits: From our sigmas to those at which the network is asked, a list a step; only the
-            lengths matter unless `given_sigmas` or `their_prediction_type` is set.
+            lengths matter unless `custom_sigmas` or `their_prediction_type` is set.
         given_timesteps: Theirs gets ours through `timesteps=`.
         given_sigmas: Theirs is given a training schedule of the sigmas in `visits` alone and goes
             through them, for schedules that it lacks or does otherwise; the network gets our
@@ -103,7 +103,7 @@ class Twin:
         their_prediction_type: What the network's output is turned into before theirs gets it;
             None leaves it as it is.
         network: What both sides run.
-        prepare: Called with their scheduler, once it is ready to run, and a `draw` like ours.
+        prepare: Called with their scheduler, once it is ready to run, and a `noise_sampler` like ours.
         difference: Largest relative difference that passes.
     """
 
@@ -116,12 +116,12 @@ class Twin:
     num_steps: tuple[int, ...] = (2, 7, 20)  # 7 does not divide 1000
     visits: Callable[[Sequence[float]], list[list[float]]] = one_call
     given_timesteps: bool = False
-    given_sigmas: bool = False
+    custom_sigmas: bool = False
     own_visits: bool = False
     without_zero: bool = False
     their_prediction_type: str | None = None
     network: Callable = network
-    prepare: Callable = lambda scheduler, draw: None
+    prepare: Callable = lambda scheduler, noise_sampler: None
     difference: float = TOLERANCE
 
     def __str__(self):
@@ -152,7 +152,7 @@ class Twin:
         return scheduler, table, sigmas
 
     def _ready(self, options, num_steps, sigmas, table):
-        if self.given_sigmas:
+        if self.custom_sigmas:
             visits = one_call(sigmas) if self.own_visits else self.visits(sigmas)
             return _visiting(self.scheduler, options, [*chain(*visits), sigmas[-1]])
         scheduler = _made(self.scheduler, STABLE_DIFFUSION | options)
@@ -235,18 +235,18 @@ def their_steps(twin, scheduler, sigmas, table, noise, prediction_type):
     options = {
         name: options[name] for name in ("eta", noise_by) if name in known and name in options
     }
-    draw = make_draw(1)
+    noise_sampler = make_draw(1)
     sample = torch.from_numpy(noise * float(scheduler.init_noise_sigma))
     timesteps = iter(scheduler.timesteps)
     for visits in twin.visits(sigmas):
         for sigma, timestep in zip(visits, timesteps, strict=False):
             scaled = scheduler.scale_model_input(sample, timestep).numpy()
-            time = timestep_of(sigma, table) if twin.given_sigmas else float(timestep)
+            time = timestep_of(sigma, table) if twin.custom_sigmas else float(timestep)
             prediction = guided(scaled, time, twin.network)
             target = twin.their_prediction_type or prediction_type
             prediction = converted(prediction, scaled, sigma, prediction_type, target)
             if noise_by == "variance_noise":
-                options["variance_noise"] = torch.from_numpy(draw())
+                options["variance_noise"] = torch.from_numpy(noise_sampler())
             sample = scheduler.step(
                 torch.from_numpy(prediction), timestep, sample, **options
             ).prev_sample
@@ -268,7 +268,7 @@ def largest_difference(twin, num_steps, prediction_type, plant=lambda denoise: d
     latents = noise * float(scheduler.init_noise_sigma) * twin.vp_scale(sigmas[0])
 
     ours = SAMPLERS[twin.name].function(
-        plant(denoise), latents, sigmas, eta=twin.eta, draw=make_draw(1)
+        plant(denoise), latents, sigmas, eta=twin.eta, noise_sampler=make_draw(1)
     )
 
     differences = []

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec
+from ldm_runtime.specs.networks import ClassEmbedderSpec, SegmentationEncoderSpec
 from ldm_runtime.testing import text_encoder_spec
 from tests.reference.bert_twin import load_bert
 from tests.reference.test_networks_reference import randomised, relative_error
@@ -88,7 +88,7 @@ def test_a_class_is_a_row_of_the_embedding():
 @pytest.mark.parametrize("size", [(16, 24), (8, 8), (22, 13), (4, 7)])
 @pytest.mark.parametrize("halvings", [0, 1, 2])
 def test_a_rescaled_map_is_the_convolution_of_its_halved_one_hot_map(halvings, size):
-    spec = RescalerSpec(num_classes=182, out_channels=3, num_halvings=halvings)
+    spec = SegmentationEncoderSpec(num_classes=182, out_channels=3, num_downsampling_steps=halvings)
     network = randomised(SpatialRescaler(spec))
     segmentation = torch.randint(spec.num_classes, (2, *size))
 

@@ -98,7 +98,7 @@ def test_a_hundredth_less_noise_is_seen_far_above_the_tolerance(twin):
 @pytest.mark.parametrize("twin", with_correction("dpm_solver"), ids=str)
 def test_diffusers_weighs_the_second_point_of_a_third_order_step_otherwise(twin):
     """Without the correction all agree but runs with a third-order step, at that point already."""
-    theirs = replace(twin, prepare=lambda scheduler, draw: None)
+    theirs = replace(twin, prepare=lambda scheduler, noise_sampler: None)
 
     differences = {n: largest_difference(theirs, n, "epsilon") for n in (1, 2, 3, 7)}
 

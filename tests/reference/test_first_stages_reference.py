@@ -24,7 +24,7 @@ VQ_F4 = autoencoder_spec(
     latent_scale_factor=1.0,
 )
 KL_F4 = replace(VQ_F4, kind="kl", codebook_size=None)
-FIRST_STAGES = {
+AUTOENCODERS = {
     "vq_f4": VQ_F4,
     "vq_f4_noattn": replace(VQ_F4, middle_attention=False),
     "vq_f8": replace(
@@ -60,7 +60,7 @@ def twins(spec):
     return encoder, decoder, load_first_stage(spec, checkpoint_of("", encoder, decoder))
 
 
-@pytest.mark.parametrize("spec", FIRST_STAGES.values(), ids=FIRST_STAGES)
+@pytest.mark.parametrize("spec", AUTOENCODERS.values(), ids=AUTOENCODERS)
 def test_first_stage_encodes_and_decodes_as_diffusers_does(spec):
     encoder, decoder, theirs = twins(spec)
     size = (3 * spec.factor, 2 * spec.factor) if spec.factor > 8 else (40, 24)

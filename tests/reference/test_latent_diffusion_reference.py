@@ -24,11 +24,11 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertModel,
 )
 from PIL import Image
+from tests.generated import drawn_by
 from transformers import BertTokenizer
 
 from ldm_runtime.testing import tiny_spec
 from ldm_runtime.text import WordPieceTokenizer
-from tests.drawn import drawn_by
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.twins import SCHEDULERS
 
@@ -111,27 +111,27 @@ def without_context(unet):
     return Torch("prediction", lambda latents, timesteps: unet(latents, timesteps).sample)
 
 
-def quantised(first_stage):
-    return Torch("image", lambda latents: first_stage.decode(latents).sample)
+def quantised(autoencoder):
+    return Torch("image", lambda latents: autoencoder.decode(latents).sample)
 
 
 def test_an_unconditional_model_draws_what_diffusers_draws():
-    first_stage, unet = vq_model(), plain_unet(3, sample_size=16)
-    pipeline = LDMPipeline(first_stage, unet, SCHEDULERS["ddim"])
+    autoencoder, unet = vq_model(), plain_unet(3, sample_size=16)
+    pipeline = LDMPipeline(autoencoder, unet, SCHEDULERS["ddim"])
     expected = twins_pictures(pipeline, batch_size=2, generator=generators(2))
 
-    networks = {"unet": without_context(unet), "vae_decoder": quantised(first_stage)}
+    networks = {"unet": without_context(unet), "vae_decoder": quantised(autoencoder)}
     found = draw(networks, spec_of("unconditional"), num_images=2, height=32, width=32)
 
     assert_same_pictures(found, expected)
 
 
 def test_a_picture_is_enlarged_as_diffusers_enlarges_it():
-    first_stage, unet = vq_model(), plain_unet(6)
-    pipeline = LDMSuperResolutionPipeline(first_stage, unet, SCHEDULERS["ddim"])
+    autoencoder, unet = vq_model(), plain_unet(6)
+    pipeline = LDMSuperResolutionPipeline(autoencoder, unet, SCHEDULERS["ddim"])
     expected = twins_pictures(pipeline, Image.fromarray(PICTURE), generator=generators(1)[0])
 
-    networks = {"unet": without_context(unet), "vae_decoder": quantised(first_stage)}
+    networks = {"unet": without_context(unet), "vae_decoder": quantised(autoencoder)}
     found = draw(networks, spec_of("super-resolution"), image=PICTURE)
 
     assert_same_pictures(found, expected)
@@ -139,7 +139,7 @@ def test_a_picture_is_enlarged_as_diffusers_enlarges_it():
     assert np.abs(other - found).mean() > 1
 
 
-def fill_hole(first_stage, unet, picture, mask):
+def fill_hole(autoencoder, unet, picture, mask):
     """Fill a hole as `scripts/inpaint.py` does, line by line, but with diffusers' DDIM."""
     image = torch.from_numpy(picture.transpose(2, 0, 1)[None].astype(np.float32) / 255)
     hole = torch.from_numpy((mask[None, None].astype(np.float32) / 255 >= 0.5).astype(np.float32))
@@ -147,28 +147,28 @@ def fill_hole(first_stage, unet, picture, mask):
     scheduler = SCHEDULERS["ddim"]
     scheduler.set_timesteps(STEPS)
     with torch.inference_mode():
-        known = first_stage.encode(masked).latents
+        known = autoencoder.encode(masked).latents
         mask_channel = torch.nn.functional.interpolate(hole * 2 - 1, size=known.shape[-2:])
         condition = torch.cat([known, mask_channel], dim=1)
         latents = torch.randn(known.shape, generator=generators(1)[0])
         for step in scheduler.timesteps:
             prediction = unet(torch.cat([latents, condition], dim=1), step).sample
             latents = scheduler.step(prediction, step, latents).prev_sample
-        predicted = torch.clamp((first_stage.decode(latents).sample + 1) / 2, 0, 1)
+        predicted = torch.clamp((autoencoder.decode(latents).sample + 1) / 2, 0, 1)
     filled = (1 - hole) * image + hole * predicted
     return np.rint(filled.numpy().transpose(0, 2, 3, 1) * 255.0)
 
 
 def test_a_hole_is_filled_as_the_reference_fills_it():
-    first_stage, unet = vq_model(), plain_unet(7)
+    autoencoder, unet = vq_model(), plain_unet(7)
     mask = np.zeros((32, 32), dtype=np.uint8)
     mask[5:23, 8:31] = 255
-    expected = fill_hole(first_stage, unet, PICTURE, mask)
+    expected = fill_hole(autoencoder, unet, PICTURE, mask)
 
     networks = {
         "unet": without_context(unet),
-        "vae_encoder": Torch("moments", lambda image: first_stage.encode(image).latents),
-        "vae_decoder": quantised(first_stage),
+        "vae_encoder": Torch("moments", lambda image: autoencoder.encode(image).latents),
+        "vae_decoder": quantised(autoencoder),
     }
     found = draw(networks, spec_of("inpainting"), image=PICTURE, mask_image=mask)
 
@@ -200,7 +200,7 @@ def text_to_image():
         cross_attention_dim=16,
         attention_head_dim=4,
     )
-    first_stage = AutoencoderKL(
+    autoencoder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(32,) * 4,
@@ -209,15 +209,15 @@ def text_to_image():
     )
     for parameter in bert.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    return randomised(first_stage), bert.eval().requires_grad_(False), randomised(unet, 1.5)
+    return randomised(autoencoder), bert.eval().requires_grad_(False), randomised(unet, 1.5)
 
 
 @pytest.mark.parametrize("prompt", ["A red circle", "red circles, a dog", ""])
 def test_a_bert_model_draws_what_diffusers_draws(text_to_image, tmp_path, prompt):
-    first_stage, bert, unet = text_to_image
+    autoencoder, bert, unet = text_to_image
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
-    pipeline = LDMTextToImagePipeline(first_stage, bert, tokenizer, unet, SCHEDULERS["ddim"])
+    pipeline = LDMTextToImagePipeline(autoencoder, bert, tokenizer, unet, SCHEDULERS["ddim"])
     expected = twins_pictures(
         pipeline, prompt, height=64, width=32, guidance_scale=5.0, generator=generators(1)
     )
@@ -242,7 +242,7 @@ def test_a_bert_model_draws_what_diffusers_draws(text_to_image, tmp_path, prompt
             "prediction",
             lambda context, latents, timesteps: unet(latents, timesteps, context).sample,
         ),
-        "vae_decoder": quantised(first_stage),
+        "vae_decoder": quantised(autoencoder),
     }
     found = draw(
         networks,

@@ -85,7 +85,7 @@ def test_uneven_strides_match_once_theirs_is_made_to_visit_them(name):
     twin = twin_of(name, "trailing")
 
     assert largest_difference(twin, 7, "epsilon") > 1e-3
-    assert largest_difference(replace(twin, given_sigmas=True), 7, "epsilon") <= TOLERANCE
+    assert largest_difference(replace(twin, custom_sigmas=True), 7, "epsilon") <= TOLERANCE
 
 
 def test_ddpm_of_diffusers_adds_noise_of_1e_10_in_its_last_step_and_ours_none():

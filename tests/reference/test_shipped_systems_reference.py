@@ -16,6 +16,7 @@ from diffusers import (
     LDMSuperResolutionPipeline,
     LDMTextToImagePipeline,
 )
+from models.shapes.training.autoencoder import under
 from PIL import Image
 from transformers import BertTokenizer
 
@@ -24,7 +25,6 @@ from ldm_runtime import Generator
 from models.shapes.catalog.systems import SYSTEMS
 from models.shapes.data import scenes
 from models.shapes.evaluation.scores import drawing_of, shrink
-from models.shapes.training.first_stage import under
 from tests.reference.bert_twin import load_bert
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.first_stage_twin import load_first_stage
@@ -58,17 +58,17 @@ def weights_of(name):
 
 def first_stage_of(name, state):
     return load_first_stage(
-        SYSTEMS[name].first_stage.spec,
+        SYSTEMS[name].autoencoder.spec,
         under("first_stage_model.", state),
         scaling_factor=float(state["scale_factor"]),
     )
 
 
-def unscaled(first_stage):
+def unscaled(autoencoder):
     """Let it divide latents by its scale itself, where the pipeline has no word for that."""
-    decode, scale = first_stage.decode, first_stage.config.scaling_factor
-    first_stage.decode = lambda latents: decode(latents / scale)
-    return first_stage
+    decode, scale = autoencoder.decode, autoencoder.config.scaling_factor
+    autoencoder.decode = lambda latents: decode(latents / scale)
+    return autoencoder
 
 
 def scheduler_of(name):
@@ -85,7 +85,7 @@ def scheduler_of(name):
     )
 
 
-def drawn(generator, **fields):
+def generated(generator, **fields):
     fields = {"num_inference_steps": STEPS, "seed": SEED, "sampler": "ddim", "eta": 0.0, **fields}
     result = generator(**fields)
     return np.stack([np.asarray(image, dtype=np.float64) for image in result.images])
@@ -99,32 +99,32 @@ def test_scenes_out_of_nothing_are_those_of_diffusers(tmp_path):
     expected = twins_pictures(pipeline, batch_size=2, generator=generators(2))
 
     with opened(name, tmp_path) as generator:
-        assert_same_pictures(drawn(generator, num_images=2), expected)
+        assert_same_pictures(generated(generator, num_images=2), expected)
 
 
 def test_a_scene_is_enlarged_as_diffusers_enlarges_it(tmp_path):
     name, state = "super_resolution", weights_of("super_resolution")
     unet = load_unet_2d(SYSTEMS[name].unet, under("model.diffusion_model.", state))
-    first_stage = unscaled(first_stage_of(name, state))
-    pipeline = LDMSuperResolutionPipeline(first_stage, unet, scheduler_of(name))
+    autoencoder = unscaled(first_stage_of(name, state))
+    pipeline = LDMSuperResolutionPipeline(autoencoder, unet, scheduler_of(name))
     four = scenes.random_scenes(np.random.default_rng(SEED), held_out=True)
     rows = [np.hstack([drawing_of(next(four)) for _ in range(2)]) for _ in range(2)]
     small = Image.fromarray(shrink(np.vstack(rows)))  # the pipeline takes no less than 32x32
     expected = twins_pictures(pipeline, small, generator=generators(1)[0])
 
     with opened(name, tmp_path) as generator:
-        assert_same_pictures(drawn(generator, image=small), expected)
+        assert_same_pictures(generated(generator, image=small), expected)
 
 
 def test_a_caption_is_drawn_as_diffusers_draws_it(tmp_path):
     name, state = "text_to_image_bert", weights_of("text_to_image_bert")
     system = SYSTEMS[name]
-    first_stage = first_stage_of(name, state)
+    autoencoder = first_stage_of(name, state)
     pipeline = LDMTextToImagePipeline(
-        first_stage,
+        autoencoder,
         load_bert(system.encoder, under("cond_stage_model.", state)),
         BertTokenizer(str(VOCABULARY)),
-        load_unet(state, compvis_config(system.unet, system.first_stage.spec)),
+        load_unet(state, compvis_config(system.unet, system.autoencoder.spec)),
         scheduler_of(name),
     )
     # The pipeline takes every first stage for one of factor 8; this one's is 4.
@@ -133,4 +133,4 @@ def test_a_caption_is_drawn_as_diffusers_draws_it(tmp_path):
     )
 
     with opened(name, tmp_path) as generator:
-        assert_same_pictures(drawn(generator, prompt=PROMPT, guidance_scale=5.0), expected)
+        assert_same_pictures(generated(generator, prompt=PROMPT, guidance_scale=5.0), expected)

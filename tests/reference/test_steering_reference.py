@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from ldm_runtime import Generator
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from tests.export.small_checkpoint import AUTOENCODER
 from tests.reference.test_pipeline_reference import (
     FIELDS,
@@ -53,7 +53,7 @@ def test_the_mean_of_the_posterior_is_that_of_diffusers(pipeline, generator, pic
     with torch.no_grad():
         expected = pipeline.vae.encode(image).latent_dist.mean.numpy()
 
-    ours = clean_latents(generator, Picture.read(picture).pixels)
+    ours = clean_latents(generator, InputImage.read(picture).pixels)
     scale = AUTOENCODER.latent_scale_factor
     np.testing.assert_allclose(ours, expected * scale, rtol=0, atol=1e-4 * np.abs(expected).max())
 

@@ -187,7 +187,7 @@ class FakeVendor:
             find_gpu=lambda: gpu,
             versions=lambda builders: {k: v for k, v in versions.items() if k in builders},
             open_device=self._open,
-            load_plan=self._load,
+            load_engine_file=self._load,
         )
 
     def _open(self):
@@ -235,7 +235,7 @@ def add_engines(bundle, **changes):
     for component in PROFILES:
         record = make_record(manifest, component, **changes)
         contents = {
-            record.plan_path: f"plan of {component}".encode(),
+            record.engine_path: f"plan of {component}".encode(),
             record.record_path: encode_engine_record(record),
         }
         for path, data in contents.items():

@@ -68,9 +68,11 @@ def some_latents(dtype=np.float64):
     return np.linspace(-20.0, 20.0, 16).reshape(SHAPE).astype(dtype)
 
 
-def run(name, latents, sigmas, eta, draw, denoise=curved_denoise):
+def run(name, latents, sigmas, eta, noise_sampler, denoise=curved_denoise):
     """The latents after every step."""
-    return list(SAMPLERS[name].function(denoise, latents, sigmas, eta=eta, draw=draw))
+    return list(
+        SAMPLERS[name].function(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
+    )
 
 
 def assert_same_steps(results, expected):

@@ -16,5 +16,5 @@ NEEDED = {
     "super-resolution": {"image": PICTURE},
     "inpainting": {"image": PICTURE, "mask_image": PICTURE},
     "retrieval": {"embeddings": np.eye(3, 8, dtype=np.float32)},
-    "first-stage": {"image": PICTURE},
+    "autoencoder": {"image": PICTURE},
 }

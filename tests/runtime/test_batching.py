@@ -19,7 +19,7 @@ from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.conditioning import Conditioning
 from ldm_runtime.errors import ShapeError
 from ldm_runtime.pipeline.batching import in_order, run_together
-from ldm_runtime.pipeline.passes import open_drawer
+from ldm_runtime.pipeline.passes import open_passes
 from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
@@ -565,18 +565,18 @@ def test_requests_without_context_get_together_bit_for_bit_what_they_get_alone(
 ):
     spec = tiny_spec(task)
     networks = {name: FakeEngine(each) for name, each in tiny_networks(task).items()}
-    drawers = [
-        open_drawer(networks.__getitem__, None, resolve(replace(request, **change), spec), spec)
+    all_passes = [
+        open_passes(networks.__getitem__, None, resolve(replace(request, **change), spec), spec)
         for request in tiny_requests(task)
         for change in ({"num_images": 2}, {"num_images": 2, "seed": 9}, {"num_images": 1})
     ]
 
-    def loop_of(drawer):
+    def loop_of(passes):
         return lambda engine: sample_latents(
-            engine, drawer.conditioning, drawer.request, spec, start=drawer.start
+            engine, passes.conditioning, passes.request, spec, start=passes.start
         )
 
-    loops = [loop_of(drawer) for drawer in drawers]
+    loops = [loop_of(passes) for passes in all_passes]
     with Generator(bundle_of(task), threads=1) as generator:
         unet = Counting(generator._network("unet"))
         together = [[] for _ in loops]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.segmentation import SegmentationMap
 
 IDS = np.random.default_rng(0).integers(0, 182, (6, 9), dtype=np.uint8)
 GRAY = Image.fromarray(IDS)
@@ -53,7 +53,7 @@ def png(rows, bits, kind, width, height):
 def one_sentence(value):
     """Read what is no class map and return the reason."""
     with pytest.raises(ValueError, match=r"^[^\n]{1,500}$") as caught:
-        ClassMap.read(value)
+        SegmentationMap.read(value)
     return str(caught.value)
 
 
@@ -66,21 +66,23 @@ def test_a_path_bytes_an_image_an_array_and_a_url_are_the_same_map(tmp_path):
     url = f"data:image/png;base64,{base64.b64encode(encoded(GRAY)).decode()}"
 
     values = (path, str(path), encoded(GRAY), bytearray(encoded(GRAY)), GRAY, IDS, url)
-    read = [ClassMap.read(value) for value in values]
+    read = [SegmentationMap.read(value) for value in values]
 
     assert len(set(read)) == 1
     np.testing.assert_array_equal(read[0].ids, IDS)
     assert [each.source for each in read] == [str(path), str(path), *[None] * 5]
-    assert ClassMap.read(read[0]) is read[0]
+    assert SegmentationMap.read(read[0]) is read[0]
 
 
 def test_a_palette_gives_its_places_and_not_its_colours():
     transparent = encoded(PALETTE, transparency=int(IDS[0, 0]))
 
-    assert ClassMap.read(encoded(PALETTE)) == ClassMap(IDS)
-    assert ClassMap.read(PALETTE) == ClassMap(IDS)
-    assert ClassMap.read(transparent) == ClassMap(IDS)
-    assert (Picture.read(PALETTE).pixels[..., 0] == 255 - IDS).all()  # where colours are asked for
+    assert SegmentationMap.read(encoded(PALETTE)) == SegmentationMap(IDS)
+    assert SegmentationMap.read(PALETTE) == SegmentationMap(IDS)
+    assert SegmentationMap.read(transparent) == SegmentationMap(IDS)
+    assert (
+        InputImage.read(PALETTE).pixels[..., 0] == 255 - IDS
+    ).all()  # where colours are asked for
 
 
 @pytest.mark.parametrize("kind", [0, 3], ids=["gray", "palette"])
@@ -96,18 +98,18 @@ def test_a_palette_gives_its_places_and_not_its_colours():
 def test_small_numbers_of_bits_are_not_spread_over_a_byte(kind, bits, row, ids):
     data = png([row, row[::-1]], bits, kind, 4, 2)
 
-    read = ClassMap.read(data).ids
+    read = SegmentationMap.read(data).ids
 
     assert read[0].tolist() == ids
     assert read.shape == (2, 4)
     with Image.open(io.BytesIO(data)) as opened:
-        assert ClassMap.read(opened) == ClassMap.read(data)
+        assert SegmentationMap.read(opened) == SegmentationMap.read(data)
 
 
 def test_sixteen_bits_are_read_as_they_are_if_they_hold_classes():
     data = encoded(Image.fromarray(IDS.astype(np.uint16)))
 
-    assert ClassMap.read(data) == ClassMap(IDS)
+    assert SegmentationMap.read(data) == SegmentationMap(IDS)
     assert "has a pixel of class 256; classes lie between 0 and 255" in one_sentence(
         encoded(Image.fromarray(np.array([[256, 0]], dtype=np.uint16)))
     )
@@ -117,14 +119,14 @@ def test_orientation_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6
 
-    assert ClassMap.read(encoded(GRAY, exif=exif)) == ClassMap(IDS)
+    assert SegmentationMap.read(encoded(GRAY, exif=exif)) == SegmentationMap(IDS)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64, np.uint64, ">i2"])
 def test_arrays_of_any_integers_are_read(dtype):
     ids = np.array([[0, 1, 127]], dtype=dtype)
 
-    read = ClassMap.read(ids)
+    read = SegmentationMap.read(ids)
 
     assert read.ids.dtype == np.uint8
     assert read.ids.tolist() == [[0, 1, 127]]
@@ -134,7 +136,7 @@ def test_arrays_of_any_integers_are_read(dtype):
 
 
 def test_it_shows_itself_in_one_short_line():
-    classes = ClassMap(IDS, source="a.png")
+    classes = SegmentationMap(IDS, source="a.png")
 
     assert repr(classes) == f"ClassMap(9x6, sha256 {classes.sha256[:12]}, 'a.png')"
     assert classes.size == (9, 6)
@@ -144,7 +146,7 @@ def test_it_shows_itself_in_one_short_line():
 
 
 def test_a_larger_map_repeats_pixels_and_a_smaller_one_takes_those_at_the_centres():
-    classes = ClassMap(np.arange(12).reshape(3, 4))
+    classes = SegmentationMap(np.arange(12).reshape(3, 4))
 
     larger = classes.resized(8, 6)
 
@@ -158,7 +160,7 @@ def test_a_larger_map_repeats_pixels_and_a_smaller_one_takes_those_at_the_centre
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_a_new_pixel_has_the_class_of_the_one_its_centre_lies_in(old, new):
-    classes = ClassMap(np.arange(old)[None])
+    classes = SegmentationMap(np.arange(old)[None])
 
     columns = classes.resized(new, 1).ids[0].tolist()
 
@@ -171,7 +173,7 @@ def test_a_new_pixel_has_the_class_of_the_one_its_centre_lies_in(old, new):
 @pytest.mark.parametrize("size", [(0, 5), (5, -1), (MAX_SIDE + 1, 1)])
 def test_sizes_beyond_the_limits_are_refused(size):
     with pytest.raises(ValueError, match=r"the result has .* pixels; both sides must lie between"):
-        ClassMap(IDS).resized(*size)
+        SegmentationMap(IDS).resized(*size)
 
 
 # --- what is no map -------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def test_sizes_beyond_the_limits_are_refused(size):
     [
         (7, "7 is no class map; give a path, a data: URL, the bytes of a file, a PIL image or"),
         (None, "None is no class map"),
-        (Picture(np.zeros((2, 2, 3), np.uint8)), r"Picture\(2x2.* is no class map"),
+        (InputImage(np.zeros((2, 2, 3), np.uint8)), r"Picture\(2x2.* is no class map"),
         (b"", "the data is no PNG; a class map is a gray or palette PNG"),
         (encoded(GRAY, "BMP"), "the data is no PNG"),
         (encoded(GRAY.convert("RGB"), "JPEG"), "the data is no PNG"),
@@ -248,7 +250,7 @@ def test_a_spoilt_file_is_a_map_or_one_sentence(data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            classes = ClassMap.read(bytes(file))
+            classes = SegmentationMap.read(bytes(file))
         except ValueError:
             return
 

@@ -164,7 +164,7 @@ def test_a_bad_line_of_requests_is_one_sentence_that_names_it(
         (["--class-label", "3"], "class_label"),
         (["--layout", "boxes.json"], "layout"),
         (["--seed", "0"], "seed"),
-        (["--plain-prompt"], "plain_prompt"),
+        (["--literal-prompt"], "literal_prompt"),
     ],
 )
 def test_a_field_comes_from_one_place(draw, capsys, flags, field):
@@ -196,7 +196,7 @@ def test_a_field_comes_from_one_place(draw, capsys, flags, field):
             "--mask-image mask.png or --outpaint 0,0,64,0",
         ),
         ("retrieval", "embeddings: this bundle is retrieval: give --embeddings vectors.npy"),
-        ("first-stage", "image: this bundle is first-stage: give --image photo.png"),
+        ("autoencoder", "image: this bundle is autoencoder: give --image photo.png"),
     ],
 )
 def test_what_the_bundle_needs_is_said_with_the_flag_to_give(
@@ -256,7 +256,7 @@ COMMANDS = {
     "super-resolution": (["--image", "photo.png"], (64, 48)),
     "inpainting": (["--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
     "retrieval": (["--embeddings", "vectors.npy"], (16, 16)),
-    "first-stage": (["--image", "photo.png"], (32, 24)),
+    "autoencoder": (["--image", "photo.png"], (32, 24)),
 }
 
 
@@ -540,7 +540,7 @@ def test_progress_is_a_bar_on_a_terminal(draw, capsys, monkeypatch):
 
 def test_an_over_long_prompt_warns_once_on_stderr(tiny_bundle, tmp_path):
     result = run_command(
-        *("generate", "red " * 40, "-n", "2", "--plain-prompt"),
+        *("generate", "red " * 40, "-n", "2", "--literal-prompt"),
         *("--bundle", str(tiny_bundle), "--out-dir", str(tmp_path)),
     )
 

@@ -58,12 +58,12 @@ def token_rows(engine):
     return [tuple(row) for call in engine.calls for row in call["tokens"]]
 
 
-@pytest.mark.parametrize("plain_prompt", [False, True])
+@pytest.mark.parametrize("literal_prompt", [False, True])
 @pytest.mark.parametrize("prompt", ["", "a b, c", "abcdef", "a<|endoftext|>b"])
-def test_a_short_prompt_without_weights_is_encoded_as_it_is_in_one_call(prompt, plain_prompt):
+def test_a_short_prompt_without_weights_is_encoded_as_it_is_in_one_call(prompt, literal_prompt):
     engine = text_encoder()
 
-    context = encode(engine, prompt=prompt, negative_prompt="xy", plain_prompt=plain_prompt)
+    context = encode(engine, prompt=prompt, negative_prompt="xy", literal_prompt=literal_prompt)
 
     assert token_rows(engine) == [padded("xy"), padded(prompt)]
     assert len(engine.calls) == 1
@@ -164,14 +164,16 @@ def test_a_chunk_ends_at_a_comma_that_is_near():
 
 
 def test_a_plain_prompt_is_literal():
-    [context] = encode(prompt="(a) [", plain_prompt=True, guidance_scale=1.0)
+    [context] = encode(prompt="(a) [", literal_prompt=True, guidance_scale=1.0)
 
     np.testing.assert_array_equal(context, encoded("(a) [")[0])
 
 
 def test_a_plain_prompt_is_cut_to_one_chunk_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        context = encode(prompt="a b c d e f g BREAK", negative_prompt="x " * 7, plain_prompt=True)
+        context = encode(
+            prompt="a b c d e f g BREAK", negative_prompt="x " * 7, literal_prompt=True
+        )
 
     np.testing.assert_array_equal(context, encoded("x x x x x x", "a b c d e f"))
     assert caplog.messages == [
@@ -258,5 +260,5 @@ def test_each_kind_of_text_encoder_has_its_tokenizer(tmp_path, kind, lines):
 
 
 def test_a_vocabulary_without_a_text_encoder_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="this first-stage model has no text encoder"):
-        open_tokenizer(tmp_path / "vocabulary", tiny_spec("first-stage"))
+    with pytest.raises(BundleError, match="this autoencoder model has no text encoder"):
+        open_tokenizer(tmp_path / "vocabulary", tiny_spec("autoencoder"))

@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from ldm_runtime.conditioning import KINDS, conditioning_components, encode_conditioning
+from ldm_runtime.conditioning import CONDITIONERS, conditioning_components, encode_conditioning
 from ldm_runtime.inputs.layouts import layout_tokens
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
@@ -31,7 +31,7 @@ def encode(task, spec=None, **fields):
 
 
 def test_every_task_has_a_kind_of_conditioning():
-    assert {*KINDS} == {*get_args(Task)}
+    assert {*CONDITIONERS} == {*get_args(Task)}
 
 
 @pytest.mark.parametrize("task", sorted(set(get_args(Task)) - {"text-to-image"}))
@@ -124,7 +124,7 @@ def test_a_semantic_map_is_given_in_the_size_of_the_picture():
 
     found, asked = encode("semantic-synthesis", segmentation=classes, height=16, width=16)
 
-    ids = asked["rescaler"].calls[0]["segmentation"]
+    ids = asked["segmentation_encoder"].calls[0]["segmentation"]
     assert ids.dtype == np.int64
     np.testing.assert_array_equal(ids[0], np.kron(classes, np.ones((2, 2), dtype=np.uint8)))
     assert found.concat.shape == (1, 3, 8, 8)
@@ -135,7 +135,7 @@ def test_an_odd_map_is_padded_on_the_right_and_below_by_its_edge():
 
     _, asked = encode("semantic-synthesis", segmentation=classes)
 
-    ids = asked["rescaler"].calls[0]["segmentation"]
+    ids = asked["segmentation_encoder"].calls[0]["segmentation"]
     np.testing.assert_array_equal(ids[0], np.pad(classes, ((0, 1), (0, 3)), mode="edge"))
 
 
@@ -199,9 +199,9 @@ def test_what_is_added_around_a_picture_is_a_hole_as_well():
     np.testing.assert_array_equal(found.concat[0, 3], expected)
 
 
-@pytest.mark.parametrize("task", ["unconditional", "first-stage"])
+@pytest.mark.parametrize("task", ["unconditional", "autoencoder"])
 def test_without_a_condition_there_is_nothing(task):
-    fields = {"image": PICTURE} if task == "first-stage" else {}
+    fields = {"image": PICTURE} if task == "autoencoder" else {}
 
     found, asked = encode(task, **fields)
 

@@ -174,7 +174,7 @@ def test_enlarging_engines_are_made_for_a_patch_and_serve_any_smaller_picture():
 
 
 def test_a_first_stage_alone_has_engines_too():
-    spec = tiny_spec("first-stage")
+    spec = tiny_spec("autoencoder")
 
     assert profile("vae_encoder", "image", spec=spec) == (
         (1, 3, 8, 8),

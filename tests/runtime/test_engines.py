@@ -17,16 +17,16 @@ from ldm_runtime.bundle.files import check_file, sha256_of
 from ldm_runtime.bundle.manifest import FileRecord, GraphRecord, encode_manifest, load_manifest
 from ldm_runtime.cli import main
 from ldm_runtime.diagnostics.inspection import inspect, readable
-from ldm_runtime.engines import recipes as engine_recipes
+from ldm_runtime.engines import build_specs as engine_recipes
 from ldm_runtime.engines import store as engine_store
-from ldm_runtime.engines.build import build_plan
+from ldm_runtime.engines.build import build_engine
+from ldm_runtime.engines.build_specs import EngineOptions, Toolchain, choose_toolchain
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.engines.library import import_builder
 from ldm_runtime.engines.phases import PhaseTree
 from ldm_runtime.engines.profiles import SizeRange
-from ldm_runtime.engines.recipes import EngineOptions, Toolchain, choose_toolchain
 from ldm_runtime.engines.records import (
-    EngineRecipe,
+    EngineBuildSpec,
     EngineRecord,
     ProfileRecord,
     encode_engine_record,
@@ -129,7 +129,7 @@ def assert_whole(bundle):
     for record in manifest.files:
         check_file(bundle, record)
     records = load_engine_records(bundle, manifest)
-    assert {record.plan_path for record in records} <= {each.path for each in manifest.files}
+    assert {record.engine_path for record in records} <= {each.path for each in manifest.files}
     return records
 
 
@@ -154,19 +154,19 @@ def test_a_record_without_a_field_is_refused(name, bundle, vendor):
         load_engine_records(bundle, load_manifest(bundle))
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(EngineRecipe)])
+@pytest.mark.parametrize("name", [field.name for field in fields(EngineBuildSpec)])
 def test_every_field_of_a_recipe_changes_its_key(name):
     other = replace(RECORD, **{name: OTHER_VALUES[name]})
 
     assert engine_key(other) != engine_key(RECORD)
-    assert other.recipe != RECORD.recipe
+    assert other.build_spec != RECORD.build_spec
 
 
 def test_what_a_build_took_does_not_change_its_key():
     other = replace(RECORD, seconds=9.9, plan_sha256="0", driver_version="13.1", size_bytes=1)
 
-    assert engine_key(other) == engine_key(RECORD) == engine_key(RECORD.recipe)
-    assert other.recipe == RECORD.recipe
+    assert engine_key(other) == engine_key(RECORD) == engine_key(RECORD.build_spec)
+    assert other.build_spec == RECORD.build_spec
 
 
 def test_a_record_in_the_place_of_another_is_refused(bundle, vendor):
@@ -200,8 +200,8 @@ def test_three_engines_are_built_and_listed_with_their_hashes(bundle, vendor):
     assert replace(manifest, engines=(), files=before.files) == before
     assert set(before.files) < set(manifest.files)
     for record in records:
-        assert record.plan_sha256 == sha256_of(bundle / record.plan_path)
-        assert record.size_bytes == (bundle / record.plan_path).stat().st_size
+        assert record.plan_sha256 == sha256_of(bundle / record.engine_path)
+        assert record.size_bytes == (bundle / record.engine_path).stat().st_size
         assert record.targets == ("sm80", "sm86", "sm89", "sm120", "sm121")
         assert record.gpu_name is None
 
@@ -210,7 +210,7 @@ def test_the_builder_gets_the_profiles_flags_and_targets_of_the_record(bundle, v
     add_engines(bundle, replace(RTX, targets=("sm89", "sm86"), refittable=True))
 
     _, unet, *_ = assert_whole(bundle)
-    flags, capabilities, profiles, _ = json.loads((bundle / unet.plan_path).read_bytes())
+    flags, capabilities, profiles, _ = json.loads((bundle / unet.engine_path).read_bytes())
     assert flags == list(unet.flags) == ["REQUIRE_USER_ALLOCATION", "REFIT"]
     assert capabilities == {"0": "SM86", "1": "SM89"}
     assert profiles == [
@@ -383,7 +383,7 @@ def test_a_profile_that_the_library_refuses_is_an_error(tmp_path, vendor):
     bad = replace(RECORD.profiles[0], opt=(9,))
 
     with pytest.raises(EngineBuildError, match="min <= opt <= max"):
-        build_plan(Path("x"), replace(RECORD.recipe, profiles=(bad,)), tmp_path / "a.plan")
+        build_engine(Path("x"), replace(RECORD.build_spec, profiles=(bad,)), tmp_path / "a.plan")
 
 
 def test_ctrl_c_cancels_the_build_and_leaves_no_plan(bundle, vendor, ctrl_c_raises):

@@ -13,7 +13,7 @@ from ldm_runtime.conditioning import conditioning_components
 from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.latents.codec import to_uint8
-from ldm_runtime.pipeline.passes import open_drawer
+from ldm_runtime.pipeline.passes import open_passes
 from ldm_runtime.pipeline.png import read_metadata, save_png
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.specs.model import Task, components_of
@@ -27,7 +27,7 @@ from ldm_runtime.testing import (
 from ldm_runtime.tiling.patches import over_patches
 
 TASKS = get_args(Task)
-SAMPLED = [task for task in TASKS if task != "first-stage"]
+SAMPLED = [task for task in TASKS if task != "autoencoder"]
 UNGUIDED = ["unconditional", "semantic-synthesis", "super-resolution", "inpainting"]
 RNG = np.random.default_rng(5)
 PICTURE = RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -142,7 +142,7 @@ def test_a_stream_has_a_step_for_each_and_may_be_left(generator_of, task):
 
 
 def test_a_first_stage_alone_has_a_result_without_steps(generator_of):
-    (result,) = generator_of("first-stage").stream(request_of("first-stage"), previews=True)
+    (result,) = generator_of("autoencoder").stream(request_of("autoencoder"), previews=True)
 
     assert isinstance(result, Result)
     assert {*result.timings} == {"vae_encoder", "vae_decoder", "total"}
@@ -207,7 +207,7 @@ def test_a_picture_is_encoded_and_decoded_by_every_bundle(generator_of, task):
 
 
 def test_what_cannot_be_encoded_or_decoded_is_refused(generator_of):
-    generator = generator_of("first-stage")
+    generator = generator_of("autoencoder")
 
     with pytest.raises(RequestError, match=r"picture: .*31x24 pixels; make both sides multiples"):
         generator.encode(PICTURE[:, 1:])
@@ -226,7 +226,7 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(generator_of):
 
 
 def test_a_first_stage_returns_what_encode_and_decode_do(generator_of):
-    generator = generator_of("first-stage")
+    generator = generator_of("autoencoder")
 
     result = generator(image=PICTURE)
 
@@ -240,7 +240,7 @@ def test_a_first_stage_pads_a_picture_of_odd_sides_and_crops_what_comes_back(
     odd = PICTURE[:, :31]
     grown = np.concatenate([odd, odd[:, -1:]], axis=1)
 
-    result, whole = (generator_of("first-stage")(image=each) for each in (odd, grown))
+    result, whole = (generator_of("autoencoder")(image=each) for each in (odd, grown))
 
     assert result.images[0].size == (31, 24)
     np.testing.assert_array_equal(result.images[0], np.asarray(whole.images[0])[:, :31])
@@ -358,8 +358,8 @@ def test_what_conditions_the_latents_lies_behind_every_row_and_is_never_scaled(t
     spec = tiny_spec(task)
     request = resolve(request_of(task, num_images=2, num_inference_steps=2), spec)
     networks = {name: FakeEngine(each) for name, each in tiny_networks(task).items()}
-    drawer = open_drawer(networks.__getitem__, None, request, spec)
-    wanted = next(drawer.draw(range(2)))
+    passes = open_passes(networks.__getitem__, None, request, spec)
+    wanted = next(passes.run(range(2)))
 
     from ldm_runtime.pipeline.sampling import sample_latents
 
@@ -369,8 +369,8 @@ def test_what_conditions_the_latents_lies_behind_every_row_and_is_never_scaled(t
         assert {*call} == {"latents", "timesteps"}
         assert call["latents"].shape[:2] == (2, spec.unet.in_channels)
         for row in call["latents"][:, spec.unet.out_channels :]:
-            if drawer.conditioning.concat is not None:
-                np.testing.assert_array_equal(row, drawer.conditioning.concat[0])
+            if passes.conditioning.concat is not None:
+                np.testing.assert_array_equal(row, passes.conditioning.concat[0])
 
 
 def test_a_call_without_a_prompt_says_what_is_missing(generator_of):

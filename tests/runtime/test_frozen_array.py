@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import Picture
-from ldm_runtime.inputs.segmentation import ClassMap
+from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.segmentation import SegmentationMap
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(256, size=(4, 6, 3), dtype=np.uint8)
@@ -18,7 +18,11 @@ IDS = RNG.integers(256, size=(6, 9), dtype=np.uint8)
 VECTORS = RNG.standard_normal((3, 8), dtype=np.float32)
 
 #: A class, values that it takes, and the attribute that gives them back.
-KINDS = [(Picture, PIXELS, "pixels"), (ClassMap, IDS, "ids"), (Embeddings, VECTORS, "values")]
+KINDS = [
+    (InputImage, PIXELS, "pixels"),
+    (SegmentationMap, IDS, "ids"),
+    (Embeddings, VECTORS, "values"),
+]
 every_kind = pytest.mark.parametrize(
     ("kind", "values", "name"), KINDS, ids=[kind.__name__ for kind, *_ in KINDS]
 )
@@ -58,8 +62,8 @@ def test_it_is_equal_by_its_values_and_shape_wherever_it_was_read_from(kind, val
 @pytest.mark.parametrize(
     ("frozen", "data"),
     [
-        (Picture(PIXELS), b"P6\n6 4\n255\n" + PIXELS.tobytes()),
-        (ClassMap(IDS), b"P5\n9 6\n255\n" + IDS.tobytes()),
+        (InputImage(PIXELS), b"P6\n6 4\n255\n" + PIXELS.tobytes()),
+        (SegmentationMap(IDS), b"P5\n9 6\n255\n" + IDS.tobytes()),
         (Embeddings(VECTORS), b"3 8\n" + VECTORS.astype("<f4").tobytes()),
     ],
 )

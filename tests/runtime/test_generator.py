@@ -324,7 +324,9 @@ def test_metadata_draws_the_same_picture_again(generator):
 def test_an_over_long_prompt_is_cut_with_a_warning_that_shows_what_was_cut(generator, caplog):
     with caplog.at_level(logging.WARNING):
         generator(
-            prompt="red " * 14 + "the end", negative_prompt="red " * 14 + "of it", plain_prompt=True
+            prompt="red " * 14 + "the end",
+            negative_prompt="red " * 14 + "of it",
+            literal_prompt=True,
         )
 
     assert caplog.messages == [

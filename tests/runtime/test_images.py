@@ -3,7 +3,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ldm_runtime.errors import LdmError
-from ldm_runtime.inputs.images import Picture, resize
+from ldm_runtime.inputs.images import InputImage, resize
 from ldm_runtime.latents.codec import decode_latents, encode_image, to_uint8
 from ldm_runtime.pipeline.png import read_metadata, save_png
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
@@ -108,21 +108,21 @@ def test_a_picture_that_latents_cannot_cover_is_one_sentence(width, height):
 
 
 def test_a_picture_of_the_right_size_is_not_touched():
-    picture = Picture(np.asarray(PICTURE))
+    picture = InputImage(np.asarray(PICTURE))
 
     assert resize(picture, 4, 4) is picture
 
 
 def test_a_picture_is_resized_to_width_and_height_with_a_smooth_filter():
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
-    picture = Picture.read(np.tile(ramp, (8, 1)))
+    picture = InputImage.read(np.tile(ramp, (8, 1)))
 
     smaller = resize(picture, 16, 4)
 
     assert smaller.size == (16, 4)
     block_means = ramp.reshape(16, 4).mean(axis=1)
     np.testing.assert_allclose(smaller.gray()[0], block_means, atol=3)
-    checkers = Picture.read(np.indices((32, 32)).sum(axis=0).astype(np.uint8) % 2 * 255)
+    checkers = InputImage.read(np.indices((32, 32)).sum(axis=0).astype(np.uint8) % 2 * 255)
     inner = resize(checkers, 8, 8).gray()[1:-1, 1:-1]
     np.testing.assert_allclose(inner, 127.5, atol=4)  # gray: every pixel counts
 

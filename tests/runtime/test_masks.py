@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.masks import composite, latent_mask, outpaint_canvas
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.samplers import SAMPLERS
 
 RNG = np.random.default_rng(0)
-PICTURE = Picture(RNG.integers(0, 256, (8, 16, 3), dtype=np.uint8))
+PICTURE = InputImage(RNG.integers(0, 256, (8, 16, 3), dtype=np.uint8))
 OTHER = Image.fromarray(255 - PICTURE.pixels)
 
 
 def mask_of(rows):
-    return Picture.read(np.array(rows, dtype=np.uint8))
+    return InputImage.read(np.array(rows, dtype=np.uint8))
 
 
 # --- mask pictures --------------------------------------------------------------------------------
@@ -145,10 +145,10 @@ def masked(dtype, denoise=smoothing):
     return denoiser, init + SIGMAS[0] * noise
 
 
-def run(name, denoise, latents, sigmas, draw=None):
+def run(name, denoise, latents, sigmas, noise_sampler=None):
     record = SAMPLERS[name]
     sampler = record.function(
-        denoise, latents, sigmas, eta=record.default_eta, draw=draw or Noise()
+        denoise, latents, sigmas, eta=record.default_eta, noise_sampler=noise_sampler or Noise()
     )
     return list(sampler)
 
@@ -183,7 +183,7 @@ def test_the_rest_is_drawn_as_by_a_model_of_the_rest_that_knows_the_known_part(n
         return smoothing(whole, sigma)[UNKNOWN]
 
     *_, whole = run(name, denoiser, latents, SIGMAS)
-    *_, rest = run(name, denoise_the_rest, latents[UNKNOWN], SIGMAS, draw=Noise(UNKNOWN))
+    *_, rest = run(name, denoise_the_rest, latents[UNKNOWN], SIGMAS, noise_sampler=Noise(UNKNOWN))
 
     np.testing.assert_allclose(whole[UNKNOWN], rest, rtol=0, atol=1e-12)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm_runtime.inputs.images import Picture
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -41,7 +41,7 @@ def png_that_claims(width, height):
 def one_sentence(value):
     """Read what is no picture and return the reason."""
     with pytest.raises(ValueError, match=r"^[^\n]{1,500}$") as caught:
-        Picture.read(value)
+        InputImage.read(value)
     return str(caught.value)
 
 
@@ -53,18 +53,20 @@ def test_a_path_bytes_an_image_an_array_and_a_url_are_the_same_picture(tmp_path)
     path.write_bytes(encoded(IMAGE))
     url = f"data:image/png;base64,{base64.b64encode(encoded(IMAGE)).decode()}"
 
-    read = [Picture.read(value) for value in (path, str(path), encoded(IMAGE), IMAGE, PIXELS, url)]
+    read = [
+        InputImage.read(value) for value in (path, str(path), encoded(IMAGE), IMAGE, PIXELS, url)
+    ]
 
     assert len(set(read)) == 1
     np.testing.assert_array_equal(read[0].pixels, PIXELS)
     assert [each.source for each in read] == [str(path), str(path), None, None, None, None]
-    assert Picture.read(read[0]) is read[0]
+    assert InputImage.read(read[0]) is read[0]
 
 
 def test_base64_may_be_broken_into_lines():
     url = f"DATA:image/png;BASE64,{base64.encodebytes(encoded(IMAGE)).decode()}"
 
-    assert Picture.read(url) == Picture(PIXELS)
+    assert InputImage.read(url) == InputImage(PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_common_formats_are_read_whatever_the_name_says(tmp_path, format, option
     path = tmp_path / "picture.txt"
     path.write_bytes(encoded(Image.fromarray(FLAT), format, **options))
 
-    pixels = Picture.read(path).pixels.astype(int)
+    pixels = InputImage.read(path).pixels.astype(int)
 
     assert pixels.shape == FLAT.shape
     inner = np.s_[8:24, 8:24]
@@ -99,7 +101,7 @@ def test_a_camera_held_sideways_makes_an_upright_picture(orientation):
         8: np.rot90(PIXELS),
     }
 
-    picture = Picture.read(encoded(IMAGE, exif=exif))
+    picture = InputImage.read(encoded(IMAGE, exif=exif))
 
     np.testing.assert_array_equal(picture.pixels, upright[orientation])
 
@@ -108,7 +110,7 @@ def test_what_is_transparent_is_laid_on_white():
     alpha = np.zeros((6, 9, 1), dtype=np.uint8)
     alpha[:, 3:6], alpha[:, 6:] = 51, 255
 
-    picture = Picture.read(np.concatenate([PIXELS, alpha], axis=2))
+    picture = InputImage.read(np.concatenate([PIXELS, alpha], axis=2))
 
     assert (picture.pixels[:, :3] == 255).all()
     mixed = 255 + 0.2 * (PIXELS[:, 3:6].astype(float) - 255)
@@ -121,7 +123,7 @@ def test_every_kind_of_transparency_is_seen(mode):
     image = Image.new("RGBA", (4, 4), (10, 10, 10, 0))
     image.paste((10, 10, 10, 255), (2, 0, 4, 4))
 
-    pixels = Picture.read(encoded(image.convert(mode))).pixels
+    pixels = InputImage.read(encoded(image.convert(mode))).pixels
 
     assert (pixels[:, :2] == 255).all()
     assert (pixels[:, 2:] == 10).all()
@@ -131,7 +133,7 @@ def test_a_colour_that_a_png_declares_transparent_is_white():
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     image.putpixel((1, 0), (4, 5, 6))
 
-    picture = Picture.read(encoded(image, transparency=(1, 2, 3)))
+    picture = InputImage.read(encoded(image, transparency=(1, 2, 3)))
 
     assert picture.pixels.tolist() == [[[255, 255, 255], [4, 5, 6]]]
 
@@ -141,10 +143,10 @@ def test_palettes_gray_and_bitmaps_become_rgb():
     black_and_white = Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("1")
     palette = IMAGE.quantize(256)  # 54 pixels fit, so it is exact
 
-    assert Picture.read(encoded(palette)) == Picture(PIXELS)
-    assert (Picture.read(encoded(gray)).pixels == np.asarray(gray)[..., None]).all()
-    assert Picture.read(np.asarray(gray)) == Picture.read(gray)
-    assert Picture.read(encoded(black_and_white)).pixels[0, :, 0].tolist() == [0, 255]
+    assert InputImage.read(encoded(palette)) == InputImage(PIXELS)
+    assert (InputImage.read(encoded(gray)).pixels == np.asarray(gray)[..., None]).all()
+    assert InputImage.read(np.asarray(gray)) == InputImage.read(gray)
+    assert InputImage.read(encoded(black_and_white)).pixels[0, :, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -153,7 +155,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
 
-    picture = Picture.read(encoded(Image.fromarray(levels), exif=exif))
+    picture = InputImage.read(encoded(Image.fromarray(levels), exif=exif))
 
     assert picture.gray().ravel().tolist() == [0, 0, 1, 1, 128, 254, 255]
 
@@ -161,7 +163,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(orientation):
 def test_printed_colours_become_rgb():
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
 
-    pixels = Picture.read(encoded(image, "JPEG", quality=100)).pixels
+    pixels = InputImage.read(encoded(image, "JPEG", quality=100)).pixels
 
     assert abs(pixels.astype(int) - [255, 0, 0]).max() <= 4
 
@@ -175,7 +177,7 @@ def test_an_animation_is_its_first_frame(format):
 
     with Image.open(io.BytesIO(data)) as image:
         assert image.n_frames == 3
-    assert Picture.read(data) == Picture(FLAT)
+    assert InputImage.read(data) == InputImage(FLAT)
 
 
 # --- what a picture is ----------------------------------------------------------------------------
@@ -184,25 +186,25 @@ def test_an_animation_is_its_first_frame(format):
 def test_its_png_holds_its_pixels_and_nothing_else():
     exif = Image.Exif()
     exif[0x010E] = "secret"
-    picture = Picture.read(encoded(IMAGE, exif=exif))
+    picture = InputImage.read(encoded(IMAGE, exif=exif))
 
     data = picture.to_png_bytes()
 
-    assert Picture.read(data) == picture
+    assert InputImage.read(data) == picture
     assert b"secret" not in data
-    assert data == Picture(PIXELS).to_png_bytes()
+    assert data == InputImage(PIXELS).to_png_bytes()
 
 
 def test_gray_is_the_brightness_and_that_of_gray_is_itself():
     ramp = np.arange(256, dtype=np.uint8)[None]
     colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=np.uint8)
 
-    np.testing.assert_array_equal(Picture.read(ramp).gray(), ramp)
-    assert Picture(colours).gray().tolist() == [[76, 150, 29]]  # 0.299, 0.587, 0.114
+    np.testing.assert_array_equal(InputImage.read(ramp).gray(), ramp)
+    assert InputImage(colours).gray().tolist() == [[76, 150, 29]]  # 0.299, 0.587, 0.114
 
 
 def test_it_shows_itself_in_one_short_line():
-    picture = Picture(PIXELS, source="a.png")
+    picture = InputImage(PIXELS, source="a.png")
 
     assert repr(picture) == f"Picture(9x6, sha256 {picture.sha256[:12]}, 'a.png')"
     assert picture.size == (9, 6)
@@ -285,7 +287,7 @@ def test_a_few_bytes_that_claim_to_be_huge_are_refused_unread(width, height, rea
 def test_a_picture_made_directly_is_checked_too():
     for array in (PIXELS[..., :2], PIXELS.astype(np.uint16), PIXELS[0]):
         with pytest.raises(ValueError, match=r"is no RGB picture; give uint8"):
-            Picture(array)
+            InputImage(array)
 
 
 SPOILT = [
@@ -310,7 +312,7 @@ def test_a_spoilt_file_is_a_picture_or_one_sentence(data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF data
         try:
-            picture = Picture.read(bytes(file))
+            picture = InputImage.read(bytes(file))
         except ValueError:
             return
 

@@ -211,7 +211,7 @@ def test_a_mask_of_another_size_than_the_image_is_refused_with_both_sizes():
         ({"outpaint": (0, 16384, 0, 0), "image": PICTURE}, "outpaint"),
         ({"outpaint": (4, 0, 0, 0), "image": PICTURE, "mask_image": PICTURE}, "outpaint"),
         ({"variation_seed": 3}, "variation_seed"),
-        ({"schedule": "given"}, "schedule"),
+        ({"schedule": "custom"}, "schedule"),
         ({"sigmas": (3.0, 1.0), "schedule": "karras"}, "schedule"),
         ({"sigmas": (3.0, 1.0), "num_inference_steps": 7}, "num_inference_steps"),
         ({"sigmas": (1.0, 3.0)}, "sigmas"),
@@ -230,7 +230,7 @@ def test_fields_that_do_not_go_together_are_an_error_that_names_one(fields, fiel
 def test_sigmas_given_replace_schedule_and_steps():
     request = resolved(sigmas=(9.0, 3.0, 1.0), sampler="euler")
 
-    assert request.schedule == "given"
+    assert request.schedule == "custom"
     assert request.num_inference_steps == 3
     assert request.sigmas == (9.0, 3.0, 1.0, 0.0)
 
@@ -287,7 +287,7 @@ def test_every_sampler_can_take_a_schedule_that_repeats_a_timestep(sampler):
         return latents / (1 + sigma)
 
     *_, last = SAMPLERS[sampler].function(
-        denoise, latents, sigmas, eta=0.0, draw=lambda *_: 0 * latents
+        denoise, latents, sigmas, eta=0.0, noise_sampler=lambda *_: 0 * latents
     )
 
     assert any(sigma == sigma_next for sigma, sigma_next in pairwise(sigmas))
@@ -354,9 +354,9 @@ def test_margins_around_a_picture_to_fill_make_its_size():
 
 
 def test_a_first_stage_pads_to_its_factor_alone_and_samples_nothing():
-    spec = tiny_spec("first-stage")
+    spec = tiny_spec("autoencoder")
 
-    request = resolved_for("first-stage", image=picture(23, 35))
+    request = resolved_for("autoencoder", image=picture(23, 35))
 
     assert size_step(spec) == 2
     assert (request.height, request.width) == (23, 35)
@@ -368,9 +368,9 @@ def test_a_first_stage_pads_to_its_factor_alone_and_samples_nothing():
 
 
 def test_a_first_stage_keeps_a_seed_and_gives_one_picture():
-    assert resolved_for("first-stage", seed=5).seed == 5
+    assert resolved_for("autoencoder", seed=5).seed == 5
     with pytest.raises(RequestError, match="num_images: means nothing"):
-        resolved_for("first-stage", num_images=2)
+        resolved_for("autoencoder", num_images=2)
 
 
 def test_the_bundle_says_how_much_fresh_noise_its_own_sampler_adds():
@@ -466,6 +466,6 @@ def test_a_prompt_that_cannot_be_read_is_an_error_only_where_weights_are_read():
     with pytest.raises(RequestError, match="prompt: "):
         resolved(prompt="(red:1000000000)")
 
-    literal = resolved(prompt="(red:1000000000)", plain_prompt=True).condition
+    literal = resolved(prompt="(red:1000000000)", literal_prompt=True).condition
 
     assert (literal.prompt, literal.literal) == ("(red:1000000000)", True)

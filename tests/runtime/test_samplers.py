@@ -41,11 +41,11 @@ def test_noise_is_drawn_once_for_every_step_that_ends_above_zero(name, eta):
     for sigmas in (UNEVEN, UNEVEN[:-1]):
         stretches = []
 
-        def draw(*levels, stretches=stretches):
+        def noise_sampler(*levels, stretches=stretches):
             stretches.append(levels)
             return np.zeros(SHAPE)
 
-        run(name, some_latents(), sigmas, eta, draw)
+        run(name, some_latents(), sigmas, eta, noise_sampler)
 
         assert stretches == list(pairwise(UNEVEN))[:4]
 
@@ -62,8 +62,8 @@ def test_the_draws_are_the_only_source_of_randomness(name):
     record = SAMPLERS[name]
 
     def last(seed):
-        draw = normal_draw(SHAPE, seed)
-        return run(name, some_latents(), UNEVEN[:-1], record.default_eta, draw)[-1]
+        noise_sampler = normal_draw(SHAPE, seed)
+        return run(name, some_latents(), UNEVEN[:-1], record.default_eta, noise_sampler)[-1]
 
     np.testing.assert_array_equal(last(1), last(1))
     assert np.array_equal(last(1), last(2)) == (record.default_eta == 0)
@@ -109,7 +109,7 @@ def test_no_array_is_written_to(name):
         frozen(some_latents()),
         UNEVEN,
         eta=1.0,
-        draw=lambda *_: frozen(np.ones(SHAPE)),
+        noise_sampler=lambda *_: frozen(np.ones(SHAPE)),
     )
 
     assert len([frozen(result) for result in results]) == len(UNEVEN) - 1
@@ -154,7 +154,7 @@ def test_the_denoiser_is_called_as_the_record_says_and_only_for_the_steps_asked_
         return 0.5 * latents
 
     steps = SAMPLERS[name].function(
-        denoise, some_latents(), UNEVEN, eta=0.0, draw=normal_draw(SHAPE)
+        denoise, some_latents(), UNEVEN, eta=0.0, noise_sampler=normal_draw(SHAPE)
     )
 
     assert seen == []

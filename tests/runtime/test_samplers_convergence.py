@@ -113,10 +113,10 @@ def ideal_consistency(latents, sigma):
 @pytest.mark.parametrize("final_sigma", [0.0, 0.3])
 def test_lcm_reaches_the_mean_and_variance_of_the_data_with_a_consistency_model(final_sigma):
     shape, sigmas = (40_000,), [10.0, 2.0, 0.5, final_sigma]
-    draw = normal_draw(shape, seed=7)
-    latents = DATA_MEAN + math.hypot(DATA_STD, sigmas[0]) * draw(math.inf, sigmas[0])
+    noise_sampler = normal_draw(shape, seed=7)
+    latents = DATA_MEAN + math.hypot(DATA_STD, sigmas[0]) * noise_sampler(math.inf, sigmas[0])
 
-    *_, result = run("lcm", latents, sigmas, 1.0, draw, ideal_consistency)
+    *_, result = run("lcm", latents, sigmas, 1.0, noise_sampler, ideal_consistency)
 
     variance = DATA_STD**2 + final_sigma**2
     assert result.mean() == pytest.approx(DATA_MEAN, abs=5 * math.sqrt(variance / shape[0]))

@@ -20,7 +20,7 @@ UNEVEN = [10.0, 4.0, 3.0, 0.5, 0.2, 0.12, 0.05, 0.02]  # neighbouring steps diff
 
 
 def ours(sampler, sigmas, denoise=curved_denoise):
-    return list(sampler(denoise, some_latents(), sigmas, eta=0.0, draw=no_draw))
+    return list(sampler(denoise, some_latents(), sigmas, eta=0.0, noise_sampler=no_draw))
 
 
 def assert_equal_steps(results, expected, rtol=1e-10):

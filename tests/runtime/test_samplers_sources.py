@@ -30,7 +30,7 @@ def test_an_euler_step_follows_the_slope_from_its_start():
     np.testing.assert_allclose(result, latents + (sigma_next - sigma) * slope, rtol=1e-13)
 
 
-def ddim_as_in_the_paper(latents, sigmas, eta, draw):
+def ddim_as_in_the_paper(latents, sigmas, eta, noise_sampler):
     """Equations 12 and 16 of arXiv:2010.02502, in variance-preserving latents z."""
     z = latents * to_alpha(sigmas[0])
     for sigma, sigma_prev in pairwise(sigmas):
@@ -39,7 +39,7 @@ def ddim_as_in_the_paper(latents, sigmas, eta, draw):
         epsilon = (z - math.sqrt(a) * x0) / math.sqrt(1 - a)
         std = eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)
         z = math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - std**2) * epsilon
-        z = z + std * draw(math.nan, math.nan)
+        z = z + std * noise_sampler(math.nan, math.nan)
         yield z / math.sqrt(a_prev)
 
 
@@ -59,7 +59,7 @@ def test_an_eta_above_one_adds_no_more_noise_than_the_next_sigma():
     np.testing.assert_allclose(result, curved_denoise(latents, 4.0) + 3.0, rtol=1e-14)
 
 
-def ddpm_as_in_the_paper(latents, sigmas, draw):
+def ddpm_as_in_the_paper(latents, sigmas, noise_sampler):
     """Equations 6 and 7 of arXiv:2006.11239; no noise in the last step."""
     z = latents * to_alpha(sigmas[0])
     for sigma, sigma_prev in pairwise(sigmas):
@@ -71,7 +71,7 @@ def ddpm_as_in_the_paper(latents, sigmas, draw):
             + math.sqrt(1 - beta) * (1 - a_prev) / (1 - a) * z
         )
         if sigma_prev > 0:
-            z = z + math.sqrt((1 - a_prev) / (1 - a) * beta) * draw(sigma, sigma_prev)
+            z = z + math.sqrt((1 - a_prev) / (1 - a) * beta) * noise_sampler(sigma, sigma_prev)
         yield z / math.sqrt(a_prev)
 
 
@@ -81,13 +81,13 @@ def test_ddpm_is_the_paper_s_posterior_with_its_own_variance():
     assert_same_steps(results, ddpm_as_in_the_paper(some_latents(), UNEVEN, normal_draw(SHAPE)))
 
 
-def lcm_as_in_the_paper(latents, sigmas, draw):
+def lcm_as_in_the_paper(latents, sigmas, noise_sampler):
     """Multistep sampling of arXiv:2310.04378: z = alpha f(z) + sigma noise, f the consistency."""
     z = latents * to_alpha(sigmas[0])
     for sigma, sigma_next in pairwise(sigmas):
         z = to_alpha(sigma_next) * curved_denoise(z / to_alpha(sigma), sigma)
         if sigma_next > 0:
-            z = z + sigma_next * to_alpha(sigma_next) * draw(sigma, sigma_next)
+            z = z + sigma_next * to_alpha(sigma_next) * noise_sampler(sigma, sigma_next)
         yield z / to_alpha(sigma_next)
 
 
@@ -122,7 +122,7 @@ def ancestral_step(sigma, sigma_next, eta):
     return math.sqrt(sigma_next**2 - up**2), up
 
 
-def dpm2_ancestral_as_in_k_diffusion(x, sigmas, eta, draw):
+def dpm2_ancestral_as_in_k_diffusion(x, sigmas, eta, noise_sampler):
     """sample_dpm_2_ancestral of k-diffusion."""
     for sigma, sigma_next in pairwise(sigmas):
         down, up = ancestral_step(sigma, sigma_next, eta)
@@ -133,11 +133,11 @@ def dpm2_ancestral_as_in_k_diffusion(x, sigmas, eta, draw):
             middle = math.exp((math.log(sigma) + math.log(down)) / 2)
             x_middle = x + d * (middle - sigma)
             d_middle = (x_middle - curved_denoise(x_middle, middle)) / middle
-            x = x + d_middle * (down - sigma) + up * draw(sigma, sigma_next)
+            x = x + d_middle * (down - sigma) + up * noise_sampler(sigma, sigma_next)
         yield x
 
 
-def dpmpp_2s_ancestral_as_in_k_diffusion(x, sigmas, eta, draw):
+def dpmpp_2s_ancestral_as_in_k_diffusion(x, sigmas, eta, noise_sampler):
     """sample_dpmpp_2s_ancestral of k-diffusion, in t = -log sigma."""
     for sigma, sigma_next in pairwise(sigmas):
         down, up = ancestral_step(sigma, sigma_next, eta)
@@ -150,7 +150,7 @@ def dpmpp_2s_ancestral_as_in_k_diffusion(x, sigmas, eta, draw):
             x_middle = middle / sigma * x - math.expm1(-h / 2) * x0
             x0_middle = curved_denoise(x_middle, middle)
             x = down / sigma * x - math.expm1(-h) * x0_middle
-            x = x + up * draw(sigma, sigma_next)
+            x = x + up * noise_sampler(sigma, sigma_next)
         yield x
 
 

@@ -34,7 +34,7 @@ def ancestral(sigma, sigma_next, eta):
     return math.sqrt(sigma_next**2 - up**2), up
 
 
-def dpmpp_sde_as_in_k_diffusion(sigmas, eta, draw):
+def dpmpp_sde_as_in_k_diffusion(sigmas, eta, noise_sampler):
     x = some_latents()
     for sigma, sigma_next in pairwise(sigmas):
         t, h = -math.log(sigma), math.log(sigma / sigma_next)
@@ -42,15 +42,15 @@ def dpmpp_sde_as_in_k_diffusion(sigmas, eta, draw):
         down, up = ancestral(sigma, middle, eta)
         first = curved_denoise(x, sigma)
         x_2 = down / sigma * x - math.expm1(math.log(down / sigma)) * first
-        x_2 = x_2 + up * draw(sigma, middle)
+        x_2 = x_2 + up * noise_sampler(sigma, middle)
         second = curved_denoise(x_2, middle)
         down, up = ancestral(sigma, sigma_next, eta)
         x = down / sigma * x - math.expm1(math.log(down / sigma)) * second
-        x = x + up * draw(sigma, sigma_next)
+        x = x + up * noise_sampler(sigma, sigma_next)
         yield x
 
 
-def dpmpp_2m_sde_as_in_k_diffusion(sigmas, eta, draw):
+def dpmpp_2m_sde_as_in_k_diffusion(sigmas, eta, noise_sampler):
     x, last, h_last = some_latents(), None, None
     for sigma, sigma_next in pairwise(sigmas):
         h = math.log(sigma / sigma_next)
@@ -59,12 +59,12 @@ def dpmpp_2m_sde_as_in_k_diffusion(sigmas, eta, draw):
         x = sigma_next / sigma * math.exp(-eta * h) * x + gain * x0
         if last is not None:
             x = x + gain / 2 * (h / h_last) * (x0 - last)
-        x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * draw(sigma, sigma_next)
+        x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise_sampler(sigma, sigma_next)
         last, h_last = x0, h
         yield x
 
 
-def dpmpp_3m_sde_as_in_k_diffusion(sigmas, eta, draw):
+def dpmpp_3m_sde_as_in_k_diffusion(sigmas, eta, noise_sampler):
     x, x0s, widths = some_latents(), [], []
     for sigma, sigma_next in pairwise(sigmas):
         h = math.log(sigma / sigma_next)
@@ -79,7 +79,7 @@ def dpmpp_3m_sde_as_in_k_diffusion(sigmas, eta, draw):
             r_0, r_1 = widths[0] / h, widths[1] / h
             d_2 = (slopes[0] - slopes[1]) / (r_0 + r_1)
             x = x + phi_2 * (slopes[0] + r_0 * d_2) - (phi_2 / h_eta - 0.5) * d_2
-        x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * draw(sigma, sigma_next)
+        x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise_sampler(sigma, sigma_next)
         widths.insert(0, h)
         yield x
 
@@ -137,12 +137,12 @@ def test_the_noise_of_a_run_adds_up_to_the_same_for_every_number_of_steps(name):
     for num_steps in (3, 17):
         path, total = BrownianPath(3, SHAPE), np.zeros(SHAPE)
 
-        def draw(sigma, sigma_next, path=path, total=total):
+        def noise_sampler(sigma, sigma_next, path=path, total=total):
             noise = path(sigma, sigma_next)
             total += math.sqrt(sigma - sigma_next) * noise
             return noise
 
-        run(name, some_latents(), even_grid(num_steps), 1.0, draw)
+        run(name, some_latents(), even_grid(num_steps), 1.0, noise_sampler)
         totals.append(total)
 
     np.testing.assert_allclose(*totals, atol=1e-5)
@@ -151,11 +151,11 @@ def test_the_noise_of_a_run_adds_up_to_the_same_for_every_number_of_steps(name):
 def test_dpmpp_sde_draws_the_half_and_the_whole_of_each_step():
     asked = []
 
-    def draw(*stretch):
+    def noise_sampler(*stretch):
         asked.append(stretch)
         return np.zeros(SHAPE)
 
-    run("dpmpp_sde", some_latents(), [9.0, 4.0, 1.0, 0.0], 1.0, draw)
+    run("dpmpp_sde", some_latents(), [9.0, 4.0, 1.0, 0.0], 1.0, noise_sampler)
 
     assert asked == [(9.0, 6.0), (9.0, 4.0), (4.0, 2.0), (4.0, 1.0)]
 
@@ -195,6 +195,6 @@ def test_with_fresh_noise_in_every_run_more_steps_come_no_closer(name):
 def test_without_noise_it_is_the_method_for_the_probability_flow_equation(name, method, sigmas):
     results = run(name, some_latents(), sigmas, 0.0, no_draw)
 
-    expected = method(curved_denoise, some_latents(), sigmas, eta=0.0, draw=no_draw)
+    expected = method(curved_denoise, some_latents(), sigmas, eta=0.0, noise_sampler=no_draw)
     for result, wanted in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, wanted, rtol=1e-13)

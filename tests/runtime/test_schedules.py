@@ -6,7 +6,7 @@ import pytest
 
 from ldm_runtime.schedules import (
     SCHEDULES,
-    given_sigmas,
+    custom_sigmas,
     initial_scale,
     rescale_zero_terminal_snr,
     sampling_sigmas,
@@ -355,7 +355,7 @@ def test_every_schedule_is_registered_under_its_own_name():
     ],
 )
 def test_given_sigmas_are_kept_and_end_at_zero(values, expected):
-    sigmas = given_sigmas(values)
+    sigmas = custom_sigmas(values)
 
     assert sigmas == expected
     assert {type(sigma) for sigma in sigmas} == {float}
@@ -376,7 +376,7 @@ def test_given_sigmas_are_kept_and_end_at_zero(values, expected):
 )
 def test_impossible_given_sigmas_are_refused_with_the_value(values, message):
     with pytest.raises(ValueError, match=message):
-        given_sigmas(values)
+        custom_sigmas(values)
 
 
 def test_zero_terminal_snr_keeps_the_first_timestep_and_leaves_no_signal_in_the_last(table):

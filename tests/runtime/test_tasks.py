@@ -14,9 +14,9 @@ from tests.runtime.task_cases import NEEDED, PICTURE
 
 NAMES = {field.name for field in dataclasses.fields(GenerationRequest)}
 #: A value for every field that not all tasks have, and what it takes beside it.
-GIVEN = {name: value for fields in NEEDED.values() for name, value in fields.items()} | {
+CUSTOM = {name: value for fields in NEEDED.values() for name, value in fields.items()} | {
     "negative_prompt": "blue",
-    "plain_prompt": True,
+    "literal_prompt": True,
     "strength": 0.5,
     "outpaint": (4, 0, 0, 0),
     "hires_scale": 1.5,
@@ -76,7 +76,7 @@ def test_what_a_task_needs_is_enough_and_resolves_once_and_for_all(task):
         ("inpainting", "image", "give image"),
         ("inpainting", "mask_image", "give mask_image or outpaint"),
         ("retrieval", "embeddings", "give embeddings"),
-        ("first-stage", "image", "give image"),
+        ("autoencoder", "image", "give image"),
     ],
 )
 def test_a_missing_field_is_a_sentence_that_names_task_and_field(task, missing, sentence):
@@ -107,7 +107,7 @@ def test_a_field_of_other_tasks_is_an_error_that_names_it(task):
 
     for name in foreign:
         with pytest.raises(RequestError) as caught:
-            resolved(task, **{name: GIVEN[name]})
+            resolved(task, **{name: CUSTOM[name]})
 
         assert caught.value.field == name
         assert str(caught.value) == (
@@ -131,7 +131,7 @@ def test_what_is_missing_is_said_before_what_is_too_much():
         ("super-resolution", False),
         ("inpainting", False),
         ("retrieval", True),
-        ("first-stage", False),
+        ("autoencoder", False),
     ],
 )
 def test_guidance_takes_a_condition_that_says_nothing(task, expected):
@@ -160,7 +160,7 @@ def test_where_guidance_cannot_be_on_it_is_off_whatever_the_bundle_s_default(tas
 @pytest.mark.parametrize("name", ["guidance_scale", "guidance_rescale", "guidance_interval"])
 def test_where_guidance_cannot_be_on_asking_for_it_is_an_error(task, name):
     with pytest.raises(RequestError) as caught:
-        resolved(task, **{name: GIVEN[name]})
+        resolved(task, **{name: CUSTOM[name]})
 
     assert caught.value.field == name
 
@@ -187,6 +187,6 @@ def test_a_picture_to_start_from_goes_with_every_task_that_starts_from_noise(tas
     assert resolved(task).passes[0].strength == 1.0
 
 
-@pytest.mark.parametrize("task", ["inpainting", "super-resolution", "first-stage"])
+@pytest.mark.parametrize("task", ["inpainting", "super-resolution", "autoencoder"])
 def test_a_picture_that_is_the_condition_has_no_strength(task):
     assert resolved(task).as_request().strength is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_runtime.backends import choose_backend, get_backend, tensorrt
-from ldm_runtime.backends.contract import EngineSource, RunOptions, Shared
+from ldm_runtime.backends.contract import EngineSource, RunOptions, SharedResources
 from ldm_runtime.backends.tensorrt.runtime import cache_path, read_cache, write_cache
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.verify import BOUNDS, _bounds, _outputs, verify
@@ -278,7 +278,7 @@ def scratch_of(device):
 
 
 def test_engines_of_one_generator_share_device_and_scratch_memory(bundle, machine):
-    shared = Shared()
+    shared = SharedResources()
     with (
         opened(bundle, machine, "unet", shared=shared) as unet,
         opened(bundle, machine, "vae_decoder", shared=shared) as decoder,
@@ -297,7 +297,7 @@ def test_engines_of_one_generator_share_device_and_scratch_memory(bundle, machin
 
 
 def test_scratch_memory_that_grows_makes_graphs_be_recorded_again(bundle, machine):
-    shared = Shared()
+    shared = SharedResources()
     latents = {"latents": unet_inputs(batch=1)["latents"]}
     with (
         opened(bundle, machine, "unet", shared=shared) as unet,
@@ -313,7 +313,7 @@ def test_scratch_memory_that_grows_makes_graphs_be_recorded_again(bundle, machin
 
 
 def test_the_last_engine_to_close_frees_everything(bundle, machine):
-    shared = Shared()
+    shared = SharedResources()
     unet = opened(bundle, machine, "unet", shared=shared)
     decoder = opened(bundle, machine, "vae_decoder", shared=shared)
     unet.run(unet_inputs())
@@ -380,7 +380,7 @@ def test_a_plan_that_does_not_load_gives_the_gpu_back(bundle, machine):
     def fail(*_):
         raise BackendError("no")
 
-    vendor = replace(machine.vendor, load_plan=fail)
+    vendor = replace(machine.vendor, load_engine_file=fail)
 
     with pytest.raises(BackendError, match="no"):
         tensorrt.open_engine(source_of(bundle), vendor)

@@ -4,7 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_runtime.backends.tensorrt.plan import Machine, Replay, check_inputs, choose_record, padded
+from ldm_runtime.backends.tensorrt.selection import (
+    Machine,
+    Replay,
+    check_inputs,
+    choose_record,
+    padded,
+)
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.errors import BackendError, ShapeError
 from tests.runtime.fake_gpu import GPU, VERSION, make_record

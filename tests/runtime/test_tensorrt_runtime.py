@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ldm_runtime.backends.contract import RunOptions
-from ldm_runtime.backends.tensorrt.runtime import LoadedPlan
+from ldm_runtime.backends.tensorrt.runtime import LoadedEngine
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.errors import BackendError
 from tests.runtime.fake_gpu import make_record
@@ -139,7 +139,7 @@ def load(tiny_bundle, tmp_path):
         record = make_record(manifest, "vae_decoder", **changes)
         component = manifest.component("vae_decoder")
         options = options or RunOptions()
-        return LoadedPlan(plan, record, component, options, tmp_path / "cache", library)
+        return LoadedEngine(plan, record, component, options, tmp_path / "cache", library)
 
     return run
 

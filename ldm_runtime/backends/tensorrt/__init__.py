@@ -12,9 +12,9 @@ from typing import get_args
 
 from ldm_runtime.backends.contract import Abilities, EngineSource, RunOptions
 from ldm_runtime.backends.cuda_device import CudaDevice, Device
-from ldm_runtime.backends.tensorrt.engine import Plan, Session, TensorRTEngine
-from ldm_runtime.backends.tensorrt.plan import Machine, choose_record
-from ldm_runtime.backends.tensorrt.runtime import LoadedPlan, cache_path, installed_versions
+from ldm_runtime.backends.tensorrt.engine import EngineFile, Session, TensorRTEngine
+from ldm_runtime.backends.tensorrt.runtime import LoadedEngine, cache_path, installed_versions
+from ldm_runtime.backends.tensorrt.selection import Machine, choose_record
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.bundle.manifest import GraphVariant as GraphVariant
@@ -43,13 +43,15 @@ class Vendor:
         find_gpu: Asks the driver for the GPU.
         versions: Says which libraries are installed.
         open_device: Starts using the GPU.
-        load_plan: Loads a plan; see `LoadedPlan`.
+        load_plan: Loads a plan; see `LoadedEngine`.
     """
 
     find_gpu: Callable[[], Gpu | None] = find_gpu
     versions: Callable[[Iterable[BuilderName]], Mapping[BuilderName, str]] = installed_versions
     open_device: Callable[[], Device] = CudaDevice
-    load_plan: Callable[[Path, EngineRecord, ComponentRecord, RunOptions, Path], Plan] = LoadedPlan
+    load_engine_file: Callable[
+        [Path, EngineRecord, ComponentRecord, RunOptions, Path], EngineFile
+    ] = LoadedEngine
 
 
 _NVIDIA = Vendor()
@@ -65,13 +67,13 @@ def open_engine(source: EngineSource, vendor: Vendor = _NVIDIA) -> TensorRTEngin
     component = source.component
     record = choose_record(records, component.name, machine, source.bundle, source.manifest)
     # Whatever `source.check_hashes` says: a plan is code.
-    plan = checked_file(source.bundle, source.manifest, record.plan_path)
+    plan = checked_file(source.bundle, source.manifest, record.engine_path)
     session = source.shared.obtain("tensorrt", lambda: Session(vendor.open_device))
     with session.lock:
         session.enter().make_current()
         try:
             cache = cache_path(plan, machine.gpu)
-            loaded = vendor.load_plan(plan, record, component, source.options, cache)
+            loaded = vendor.load_engine_file(plan, record, component, source.options, cache)
         except BaseException:
             session.leave()
             raise

@@ -1,6 +1,6 @@
 """Runs one TensorRT engine: buffers, constants, one context and one CUDA graph a shape.
 
-Nothing here imports CUDA or TensorRT. The GPU is a `cuda_device.Device` and the engine a `Plan`,
+Nothing here imports CUDA or TensorRT. The GPU is a `cuda_device.Device` and the engine a `EngineFile`,
 so that every rule of this file is tested with fakes of those two.
 """
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.backends.cuda_device import Device, DeviceMemory, HostMemory
-from ldm_runtime.backends.tensorrt.plan import Replay, Shaped, check_inputs, padded
+from ldm_runtime.backends.tensorrt.selection import Replay, Shaped, check_inputs, padded
 from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.closing import Closing
 from ldm_runtime.engines.records import EngineRecord
@@ -26,7 +26,7 @@ _MAX_SHAPES = 4  # contexts an engine keeps; each holds some memory of its own
 Shape = tuple[int, ...]
 
 
-class PlanContext(Protocol):
+class EngineContext(Protocol):
     """An engine made ready for one set of input shapes."""
 
     def output_shape(self, name: str) -> Shape:
@@ -58,7 +58,7 @@ class PlanContext(Protocol):
         ...
 
 
-class Plan(Protocol):
+class EngineFile(Protocol):
     """A loaded engine."""
 
     @property
@@ -66,7 +66,7 @@ class Plan(Protocol):
         """Whether the caller may record runs as CUDA graphs."""
         ...
 
-    def new_context(self, shapes: Mapping[str, Shape]) -> PlanContext:
+    def new_context(self, shapes: Mapping[str, Shape]) -> EngineContext:
         """Make the engine ready for these input shapes.
 
         Raises:
@@ -198,7 +198,7 @@ class _Buffer:
 class _Prepared:
     """An engine for one set of shapes, with its graph."""
 
-    def __init__(self, context: PlanContext, outputs: tuple[str, ...], replay: Replay) -> None:
+    def __init__(self, context: EngineContext, outputs: tuple[str, ...], replay: Replay) -> None:
         self.outputs = {name: context.output_shape(name) for name in outputs}
         self.scratch_size = context.scratch_size()
         self._context = context
@@ -238,13 +238,13 @@ class TensorRTEngine(Closing):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EngineFile,
         record: EngineRecord,
         component: ComponentRecord,
         session: Session,
         bundle: Path,
     ) -> None:
-        self._plan: Plan | None = plan
+        self._plan: EngineFile | None = plan
         self._profiles = record.profiles
         self._component = component
         self._session = session
@@ -262,7 +262,7 @@ class TensorRTEngine(Closing):
     def bind(self, constants: Tensors) -> Runner:
         """Upload some inputs, to be copied on the GPU from then on; see `Engine`."""
         with self._session.lock:
-            self._open_plan()
+            self._open_engine_file()
             self._session.device.make_current()
             unknown = constants.keys() - {each.name for each in self._component.inputs}
             if unknown:
@@ -291,7 +291,7 @@ class TensorRTEngine(Closing):
     ) -> dict[str, npt.NDArray[Any]]:
         given: dict[str, Shaped] = {**constants, **inputs}
         with self._session.lock:
-            plan = self._open_plan()
+            plan = self._open_engine_file()
             check_inputs(self._component, self._profiles, given, self._bundle)
             device = self._session.device
             device.make_current()
@@ -313,7 +313,7 @@ class TensorRTEngine(Closing):
                 for name, shape in prepared.outputs.items()
             }
 
-    def _open_plan(self) -> Plan:
+    def _open_engine_file(self) -> EngineFile:
         if self._plan is None:
             raise BackendError(
                 f"the {self._component.name} engine is closed; open the bundle again"
@@ -327,7 +327,7 @@ class TensorRTEngine(Closing):
             self._buffers[name].reserve(size)
         return sizes
 
-    def _prepare(self, plan: Plan, shapes: Mapping[str, Shape]) -> _Prepared:
+    def _prepare(self, plan: EngineFile, shapes: Mapping[str, Shape]) -> _Prepared:
         """Return what runs these shapes, which then is the most recent."""
         ordered = {each.name: shapes[each.name] for each in self._component.inputs}
         key = tuple(ordered.values())

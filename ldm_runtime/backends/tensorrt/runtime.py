@@ -28,8 +28,8 @@ _LOGGER = logging.getLogger(__name__)
 Shape = tuple[int, ...]
 
 
-class LoadedPlan:
-    """A deserialised engine; see `engine.Plan`.
+class LoadedEngine:
+    """A deserialised engine; see `engine.EngineFile`.
 
     The GPU's context must be current in the calling thread, here and in every method.
 
@@ -130,9 +130,9 @@ class LoadedPlan:
 
 
 class ShapedContext:
-    """An execution context for one set of shapes; see `engine.PlanContext`."""
+    """An execution context for one set of shapes; see `engine.EngineContext`."""
 
-    def __init__(self, plan: LoadedPlan, context: Any, shapes: Mapping[str, Shape]) -> None:  # noqa: ANN401
+    def __init__(self, plan: LoadedEngine, context: Any, shapes: Mapping[str, Shape]) -> None:  # noqa: ANN401
         self._plan = plan
         self._context: Any = context
         for name, shape in shapes.items():

@@ -6,7 +6,12 @@ from types import MappingProxyType
 from typing import Literal
 
 from ldm_runtime.specs.model import Task
-from ldm_runtime.specs.networks import ClassEmbedderSpec, RescalerSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import (
+    ClassEmbedderSpec,
+    SegmentationEncoderSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 from ldm_runtime.testing import text_encoder_spec, unet_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.noise import TOLD, UNTOLD, Noise
@@ -15,7 +20,7 @@ from models.shapes.data.labels import NUM_CLASSES, NUM_LABELS
 
 MUON_RATE = 3e-3
 CONTEXT_DIM = 64
-NUM_HALVINGS = 2
+NUM_DOWNSAMPLING_STEPS = 2
 _LATENT_CHANNELS = 3
 
 #: Self-attention at 8x8, 4x4 and in the middle, as the paper's models for faces have it.
@@ -49,8 +54,10 @@ BERT = text_encoder_spec(
 LAYOUT = replace(BERT, num_layers=2, vocab_size=8192, max_tokens=92, pad_token_id=8191)
 #: The last class is none.
 CLASSES = ClassEmbedderSpec(num_classes=NUM_LABELS + 1, width=CONTEXT_DIM, null_class=NUM_LABELS)
-RESCALER = RescalerSpec(
-    num_classes=NUM_CLASSES, out_channels=_LATENT_CHANNELS, num_halvings=NUM_HALVINGS
+SEGMENTATION_ENCODER = SegmentationEncoderSpec(
+    num_classes=NUM_CLASSES,
+    out_channels=_LATENT_CHANNELS,
+    num_downsampling_steps=NUM_DOWNSAMPLING_STEPS,
 )
 
 
@@ -83,7 +90,7 @@ class System:
     first_stage: Recipe = WITH_ATTENTION
     encoder: TextEncoderSpec | None = None
     embedder: ClassEmbedderSpec | None = None
-    rescaler: RescalerSpec | None = None
+    segmentation_encoder: SegmentationEncoderSpec | None = None
     most_things: int = 3
     most_rows: int = 40_000
     begins_with: str | None = None
@@ -166,7 +173,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
                     transformer_depth=(0, 0, 0),
                     num_heads=8,
                 ),
-                rescaler=RESCALER,
+                segmentation_encoder=SEGMENTATION_ENCODER,
                 cycles=(Cycle(end=2000),),
                 layout_steps=(range(500),),
                 optimizer="adamw",

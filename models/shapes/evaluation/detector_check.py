@@ -4,7 +4,7 @@ import numpy as np
 
 from models.shapes.data import scenes
 from models.shapes.evaluation import detector
-from models.shapes.evaluation.judging import Picture, judge, match
+from models.shapes.evaluation.judging import InputImage, judge, match
 
 DETECTOR_RENDERS = 2000
 DETECTOR_GOAL = 0.99
@@ -32,13 +32,15 @@ def evaluate_detector(
     return {"pictures": count, "right": right / count, "lowest_overlap": min(overlaps, default=0)}
 
 
-def photograph(scene: scenes.Scene, rng: np.random.Generator, noise: float, blurs: int) -> Picture:
+def photograph(
+    scene: scenes.Scene, rng: np.random.Generator, noise: float, blurs: int
+) -> InputImage:
     """Render a scene to uint8 through a bad lens: blurred (weights 1 2 1), then noisy."""
     picture = scenes.render(scene) * 255
     for _ in range(blurs):
         picture = detector.smooth(picture)
     noisy = picture + noise * rng.standard_normal(picture.shape, np.float32)
-    levels: Picture = np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
+    levels: InputImage = np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
     return levels
 
 

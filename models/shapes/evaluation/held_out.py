@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm_runtime import Generator
 from models.shapes.data import scenes
-from models.shapes.evaluation.judging import Picture, Tally, judge_all
+from models.shapes.evaluation.judging import InputImage, Tally, judge_all
 
 #: Of the captions, not of the training scenes; caption i is drawn from noise seed + i.
 SEED = 20_220_413
@@ -36,7 +36,7 @@ def evaluate_bundle(
 
 def draw_all(
     generator: Generator, wanted: Sequence[scenes.Scene], settings: Mapping[str, object]
-) -> tuple[list[Picture], list[float]]:
+) -> tuple[list[InputImage], list[float]]:
     """Return a picture for each scene's caption, i from noise SEED + i, and the seconds of each."""
     pictures, seconds = [], []
     for index, scene in enumerate(wanted):

@@ -11,7 +11,7 @@ from models.shapes.data import scenes
 from models.shapes.evaluation import detector
 
 #: RGB (64, 64, 3).
-Picture = npt.NDArray[np.uint8]
+InputImage = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def judge(scene: scenes.Scene, reading: detector.Reading) -> Tally:
     )
 
 
-def judge_all(wanted: Sequence[scenes.Scene], pictures: Sequence[Picture]) -> Tally:
+def judge_all(wanted: Sequence[scenes.Scene], pictures: Sequence[InputImage]) -> Tally:
     """Read the pictures and compare each with its scene."""
     readings = map(detector.read_picture, pictures)
     return sum(map(judge, wanted, readings), Tally())

@@ -19,7 +19,7 @@ from models.shapes.data import scenes
 from models.shapes.data.holes import Mask, mean_color_fill, visible_share
 from models.shapes.data.labels import box_of, class_map, overlap_of, scene_map
 from models.shapes.evaluation import detector, judging
-from models.shapes.evaluation.judging import Picture
+from models.shapes.evaluation.judging import InputImage
 
 #: By criterion: what was reached, and of how much.
 Marks = Mapping[str, tuple[float, float]]
@@ -45,32 +45,32 @@ class Question:
     hole: Mask | None = None
 
     @property
-    def truth(self) -> Picture:
+    def truth(self) -> InputImage:
         """The scene's own picture."""
         return drawing_of(self.scene)
 
 
-def drawing_of(scene: scenes.Scene) -> Picture:
+def drawing_of(scene: scenes.Scene) -> InputImage:
     """Return the picture of a scene."""
-    picture: Picture = np.rint(scenes.render(scene) * 255).astype(np.uint8)
+    picture: InputImage = np.rint(scenes.render(scene) * 255).astype(np.uint8)
     return picture
 
 
-def shrink(picture: Picture) -> Picture:
+def shrink(picture: InputImage) -> InputImage:
     """Return a picture of a quarter of the sides: the means of its blocks of 4x4 pixels."""
     height, width, channels = picture.shape
     blocks = picture.reshape(height // _FACTOR, _FACTOR, width // _FACTOR, _FACTOR, channels)
-    small: Picture = np.rint(blocks.astype(np.float32).mean(axis=(1, 3))).astype(np.uint8)
+    small: InputImage = np.rint(blocks.astype(np.float32).mean(axis=(1, 3))).astype(np.uint8)
     return small
 
 
-def enlarge(picture: Picture) -> Picture:
+def enlarge(picture: InputImage) -> InputImage:
     """Return a picture of four times the sides by bicubic interpolation."""
     size = (picture.shape[1] * _FACTOR, picture.shape[0] * _FACTOR)
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
-def judge_scene(question: Question, picture: Picture) -> Marks:
+def judge_scene(question: Question, picture: InputImage) -> Marks:
     """Ask whether a picture shows a scene of the training data's kind, and nothing besides."""
     reading = detector.read_picture(picture)
     most = len(question.scene.things)
@@ -83,7 +83,7 @@ def judge_scene(question: Question, picture: Picture) -> Marks:
     return {"valid": (valid, 1)}
 
 
-def judge_class(question: Question, picture: Picture) -> Marks:
+def judge_class(question: Question, picture: InputImage) -> Marks:
     """Ask whether there is exactly one thing, of the kind and colour that the class stands for."""
     (asked,) = question.scene.things
     reading = detector.read_picture(picture)
@@ -94,7 +94,7 @@ def judge_class(question: Question, picture: Picture) -> Marks:
     }
 
 
-def judge_words(question: Question, picture: Picture) -> Marks:
+def judge_words(question: Question, picture: InputImage) -> Marks:
     """Ask for objects and relations, as `evaluate.py` does."""
     tally = judging.judge(question.scene, detector.read_picture(picture))
     return {
@@ -107,7 +107,7 @@ def judge_words(question: Question, picture: Picture) -> Marks:
     }
 
 
-def judge_layout(question: Question, picture: Picture) -> Marks:
+def judge_layout(question: Question, picture: InputImage) -> Marks:
     """Ask for things of the right label, and how well those fill the boxes they were asked in.
 
     `labels` counts things of the right kind and colour anywhere; `labels_in_place` those whose box
@@ -127,7 +127,7 @@ def judge_layout(question: Question, picture: Picture) -> Marks:
     }
 
 
-def judge_map(question: Question, picture: Picture) -> Marks:
+def judge_map(question: Question, picture: InputImage) -> Marks:
     """Compare the asked class of every pixel with that of the picture, read back."""
     wanted = scene_map(question.scene)
     reading = detector.read_picture(picture)
@@ -140,7 +140,7 @@ def judge_map(question: Question, picture: Picture) -> Marks:
     }
 
 
-def judge_enlarged(question: Question, picture: Picture) -> Marks:
+def judge_enlarged(question: Question, picture: InputImage) -> Marks:
     """Return squared errors of an enlarged picture and of the bicubic one."""
     truth = question.truth
     error = _squared_error(picture, truth)
@@ -152,7 +152,7 @@ def judge_enlarged(question: Question, picture: Picture) -> Marks:
     }
 
 
-def judge_filled(question: Question, picture: Picture) -> Marks:
+def judge_filled(question: Question, picture: InputImage) -> Marks:
     """Return what became of a picture with a hole.
 
     `kept` is whether the rest is untouched; `error` and `plain_error` are those in the hole, of
@@ -180,7 +180,7 @@ def judge_filled(question: Question, picture: Picture) -> Marks:
     }
 
 
-JUDGES: Mapping[Task, Callable[[Question, Picture], Marks]] = MappingProxyType(
+JUDGES: Mapping[Task, Callable[[Question, InputImage], Marks]] = MappingProxyType(
     {
         "unconditional": judge_scene,
         "class-to-image": judge_class,
@@ -194,7 +194,7 @@ JUDGES: Mapping[Task, Callable[[Question, Picture], Marks]] = MappingProxyType(
 
 
 def judge_all(
-    task: Task, questions: Iterable[Question], pictures: Iterable[Picture]
+    task: Task, questions: Iterable[Question], pictures: Iterable[InputImage]
 ) -> dict[str, tuple[float, float]]:
     """Return the sum of the marks of pictures, one a question."""
     total: dict[str, tuple[float, float]] = {}
@@ -238,7 +238,7 @@ GOALS: Mapping[Task, Mapping[str, float]] = MappingProxyType(
 )
 
 
-def stray_pixels(picture: Picture, reading: detector.Reading) -> int:
+def stray_pixels(picture: InputImage, reading: detector.Reading) -> int:
     """Return how many pixels are coloured that belong to nothing that was read."""
     levels = detector.smooth(picture.astype(np.float32))
     coloured = levels.max(axis=2) - levels.min(axis=2) > _SATURATED
@@ -247,7 +247,7 @@ def stray_pixels(picture: Picture, reading: detector.Reading) -> int:
     return int(coloured.sum())
 
 
-def _background_error(picture: Picture, reading: detector.Reading) -> float:
+def _background_error(picture: InputImage, reading: detector.Reading) -> float:
     """Return how many grey levels the background is off, where nothing was read."""
     free = np.ones(picture.shape[:2], np.bool_)
     for thing in reading.things:
@@ -257,7 +257,7 @@ def _background_error(picture: Picture, reading: detector.Reading) -> float:
     return float(errors[free].mean()) if free.any() else math.inf
 
 
-def _squared_error(picture: Picture, truth: Picture) -> tuple[float, float]:
+def _squared_error(picture: InputImage, truth: InputImage) -> tuple[float, float]:
     error = picture.astype(np.float64) - truth
     return float(np.square(error).sum()), float(error.size)
 

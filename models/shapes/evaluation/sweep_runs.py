@@ -91,7 +91,9 @@ def count_calls(request: ResolvedRequest) -> int:
         return latents
 
     run = sampler_of(request).function
-    for _ in run(denoise, nothing, request.sigmas, eta=request.eta, draw=lambda *_: nothing):
+    for _ in run(
+        denoise, nothing, request.sigmas, eta=request.eta, noise_sampler=lambda *_: nothing
+    ):
         pass
     return calls
 

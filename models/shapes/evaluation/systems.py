@@ -20,7 +20,7 @@ from models.shapes.data import scenes
 from models.shapes.data.holes import random_hole
 from models.shapes.data.labels import box_of, label_of, scene_map
 from models.shapes.evaluation import detector_check, frechet, held_out
-from models.shapes.evaluation.judging import Picture
+from models.shapes.evaluation.judging import InputImage
 from models.shapes.evaluation.scores import GOALS, Question, judge_all, scores, shrink
 
 RESULTS = ROOT / "benchmarks/results/shapes_systems.jsonl"
@@ -103,7 +103,7 @@ def settings_of(system: System, steps: int) -> dict[str, Any]:
 
 def draw_all(
     generator: Generator, system: System, questions: Sequence[Question], steps: int
-) -> tuple[list[Picture], list[float]]:
+) -> tuple[list[InputImage], list[float]]:
     """Return a picture for each question and the seconds that each took.
 
     Raises:
@@ -119,7 +119,7 @@ def draw_all(
     return pictures, seconds
 
 
-def distances_of(system: System, pictures: Sequence[Picture]) -> dict[str, float]:
+def distances_of(system: System, pictures: Sequence[InputImage]) -> dict[str, float]:
     """Return how far pictures, as many held-out ones and as many worse ones are from held-out ones.
 
     Raises:
@@ -140,7 +140,7 @@ def distances_of(system: System, pictures: Sequence[Picture]) -> dict[str, float
 
 def examine(
     generator: Generator, system: System, count: int, steps: int
-) -> tuple[SystemRow, list[Picture]]:
+) -> tuple[SystemRow, list[InputImage]]:
     """Draw and judge; return the row and the pictures.
 
     Raises:
@@ -206,7 +206,7 @@ def append_row(path: Path, row: SystemRow) -> None:
         file.write(as_line(row.as_dict()) + "\n")
 
 
-def sheet(pictures: Sequence[Picture], columns: int = 8) -> Picture:
+def sheet(pictures: Sequence[InputImage], columns: int = 8) -> InputImage:
     """Return pictures side by side as one, as many as fill whole rows."""
     starts = range(0, len(pictures) - columns + 1, columns)
     lines = [np.concatenate(pictures[start : start + columns], axis=1) for start in starts]

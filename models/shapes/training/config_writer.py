@@ -15,7 +15,7 @@ from ldm_runtime.specs.model import Task
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
-    RescalerSpec,
+    SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
 )
@@ -45,7 +45,7 @@ class ModelConfig:
     autoencoder: AutoencoderSpec
     text_encoder: TextEncoderSpec | None = None
     class_embedder: ClassEmbedderSpec | None = None
-    rescaler: RescalerSpec | None = None
+    segmentation_encoder: SegmentationEncoderSpec | None = None
     class_dropout: float = 0.0
     schedule: tuple[float, float, int]
     latent_size: int
@@ -180,12 +180,12 @@ def _learned_conditioner(model: ModelConfig) -> dict[str, Any]:
             "ucg_rate": model.class_dropout,
         }
         return {"target": f"{_ENCODERS}.ClassEmbedder", "params": dict(params)}
-    if model.rescaler is not None:
-        rescaler = model.rescaler
+    if model.segmentation_encoder is not None:
+        segmentation_encoder = model.segmentation_encoder
         params = {
-            "n_stages": rescaler.num_halvings,
-            "in_channels": rescaler.num_classes,
-            "out_channels": rescaler.out_channels,
+            "n_stages": segmentation_encoder.num_downsampling_steps,
+            "in_channels": segmentation_encoder.num_classes,
+            "out_channels": segmentation_encoder.out_channels,
         }
         return {"target": f"{_ENCODERS}.SpatialRescaler", "params": dict(params)}
     assert model.text_encoder is not None, f"{model.task} has a conditioner"

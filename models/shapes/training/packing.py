@@ -55,7 +55,7 @@ def config_of(system: System) -> ModelConfig:
         autoencoder=spec,
         text_encoder=system.encoder,
         class_embedder=system.embedder,
-        rescaler=system.rescaler,
+        segmentation_encoder=system.segmentation_encoder,
         class_dropout=CAPTION_DROPOUT if system.embedder is not None else 0.0,
         schedule=system.noise.schedule,
         latent_size=scenes.SIZE // spec.factor,

@@ -11,7 +11,7 @@ from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.unet import UNet
 from models.shapes.catalog.systems import System
 from models.shapes.data.labels import class_colors
-from models.shapes.evaluation.judging import Picture
+from models.shapes.evaluation.judging import InputImage
 from models.shapes.evaluation.scores import judge_all, scores
 from models.shapes.training.conditions import Conditions, guided, open_conditions, predict_with
 from models.shapes.training.corpus import Corpus, load_corpus
@@ -38,8 +38,8 @@ class SystemModel(nn.Module):
         self.conditioner: nn.Module | None = None
         if system.embedder is not None:
             self.conditioner = ClassEmbedder(system.embedder)
-        if system.rescaler is not None:
-            self.conditioner = SpatialRescaler(system.rescaler)
+        if system.segmentation_encoder is not None:
+            self.conditioner = SpatialRescaler(system.segmentation_encoder)
 
     def initialise(self) -> None:
         """Make every block of the UNet the identity, and every class of a pixel its colour."""
@@ -147,9 +147,9 @@ def check_system(system: System, count: int, num_steps: int) -> dict[str, float]
     state = torch.load(WORK / f"{system.name}.pt", weights_only=True)
     model = open_system(system, state["ema"])
     rows = torch.arange(len(corpus.latents) - min(count, NUM_CHECKED), len(corpus.latents))
-    drawer = corpus, conditions, load_first_stage(system.first_stage)
+    passes = corpus, conditions, load_first_stage(system.first_stage)
     torch.manual_seed(0)
-    drawn = draw(system, model, drawer, rows, num_steps)
+    drawn = draw(system, model, passes, rows, num_steps)
     return scores(judge_all(system.task, [corpus.questions[row] for row in rows], drawn))
 
 
@@ -164,13 +164,13 @@ def open_system(system: System, weights: dict[str, Tensor]) -> SystemModel:
 def draw(
     system: System,
     model: SystemModel,
-    drawer: tuple[Corpus, Conditions, Autoencoder],
+    passes: tuple[Corpus, Conditions, Autoencoder],
     rows: Tensor,
     num_steps: int,
-) -> list[Picture]:
+) -> list[InputImage]:
     """Return a picture for each of some rows of a corpus, of noise from torch's generator."""
-    corpus, conditions, first_stage = drawer
-    pictures: list[Picture] = []
+    corpus, conditions, first_stage = passes
+    pictures: list[InputImage] = []
     for part in torch.split(rows, _DRAWN_TOGETHER):
         noise = torch.randn(len(part), *corpus.latents.shape[1:])
         both = [

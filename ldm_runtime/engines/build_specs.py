@@ -12,7 +12,7 @@ from ldm_runtime.engines.profiles import (
     component_profiles,
     resolve_shapes,
 )
-from ldm_runtime.engines.records import BuilderName, EngineRecipe
+from ldm_runtime.engines.records import BuilderName, EngineBuildSpec
 from ldm_runtime.errors import EngineBuildError
 from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
@@ -110,12 +110,12 @@ def choose_toolchain(
     return _toolchain(options.builder, options, gpu)
 
 
-def make_recipes(
+def make_build_specs(
     toolchain: Toolchain,
     sizes: SizeRange,
     spec: ModelSpec,
     files: Mapping[str, ComponentFiles],
-) -> list[EngineRecipe]:
+) -> list[EngineBuildSpec]:
     """Return one recipe for every engine to build.
 
     Args:
@@ -129,7 +129,7 @@ def make_recipes(
     """
     shapes = resolve_shapes(spec, sizes)
     return [
-        EngineRecipe(
+        EngineBuildSpec(
             component=name,
             builder=toolchain.builder,
             builder_version=toolchain.version,

@@ -12,20 +12,20 @@ _PICTURES = 6
 _SHADES = (-1.0, 1.0)  # of a saturated colour's channels
 
 
-def draw_pictures(side: int) -> Pixels:
+def make_images(side: int) -> Pixels:
     """Return the pictures, RGB (N, side, side, 3): the same ones every time."""
-    pictures = [_draw(np.random.default_rng(seed), side) for seed in range(_PICTURES)]
-    return to_uint8(np.stack(pictures).astype(np.float32))
+    images = [_draw(np.random.default_rng(seed), side) for seed in range(_PICTURES)]
+    return to_uint8(np.stack(images).astype(np.float32))
 
 
 def _draw(rng: np.random.Generator, side: int) -> Array:
     """Return a picture (3, side, side) from -1 to 1."""
-    picture = _smooth(rng, side)
+    image = _smooth(rng, side)
     for make in (_gradient, _stripes):
-        picture = np.where(_rectangle(rng, side, 0.5), make(rng, side), picture)
+        image = np.where(_rectangle(rng, side, 0.5), make(rng, side), image)
     for shape in (_rectangle, _ellipse) * 5:
-        picture = np.where(shape(rng, side, 0.25), _saturated(rng), picture)
-    return picture
+        image = np.where(shape(rng, side, 0.25), _saturated(rng), image)
+    return image
 
 
 def _smooth(rng: np.random.Generator, side: int) -> Array:

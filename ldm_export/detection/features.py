@@ -33,7 +33,7 @@ Tensors = Mapping[str, CheckpointTensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
+class Feature:
     """One fact about a checkpoint.
 
     Attributes:
@@ -46,30 +46,30 @@ class Fact:
 
 
 #: What a fact that is not there looks like.
-ABSENT = Fact(value=NONE, tensor="")
+ABSENT = Feature(value=NONE, tensor="")
 
 
-def present(tensors: Iterable[str], kinds: Iterable[tuple[str, str]]) -> Fact:
+def present(tensors: Iterable[str], kinds: Iterable[tuple[str, str]]) -> Feature:
     """Return the first kind whose tensor is there, of (kind, tensor) pairs."""
     names = frozenset(tensors)
     for kind, tensor in kinds:
         if tensor in names:
-            return Fact(value=kind, tensor=tensor)
+            return Feature(value=kind, tensor=tensor)
     return ABSENT
 
 
-def size_of(shapes: Shapes, tensor: str, axis: int) -> Fact:
+def size_of(shapes: Shapes, tensor: str, axis: int) -> Feature:
     """Return the length of an axis of `tensor`."""
     shape = shapes.get(tensor, ())
     if axis >= len(shape):
         return ABSENT
-    return Fact(value=shape[axis], tensor=tensor)
+    return Feature(value=shape[axis], tensor=tensor)
 
 
-def difference(whole: Fact, part: Fact) -> Fact:
+def difference(whole: Feature, part: Feature) -> Feature:
     """Return the length of an axis without that of another."""
     if isinstance(whole.value, int) and isinstance(part.value, int):
-        return Fact(value=whole.value - part.value, tensor=whole.tensor)
+        return Feature(value=whole.value - part.value, tensor=whole.tensor)
     return ABSENT
 
 

@@ -31,7 +31,7 @@ def encode_low_resolution(
     return Conditioning(concat=np.pad(picture, ((0, 0), (0, 0), *missing), mode="edge"))
 
 
-def encode_hole(
+def encode_masked_image(
     network: OpenNetwork,
     _tokenizer: Tokenizer | None,
     request: ResolvedRequest,

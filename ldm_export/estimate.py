@@ -22,7 +22,7 @@ _GRAPH_BYTES = 1_500_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Estimate:
     """Estimates of one export.
 
     Attributes:
@@ -50,9 +50,9 @@ class Plan:
             for name, count in self.parameters.items()
         ]
         lines += [
-            f"{stage:<17} about {seconds:.0f} s"
-            for stage, seconds in self.stage_seconds.items()
-            if stage.endswith("engine") or " engine " in stage
+            f"{step:<17} about {seconds:.0f} s"
+            for step, seconds in self.stage_seconds.items()
+            if step.endswith("engine") or " engine " in step
         ]
         lines += [
             f"bundle            about {self.bundle_bytes / 1e6:,.0f} MB",
@@ -66,12 +66,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
+def make_estimate(
     spec: ModelSpec,
     parameters: Mapping[str, int],
     dtype: WeightsDType,
     engines: Mapping[str, str] = MappingProxyType({}),
-) -> Plan:
+) -> Estimate:
     """Return the estimates for a checkpoint.
 
     Args:
@@ -89,10 +89,10 @@ def make_plan(
     seconds["preview"] = 0.1  # a fit to what the encoder left
     total = sum(parameters.values())
     seconds["golden"] = _GOLDEN_SECONDS + _GOLDEN_SECONDS_PER_PARAMETER * total
-    for stage, name in engines.items():
-        seconds[stage] = _ENGINE_SECONDS + _ENGINE_SECONDS_PER_PARAMETER * parameters[name]
+    for step, name in engines.items():
+        seconds[step] = _ENGINE_SECONDS + _ENGINE_SECONDS_PER_PARAMETER * parameters[name]
     engine_bytes = sum(2 * parameters[name] for name in engines.values())
-    return Plan(
+    return Estimate(
         spec=spec,
         parameters=dict(parameters),
         stage_seconds=seconds,

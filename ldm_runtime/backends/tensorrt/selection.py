@@ -238,8 +238,8 @@ class Replay:
 
     def enqueue(self, addresses: tuple[int, ...], work: Callable[[], None]) -> None:
         """Enqueue the work, which reads and writes at these addresses, once."""
-        settled = addresses == self._addresses
-        if not settled:
+        stated = addresses == self._addresses
+        if not stated:
             self.close()
             self._addresses = addresses
         elif self._graph is None and self._record is not None:

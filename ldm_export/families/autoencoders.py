@@ -6,33 +6,33 @@ Source: the zoo of first stages of CompVis/latent-diffusion (a506df5).
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ldm_export.families.records import FIRST_STAGE, Expected, Family, first_stage_claims
+from ldm_export.families.records import FIRST_STAGE, Expected, Family, autoencoder_assignments
 from ldm_export.families.released_settings import AUTOENCODER
 
 _ALONE: Mapping[str, Expected] = {"model_channels": "none", "conditioner": "none", "extra": "none"}
 
 
-def _released(name: str, **facts: Expected) -> Family:
-    return _first_stage(f"ldm-{name}", first_stage_channels=128, **facts)
+def _released(name: str, **features: Expected) -> Family:
+    return _autoencoder(f"ldm-{name}", autoencoder_channels=128, **features)
 
 
-def _first_stage(name: str, **facts: Expected) -> Family:
+def _autoencoder(name: str, **features: Expected) -> Family:
     return Family(
         name=name,
-        facts=MappingProxyType({**_ALONE, **facts}),
-        knowledge=AUTOENCODER,
-        claims=first_stage_claims("") + FIRST_STAGE,
+        features=MappingProxyType({**_ALONE, **features}),
+        family_defaults=AUTOENCODER,
+        assignments=autoencoder_assignments("") + FIRST_STAGE,
         averaged=("vae_decoder", "vae_encoder"),
     )
 
 
 FIRST_STAGE_FAMILIES: tuple[Family, ...] = (
-    _first_stage("first-stage-vq", first_stage="vq"),
-    _first_stage("first-stage-kl", first_stage="kl"),
+    _autoencoder("autoencoder-vq", autoencoder="vq"),
+    _autoencoder("autoencoder-kl", autoencoder="kl"),
     *(
         _released(
             name,
-            first_stage="vq",
+            autoencoder="vq",
             factor=factor,
             latent_channels=channels,
             codebook_size=codes,
@@ -47,7 +47,7 @@ FIRST_STAGE_FAMILIES: tuple[Family, ...] = (
         )
     ),
     *(
-        _released(name, first_stage="kl", factor=factor, latent_channels=channels)
+        _released(name, autoencoder="kl", factor=factor, latent_channels=channels)
         for name, factor, channels in (
             ("kl-f4", 4, 3),
             ("kl-f8", 8, 4),

@@ -19,7 +19,7 @@ from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import load_network
 from ldm_export.source import Source
-from ldm_export.workspace import Stage
+from ldm_export.workspace import ExportStep
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import ComponentRecord, PreviewRecord
 from ldm_runtime.requests.request import request_to_json
@@ -47,7 +47,7 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stages:
+class ExportSteps:
     """What an export does before engines, and what the manifest says of it.
 
     Attributes:
@@ -58,21 +58,21 @@ class Stages:
         fit: The preview, once its stage is done.
     """
 
-    stages: tuple[Stage, ...]
+    steps: tuple[ExportStep, ...]
     tokenizer_file: str | None
     golden: tuple[str, ...]
     golden_key: str
     fit: Fit
 
 
-def make_stages(source: Source) -> Stages:
+def make_steps(source: Source) -> ExportSteps:
     """Return the stages that turn a checkpoint into a bundle."""
     requests = golden_requests(source.spec, source.parameters().get("unet", 0))
-    drawn = [request_to_json(request.as_request()) for request in requests]
+    generated = [request_to_json(request.as_request()) for request in requests]
     vocabulary, fit = vocabulary_of(source.spec), Fit()
     file = None if vocabulary is None else f"tokenizer/{vocabulary.name}"
-    stages = [
-        Stage(
+    steps = [
+        ExportStep(
             name=name,
             key=source.key(name),
             paths=(name, f"golden/components/{name}.npz"),
@@ -83,16 +83,16 @@ def make_stages(source: Source) -> Stages:
     if vocabulary is not None and file is not None:
         copy = partial(_copy_vocabulary, vocabulary, file)
         key = source.key("tokenizer")
-        stages.insert(0, Stage(name="tokenizer", key=key, paths=(file,), build=copy))
-    preview = Stage(name="preview", key=source.key("preview"), paths=(), build=fit.build)
-    golden = Stage(
+        steps.insert(0, ExportStep(name="tokenizer", key=key, paths=(file,), build=copy))
+    preview = ExportStep(name="preview", key=source.key("preview"), paths=(), build=fit.build)
+    golden = ExportStep(
         name="golden",
-        key=source.key("golden", *drawn),
+        key=source.key("golden", *generated),
         paths=golden_folders(requests),
         build=partial(_build_golden, source, requests),
     )
-    return Stages(
-        stages=(*stages, preview, golden),
+    return ExportSteps(
+        steps=(*steps, preview, golden),
         tokenizer_file=file,
         golden=golden.paths,
         golden_key=golden.key,

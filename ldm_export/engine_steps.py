@@ -4,23 +4,23 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from ldm_export.workspace import Stage, StageRecord
+from ldm_export.workspace import ExportStep, StepRecord
 from ldm_runtime.bundle.manifest import ComponentRecord
+from ldm_runtime.engines.build_specs import ComponentFiles, Toolchain, make_build_specs
 from ldm_runtime.engines.profiles import SizeRange
-from ldm_runtime.engines.recipes import ComponentFiles, Toolchain, make_recipes
-from ldm_runtime.engines.records import EngineRecipe, engine_key
-from ldm_runtime.engines.store import component_files, engine_stage, write_engine
+from ldm_runtime.engines.records import EngineBuildSpec, engine_key
+from ldm_runtime.engines.store import component_files, engine_step, write_engine
 from ldm_runtime.progress import Progress
 from ldm_runtime.specs.model import ModelSpec, components_of
 
 
-def engine_stages(
+def engine_steps(
     toolchain: Toolchain,
     sizes: SizeRange,
     spec: ModelSpec,
-    records: Iterable[StageRecord],
+    records: Iterable[StepRecord],
     progress: Progress,
-) -> list[Stage]:
+) -> list[ExportStep]:
     """Return one stage for every engine that can be built from finished stages.
 
     Args:
@@ -38,25 +38,27 @@ def engine_stages(
     files = component_files(components, (file for record in records for file in record.files))
     graphs = _graphs(components)
     return [
-        Stage(
-            name=engine_stage(recipe),
-            key=engine_key(recipe),
-            paths=(recipe.plan_path, recipe.record_path),
-            build=partial(_build, recipe, toolchain, graphs[recipe.component], progress),
+        ExportStep(
+            name=engine_step(build_spec),
+            key=engine_key(build_spec),
+            paths=(build_spec.engine_path, build_spec.record_path),
+            build=partial(_build, build_spec, toolchain, graphs[build_spec.component], progress),
         )
-        for recipe in make_recipes(toolchain, sizes, spec, files)
+        for build_spec in make_build_specs(toolchain, sizes, spec, files)
     ]
 
 
-def planned_engines(toolchain: Toolchain, sizes: SizeRange, spec: ModelSpec) -> dict[str, str]:
+def expected_engines(toolchain: Toolchain, sizes: SizeRange, spec: ModelSpec) -> dict[str, str]:
     """Return the component of every engine stage to come, by stage name.
 
     Raises:
         EngineBuildError: The sizes are not possible for this model.
     """
     unknown = ComponentFiles(graph_sha256="", weights_sha256="")
-    recipes = make_recipes(toolchain, sizes, spec, dict.fromkeys(components_of(spec), unknown))
-    return {engine_stage(recipe): recipe.component for recipe in recipes}
+    build_specs = make_build_specs(
+        toolchain, sizes, spec, dict.fromkeys(components_of(spec), unknown)
+    )
+    return {engine_step(build_spec): build_spec.component for build_spec in build_specs}
 
 
 def _graphs(components: Iterable[ComponentRecord]) -> Mapping[str, str]:
@@ -69,8 +71,8 @@ def _graphs(components: Iterable[ComponentRecord]) -> Mapping[str, str]:
 
 
 def _build(
-    recipe: EngineRecipe, toolchain: Toolchain, graph: str, progress: Progress, folder: Path
+    build_spec: EngineBuildSpec, toolchain: Toolchain, graph: str, progress: Progress, folder: Path
 ) -> None:
-    place = folder / recipe.folder
+    place = folder / build_spec.folder
     place.mkdir(parents=True, exist_ok=True)
-    write_engine(folder / graph, recipe, toolchain, place, on_progress=progress.advance)
+    write_engine(folder / graph, build_spec, toolchain, place, on_progress=progress.advance)
