@@ -6,13 +6,14 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo gallery test check bench gpu-report clean distclean
+.PHONY: help demo gallery test check docs bench gpu-report clean distclean
 
 help:
-	@echo "make demo       export the small model that comes along and draw out/demo.png"
-	@echo "make gallery    export the examples of every other task and draw a sheet of each"
+	@echo "make demo       export the small model that comes along and generate out/demo.png"
+	@echo "make gallery    export the examples of every other task and generate a sheet of each"
 	@echo "make test       all tests, then the runtime's against the wheel, without torch"
-	@echo "make check      format, lint, imports, types and spelling"
+	@echo "make check      format, lint, imports, types, spelling, words and workflows"
+	@echo "make docs       write the pages and pictures of docs/ that come from the code"
 	@echo "make bench      measure this machine"
 	@echo "make gpu-report run all that needs an NVIDIA GPU and write out/gpu-report.txt, to be sent"
 	@echo "make clean      remove caches and build outputs; distclean also the environments"
@@ -23,7 +24,7 @@ demo: .venv/demo.stamp
 gallery: .venv/demo.stamp
 	.venv/bin/python models/shapes/gallery.py
 
-# A worker a core, and a thread a worker: most tests are too small to share, exports do not scale.
+# One worker per core, one thread per worker: most tests are too small to share, exports do not scale.
 # In the order of the files: else those of few tests come last, and few tests are slow ones.
 test: .venv/test.stamp
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet" --numprocesses=auto --dist=loadfile \
@@ -36,6 +37,12 @@ check: .venv/test.stamp
 	.venv/bin/lint-imports
 	.venv/bin/mypy
 	.venv/bin/codespell
+	.venv/bin/codespell --dictionary scripts/words.txt ldm_runtime ldm_export docs README.md CONTRIBUTING.md
+	.venv/bin/zizmor --offline --quiet .github
+
+docs: .venv/test.stamp
+	.venv/bin/python -m scripts.sampler_page
+	.venv/bin/python -m scripts.floors
 
 bench: .venv/demo.stamp
 	.venv/bin/python benchmarks/latency.py
@@ -48,9 +55,9 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-wheel
+	rm -rf .venv .venv-wheel*
 
-# What draws is installed first and alone, so that the demo does not wait for what tests.
+# What the demo needs is installed first and alone, so that it does not wait for the test tools.
 .venv/demo.stamp: $(PINS)
 	@echo "installing into .venv, which takes a few minutes the first time"
 	$(PYTHON) -m venv .venv

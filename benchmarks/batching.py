@@ -20,7 +20,7 @@ from measuring.opened import add_generator_arguments, generator_row, open_genera
 from measuring.rows import Row, as_line
 from measuring.runs import PROMPT
 
-#: Ways to draw the requests, and clocks to measure them with.
+#: Ways to generate the requests, and clocks to measure them with.
 WAYS, CLOCKS = ("alone", "together"), ("wall", "process")
 
 
@@ -63,15 +63,15 @@ def record(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
         "alone": lambda: [generator.generate(request) for request in requests],
         "together": lambda: list(generator.run_many(requests, max_batch=args.max_batch)),
     }
-    drawn = {name: draw() for name, draw in ways.items()}  # warm, and to compare
+    results = {name: run() for name, run in ways.items()}  # warm, and to compare
     seconds = measure(ways, args.repetitions)
     settings = {name: getattr(args, name) for name in ("requests", "max_batch", "steps")}
-    settings["guidance_scale"] = drawn["alone"][0].request.guidance_scale
+    settings["guidance_scale"] = results["alone"][0].request.guidance_scale
     rows = as_rows(generator, settings, seconds)
     return {
         "benchmark": "batching",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "identical": pixels(drawn["alone"]) == pixels(drawn["together"]),
+        "identical": pixels(results["alone"]) == pixels(results["together"]),
         "speedup": {
             clock: rows["alone", clock].median_seconds / rows["together", clock].median_seconds
             for clock in CLOCKS
@@ -101,7 +101,7 @@ def as_rows(
     settings: Mapping[str, Any],
     seconds: Mapping[tuple[str, str], Sequence[float]],
 ) -> dict[tuple[str, str], Row]:
-    """Return one row a way and clock."""
+    """Return one row per way and clock."""
     return {
         (way, clock): generator_row(generator, way, {**settings, "clock": clock}, each)
         for (way, clock), each in seconds.items()
@@ -109,7 +109,7 @@ def as_rows(
 
 
 def pixels(results: Sequence[Result]) -> list[bytes]:
-    """Return the pictures of results in a form that can be compared."""
+    """Return the images of results in a form that can be compared."""
     return [image.tobytes() for result in results for image in result.images]
 
 

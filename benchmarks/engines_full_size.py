@@ -1,4 +1,4 @@
-"""Measure the build of a bundle's TensorRT-RTX engines: seconds and memory, a process each.
+"""Measure the build of a bundle's TensorRT-RTX engines: seconds and memory, one process each.
 
     python benchmarks/engines_full_size.py --bundle engines/
     python benchmarks/engines_full_size.py            # makes one of Stable Diffusion 1.5's size
@@ -24,7 +24,7 @@ from measuring.rows import ROOT, as_line, commit, machine
 from measuring.watched_export import ask, run_apart
 
 RESULTS = Path(__file__).parent / "results/engines_full_size.jsonl"
-#: What the README promises: all engines one after the other, and the largest process.
+#: Promises of the README: all engines one after the other, and the largest process.
 MAX_SECONDS, MAX_BYTES = 90.0, 8_000_000_000
 
 
@@ -76,7 +76,7 @@ def build_one(arguments: argparse.Namespace) -> None:
 
 
 def build_specs(arguments: argparse.Namespace) -> list[Any]:
-    """Return what there is to build."""
+    """Return the specification of each engine that can be built."""
     from ldm_runtime.bundle.manifest import load_manifest
     from ldm_runtime.engines.build_specs import choose_toolchain, make_build_specs
     from ldm_runtime.engines.store import component_files
@@ -90,7 +90,7 @@ def build_specs(arguments: argparse.Namespace) -> list[Any]:
 
 
 def measure(arguments: argparse.Namespace, number: int, build_spec: Any) -> Build:  # noqa: ANN401
-    """Build one engine in a process of its own and watch it.
+    """Build one engine in its own process and watch it.
 
     Raises:
         RuntimeError: It failed; the sentence it ended with.
@@ -204,11 +204,11 @@ def measure_bundle(bundle: Path, folder: Path) -> tuple[list[Build], dict[str, s
     """Build every engine of a bundle, for default sizes and targets, each in its own process.
 
     Args:
-        bundle: What to build from; it stays as it is.
+        bundle: The bundle to build from; it stays as it is.
         folder: Where plans go until they are removed.
 
     Returns:
-        What was built, and of the other components why not.
+        The builds, and the reasons for the components without one.
 
     Raises:
         LdmError: There is nothing to build with, or the sizes are impossible.

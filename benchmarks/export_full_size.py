@@ -20,22 +20,22 @@ from typing import TYPE_CHECKING, Any
 from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from measuring.rows import ROOT, as_line, commit, machine
-from measuring.watched_export import Measurement, measure_export, run_apart, stage_seconds
-from released.released_systems import System
+from measuring.watched_export import Measurement, measure_export, run_apart, step_seconds
+from released.released_models import ReleasedModel
 
 if TYPE_CHECKING:
     from ldm_runtime.bundle.manifest import Manifest
 
-__all__ = ["stable_diffusion_1", "stage_seconds", "tiny", "write_checkpoint"]
+__all__ = ["stable_diffusion_1", "step_seconds", "tiny", "write_checkpoint"]
 
 RESULTS = Path(__file__).parent / "results/export_full_size.jsonl"
-#: What the README promises.
+#: Promises of the README.
 MAX_SECONDS, MAX_BYTES = 300.0, 8_000_000_000
 
 
-def stable_diffusion_1() -> System:
+def stable_diffusion_1() -> ReleasedModel:
     """Return the hyperparameters of Stable Diffusion 1.5."""
-    return System(
+    return ReleasedModel(
         name="stable-diffusion-1.5",
         task="text-to-image",
         linear_start=0.00085,
@@ -49,28 +49,28 @@ def stable_diffusion_1() -> System:
     )
 
 
-def tiny(system: System) -> System:
+def tiny(model: ReleasedModel) -> ReleasedModel:
     """Return the same layers, as narrow as their normalisations allow."""
-    full = system.networks
+    full = model.networks
     networks = Networks(
         unet=replace(full.of(UNetSpec), model_channels=32, context_dim=64),
         autoencoder=replace(full.of(AutoencoderSpec), channels=32),
         text_encoder=replace(full.of(TextEncoderSpec), width=64, num_heads=1, feed_forward_dim=256),
     )
-    return replace(system, networks=networks)
+    return replace(model, networks=networks)
 
 
-def write_checkpoint(path: Path, system: System, *, half: bool) -> None:
+def write_checkpoint(path: Path, model: ReleasedModel, *, half: bool) -> None:
     """Write a checkpoint as PyTorch Lightning did; it loads torch, so do it in another process.
 
     Args:
         path: The file.
-        system: Its networks.
+        model: Its networks.
         half: Whether weights are fp16; the schedule is fp32 either way.
     """
     from released import random_checkpoints
 
-    random_checkpoints.write_checkpoint(path, system, half=half)
+    random_checkpoints.write_checkpoint(path, model, half=half)
 
 
 def as_record(
@@ -91,7 +91,7 @@ def as_record(
         "settings": dict(settings),
         "seconds": [measurement.seconds],
         "cpu_seconds": measurement.cpu_seconds,
-        "stages": dict(measurement.stages),
+        "steps": dict(measurement.steps),
         "peak_bytes": measurement.peak_bytes,
         "peak_anonymous_bytes": measurement.peak_anonymous_bytes,
         "worst_relative_l2": worst,
@@ -103,7 +103,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
     (total,), settings = record["seconds"], record["settings"]
     lines = [f"machine            {record['device']}"]
     lines += [f"{name:<19}{value}" for name, value in settings.items()]
-    lines += [f"  {name:<17}{seconds:8.1f} s" for name, seconds in record["stages"].items()]
+    lines += [f"  {name:<17}{seconds:8.1f} s" for name, seconds in record["steps"].items()]
     lines += [
         f"  {'whole':<17}{total:8.1f} s (promised: {MAX_SECONDS:.0f} s, "
         f"{'kept' if total <= MAX_SECONDS else 'MISSED'})",

@@ -5,7 +5,7 @@
     python benchmarks/full_size.py --report         # the table of what is there
     python benchmarks/full_size.py --smoke --only bsr_sr    # the same layers, narrow: two minutes
 
-For each: write a checkpoint, export it with `ldm-export` in a process of its own, run the golden
+For each: write a checkpoint, export it with `ldm-export` in its own process, run the golden
 outputs again, run the fp16 graphs at full size, build TensorRT-RTX engines (no GPU needed). A row
 is appended to `results/full_size.jsonl` as soon as it is measured (`--smoke` needs `--results` for
 that), so that the command goes on where it was interrupted. The largest model takes 17 GB of disk
@@ -30,19 +30,19 @@ from ldm_runtime.errors import LdmError
 from measuring.rows import as_line, commit, machine
 from measuring.watched_export import ask, measure_export, run_apart
 from released.full_size_report import report
-from released.narrow_systems import narrowed
-from released.released_systems import SYSTEMS, System
+from released.narrow_models import narrowed
+from released.released_models import MODELS, ReleasedModel
 
 if TYPE_CHECKING:
     from ldm_runtime.bundle.manifest import Manifest
 
 RESULTS = Path(__file__).parent / "results/full_size.jsonl"
 _PROBE = Path(__file__).parent / "released/full_size_probe.py"
-#: For every weight: of disk, a checkpoint in fp32, a bundle in fp16, a plan and what building it
-#: takes; of memory, what writing a checkpoint and exporting its largest network take.
+#: For every weight: of disk, a checkpoint in fp32, a bundle in fp16, an engine file and the files
+#: of its build; of memory, for writing a checkpoint and exporting its largest network.
 _DISK_A_WEIGHT, _MEMORY_A_WEIGHT = 10, 6
 _SPARE_BYTES = 1_500_000_000
-#: What of a `ModelSpec` must come back from the checkpoint as it went in.
+#: Fields of a `ModelSpec` that must come back from the checkpoint as they went in.
 _HYPERPARAMETERS = ("task", "networks")
 
 Row = dict[str, Any]
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(report(rows)))
         return 0
     failed = []
-    for name in args.only or SYSTEMS:
-        system = narrowed(SYSTEMS[name]) if args.smoke else SYSTEMS[name]
-        if is_measured(rows, system, engines=not args.skip_engines) and not args.again:
+    for name in args.only or MODELS:
+        model = narrowed(MODELS[name]) if args.smoke else MODELS[name]
+        if is_measured(rows, model, engines=not args.skip_engines) and not args.again:
             print(f"{name} is there already; --again measures it once more", file=sys.stderr)
             continue
-        print(f"{system.name}:", file=sys.stderr, flush=True)
-        row = measured_row(system, args.folder, engines=not args.skip_engines)
+        print(f"{model.name}:", file=sys.stderr, flush=True)
+        row = measured_row(model, args.folder, engines=not args.skip_engines)
         rows.append(row)
         if results is not None:
             append(results, row)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", action="append", choices=tuple(SYSTEMS), help="one row, or some")
+    parser.add_argument("--only", action="append", choices=tuple(MODELS), help="one row, or some")
     parser.add_argument("--skip-engines", action="store_true", help="build no engines")
     parser.add_argument("--again", action="store_true", help="measure what is there, too")
     parser.add_argument("--report", action="store_true", help="print the table and stop")
@@ -88,18 +88,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def row_key(system: System) -> str:
-    """Return the hash of all that decides a bundle: hyperparameters, recipe, versions.
+def row_key(model: ReleasedModel) -> str:
+    """Return the hash of all that decides a bundle: hyperparameters, cache version, versions.
 
-    A change of code that changes bundles raises the recipe, see `ldm_export.source`.
+    A change of code that changes bundles raises the cache version, see `ldm_export.source`.
     """
     import msgspec
 
     from ldm_export.source import CACHE_VERSION, versions
     from ldm_runtime.bundle.manifest import SCHEMA_VERSION, encode_networks
 
-    facts = [CACHE_VERSION, SCHEMA_VERSION, versions(), system]
-    encoded = msgspec.json.encode(facts, enc_hook=encode_networks, order="sorted")
+    features = [CACHE_VERSION, SCHEMA_VERSION, versions(), model]
+    encoded = msgspec.json.encode(features, enc_hook=encode_networks, order="sorted")
     return hashlib.sha256(encoded).hexdigest()
 
 
@@ -110,9 +110,9 @@ def kept_rows(results: Path | None) -> list[Row]:
     return [json.loads(line) for line in results.read_text().splitlines()]
 
 
-def is_measured(rows: Sequence[Row], system: System, *, engines: bool) -> bool:
-    """Tell whether there is a row of this system and code, without failure and with its engines."""
-    key = row_key(system)
+def is_measured(rows: Sequence[Row], model: ReleasedModel, *, engines: bool) -> bool:
+    """Tell whether there is a row of this model and code, without failure and with its engines."""
+    key = row_key(model)
     return any(
         row["key"] == key and not row["failure"] and (row["engines_asked"] or not engines)
         for row in rows
@@ -126,11 +126,11 @@ def append(results: Path, row: Row) -> None:
         file.write(as_line(row) + "\n")
 
 
-def measured_row(system: System, folder: Path | None, *, engines: bool) -> Row:
-    """Return the row of a system; `failure` says in a sentence why it is not whole."""
+def measured_row(model: ReleasedModel, folder: Path | None, *, engines: bool) -> Row:
+    """Return the row of a model; `failure` says in a sentence why it is not whole."""
     row: Row = {
-        "name": system.name,
-        "key": row_key(system),
+        "name": model.name,
+        "key": row_key(model),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": machine(),
@@ -139,31 +139,31 @@ def measured_row(system: System, folder: Path | None, *, engines: bool) -> Row:
     }
     try:
         with tempfile.TemporaryDirectory(prefix="ldm-full-size-", dir=folder) as place:
-            _check_room(system, Path(place))
-            row |= _measure(system, Path(place), engines=engines)
+            _check_room(model, Path(place))
+            row |= _measure(model, Path(place), engines=engines)
             row["failure"] = _fault(row)
     except (RuntimeError, LdmError, OSError) as error:
         row["failure"] = str(error)
     return row
 
 
-def write_checkpoint(path: Path, system: System) -> None:
+def write_checkpoint(path: Path, model: ReleasedModel) -> None:
     """Write a random checkpoint; it loads torch, so do it in another process."""
     from released import random_checkpoints
 
-    random_checkpoints.write_checkpoint(path, system)
+    random_checkpoints.write_checkpoint(path, model)
 
 
-def _measure(system: System, place: Path, *, engines: bool) -> Row:
+def _measure(model: ReleasedModel, place: Path, *, engines: bool) -> Row:
     from ldm_runtime.bundle.manifest import load_manifest
 
     checkpoint, bundle = place / "random.ckpt", place / "engines"
     print("  writing a random checkpoint", file=sys.stderr, flush=True)
-    run_apart(write_checkpoint, "writing the checkpoint", checkpoint, system)
+    run_apart(write_checkpoint, "writing the checkpoint", checkpoint, model)
     row: Row = {"checkpoint_bytes": checkpoint.stat().st_size}
     row["export"] = asdict(measure_export(checkpoint, bundle, "fp16"))
     checkpoint.unlink()
-    row |= _of_manifest(load_manifest(bundle), system)
+    row |= _of_manifest(load_manifest(bundle), model)
     row["bundle_bytes"] = sum(each.stat().st_size for each in bundle.rglob("*") if each.is_file())
     print("  golden outputs, and fp16 at full size", file=sys.stderr, flush=True)
     row |= ask(_PROBE, str(bundle)).value
@@ -174,8 +174,8 @@ def _measure(system: System, place: Path, *, engines: bool) -> Row:
     return row
 
 
-def _of_manifest(manifest: "Manifest", system: System) -> Row:
-    """Return what a bundle says of itself, and what of the system it does not agree with."""
+def _of_manifest(manifest: "Manifest", model: ReleasedModel) -> Row:
+    """Return the features that a bundle records, and where they differ from the model."""
     worst: dict[str, dict[str, float]] = {"max_relative_error": {}, "relative_l2": {}}
     for component in manifest.components:
         for record in component.parity:
@@ -188,9 +188,9 @@ def _of_manifest(manifest: "Manifest", system: System) -> Row:
         "versions": manifest.build.versions,
         "assumptions": len(manifest.spec.assumptions),
         "differs": [
-            f"{name}: {getattr(manifest.spec, name)} instead of {getattr(system, name)}"
+            f"{name}: {getattr(manifest.spec, name)} instead of {getattr(model, name)}"
             for name in _HYPERPARAMETERS
-            if getattr(manifest.spec, name) != getattr(system, name)
+            if getattr(manifest.spec, name) != getattr(model, name)
         ],
         "fp32_max_relative_error": worst["max_relative_error"],
         "fp16_relative_l2": worst["relative_l2"],
@@ -206,7 +206,7 @@ def _engines(bundle: Path, place: Path) -> Row:
 
 
 def _fault(row: Mapping[str, Any]) -> str | None:
-    """Return the first promise that a measured row does not keep."""
+    """Return the first promise that a measured row breaks."""
     if row["differs"]:
         return f"recognised as something else: {row['differs'][0]}"
     if row["golden"]["failed"]:
@@ -215,8 +215,8 @@ def _fault(row: Mapping[str, Any]) -> str | None:
     return f"the fp16 graph of {broken[0]} gives NaN or infinity" if broken else None
 
 
-def _check_room(system: System, place: Path) -> None:
-    weights = 1e6 * sum(system.parameters_millions)
+def _check_room(model: ReleasedModel, place: Path) -> None:
+    weights = 1e6 * sum(model.parameters_millions)
     free = shutil.disk_usage(place).free
     if free < (wanted := _DISK_A_WEIGHT * weights + _SPARE_BYTES):
         raise RuntimeError(

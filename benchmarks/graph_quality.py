@@ -38,7 +38,7 @@ FORMS: tuple[tuple[str, int, bool], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class GraphCounts:
-    """What the parser made of a graph.
+    """Layers that the parser made of a graph.
 
     Attributes:
         layers: All layers of the network.
@@ -133,7 +133,7 @@ def _multi_head_attention(self: "torch.nn.Module", hidden: "Tensor", context: "T
 
 
 def write_unet(checkpoint: Path, folder: Path) -> "ModelSpec":
-    """Write the graphs of a checkpoint's UNet and return what the checkpoint is."""
+    """Write the graphs of a checkpoint's UNet and return the checkpoint's specification."""
     from ldm_export.checkpoint.checkpoint import open_checkpoint
     from ldm_export.detection.detect import detect
     from ldm_export.detection.overrides import Overrides

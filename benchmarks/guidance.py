@@ -3,7 +3,7 @@
     python benchmarks/guidance.py
 
 Without arguments: the shapes model, exported on first use. Prints one line of JSON. Where guidance
-is off the UNet gets one row an image and not two, which should be half the work. The three take
+is off the UNet gets one row per image and not two, which should be half the work. The three take
 turns, so that a disturbance of the machine does not hit one alone.
 """
 

@@ -1,4 +1,4 @@
-"""Measure what a picture costs on this machine, part by part, on every backend that can run here.
+"""Measure what an image costs on this machine, part by part, on every backend that can run here.
 
     python benchmarks/latency.py
 
@@ -7,7 +7,7 @@ and one line of JSON; `--json` prints that line alone, so that
 
     python benchmarks/latency.py --json >> benchmarks/results/latency.jsonl
 
-keeps a result. Every repetition is a process of its own, which draws twice; backends take turns.
+keeps a result. Every repetition is its own process, which generates twice; backends take turns.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     rows = as_rows(subject, found)
     if not args.json:
         for backend in backends:
-            print("\n".join(table([r for r in rows if r.system == backend], subject, ceilings)))
+            print("\n".join(table([r for r in rows if r.backend == backend], subject, ceilings)))
         print("\n! slowest repetition more than 10 % above the median: something else was running")
         print(f"measured in {time.monotonic() - started:.0f} s\n")
     print(as_line(record(rows, subject, ceilings)))
@@ -143,7 +143,7 @@ def table(rows: Sequence[Row], subject: "Subject", ceilings: "Ceilings") -> list
 
 
 def summed(steady: dict[str, Row]) -> str:
-    """Return how the picture of median time is made up; the parts add up exactly."""
+    """Return how the image of median time is made up; the parts add up exactly."""
     order = sorted(range(len(steady["image"].seconds)), key=steady["image"].seconds.__getitem__)
     chosen = order[len(order) // 2]
     parts = []

@@ -1,9 +1,9 @@
-"""Measure what decoding in tiles costs and saves: pictures of 512x512 against those in one piece.
+"""Measure the costs and savings of decoding in tiles: images of 512x512 against those in one piece.
 
     python benchmarks/tiles.py
 
 Uses the shapes model, exported on first use, on the CPU. Prints a table in Markdown of PSNR by
-background and tile, and below it the memory that 1024x1024 pixels take in tiles, beside the scores
+background and tile, and below it the memory that 1024x1024 pixels take in tiles, next to the scores
 of one attention that they take in one piece, which are computed and not run.
 """
 
@@ -26,7 +26,7 @@ from released.full_size_probe import bytes_of_decoding
 if TYPE_CHECKING:
     from models.shapes.data import scenes
 
-_SIDE = 8  # scenes a side of a large picture
+_SIDE = 8  # scenes per side of a large image
 _TILES = (32, 64, 96)  # latent pixels
 _LARGE, _SMALL_TILE = 256, 64  # latent pixels, for the memory
 
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(generator: Generator) -> Iterator[str]:
-    """Yield the lines of a table: how near pictures in tiles are to those in one piece."""
+    """Yield the lines of a table: how near images in tiles are to those in one piece."""
     factor = generator.spec.autoencoder.factor
     yield (
         " | ".join(("| background", *(f"tiles of {tile} latent pixels" for tile in _TILES))) + " |"
     )
     yield "|---" * (1 + len(_TILES)) + "|"
-    for name, picture in pictures(_SIDE):
-        latents = generator.encode(picture)
+    for name, image in images(_SIDE):
+        latents = generator.encode(image)
         whole, *tiled = (
             np.asarray(generator.decode(latents, tile_size=factor * tile)[0])
             for tile in (0, *_TILES)
@@ -64,7 +64,7 @@ def table(generator: Generator) -> Iterator[str]:
 
 
 def memory(generator: Generator) -> str:
-    """Return what a large picture takes beside the loaded networks, in tiles and in one piece."""
+    """Return the memory of a large image without the loaded networks, in tiles and in one piece."""
     spec = generator.spec
     shape = (1, spec.autoencoder.embed_dim, _LARGE, _LARGE)
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -77,41 +77,41 @@ def memory(generator: Generator) -> str:
     )
 
 
-def pictures(side: int) -> Iterator[tuple[str, UInt8Array]]:
-    """Yield backgrounds and large pictures on them, `side` times `side` scenes each."""
+def images(side: int) -> Iterator[tuple[str, UInt8Array]]:
+    """Yield backgrounds and large images on them, `side` times `side` scenes each."""
     for background in ("white", "black", "gray"):
         yield background, large_scene(side, background, gradient=False)
     yield "gray gradient", large_scene(side, "gray", gradient=True)
-    yield "several, which this model cannot draw", _tiled(side, _drawn())
+    yield "several, which this model cannot generate", _tiled(side, _sampled_scenes())
 
 
 def large_scene(side: int, background: str, *, gradient: bool) -> UInt8Array:
-    """Return `side` times `side` scenes with the same background as one picture."""
+    """Return `side` times `side` scenes with the same background as one image."""
     return _tiled(
         side,
         (
             scene
-            for scene in _drawn()
+            for scene in _sampled_scenes()
             if (scene.background, scene.gradient) == (background, gradient)
         ),
     )
 
 
-def _drawn() -> "Iterator[scenes.Scene]":
+def _sampled_scenes() -> "Iterator[scenes.Scene]":
     from models.shapes.data import scenes
 
     return scenes.random_scenes(np.random.default_rng(3), held_out=True)
 
 
-def _tiled(side: int, drawn: "Iterator[scenes.Scene]") -> UInt8Array:
+def _tiled(side: int, sampled: "Iterator[scenes.Scene]") -> UInt8Array:
     from models.shapes.data import scenes
 
     rows = [
-        np.hstack([scenes.render(each) for each in itertools.islice(drawn, side)])
+        np.hstack([scenes.render(each) for each in itertools.islice(sampled, side)])
         for _ in range(side)
     ]
-    picture: UInt8Array = np.rint(np.vstack(rows) * 255).astype(np.uint8)
-    return picture
+    image: UInt8Array = np.rint(np.vstack(rows) * 255).astype(np.uint8)
+    return image
 
 
 if __name__ == "__main__":

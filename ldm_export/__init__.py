@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["export"]
 
 
-def export(  # noqa: PLR0913  (the flags of the command that are not facts)
+def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     ckpt: str | Path,
     out: str | Path,
     *,
@@ -26,19 +26,19 @@ def export(  # noqa: PLR0913  (the flags of the command that are not facts)
 
     Args:
         ckpt: A `.ckpt`, `.pt` or `.safetensors` file. It is never unpickled.
-        out: Folder of the bundle. A bundle that is there is replaced in one step; anything else
-            that is there is an error.
+        out: Folder of the bundle. An existing bundle is replaced in one step; anything else there
+            is an error.
         config: CompVis configuration for what weights cannot tell; by default `<ckpt>.yaml` or
-            `config.yaml` beside the checkpoint, if there is one.
-        overrides: Facts the weights cannot tell, stated by hand.
+            `config.yaml` next to the checkpoint, if there is one.
+        overrides: Features that the weights cannot tell, stated by hand.
         weights_dtype: How weights are stored: "float16" or "float32".
         engines: Which TensorRT engines to build; None builds none.
-        progress: Told when stages begin and end.
+        progress: Told when steps begin and end.
 
     Raises:
         LdmError: The checkpoint cannot be read, is unknown or does not fit, or the bundle cannot
             be written; see `ldm_export.errors`.
-        OSError: The system refused to read or write: the disk is full, say.
+        OSError: The operating system refused to read or write: the disk is full, say.
     """
     from ldm_export.bundle import export_bundle
     from ldm_export.detection.overrides import Overrides

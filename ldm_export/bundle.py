@@ -1,4 +1,4 @@
-"""Runs the steps of an export: one checkpoint in, one bundle out, or nothing."""
+"""The steps of an export in order: one checkpoint in, one bundle out, or nothing."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -29,18 +29,18 @@ def export_bundle(
 ) -> Manifest:
     """Export a checkpoint to a bundle at `options.out`.
 
-    A bundle that is there is replaced in one step, and what of it is still true is reused. An
-    interrupted export leaves the old bundle, and what it had finished for the next one.
+    An existing bundle is replaced in one step, and what of it is still valid is reused. An
+    interrupted export leaves the old bundle, and its finished steps for the next export.
 
     Args:
-        options: What to export.
-        progress: Told when stages begin and end.
+        options: Options of the export.
+        progress: Told when steps begin and end.
         on_write: Called with a label before every change on disk; tests interrupt here.
 
     Raises:
         CheckpointError: The file cannot be read.
-        UnknownModelError: It is of no known family.
-        WeightsError: Weights are missing or left over.
+        UnknownModelError: It does not belong to a known family.
+        WeightsError: Weights are missing, or tensors belong to no component.
         ExportError: A graph is wrong, or the bundle cannot go where it should.
         EngineBuildError: An engine cannot be built as it was asked for.
     """
@@ -75,25 +75,25 @@ def export_bundle(
 
 
 def estimate_export(options: ExportOptions) -> Estimate:
-    """Say what `export_bundle` would do, and write nothing.
+    """Estimate what `export_bundle` would do and cost, and write nothing.
 
     Raises:
         CheckpointError: The file cannot be read.
-        UnknownModelError: It is of no known family.
-        WeightsError: Weights are missing or left over.
+        UnknownModelError: It does not belong to a known family.
+        WeightsError: Weights are missing, or tensors belong to no component.
         ExportError: The bundle cannot go where it should.
     """
     Workspace(options.out)  # checks the destination
     with open_checkpoint(options.checkpoint) as checkpoint:
-        return _plan(_open_source(options, checkpoint, hashed=False))
+        return _estimate(_open_source(options, checkpoint, hashed=False))
 
 
 def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
-    """Open a checkpoint, and complain of all that can be known before anything is built."""
+    """Open a checkpoint, and check all that can be checked before anything is built."""
     source = open_source(options, checkpoint, hashed=hashed)
     for component in components_of(source.spec):
         check_weights(component, source.spec, source.weights(component))
-    _expected_engines(source)  # of impossible sizes
+    _expected_engines(source)  # raises for impossible sizes
     return source
 
 
@@ -102,7 +102,7 @@ def _run_steps(
 ) -> list[StepRecord]:
     found = [record for step in steps if (record := workspace.find(step))]
     known = [*steps, *_engine_steps(source, found, progress)]
-    seconds = dict(_plan(source).stage_seconds)
+    seconds = dict(_estimate(source).step_seconds)
     seconds |= {step.name: 0.0 for step in known if workspace.can_reuse(step)}
     progress.plan(seconds)
     records = [_run_step(step, workspace, progress) for step in steps]
@@ -136,11 +136,11 @@ def _engine_paths(records: Sequence[StepRecord]) -> tuple[str, ...]:
 
 def _check_unchanged(source: Source) -> None:
     path = source.options.checkpoint
-    if sha256_of(path) != source.sha256:  # free, unless somebody wrote to the file
+    if sha256_of(path) != source.sha256:  # cached, unless the file was written to
         raise CheckpointError(path, "changed while it was being exported; export it again")
 
 
-def _plan(source: Source) -> Estimate:
+def _estimate(source: Source) -> Estimate:
     return make_estimate(
         source.spec, source.parameters(), source.options.weights_dtype, _expected_engines(source)
     )

@@ -20,7 +20,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt", type=Path, required=True, help=".ckpt, .pt or .safetensors file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
     parser.add_argument(
-        "--plan", action="store_true", help="say what would be done and what it costs, then stop"
+        "--estimate",
+        action="store_true",
+        help="print what the export would do and cost, then stop",
     )
     parser.add_argument(
         "--weights-dtype",
@@ -32,31 +34,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--engines",
         choices=("auto", "none", "tensorrt", "tensorrt-rtx"),
         default="auto",
-        help="what builds engines for NVIDIA GPUs (default: TensorRT if it and a GPU are here, "
-        "else TensorRT-RTX if it is installed, else nothing)",
+        help="builder of engines for NVIDIA GPUs (default: TensorRT if it and a GPU are here, "
+        "else TensorRT-RTX if it is installed, else none)",
     )
     add_engine_arguments(parser)
-    features = parser.add_argument_group("facts that the weights cannot tell")
+    features = parser.add_argument_group(
+        "model configuration", "features that the weights cannot tell"
+    )
     features.add_argument(
-        "--config", type=Path, help="CompVis yaml (default: <ckpt>.yaml or config.yaml beside it)"
+        "--config", type=Path, help="CompVis yaml (default: <ckpt>.yaml or config.yaml next to it)"
     )
     features.add_argument(
         "--weights",
         choices=("ema", "model"),
-        help="averaged or last trained weights (default: ema if the checkpoint has them)",
+        help="EMA or last trained weights (default: ema if the checkpoint has them)",
     )
     features.add_argument("--num-heads", type=int, help="attention heads of the UNet")
-    features.add_argument("--num-head-channels", type=int, help="channels of a head of the UNet")
+    features.add_argument("--num-head-channels", type=int, help="channels per head of the UNet")
     features.add_argument(
-        "--null-class", type=int, help="the class that stands for none, which guidance needs"
+        "--null-class", type=int, help="null class, which classifier-free guidance needs"
     )
     features.add_argument(
         "--prediction-type",
         choices=("epsilon", "v_prediction", "sample"),
-        help="what the UNet was trained to predict",
+        help="prediction target of the UNet",
     )
     features.add_argument(
-        "--latent-scale-factor", type=float, help="from the autoencoder's latents to the UNet's"
+        "--latent-scale-factor",
+        type=float,
+        help="factor from the autoencoder's latents to the UNet's",
     )
     features.add_argument("--height", type=int, help="default height in pixels")
     features.add_argument("--width", type=int, help="default width in pixels")
@@ -81,13 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 
 
 def _missing(error: ImportError) -> str:
-    install = "install what exporting needs with `pip install 'ldm-deploy[export]'`"
+    install = "install the packages that exporting needs with `pip install 'ldm-deploy[export]'`"
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is not installed; {install}"
     return f"the package {error.name!r} does not load ({error}); {install}"
@@ -119,7 +125,7 @@ def _export(args: argparse.Namespace) -> None:
         weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
         engines=engine_options(args, args.engines),
     )
-    if args.plan:
+    if args.estimate:
         print(estimate_export(options).describe())
         return
     with reporting_to(sys.stderr) as progress:

@@ -1,4 +1,4 @@
-"""TensorRT engines as stages of an export, built from the graphs that other stages wrote."""
+"""TensorRT engines as steps of an export, built from the graphs that earlier steps wrote."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -21,14 +21,14 @@ def engine_steps(
     records: Iterable[StepRecord],
     progress: Progress,
 ) -> list[ExportStep]:
-    """Return one stage for every engine that can be built from finished stages.
+    """Return one step per engine that can be built from finished steps.
 
     Args:
-        toolchain: What to build with and for.
-        sizes: What the engines should serve.
-        spec: What the checkpoint is.
-        records: Finished stages; those of components are built from.
-        progress: Told how far the builder is.
+        toolchain: Builder and targets.
+        sizes: Image sizes that the engines should serve.
+        spec: The model.
+        records: Finished steps; engines are built from those of components.
+        progress: Told how far the builder has come.
 
     Raises:
         EngineBuildError: The sizes are not possible for this model.
@@ -49,7 +49,7 @@ def engine_steps(
 
 
 def expected_engines(toolchain: Toolchain, sizes: SizeRange, spec: ModelSpec) -> dict[str, str]:
-    """Return the component of every engine stage to come, by stage name.
+    """Return the component of every engine step to come, by step name.
 
     Raises:
         EngineBuildError: The sizes are not possible for this model.

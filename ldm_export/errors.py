@@ -2,9 +2,9 @@
 
 ldm_runtime.errors.LdmError
 ├── CheckpointError     a file is not a checkpoint, is damaged, or is made to do harm
-├── UnknownModelError   the tensors are sound, but no family in the table looks like them
+├── UnknownModelError   the tensors are sound, but no family in the table matches them
 ├── WeightsError        a component misses a tensor, or a tensor belongs to no component
-└── ExportError         a component cannot be turned into a graph, or its graph is not equal to it
+└── ExportError         a component cannot be turned into a graph, or its graph differs from it
 
 Every message says what was found, in which file or component, and what to do about it.
 """
@@ -29,7 +29,7 @@ class CheckpointError(LdmError):
 
 
 class UnknownModelError(LdmError):
-    """No family of models that can be exported has tensors like these."""
+    """No family of models that can be exported has these tensors."""
 
 
 class WeightsError(LdmError):

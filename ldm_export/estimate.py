@@ -1,4 +1,4 @@
-"""What an export will do and cost, estimated from the number of parameters."""
+"""The estimates of an export: its steps, time, memory and size, from the number of parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from ldm_runtime.specs.tasks import task_record
 
 # Fitted, like the `trace_seconds` of each component, to exports of the shapes model and of Stable
 # Diffusion 1.5 on a 2-core machine (benchmarks/export_full_size.py). Tracing costs much the same
-# for a small network as for a large.
+# for a small network as for a large one.
 _SECONDS_PER_PARAMETER = 90e-9
-_PREVIEW_SECONDS_PER_PARAMETER = 250e-9  # of the encoder, which encodes the pictures
+_PREVIEW_SECONDS_PER_PARAMETER = 250e-9  # of the encoder, which encodes the images
 _GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
 _BASE_BYTES, _BYTES_PER_PARAMETER = 700_000_000, 5.7
 # Measured with TensorRT-RTX (benchmarks/engines_full_size.py); TensorRT takes minutes more.
@@ -26,38 +26,38 @@ class Estimate:
     """Estimates of one export.
 
     Attributes:
-        spec: What the checkpoint is.
-        parameters: Number of weights of each component.
-        stage_seconds: Time of each stage on two cores.
+        spec: The model.
+        parameters: Number of weights per component.
+        step_seconds: Time per step on two cores.
         bundle_bytes: Size of the bundle.
         peak_bytes: Highest resident memory.
     """
 
     spec: ModelSpec
     parameters: Mapping[str, int]
-    stage_seconds: Mapping[str, float]
+    step_seconds: Mapping[str, float]
     bundle_bytes: int
     peak_bytes: int
 
     def describe(self) -> str:
-        """Return the plan as lines for a person."""
+        """Return the estimates as lines of text."""
         lines = [
             f"family            {self.spec.family} ({self.spec.weights} weights)",
             f"task              {self.spec.task}{_needs(self.spec)}",
         ]
         lines += [
-            f"{name:<17} {count / 1e6:,.2f} M parameters, about {self.stage_seconds[name]:.0f} s"
+            f"{name:<17} {count / 1e6:,.2f} M parameters, about {self.step_seconds[name]:.0f} s"
             for name, count in self.parameters.items()
         ]
         lines += [
             f"{step:<17} about {seconds:.0f} s"
-            for step, seconds in self.stage_seconds.items()
+            for step, seconds in self.step_seconds.items()
             if step.endswith("engine") or " engine " in step
         ]
         lines += [
             f"bundle            about {self.bundle_bytes / 1e6:,.0f} MB",
             f"memory            about {self.peak_bytes / 1e9:.1f} GB",
-            f"time              about {sum(self.stage_seconds.values()):.0f} s on two cores",
+            f"time              about {sum(self.step_seconds.values()):.0f} s on two cores",
         ]
         lines += [
             f"assumed           {each.field} = {each.value} (from {each.source})"
@@ -75,10 +75,10 @@ def make_estimate(
     """Return the estimates for a checkpoint.
 
     Args:
-        spec: What the checkpoint is.
-        parameters: Number of weights of each component.
+        spec: The model.
+        parameters: Number of weights per component.
         dtype: How weights are stored.
-        engines: The component of every engine to build, by the name of its stage.
+        engines: The component of every engine to build, by the name of its step.
     """
     width = 2 if dtype == "float16" else 4
     seconds = {"tokenizer": 0.1} if spec.task == "text-to-image" else {}
@@ -86,7 +86,7 @@ def make_estimate(
         seconds[name] = COMPONENTS[name].trace_seconds + _SECONDS_PER_PARAMETER * count
         if name == "vae_encoder":
             seconds[name] += _PREVIEW_SECONDS_PER_PARAMETER * count
-    seconds["preview"] = 0.1  # a fit to what the encoder left
+    seconds["preview"] = 0.1  # a fit to the encoder's pairs
     total = sum(parameters.values())
     seconds["golden"] = _GOLDEN_SECONDS + _GOLDEN_SECONDS_PER_PARAMETER * total
     for step, name in engines.items():
@@ -95,13 +95,13 @@ def make_estimate(
     return Estimate(
         spec=spec,
         parameters=dict(parameters),
-        stage_seconds=seconds,
+        step_seconds=seconds,
         bundle_bytes=width * total + _GRAPH_BYTES * len(parameters) + engine_bytes,
         peak_bytes=_BASE_BYTES + int(_BYTES_PER_PARAMETER * max(parameters.values())),
     )
 
 
 def _needs(spec: ModelSpec) -> str:
-    """Return what requests to a model must have, in brackets."""
+    """Return the inputs that requests to a model must have, in brackets."""
     groups = [" or ".join(group) for group in task_record(spec).needs]
     return f" (from {' and '.join(groups)})" if groups else ""

@@ -1,4 +1,4 @@
-"""An opened checkpoint, what is known of it, and the keys of what is made from it."""
+"""An opened checkpoint, its detection, and the cache keys of what is made from it."""
 
 import hashlib
 import importlib.metadata
@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, LazyTensor
-from ldm_export.detection.compvis_config import config_beside, read_config
+from ldm_export.detection.compvis_config import config_next_to, read_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
@@ -25,21 +25,21 @@ from ldm_runtime.specs.model import ModelSpec, components_of
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 6
-_SAMPLING_FACTS = ("defaults", "prediction_type")
+CACHE_VERSION = 7
+_SAMPLING_FIELDS = ("defaults", "prediction_type")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to export, where to, and what the checkpoint does not say.
+    """The options of an export: checkpoint, destination, and what the checkpoint does not say.
 
     Attributes:
         checkpoint: The `.ckpt`, `.pt` or `.safetensors` file.
         out: Folder of the bundle.
-        config: CompVis configuration; None takes `<checkpoint>.yaml` or `config.yaml` beside the
+        config: CompVis configuration; None takes `<checkpoint>.yaml` or `config.yaml` next to the
             checkpoint if there is one.
-        overrides: Facts the user states.
+        overrides: Features that the user states.
         weights_dtype: How weights are stored.
         engines: Which TensorRT engines to build; none by default.
     """
@@ -61,14 +61,14 @@ class ExportOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """An opened checkpoint and what is known of it.
+    """An opened checkpoint and what was detected in it.
 
     Attributes:
-        options: What is asked for.
+        options: The options of the export.
         checkpoint: The opened file.
-        detection: What it is.
+        detection: The model, and where its weights go.
         sha256: Of the file; empty if nothing will be written.
-        toolchain: What engines are built with, or None without engines.
+        toolchain: Builder of engines and its targets, or None without engines.
     """
 
     options: ExportOptions
@@ -79,7 +79,7 @@ class Source:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the checkpoint is."""
+        """The model."""
         return self.detection.spec
 
     def weights(self, component: str) -> Mapping[str, LazyTensor]:
@@ -94,18 +94,18 @@ class Source:
             for name in components_of(self.spec)
         }
 
-    def key(self, step: str, *features: Any) -> str:  # noqa: ANN401  (whatever JSON holds)
-        """Return the hash of everything a stage is made from.
+    def key(self, step: str, *inputs: Any) -> str:  # noqa: ANN401  (any JSON value)
+        """Return the hash of everything a step's files are made from.
 
         Networks do not depend on how they are sampled: another default size does not rebuild them.
 
         Args:
             step: Its name.
-            *features: What it is made from besides the checkpoint.
+            *inputs: What it is made from in addition to the checkpoint.
         """
         spec = msgspec.to_builtins(self.spec, enc_hook=encode_networks)
         is_network = step in components_of(self.spec)
-        for name in ("assumptions", *(_SAMPLING_FACTS if is_network else ())):
+        for name in ("assumptions", *(_SAMPLING_FIELDS if is_network else ())):
             del spec[name]
         known = [
             CACHE_VERSION,
@@ -114,28 +114,28 @@ class Source:
             spec,
             self.options.weights_dtype,
             versions(),
-            *features,
+            *inputs,
         ]
         return hashlib.sha256(msgspec.json.encode(known, order="deterministic")).hexdigest()
 
 
 def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
-    """Recognise a checkpoint and choose what engines are built with.
+    """Recognise a checkpoint and choose the builder of engines.
 
     Args:
-        options: What is asked for.
+        options: The options of the export.
         checkpoint: The opened file.
-        hashed: Whether to read it whole for its hash, which only a plan can do without.
+        hashed: Whether to read it whole for its hash, which only an estimate can do without.
 
     Raises:
-        UnknownModelError: It is of no known family.
-        WeightsError: Weights are missing or left over.
-        ExportError: A stated fact is impossible.
+        UnknownModelError: It does not belong to a known family.
+        WeightsError: Weights are missing, or tensors belong to no component.
+        ExportError: A stated feature is impossible.
         EngineBuildError: A builder was asked for that cannot be used here.
     """
-    path = options.config or config_beside(options.checkpoint)
+    path = options.config or config_next_to(options.checkpoint)
     if path and not options.config:
-        _LOGGER.info("reading %s, which lies beside the checkpoint", path)
+        _LOGGER.info("reading %s, which lies next to the checkpoint", path)
     config = read_config(path) if path else None
     toolchain = choose_toolchain(options.engines)
     if isinstance(toolchain, str) and options.engines.builder == "auto":
@@ -150,7 +150,7 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of all that decides what an export writes."""
+    """Return the versions of every package that an export's files depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

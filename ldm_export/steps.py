@@ -1,4 +1,4 @@
-"""The stages of an export: what each writes, and from what."""
+"""The steps of an export: the files that each writes, and their sources."""
 
 import shutil
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.networks import TextEncoderSpec
 
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
-#: Whose words each kind of text encoder knows.
+#: The vocabulary of each kind of text encoder.
 _VOCABULARY_FILES: Mapping[str, str] = MappingProxyType(
     {"clip": "clip_bpe_simple_vocab_16e6.txt.gz", "bert": "bert_base_uncased_vocab.txt"}
 )
@@ -36,7 +36,7 @@ _ENCODER = "vae_encoder"
 
 
 class Fit:
-    """The preview's map, which a stage without files fits anew to what the encoder left."""
+    """The preview's map, which a step without files fits again to the encoder's pairs."""
 
     def __init__(self) -> None:
         self.preview: PreviewRecord | None = None
@@ -48,14 +48,14 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSteps:
-    """What an export does before engines, and what the manifest says of it.
+    """The steps of an export before engines, and what the manifest records of them.
 
     Attributes:
-        stages: In order.
+        steps: The steps in order.
         tokenizer_file: Path of the vocabulary inside the bundle, or None without prompts.
         golden: Folders of the golden outputs.
-        golden_key: Of the stage that draws them.
-        fit: The preview, once its stage is done.
+        golden_key: Key of the step that generates them.
+        fit: The preview, once its step is done.
     """
 
     steps: tuple[ExportStep, ...]
@@ -66,9 +66,9 @@ class ExportSteps:
 
 
 def make_steps(source: Source) -> ExportSteps:
-    """Return the stages that turn a checkpoint into a bundle."""
+    """Return the steps that turn a checkpoint into a bundle."""
     requests = golden_requests(source.spec, source.parameters().get("unet", 0))
-    generated = [request_to_json(request.as_request()) for request in requests]
+    encoded = [request_to_json(request.as_request()) for request in requests]
     vocabulary, fit = vocabulary_of(source.spec), Fit()
     file = None if vocabulary is None else f"tokenizer/{vocabulary.name}"
     steps = [
@@ -87,7 +87,7 @@ def make_steps(source: Source) -> ExportSteps:
     preview = ExportStep(name="preview", key=source.key("preview"), paths=(), build=fit.build)
     golden = ExportStep(
         name="golden",
-        key=source.key("golden", *generated),
+        key=source.key("golden", *encoded),
         paths=golden_folders(requests),
         build=partial(_build_golden, source, requests),
     )

@@ -1,15 +1,15 @@
-"""Where a bundle is put together, so that no crash leaves a broken one.
+"""The folder in which a bundle is put together, so that no crash leaves a broken one.
 
 Work goes on in a sibling of the bundle, `<out>.partial`, which holds
 
-* `steps/`  the records of finished stages; by this folder the whole is recognised,
-* `bundle/`  the bundle to be; once it is published, the one it replaced,
+* `steps/`   the records of finished steps; by this folder the whole is recognised,
+* `bundle/`  the new bundle; once it is published, the one it replaced,
 * `old/`     the replaced bundle, where the system cannot exchange two folders in one step.
 
-Each stage (a component, the golden outputs, …) writes its files, syncs them and then its record; a
-later export takes over every stage whose record is equal, from the partial folder or from the
-bundle that is about to be replaced. When all is there the manifest is written and the two bundles
-change places.
+Each step (a component, the golden outputs, …) writes its files, syncs them and then its record; a
+later export reuses every step whose record is equal, from the partial folder or from the bundle
+that is about to be replaced. After the last step the manifest is written and the two bundles change
+places.
 """
 
 import os
@@ -44,19 +44,19 @@ from ldm_runtime.engines.records import ENGINES_FOLDER, engine_key, load_engine_
 from ldm_runtime.engines.store import engine_step
 from ldm_runtime.errors import BundleError, ManifestError
 
-_STAGES, _BUNDLE, _OLD = "stages", "bundle", "old"
+_STEPS, _BUNDLE, _OLD = "steps", "bundle", "old"
 
-#: What became of a stage.
+#: Whether a step was built or reused.
 Outcome = Literal["built", "reused"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """A finished stage.
+    """A finished step.
 
     Attributes:
         key: Hash of everything its files were made from.
-        files: What it wrote.
+        files: The files it wrote.
         component: The component it made, if it made one.
     """
 
@@ -67,12 +67,12 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportStep:
-    """One part of an export.
+    """One step of an export.
 
     Attributes:
         name: For progress and records.
         key: Hash of everything its files are made from.
-        paths: The files and folders, inside the bundle, that are this stage's alone.
+        paths: The files and folders, inside the bundle, that only this step writes.
         build: Writes them under the folder it is given, and returns the component's record.
     """
 
@@ -87,7 +87,7 @@ def check_destination(out: Path) -> None:
 
     Raises:
         ExportError: `out` is a file, a mount point, or a folder with something else in it; or the
-            place for the partial bundle is taken.
+            place of the partial bundle is taken.
     """
     out = out.resolve()
     if out.exists() and not out.is_dir():
@@ -99,7 +99,7 @@ def check_destination(out: Path) -> None:
     partial = _partial(out)
     if partial.exists() and not partial.is_dir():
         raise ExportError(f"{partial} is a file, but the export needs a folder there; move it")
-    if partial.is_dir() and any(partial.iterdir()) and not (partial / _STAGES).is_dir():
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / _STEPS).is_dir():
         raise ExportError(
             f"{partial} exists and is not an interrupted export; move it or give another --out"
         )
@@ -111,7 +111,7 @@ class Workspace:
     Args:
         out: The bundle's final place.
         on_write: Called with a label before every change on disk; tests interrupt here.
-        exchange: Lets two folders change places, or returns False if the system cannot.
+        exchange: Lets two folders change places, or returns False if the operating system cannot.
     """
 
     def __init__(
@@ -147,15 +147,15 @@ class Workspace:
             os.close(lock)
 
     def find(self, step: ExportStep) -> StepRecord | None:
-        """Return the record of a stage that is already there, unchanged, or None."""
+        """Return the record of a step that is already done, with its files unchanged, or None."""
         return self._saved(step) or self._published(step)
 
     def can_reuse(self, step: ExportStep) -> bool:
-        """Tell whether a stage is already there, unchanged."""
+        """Return whether a step is already done, with its files unchanged."""
         return self.find(step) is not None
 
     def run(self, step: ExportStep) -> tuple[StepRecord, Outcome]:
-        """Take a stage over if its record and files are what they should be, or build it."""
+        """Reuse a step if its record and files are what they should be, or build it."""
         outcome: Outcome = "reused"
         record = self._saved(step)
         if record is None:
@@ -173,7 +173,7 @@ class Workspace:
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
-        """Every file of the finished stages."""
+        """Every file of the finished steps."""
         return tuple(file for record in self._finished.values() for file in record.files)
 
     def publish(self, manifest: Manifest) -> None:
@@ -184,20 +184,16 @@ class Workspace:
         check_destination(self.out)  # an export takes minutes, in which anything may have happened
         self._swap()
         sync(self.out.parent)
-        for ignored_tensor in (
-            _BUNDLE,
-            _OLD,
-            _STAGES,
-        ):  # without stages/ it would not be recognised
-            if (self._partial / ignored_tensor).exists():
-                self._on_write(f"remove {ignored_tensor}")
-                shutil.rmtree(self._partial / ignored_tensor)
+        for name in (_BUNDLE, _OLD, _STEPS):  # without steps/ it would not be recognised
+            if (self._partial / name).exists():
+                self._on_write(f"remove {name}")
+                shutil.rmtree(self._partial / name)
         self._on_write("remove partial")
         self._partial.rmdir()
 
     def _prepare(self) -> None:
         self._on_write("prepare")
-        (self._partial / _STAGES).mkdir(exist_ok=True)
+        (self._partial / _STEPS).mkdir(exist_ok=True)
         old = self._partial / _OLD
         if old.exists() and not self.out.exists():  # interrupted between the renames of _swap
             self._on_write("restore")
@@ -219,7 +215,7 @@ class Workspace:
             self._folder.rename(self.out)
 
     def _remove_strays(self, wanted: set[str]) -> None:
-        """Remove what an earlier, interrupted export of something else left behind."""
+        """Remove the files of an earlier, interrupted export of another model."""
         for folder, _, names in os.walk(self._folder, topdown=False):
             for path in (Path(folder, name) for name in names):
                 if path.relative_to(self._folder).as_posix() not in wanted:
@@ -229,7 +225,7 @@ class Workspace:
                 Path(folder).rmdir()
 
     def _record_path(self, step: ExportStep) -> Path:
-        return self._partial / _STAGES / f"{step.name}.json"
+        return self._partial / _STEPS / f"{step.name}.json"
 
     def _saved(self, step: ExportStep) -> StepRecord | None:
         try:
@@ -285,7 +281,7 @@ class _ListedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Listing:
-    """As much of a manifest as every version of it has."""
+    """The fields that every version of a manifest has."""
 
     schema_version: int
     files: tuple[_ListedFile, ...]
@@ -296,7 +292,7 @@ def _partial(out: Path) -> Path:
 
 
 def _check_bundle(folder: Path) -> None:
-    """Raise unless `folder` is a bundle, of any version, and holds no file besides."""
+    """Raise unless `folder` is a bundle, of any version, and holds no other file."""
     try:
         listing = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_Listing)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -306,19 +302,17 @@ def _check_bundle(folder: Path) -> None:
         ) from None
     known = {MANIFEST_NAME, *(file.path for file in listing.files)}
     found = (path.relative_to(folder).as_posix() for path in _files(folder))
-    # Beside engines lie what runtimes remember of them and what interrupted builds left.
-    foreign = sorted(
-        path for path in set(found) - known if not path.startswith(f"{ENGINES_FOLDER}/")
-    )
-    if foreign:
+    # Next to engines lie caches of runtimes and files of interrupted builds.
+    other = sorted(path for path in set(found) - known if not path.startswith(f"{ENGINES_FOLDER}/"))
+    if other:
         raise ExportError(
             f"{folder} holds files that are not of its bundle and would be lost "
-            f"({', '.join(foreign[:3])}); move them or give --out another folder"
+            f"({', '.join(other[:3])}); move them or give --out another folder"
         )
 
 
 def _published_steps(out: Path) -> dict[str, StepRecord]:
-    """Return the stages of the bundle at `out`, or none if there is no readable one."""
+    """Return the steps of the bundle at `out`, or none if there is no readable bundle."""
     try:
         manifest = load_manifest(out)
     except ManifestError:
@@ -365,7 +359,7 @@ def _is_intact(folder: Path, record: StepRecord, key: str) -> bool:
 
 
 def _files(place: Path) -> list[Path]:
-    """Return the files below a folder, sorted; of a file, itself."""
+    """Return the files below a folder, sorted; for a file, the file itself."""
     if not place.is_dir():
         return [place]
     return sorted(path for path in place.rglob("*") if path.is_symlink() or not path.is_dir())

@@ -1,4 +1,4 @@
-"""Latent diffusion without torch: open a bundle that `ldm-export` made, and draw images.
+"""Latent diffusion without torch: open a bundle of `ldm-export`, and generate images.
 
 >>> with Generator("engines/") as generator:
 ...     result = generator(prompt="a red circle", seed=7)

@@ -53,7 +53,7 @@ def whole_file(path: Path, *, replace: bool = True, synced: bool = True) -> Iter
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """Make a file appear a second time, by a hard link where there are any; say whether by one."""
+    """Make a file appear a second time, by a hard link if possible; return whether it is one."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
@@ -94,7 +94,7 @@ def lock_folder(folder: Path) -> int:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may just have removed the folder that was locked here.
+            # The last holder may just have removed the folder that was locked here.
             if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
                 return descriptor
         except BaseException:

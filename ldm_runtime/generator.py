@@ -1,8 +1,8 @@
-"""Opens a bundle and turns requests into images: the sum of the other rooms.
+"""The generator: an open bundle that turns requests into images.
 
-Every phase is a function of its own over anything with `run` (`conditioning.encode_conditioning`,
+Every phase is a separate function over anything with `run` (`conditioning.encode_conditioning`,
 `pipeline.sampling.sample_latents`, `latents.codec.decode_latents`), so that one network at a time
-can be in memory and the golden images of an export come out of the same loop as the deployed ones.
+can be in memory and the golden images of an export come from the same loop as the deployed ones.
 """
 
 import collections.abc
@@ -53,21 +53,21 @@ Float32Array = npt.NDArray[np.float32]
 
 
 class Generator(Closing):
-    """A bundle, opened: requests in, images out.
+    """An open bundle that generates images from requests.
 
-    Threads may share one; a request changes nothing in it. The same request gives the same bytes
-    from the same bundle, backend and machine, whatever else is being drawn.
+    Threads may share one; a request does not change it. The same request gives the same bytes
+    from the same bundle, backend and machine, whatever else is being generated.
 
     Args:
         bundle: Folder made by `ldm-export`.
-        backend: What runs the networks; "auto" takes the best that can run here.
-        threads: Threads that compute; None is one a physical core.
+        backend: Backend that runs the networks; "auto" takes the best that can run here.
+        threads: Threads that compute; None is one per physical core.
         batch_size: Images in one network call; with guidance the UNet sees twice as many. The
-            default of 1 bounds memory, costs a CPU little, and makes every picture independent of
+            default of 1 bounds memory, costs a CPU little, and makes every image independent of
             how many were asked for to the last bit, which larger batches promise only as far as
-            the backend computes rows independently.
+            the backend is batch-invariant.
         check_hashes: Whether to compare the files with the manifest's hashes, not only sizes.
-        options: How the engines run, where the backend has the choice.
+        options: Options of the engines, where the backend has the choice.
 
     Raises:
         BundleError: The bundle is incomplete or altered.
@@ -113,10 +113,10 @@ class Generator(Closing):
             opened.pop_all()
 
     def __call__(self, prompt: str | None = None, **fields: Any) -> Result:  # noqa: ANN401  (checked one by one)
-        """Draw what the fields of a `GenerationRequest` say.
+        """Generate the images that the fields of a `GenerationRequest` describe.
 
         Args:
-            prompt: What to draw, for models that draw what a text says.
+            prompt: The prompt, for text-to-image models.
             **fields: Other fields.
 
         Raises:
@@ -125,37 +125,37 @@ class Generator(Closing):
         given = fields if prompt is None else {"prompt": prompt, **fields}
         return self.generate(parse_request(given))
 
-    def encode(self, picture: object) -> Float32Array:
-        """Return the latents (1, C, h, w) of a picture, in the UNet's scale.
+    def encode(self, image: object) -> Float32Array:
+        """Return the latents (1, C, h, w) of an image, in the UNet's scale.
 
         They are the autoencoder's times its `latent_scale_factor`: of a KL autoencoder the mean of
-        the posterior, of a VQ autoencoder what comes before the codebook.
+        the posterior, of a VQ autoencoder the vectors before the codebook.
 
         Args:
-            picture: Whatever `InputImage.read` can read; sides are multiples of the autoencoder's
-                factor.
+            image: Anything that `InputImage.read` can read; sides are multiples of the
+                autoencoder's factor.
 
         Raises:
-            RequestError: It is no picture, or of another size.
+            RequestError: It is not an image, or has another size.
         """
         try:
-            pixels = InputImage.read(picture).pixels
+            pixels = InputImage.read(image).pixels
             return encode_image(self._network("vae_encoder"), pixels[None], self.spec)
         except ValueError as error:
-            raise RequestError("picture", str(error)) from error
+            raise RequestError("image", str(error)) from error
 
     def decode(self, latents: Float32Array, *, tile_size: int = 0) -> list[Image.Image]:
-        """Return the pictures of latents (N, C, h, w) in the UNet's scale, such as `encode` gives.
+        """Return the images of latents (N, C, h, w) in the UNet's scale, such as `encode` gives.
 
         A VQ autoencoder takes the nearest vectors of its codebook first.
 
         Args:
-            latents: What to decode.
+            latents: Latents to decode.
             tile_size: Decode in tiles of this many pixels, which bounds memory; 0 is in one piece.
 
         Raises:
             RequestError: The latents are not those of this model, or are not finite; the tiles are
-                too small, or the model decodes in patches of its own.
+                too small, or the model decodes in patches instead.
         """
         array = _checked_latents(latents, self.spec)
         if tile_size and "tile_size" not in task_record(self.spec).takes:
@@ -168,10 +168,10 @@ class Generator(Closing):
     def generate(
         self, request: GenerationRequest | ResolvedRequest, *, deadline_seconds: float | None = None
     ) -> Result:
-        """Draw a request.
+        """Generate the images of a request.
 
         Args:
-            request: What to draw.
+            request: The request.
             deadline_seconds: How long it may take.
 
         Raises:
@@ -190,13 +190,13 @@ class Generator(Closing):
         previews: bool = False,
         deadline_seconds: float | None = None,
     ) -> collections.abc.Generator[Step | Result, None, None]:
-        """Draw a request and yield a `Step` after each step, then the `Result`.
+        """Generate the images of a request, yielding a `Step` after each step, then the `Result`.
 
         Nothing runs between two items, so closing the stream cancels the rest.
 
         Args:
-            request: What to draw.
-            previews: Whether steps carry small pictures of what is being drawn.
+            request: The request.
+            previews: Whether steps carry small images of the predicted x0.
             deadline_seconds: How long it may take from the first item on.
 
         Raises:
@@ -210,15 +210,15 @@ class Generator(Closing):
     def run_many(
         self, requests: Iterable[GenerationRequest | ResolvedRequest], *, max_batch: int = 4
     ) -> Iterator[Result]:
-        """Draw several requests at once and yield their results in order.
+        """Generate the images of several requests at once and yield their results in order.
 
         Requests share calls of the UNet, whatever their prompts, seeds, samplers and guidance,
-        where their pictures have the same size. On the CPU every result is what `generate` returns
-        at a `batch_size` of 1, bit for bit; there, what needs a single row of the UNet (guidance
-        off, or a model without) is not shared. A first stage alone draws one after the other.
+        where their images have the same size. On the CPU every result is what `generate` returns
+        at a `batch_size` of 1, bit for bit; there, a single sample of the UNet (guidance off, or a
+        model without) is not shared. An autoencoder alone runs one request after the other.
 
         Args:
-            requests: What to draw.
+            requests: The requests.
             max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
 
         Raises:
@@ -253,12 +253,12 @@ class Generator(Closing):
         return open_tokenizer(file, self.spec)
 
     def _needed_components(self) -> list[str]:
-        """Return the networks that requests take; the encoder of pictures mostly waits for one."""
+        """Return the networks that requests take; the image encoder is mostly opened on demand."""
         waits = {"vae_encoder"}.difference(conditioning_components(self.spec))
         return [name for name in components_of(self.spec) if name not in waits]
 
     def _network(self, name: str) -> Engine:
-        """Return a network, which is opened by who asks for it first."""
+        """Return a network, which the first call for it opens."""
         with self._opening:
             if self._closed:
                 raise BackendError(f"the generator of {self.bundle} is closed; open it again")
@@ -278,15 +278,15 @@ class Generator(Closing):
     ) -> collections.abc.Generator[Step | Result, None, None]:
         deadline.start()
         passes = open_passes(self._network, self._tokenizer, request, self.spec)
-        drawn = []
+        generated = []
         for images in batches(request.num_images, self._batch_size):
             unet = partial(self._network, "unet")
             pass_run = self._run_passes(passes.run(images), unet, passes.timings)
             while not isinstance(event := next(pass_run), GeneratedImages):
                 deadline.check(event)
                 yield _for_caller(event, preview)
-            drawn.append(event)
-        yield self._result(passes, drawn)
+            generated.append(event)
+        yield self._result(passes, generated)
 
     def _generate_together(
         self, requests: Sequence[ResolvedRequest], max_batch: int
@@ -294,7 +294,7 @@ class Generator(Closing):
         all_passes: dict[int, ImagePasses] = {}
 
         def generate_image(number: int, image: int, unet: Runner) -> Iterator[GeneratedImages]:
-            if number not in all_passes:  # loops take turns, so that nobody else is opening it
+            if number not in all_passes:  # loops take turns: no other is opening it
                 request = requests[number]
                 all_passes[number] = open_passes(self._network, self._tokenizer, request, self.spec)
             pass_run = all_passes[number].run(range(image, image + 1))
@@ -307,23 +307,23 @@ class Generator(Closing):
             for number, request in enumerate(requests)
             for image in range(request.num_images)
         )
-        drawn = in_order(
+        generated = in_order(
             run_together(
                 loops,
                 self._network("unet"),
-                max_rows=2 * max_batch,
-                min_rows=get_backend(self.backend).ABILITIES.min_shared_samples,
+                max_samples=2 * max_batch,
+                min_samples=get_backend(self.backend).ABILITIES.min_shared_samples,
             )
         )
-        with closing(drawn):
+        with closing(generated):
             for number, request in enumerate(requests):
-                images = [next(drawn) for _ in range(request.num_images)]
+                images = [next(generated) for _ in range(request.num_images)]
                 yield self._result(all_passes.pop(number), images)
 
     def _run_passes(
         self, pass_run: PassRun, unet: Callable[[], Runner], timings: Timings
     ) -> Iterator[Step | GeneratedImages]:
-        """Run the passes of a drawing one after the other; what was drawn comes last."""
+        """Run the passes of an image one after the other; the generated images come last."""
         advance: Callable[[], Pass] = partial(next, pass_run)
         while True:
             try:
@@ -348,20 +348,20 @@ class Generator(Closing):
             index = wanted.steps_before + step.index
             yield replace(step, index=index, total=wanted.total_steps)
 
-    def _result(self, passes: ImagePasses, drawn: Sequence[GeneratedImages]) -> Result:
+    def _result(self, passes: ImagePasses, generated: Sequence[GeneratedImages]) -> Result:
         return Result(
-            images=[image for each in drawn for image in each.images],
+            images=[image for each in generated for image in each.images],
             request=passes.request,
-            latents=np.concatenate([each.latents for each in drawn]),
+            latents=np.concatenate([each.latents for each in generated]),
             timings=passes.timings.finish(),
             bundle_sha256=self.bundle_sha256,
         )
 
 
 def _for_caller(step: Step, preview: PreviewRecord | None) -> Step:
-    """Return a step that the caller may do with as it likes."""
-    pictures = () if preview is None else tuple(preview_image(step.x0, preview))
-    return replace(step, latents=step.latents.copy(), x0=step.x0.copy(), previews=pictures)
+    """Return a copy of a step, which the caller may change."""
+    images = () if preview is None else tuple(preview_image(step.x0, preview))
+    return replace(step, latents=step.latents.copy(), x0=step.x0.copy(), previews=images)
 
 
 def _checked_latents(latents: object, spec: ModelSpec) -> Float32Array:

@@ -1,4 +1,4 @@
-"""Progress of anything that takes its time: a bar on a terminal, plain lines elsewhere.
+"""Progress of long operations: a bar on a terminal, one line per step elsewhere.
 
 Exports, engine builds and generation all report to one `Progress`, step by step.
 """
@@ -15,7 +15,7 @@ _LEAST_DONE = 0.05  # before that, the pace says nothing
 
 
 class Progress(Protocol):
-    """Told when steps begin and end."""
+    """A listener that is told when steps begin and end."""
 
     def plan(self, seconds: Mapping[str, float | None]) -> None:
         """Take note of the steps to come and the seconds that each may need; None is unknown."""
@@ -35,7 +35,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Reports nothing."""
+    """Progress that is not reported."""
 
     def plan(self, seconds: Mapping[str, float | None]) -> None:
         """Ignore it."""
@@ -81,10 +81,10 @@ class Lines:
 
 
 class Bar:
-    """A bar with the running step and the time left, drawn again twice a second.
+    """A bar with the running step and the time left, refreshed twice a second.
 
-    What is left is first what was planned, and then follows the pace so far. Between two steps
-    nothing is drawn, so that others may write to the terminal.
+    The time left is first the estimate, and then follows the pace so far. Between two steps nothing
+    is shown, so that others may write to the terminal.
 
     Args:
         stream: A terminal.
@@ -127,7 +127,7 @@ class Bar:
             self._write("")
 
     def redraw(self) -> None:
-        """Draw the bar as it is now."""
+        """Show the bar as it is now."""
         with self._lock:
             if self._step:
                 self._write(self._line())

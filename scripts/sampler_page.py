@@ -1,7 +1,7 @@
 """Write docs/samplers.md from the code and its tests: `python -m scripts.sampler_page`.
 
-Runs every sampler beside its diffusers twin to measure how far they are apart, which takes a minute
-and needs what the tests need.
+Runs every sampler next to its diffusers reference to measure how far they are apart, which takes a
+minute and needs the packages of the tests.
 """
 
 import argparse
@@ -26,7 +26,7 @@ COLUMNS = (
     "eta",
     "schedule",
     "ends at",
-    "diffusers twin",
+    "diffusers reference",
     "largest difference",
 )
 
@@ -55,8 +55,8 @@ apart: `ldm generate --sampler heun --schedule karras`.
   made to do for that is said in `sampler_twin_table.py` and `dpm_twin_table.py` in
   `tests/reference` and shown by `test_sampler_differences_reference.py` and
   `test_dpm_solver_reference.py` there.
-  `dpmpp_2s_ancestral` has a twin without noise only. The tests in `tests/runtime` compare it, with
-  noise and as all others, with the formulas of its source.
+  `dpmpp_2s_ancestral` has a reference without noise only. The tests in `tests/runtime` compare it,
+  with noise and as all others, with the formulas of its source.
 """
 
 _SCHEDULES = """
@@ -98,16 +98,20 @@ def page(difference_of: Callable[[str], float]) -> str:
 
 
 def largest_difference(name: str) -> float:
-    """Measure the largest difference between a sampler and its twins; NaN if it has none."""
-    twins = _twins_of(name)
-    return float(_tests("sampler_twins").measured_difference(twins)) if twins else float("nan")
+    """Measure the largest difference between a sampler and its references; NaN if it has none."""
+    references = _references_of(name)
+    return (
+        float(_tests("sampler_twins").measured_difference(references))
+        if references
+        else float("nan")
+    )
 
 
 def _row(
     name: str, record: SamplerRecord, difference_of: Callable[[str], float]
 ) -> tuple[str, ...]:
     order = str(record.order) if record.uses_eta or not record.default_eta else "–"
-    schedulers = dict.fromkeys(f"`{twin.scheduler.__name__}`" for twin in _twins_of(name))
+    schedulers = dict.fromkeys(f"`{each.scheduler.__name__}`" for each in _references_of(name))
     return (
         f"`{name}`",
         record.source,
@@ -141,9 +145,9 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def _twins_of(name: str) -> list[Any]:
+def _references_of(name: str) -> list[Any]:
     tables = _tests("sampler_twin_table").TWINS + _tests("dpm_twin_table").DPM_TWINS
-    return [twin for twin in tables if twin.name == name]
+    return [each for each in tables if each.name == name]
 
 
 def _tests(module: str) -> ModuleType:

@@ -1,1 +1,1 @@
-"""Measuring: rows, interleaved runs, peak memory, and what a machine can do at most."""
+"""Measuring: rows, interleaved runs, peak memory, and the ceilings of a machine."""

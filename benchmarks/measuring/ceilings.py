@@ -1,8 +1,8 @@
-"""What this machine can do at best, measured: float32 matrix products and copies in memory.
+"""The ceilings of this machine, measured: float32 matrix products and copies in memory.
 
     python -m measuring.ceilings    # from benchmarks/
 
-`measure_apart` runs this file in a process of its own, because the library behind NumPy's products
+`measure_apart` runs this file in its own process, because the library behind NumPy's products
 reads its number of threads from the environment when it is loaded.
 """
 
@@ -70,7 +70,7 @@ def measure(threads: int) -> Ceilings:
 
 
 def measure_apart() -> Ceilings:
-    """Measure in a process of its own, with one thread a usable CPU."""
+    """Measure in its own process, with one thread per usable CPU."""
     environment = script_environment() | dict.fromkeys(_THREAD_VARIABLES, str(usable_cpus()))
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""How much work one call of a network is, derived from the record of what the network is.
+"""The work of one call of a network, derived from the hyperparameters of the network.
 
 Counted as `torch.utils.flop_counter` does: two operations a multiply-add of convolutions, linear
 layers and attention; biases, normalisations and activations count nothing.
@@ -15,7 +15,7 @@ _BERT_HEAD_CHANNELS = 64  # whatever the width
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one call computes and has to read.
+    """The work of one call: operations, and parameters to read.
 
     Attributes:
         flops: Floating-point operations.

@@ -1,7 +1,7 @@
-"""The measuring process: one backend, one bundle, its first picture and its second.
+"""The measuring process: one backend, one bundle, its first image and its second.
 
 Started by `runs.py` with a job as JSON; answers with one line of JSON. Every call of a network is
-timed inside the picture that needs it, so that the parts add up to the whole.
+timed inside the image that needs it, so that the parts add up to the whole.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from ldm_runtime.backends import Backend
     from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
 
-#: What a deployment must not need; one of them in the process would falsify its memory.
+#: Packages that a deployment must not need; one of them in the process would falsify its memory.
 HEAVY = ("torch", "transformers", "onnx", "diffusers", "ldm_export")
-#: A whole picture (or batch), and its time that no network takes.
+#: A whole image (or batch), and its time that no network takes.
 IMAGE, REST = "image", "rest"
-#: From the start of the process to its first picture: import, load and draw.
+#: From the start of the process to its first image: import, load and generate.
 COLD_START = "cold_start"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to measure.
+    """The measurement to take.
 
     Attributes:
         bundle: The bundle's folder.
@@ -48,15 +48,15 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What one process found.
+    """The measurements of one process.
 
     Attributes:
         first: Seconds the first time: "import", "load" (with a check of the files' hashes), the
-            first call of each network, the picture, its rest, and `COLD_START`.
+            first call of each network, the image, its rest, and `COLD_START`.
         steady: Seconds once warm: "load" (hashes known), a call of each network as the mean over
-            a picture, the picture and its rest. Calls and rest add up to the picture.
-        calls: How often a picture calls each network.
-        peak_bytes: Highest resident memory up to the end of the second picture.
+            an image, the image and its rest. Calls and rest add up to the image.
+        calls: How often an image calls each network.
+        peak_bytes: Highest resident memory up to the end of the second image.
         version: Of the library behind the backend.
         heavy: Which of `HEAVY` were loaded: none, or the measurement is void.
     """
@@ -83,7 +83,7 @@ class Clock:
         return outputs
 
     def take(self) -> dict[str, list[float]]:
-        """Return what was measured and forget it."""
+        """Return the measurements and forget them."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
@@ -127,10 +127,10 @@ class TimedEngine(TimedRunner):
 
 
 def measure(job: Job, backend: "Backend", imported: float) -> Findings:
-    """Open the bundle, draw twice, and open it once more.
+    """Open the bundle, generate twice, and open it once more.
 
     Args:
-        job: What to measure.
+        job: The measurement to take.
         backend: The job's backend.
         imported: Seconds it took to import.
     """
@@ -150,8 +150,8 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
     cast("Any", backend).open_engine = open_timed  # for the rest of this process
     generator, first_load = load()
     with generator:
-        first_calls, first_whole = _draw(generator, request, clock)
-        calls, whole = _draw(generator, request, clock)
+        first_calls, first_whole = _generate(generator, request, clock)
+        calls, whole = _generate(generator, request, clock)
     peak = peak_bytes()
     generator, steady_load = load()
     generator.close()
@@ -168,10 +168,10 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
     )
 
 
-def _draw(
+def _generate(
     generator: "Generator", request: "GenerationRequest", clock: Clock
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return the seconds of every call of every network, and those of the picture and its rest."""
+    """Return the seconds of every call of every network, and those of the image and its rest."""
     started = time.perf_counter()
     generator.generate(request)
     total = time.perf_counter() - started

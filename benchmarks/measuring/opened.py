@@ -1,4 +1,4 @@
-"""What benchmarks of one open generator share: its flags, how it is opened, and its rows."""
+"""Shared parts of the benchmarks of one open generator: flags, opening and rows."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -33,11 +33,11 @@ def generator_row(
     settings: Mapping[str, str | int | float],
     seconds: Sequence[float],
 ) -> Row:
-    """Return what was measured as a row."""
+    """Return a measurement as a row."""
     version = get_backend(generator.backend).version()
     return Row(
         name=name,
-        system=generator.backend,
+        backend=generator.backend,
         commit=commit(),
         bundle_sha256=generator.bundle_sha256,
         device=f"{machine()}; {generator.backend} {version}",

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own: the environment in which they find what they import."""
+"""Scripts in their own processes: the environment in which they find what they import."""
 
 import os
 

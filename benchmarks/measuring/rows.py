@@ -1,4 +1,4 @@
-"""One measured configuration as a record, and on what and from what it was measured."""
+"""One measured configuration as a record, with the machine and the commit it was measured on."""
 
 import json
 import os
@@ -19,12 +19,12 @@ STABLE_SPREAD = 0.10
 class Row:
     """One measured configuration. Times are wall clock seconds, results in hand.
 
-    Rows are found by `name` and `system`, so that another program measured on the same machine
+    Rows are found by `name` and `backend`, so that another program measured on the same machine
     becomes rows of the same table.
 
     Attributes:
-        name: What ran, such as "unet" or "image".
-        system: What ran it: a backend of this package, or a peer.
+        name: The part that ran, such as "unet" or "image".
+        backend: The backend of this package that ran it, or the peer.
         commit: Git commit of this repository, with "+" appended if the tree was dirty.
         bundle_sha256: Hash of the manifest, so that the exact networks can be found again.
         device: Machine and library version in one string.
@@ -34,7 +34,7 @@ class Row:
     """
 
     name: str
-    system: str
+    backend: str
     commit: str
     bundle_sha256: str
     device: str

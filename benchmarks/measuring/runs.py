@@ -1,4 +1,4 @@
-"""Decides what `latency.py` measures and collects the rows from one process after another."""
+"""The measurements of `latency.py`: chooses them and collects rows, one process after another."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ _FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is measured: one request to one bundle.
+    """The subject of a measurement: one request to one bundle.
 
     Attributes:
         bundle: The bundle's folder.
@@ -54,7 +54,7 @@ class Subject:
 
     @property
     def settings(self) -> dict[str, str | int | float]:
-        """What to store with every row."""
+        """Settings stored with every row."""
         names = ("height", "width", "num_inference_steps", "guidance_scale", "sampler", "schedule")
         return {name: getattr(self.request, name) for name in names} | {
             "batch": self.request.num_images,
@@ -64,7 +64,7 @@ class Subject:
 
 
 def open_subject(bundle: Path | None, fields: Mapping[str, Any]) -> Subject:
-    """Return what to measure: a bundle, by default of the shapes model, and a resolved request.
+    """Return the subject: a bundle, by default of the shapes model, and a resolved request.
 
     Raises:
         LdmError: There is no such bundle, or its model cannot do what the fields ask for.
@@ -107,7 +107,7 @@ def runnable_backends(names: Sequence[str], subject: Subject) -> tuple[list[str]
 
     Args:
         names: Those that were asked for; none is every one that can run.
-        subject: What is measured.
+        subject: The request and its bundle.
 
     Raises:
         BackendError: One that was asked for cannot run, or there is none at all.
@@ -129,7 +129,7 @@ def runnable_backends(names: Sequence[str], subject: Subject) -> tuple[list[str]
 def find(
     subject: Subject, backends: Sequence[str], repetitions: int
 ) -> Iterator[tuple[str, Findings]]:
-    """Run every backend in a process of its own, in turns, and yield what each process found.
+    """Run every backend in its own process, in turns, and yield the findings of each process.
 
     In turns, so that a disturbance of the machine does not hit one backend alone.
 
@@ -150,14 +150,14 @@ def find(
 
 
 def as_rows(subject: Subject, found: Sequence[tuple[str, Findings]]) -> list[Row]:
-    """Return one row a backend, part and state, with the repetitions in order."""
+    """Return one row per backend, part and state, with the repetitions in order."""
     rows = []
     head, sha256, host = commit(), sha256_of(subject.bundle / MANIFEST_NAME), machine()
     for backend in dict.fromkeys(name for name, _ in found):
         findings = [each for name, each in found if name == backend]
         blank = Row(
             name="",
-            system=backend,
+            backend=backend,
             commit=head,
             bundle_sha256=sha256,
             device=f"{host}; {backend} {findings[0].version}",

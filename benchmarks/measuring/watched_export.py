@@ -1,4 +1,4 @@
-"""Work in processes of their own, watched: seconds of each stage of an export, and memory."""
+"""Work in other processes, watched: seconds of each step of an export, and memory."""
 
 import json
 import multiprocessing
@@ -17,31 +17,31 @@ from typing import Any
 from measuring.processes import script_environment
 from measuring.rows import ROOT
 
-_STAGE = re.compile(r"^(?P<stage>\w+) +(?:built|reused) in (?P<seconds>[\d.]+) s$")
+_STEP = re.compile(r"^(?P<step>\w+) +(?:built|reused) in (?P<seconds>[\d.]+) s$")
 _TICK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What an export took.
+    """Time and memory that an export took.
 
     Attributes:
         seconds: From start to end of the process.
         cpu_seconds: Time its threads computed, which other programs disturb less.
-        stages: Seconds of each stage, and of what lies before and after them; they add up.
+        steps: Seconds of each step, and of the time before and after them; they add up.
         peak_bytes: Highest resident memory of the process, mapped files included.
         peak_anonymous_bytes: Highest part of it that is no mapped file, to 50 ms.
     """
 
     seconds: float
     cpu_seconds: float
-    stages: Mapping[str, float]
+    steps: Mapping[str, float]
     peak_bytes: int
     peak_anonymous_bytes: int
 
 
 def measure_export(checkpoint: Path, out: Path, weights_dtype: str) -> Measurement:
-    """Export in a process of its own and watch it.
+    """Export in its own process and watch it.
 
     Raises:
         RuntimeError: It failed; the sentence it ended with.
@@ -76,27 +76,27 @@ def measure_export(checkpoint: Path, out: Path, weights_dtype: str) -> Measureme
     return Measurement(
         seconds=seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
-        stages=stage_seconds(arrivals, seconds),
+        steps=step_seconds(arrivals, seconds),
         peak_bytes=usage.ru_maxrss * 1024,
         peak_anonymous_bytes=memory.peak_bytes,
     )
 
 
-def stage_seconds(arrivals: Sequence[tuple[float, str]], total: float) -> dict[str, float]:
-    """Return the seconds of each stage from the lines of an export and when they came.
+def step_seconds(arrivals: Sequence[tuple[float, str]], total: float) -> dict[str, float]:
+    """Return the seconds of each step from the lines of an export and when they came.
 
     Args:
         arrivals: Seconds since the start, and the line that came then.
         total: Seconds until the end.
     """
-    ends = [(at, match) for at, line in arrivals if (match := _STAGE.match(line))]
+    ends = [(at, match) for at, line in arrivals if (match := _STEP.match(line))]
     if not ends:
         return {"everything": total}
-    stages = {match["stage"]: float(match["seconds"]) for _, match in ends}
+    steps = {match["step"]: float(match["seconds"]) for _, match in ends}
     first_end, first = ends[0]
     before = first_end - float(first["seconds"])
-    after = total - before - sum(stages.values())
-    return {"start, read, hash": before, **stages, "publish, rest": after}
+    after = total - before - sum(steps.values())
+    return {"start, read, hash": before, **steps, "publish, rest": after}
 
 
 def run_apart(work: Callable[..., None], what: str, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
@@ -104,7 +104,7 @@ def run_apart(work: Callable[..., None], what: str, *arguments: Any, **options: 
 
     Args:
         work: The function, importable by name.
-        what: What it does, for the error.
+        what: Name of the work, for the error.
         arguments: Its arguments …
         options: … and its keyword arguments.
 
@@ -122,7 +122,7 @@ def run_apart(work: Callable[..., None], what: str, *arguments: Any, **options: 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a watched script printed last, and what it took.
+    """The last line of a watched script, and the time and memory that it took.
 
     Attributes:
         value: The JSON of its last line.
@@ -136,7 +136,7 @@ class Answer:
 
 
 def ask(script: Path, *arguments: str) -> Answer:
-    """Run a script of ours in a process of its own, which prints JSON.
+    """Run a script of ours in its own process, which prints JSON.
 
     Raises:
         RuntimeError: It failed; the sentence it ended with.

@@ -2,7 +2,7 @@
 
     python -m released.full_size_probe engines/    # from benchmarks/
 
-Prints one line of JSON. `full_size.py` runs it in a process of its own.
+Prints one line of JSON. `full_size.py` runs it in its own process.
 """
 
 import json
@@ -25,8 +25,8 @@ from ldm_runtime.specs.model import ModelSpec, axis_sizes, value_counts
 from ldm_runtime.specs.networks import TextEncoderSpec
 from measuring.measure import forget_peak, peak_bytes
 
-_MAX_PIXELS = 256  # a side, where a network works on pixels
-#: What latents are multiplied with and the timestep that goes with it: pure noise as the UNet gets
+_MAX_PIXELS = 256  # per side, where a network works on pixels
+#: Factors of the latents and the timestep that goes with it: pure noise as the UNet gets
 #: it, and clean latents four times as large as they should be.
 _EXTREMES = ((1.0, 999.0), (4.0, 0.0))
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (bundle,) = sys.argv[1:] if argv is None else argv
     manifest = load_manifest(Path(bundle))
     found = {
-        # Other models decode with one of the first stages that have a row of their own.
+        # Other models decode with one of the autoencoders that have their own row.
         "decode_bytes": decode_bytes(Path(bundle), manifest)
         if manifest.spec.unet is None
         else None,
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def decode_bytes(bundle: Path, manifest: Manifest) -> int:
-    """Return what decoding one picture takes beyond the loaded networks, on the CPU.
+    """Return the bytes that decoding one image takes beyond the loaded networks, on the CPU.
 
-    The picture has the model's size, at most 256 pixels a side. Of a VQ first stage the comparison
+    The image has the model's size, at most 256 pixels per side. Of a VQ autoencoder the comparison
     with all of its codes is part of it.
     """
     spec = manifest.spec
@@ -67,7 +67,7 @@ def decode_bytes(bundle: Path, manifest: Manifest) -> int:
 
 
 def bytes_of_decoding(generator: Generator, latents: Array, tile_size: int = 0) -> int:
-    """Return what `Generator.decode` takes of latents beyond the loaded decoder."""
+    """Return the bytes that `Generator.decode` takes for latents beyond the loaded decoder."""
     generator.decode(latents[..., :1, :1])  # loads the decoder
     give_back_memory()  # or what loading has freed would be used again and not be seen
     before = forget_peak()
@@ -76,7 +76,7 @@ def bytes_of_decoding(generator: Generator, latents: Array, tile_size: int = 0) 
 
 
 def golden(bundle: Path) -> dict[str, Any]:
-    """Draw the golden requests again with ONNX Runtime on the CPU."""
+    """Generate the golden requests again with ONNX Runtime on the CPU."""
     started = time.monotonic()
     checks = list(verify(bundle, backend="onnxruntime"))
     return {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from released.released_systems import SYSTEMS
+from released.released_models import MODELS
 
 _COLUMNS = (
     "model",
@@ -26,11 +26,11 @@ Row = Mapping[str, Any]
 
 
 def report(rows: Sequence[Row]) -> list[str]:
-    """Return the last row of each model as lines of a table, and what failed below it.
+    """Return the last row of each model as lines of a table, and the failures below it.
 
-    Models are in the order of `released_systems`, and others before them.
+    Models are in the order of `released_models`, and others before them.
     """
-    places = {name: place for place, name in enumerate(SYSTEMS)}
+    places = {name: place for place, name in enumerate(MODELS)}
     latest = {row["name"]: row for row in sorted(rows, key=lambda row: places.get(row["name"], -1))}
     lines = [" | ".join(("", *_COLUMNS, "")).strip(), "|---" * len(_COLUMNS) + "|"]
     failures = []

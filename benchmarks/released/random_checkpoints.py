@@ -10,7 +10,7 @@ import torch
 from ldm_export.networks.loading import build_network
 from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, components_of
 from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec
-from released.released_systems import System
+from released.released_models import ReleasedModel
 
 #: Size of the layers that training starts at zero, against the others: small, but there.
 _LATE_GAIN = 0.5
@@ -20,14 +20,14 @@ _LATE = re.compile(
 _TIMESTEPS = 1000
 
 
-def as_spec(system: System) -> ModelSpec:
-    """Return what a checkpoint of a system is, sampled in no particular way."""
-    has_unet = "unet" in system.networks
-    alphas = _alphas(system).float().tolist() if has_unet else ()
-    side = 64 * system.networks.of(AutoencoderSpec).factor
+def as_spec(model: ReleasedModel) -> ModelSpec:
+    """Return the specification of a model's checkpoint, with neutral sampling defaults."""
+    has_unet = "unet" in model.networks
+    alphas = _alphas(model).float().tolist() if has_unet else ()
+    side = 64 * model.networks.of(AutoencoderSpec).factor
     return ModelSpec(
-        family=system.name,
-        task=system.task,
+        family=model.name,
+        task=model.task,
         weights="model",
         alphas_cumprod=tuple(alphas),
         prediction_type="epsilon",
@@ -40,35 +40,35 @@ def as_spec(system: System) -> ModelSpec:
             eta=0.0,
         ),
         assumptions=(),
-        networks=system.networks,
+        networks=model.networks,
     )
 
 
-def write_checkpoint(path: Path, system: System, *, half: bool = False) -> None:
+def write_checkpoint(path: Path, model: ReleasedModel, *, half: bool = False) -> None:
     """Write a checkpoint as PyTorch Lightning did.
 
     Args:
         path: The file.
-        system: Its networks.
+        model: Its networks.
         half: Whether weights are fp16; the schedule is fp32 either way.
     """
     random = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}
-    if "unet" in system.networks:
-        state.update(_schedule_buffers(system))
-    for name, shape in parameter_shapes(system):
+    if "unet" in model.networks:
+        state.update(_schedule_buffers(model))
+    for name, shape in parameter_shapes(model):
         value = _random_weight(name, shape, random)
         state[name] = value.half() if half else value
-    encoder = system.networks.find(TextEncoderSpec)
+    encoder = model.networks.find(TextEncoderSpec)
     if encoder is not None and encoder.kind == "clip":
         positions = torch.arange(encoder.max_tokens)[None]
         state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
     torch.save({"state_dict": state, "global_step": 0, "epoch": 0}, path)
 
 
-def parameter_shapes(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield names and shapes of a checkpoint's weights, with what it holds and nothing uses."""
-    spec = as_spec(system)
+def parameter_shapes(model: ReleasedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of a checkpoint's weights, with those that nothing uses."""
+    spec = as_spec(model)
     for component in components_of(spec):
         prefix = _prefix(component, spec)
         for name, parameter in build_network(component, spec).named_parameters():
@@ -79,7 +79,7 @@ def parameter_shapes(system: System) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _prefix(component: str, spec: ModelSpec) -> str:
-    """Return what stands before a network's parameter names in a checkpoint."""
+    """Return the prefix of a network's parameter names in a checkpoint."""
     if component == "unet":
         return "model.diffusion_model."
     if component.startswith("vae_"):
@@ -106,14 +106,14 @@ def _random_weight(name: str, shape: tuple[int, ...], random: torch.Generator) -
     return value * spread
 
 
-def _alphas(system: System) -> torch.Tensor:
-    ends = math.sqrt(system.linear_start), math.sqrt(system.linear_end)
+def _alphas(model: ReleasedModel) -> torch.Tensor:
+    ends = math.sqrt(model.linear_start), math.sqrt(model.linear_end)
     betas = torch.linspace(*ends, _TIMESTEPS, dtype=torch.float64).square()
     return torch.cumprod(1 - betas, 0)
 
 
-def _schedule_buffers(system: System) -> dict[str, torch.Tensor]:
-    alphas = _alphas(system)
+def _schedule_buffers(model: ReleasedModel) -> dict[str, torch.Tensor]:
+    alphas = _alphas(model)
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     betas = 1 - alphas / before
     buffers = {
@@ -127,8 +127,8 @@ def _schedule_buffers(system: System) -> dict[str, torch.Tensor]:
         "sqrt_recipm1_alphas_cumprod": (1 / alphas - 1).sqrt(),
         "posterior_variance": betas * (1 - before) / (1 - alphas),
     }
-    if system.scale_by_std:
+    if model.scale_by_std:
         buffers["scale_factor"] = torch.tensor(
-            system.networks.of(AutoencoderSpec).latent_scale_factor
+            model.networks.of(AutoencoderSpec).latent_scale_factor
         )
     return {name: values.float() for name, values in buffers.items()}

@@ -22,14 +22,14 @@ from ldm_export.errors import CheckpointError, FormatError
 from ldm_runtime.closing import Closing
 
 _ZIP_MAGIC = b"PK\3\4"
-# Protocol 2 and the 80-bit magic number of torch 0.1.10 to 1.5, whose files are plain pickles.
+# Protocol 2 and the 80-bit magic number of torch 0.1.10 to 1.5, whose files are bare pickles.
 _LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 _MISTAKES: Mapping[bytes, str] = MappingProxyType(
     {
         b"version https://git-lfs": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
         b"<": "a web page; the download went wrong, get the file again",
         b"PK\5\6": "an empty zip archive; get the file again",
-        b"\x80": "a plain pickle, which only running it could read; save a state dict instead",
+        b"\x80": "a bare pickle, which only running it could read; save a state dict instead",
     }
 )
 _UNREADABLE = frozenset({"float8_e4m3fn", "float8_e5m2"})  # NumPy has no such types
@@ -69,11 +69,11 @@ class MappedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A tensor that stays in its file until it is asked for.
+    """A tensor that stays in its file until it is read.
 
     Attributes:
         name: Its name in the state dict.
-        extent: Where in the file it lies.
+        extent: Its place in the file.
         file: The file.
     """
 
@@ -150,9 +150,9 @@ class Checkpoint(Closing):
         path: The file.
         format: How it is written.
         tensors: Its tensors, by their names in the state dict.
-        skipped: Names of what lies beside the tensors and was not read.
+        skipped: Names of entries next to the tensors that were not read.
         global_step: Training step, if the file says so.
-        metadata: The file's own remarks: text by whoever made it, to be escaped before it is shown.
+        metadata: The file's own metadata: untrusted text, to be escaped before it is shown.
     """
 
     path: Path
@@ -174,7 +174,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     The format is told by the content, not by the name. State dicts inside state dicts are entered.
 
     Raises:
-        CheckpointError: The file is not a checkpoint, is damaged, or holds what no checkpoint does.
+        CheckpointError: The file is not a checkpoint, is damaged, or has unexpected contents.
     """
     file = MappedFile(path)
     try:
@@ -219,12 +219,12 @@ def _lazy(extents: Mapping[str, TensorExtent], file: MappedFile) -> Mapping[str,
 
 
 def _explain(head: bytes) -> str:
-    """Say what a file is that is no checkpoint, and what to do about it."""
+    """Return what a file is that is not a checkpoint, and what to do about it."""
     if head.startswith(_LEGACY_MAGIC):
         return (
             "is in the format of torch before 1.6, which cannot be read without running it; "
             "convert it with `torch.save(torch.load(old, map_location='cpu', weights_only=True), "
-            "new)`, or with weights_only=False if torch refuses and you trust whoever made the file"
+            "new)`, or with weights_only=False if torch refuses and you trust the file's source"
         )
     for start, explanation in _MISTAKES.items():
         if head.startswith(start):

@@ -1,4 +1,4 @@
-"""The stack machine that a pickle programs: its registers, and what a program may cost.
+"""The stack machine that a pickle programs: its registers, and its limits.
 
 `pickle_reader.py` holds the instructions. They touch the registers through these methods, which
 keep every read inside the pickle and every pop inside the innermost open collection.
@@ -14,7 +14,7 @@ MAX_LINE_BYTES = 1024  # names of globals, integers in decimal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a pickle may cost. The defaults are some twenty times what Stable Diffusion 1 needs.
+    """The limits of a pickle; the defaults are some twenty times what Stable Diffusion 1 needs.
 
     Attributes:
         max_bytes: Size of the pickle.

@@ -45,9 +45,9 @@ def read_pickle(data: bytes, limits: Limits | None = None, refused: Container[st
 
     Args:
         data: The pickle.
-        limits: What it may cost.
+        limits: Limits of its cost.
         refused: Names of globals, and of modules, that make it an error. They would be as inert as
-            all others; who writes them wants something.
+            all others, but only an attacker writes them.
 
     Returns:
         Plain None, bool, int, float, str, bytes, tuple, list and dict, and the inert records of

@@ -1,7 +1,7 @@
-"""Checkpoints in the safetensors format: a JSON header and one buffer of tensors behind it.
+"""Checkpoints in the safetensors format: a JSON header followed by one buffer of tensors.
 
 Source: the format section of the safetensors README at version 0.6, whose rules are kept here in
-full: no holes, no overlaps, no duplicate keys, little-endian and contiguous. One bound is tighter:
+full: no gaps, no overlaps, no duplicate keys, little-endian and contiguous. One bound is tighter:
 the header may have 16 MiB, room for a hundred thousand tensors, instead of 100 MB.
 """
 
@@ -56,7 +56,7 @@ def read_safetensors_header(
 
     Returns:
         The tensors by name, in the order of the file, and the file's own metadata. The metadata is
-        text by whoever made the file: escape it before showing it.
+        untrusted text: escape it before showing it.
 
     Raises:
         FormatError: The header is not what the format demands or contradicts the file.
@@ -64,10 +64,10 @@ def read_safetensors_header(
     size = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if size > _MAX_HEADER_BYTES:
         raise FormatError(
-            f"its header claims {size} bytes, more than the {_MAX_HEADER_BYTES} allowed"
+            f"its header declares {size} bytes, more than the {_MAX_HEADER_BYTES} allowed"
         )
     if _LENGTH_BYTES + size > len(data):
-        raise FormatError(f"its header claims {size} bytes of {len(data)}; {_DAMAGED}")
+        raise FormatError(f"its header declares {size} bytes of {len(data)}; {_DAMAGED}")
     header = _decode(bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + size]))
     metadata = _checked_metadata(header.pop(_METADATA, {}))
     begin = _LENGTH_BYTES + size
@@ -103,7 +103,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _no_constant(name: str) -> object:
-    raise FormatError(f"{name} is no JSON")
+    raise FormatError(f"{name} is not valid JSON")
 
 
 def _checked_metadata(metadata: object) -> Mapping[str, str]:
@@ -150,11 +150,11 @@ def _checked_extent(entry: object, begin: int, file_size: int) -> TensorExtent:
 
 
 def _check_order(extents: Mapping[str, TensorExtent], begin: int, file_size: int) -> None:
-    """Prove that the tensors follow one another without holes from the header to the end."""
+    """Prove that the tensors follow one another without gaps from the header to the end."""
     position = begin
     for name, extent in sorted(extents.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if extent.start != position:
-            how = "overlaps the one before" if extent.start < position else "follows a hole"
+            how = "overlaps the one before" if extent.start < position else "follows a gap"
             raise FormatError(f"tensor {name!a} {how} (byte {extent.start}, not {position})")
         position += extent.nbytes
     if position != file_size:

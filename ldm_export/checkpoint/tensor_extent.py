@@ -1,4 +1,4 @@
-"""Where in a file a tensor lies, and the sizes that no tensor may have.
+"""The place of a tensor in its file, and the sizes that no tensor may have.
 
 The parsers of the two checkpoint formats end here: whatever they read becomes `TensorExtent`
 records, each of which has been proved to lie inside its file.
@@ -64,7 +64,7 @@ class TensorExtent:
 
 
 def is_size(value: object) -> TypeGuard[int]:
-    """Whether `value` is an integer (no bool) that could be a length in torch."""
+    """Whether `value` is an integer (not a bool) that could be a length in torch."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -72,7 +72,7 @@ def check_name(name: object) -> str:
     """Return the name of a tensor if it can be shown to people.
 
     Raises:
-        FormatError: It is no string, is empty or very long, or holds control characters, which
+        FormatError: It is not a string, is empty or very long, or holds control characters, which
             could play tricks on a terminal.
     """
     if not isinstance(name, str):

@@ -22,7 +22,7 @@ from ldm_export.errors import FormatError
 
 _PICKLE = re.compile(r"([^/]+)/data\.pkl")
 _MAX_LEVELS = 8
-#: Modules and names with which pickles attack who runs them.
+#: Modules and names with which pickles attack the process that runs them.
 _REFUSED = frozenset(
     {
         *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "runpy"),
@@ -39,11 +39,11 @@ _LIMITS = Limits()
 
 @dataclass(frozen=True, kw_only=True)
 class TorchContents:
-    """What a torch archive holds.
+    """The contents of a torch archive.
 
     Attributes:
         tensors: The tensors of the state dict, by name.
-        skipped: Names of the other entries beside them.
+        skipped: Names of the other entries next to them.
         global_step: Training step, if the file says so.
     """
 

@@ -1,4 +1,4 @@
-"""What a pickle of torch says about tensors, as inert records.
+"""The tensors in a pickle of torch, as inert records.
 
 torch pickles a tensor as a call: `torch._utils._rebuild_tensor_v2(storage, offset, shape, stride,
 …)`, with the storage as a reference to a member of the archive around the pickle. The few such
@@ -49,7 +49,7 @@ class Name:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Stub:
-    """Something that unpickling would have made by calling `name`. It was not made."""
+    """An object that unpickling would have made by calling `name`. It was not made."""
 
     name: Name
 
@@ -61,7 +61,7 @@ class StorageRecord:
     Attributes:
         key: Its name in the archive.
         dtype: Type of its elements, or None if it holds bytes or a type unknown here.
-        numel: Number of elements it claims to have.
+        numel: Number of elements it declares.
     """
 
     key: str
@@ -71,10 +71,10 @@ class StorageRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TensorRecord:
-    """A view of a storage, as claimed: nothing was compared with the storage itself.
+    """A view of a storage, as declared: nothing was compared with the storage itself.
 
     Attributes:
-        storage: Where the elements are.
+        storage: Storage of its elements.
         dtype: Type of an element, torch's name for it.
         offset: Elements of `dtype` to skip at the start of the storage.
         shape: Length of each axis.
@@ -110,7 +110,7 @@ def record_of_reference(reference: object) -> StorageRecord:
 
 
 def record_of_call(callee: Name, arguments: tuple[object, ...]) -> object:
-    """Say what a call would have made, without making it.
+    """Return the record of what a call would have made, without making it.
 
     Returns:
         A `TensorRecord`, an empty dict, or a `Stub` for whatever is not understood: unknown names,

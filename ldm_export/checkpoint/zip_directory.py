@@ -1,4 +1,4 @@
-"""Where the members of a zip archive lie, for archives that nobody should trust.
+"""The members of an untrusted zip archive, and their places in the file.
 
 Only what torch writes is accepted: members stored as they are, no encryption, no comment, one
 disk. The directory, every member's local header and every member's bytes are proved to lie inside
@@ -69,7 +69,7 @@ def read_zip_directory(data: memoryview) -> Mapping[str, Member]:
     """Find the members of the archive `data`.
 
     Raises:
-        FormatError: The archive is damaged, or is not of the plain kind that torch writes.
+        FormatError: The archive is damaged, or is not of the kind that torch writes.
     """
     directory = _find_directory(data)
     members: dict[str, Member] = {}
@@ -175,7 +175,7 @@ def _checked_name(entry: _Entry) -> str:
 
 
 def _data_start(data: memoryview, entry: _Entry) -> int:
-    """Find where a member's bytes begin, behind a local header that must be of the same member."""
+    """Find where a member's bytes begin, after a local header that must be of the same member."""
     _, flags, method, _, _, _, compressed_size, size, name_size, extra_size = _unpack(
         _LOCAL, data, entry.header
     )

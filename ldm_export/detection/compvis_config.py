@@ -1,4 +1,4 @@
-"""The facts that a CompVis `config.yaml` adds to a checkpoint's weights."""
+"""The features that a CompVis `config.yaml` adds to a checkpoint's weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from ldm_export.errors import ExportError
 from ldm_runtime.specs.model import PredictionType
 
 _MAX_BYTES = 1 << 20
-#: More than any model has: of training timesteps, of latent pixels a side, and of pixels a side.
+#: More than any model has: training timesteps, latent pixels per side, and pixels per side.
 _MAX_TIMESTEPS, _MAX_LATENTS, _MAX_PIXELS = 100_000, 2048, 16384
 _PARAMETERIZATIONS: Mapping[str, PredictionType] = {
     "eps": "epsilon",
     "v": "v_prediction",
     "x0": "sample",
 }
-_FIRST_STAGE_ONLY: Mapping[str, object] = {
+_AUTOENCODER_ONLY: Mapping[str, object] = {
     "ddconfig.tanh_out": False,
     "ddconfig.give_pre_end": False,
     "ddconfig.resamp_with_conv": True,
 }
-#: What `lookup` returns for an entry that is not there.
+#: The result of `lookup` for an entry that is not there.
 ABSENT = object()
 
 Config = Mapping[str, Any]
@@ -30,24 +30,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigFields:
-    """What a configuration says that no shape tells; None where it says nothing.
+    """The features in a configuration that no shape tells; None where it says nothing.
 
     Attributes:
-        prediction_type: What the UNet was trained to output.
+        prediction_type: Prediction target of the UNet.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
-        scale_by_std: Whether that was measured in training, and is a tensor of the checkpoint.
+        scale_by_std: Whether it was measured in training, and is a tensor of the checkpoint.
         latent_size: Height and width in latent pixels that the UNet was trained on.
-        resolution: Height and width in pixels that the first stage was trained on.
+        resolution: Height and width in pixels that the autoencoder was trained on.
         linear_start: First beta of the schedule that is linear in sqrt(beta) …
         linear_end: … and the last, after …
-        num_train_timesteps: … so many steps.
+        num_train_timesteps: … this number of steps.
         num_heads: Attention heads of the UNet.
-        num_head_channels: Channels a head of the UNet.
+        num_head_channels: Channels per head of the UNet.
         text_num_heads: Attention heads of a CLIP text encoder.
         text_activation: Feed-forward activation of a CLIP text encoder.
         num_classes: Classes of a class embedding.
         class_dropout: Share of labels that training replaced by the last class.
-        num_halvings: How often a rescaler halves semantic maps.
+        num_downsampling_steps: Downsampling steps of a segmentation encoder.
     """
 
     prediction_type: PredictionType | None = None
@@ -71,33 +71,35 @@ def read_config(path: Path) -> Config:
     """Read a YAML file without making objects of the classes it names.
 
     Raises:
-        ExportError: The file cannot be read, is no YAML, or is no CompVis configuration.
+        ExportError: The file cannot be read, is not YAML, or is not a CompVis configuration.
     """
     import yaml  # deferred: only `--config` needs it
 
     try:
         size = path.stat().st_size
         if size > _MAX_BYTES:
-            raise ExportError(f"{path} has {size} bytes, which is no model configuration")
+            raise ExportError(f"{path} has {size} bytes; a model configuration is smaller")
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ExportError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+        raise ExportError(
+            f"{path} is not a valid YAML file: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(config, dict):
         raise ExportError(f"{path} holds {type(config).__name__}, not the mapping `model: …`")
     params_of(config)
     return config
 
 
-def config_beside(checkpoint: Path) -> Path | None:
-    """Return the configuration that lies beside a checkpoint, named after it or `config.yaml`."""
+def config_next_to(checkpoint: Path) -> Path | None:
+    """Return the configuration next to a checkpoint, named after it or `config.yaml`."""
     candidates = (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml"))
     return next((path for path in candidates if path.is_file()), None)
 
 
 def config_fields(config: Config | None) -> ConfigFields:
-    """Return the facts in a configuration that the weights cannot tell.
+    """Return the features in a configuration that the weights cannot tell.
 
     Raises:
         ExportError: One of them has an impossible value, or one that is not exported.
@@ -132,7 +134,7 @@ def config_fields(config: Config | None) -> ConfigFields:
 
 
 def params_of(config: Config) -> Config:
-    """Return the mapping `model: params:`, which has all that is of interest.
+    """Return the mapping `model: params:`, which has every entry that is read.
 
     Raises:
         ExportError: There is none.
@@ -141,13 +143,13 @@ def params_of(config: Config) -> Config:
     if not isinstance(params, dict):
         raise ExportError(
             "the configuration has no `model: params:` mapping; give the config.yaml of a CompVis "
-            "checkpoint, or the facts by flags"
+            "checkpoint, or the features by flags"
         )
     return params
 
 
 def autoencoder_config_of(params: Config) -> Config:
-    """Return what describes the first stage: the whole, if the model is one, else a part."""
+    """Return the entries of the autoencoder: all of them, if the model is one, else a part."""
     part = lookup(params, "first_stage_config.params")
     if isinstance(part, dict):
         return part
@@ -175,7 +177,7 @@ def _check_exported(params: Config) -> None:
         "cond_stage_config.params.multiplier": 0.5,
     }
     place = "" if autoencoder_config_of(params) is params else "first_stage_config.params."
-    only = only | {f"{place}{path}": exported for path, exported in _FIRST_STAGE_ONLY.items()}
+    only = only | {f"{place}{path}": exported for path, exported in _AUTOENCODER_ONLY.items()}
     for path, exported in only.items():
         value = lookup(params, path)
         if value is not ABSENT and value != exported:
@@ -199,7 +201,7 @@ def _number(params: Config, path: str) -> float | None:
 
 
 def _integer(params: Config, path: str, most: int | None = None) -> int | None:
-    """Return a positive integer, at most `most`; -1 is CompVis's way to leave a number open."""
+    """Return a positive integer, at most `most`; -1 is CompVis' way to leave a number open."""
     value = lookup(params, path)
     if value is ABSENT or value == -1:
         return None

@@ -1,4 +1,4 @@
-"""The hyperparameters of conditioners: text or layout encoder, class embedder, rescaler."""
+"""The hyperparameters of conditioners: text encoder, class embedder, segmentation encoder."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -25,7 +25,7 @@ _WORDPIECE_PADDING = 0
 def text_encoder_record(
     sources: Sources, shapes: Shapes, _autoencoder: AutoencoderSpec
 ) -> tuple[TextEncoderSpec, list[Assumption]]:
-    """Return the record of a text or layout encoder, and what it assumes.
+    """Return the record of a text or layout encoder, and its assumptions.
 
     Raises:
         WeightsError: Tensors are missing or contradict each other.
@@ -42,7 +42,7 @@ def text_encoder_record(
 def class_embedder_record(
     sources: Sources, shapes: Shapes, _autoencoder: AutoencoderSpec
 ) -> tuple[ClassEmbedderSpec, list[Assumption]]:
-    """Return the record of a class embedding, and which class it assumes to stand for none.
+    """Return the record of a class embedding, and its assumed null class.
 
     Raises:
         WeightsError: The configuration has another number of classes.
@@ -62,23 +62,24 @@ def class_embedder_record(
 def segmentation_encoder_record(
     sources: Sources, shapes: Shapes, autoencoder: AutoencoderSpec
 ) -> tuple[SegmentationEncoderSpec, list[Assumption]]:
-    """Return the record of a rescaler, which brings maps as large as pictures to latent size.
+    """Return the record of a segmentation encoder, which reduces maps of image size to latent size.
 
     Raises:
-        WeightsError: Tensors are missing, or the configuration halves maps to another size.
+        WeightsError: Tensors are missing, or the configuration has another number of downsampling
+            steps.
     """
     num_classes, out_channels = read_channel_mapper(shapes)
     num_downsampling_steps, assumption = first_stated(
-        "rescaler.num_halvings",
+        "segmentation_encoder.num_downsampling_steps",
         None,
         sources.config.num_downsampling_steps,
         autoencoder.factor.bit_length() - 1,
     )
     if 2**num_downsampling_steps != autoencoder.factor:
         raise WeightsError(
-            f"the configuration's cond_stage_config halves maps {num_downsampling_steps} times (n_stages), "
-            f"but the weights' first stage makes pictures {autoencoder.factor} times smaller; they "
-            "are not of one model"
+            f"the configuration's cond_stage_config has {num_downsampling_steps} downsampling "
+            "steps (n_stages), but the weights' autoencoder has a downsampling factor of "
+            f"{autoencoder.factor}; they do not belong to one model"
         )
     spec = SegmentationEncoderSpec(
         num_classes=num_classes,
@@ -88,8 +89,8 @@ def segmentation_encoder_record(
     return spec, [assumption]
 
 
-#: What reads the hyperparameters of each conditioner from its tensors, by the name of its network:
-#: a record, and what it assumes.
+#: Readers of the hyperparameters of each conditioner from its tensors, by the name of its network:
+#: each returns a record, and its assumptions.
 CONDITIONER_READERS: Mapping[
     str,
     Callable[[Sources, Shapes, AutoencoderSpec], tuple[NetworkSpec, list[Assumption]]],
@@ -121,7 +122,7 @@ def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assum
         sources.config.text_activation,
         sources.family.clip_activation,
     )
-    # Rows beyond CLIP's vocabulary are words that somebody added after the end token.
+    # Rows beyond CLIP's vocabulary are tokens that were added after the end token.
     end_token = min(clip.vocab_size, _CLIP_VOCAB_SIZE) - 1
     spec = TextEncoderSpec(
         kind="clip",
@@ -139,10 +140,10 @@ def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assum
 
 
 def _null_class(sources: Sources, rows: int) -> tuple[int | None, str]:
-    """Return the class that stands for none, and who says so.
+    """Return the null class, or None, and the source of that.
 
     A configuration counts the rows of the embedding. One that counts a class less, or that has a
-    share of labels to leave out in training (`ucg_rate`), keeps the last row for none.
+    share of labels to drop in training (`ucg_rate`), keeps the last row for the null class.
     """
     config = sources.config
     if config.num_classes not in (None, rows, rows - 1):

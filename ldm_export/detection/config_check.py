@@ -1,4 +1,4 @@
-"""Whether a CompVis `config.yaml` describes the model that its checkpoint's weights are of."""
+"""The check that a CompVis `config.yaml` describes the model that its checkpoint holds."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ from ldm_runtime.specs.networks import (
 
 Value = bool | int | str | tuple[int, ...]
 
-#: What each conditioner of CompVis is for, by the last part of its class's name.
+#: Tasks of each conditioner of CompVis, by the last part of its class's name.
 _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "__is_unconditional__": ("unconditional",),
     "__is_first_stage__": ("inpainting",),
@@ -31,16 +31,16 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "SpatialRescaler": ("semantic-synthesis",),
     "FrozenCLIPEmbedder": ("text-to-image",),
 }
-#: What kind each first stage of CompVis is, likewise. Under a UNet, `VQModel` would decode without
-#: its codebook; as all released models, only `VQModelInterface` is exported there.
+#: Kind of each autoencoder of CompVis, likewise. Under a UNet, `VQModel` would decode without its
+#: codebook; as in all released models, only `VQModelInterface` is exported there.
 _AUTOENCODERS: Mapping[str, str] = {"AutoencoderKL": "kl", "VQModelInterface": "vq"}
 
 
 def check_architecture(config: Config | None, spec: ModelSpec) -> None:
-    """Check that what a configuration says about shapes is what the weights have.
+    """Check that the hyperparameters in a configuration are those of the weights.
 
     Raises:
-        WeightsError: It says something else.
+        WeightsError: One of them differs.
     """
     if config is None:
         return
@@ -76,7 +76,7 @@ def _contradiction(path: str, said: object, found: object) -> WeightsError:
 
 
 def _check_task(params: Config, spec: ModelSpec) -> None:
-    """Check that the conditioner is one of the task that tensors were recognised as."""
+    """Check that the conditioner belongs to the task of which the tensors were recognised."""
     value = lookup(params, "cond_stage_config")
     path = "cond_stage_config"
     if isinstance(value, dict):
@@ -97,7 +97,7 @@ def _check_autoencoder(params: Config, autoencoder: AutoencoderSpec) -> None:
         )
     if _AUTOENCODERS.get(name, autoencoder.kind) != autoencoder.kind:
         raise _contradiction(
-            path, value, f"the tensors of a {autoencoder.kind.upper()} first stage"
+            path, value, f"the tensors of a {autoencoder.kind.upper()} autoencoder"
         )
 
 
@@ -121,12 +121,12 @@ def _unet(unet: UNetSpec) -> dict[str, Value]:
 
 
 def _attention_factors(params: Config, unet: UNetSpec) -> dict[str, Value]:
-    """Return what the weights have, if the configuration names other factors that attend."""
+    """Return the weights' factors with attention, if the configuration names others."""
     path = "unet_config.params.attention_resolutions"
     said = lookup(params, path)
     found = tuple(2**level for level, depth in enumerate(unet.transformer_depth) if depth)
     if isinstance(said, list):
-        # Factors that no level has are allowed, and ask for nothing.
+        # Factors that no level has are allowed, and have no effect.
         levels = range(len(unet.channel_mult))
         if tuple(2**level for level in levels if 2**level in said) == found:
             return {}
@@ -150,7 +150,7 @@ def _autoencoder(autoencoder: AutoencoderSpec) -> dict[str, Value]:
 
 
 def _attention_pixels(params: Config, autoencoder: AutoencoderSpec) -> dict[str, Value]:
-    """Return what the weights have, of entries that say in pixels which levels attend."""
+    """Return the weights' values of entries that say in pixels which levels have attention."""
     kind, said = lookup(params, "ddconfig.attn_type"), lookup(params, "ddconfig.attn_resolutions")
     resolution = lookup(params, "ddconfig.resolution")
     found: dict[str, Value] = {}
@@ -167,7 +167,7 @@ def _attention_pixels(params: Config, autoencoder: AutoencoderSpec) -> dict[str,
 
 
 def _conditioning(spec: ModelSpec) -> dict[str, Value]:
-    """Return what the weights have of the entries under `cond_stage_config`, and of the key."""
+    """Return the weights' values of the entries under `cond_stage_config`, and of the key."""
     found: dict[str, Value] = {}
     if spec.task != "unconditional":
         found["conditioning_key"] = _conditioning_key(spec)
@@ -188,7 +188,7 @@ def _conditioning(spec: ModelSpec) -> dict[str, Value]:
 
 
 def _conditioning_key(spec: ModelSpec) -> str:
-    assert spec.unet is not None  # asked of models with a UNet only
+    assert spec.unet is not None  # called for models with a UNet only
     if spec.unet.context_dim is None:
         return "concat"
     return "hybrid" if spec.unet.concat_channels else "crossattn"

@@ -1,18 +1,18 @@
-"""What the parts of a model must say about each other, task by task."""
+"""The checks that the components of a model fit each other, task by task."""
 
 from ldm_export.errors import ExportError, WeightsError
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, size_step
 from ldm_runtime.specs.networks import SegmentationEncoderSpec, UNetSpec
 
-_NOT_ONE_MODEL = "they are not of one model"
+_NOT_ONE_MODEL = "they do not belong to one model"
 
 
 def check_consistent(spec: ModelSpec) -> None:
-    """Check widths and channels where components meet, and that the default size can be drawn.
+    """Check widths and channels where components meet, and that the default size can be generated.
 
     Raises:
-        WeightsError: Two components cannot be of one model.
-        ExportError: The default size is no multiple of what the model draws.
+        WeightsError: Two components cannot belong to one model.
+        ExportError: The default size is not a multiple of the model's size step.
     """
     if spec.unet is not None:
         _check_latents(spec, spec.unet)
@@ -24,7 +24,7 @@ def check_consistent(spec: ModelSpec) -> None:
 def _check_latents(spec: ModelSpec, unet: UNetSpec) -> None:
     if spec.autoencoder.embed_dim != unet.out_channels:
         raise WeightsError(
-            f"the first stage has {spec.autoencoder.embed_dim} latent channels, but the UNet "
+            f"the autoencoder has {spec.autoencoder.embed_dim} latent channels, but the UNet "
             f"predicts {unet.out_channels}; {_NOT_ONE_MODEL}"
         )
 
@@ -40,20 +40,20 @@ def _check_context(spec: ModelSpec, unet: UNetSpec) -> None:
 
 
 def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:
-    """Check that the UNet takes as many channels behind the latents as its task lays there."""
+    """Check that the UNet takes as many channels as its task concatenates to the latents."""
     autoencoder = spec.autoencoder
     expected, what = 0, "nothing"
     segmentation_encoder = spec.find(SegmentationEncoderSpec)
     if segmentation_encoder is not None:
-        expected, what = segmentation_encoder.out_channels, "a semantic map"
+        expected, what = segmentation_encoder.out_channels, "a segmentation map"
     elif spec.task == "inpainting":
-        expected, what = autoencoder.embed_dim + 1, "latents of the masked picture and the mask"
+        expected, what = autoencoder.embed_dim + 1, "latents of the masked image and the mask"
     elif spec.task == "super-resolution":
-        expected, what = autoencoder.image_channels, "the small picture"
+        expected, what = autoencoder.image_channels, "the low-resolution image"
     if unet.concat_channels != expected:
         raise WeightsError(
             f"the UNet takes {unet.in_channels} channels and predicts {unet.out_channels}, but "
-            f"what conditions it pixel by pixel ({what}) has {expected}; {_NOT_ONE_MODEL}"
+            f"what is concatenated to the latents ({what}) has {expected}; {_NOT_ONE_MODEL}"
         )
 
 
@@ -62,6 +62,6 @@ def _check_size(spec: ModelSpec) -> None:
     for name, size in (("height", spec.defaults.height), ("width", spec.defaults.width)):
         if size % multiple:
             raise ExportError(
-                f"the default {name} is {size}, but this model draws multiples of {multiple} "
+                f"the default {name} is {size}, but this model generates multiples of {multiple} "
                 f"pixels; give --{name} {max(1, round(size / multiple)) * multiple}"
             )

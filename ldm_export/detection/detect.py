@@ -1,7 +1,8 @@
-"""What a checkpoint is: from tensor names, shapes and schedule buffers to one `ModelSpec`.
+"""Detection of a checkpoint's model: from tensor names, shapes and buffers to one `ModelSpec`.
 
-The rows are in `family_table`, what shapes tell is read by the `*_shapes` modules, what they cannot
-tell is settled in `spec_reading`, and whether it all fits together is asked in `consistency`.
+The rows are in `families.table`, the package `hyperparameters` reads what shapes tell, `spec` and
+`overrides` take what they cannot tell from the first source that has it, and `consistency` checks
+that it all fits together.
 """
 
 import logging
@@ -28,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """What a checkpoint is and where its weights go.
+    """The model in a checkpoint, and where its weights go.
 
     Attributes:
-        spec: What it is.
-        weights: For every component, checkpoint tensor name by network parameter name.
-        unused: Why a tensor is in no component, by its name.
+        spec: The model.
+        weights: Per component, checkpoint tensor name by network parameter name.
+        unused: Reason why a tensor is in no component, by its name.
     """
 
     spec: ModelSpec
@@ -49,26 +50,26 @@ def detect(
     Args:
         tensors: Its tensors by name. Values are read of schedule buffers and scale factor only.
         config: A parsed CompVis configuration, see `detection.compvis_config.read_config`.
-        overrides: What the user says.
+        overrides: Features that the user states.
 
     Raises:
-        UnknownModelError: It is of no family that is exported.
-        WeightsError: Tensors are missing, left over, or contradict each other or `config`.
+        UnknownModelError: It does not belong to a family that is exported.
+        WeightsError: Tensors are missing or unassigned, or contradict each other or `config`.
         ExportError: A flag or an entry of `config` is impossible.
     """
     flags = overrides or Overrides()
     _check_flags(flags)
     family, family_defaults = match_family(tensors)
     _check_needed(flags, family_defaults)
-    assignments = assigned_weights(tensors, family, flags.weights)
+    assignment = assigned_weights(tensors, family, flags.weights)
     sources = Sources(
         tensors=tensors, flags=flags, config=config_fields(config), family=family_defaults
     )
-    spec = read_spec(sources, family.name, assignments)
+    spec = read_spec(sources, family.name, assignment)
     check_architecture(config, spec)
     check_consistent(spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
-    return Detection(spec=spec, weights=assignments.weights, unused=assignments.unused)
+    return Detection(spec=spec, weights=assignment.weights, unused=assignment.unused)
 
 
 def _check_flags(flags: Overrides) -> None:
@@ -85,7 +86,7 @@ def _check_flags(flags: Overrides) -> None:
 
 
 def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
-    """Check that flags are about something that this checkpoint has."""
+    """Check that flags are about features that this checkpoint has."""
     unneeded = []
     if family_defaults.task == "autoencoder":
         unneeded += ["num_heads", "num_head_channels", "prediction_type"]

@@ -1,4 +1,4 @@
-"""A fact about a checkpoint, with the tensor that shows it, and how facts are read from shapes."""
+"""A feature of a checkpoint with the tensor that shows it, and features read from shapes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ NONE = "none"
 
 
 class CheckpointTensor(Protocol):
-    """What is asked of a tensor; its values are read only when `numpy` is called."""
+    """A tensor of a checkpoint; its values are read only when `numpy` is called."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,10 +34,10 @@ Tensors = Mapping[str, CheckpointTensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """One fact about a checkpoint.
+    """One feature of a checkpoint.
 
     Attributes:
-        value: What was found; "none" where there is no such thing.
+        value: Its value; "none" where the feature is absent.
         tensor: Name of the tensor that shows it, or "" if it shows by absence.
     """
 
@@ -45,7 +45,7 @@ class Feature:
     tensor: str
 
 
-#: What a fact that is not there looks like.
+#: A feature that is absent.
 ABSENT = Feature(value=NONE, tensor="")
 
 

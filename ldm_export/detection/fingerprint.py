@@ -1,4 +1,4 @@
-"""The facts that tell families of checkpoints apart, each with the tensor that shows it."""
+"""The features that tell families of checkpoints apart, each with the tensor that shows it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,13 +16,13 @@ from ldm_export.detection.features import (
 from ldm_export.hyperparameters.shapes import Shapes
 
 _BERT = "cond_stage_model.transformer."
-_FIRST_STAGE_PREFIXES = ("first_stage_model.", "")
+_AUTOENCODER_PREFIXES = ("first_stage_model.", "")
 _WORDPIECES = 30522  # rows of BERT's uncased vocabulary
 
-#: Tensors that give a kind of first stage or conditioner away; the first that is present decides.
+#: Tensors that identify a kind of autoencoder or conditioner; the first that is present decides.
 AUTOENCODERS = tuple(
     (kind, f"{prefix}{tensor}")
-    for prefix in _FIRST_STAGE_PREFIXES
+    for prefix in _AUTOENCODER_PREFIXES
     for kind, tensor in (("vq", "quantize.embedding.weight"), ("kl", "post_quant_conv.weight"))
 )
 CONDITIONERS = (
@@ -31,8 +31,8 @@ CONDITIONERS = (
     ("openclip", "cond_stage_model.model.ln_final.weight"),
     ("bert", f"{_BERT}token_emb.weight"),
     ("class embedding", "cond_stage_model.embedding.weight"),
-    ("spatial rescaler", "cond_stage_model.channel_mapper.weight"),
-    ("first stage", "cond_stage_model.encoder.conv_in.weight"),
+    ("segmentation encoder", "cond_stage_model.channel_mapper.weight"),
+    ("autoencoder", "cond_stage_model.encoder.conv_in.weight"),
     (
         "clip + openclip",
         "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
@@ -50,7 +50,7 @@ EXTRAS = (
 
 
 def fingerprint(tensors: Tensors) -> Mapping[str, Feature]:
-    """Return what is known about a checkpoint from names and shapes alone, by name of the fact."""
+    """Return the features that a checkpoint's names and shapes show, by name of the feature."""
     unet = {name: tensors[name].shape for name in tensors if name.startswith(UNET_PREFIX)}
     rest = {name: tensors[name].shape for name in tensors if name not in unet}
     return unet_features(unet) | _autoencoder_features(rest) | _conditioner_features(unet, rest)
@@ -58,7 +58,7 @@ def fingerprint(tensors: Tensors) -> Mapping[str, Feature]:
 
 def _autoencoder_features(tensors: Shapes) -> dict[str, Feature]:
     kind = present(tensors, AUTOENCODERS)
-    found = (prefix for prefix in _FIRST_STAGE_PREFIXES if kind.tensor.startswith(prefix))
+    found = (prefix for prefix in _AUTOENCODER_PREFIXES if kind.tensor.startswith(prefix))
     prefix = next(found, "")
     codebook = "quantize.embedding.weight"
     return {
@@ -92,7 +92,7 @@ def prefixes(names: Iterable[str]) -> Mapping[str, int]:
 
 
 def expected_tensor(feature: str, value: int | str) -> str:
-    """Return the tensor that would show that `feature` is `value`, or "" if there is no one tensor."""
+    """Return the tensor that would show that `feature` is `value`, or "" if no single one would."""
     tables = {"autoencoder": AUTOENCODERS, "conditioner": CONDITIONERS, "vector": VECTORS}
     return next((tensor for kind, tensor in tables.get(feature, ()) if kind == value), "")
 
@@ -106,7 +106,7 @@ def _extra(tensors: Shapes) -> Feature:
 
 
 def _factor(tensors: Shapes, prefix: str) -> Feature:
-    """Return the pixels that a latent pixel covers in each direction."""
+    """Return the downsampling factor: pixels per latent pixel in each direction."""
     pattern = re.compile(rf"{re.escape(prefix)}decoder\.up\.([0-9]{{1,2}})\.")
     levels = {int(match[1]): name for name in tensors if (match := pattern.match(name))}
     if not levels:
@@ -124,7 +124,7 @@ def _middle_attention(tensors: Shapes, prefix: str) -> Feature:
 
 
 def _concat(unet: Shapes, rest: Shapes) -> Feature:
-    """Return what the UNet's extra input channels look like beside those of its first stage."""
+    """Return what the UNet's extra input channels may be, compared with its autoencoder's."""
     tensor = f"{UNET_PREFIX}input_blocks.0.0.weight"
     extra = difference(
         size_of(unet, tensor, axis=1), size_of(unet, f"{UNET_PREFIX}out.2.weight", axis=0)
@@ -133,7 +133,7 @@ def _concat(unet: Shapes, rest: Shapes) -> Feature:
         return ABSENT
     latents = size_of(rest, "first_stage_model.post_quant_conv.weight", axis=1).value
     kinds = {
-        "picture": size_of(rest, "first_stage_model.encoder.conv_in.weight", axis=1).value,
+        "image": size_of(rest, "first_stage_model.encoder.conv_in.weight", axis=1).value,
         "masked latents": latents + 1 if isinstance(latents, int) else NONE,
     }
     fitting = [kind for kind, channels in kinds.items() if channels == extra.value]
@@ -141,7 +141,7 @@ def _concat(unet: Shapes, rest: Shapes) -> Feature:
 
 
 def _tokens(tensors: Shapes) -> Feature:
-    """Return what a BERT encoder reads: words, or three tokens an object and two of the crop."""
+    """Return what a BERT encoder reads: words, or three tokens per object and two of the crop."""
     tensor = f"{_BERT}token_emb.weight"
     vocabulary = size_of(tensors, tensor, axis=0)
     length = size_of(tensors, f"{_BERT}pos_emb.emb.weight", axis=0)
@@ -158,12 +158,12 @@ VECTORS = (
     ("mlp", f"{UNET_PREFIX}label_emb.0.0.weight"),
     ("embedding", f"{UNET_PREFIX}label_emb.weight"),
 )
-#: Endings of UNet tensors that give the kind of attention away.
+#: Endings of UNet tensors that identify the kind of attention.
 ATTENTIONS = (("transformer", ".attn1.to_q.weight"), ("qkv", ".qkv.weight"))
 
 
 def unet_features(unet: Shapes) -> dict[str, Feature]:
-    """Return what the shapes of a UNet's tensors, by their names in the checkpoint, tell."""
+    """Return the features that the shapes of a UNet's tensors, by checkpoint name, show."""
     middle = f"{UNET_PREFIX}middle_block.0.out_layers.3.weight"
     in_channels = size_of(unet, f"{UNET_PREFIX}input_blocks.0.0.weight", axis=1)
     out_channels = size_of(unet, f"{UNET_PREFIX}out.2.weight", axis=0)

@@ -1,4 +1,4 @@
-"""What `ldm inspect` shows of a checkpoint, without torch."""
+"""The report of `ldm inspect` on a checkpoint, made without torch."""
 
 import math
 import zipfile
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ldm_export.detection.compvis_config import config_beside, read_config
+from ldm_export.detection.compvis_config import config_next_to, read_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.weight_assignment import has_ema
@@ -22,9 +22,9 @@ _SAFETENSORS_LENGTH_BYTES = 8
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Describe a checkpoint file, or return None if its content is that of something else.
+    """Describe a checkpoint file, or return None if its content is not that of a checkpoint.
 
-    A configuration beside it is read as an export would. The result has `family` None and a
+    A configuration next to it is read as an export would. The result has `family` None and a
     `problem` if the tensors are sound but of no exported family, or contradict the configuration.
 
     Raises:
@@ -43,7 +43,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
             "dtypes": _dtypes(tensors, tensors),
             "ema_present": has_ema(tensors),
         }
-        return report | _describe(checkpoint, config_beside(path))
+        return report | _describe(checkpoint, config_next_to(path))
 
 
 def _looks_like_checkpoint(path: Path) -> bool:
@@ -73,7 +73,7 @@ def _holds_pickle(path: Path) -> bool:
 
 
 def _describe(checkpoint: Checkpoint, config: Path | None) -> dict[str, Any]:
-    """Describe what an export would make of a checkpoint and the configuration beside it."""
+    """Describe what an export would make of a checkpoint and the configuration next to it."""
     known = {"config": None if config is None else str(config)}
     try:
         read = None if config is None else read_config(config)

@@ -1,4 +1,4 @@
-"""Which row of the family table a checkpoint is, or an error that says how near it comes to one."""
+"""The family of a checkpoint, or an error that names the nearest one and the differences."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from ldm_export.detection.fingerprint import expected_tensor, fingerprint, prefi
 from ldm_export.errors import UnknownModelError
 from ldm_export.families.records import Expected, Family, FamilyDefaults
 from ldm_export.families.table import FAMILIES
-from ldm_export.families.unused_tensors import FOREIGN
+from ldm_export.families.unused_tensors import UNSUPPORTED_FORMATS
 
 Fingerprint = Mapping[str, Feature]
 
@@ -18,7 +18,7 @@ _MAX_PREFIXES = 6
 def match_family(
     tensors: Tensors, families: Sequence[Family] = FAMILIES
 ) -> tuple[Family, FamilyDefaults]:
-    """Return the row that a checkpoint belongs to, and what it adds to the shapes.
+    """Return the row that a checkpoint belongs to, and its family defaults.
 
     Raises:
         UnknownModelError: No row matches, or this version does not export the one that does.
@@ -33,7 +33,7 @@ def match_family(
 
 
 def recognise(found: Fingerprint, families: Sequence[Family] = FAMILIES) -> Family | None:
-    """Return the matching row with the most facts, or None."""
+    """Return the matching row with the most features, or None."""
     matching = [family for family in families if not _differing(found, family)]
     return max(matching, key=lambda family: len(family.features), default=None)
 
@@ -43,7 +43,7 @@ def describe(found: Fingerprint) -> str:
     features = [
         f"{name} {feature.value}" for name, feature in found.items() if feature.value != NONE
     ]
-    return ", ".join(features) or "no UNet, no first stage and no text encoder"
+    return ", ".join(features) or "no UNet, no autoencoder and no text encoder"
 
 
 def _differing(found: Fingerprint, family: Family) -> list[str]:
@@ -75,7 +75,7 @@ def _unknown(tensors: Tensors, found: Fingerprint, families: Sequence[Family]) -
         names += f" and {len(counts) - _MAX_PREFIXES} more"
     advice = _advice(tensors)
     message = (
-        f"this is no checkpoint of a known family{f': {advice}' if advice else ''}. "
+        f"this is not a checkpoint of a known family{f': {advice}' if advice else ''}. "
         f"Found: {describe(found)}; tensors: {names or 'none'}"
     )
     if all(feature.value == NONE for feature in found.values()):
@@ -89,7 +89,7 @@ def _unknown(tensors: Tensors, found: Fingerprint, families: Sequence[Family]) -
 
 
 def _nearest(found: Fingerprint, families: Sequence[Family]) -> Family:
-    """Return the family with the largest share of facts found; a UNet is never overlooked."""
+    """Return the family with the largest share of features found; a UNet is never overlooked."""
     has_unet = found["model_channels"].value != NONE
     comparable = [
         family
@@ -114,9 +114,9 @@ def _difference(name: str, feature: Feature, expected: Expected) -> str:
 def _advice(tensors: Tensors) -> str:
     return next(
         (
-            foreign.advice
-            for foreign in FOREIGN
-            if any(re.search(foreign.pattern, name) for name in tensors)
+            unsupported.advice
+            for unsupported in UNSUPPORTED_FORMATS
+            if any(re.search(unsupported.pattern, name) for name in tensors)
         ),
         "",
     )

@@ -1,4 +1,4 @@
-"""The noise schedule a checkpoint was trained with: its own buffers, or its family's formula."""
+"""The noise schedule of a checkpoint's training: its own buffers, or its family's formula."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
 
 _EXACT_TYPES = frozenset({"float32", "float64"})
-#: How far values near 1 may be off after rounding to a type that is too coarse to be used itself.
+#: Error of values near 1 after rounding to a type that is too coarse to be used itself.
 _ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 _SAME = 1e-5
 
@@ -19,12 +19,12 @@ Float64Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFormula:
-    """Betas linear in their square roots, and where these numbers were taken from.
+    """Betas linear in their square roots, and the source of their numbers.
 
     Attributes:
         linear_start: First beta.
         linear_end: Last beta.
-        num_train_timesteps: How many.
+        num_train_timesteps: Number of betas.
         source: "config" or "family".
     """
 
@@ -52,8 +52,8 @@ class NoiseSchedule:
     """A schedule and whether it had to be assumed.
 
     Attributes:
-        alphas_cumprod: One value a training timestep.
-        formula: What it was computed from, or None if the values are the checkpoint's own.
+        alphas_cumprod: One value per training timestep.
+        formula: The formula it was computed from, or None if the values are the checkpoint's own.
     """
 
     alphas_cumprod: tuple[float, ...]
@@ -67,7 +67,7 @@ def read_schedule(tensors: Tensors, formula: ScheduleFormula) -> NoiseSchedule:
     than 0.0005), so they only confirm the formula.
 
     Raises:
-        WeightsError: The buffers are no decreasing schedule, or contradict a formula that comes
+        WeightsError: The buffers are not a decreasing schedule, or contradict a formula that comes
             from a configuration or that has to replace them.
     """
     name = "alphas_cumprod" if "alphas_cumprod" in tensors else "betas"
@@ -89,7 +89,7 @@ def read_schedule(tensors: Tensors, formula: ScheduleFormula) -> NoiseSchedule:
 
 def _own_values(name: str, stored: npt.NDArray[Any]) -> Float64Array:
     if stored.ndim != 1 or not stored.size:
-        raise WeightsError(f"{name} has shape {stored.shape}; one value a timestep was expected")
+        raise WeightsError(f"{name} has shape {stored.shape}; one value per timestep was expected")
     values = stored.astype(np.float64)
     return np.cumprod(1.0 - values, dtype=np.float64) if name == "betas" else values
 
@@ -98,8 +98,8 @@ def _check(name: str, values: Float64Array) -> None:
     # Written so that NaN fails.
     if not (np.all(np.diff(values) < 0) and 0 < values[-1] <= values[0] < 1):
         raise WeightsError(
-            f"{name} is no noise schedule: alphas_cumprod must decrease strictly between 1 and 0, "
-            f"both excluded, but goes from {values[0]:g} to {values[-1]:g}"
+            f"{name} is not a noise schedule: alphas_cumprod must decrease strictly between 1 and "
+            f"0, both excluded, but goes from {values[0]:g} to {values[-1]:g}"
         )
 
 

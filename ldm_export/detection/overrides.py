@@ -1,4 +1,4 @@
-"""Who settles what no shape tells: the first of flag, configuration and family table that can."""
+"""The precedence of what no shape tells: flag, then configuration, then family defaults."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """What the user says about a checkpoint; None leaves a fact to the configuration or family.
+    """The features that the user states; None leaves one to the configuration or family.
 
     Attributes:
-        weights: Which set of trained weights to use.
+        weights: Set of trained weights to use.
         num_heads: Attention heads of the UNet.
-        num_head_channels: Channels a head of the UNet, instead of `num_heads`.
-        null_class: The class that stands for none.
-        prediction_type: What the UNet was trained to output.
+        num_head_channels: Channels per head of the UNet, instead of `num_heads`.
+        null_class: The null class.
+        prediction_type: Prediction target of the UNet.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
         height: Default height in pixels.
         width: Default width in pixels.
@@ -39,7 +39,7 @@ class Overrides:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Everything that can settle a fact, and the tensors."""
+    """The sources of a feature, and the tensors."""
 
     tensors: Tensors
     flags: Overrides
@@ -56,5 +56,5 @@ def first_stated(field: str, flag: T | None, config: T | None, family: T) -> tup
 
 
 def assumed(field: str, value: object, source: str) -> Assumption:
-    """Return the record of a fact that the weights could not tell."""
+    """Return the record of a feature that the weights could not tell."""
     return Assumption(field=field, value=str(value), source=source)

@@ -1,7 +1,7 @@
 """The record of a model, put together from shapes and from the three sources of what they hide.
 
-A fact that no shape tells is settled by the first of flag, configuration and family table that has
-it, and every such fact is noted with its source.
+A feature that no shape tells is taken from the first of flag, configuration and family defaults
+that has it, and every such feature is recorded with its source.
 """
 
 import math
@@ -21,29 +21,29 @@ from ldm_runtime.specs.networks import AutoencoderSpec, ClassEmbedderSpec, Netwo
 
 T = TypeVar("T")
 
-_FIRST_STAGE_SIZE = 256  # pixels a side of what the released first stages were trained on
+_AUTOENCODER_SIZE = 256  # pixels per side of the released autoencoders' training images
 
 
 class _Notes(list[Assumption]):
-    """What was assumed so far."""
+    """The assumptions so far."""
 
     def keep(self, stated: tuple[T, Assumption | list[Assumption]]) -> T:
-        """Note the assumptions that come with a value, and return the value."""
+        """Record the assumptions that come with a value, and return the value."""
         value, notes = stated
         self.extend([notes] if isinstance(notes, Assumption) else notes)
         return value
 
 
-def read_spec(sources: Sources, family: str, assignments: WeightAssignment) -> ModelSpec:
-    """Return the record of a checkpoint of `family` whose tensors are assigned by `assignments`.
+def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> ModelSpec:
+    """Return the record of a checkpoint of `family` whose tensors are assigned by `assignment`.
 
     Raises:
         WeightsError: Tensors are missing, or contradict each other or the configuration.
-        ExportError: A fact from a flag or the configuration is impossible.
+        ExportError: A feature from a flag or the configuration is impossible.
     """
     shapes = {
         component: component_shapes(sources.tensors, names)
-        for component, names in assignments.weights.items()
+        for component, names in assignment.weights.items()
     }
     notes = _Notes()
     unet = _unet(sources, shapes, notes)
@@ -59,7 +59,7 @@ def read_spec(sources: Sources, family: str, assignments: WeightAssignment) -> M
     return ModelSpec(
         family=family,
         task=sources.family.task,
-        weights=assignments.chosen,
+        weights=assignment.chosen,
         networks=networks,
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources)),
         prediction_type=_prediction_type(sources, unet, notes),
@@ -84,12 +84,12 @@ def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
         ("flag", sources.flags),
         ("config", sources.config),
     )
-    for source, features in candidates:
+    for source, stated in candidates:
         # A CompVis UNet ignores num_heads where both are given.
-        if features.num_head_channels is not None:
-            return (None, features.num_head_channels), source
-        if features.num_heads is not None:
-            return (features.num_heads, None), source
+        if stated.num_head_channels is not None:
+            return (None, stated.num_head_channels), source
+        if stated.num_heads is not None:
+            return (stated.num_heads, None), source
     return (sources.family.num_heads, sources.family.num_head_channels), "family"
 
 
@@ -161,7 +161,7 @@ def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> 
 def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -> SamplingDefaults:
     flags, config, family = sources.flags, sources.config, sources.family
     if family.latent_size is None:
-        native, usual = config.resolution, _FIRST_STAGE_SIZE
+        native, usual = config.resolution, _AUTOENCODER_SIZE
     else:
         native = None if config.latent_size is None else config.latent_size * factor
         usual = family.latent_size * factor

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint fills which parameter of which component, and why others do not."""
+"""The assignment of a checkpoint's tensors to the parameters of components, or to none."""
 
 import logging
 import re
@@ -23,12 +23,12 @@ _EMA_PREFIX = "model_ema."
 
 @dataclass(frozen=True, kw_only=True)
 class WeightAssignment:
-    """Where the weights of a checkpoint go.
+    """The assignment of a checkpoint's tensors to components.
 
     Attributes:
-        weights: For every component, checkpoint tensor name by network parameter name.
-        chosen: Which of the two sets of trained weights that is.
-        unused: Why a tensor is in no component, by its name.
+        weights: Per component, checkpoint tensor name by network parameter name.
+        chosen: The set of trained weights that is used.
+        unused: Reason why a tensor is in no component, by its name.
     """
 
     weights: Mapping[str, Mapping[str, str]]
@@ -39,15 +39,15 @@ class WeightAssignment:
 def assigned_weights(
     tensors: Tensors, family: Family, asked: WeightsChoice | None = None
 ) -> WeightAssignment:
-    """Assign every tensor of a checkpoint to a component of `family` or to the leftovers.
+    """Assign every tensor of a checkpoint to a component of `family` or to the ignored tensors.
 
-    The moving average is used if it is there for all that the family averages (the UNet, or a first
-    stage that comes alone) and `asked` does not say "model".
+    The moving average is used if it is complete for all that the family averages (the UNet, or an
+    autoencoder that comes alone) and `asked` is not "model".
 
     Raises:
-        WeightsError: A tensor is neither claimed nor a known leftover, a component has none, two
-            tensors claim one parameter, a weight is no floating-point tensor, or `asked` is "ema"
-            and the average is incomplete.
+        WeightsError: A tensor is neither assigned nor known to be ignored, a component has none,
+            two tensors are assigned to one parameter, a weight is not a floating-point tensor, or
+            `asked` is "ema" and the average is incomplete.
     """
     weights = _assign(tensors, family)
     raw = [name for component in family.averaged for name in weights[component].values()]
@@ -58,14 +58,14 @@ def assigned_weights(
         for component in family.averaged:
             names = weights[component].items()
             weights[component] = {parameter: ema_name(name) for parameter, name in names}
-    claimed = frozenset(name for names in weights.values() for name in names.values())
-    _check_types(tensors, claimed)
+    assigned = frozenset(name for names in weights.values() for name in names.values())
+    _check_types(tensors, assigned)
     return WeightAssignment(
         weights=MappingProxyType(
             {component: MappingProxyType(names) for component, names in weights.items()}
         ),
         chosen=chosen,
-        unused=MappingProxyType(_ignored_tensors(tensors, family, claimed, replaced)),
+        unused=MappingProxyType(_ignored_tensors(tensors, family, assigned, replaced)),
     )
 
 
@@ -75,7 +75,7 @@ def component_shapes(tensors: Tensors, names: Mapping[str, str]) -> Shapes:
 
 
 def ema_name(name: str) -> str:
-    """Return what the moving average of tensor `name` is called.
+    """Return the name of the moving average of tensor `name`.
 
     Source: LitEma of CompVis/latent-diffusion (ldm/modules/ema.py, a506df5), which wraps `model`
     and may not have dots in the names of its buffers.
@@ -90,26 +90,31 @@ def has_ema(tensors: Tensors) -> bool:
 
 
 def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
-    weights: dict[str, dict[str, str]] = {assign.component: {} for assign in family.assignments}
+    weights: dict[str, dict[str, str]] = {
+        assignment.component: {} for assignment in family.assignments
+    }
     for name in tensors:
         if _ignored_reason(name):
             continue
-        for assign in family.assignments:
-            if not name.startswith(assign.checkpoint_prefix):
+        for assignment in family.assignments:
+            if not name.startswith(assignment.checkpoint_prefix):
                 continue
-            parameter = assign.parameter_prefix + name.removeprefix(assign.checkpoint_prefix)
-            taken = weights[assign.component].setdefault(parameter, name)
+            parameter = assignment.parameter_prefix + name.removeprefix(
+                assignment.checkpoint_prefix
+            )
+            taken = weights[assignment.component].setdefault(parameter, name)
             if taken != name:
                 raise WeightsError(
-                    f"{taken} and {name} are both the {assign.component}'s {parameter}; remove one"
+                    f"{taken} and {name} are both the {assignment.component}'s {parameter}; "
+                    "remove one"
                 )
             break
     for component, names in weights.items():
         if not names:
             wanted = ", ".join(
-                f"{assign.checkpoint_prefix}*"
-                for assign in family.assignments
-                if assign.component == component
+                f"{assignment.checkpoint_prefix}*"
+                for assignment in family.assignments
+                if assignment.component == component
             )
             raise WeightsError(f"the checkpoint has no weights for the {component} ({wanted})")
     return weights
@@ -143,8 +148,8 @@ def _choose(tensors: Tensors, raw: Sequence[str], asked: WeightsChoice | None) -
     return "ema"
 
 
-def _check_types(tensors: Tensors, claimed: frozenset[str]) -> None:
-    wrong = [name for name in claimed if tensors[name].dtype not in _STORED_TYPES]
+def _check_types(tensors: Tensors, assigned: frozenset[str]) -> None:
+    wrong = [name for name in assigned if tensors[name].dtype not in _STORED_TYPES]
     if wrong:
         types = ", ".join(sorted({tensors[name].dtype for name in wrong}))
         raise WeightsError(
@@ -154,11 +159,11 @@ def _check_types(tensors: Tensors, claimed: frozenset[str]) -> None:
 
 
 def _ignored_tensors(
-    tensors: Tensors, family: Family, claimed: frozenset[str], replaced: frozenset[str]
+    tensors: Tensors, family: Family, assigned: frozenset[str], replaced: frozenset[str]
 ) -> dict[str, str]:
-    unused, unclaimed = {}, []
+    unused, unassigned = {}, []
     for name in tensors:
-        if name in claimed:
+        if name in assigned:
             continue
         reason = (
             "training weights, their moving average is used"
@@ -168,11 +173,11 @@ def _ignored_tensors(
         if reason:
             unused[name] = reason
         else:
-            unclaimed.append(name)
-    if unclaimed:
+            unassigned.append(name)
+    if unassigned:
         raise WeightsError(
-            f"{len(unclaimed)} tensors belong to no component and are no known leftovers: "
-            f"{listed(unclaimed)}; an export without them could be wrong, so remove them from the "
+            f"{len(unassigned)} tensors belong to no component and are not known to be ignored: "
+            f"{listed(unassigned)}; an export without them could be wrong, so remove them from the "
             "checkpoint if they do not matter"
         )
     return unused
@@ -180,19 +185,15 @@ def _ignored_tensors(
 
 def _ignored_reason(name: str) -> str:
     return next(
-        (
-            ignored_tensor.reason
-            for ignored_tensor in IGNORED_TENSORS
-            if re.fullmatch(ignored_tensor.pattern, name)
-        ),
+        (ignored.reason for ignored in IGNORED_TENSORS if re.fullmatch(ignored.pattern, name)),
         "",
     )
 
 
 def _copy_reason(tensors: Tensors, family: Family, name: str) -> str:
-    """Return that a tensor repeats another of its shape, if it does."""
+    """Return that a tensor is a copy of another of its shape, or "" if it is not."""
     for prefix, original in family.copies:
-        twin = original + name.removeprefix(prefix)
-        if name.startswith(prefix) and twin in tensors:
-            return f"a copy of {original}*" if tensors[twin].shape == tensors[name].shape else ""
+        other = original + name.removeprefix(prefix)
+        if name.startswith(prefix) and other in tensors:
+            return f"a copy of {original}*" if tensors[other].shape == tensors[name].shape else ""
     return ""

@@ -1,13 +1,13 @@
-"""Rows of the family table: first stages alone, in files of their own or cut from a model.
+"""Rows of the family table: autoencoders alone, in their own files or cut from a model.
 
-Source: the zoo of first stages of CompVis/latent-diffusion (a506df5).
+Source: the model zoo of autoencoders of CompVis/latent-diffusion (a506df5).
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ldm_export.families.records import FIRST_STAGE, Expected, Family, autoencoder_assignments
-from ldm_export.families.released_settings import AUTOENCODER
+from ldm_export.families.records import AUTOENCODER, Expected, Family, autoencoder_assignments
+from ldm_export.families.released_settings import STANDALONE_AUTOENCODER
 
 _ALONE: Mapping[str, Expected] = {"model_channels": "none", "conditioner": "none", "extra": "none"}
 
@@ -20,13 +20,13 @@ def _autoencoder(name: str, **features: Expected) -> Family:
     return Family(
         name=name,
         features=MappingProxyType({**_ALONE, **features}),
-        family_defaults=AUTOENCODER,
-        assignments=autoencoder_assignments("") + FIRST_STAGE,
+        family_defaults=STANDALONE_AUTOENCODER,
+        assignments=autoencoder_assignments("") + AUTOENCODER,
         averaged=("vae_decoder", "vae_encoder"),
     )
 
 
-FIRST_STAGE_FAMILIES: tuple[Family, ...] = (
+AUTOENCODER_FAMILIES: tuple[Family, ...] = (
     _autoencoder("autoencoder-vq", autoencoder="vq"),
     _autoencoder("autoencoder-kl", autoencoder="kl"),
     *(

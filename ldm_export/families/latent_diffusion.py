@@ -1,8 +1,9 @@
-"""Rows of the family table: the models of the latent-diffusion paper, and their siblings.
+"""Rows of the family table: the models of the latent-diffusion paper and their variants.
 
-A kind of model (what it draws, and what conditions it) is a row that fits every size; a released
-model is its kind with the numbers of channels that were released. Where shapes leave something
-open, mostly attention heads and the noise schedule, a kind assumes what its released model has.
+A kind of model (what it generates, and what conditions it) is a row that fits every size; a
+released model is its kind with the numbers of channels that were released. Where shapes leave a
+feature open, mostly attention heads and the noise schedule, a kind assumes what its released model
+has.
 """
 
 from collections.abc import Mapping
@@ -10,9 +11,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ldm_export.families.records import (
+    AUTOENCODER,
     BERT,
     CLASS_EMBEDDER,
-    FIRST_STAGE,
     SEGMENTATION_ENCODER,
     UNET,
     Assignment,
@@ -26,10 +27,10 @@ from ldm_export.families.released_settings import (
     CLASSES,
     CLASSES_AND_NULL,
     FACES,
-    HOLES,
+    INPAINTING,
     LAYOUTS,
-    MAPS,
     NEIGHBOURS,
+    SEGMENTATION_MAPS,
     TXT2IMG,
     UPSCALER,
 )
@@ -47,13 +48,13 @@ _CROSS: Features = {
 _UNCONDITIONAL: Features = {**_QKV, "concat": "none", "conditioner": "none"}
 _PLAIN: Features = {**_UNCONDITIONAL, "time_embedding": "added"}
 _SCALE_SHIFT: Features = {**_UNCONDITIONAL, "time_embedding": "scale and shift"}
-_SUPER_RESOLUTION: Features = {**_QKV, "concat": "picture", "conditioner": "none"}
+_SUPER_RESOLUTION: Features = {**_QKV, "concat": "image", "conditioner": "none"}
 _INPAINTING: Features = {
     **_QKV,
     "concat": "masked latents",
-    "conditioner": ("none", "first stage"),
+    "conditioner": ("none", "autoencoder"),
 }
-_SEMANTIC: Features = {**_QKV, "conditioner": "spatial rescaler"}
+_SEMANTIC: Features = {**_QKV, "conditioner": "segmentation encoder"}
 _CLASS: Features = {**_CROSS, "conditioner": "class embedding"}
 _IMAGENET_AND_NULL: Features = {**_CLASS, "classes": 1001}
 _TEXT: Features = {**_CROSS, "conditioner": "bert", "tokens": "words"}
@@ -62,7 +63,7 @@ _TEXT_KL: Features = {**_TEXT, "autoencoder": "kl"}
 _LAYOUT: Features = {**_CROSS, "conditioner": "bert", "tokens": "layout"}
 _RETRIEVAL: Features = {**_CROSS, "conditioner": "none"}
 
-_UNET_AND_FIRST_STAGE = UNET + FIRST_STAGE
+_UNET_AND_AUTOENCODER = UNET + AUTOENCODER
 
 
 def _row(
@@ -77,7 +78,7 @@ def _row(
         name=name,
         features=MappingProxyType(dict(features)),
         family_defaults=family_defaults,
-        assignments=_UNET_AND_FIRST_STAGE + conditioner,
+        assignments=_UNET_AND_AUTOENCODER + conditioner,
         copies=copies,
     )
 
@@ -85,7 +86,7 @@ def _row(
 def _released(name: str, kind: str, *channels: int, **features: Expected) -> Family:
     """Return a released model: a kind with the channels of its UNet.
 
-    They are those of the first level, of input and output, and of the middle.
+    They are the channels of the first level, of input and output, and of the middle.
     """
     places = ("model_channels", "in_channels", "out_channels", "middle_channels")
     numbers = dict(zip(places, channels, strict=True))
@@ -97,7 +98,7 @@ def _released(name: str, kind: str, *channels: int, **features: Expected) -> Fam
 
 
 def _without(lost: str, *, of: str, name: str = "", **features: Expected) -> Family:
-    """Return what a released model looks like without its conditioner: often another kind."""
+    """Return the row of a released model without its conditioner, often like another kind."""
     nothing = {"conditioner": "none", "classes": "none", "tokens": "none"}
     return Family(
         name=f"{name or of} without its {lost}",
@@ -116,12 +117,12 @@ _KINDS = {
         _row("ldm-text-vq", _TEXT_VQ, CAPTIONS, BERT),
         _row("ldm-text-kl", _TEXT_KL, TXT2IMG, BERT),
         _row("ldm-layout", _LAYOUT, LAYOUTS, BERT),
-        _row("ldm-semantic-synthesis", _SEMANTIC, MAPS, SEGMENTATION_ENCODER),
+        _row("ldm-semantic-synthesis", _SEMANTIC, SEGMENTATION_MAPS, SEGMENTATION_ENCODER),
         _row("ldm-super-resolution", _SUPER_RESOLUTION, UPSCALER),
         _row(
             "ldm-inpainting",
             _INPAINTING,
-            HOLES,
+            INPAINTING,
             copies=(("cond_stage_model.", "first_stage_model."),),
         ),
         _row("ldm-retrieval", _RETRIEVAL, NEIGHBOURS),
@@ -163,7 +164,8 @@ _INCOMPLETE = (
     _without(_TEXT_ENCODER, of="ldm-txt2img-1p4b", name="stable-diffusion-1", context_dim=768),
     _without("layout encoder (cond_stage_model.transformer.*)", of="ldm-layout2img-openimages256"),
     _without(
-        "rescaler (cond_stage_model.channel_mapper.*)", of="ldm-semantic-synthesis256 or -512"
+        "segmentation encoder (cond_stage_model.channel_mapper.*)",
+        of="ldm-semantic-synthesis256 or -512",
     ),
 )
 

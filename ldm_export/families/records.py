@@ -1,4 +1,4 @@
-"""The records that the table of checkpoint families is made of, and the claims its rows share."""
+"""The records of the table of checkpoint families, and the weight assignments its rows share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Expected = int | str | tuple[int | str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """Which tensors of a checkpoint belong to a component, and what the network calls them.
+    """The tensors of a checkpoint that belong to a component, and their names in the network.
 
     Attributes:
         component: Name in `specs.components.COMPONENTS`.
@@ -28,20 +28,20 @@ class Assignment:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyDefaults:
-    """What no shape tells about a family, from its released configurations and scripts.
+    """The features of a family that no shape tells, from its released configurations and scripts.
 
     Attributes:
-        task: What the model does with a request.
+        task: Task of the model.
         num_heads: Attention heads of the UNet, or None if the head size is fixed.
-        num_head_channels: Channels a head of the UNet, or None if the number is fixed. Without a
+        num_head_channels: Channels per head of the UNet, or None if the number is fixed. Without a
             UNet both are None.
-        prediction_type: What the UNet was trained to output.
+        prediction_type: Prediction target of the UNet.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
         linear_start: First beta of the schedule that is linear in sqrt(beta) …
         linear_end: … and the last, after …
-        num_train_timesteps: … so many steps.
+        num_train_timesteps: … this number of steps.
         clip_activation: Feed-forward activation of a CLIP text encoder.
-        null_class: The class that stands for none, or None if all of them are classes.
+        null_class: The null class, or None if there is none.
         latent_size: Native height and width in latent pixels, or None for 256 image pixels.
         sampler: Default sampler.
         num_inference_steps: Default number of steps.
@@ -68,17 +68,18 @@ class FamilyDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row: a checkpoint is of this family if it has all of its facts.
+    """One row: a checkpoint belongs to this family if it has all of its features.
 
     Attributes:
         name: Recorded in the bundle.
-        facts: Values of `detection.fingerprint.fingerprint` that it must have. Of several rows
-            that match, the one with the most facts is meant.
-        knowledge: What no shape tells, or None if this version does not export the family.
-        claims: Where its components' weights are.
+        features: Values of `detection.fingerprint.fingerprint` that it must have. Of several rows
+            that match, the one with the most features is chosen.
+        family_defaults: Features that no shape tells, or None if this version does not export the
+            family.
+        assignments: Weight assignments of its components.
         averaged: Components of which training may have kept a moving average.
         copies: Beginnings of names whose tensors may repeat others, and of those others.
-        is_whole: Whether a checkpoint with these facts has all that the model needs.
+        is_whole: Whether a checkpoint with these features has all that the model needs.
     """
 
     name: str
@@ -90,8 +91,8 @@ class Family:
     is_whole: bool = True
 
 
-def assign(component: str, checkpoint_prefix: str, parameter_prefix: str = "") -> Assignment:
-    """Return a claim; most networks' names are what is left of the checkpoint's."""
+def assignment(component: str, checkpoint_prefix: str, parameter_prefix: str = "") -> Assignment:
+    """Return an assignment; most networks' names are the checkpoint's without its prefix."""
     return Assignment(
         component=component,
         checkpoint_prefix=checkpoint_prefix,
@@ -100,12 +101,12 @@ def assign(component: str, checkpoint_prefix: str, parameter_prefix: str = "") -
 
 
 def recognised(name: str, **features: Expected) -> Family:
-    """Return a row for a family that is known by name, but not exported."""
+    """Return a row of a family that is recognised by name, but not exported."""
     return Family(name=name, features=MappingProxyType(features))
 
 
 def autoencoder_assignments(prefix: str) -> tuple[Assignment, ...]:
-    """Return where the two halves of a first stage are whose names begin with `prefix`."""
+    """Return the assignments of the two halves of an autoencoder with names after `prefix`."""
     parts = {
         "decoder": "vae_decoder",
         "post_quant_conv": "vae_decoder",
@@ -113,21 +114,21 @@ def autoencoder_assignments(prefix: str) -> tuple[Assignment, ...]:
         "encoder": "vae_encoder",
         "quant_conv": "vae_encoder",
     }
-    return tuple(assign(parts[part], f"{prefix}{part}.", f"{part}.") for part in parts)
+    return tuple(assignment(parts[part], f"{prefix}{part}.", f"{part}.") for part in parts)
 
 
-FIRST_STAGE = autoencoder_assignments("first_stage_model.")
-UNET = (assign("unet", "model.diffusion_model."),)
+AUTOENCODER = autoencoder_assignments("first_stage_model.")
+UNET = (assignment("unet", "model.diffusion_model."),)
 CLIP = (
-    assign("text_encoder", "cond_stage_model.transformer.text_model.", "text_model."),
+    assignment("text_encoder", "cond_stage_model.transformer.text_model.", "text_model."),
     # Written by transformers before 4.31, or by tools that copied its names of then.
     *(
-        assign("text_encoder", f"cond_stage_model.transformer.{part}.", f"text_model.{part}.")
+        assignment("text_encoder", f"cond_stage_model.transformer.{part}.", f"text_model.{part}.")
         for part in ("embeddings", "encoder", "final_layer_norm")
     ),
 )
-BERT = (assign("text_encoder", "cond_stage_model.transformer.", "transformer."),)
-CLASS_EMBEDDER = (assign("class_embedder", "cond_stage_model.embedding.", "embedding."),)
+BERT = (assignment("text_encoder", "cond_stage_model.transformer.", "transformer."),)
+CLASS_EMBEDDER = (assignment("class_embedder", "cond_stage_model.embedding.", "embedding."),)
 SEGMENTATION_ENCODER = (
-    assign("segmentation_encoder", "cond_stage_model.channel_mapper.", "channel_mapper."),
+    assignment("segmentation_encoder", "cond_stage_model.channel_mapper.", "channel_mapper."),
 )

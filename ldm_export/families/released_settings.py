@@ -1,4 +1,4 @@
-"""What no shape tells about the models of the latent-diffusion paper.
+"""The family defaults of the models of the latent-diffusion paper.
 
 Sources: configurations, scripts, notebooks and README of CompVis/latent-diffusion (a506df5).
 """
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ldm_export.families.records import FamilyDefaults
 
-#: CelebA-HQ, FFHQ and LSUN bedrooms: `sample_diffusion.py` draws with 50 steps and eta 1.
+#: CelebA-HQ, FFHQ and LSUN bedrooms: `sample_diffusion.py` generates with 50 steps and eta 1.
 FACES = FamilyDefaults(
     task="unconditional",
     num_heads=None,
@@ -27,7 +27,7 @@ FACES = FamilyDefaults(
 )
 _EIGHT_HEADS = replace(FACES, num_heads=8, num_head_channels=None)
 CHURCHES = replace(_EIGHT_HEADS, linear_end=0.0155, latent_size=32)
-#: The README's figures are of 200 steps. A null class, where there is one, is guided as cin256-v2.
+#: The README's figures are of 200 steps. Guidance with a null class, if any, is as in cin256-v2.
 CLASSES = replace(
     FACES, task="class-to-image", latent_size=32, num_inference_steps=200, guidance_scale=3.0
 )
@@ -54,16 +54,18 @@ TXT2IMG = replace(
 LAYOUTS = replace(
     FACES, task="layout-to-image", linear_end=0.0205, num_inference_steps=200, eta=0.0
 )
-#: No released script draws these; 200 steps and eta 1 are what its users settled on
+#: No released script generates these; its users have come to take 200 steps and eta 1
 #: (CompVis/latent-diffusion issue 120).
-MAPS = replace(_EIGHT_HEADS, task="semantic-synthesis", linear_end=0.0205, num_inference_steps=200)
+SEGMENTATION_MAPS = replace(
+    _EIGHT_HEADS, task="semantic-synthesis", linear_end=0.0205, num_inference_steps=200
+)
 #: The notebook leaves the steps to its caller; 100 are the default of those who built on it.
 UPSCALER = replace(FACES, task="super-resolution", linear_end=0.0155, num_inference_steps=100)
-HOLES = replace(_EIGHT_HEADS, task="inpainting", linear_end=0.0205, eta=0.0)
+INPAINTING = replace(_EIGHT_HEADS, task="inpainting", linear_end=0.0205, eta=0.0)
 NEIGHBOURS = replace(
     FACES, task="retrieval", linear_end=0.015, latent_size=48, guidance_scale=5.0, eta=0.0
 )
-AUTOENCODER = replace(
+STANDALONE_AUTOENCODER = replace(
     FACES,
     task="autoencoder",
     num_head_channels=None,

@@ -6,7 +6,7 @@ Stability-AI/stablediffusion (cf1d67a) and Stability-AI/generative-models (0ad7d
 
 from types import MappingProxyType
 
-from ldm_export.families.records import CLIP, FIRST_STAGE, UNET, Family, FamilyDefaults, recognised
+from ldm_export.families.records import AUTOENCODER, CLIP, UNET, Family, FamilyDefaults, recognised
 
 STABLE_DIFFUSION_1 = Family(
     name="stable-diffusion-1",
@@ -34,12 +34,12 @@ STABLE_DIFFUSION_1 = Family(
         null_class=None,
         latent_size=64,
         sampler="ddim",
-        # 16 are as good as many in docs/quality.md; half as many again, for richer pictures.
+        # 16 are as good as many in docs/quality.md; half as many again, for richer images.
         num_inference_steps=25,
         guidance_scale=7.5,
         eta=0.0,
     ),
-    assignments=UNET + FIRST_STAGE + CLIP,
+    assignments=UNET + AUTOENCODER + CLIP,
 )
 
 SD_FAMILIES: tuple[Family, ...] = (

@@ -1,11 +1,11 @@
-"""Tensors that no component needs, and files that are no whole checkpoint, as rows."""
+"""Tensors that no component needs, and formats that are not supported, as rows."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class IgnoredTensor:
-    """Tensors that no component needs: a regular expression over whole names, and why."""
+    """Tensors that no component needs: a regular expression over whole names, and the reason."""
 
     pattern: str
     reason: str
@@ -13,7 +13,7 @@ class IgnoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class UnsupportedFormat:
-    """A layout that is no whole LDM checkpoint: an expression found in a name, and what to do."""
+    """A format that is not a whole LDM checkpoint: an expression found in a name, and advice."""
 
     pattern: str
     advice: str
@@ -29,7 +29,7 @@ IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
     IgnoredTensor(pattern=_SCHEDULE_BUFFERS, reason="noise schedule, recorded in the bundle"),
     IgnoredTensor(
         pattern="ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)",
-        reason="left behind by a sampler",
+        reason="buffers of a sampler",
     ),
     IgnoredTensor(pattern="scale_factor", reason="latent scale factor, recorded in the bundle"),
     IgnoredTensor(pattern="logvar", reason="used in training only"),
@@ -49,7 +49,7 @@ IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
     ),
 )
 
-FOREIGN: tuple[UnsupportedFormat, ...] = (
+UNSUPPORTED_FORMATS: tuple[UnsupportedFormat, ...] = (
     UnsupportedFormat(
         pattern=r"(^|\.)time_embedding\.cond_proj\.weight$",
         advice="it is a latent consistency model in the layout of diffusers, which this version "
@@ -57,7 +57,7 @@ FOREIGN: tuple[UnsupportedFormat, ...] = (
     ),
     UnsupportedFormat(
         pattern=r"lora_(down|up|A|B)\b|^lora_",
-        advice="it is a LoRA, a change to a model and no model; merge it into its base checkpoint",
+        advice="it is a LoRA, a change to a model, not a model; merge it into its base checkpoint",
     ),
     UnsupportedFormat(
         pattern=r"(^|\.)(down_blocks|up_blocks)\.\d",
@@ -74,7 +74,7 @@ FOREIGN: tuple[UnsupportedFormat, ...] = (
     ),
     UnsupportedFormat(
         pattern=r"^(string_to_param|emb_params)",
-        advice="it is a textual inversion embedding and no model",
+        advice="it is a textual inversion embedding and not a model",
     ),
     UnsupportedFormat(
         pattern=r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$",
@@ -83,7 +83,7 @@ FOREIGN: tuple[UnsupportedFormat, ...] = (
     ),
     UnsupportedFormat(
         pattern=r"^(encoder|decoder)\.conv_in\.weight$",
-        advice="it is a part of a first stage (VAE) only; a whole one holds encoder.*, "
+        advice="it is a part of an autoencoder (VAE) only; a whole one holds encoder.*, "
         "quant_conv.*, post_quant_conv.* and decoder.*",
     ),
     UnsupportedFormat(

@@ -1,4 +1,4 @@
-"""Procedural images, for whatever needs images and no data set."""
+"""Procedural images, for uses that need images but no data set."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,18 +8,18 @@ from ldm_runtime.latents.codec import to_uint8
 Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[np.float64]
 
-_PICTURES = 6
+_NUM_IMAGES = 6
 _SHADES = (-1.0, 1.0)  # of a saturated colour's channels
 
 
 def make_images(side: int) -> Pixels:
-    """Return the pictures, RGB (N, side, side, 3): the same ones every time."""
-    images = [_draw(np.random.default_rng(seed), side) for seed in range(_PICTURES)]
+    """Return the images, RGB (N, side, side, 3): the same ones every time."""
+    images = [_image(np.random.default_rng(seed), side) for seed in range(_NUM_IMAGES)]
     return to_uint8(np.stack(images).astype(np.float32))
 
 
-def _draw(rng: np.random.Generator, side: int) -> Array:
-    """Return a picture (3, side, side) from -1 to 1."""
+def _image(rng: np.random.Generator, side: int) -> Array:
+    """Return an image (3, side, side) from -1 to 1."""
     image = _smooth(rng, side)
     for make in (_gradient, _stripes):
         image = np.where(_rectangle(rng, side, 0.5), make(rng, side), image)
@@ -52,7 +52,7 @@ def _stripes(rng: np.random.Generator, side: int) -> Array:
 
 
 def _slope(rng: np.random.Generator, side: int) -> Array:
-    """Return how far each pixel (side, side) lies in a random direction; a side is 1 long."""
+    """Return the position of each pixel (side, side) along a random direction; a side is 1 long."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:side, :side] / side
     slope: Array = np.cos(angle) * x + np.sin(angle) * y
@@ -65,21 +65,21 @@ def _saturated(rng: np.random.Generator) -> Array:
 
 
 def _rectangle(rng: np.random.Generator, side: int, size: float) -> npt.NDArray[np.bool_]:
-    """Return where (side, side) a random rectangle lies, of at most that share of each side."""
+    """Return the mask (side, side) of a random rectangle of at most that share of each side."""
     y, x = _offsets(rng, side, size)
     inside: npt.NDArray[np.bool_] = np.maximum(y, x) <= 1
     return inside
 
 
 def _ellipse(rng: np.random.Generator, side: int, size: float) -> npt.NDArray[np.bool_]:
-    """Return where (side, side) a random ellipse lies, likewise."""
+    """Return the mask (side, side) of a random ellipse, likewise."""
     y, x = _offsets(rng, side, size)
     inside: npt.NDArray[np.bool_] = np.hypot(y, x) <= 1
     return inside
 
 
 def _offsets(rng: np.random.Generator, side: int, size: float) -> Array:
-    """Return how far each pixel lies from a random centre, in random half-axes: (2, side, side)."""
+    """Return the offsets of pixels from a random centre, in random half-axes: (2, side, side)."""
     centre, half = rng.uniform(0, 1, (2, 1, 1)), rng.uniform(size / 4, size / 2, (2, 1, 1))
     offsets: Array = np.abs(np.mgrid[:side, :side] / side - centre) / half
     return offsets

@@ -1,4 +1,4 @@
-"""Golden outputs: what torch draws through the runtime's own loop, for `ldm verify` to redraw."""
+"""Golden outputs: torch's images from the runtime's own loop, which `ldm verify` compares with."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ OpenReference = Callable[[str], Runner]
 
 
 def golden_folders(requests: Sequence[ResolvedRequest]) -> tuple[str, ...]:
-    """Return where each request and its outputs go, relative to the bundle."""
+    """Return the folder of each request and its outputs, relative to the bundle."""
     return tuple(f"golden/{index}" for index in range(len(requests)))
 
 
@@ -38,17 +38,17 @@ def write_golden(
     vocabulary: Path | None,
     open_reference: OpenReference,
 ) -> None:
-    """Draw requests with torch, one network in memory at a time, and write what came out.
+    """Generate requests with torch, one network in memory at a time, and write the outputs.
 
-    Pictures are what the decoder makes of latents: nothing is cropped, and of a picture to fill
-    nothing is put back.
+    Images are as the decoder returns them: nothing is cropped, and when inpainting nothing of the
+    input image is put back.
 
     Args:
-        folder: The bundle; each request gets one of `golden_folders` with the request and what it
-            names, `golden.npz` (latents) and one PNG an image.
+        folder: The bundle; each request gets one of `golden_folders` with the request and its input
+            files, `golden.npz` (latents) and one PNG per image.
         requests: The requests.
         spec: The model.
-        vocabulary: Of its tokenizer, or None without prompts.
+        vocabulary: Vocabulary of its tokenizer, or None without prompts.
         open_reference: Opens a component in torch.
     """
     network = _OneNetwork(open_reference)
@@ -58,13 +58,13 @@ def write_golden(
         place = folder / name
         save_golden_request(place, request.as_request())
         np.savez(place / OUTPUTS_FILE, allow_pickle=False, latents=generated)
-        for number, row in enumerate(generated):
-            (image,) = decode_latents(network("vae_decoder"), row[None], spec)
+        for number, sample in enumerate(generated):
+            (image,) = decode_latents(network("vae_decoder"), sample[None], spec)
             image.save(place / f"{number}.png")
 
 
 class _OneNetwork:
-    """The networks of a model by name, of which one is in memory: the last that was asked for."""
+    """The networks of a model by name, of which one is in memory: the last one requested."""
 
     def __init__(self, open_reference: OpenReference) -> None:
         self._open = open_reference
@@ -73,7 +73,7 @@ class _OneNetwork:
 
     def __call__(self, name: str) -> Runner:
         if self._engine is None or self._name != name:
-            self._engine = None  # gone before the next one comes
+            self._engine = None  # freed before the next one is loaded
             self._engine, self._name = self._open(name), name
         return self._engine
 
@@ -84,28 +84,28 @@ def _open_all_passes(
     spec: ModelSpec,
     vocabulary: Path | None,
 ) -> list[ImagePasses]:
-    """Return what draws each request, with all that conditions it."""
+    """Return the passes that generate each request, with its conditioning."""
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
     with _quiet_cuts():
         return [open_passes(network, tokenizer, request, spec) for request in requests]
 
 
 def _latents(network: _OneNetwork, passes: ImagePasses) -> Float32Array:
-    """Sample every image of a request alone; of a first stage there is only what was encoded."""
+    """Sample every image of a request alone; an autoencoder only has the encoded latents."""
     spec, request = passes.spec, passes.request
     if not task_record(spec).samples:
-        assert passes.start is not None, "a first stage has a picture to encode"
+        assert passes.start is not None, "an autoencoder has an image to encode"
         return passes.start.latents
-    unet, rows = network("unet"), []
+    unet, latents = network("unet"), []
     for images in batches(request.num_images, 1):
         *_, last = sample_latents(unet, passes.conditioning, request, spec, images, passes.start)
-        rows.append(last.latents)
-    return np.concatenate(rows)
+        latents.append(last.latents)
+    return np.concatenate(latents)
 
 
 @contextmanager
 def _quiet_cuts() -> Iterator[None]:
-    """Silence the warning about cut prompts: these prompts are nobody's, and lengths differ."""
+    """Silence the warning about cut prompts: these are not the user's, and lengths differ."""
     logger = logging.getLogger("ldm_runtime.conditioning")
     level = logger.level
     logger.setLevel(logging.ERROR)

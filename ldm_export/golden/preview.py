@@ -1,8 +1,8 @@
 """The linear map from latents to colours that a bundle previews with, fitted at export.
 
-What there is to fit are procedural pictures, which need no data set: smooth fields of colour,
-gradients, saturated patches and edges, some of each in every picture. The checkpoint's own encoder
-turns them into latents; a bundle keeps these pairs, so that anyone can fit them again.
+It is fitted to procedural images, which need no data set: smooth fields of colour, gradients,
+saturated patches and edges, some of each in every image. The checkpoint's own encoder turns them
+into latents; a bundle keeps these pairs, so that the fit can be repeated.
 """
 
 import logging
@@ -23,23 +23,23 @@ from ldm_runtime.specs.model import ModelSpec
 
 _LOGGER = logging.getLogger(__name__)
 
-#: Pairs of latents and colours, beside the encoder's graphs.
+#: Pairs of latents and colours, next to the encoder's graphs.
 PAIRS_FILE = "preview.npz"
-_HELD_OUT = 2  # pictures that the fit does not see
-_LATENT_SIDE, _MAX_SIDE = 32, 256  # of one picture, in latent pixels and in pixels
+_HELD_OUT = 2  # images that the fit does not see
+_LATENT_SIDE, _MAX_SIDE = 32, 256  # of one image, in latent pixels and in pixels
 
 Float32Array = npt.NDArray[np.float32]
 
 
 def write_pairs(path: Path, encoder: Runner, spec: ModelSpec) -> None:
-    """Encode the pictures and store "latents", in the UNet's scale, and "colours" at their size.
+    """Encode the images and store "latents", in the UNet's scale, and "colours" at their size.
 
     Latents are the posterior's mean. Colours are averaged over the pixels of a latent pixel.
 
     Args:
         path: The file.
         encoder: The autoencoder's encoder, with the checkpoint's own weights.
-        spec: What the checkpoint is.
+        spec: The model.
     """
     factor = spec.autoencoder.factor
     images = make_images(min(_LATENT_SIDE * factor, _MAX_SIDE))
@@ -53,7 +53,7 @@ def write_pairs(path: Path, encoder: Runner, spec: ModelSpec) -> None:
 
 
 def fit_preview(path: Path) -> PreviewRecord | None:
-    """Fit the map to the pairs of `write_pairs` by least squares, the last pictures held out.
+    """Fit the map to the pairs of `write_pairs` by least squares, the last images held out.
 
     Returns:
         The map, however good or bad it is, or None if the latents are not all finite.
@@ -69,7 +69,7 @@ def fit_preview(path: Path) -> PreviewRecord | None:
 
 
 def _averaged(images: Pixels, factor: int) -> Float32Array:
-    """Average (N, H, W, 3) over squares of `factor` pixels a side: (N, 3, h, w) from -1 to 1."""
+    """Average (N, H, W, 3) over squares of `factor` pixels per side: (N, 3, h, w) from -1 to 1."""
     count, height, width, channels = images.shape
     shape = (count, height // factor, factor, width // factor, factor, channels)
     averages: Array = images.reshape(shape).mean(axis=(2, 4)) / 127.5 - 1

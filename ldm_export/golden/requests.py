@@ -1,4 +1,4 @@
-"""The requests a bundle is verified with, for every task, with inputs that need no data set."""
+"""The golden requests, which verify a bundle, per task, with inputs that need no data set."""
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -23,11 +23,11 @@ from ldm_runtime.specs.networks import (
     UNetSpec,
 )
 
-_MAX_PIXELS = 256  # a side: golden outputs show that a bundle works, not how good it is
-_MAX_LATENTS = 32  # a side, of large models
+_MAX_PIXELS = 256  # per side: golden outputs show that a bundle works, not how good it is
+_MAX_LATENTS = 32  # per side, of large models
 _MANY_PARAMETERS = 100_000_000
 _STEPS, _FEW_STEPS = 20, 4
-#: What the requests of a bundle differ in, beside their inputs.
+#: Fields in which the requests of a bundle differ, in addition to their inputs.
 _VARIED: tuple[Mapping[str, Any], ...] = (
     {"sampler": "ddim", "seed": 0},
     {"sampler": "dpmpp_2m", "seed": 1, "num_images": 2},
@@ -43,21 +43,21 @@ def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[ResolvedRequ
     """Return the golden requests of a model; large models get small images in few steps."""
     is_large = unet_parameters > _MANY_PARAMETERS
     height, width = _size(spec, is_large=is_large)
-    generated: Inputs = {"num_inference_steps": _FEW_STEPS if is_large else _STEPS}
+    common: Inputs = {"num_inference_steps": _FEW_STEPS if is_large else _STEPS}
     varied = _VARIED
-    if spec.task not in ("super-resolution", "autoencoder"):  # of which the picture says the size
-        generated = {**generated, "height": height, "width": width}
+    if spec.task not in ("super-resolution", "autoencoder"):  # whose size is that of the image
+        common = {**common, "height": height, "width": width}
     if spec.task == "autoencoder":  # nothing is sampled
-        generated, varied = {}, ({}, {})
+        common, varied = {}, ({}, {})
     inputs = _INPUTS[spec.task](spec, (height, width))
     return tuple(
-        resolve(GenerationRequest(**{**generated, **each, **fields}), spec)
+        resolve(GenerationRequest(**{**common, **each, **fields}), spec)
         for each, fields in zip(varied, inputs, strict=False)
     )
 
 
 def _size(spec: ModelSpec, *, is_large: bool) -> Size:
-    """Return height and width in pixels: the model's own, or as many as are quickly drawn."""
+    """Return height and width in pixels: the model's own, or fewer that are quickly generated."""
     step = size_step(spec)
     most = min(_MAX_PIXELS, _MAX_LATENTS * spec.autoencoder.factor) if is_large else _MAX_PIXELS
     height, width = (
@@ -109,13 +109,13 @@ def _object(rng: np.random.Generator, labels: int) -> LayoutObject:
     return LayoutObject(label=int(rng.integers(min(labels, 100))), box=box)
 
 
-def _class_maps(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+def _segmentation_maps(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     classes = spec.network(SegmentationEncoderSpec).num_classes
     for seed in range(len(_VARIED)):
-        yield {"segmentation": SegmentationMap(_class_map(seed, size, classes))}
+        yield {"segmentation": SegmentationMap(_segmentation_map(seed, size, classes))}
 
 
-def _class_map(seed: int, size: Size, classes: int) -> npt.NDArray[np.uint8]:
+def _segmentation_map(seed: int, size: Size, classes: int) -> npt.NDArray[np.uint8]:
     """Return ids (H, W): a mosaic of classes with a rectangle of another one in it."""
     rng, (height, width) = np.random.default_rng(seed), size
     mosaic = rng.integers(classes, size=(3, 4))
@@ -126,7 +126,7 @@ def _class_map(seed: int, size: Size, classes: int) -> npt.NDArray[np.uint8]:
 
 
 def _low_resolution(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
-    """Yield pictures a latent pixel each of whose pixels is; one of no convenient size."""
+    """Yield images of one pixel per latent pixel; one of them of an irregular width."""
     height, width = (side // spec.autoencoder.factor for side in size)
     for seed, narrower in enumerate((0, 0, 3)):
         shape = height, width - narrower if width > 2 * narrower else width
@@ -134,7 +134,7 @@ def _low_resolution(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
 
 
 def _masked_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
-    """Yield pictures with a hole: a rectangle, an ellipse, and room beside the picture."""
+    """Yield images with a mask: a rectangle, an ellipse, and a margin next to the image."""
     height, width = size
     y, x = np.mgrid[:height, :width]
     y, x = np.abs(2 * y + 1 - height) / height, np.abs(2 * x + 1 - width) / width
@@ -146,7 +146,7 @@ def _masked_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
 
 
 def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
-    """Yield one, two and four vectors, as long as CLIP's are in practice."""
+    """Yield one, two and four vectors, of the length that CLIP's have in practice."""
     del size
     context_dim = spec.network(UNetSpec).context_dim
     assert context_dim is not None, "the task is conditioned by cross-attention"
@@ -157,7 +157,7 @@ def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
 
 
 def _whole_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
-    """Yield two pictures, one of them half as wide."""
+    """Yield two images, one of them half as wide."""
     (height, width), factor = size, spec.autoencoder.factor
     yield {"image": _image(0, size)}
     yield {"image": _image(1, (height, max(factor, width // 2 // factor * factor)))}
@@ -178,7 +178,7 @@ _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingP
         "class-to-image": _class_labels,
         "text-to-image": _prompts,
         "layout-to-image": _layouts,
-        "semantic-synthesis": _class_maps,
+        "semantic-synthesis": _segmentation_maps,
         "super-resolution": _low_resolution,
         "inpainting": _masked_images,
         "retrieval": _neighbours,

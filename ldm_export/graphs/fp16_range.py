@@ -1,8 +1,8 @@
-"""The largest numbers that an fp16 graph has to hold, which a CPU does not show by itself.
+"""The largest values of an fp16 graph, which a CPU does not show by itself.
 
 ONNX Runtime has few half-precision kernels on a CPU: it computes most nodes in fp32 and leaves out
 the roundings in between, so that a graph which gives NaN on every GPU looks perfect. Here the graph
-gets one more output for every sum and product, its largest absolute value.
+gets one more output per sum and product, its largest absolute value.
 """
 
 from collections.abc import Iterator
@@ -24,15 +24,15 @@ _GROWING = frozenset({"Conv", "MatMul", "Gemm", "Add", "Sub", "Mul"})
 
 @contextmanager
 def watched_graph(path: Path) -> Iterator[Path]:
-    """Write a copy of an fp16 graph, beside it, that also says how large its values become.
+    """Write a copy of an fp16 graph, next to it, that also outputs how large its values become.
 
-    What a softmax reads is left out, because a mask adds minus infinity there.
+    Inputs of a softmax are left out, because a mask adds minus infinity there.
 
     Args:
-        path: The graph; its weights are found beside it.
+        path: The graph; its weights are found next to it.
 
     Yields:
-        The copy, with scalar float32 outputs besides the graph's own. It is deleted afterwards.
+        The copy, with scalar float32 outputs after the graph's own. It is deleted afterwards.
     """
     model = ir.load(path)
     for value in [node.outputs[0] for node in model.graph if node.op_type in _GROWING]:
@@ -48,9 +48,9 @@ def watched_graph(path: Path) -> Iterator[Path]:
 
 
 def largest_value(outputs: Tensors) -> tuple[str, float]:
-    """Return the value of a watched graph that became largest, by its name, and how large.
+    """Return the name of the value of a watched graph that became largest, and how large.
 
-    A value that is no number counts as infinite.
+    NaN counts as infinite.
     """
     peaks = {
         name.removesuffix(_SUFFIX): float(np.nan_to_num(array, nan=np.inf, posinf=np.inf))

@@ -1,6 +1,6 @@
 """One component from torch to ONNX: traced once, written as two graphs over one weight file.
 
-The steps are separate functions, so that torch's copy of the weights can be gone before a graph is
+The parts are separate functions, so that torch's copy of the weights can be gone before a graph is
 loaded for checking: `sample_inputs` → torch's outputs → `write_graphs` → `parity.measure`.
 """
 
@@ -51,25 +51,25 @@ WEIGHTS_FILE = "weights.bin"
 _FILES: Mapping[GraphVariant, str] = MappingProxyType(
     {"fp32": "model.cpu.onnx", "fp16": "model.onnx"}
 )
-_PICTURE_STEP = 32  # pixels
+_IMAGE_STEP = 32  # pixels
 # Without torchvision, which nothing here needs, every export begins with four warnings.
 _TALKATIVE = "torch.onnx._internal.exporter._registration"
 
 
 def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]]:
-    """Return inputs of component `name`, small and fixed: one of each length, and others.
+    """Return two sets of inputs of component `name`, small and fixed, of different lengths.
 
-    The first has one row and a context of one chunk (of a text encoder, else of one token), the
-    second three rows, another width and a context of two chunks. The UNet gets the fewest pixels
-    that its halvings allow; the autoencoder, whose first level has all of a picture's pixels, gets
-    64x64 and 64x96 of those.
+    The first has batch size 1 and a context of one chunk (of a text encoder, else of one token),
+    the second batch size 3, another width and a context of two chunks. The UNet gets the fewest
+    pixels that its downsampling steps allow; the autoencoder, whose first level has all of an
+    image's pixels, gets 64x64 and 64x96 of those.
 
     Returns:
         Lengths of the dynamic axes, and arrays by input name.
     """
     step, component = latent_step(spec), components_of(spec)[name]
     if name.startswith("vae_"):
-        step = max(1, _PICTURE_STEP // spec.autoencoder.factor)
+        step = max(1, _IMAGE_STEP // spec.autoencoder.factor)
     encoder = spec.find(TextEncoderSpec)
     tokens = 1 if encoder is None else encoder.max_tokens
     axes = _axes(component)
@@ -88,7 +88,7 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
 
 
 def round_stored(network: nn.Module, dtype: WeightsDType) -> bool:
-    """Round a network's weights to what a bundle stores, in place; tell whether any changed.
+    """Round a network's weights to the stored type, in place; return whether any changed.
 
     Raises:
         ExportError: A weight is beyond the range of `dtype`.
@@ -116,7 +116,7 @@ def write_graphs(
     Args:
         name: Component, also the name of `folder` in the bundle.
         network: In float32 on the CPU, with real weights.
-        spec: What the checkpoint is.
+        spec: The model.
         folder: Existing folder for the files.
         dtype: How weights are stored.
 
@@ -132,7 +132,7 @@ def write_graphs(
     records = []
     for variant, file in _FILES.items():
         graph = ir.from_proto(light)
-        AssignPrecision(_plan(variant, graph.graph, spec))(graph)
+        AssignPrecision(_precision_policy(variant, graph.graph, spec))(graph)
         RemoveUnusedNodesPass()(graph)
         ir.save(graph, folder / file)
         try:
@@ -145,8 +145,8 @@ def write_graphs(
     return tuple(records)
 
 
-def _plan(variant: GraphVariant, graph: ir.Graph, spec: ModelSpec) -> NodePrecision:
-    """Return what each node of a graph, which has the name of its component, computes in."""
+def _precision_policy(variant: GraphVariant, graph: ir.Graph, spec: ModelSpec) -> NodePrecision:
+    """Return the precision of each node of a graph, which has the name of its component."""
     if variant == "fp32":
         return all_fp32(graph)
     network = spec.networks[COMPONENTS[str(graph.name)].network]
@@ -219,7 +219,7 @@ def _dynamic_shapes(
 ) -> tuple[dict[int, torch.export.Dim], ...]:
     """Return torch.export's description of each input: which axes may change, and how.
 
-    Sizes are multiples: of what the UNet halves, and of the autoencoder's factor in pixels.
+    Sizes are multiples: of the UNet's latent step, and of the autoencoder's factor in pixels.
     """
     step = latent_step(spec) if component.name == "unet" else 1
     factor = spec.autoencoder.factor

@@ -1,4 +1,4 @@
-"""How far a graph is from torch: measured on fixed inputs, recorded, and bounded."""
+"""The parity of a graph with torch: measured on fixed inputs, recorded, and bounded."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -55,13 +55,13 @@ class Sample:
 def measure(
     name: str, graph: GraphRecord, folder: Path, samples: Sequence[Sample]
 ) -> tuple[ParityRecord, ...]:
-    """Run a graph in ONNX Runtime on samples and return how far it is from torch.
+    """Run a graph in ONNX Runtime on samples and return its errors against torch.
 
     Args:
         name: The component.
         graph: The graph to run.
-        folder: Where its file lies.
-        samples: What to run it on.
+        folder: Folder of its file.
+        samples: Inputs to run it on, and torch's outputs.
 
     Raises:
         ExportError: The graph does not load or run, an error is above its bound, or a value of the
@@ -78,7 +78,7 @@ def measure(
     for record in records:
         _check_bound(name, record)
     if graph.variant == "fp16":
-        del engine  # its weights, before there is another one
+        del engine  # frees its weights before the next session
         _check_range(name, path, samples)
     return tuple(records)
 
@@ -100,9 +100,7 @@ def _parity(
 def _check_bound(name: str, record: ParityRecord) -> None:
     if record.reference == "stored":
         measured, value, bound = "relative error", record.max_relative_error, MAX_RELATIVE_ERROR
-        advice = (
-            "the graph computes something else; this is a fault of ldm-export, please report it"
-        )
+        advice = "the graph computes something else; this is a bug of ldm-export, please report it"
     else:
         measured, value, bound = "relative L2 error", record.relative_l2, MAX_RELATIVE_L2
         advice = "these weights lose too much in fp16"
@@ -130,7 +128,7 @@ def _check_range(name: str, path: Path, samples: Sequence[Sample]) -> None:
 
 
 class _LeanSession:
-    """ONNX Runtime with as little memory as it can be had: weights stay in their mapped file.
+    """ONNX Runtime with as little memory as possible: weights stay in their mapped file.
 
     Without optimisation no constant is folded, so that a weight is widened where it is used and
     the result freed at once, instead of all of them being widened when the graph is loaded.

@@ -10,7 +10,7 @@ from ldm_export.graphs.precision import NodePrecision
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
-#: Inputs that an operator takes in float32, whatever it computes in.
+#: Inputs that an operator takes in float32, whatever its precision.
 _PRESCRIBED: Mapping[str, frozenset[int]] = {"Resize": frozenset({1, 2, 3})}
 
 
@@ -61,7 +61,7 @@ class ShareConstants(ir.passes.InPlacePass):
     """Keep one of several equal constants, so that nodes that differ in nothing else are equal.
 
     Args:
-        weights: Names of the initializers that keep to themselves, even if they are equal.
+        weights: Names of the initializers that are not shared, even if they are equal.
     """
 
     def __init__(self, weights: Collection[str]) -> None:
@@ -93,7 +93,7 @@ class AssignPrecision(ir.passes.InPlacePass):
     inputs (a constant shape) and casts stay as they are.
 
     Args:
-        precision: What each node computes in, float32 or float16.
+        precision: Precision of each node, float32 or float16.
     """
 
     def __init__(self, precision: NodePrecision) -> None:
@@ -118,7 +118,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         node: ir.Node,
         casts: dict[tuple[ir.Value, ir.DataType], ir.Value],
     ) -> None:
-        """Cast the floating inputs of `node` to what it computes in, and type its outputs so."""
+        """Cast the floating inputs of `node` to its precision, and give its outputs that type."""
         precision = self.precision(node)
         prescribed = _PRESCRIBED.get(node.op_type, frozenset())
         computes = False
@@ -151,7 +151,7 @@ def name_dynamic_axes(model: ir.Model, names: Mapping[str, tuple[str, ...]]) -> 
 
 
 def _layout(node: ir.Node, weight: ir.Value) -> tuple[str, tuple[int, ...]] | None:
-    """Return what a node does to the layout of a weight, or None if it does anything else."""
+    """Return how a node changes the layout of a weight, or None if it does anything else."""
     output = node.outputs[0]
     if node.domain or node.inputs[0] is not weight or output.is_graph_output():
         return None

@@ -1,10 +1,10 @@
-"""Which parts of an fp16 graph compute in fp32, and why: decided here and nowhere else.
+"""The precision policy of a graph: the fp32 islands of an fp16 graph, decided only here.
 
 * Timestep features: t times a frequency needs more than fp16's 11 bits for t near 1000, or the
   sines are wrong.
 * Normalisation statistics: a sum of squares over a feature map passes fp16's 65504.
-* Codebook distances: what is chosen by comparing is chosen among numbers that are nearly equal. For
-  the same reason a codebook is stored in fp32.
+* Codebook distances: an argmax compares numbers that are nearly equal. For the same reason a
+  codebook is stored in fp32.
 * The residual stream of BERT, with the matrix products that add to it: the sum of 64 unbounded
   contributions, which nothing normalises before the end, of weights that were trained in fp32;
   diffusers' port clamps infinities there. CLIP was trained in half precision and stays in it.
@@ -40,16 +40,16 @@ FP32_WEIGHTS = frozenset({"quantize.embedding.weight"})
 
 
 def all_fp32(graph: ir.Graph) -> NodePrecision:
-    """Return the plan of the CPU engine's graph: everything in fp32."""
+    """Return the precision policy of the CPU engine's graph: everything in fp32."""
     return lambda _: ir.DataType.FLOAT
 
 
 def fp16_with_islands(graph: ir.Graph, *, residual_stream: bool = False) -> NodePrecision:
-    """Return the plan of the GPU builders' graph: fp16 but for the islands.
+    """Return the precision policy of the GPU builders' graph: fp16 except for the islands.
 
     Args:
-        graph: The graph that the plan is for.
-        residual_stream: Whether what every LayerNormalization reads is one.
+        graph: The graph that the policy is for.
+        residual_stream: Whether the inputs of LayerNormalizations are a residual stream.
     """
     islands = {
         *(node for node in graph if node.op_type in NORMALISATIONS),
@@ -61,7 +61,7 @@ def fp16_with_islands(graph: ir.Graph, *, residual_stream: bool = False) -> Node
 
 
 def _choosing(graph: ir.Graph) -> Collection[ir.Node]:
-    """Return whatever an index is computed from that is found by comparing."""
+    """Return the nodes that an index which is found by argmax or argmin is computed from."""
     chosen = _ancestors(
         producer
         for node in graph

@@ -1,4 +1,4 @@
-"""Torch as an engine: the reference that every exported graph and golden image is held against."""
+"""Torch as an engine: the reference of every exported graph and golden image."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from ldm_runtime.specs.components import COMPONENTS
 
 
 class TorchEngine(Closing):
-    """A network in torch behind the runtime's `Engine` protocol, float32 on the CPU.
+    """A network in torch with the runtime's `Engine` protocol, float32 on the CPU.
 
     Args:
         component: Name in `ldm_runtime.specs.components.COMPONENTS`.

@@ -1,4 +1,4 @@
-"""One file of weights that every graph of a component points into.
+"""The weight file of a component, which all its graphs refer to.
 
 Tensors lie one after another, each at a multiple of 4096 bytes, so that a runtime can map the
 file and any of its pages straight into memory.
@@ -32,14 +32,14 @@ def store_weights(
 ) -> None:
     """Write the weights of `model` to `path` and make the model refer to them.
 
-    Constants that are no weights, such as the frequencies of timestep features, stay inside the
+    Constants that are not weights, such as the frequencies of timestep features, stay inside the
     graphs in float32: rounding them would cost accuracy and save nothing.
 
     Args:
         model: Changed in place: its large weights become external, of type `dtype`. The nodes that
             use them are not adapted, see `passes.AssignPrecision`.
         path: The file to write. The model refers to it by its bare name.
-        dtype: What to store.
+        dtype: Type to store weights in.
         weights: Names of the initializers that are weights, in float32.
         exact: Names of weights that are stored in float32 whatever `dtype` is.
     """

@@ -1,4 +1,4 @@
-"""The hyperparameters of a first stage, read from the names and shapes of its parameters."""
+"""The hyperparameters of an autoencoder, read from the names and shapes of its parameters."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ Kind = Literal["kl", "vq"]
 
 
 def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> AutoencoderSpec:
-    """Return the record of a first stage from its parameter names (as under `first_stage_model.`).
+    """Return the record of an autoencoder from its parameters (as under `first_stage_model.`).
 
     Args:
         shapes: Shape of every parameter of encoder and decoder.
@@ -25,7 +25,7 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
     channels, image_channels, *_ = shape_of(shapes, "encoder.conv_in.weight", 4)
     if channels % _NORM_GROUPS:
         raise WeightsError(
-            f"the first stage has {channels} channels (encoder.conv_in.weight); group "
+            f"the autoencoder has {channels} channels (encoder.conv_in.weight); group "
             f"normalisation needs a multiple of {_NORM_GROUPS}"
         )
     encoder = _level_channels(shapes, "encoder.down")
@@ -46,7 +46,7 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
         kind=kind,
         image_channels=image_channels,
         channels=channels,
-        channel_mult=multipliers(encoder, channels, "first stage"),
+        channel_mult=multipliers(encoder, channels, "autoencoder"),
         num_res_blocks=_num_res_blocks(shapes, len(encoder)),
         attention_levels=_attention_levels(shapes, len(encoder)),
         middle_attention=_middle_attention(shapes),
@@ -61,7 +61,7 @@ def _level_channels(shapes: Shapes, path: str) -> tuple[int, ...]:
     levels = indices(shapes, path)
     if not levels:
         raise WeightsError(
-            f"the first stage has no level under {path}; is the checkpoint complete?"
+            f"the autoencoder has no level under {path}; is the checkpoint complete?"
         )
     return tuple(
         same(
@@ -129,7 +129,7 @@ def _check_resampling(shapes: Shapes, num_levels: int) -> None:
 def _latent_channels(shapes: Shapes, kind: Kind) -> tuple[int, int]:
     """Return (z_channels, embed_dim), checked over the four convolutions that touch latents.
 
-    A KL encoder gives two numbers a channel, mean and logarithm of the variance; a VQ encoder one.
+    A KL encoder gives two numbers per channel, mean and log-variance; a VQ encoder one.
     """
     z_channels = shape_of(shapes, "decoder.conv_in.weight", 4)[1]
     embed_dim = shape_of(shapes, "post_quant_conv.weight", 4)[1]

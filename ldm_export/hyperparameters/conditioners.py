@@ -1,4 +1,4 @@
-"""The sizes of small conditioners: a class embedding, and what brings semantic maps to latents."""
+"""The hyperparameters of small conditioners: class embedding and segmentation encoder."""
 
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.shapes import Shapes, shape_of
@@ -10,26 +10,26 @@ def read_class_embedding(shapes: Shapes) -> tuple[int, int]:
     """Return (rows, width) of a class embedding.
 
     Raises:
-        WeightsError: It is missing or no matrix.
+        WeightsError: It is missing or not a matrix.
     """
     rows, width = shape_of(shapes, "embedding.weight", 2)
     return rows, width
 
 
 def read_channel_mapper(shapes: Shapes) -> tuple[int, int]:
-    """Return (classes, channels) of a rescaler's 1x1 convolution.
+    """Return (classes, channels) of a segmentation encoder's 1x1 convolution.
 
     Raises:
-        WeightsError: It is missing, looks at more than one pixel, or adds a bias.
+        WeightsError: It is missing, covers more than one pixel, or has a bias.
     """
     out_channels, num_classes, *size = shape_of(shapes, _MAPPER, 4)
     if size != [1, 1]:
         raise WeightsError(
-            f"{_MAPPER} looks at {size[0]}x{size[1]} pixels; a 1x1 convolution was expected"
+            f"{_MAPPER} covers {size[0]}x{size[1]} pixels; a 1x1 convolution was expected"
         )
     if extra := [name for name in shapes if name != _MAPPER]:
         raise WeightsError(
-            f"the rescaler has {', '.join(extra)} besides {_MAPPER}, which this version does not "
-            "export"
+            f"the segmentation encoder has {', '.join(extra)} in addition to {_MAPPER}, which this "
+            "version does not export"
         )
     return num_classes, out_channels

@@ -1,4 +1,4 @@
-"""Small checked questions about the names and shapes of one component's parameters."""
+"""Checked look-ups in the names and shapes of one component's parameters."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
     """Return the shape of parameter `name`.
 
     Raises:
-        WeightsError: There is no such parameter, or it has not `rank` axes.
+        WeightsError: There is no such parameter, or it does not have `rank` axes.
     """
     if name not in shapes:
         raise WeightsError(
@@ -50,13 +50,13 @@ def multipliers(channels: Sequence[int], base: int, what: str) -> tuple[int, ...
     """Return `channels` as multiples of `base`.
 
     Raises:
-        WeightsError: One of them is no multiple.
+        WeightsError: One of them is not a multiple.
     """
     for level, count in enumerate(channels):
         if count % base:
             raise WeightsError(
-                f"{what}: level {level} has {count} channels, which is no multiple of the first "
-                f"level's {base}"
+                f"{what}: level {level} has {count} channels, which is not a multiple of the "
+                f"first level's {base}"
             )
     return tuple(count // base for count in channels)
 

@@ -18,7 +18,7 @@ def read_bert(shapes: Shapes, *, pad_token_id: int | None) -> TextEncoderSpec:
 
     Args:
         shapes: Shape of every parameter.
-        pad_token_id: What short prompts are filled with; None is the last token.
+        pad_token_id: Token that short prompts are padded with; None is the last token.
 
     Raises:
         WeightsError: A decisive tensor is missing, or the shapes contradict each other.
@@ -48,7 +48,7 @@ def read_bert(shapes: Shapes, *, pad_token_id: int | None) -> TextEncoderSpec:
 
 
 def _num_layers(shapes: Shapes) -> int:
-    """Return the number of layers; each is attention and feed-forward, numbered on their own."""
+    """Return the number of layers; each is attention and feed-forward, numbered separately."""
     halves = len(indices(shapes, _STACK))
     if halves % 2 or not halves:
         raise WeightsError(
@@ -69,10 +69,10 @@ def _num_heads(inner: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipShapes:
-    """What the shapes of a CLIP text transformer tell.
+    """The hyperparameters of a CLIP text transformer that shapes tell.
 
     Attributes:
-        width: Channels of a token.
+        width: Channels per token.
         num_layers: Transformer layers.
         feed_forward_dim: Inner width of the feed-forward layers.
         vocab_size: Rows of the token embedding.
@@ -87,7 +87,7 @@ class ClipShapes:
 
 
 def read_clip(shapes: Shapes) -> ClipShapes:
-    """Return what the parameters tell (names as in transformers, beginning with `text_model.`).
+    """Return what shapes tell (parameter names as in transformers, beginning `text_model.`).
 
     Raises:
         WeightsError: A decisive tensor is missing, or the shapes contradict each other.

@@ -33,7 +33,7 @@ def read_unet(shapes: Shapes, *, num_heads: int | None, num_head_channels: int |
     Args:
         shapes: Shape of every parameter.
         num_heads: Attention heads everywhere, which no shape tells.
-        num_head_channels: Channels a head, where that is what is fixed.
+        num_head_channels: Channels per head, where that is what is fixed.
 
     Raises:
         WeightsError: A decisive tensor is missing, the shapes contradict each other, or the heads
@@ -84,7 +84,7 @@ def _check_entry(shapes: Shapes, model_channels: int) -> None:
 
 
 def _scale_shift_norm(shapes: Shapes) -> bool:
-    """Return whether the time embedding has two rows for every channel, or one."""
+    """Return whether the time embedding has two rows per channel, or one."""
     rows = {}
     for name in shapes:
         if name.endswith(".emb_layers.1.weight"):
@@ -103,7 +103,7 @@ def _scale_shift_norm(shapes: Shapes) -> bool:
 
 
 def _resampling(shapes: Shapes) -> Resampling:
-    """Return what changes the resolution between levels."""
+    """Return the kind of layer that changes the resolution between levels."""
     ends = [name for name in shapes if name.startswith("input_blocks.")]
     if any(name.endswith(".0.op.weight") for name in ends):
         return "convolutions"
@@ -121,8 +121,8 @@ def _second_blocks(shapes: Shapes) -> int:
 def _level_ends(shapes: Shapes, resampling: Resampling) -> list[int]:
     """Return the input blocks that halve the resolution.
 
-    A residual block that does looks like any other. Their number is that of those that double it
-    again, and as levels have equally many blocks, they lie at equal distances.
+    A residual block that halves it has the same parameters as any other. There are as many as
+    blocks that double it again, and as levels have equally many blocks, at equal distances.
     """
     blocks = indices(shapes, "input_blocks")
     if resampling == "convolutions":
@@ -134,8 +134,8 @@ def _level_ends(shapes: Shapes, resampling: Resampling) -> list[int]:
             "(as many as output blocks that double the resolution, and one more) do not share "
             "evenly"
         )
-    step = len(blocks) // num_levels
-    return list(range(step, len(blocks), step))
+    blocks_per_level = len(blocks) // num_levels
+    return list(range(blocks_per_level, len(blocks), blocks_per_level))
 
 
 def _levels(shapes: Shapes, resampling: Resampling) -> list[_Level]:
@@ -166,7 +166,7 @@ def _channels_and_depth(shapes: Shapes, block: str) -> dict[str, tuple[int, int]
 
 
 def _check_output_blocks(shapes: Shapes, levels: list[_Level]) -> None:
-    """Check that the way up mirrors the way down, with one more residual block a level."""
+    """Check that the way up mirrors the way down, with one more residual block per level."""
     expected = {
         index: level
         for index, level in enumerate(

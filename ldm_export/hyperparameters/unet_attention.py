@@ -1,4 +1,4 @@
-"""What the names and shapes of a UNet's parameters tell about its attention."""
+"""The attention hyperparameters of a UNet, read from its parameters' names and shapes."""
 
 from typing import Literal
 
@@ -27,14 +27,14 @@ def attention_kind(shapes: Shapes) -> AttentionKind:
 
 
 def attention_depth(shapes: Shapes, block: str) -> int:
-    """Return how many attention blocks lie behind the first layer of a numbered block."""
+    """Return the number of attention blocks after the first layer of a numbered block."""
     if f"{block}.1.qkv.weight" in shapes:
         return 1
     return len(indices(shapes, f"{block}.1.transformer_blocks"))
 
 
 def middle_depth(shapes: Shapes) -> int:
-    """Return how many attention blocks the middle has.
+    """Return the number of attention blocks in the middle block.
 
     Raises:
         WeightsError: It has none.
@@ -49,10 +49,10 @@ def middle_depth(shapes: Shapes) -> int:
 
 
 def context_dim(shapes: Shapes) -> int:
-    """Return the width of what transformer blocks attend to.
+    """Return the width of the context that transformer blocks attend to.
 
     Raises:
-        WeightsError: They attend to nothing, or to several widths.
+        WeightsError: They attend to no context, or to several widths.
     """
     widths = {
         name: shape_of(shapes, name, 2)[1] for name in shapes if name.endswith("attn2.to_k.weight")
@@ -63,10 +63,10 @@ def context_dim(shapes: Shapes) -> int:
 
 
 def linear_projection(shapes: Shapes) -> bool:
-    """Return whether transformers are entered by linear layers and not by 1x1 convolutions.
+    """Return whether the input projections of transformers are linear and not 1x1 convolutions.
 
     Raises:
-        WeightsError: They are entered by nothing, or by both.
+        WeightsError: There are none, or there are both.
     """
     ranks = {
         f"the rank of {name}": len(shape)
@@ -94,7 +94,7 @@ def check_heads(shapes: Shapes, num_heads: int | None, num_head_channels: int | 
             continue
         divisor = num_heads or num_head_channels or 1
         if channels % divisor:
-            what = "attention heads" if num_heads else "channels a head"
+            what = "attention heads" if num_heads else "channels per head"
             raise WeightsError(
                 f"{divisor} {what} do not divide the {channels} channels of {name}; give the "
                 "right number with --num-heads or --num-head-channels, or a --config that has it"

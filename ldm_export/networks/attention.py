@@ -2,8 +2,8 @@
 
 Two kinds, whose normalisations differ by a factor of ten in epsilon: `SpatialTransformer` of
 Rombach et al. 2022 (arXiv:2112.10752), section 3.3, with 1e-6, and `AttentionBlock` of Dhariwal and
-Nichol 2021 (arXiv:2105.05233) with 1e-5. Heads of any size go through the same plain attention, the
-one of 960 channels of the class-conditional ImageNet model included.
+Nichol 2021 (arXiv:2105.05233) with 1e-5. Heads of any size go through the same attention, the one
+of 960 channels of the class-conditional ImageNet model included.
 """
 
 import torch

@@ -1,9 +1,9 @@
-"""The first stage of latent diffusion: a convolutional autoencoder, with a codebook or without.
+"""The autoencoder of latent diffusion, convolutional, with a codebook or without.
 
 Architecture: Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G, on the VQGAN of
 Esser et al. 2021 (arXiv:2012.09841). Parameter names are those under `first_stage_model.` in
-CompVis checkpoints. Every normalisation has 32 groups and epsilon 1e-6. Of a VQ model the encoder
-ends before the codebook and the decoder begins with it: diffusion sees continuous latents.
+CompVis checkpoints. Every normalisation has 32 groups and epsilon 1e-6. In a VQ model the encoder
+ends before the codebook and the decoder begins with it: diffusion works on continuous latents.
 """
 
 from itertools import pairwise
@@ -122,7 +122,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture to features, before the 1x1 quantisation convolution."""
+    """Image to features, before the 1x1 quantisation convolution."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to picture, after the 1x1 quantisation convolution."""
+    """Features to image, after the 1x1 quantisation convolution."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """The encoding half of the first stage: picture to what says where its latents are."""
+    """The encoding half of the autoencoder: image to the moments of its latents."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -186,29 +186,29 @@ class LatentEncoder(nn.Module):
         self.quant_conv = nn.Conv2d(numbers * spec.z_channels, numbers * spec.embed_dim, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map pictures (B, 3, H, W) in [-1, 1] to moments (B, 2 embed_dim, H/f, W/f).
+        """Map images (B, 3, H, W) in [-1, 1] to moments (B, 2 embed_dim, H/f, W/f).
 
-        The first half of the channels is the posterior's mean, the second its log-variance. Of a
-        VQ model there are only latents, (B, embed_dim, H/f, W/f), continuous.
+        The first half of the channels is the posterior's mean, the second its log-variance. A VQ
+        model has only latents, (B, embed_dim, H/f, W/f), continuous.
         """
         moments: Tensor = self.quant_conv(self.encoder(image))
         return moments
 
 
 class LatentDecoder(nn.Module):
-    """The decoding half of the first stage: latents to picture, through the codebook if any."""
+    """The decoding half of the autoencoder: latents to image, through the codebook if any."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
         self.quantize: nn.Module = nn.Identity()
         if spec.kind == "vq":
-            assert spec.codebook_size is not None  # of that kind it is read off the codebook
+            assert spec.codebook_size is not None  # for that kind it is read from the codebook
             self.quantize = Quantizer(spec.codebook_size, spec.embed_dim)
         self.post_quant_conv = nn.Conv2d(spec.embed_dim, spec.z_channels, 1)
         self.decoder = Decoder(spec)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Map latents (B, embed_dim, h, w), not scaled, to pictures (B, 3, f h, f w)."""
+        """Map latents (B, embed_dim, h, w), not scaled, to images (B, 3, f h, f w)."""
         image: Tensor = self.decoder(self.post_quant_conv(self.quantize(latents)))
         return image
 

@@ -1,7 +1,7 @@
 """The transformer over prompts or layouts that the models of the latent-diffusion paper learn.
 
 Architecture: Rombach et al. 2022 (arXiv:2112.10752), appendix E.2.1: pre-normalised, without a
-mask, so that every token sees every other, padding too. Parameter names are those under
+mask, so that every token attends to every other, padding too. Parameter names are those under
 `cond_stage_model.` in CompVis checkpoints. Heads have 64 channels whatever the width.
 """
 
@@ -14,7 +14,7 @@ _HEAD_CHANNELS = 64
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with an inner width of its own."""
+    """Multi-head self-attention with its own inner width."""
 
     def __init__(self, spec: TextEncoderSpec) -> None:
         super().__init__()

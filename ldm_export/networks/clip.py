@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map (B, T, width) to the same shape; token i sees tokens 0 to i."""
+        """Map (B, T, width) to the same shape; token i attends to tokens 0 to i."""
         query, key, value = (
             layer(hidden).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)

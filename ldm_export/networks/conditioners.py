@@ -1,4 +1,4 @@
-"""What turns class labels and semantic maps into what conditions the UNet.
+"""The class embedder and the segmentation encoder, which condition the UNet.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752), appendix E.2. Parameter names are those under
 `cond_stage_model.` in CompVis checkpoints.
@@ -25,12 +25,13 @@ class ClassEmbedder(nn.Module):
 
 
 class SpatialRescaler(nn.Module):
-    """A semantic map, halved to the size of the latents, with learned channels for its classes.
+    """A segmentation encoder: a map reduced to latent size, with learned channels for its classes.
 
-    The paper's code halves a map of one channel a class by bilinear interpolation and applies a 1x1
-    convolution without bias. Both are linear and one acts on space, the other on channels, so that
-    they commute, and the convolution of a one-hot pixel is a column of its matrix: looking it up
-    first needs 3 channels where that needs 182. A bilinear halving is the mean of four pixels.
+    The paper's code halves a map of one channel per class by bilinear interpolation and applies a
+    1x1 convolution without bias. Both are linear and one acts on space, the other on channels, so
+    that they commute, and the convolution of a one-hot pixel is a column of its matrix: looking it
+    up first needs 3 channels where that needs 182. Bilinear downsampling by 2 is the mean of four
+    pixels.
     """
 
     def __init__(self, spec: SegmentationEncoderSpec) -> None:

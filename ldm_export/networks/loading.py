@@ -1,4 +1,4 @@
-"""Builds a component's network without weights and fills it strictly from a checkpoint."""
+"""The networks of components, built without weights and filled strictly from a checkpoint."""
 
 import mmap
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class Weight(Protocol):
         ...
 
 
-#: The torch module of every kind of network but the autoencoder, by the class of its record.
+#: The torch module of every kind of network except the autoencoder, by the class of its record.
 _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyType(
     {
         TextEncoderSpec: lambda record: _TEXT_ENCODERS[record.kind](record),
@@ -55,7 +55,7 @@ _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyT
 _TEXT_ENCODERS: Mapping[str, Callable[[TextEncoderSpec], nn.Module]] = MappingProxyType(
     {"clip": ClipTextEncoder, "bert": BertTextEncoder}
 )
-#: Those of its two halves, by role.
+#: The modules of the autoencoder's two halves, by role.
 _HALVES: Mapping[str, Callable[[AutoencoderSpec], nn.Module]] = MappingProxyType(
     {"decoder": LatentDecoder, "encoder": LatentEncoder}
 )
@@ -89,7 +89,7 @@ def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight])
 
     Args:
         component: Name in `ldm_runtime.specs.components.COMPONENTS`.
-        spec: What the checkpoint is.
+        spec: The model.
         weights: The checkpoint's tensors by parameter name of the network.
 
     Raises:
@@ -108,7 +108,7 @@ def _as_float32(component: str, name: str, weight: Weight) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(stored, dtype=np.float32, order="C"))
     _give_back(stored)
     lowest, highest = torch.aminmax(tensor)
-    if not (lowest.isfinite() and highest.isfinite()):  # NaN is the extreme of whatever has it
+    if not (lowest.isfinite() and highest.isfinite()):  # aminmax propagates NaN
         raise WeightsError(
             f"tensor {name} of the {component} has values that are not finite numbers; the "
             "training that made this checkpoint failed, take an earlier one"
@@ -117,7 +117,7 @@ def _as_float32(component: str, name: str, weight: Weight) -> torch.Tensor:
 
 
 def _give_back(array: npt.NDArray[np.generic]) -> None:
-    """Let the system take back the pages of a mapped file that `array` was read from.
+    """Give back to the operating system the pages of a mapped file that `array` was read from.
 
     A checkpoint is read once, front to back; without this both it and the copy stay resident.
     """

@@ -1,11 +1,11 @@
-"""The codebook of a VQ first stage, and the nearest of its vectors to every latent pixel.
+"""The codebook of a VQ autoencoder, and the nearest of its vectors to every latent pixel.
 
 Source: van den Oord et al. 2017 (arXiv:1711.00937), section 3.1. The nearest e to z has the largest
-2 z.e - |e|^2, because |z|^2 is the same for all of them. Two decisions are about numbers:
+2 z.e - |e|^2, because |z|^2 is the same for all of them. Two design decisions:
 
-* The table of pixels times codes would take 128 MiB for one picture of 256x256 and 8192 codes. It
-  is made a piece of the codebook at a time, and only the place of the best is kept. Nothing else
-  reads a piece of the table, so that no order of execution keeps two of them.
+* The table of pixels times codes would take 128 MiB for one image of 256x256 and 8192 codes. It
+  is computed a piece of the codebook at a time, and only the index of the best is kept. Nothing
+  else reads a piece of the table, so that no order of execution keeps two of them.
 * Products are element by element and not a matrix product, which GPU engines compute in TF32 even
   where a graph says float32; ten bits do not tell neighbours in a codebook apart.
 """
@@ -37,7 +37,7 @@ class Quantizer(nn.Module):
         return codes.permute(0, 3, 1, 2)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Return which vector is nearest to every pixel of latents (B, dim, h, w).
+        """Return the index of the vector nearest to every pixel of latents (B, dim, h, w).
 
         Returns:
             Rows of the codebook (B, h, w) int64, the first of several that are equally near.
@@ -52,11 +52,11 @@ class Quantizer(nn.Module):
 
 
 def _scores(doubled: Sequence[Tensor], codes: Sequence[Tensor]) -> Tensor:
-    """Return 2 z.e - |e|^2, (B, N, n), for every pixel and code, both one tensor a channel.
+    """Return 2 z.e - |e|^2, (B, N, n), for every pixel and code, both one tensor per channel.
 
     Args:
         doubled: 2 z, each (B, N, 1).
-        codes: e, each (n,) or, with codes of its own for every pixel, (B, N, n).
+        codes: e, each (n,) or, with its own codes per pixel, (B, N, n).
     """
     products, squares = doubled[0] * codes[0], codes[0] * codes[0]
     for pixel, code in zip(doubled[1:], codes[1:], strict=True):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ldm_export.networks.attention import AttentionBlock, SpatialTransformer
 from ldm_export.networks.unet_blocks import (
     Downsample,
-    ExportStep,
     Resampling,
     ResBlock,
+    UNetBlock,
     Upsample,
     timestep_embedding,
 )
@@ -38,7 +38,7 @@ class UNet(nn.Module):
         )
         self.input_blocks, widths = self._encoder()
         channels = widths[-1]
-        self.middle_block = ExportStep(
+        self.middle_block = UNetBlock(
             self._res(channels, channels),
             self._attention(channels, spec.middle_depth),
             self._res(channels, channels),
@@ -54,10 +54,10 @@ class UNet(nn.Module):
         """Predict from noisy latents.
 
         Args:
-            latents: (B, in_channels, h, w), h and w multiples of 2 ** (levels - 1). Channels that
-                condition pixel by pixel lie behind those of the latents.
+            latents: (B, in_channels, h, w), h and w multiples of 2 ** (levels - 1). Channels of
+                concatenated conditioning follow those of the latents.
             timesteps: (B,) float32, 0 to the length of the training schedule, may be fractional.
-            context: (B, T, context_dim), or None of a UNet without cross-attention.
+            context: (B, T, context_dim), or None for a UNet without cross-attention.
 
         Returns:
             Prediction (B, out_channels, h, w).
@@ -66,27 +66,27 @@ class UNet(nn.Module):
         features = timestep_embedding(timesteps, self.spec.model_channels)
         embedding = self.time_embed(features.to(latents.dtype))
         hidden, skips = latents, []
-        for step in self.input_blocks:
-            hidden = step(hidden, embedding, context)
+        for block in self.input_blocks:
+            hidden = block(hidden, embedding, context)
             skips.append(hidden)
         hidden = self.middle_block(hidden, embedding, context)
-        for step in self.output_blocks:
-            hidden = step(torch.cat([hidden, skips.pop()], dim=1), embedding, context)
+        for block in self.output_blocks:
+            hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding, context)
         prediction: Tensor = self.out(hidden)
         return prediction
 
     def _encoder(self) -> tuple[nn.ModuleList, list[int]]:
         spec, channels = self.spec, self.spec.model_channels
-        blocks = nn.ModuleList([ExportStep(nn.Conv2d(spec.in_channels, channels, 3, padding=1))])
+        blocks = nn.ModuleList([UNetBlock(nn.Conv2d(spec.in_channels, channels, 3, padding=1))])
         widths = [channels]
         for level, mult in enumerate(spec.channel_mult):
             for _ in range(spec.num_res_blocks):
                 width = mult * spec.model_channels
-                blocks.append(ExportStep(self._res(channels, width), *self._level(level, width)))
+                blocks.append(UNetBlock(self._res(channels, width), *self._level(level, width)))
                 channels = width
                 widths.append(channels)
             if level + 1 < len(spec.channel_mult):
-                blocks.append(ExportStep(self._resample(channels, "down")))
+                blocks.append(UNetBlock(self._resample(channels, "down")))
                 widths.append(channels)
         return blocks, widths
 
@@ -100,7 +100,7 @@ class UNet(nn.Module):
                 channels = width
                 if level > 0 and index == spec.num_res_blocks:
                     layers.append(self._resample(channels, "up"))
-                blocks.append(ExportStep(*layers))
+                blocks.append(UNetBlock(*layers))
         return blocks
 
     def _res(

@@ -1,4 +1,4 @@
-"""What the UNet is built of besides attention: residual blocks, changes of resolution, stages.
+"""The blocks of the UNet other than attention: residual blocks, resampling, numbered blocks.
 
 Source: Dhariwal and Nichol 2021 (arXiv:2105.05233), section 3 and appendix B, whose residual blocks
 may change the resolution and take the time embedding as a scale and a shift.
@@ -125,8 +125,8 @@ class Upsample(nn.Module):
         return out
 
 
-class ExportStep(nn.Sequential):
-    """Layers of one numbered block; each gets what it needs besides the hidden state."""
+class UNetBlock(nn.Sequential):
+    """Layers of one numbered block; each gets its inputs in addition to the hidden state."""
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, embedding: Tensor, context: Tensor | None

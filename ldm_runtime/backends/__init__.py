@@ -1,7 +1,7 @@
-"""What can run a network: the one interface, and how to find something that satisfies it.
+"""Backends, which run networks: their interface, and the choice of one that can run here.
 
-A backend is a module with one record and three functions (see `Backend`); it is imported on first
-use, so that a package that is not installed only matters to the caller who asks for it.
+A backend is a module with one record and three functions (see `Backend`). It is imported on first
+use, so that a missing package only matters to the caller who asks for that backend.
 """
 
 import logging
@@ -24,7 +24,7 @@ class Backend(Protocol):
 
     @property
     def ABILITIES(self) -> Abilities:  # noqa: N802  (a constant of the module)
-        """What its engines can do."""
+        """Abilities of its engines."""
         ...
 
     def open_engine(self, source: EngineSource) -> Engine:
@@ -46,13 +46,13 @@ class Backend(Protocol):
         ...
 
     def version(self) -> str:
-        """Return the version of the library behind it."""
+        """Return the version of the library that it uses."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendEntry:
-    """Where a backend's module is, and the extra of `ldm-deploy` that installs what it needs.
+    """Location of a backend: its module, and the extra of `ldm-deploy` that installs its packages.
 
     Attributes:
         module: The module.
@@ -65,7 +65,7 @@ class BackendEntry:
     automatic: bool = True
 
 
-#: Every backend, the one to prefer first.
+#: Every backend, in order of preference.
 BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
     {
         "tensorrt": BackendEntry(module="ldm_runtime.backends.tensorrt", extra="tensorrt"),
@@ -111,8 +111,8 @@ def choose_backend(
 ) -> str:
     """Return the name of the backend to use: `name` itself, or for "auto" the first that can run.
 
-    Every step down from a backend that the bundle or the machine was made ready for is logged in
-    one sentence.
+    Passing over a backend that the bundle or the machine was prepared for is logged, with the
+    reason.
 
     Raises:
         BackendError: `name` cannot run this bundle here, or for "auto" none can.

@@ -1,4 +1,4 @@
-"""The interface of everything that can run a network."""
+"""The interface of a backend: engines, their inputs, and the resources that they share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 
 
 class Runner(Protocol):
-    """The half of an engine that computes."""
+    """The part of an engine that runs the network."""
 
     def run(self, inputs: Tensors) -> Tensors:
         """Run once.
@@ -41,16 +41,16 @@ class BindingRunner(Runner, Protocol):
     """A runner that can keep some of its inputs from call to call."""
 
     def bind(self, constants: Tensors) -> Runner:
-        """Return this network with some inputs fixed, for `run` to be given only the others.
+        """Return this network with some inputs fixed; `run` then takes only the others.
 
         A device backend uploads them once. The engine itself does not change, so that threads do
-        not meet each other's constants.
+        not see each other's constants.
         """
         ...
 
 
 class Engine(BindingRunner, Protocol):
-    """One loaded network. Opened on construction, closed by `with`; never half-ready.
+    """One loaded network: ready to run once constructed, closed by `with`.
 
     Several threads may call `run` at once.
     """
@@ -71,7 +71,7 @@ class Engine(BindingRunner, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BoundInputs:
-    """A `bind` for engines that gain nothing from it: the constants travel with every call."""
+    """A runner with constants that are passed on with every call, for engines without `bind`."""
 
     runner: Runner
     constants: Tensors
@@ -82,7 +82,7 @@ class BoundInputs:
 
 
 def bind_constants(runner: Runner, constants: Tensors) -> Runner:
-    """Return `runner` with some inputs fixed, by its own `bind` if it has one."""
+    """Return `runner` with some inputs fixed, by its `bind` method if it has one."""
     if isinstance(runner, BindingRunner):
         return runner.bind(constants)
     return BoundInputs(runner=runner, constants=constants)
@@ -90,16 +90,16 @@ def bind_constants(runner: Runner, constants: Tensors) -> Runner:
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
-    """What the engines of a backend can do, and when it is expected to run.
+    """Abilities of the engines of a backend, and when it is expected to run.
 
     Attributes:
-        variant: The graphs that its engines are made from, on which the bounds of `ldm verify`
+        variant: Precision of the graphs that its engines run, on which the bounds of `ldm verify`
             depend.
         limited_shapes: Whether an engine takes the shapes of its profiles and no others.
-        min_shared_samples: Batch size from which on a sample has the same bits whatever else is in
-            its batch; see `ldm_runtime.pipeline.batching`.
-        is_prepared: Whether the user made this machine or this bundle (None: any bundle) ready for
-            the backend, so that choosing another one deserves a sentence.
+        min_shared_samples: Smallest batch size from which on results are batch-invariant, bit for
+            bit; see `ldm_runtime.pipeline.batching`.
+        is_prepared: Whether the user prepared this machine or this bundle (None: any bundle) for
+            the backend, so that choosing another one is logged.
     """
 
     variant: GraphVariant
@@ -109,7 +109,7 @@ class Abilities:
 
 
 def always_prepared(_manifest: Manifest | None) -> bool:
-    """Say that passing over a backend always deserves a sentence."""
+    """Return True: passing over the backend is always logged."""
     return True
 
 
@@ -129,13 +129,13 @@ def check_input_names(component: ComponentRecord, inputs: Mapping[str, object]) 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How engines run, for the backends that have the choice; the others ignore it.
+    """Options of how engines run; backends without the choice ignore them.
 
     Attributes:
-        cuda_graphs: Whether a GPU replays a recorded graph for shapes that it has seen, which
+        cuda_graphs: Whether a GPU replays a captured CUDA graph for shapes that it has seen, which
             saves the launch of every kernel; the results are the same.
-        specialization: When TensorRT-RTX compiles kernels for the very shapes asked for: "lazy" in
-            the background while general ones run, "eager" before the first result, "none" never.
+        specialization: When TensorRT-RTX compiles kernels for the exact input shapes: "lazy" in
+            the background while generic ones run, "eager" before the first result, "none" never.
     """
 
     cuda_graphs: bool = True
@@ -143,32 +143,32 @@ class RunOptions:
 
 
 class SharedResources:
-    """What the engines of one generator have in common, such as scratch memory on a GPU."""
+    """Resources that the engines of one generator share, such as scratch memory on a GPU."""
 
     def __init__(self) -> None:
-        self._things: dict[str, Any] = {}
+        self._resources: dict[str, Any] = {}
         self._lock = Lock()
 
     def obtain(self, name: str, make: Callable[[], Resource]) -> Resource:
-        """Return the thing of that name, made by the first to ask."""
+        """Return the resource of that name, made on first use."""
         with self._lock:
-            if name not in self._things:
-                self._things[name] = make()
-            return cast("Resource", self._things[name])
+            if name not in self._resources:
+                self._resources[name] = make()
+            return cast("Resource", self._resources[name])
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSource:
-    """What a backend opens: one component of one bundle.
+    """One component of one bundle, for a backend to open.
 
     Attributes:
         bundle: The bundle's folder.
         manifest: Its manifest.
         component: The record of the network to open.
-        threads: How many threads may compute; None leaves it to the backend.
+        threads: Number of compute threads; None leaves it to the backend.
         check_hashes: Whether to compare the contents of files with the manifest, or only sizes.
         options: How the engine runs.
-        shared: What it has in common with the other engines of its generator.
+        shared: Resources that it shares with the other engines of its generator.
     """
 
     bundle: Path
@@ -180,7 +180,7 @@ class EngineSource:
     shared: SharedResources = field(default_factory=SharedResources, compare=False)
 
     def graph(self, variant: GraphVariant) -> Path:
-        """Return the path of a graph, having checked it and its weights.
+        """Check a graph and its weights, and return the path of the graph.
 
         Raises:
             BackendError: The component has no such graph.

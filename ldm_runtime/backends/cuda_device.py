@@ -1,8 +1,8 @@
-"""The one place that works with CUDA: memory on a GPU, copies, one stream, recorded graphs.
+"""CUDA for the TensorRT backend: memory on a GPU, copies, one stream, captured graphs.
 
-`Device` is what the TensorRT backend needs of a GPU, and what tests put a fake in place of;
-`CudaDevice` is that over `cuda.core`, as thin as can be. Whether there is a GPU at all is for
-`ldm_runtime.engines.gpu` to say, before anything here is made.
+`Device` is the interface that the TensorRT backend needs of a GPU, and that tests replace by a
+fake; `CudaDevice` implements it over `cuda.core`. Whether there is a GPU at all is checked first,
+by `ldm_runtime.engines.gpu`.
 """
 
 import ctypes
@@ -20,34 +20,34 @@ _MIB = 1024**2
 
 
 class DeviceMemory(Protocol):
-    """Some bytes on the GPU."""
+    """A block of memory on the GPU."""
 
     @property
     def address(self) -> int:
-        """Where they are."""
+        """Its address."""
         ...
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Its size in bytes."""
         ...
 
     def close(self) -> None:
-        """Free them once the stream has come so far. Closing twice is harmless."""
+        """Free it in the order of the stream. Closing twice is harmless."""
         ...
 
 
 class HostMemory(Protocol):
-    """Some pinned bytes on the host."""
+    """A block of pinned memory on the host."""
 
     @property
     def address(self) -> int:
-        """Where they are."""
+        """Its address."""
         ...
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Its size in bytes."""
         ...
 
     @property
@@ -56,12 +56,12 @@ class HostMemory(Protocol):
         ...
 
     def close(self) -> None:
-        """Free them; nothing may be using them."""
+        """Free it; nothing may be using it."""
         ...
 
 
 class RecordedGraph(Protocol):
-    """Work recorded on a stream, to be repeated at once."""
+    """A CUDA graph: work captured on a stream, to be replayed with one launch."""
 
     def launch(self) -> None:
         """Enqueue the work again."""
@@ -73,7 +73,7 @@ class RecordedGraph(Protocol):
 
 
 class Device(Protocol):
-    """A GPU as the TensorRT backend needs it: all work is in order on one non-default stream."""
+    """A GPU with one non-default stream, on which all work is done in order."""
 
     @property
     def stream(self) -> int:
@@ -85,7 +85,7 @@ class Device(Protocol):
         ...
 
     def allocate(self, size: int) -> DeviceMemory:
-        """Reserve memory on the GPU.
+        """Allocate memory on the GPU.
 
         Raises:
             BackendError: There is not enough.
@@ -93,7 +93,7 @@ class Device(Protocol):
         ...
 
     def allocate_pinned(self, size: int) -> HostMemory:
-        """Reserve memory on the host that the GPU can copy from and to directly.
+        """Allocate pinned memory on the host, which the GPU can copy from and to directly.
 
         Raises:
             BackendError: There is not enough.
@@ -105,10 +105,10 @@ class Device(Protocol):
         ...
 
     def record(self, work: Callable[[], None]) -> RecordedGraph:
-        """Record what `work` enqueues, which does not run it.
+        """Capture the work that `work` enqueues, without running it.
 
         Raises:
-            BackendError: The work cannot be recorded.
+            BackendError: The work cannot be captured.
         """
         ...
 
@@ -117,12 +117,12 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the stream."""
+        """Close the stream."""
         ...
 
 
 class CudaDevice:
-    """The first GPU through `cuda.core`; see `Device`.
+    """The first visible GPU, through `cuda.core`; see `Device`.
 
     Args:
         load: Imports the modules of NVIDIA's bindings; tests pass fakes.
@@ -150,17 +150,17 @@ class CudaDevice:
 
     def make_current(self) -> None:
         """Use this GPU in the calling thread."""
-        with self._translated("turning to the GPU"):
+        with self._translated("selecting the GPU"):
             self._device.set_current()
 
     def allocate(self, size: int) -> DeviceMemory:
-        """Reserve memory on the GPU, in the order of the stream."""
-        with self._translated(f"reserving {size / _MIB:.0f} MiB on the GPU"):
+        """Allocate memory on the GPU, in the order of the stream."""
+        with self._translated(f"allocating {size / _MIB:.0f} MiB on the GPU"):
             return _CudaMemory(self._device.allocate(size, stream=self._stream), size)
 
     def allocate_pinned(self, size: int) -> HostMemory:
-        """Reserve pinned memory on the host."""
-        with self._translated(f"reserving {size / _MIB:.0f} MiB of pinned memory"):
+        """Allocate pinned memory on the host."""
+        with self._translated(f"allocating {size / _MIB:.0f} MiB of pinned memory"):
             return _PinnedMemory(self._pinned.allocate(size), size)
 
     def copy(self, target: int, source: int, size: int) -> None:
@@ -170,8 +170,8 @@ class CudaDevice:
             raise BackendError(f"CUDA failed copying {size} bytes: {status}")
 
     def record(self, work: Callable[[], None]) -> RecordedGraph:
-        """Record what `work` enqueues on the stream."""
-        with self._translated("recording a graph"):
+        """Capture the work that `work` enqueues on the stream."""
+        with self._translated("capturing a graph"):
             builder = self._stream.create_graph_builder()
             builder.begin_building("thread_local")
             try:
@@ -186,7 +186,7 @@ class CudaDevice:
             self._stream.sync()
 
     def close(self) -> None:
-        """Let go of the stream."""
+        """Close the stream."""
         self._stream.close()
 
     def _launch(self, graph: Any) -> None:  # noqa: ANN401  (ships few types)
@@ -195,7 +195,7 @@ class CudaDevice:
 
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
-        """Turn what cuda.core raises into our error."""
+        """Translate the exceptions of cuda.core into `BackendError`."""
         try:
             yield
         except (self._fault, RuntimeError, MemoryError) as error:

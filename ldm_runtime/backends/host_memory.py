@@ -1,6 +1,6 @@
-"""What a run takes of this machine's memory, at the least, and whether that is there.
+"""Host memory: a lower bound of what a run needs, compared with what is available.
 
-Linux gives memory that it does not have and kills whoever uses it, without a word. A picture that
+Linux overcommits memory and kills the process that uses it, without a message. An image that
 cannot fit is therefore refused before its network runs.
 """
 
@@ -13,7 +13,7 @@ from ldm_runtime.specs.networks import AutoencoderSpec, UNetSpec
 from ldm_runtime.specs.tasks import task_record
 
 _FLOAT32_BYTES = 4
-_NEGLIGIBLE_BYTES = 100_000_000  # so much is always there, and looking takes time
+_NEGLIGIBLE_BYTES = 100_000_000  # always available, and checking takes time
 _MEMINFO, _GROUP_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
@@ -24,20 +24,20 @@ def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: i
         name: Of the network.
         spec: The model.
         lengths: Of the network's axes in this run.
-        held: What this returned for an earlier run. An engine keeps what it once took, so that a
-            run that wants no more than that takes nothing.
+        held: The return value for an earlier run. An engine keeps the memory that it once
+            allocated, so that a run that needs no more than that allocates nothing.
 
     Returns:
         Bytes of the run's largest tensor, or `held` if that is more.
 
     Raises:
-        BackendError: Even its largest tensor is more than there is.
+        BackendError: Its largest tensor alone exceeds the available memory.
     """
     wanted = least_bytes(name, spec, lengths)
     if wanted <= max(held, _NEGLIGIBLE_BYTES) or wanted - held <= (there := available_bytes()):
         return max(held, wanted)
-    rows, height, width = _rows_and_pixels(spec.autoencoder, lengths)
-    times = f"{rows} times " if rows > 1 else ""
+    batch, height, width = _batch_and_pixels(spec.autoencoder, lengths)
+    times = f"{batch} times " if batch > 1 else ""
     tiles = ", or for tiles (tile_size)" if _decodes_in_tiles(name, spec) else ""
     raise BackendError(
         f"{name} takes at least {wanted / 1e9:,.1f} GB for {times}{width}x{height} pixels, "
@@ -47,16 +47,16 @@ def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: i
 
 
 def least_bytes(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> int:
-    """Return the bytes of the largest tensor of one run, in float32: a part of what the run takes.
+    """Return the bytes of the largest tensor of one run, in float32: a lower bound of its need.
 
-    That is either all features of the first level or one attention's scores, of every pixel with
-    every other. Of the UNet and the autoencoder; 0 of the others, which take little.
+    That is either all features of the first level or the scores of one attention, of every pixel
+    with every other. For the UNet and the autoencoder; 0 for the others, which need little.
     """
     if name == "unet" and spec.unet is not None:
         values = _unet_values(spec.unet, lengths["height"], lengths["width"])
     elif name in {"vae_decoder", "vae_encoder"}:
         values = _autoencoder_values(
-            spec.autoencoder, *_rows_and_pixels(spec.autoencoder, lengths)[1:]
+            spec.autoencoder, *_batch_and_pixels(spec.autoencoder, lengths)[1:]
         )
     else:
         return 0
@@ -64,13 +64,13 @@ def least_bytes(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> int:
 
 
 def available_bytes(*, swap: bool = True) -> float:
-    """Return the bytes of memory that a program may still take; infinity where nobody says.
+    """Return the bytes of memory that are available to a process; infinity where unknown.
 
-    Of a group of processes that is limited by Linux's control groups (version 2), as containers
-    are, no more than its limit; what of that is in use already is not known here.
+    Under a limit of Linux's control groups (version 2), as in containers, no more than that limit;
+    how much of it is in use already is not known here.
 
     Args:
-        swap: Whether what can be swapped out counts.
+        swap: Whether free swap space counts.
     """
     try:
         lines = _MEMINFO.read_text().splitlines()
@@ -98,7 +98,7 @@ def _decodes_in_tiles(name: str, spec: ModelSpec) -> bool:
     return name == "vae_decoder" and "tile_size" in task_record(spec).takes
 
 
-def _rows_and_pixels(spec: AutoencoderSpec, lengths: Mapping[str, int]) -> tuple[int, int, int]:
+def _batch_and_pixels(spec: AutoencoderSpec, lengths: Mapping[str, int]) -> tuple[int, int, int]:
     """Return batch, height and width in pixels."""
     if "image_height" in lengths:
         return lengths["batch"], lengths["image_height"], lengths["image_width"]

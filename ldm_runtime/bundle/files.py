@@ -9,7 +9,7 @@ from ldm_runtime.errors import BundleError
 
 
 def checked_file(bundle: Path, manifest: Manifest, path: str, *, hashed: bool = True) -> Path:
-    """Return the full path of a file of a bundle, having compared it with its record.
+    """Compare a file of a bundle with its record, and return its full path.
 
     Raises:
         BundleError: The path leaves the bundle, is not in the manifest, or the file is missing
@@ -30,7 +30,7 @@ def check_file(bundle: Path, record: FileRecord, *, hashed: bool = True) -> None
 
     Args:
         bundle: The bundle's folder.
-        record: What the manifest says of the file.
+        record: Its record in the manifest.
         hashed: Whether to compare the contents and not only the size.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The records of a bundle, and the one function that reads them.
+"""The records of a bundle, and the function that reads them.
 
 `manifest.json` in a bundle decodes straight into `Manifest`. No field has a default, so that a
-misspelt or forgotten key is always an error. The records are also what `ldm_export` passes
-around while it works: `ModelSpec` says what a checkpoint is, everything else is derived from it.
+misspelt or missing key is always an error. `ldm_export` works on the same records: `ModelSpec`
+describes a checkpoint, everything else is derived from it.
 """
 
 import math
@@ -34,12 +34,12 @@ class GraphRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRecord:
-    """How far one graph was from torch on one set of inputs when it was exported.
+    """Difference of one graph from torch on one set of inputs, measured at export.
 
     Attributes:
         variant: Which graph.
         reference: "stored" for torch fp32 over the bundle's weights, "checkpoint" for torch fp32
-            over the checkpoint's own weights.
+            over the checkpoint's weights.
         batch: Batch size of the inputs.
         height: Latent height of the inputs (0 where the component has none).
         width: Latent width of the inputs (0 where the component has none).
@@ -68,7 +68,7 @@ class ComponentRecord:
         outputs: Outputs of every graph.
         graphs: The graphs, all over `weights_file`.
         weights_file: Path of the one file of weights.
-        fp32_islands: What stays in fp32 inside the fp16 graph, as operator or pattern names.
+        fp32_islands: Operators or patterns, by name, that stay in fp32 inside the fp16 graph.
         parity: Measured differences from torch.
         key: Hash of everything the component was made from; equal keys mean equal components.
     """
@@ -85,13 +85,13 @@ class ComponentRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewRecord:
-    """A linear map from latents to a picture of one pixel a latent pixel, fitted at export.
+    """A linear map from latents to an image of one pixel per latent pixel, fitted at export.
 
     Attributes:
-        matrix: Red, green and blue, from -1 to 1, of every channel of latents in the UNet's scale.
-        bias: What is added to each.
-        r2: Share of the variance that the map explains of pictures it was not fitted to; at most 1,
-            and below 0 where their mean colour would be the better guess.
+        matrix: Red, green and blue, from -1 to 1, per channel of latents in the UNet's scale.
+        bias: Added to red, green and blue.
+        r2: Share of the variance that the map explains on images it was not fitted to; at most 1,
+            and below 0 where their mean colour would be the better prediction.
     """
 
     matrix: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
@@ -110,7 +110,7 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRecord:
-    """How and with what the bundle was built."""
+    """Provenance of a bundle: its checkpoint, the versions of packages, and the build time."""
 
     checkpoint: str
     checkpoint_sha256: str
@@ -126,8 +126,8 @@ class Manifest:
         tokenizer_file: Path of the vocabulary inside the bundle, or None without prompts.
         golden: Folders with a golden request, its latents and images.
         golden_key: Hash of everything the golden outputs were made from.
-        preview: What latents look like without decoding them, or None if that cannot be said.
-        engines: Paths of the records of TensorRT engines, each beside its plan.
+        preview: The map from latents to previews, or None if there is none.
+        engines: Paths of the records of TensorRT engines, each next to its engine file.
         files: Every file of the bundle but the manifest itself.
     """
 
@@ -182,24 +182,24 @@ def load_manifest(bundle: Path) -> Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return the JSON text of `manifest`, one key a line."""
+    """Return the JSON text of `manifest`, one key per line."""
     return msgspec.json.format(msgspec.json.encode(manifest, enc_hook=encode_networks), indent=1)
 
 
 def encode_networks(value: object) -> object:
-    """Return the networks of a specification as JSON has them, for msgspec's `enc_hook`.
+    """Return the networks of a specification as a JSON object, for msgspec's `enc_hook`.
 
     Raises:
         NotImplementedError: `value` is anything else.
     """
     if isinstance(value, Networks):
         return dict(value)
-    raise NotImplementedError(f"a manifest holds no {type(value).__name__}")
+    raise NotImplementedError(f"a manifest cannot hold a {type(value).__name__}")
 
 
 def _decode_networks(kind: type, value: object) -> Networks:
-    """Read the networks of a specification, each by the record that its name stands for."""
-    assert kind is Networks, "the only field of a manifest that is no plain record"
+    """Read the networks of a specification, each as the record for its name."""
+    assert kind is Networks, "the only field of a manifest that is not a plain record"
     if not isinstance(value, dict):
         raise ValueError("networks must be an object")
     if unknown := value.keys() - NETWORK_RECORDS.keys():
@@ -236,7 +236,7 @@ def _check_version(path: Path, version: int) -> None:
 
 
 def _check_sense(path: Path, manifest: Manifest) -> None:
-    """Check what types cannot say and others rely on; damage elsewhere is found by hashes."""
+    """Check values that types cannot express; damage elsewhere is found by hashes."""
     spec = manifest.spec
     autoencoder, unet, text = spec.autoencoder, spec.unet, spec.find(TextEncoderSpec)
     scale, networks = autoencoder.latent_scale_factor, "spec.networks"

@@ -1,4 +1,4 @@
-"""The command `ldm`, a module for each part of it."""
+"""The command `ldm`, with one module per part."""
 
 from ldm_runtime.cli.commands import main
 

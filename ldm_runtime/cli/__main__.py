@@ -1,4 +1,4 @@
-"""`python -m ldm_runtime.cli`: the command where its script is not on the path."""
+"""`python -m ldm_runtime.cli`: the command `ldm` where its script is not on the path."""
 
 import sys
 

@@ -22,13 +22,13 @@ _INTERRUPTED = 130
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `ldm`; every flag of `generate` is a field of a request."""
     parser = argparse.ArgumentParser(
-        prog="ldm", description="Draw images from a bundle made by ldm-export."
+        prog="ldm", description="Generate images from a bundle made by ldm-export."
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(title="commands", dest="command")
-    generating = commands.add_parser("generate", help="draw images of what the bundle takes")
+    generating = commands.add_parser("generate", help="generate images")
     add_generate_arguments(generating)
-    _add_engine_options(generating.add_argument_group("what runs it"))
+    _add_engine_options(generating.add_argument_group("Engine"))
     generating.set_defaults(run=generate)
     _add_verify(commands.add_parser("verify", help="compare this machine's images with torch's"))
     inspect = commands.add_parser("inspect", help="describe an image, a bundle or a checkpoint")
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command of `ldm`.
 
     Returns:
         0 on success, 1 for a failure, 2 for a request or usage that is wrong, 130 if interrupted.
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.error("say what to do: generate, verify, inspect, doctor or build-engines")
         status = int(args.run(args))
-        sys.stdout.flush()  # so that a reader who left is noticed here
+        sys.stdout.flush()  # so that a closed pipe is noticed here
         return status
-    except BrokenPipeError:  # as of `ldm inspect engines/ | head`: nobody is left to tell
+    except BrokenPipeError:  # as of `ldm inspect engines/ | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except LdmError as error:
@@ -92,7 +92,7 @@ def _add_build_engines(parser: argparse.ArgumentParser) -> None:
         "--builder",
         choices=("auto", "tensorrt", "tensorrt-rtx"),
         default="auto",
-        help="default: TensorRT if it and a GPU are here, else TensorRT-RTX",
+        help="default: TensorRT if it and a GPU are available, else TensorRT-RTX",
     )
     add_engine_arguments(parser)
     parser.set_defaults(run=_build_engines)
@@ -100,9 +100,11 @@ def _add_build_engines(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--backend", default="auto", help=f"{', '.join(BACKENDS)}, or the best that can: auto"
+        "--backend", default="auto", help=f"{', '.join(BACKENDS)}; auto: the best that can run here"
     )
-    parser.add_argument("--threads", type=_positive, help="default: one a physical core")
+    parser.add_argument(
+        "--threads", type=_positive, help="compute threads (default: one per physical core)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -112,7 +114,7 @@ def _positive(text: str) -> int:
 
 
 class _Once(logging.Filter):
-    """Shows a message the first time only: every image of a command meets the same ones."""
+    """Shows a message the first time only: every image of a command logs the same ones."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The flags that say which engines to build, for `ldm build-engines` and `ldm-export`."""
+"""Flags for the engines to build, for `ldm build-engines` and `ldm-export`."""
 
 import argparse
 import re
@@ -8,19 +8,19 @@ from ldm_runtime.engines.profiles import Size, SizeRange
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add every flag but the one for the builder."""
+    """Add all flags but the one for the builder."""
     group = parser.add_argument_group("TensorRT engines")
-    for name, what in (
-        ("min", "smallest picture, N or HEIGHTxWIDTH pixels (default: 256 below the native size)"),
-        ("opt", "picture they are made for (default: the native size)"),
-        ("max", "largest picture (default: 1.5 times the native size)"),
+    for name, text in (
+        ("min", "smallest image, N or HEIGHTxWIDTH pixels (default: 256 below the native size)"),
+        ("opt", "image size they are optimized for (default: the native size)"),
+        ("max", "largest image (default: 1.5 times the native size)"),
     ):
-        group.add_argument(f"--{name}-size", type=_size, metavar="SIZE", help=what)
+        group.add_argument(f"--{name}-size", type=_size, metavar="SIZE", help=text)
     group.add_argument(
         "--max-batch",
         type=int,
         metavar="N",
-        help="most images in one call; with guidance the UNet sees twice as many "
+        help="largest batch of images per call; with guidance the UNet's is twice as large "
         "(default: 4, static: 1)",
     )
     group.add_argument(
@@ -34,7 +34,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="SM,…",
         help=f"compute capabilities for TensorRT-RTX, of {','.join(TARGETS)} "
-        "(default: sm80 and later; sm75 if that is what is here)",
+        "(default: sm80 and later; sm75 if this GPU has it)",
     )
     group.add_argument(
         "--hardware-compatible",
@@ -42,12 +42,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="TensorRT: for every GPU of this compute capability, not only this model",
     )
     group.add_argument(
-        "--refittable", action="store_true", help="weights can be exchanged without a new build"
+        "--refittable", action="store_true", help="weights can be replaced without a new build"
     )
 
 
 def engine_options(args: argparse.Namespace, builder: str) -> EngineOptions:
-    """Return what the flags say; `builder` as people write it, such as "tensorrt-rtx"."""
+    """Return the options of the flags; `builder` as typed, such as "tensorrt-rtx"."""
     choices: dict[str, BuilderChoice] = {
         "auto": "auto",
         "none": "none",

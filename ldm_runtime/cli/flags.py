@@ -1,4 +1,4 @@
-"""The flags of `ldm generate` that are fields of a request, from the records of those fields."""
+"""Flags of `ldm generate` that are fields of a request, from the records of those fields."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     """Add a flag for every field of a request, and one for a file of them.
 
     Returns:
-        The groups of the help, by name, for whoever has more flags.
+        The argument groups by name, to add more flags to.
     """
     groups = {name: parser.add_argument_group(name) for name in get_args(Group)}
     for record in FIELDS.values():
@@ -27,7 +27,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
         "--requests",
         type=Path,
         metavar="FILE",
-        help="generate what the lines of a file say, one JSON request per line, several at once",
+        help="generate the requests of a file, one JSON object per line, several at once",
     )
     return groups
 
@@ -47,7 +47,7 @@ def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:
 
 
 def _label(text: str) -> int | str:
-    """Read a number as one; what it may not be is said by the request."""
+    """Read an integer as a number, anything else as a name; the request checks its range."""
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
@@ -55,7 +55,9 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers with commas, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be numbers separated by commas, got {text!r}"
+        ) from None
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -63,11 +65,11 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"must be whole numbers with commas, got {text!r}"
+            f"must be whole numbers separated by commas, got {text!r}"
         ) from None
 
 
-#: What reads the value of a flag, by the type of its field; all others are names of files.
+#: Readers of the value of a flag, by the type of its field; all others are names of files.
 _TYPES: Mapping[Any, Callable[[str], object]] = MappingProxyType(
     {
         int: int,

@@ -1,4 +1,4 @@
-"""`ldm generate`: what it draws, in which files, and what it shows meanwhile."""
+"""`ldm generate`: image generation, output files, and progress with previews."""
 
 import argparse
 import re
@@ -19,15 +19,25 @@ from ldm_runtime.requests.resolved import ResolvedRequest
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `ldm generate`, but for those that open a bundle."""
+    """Add the flags of `ldm generate`, except those of the engine."""
     group = add_request_arguments(parser)["Output"]
-    group.add_argument("--bundle", type=Path, default=Path("engines"), help="default: engines")
-    group.add_argument("--out-dir", type=Path, default=Path("out"), help="default: out")
     group.add_argument(
-        "--deadline-seconds", type=float, metavar="S", help="give up on a picture after so long"
+        "--bundle",
+        type=Path,
+        default=Path("engines"),
+        help="folder made by ldm-export (default: engines)",
     )
     group.add_argument(
-        "--preview-file", type=Path, metavar="FILE", help="PNG to keep showing what is being drawn"
+        "--out-dir", type=Path, default=Path("out"), help="folder for the images (default: out)"
+    )
+    group.add_argument(
+        "--deadline-seconds", type=float, metavar="S", help="give up on an image after S seconds"
+    )
+    group.add_argument(
+        "--preview-file",
+        type=Path,
+        metavar="FILE",
+        help="PNG to update with a preview after every step",
     )
 
 
@@ -37,7 +47,7 @@ def generate(args: argparse.Namespace) -> int:
     Raises:
         RequestError: A field is wrong, or is missing for the bundle's task.
     """
-    # Before the networks are opened, which takes its time.
+    # Requests are checked before the networks are opened, which takes time.
     requests = read_requests(args, load_manifest(args.bundle).spec)
     with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
         args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -55,7 +65,7 @@ def _generate_one_by_one(
     args: argparse.Namespace,
     progress: Progress,
 ) -> Iterator[Result]:
-    """Draw every image as a request of its own, so that it can be written at once."""
+    """Generate every image as a separate request, so that it can be written at once."""
     (request,) = requests
     names = _names(request.num_images)
     progress.plan(dict.fromkeys(names))
@@ -84,7 +94,9 @@ def _generate_together(
     progress: Progress,
 ) -> Iterator[Result]:
     if args.preview_file is not None or args.deadline_seconds is not None:
-        raise RequestError("requests", "go without --preview-file and --deadline-seconds")
+        raise RequestError(
+            "requests", "cannot be combined with --preview-file or --deadline-seconds"
+        )
     names = _names(len(requests))
     progress.plan(dict.fromkeys(names))
     results = generator.run_many(requests)
@@ -100,7 +112,7 @@ def _names(count: int) -> list[str]:
 
 
 def _write(result: Result, index: int, folder: Path) -> Path:
-    """Write one picture under the next free number."""
+    """Write one image under the next free number."""
     metadata = result.metadata(index)
     while True:
         numbers = (re.match(r"(\d{4,})-", path.name) for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""From the flags of `ldm generate`, or a file with a request a line, to resolved requests."""
+"""Resolved requests, from the flags of `ldm generate` or a file with one request per line."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.requests.task_checks import check_needs
 from ldm_runtime.specs.model import ModelSpec
 
-#: What to type for the fields that a task can need.
+#: Examples of flags for the fields that a task can need.
 _EXAMPLES: Mapping[str, str] = MappingProxyType(
     {name: record.example or name for name, record in FIELDS.items()}
 )
@@ -31,13 +31,13 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedReq
     values = {name: getattr(args, name) for name in FIELDS}
     if args.requests is None:
         if names is not None and values["class_label"] is None and values["layout"] is None:
-            raise RequestError("label_names", "means nothing without --class-label or --layout")
+            raise RequestError("label_names", "needs --class-label or --layout")
         request = parse_request(_with_labels(values, names))
         check_needs(request, spec, _EXAMPLES)
         return [resolve(request, spec)]
     for name, record in FIELDS.items():
         if values[name] != record.default:
-            raise RequestError(name, "does not go with --requests, whose lines have their own")
+            raise RequestError(name, "cannot be combined with --requests, whose lines set it")
     lines = enumerate(args.requests.read_bytes().splitlines(), start=1)
     requests = [
         _parse_line(line, f"{args.requests}, line {number}", names, spec)
@@ -45,7 +45,7 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedReq
         if line.strip()
     ]
     if not requests:
-        raise RequestError("requests", f"{args.requests} is empty; write a JSON object a line")
+        raise RequestError("requests", f"{args.requests} is empty; write one JSON object per line")
     return requests
 
 
@@ -56,7 +56,7 @@ def _parse_line(
         values = msgspec.json.decode(line, type=dict[str, object])
         return resolve(parse_request(_with_labels(values, names)), spec)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError("requests", f"{place} is no JSON object: {error}") from error
+        raise RequestError("requests", f"{place} is not a JSON object: {error}") from error
     except RequestError as error:
         raise RequestError("requests", f"{place}: {error}") from error
 
@@ -69,7 +69,7 @@ def _label_names(path: Path) -> Sequence[str]:
 
 
 def _with_labels(values: Mapping[str, object], names: Sequence[str] | None) -> dict[str, object]:
-    """Return the fields of a request with numbers for what is called by name."""
+    """Return the fields of a request with class names replaced by their numbers."""
     changed = dict(values)
     for name, numbered in (("class_label", _class_number), ("layout", read_layout)):
         if values.get(name) is not None:

@@ -1,6 +1,6 @@
-"""What each task feeds the UNet besides latents: context, channels behind the latents, or nothing.
+"""Conditioning of the UNet, by task: context, channels concatenated to the latents, or nothing.
 
-A module has one kind of conditioning, and `CONDITIONERS` says which kind a task has.
+Each module has one kind of conditioning; `CONDITIONERS` maps every task to its kind.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ __all__ = [
     "open_tokenizer",
 ]
 
-_NOTHING = Conditioner(lambda *_: Conditioning())
+_NO_CONDITIONING = Conditioner(lambda *_: Conditioning())
 
-#: How the requests of every task become conditioning.
+#: The conditioner of every task, which turns its requests into conditioning.
 CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
     {
-        "unconditional": _NOTHING,
+        "unconditional": _NO_CONDITIONING,
         "class-to-image": Conditioner(encode_class_label),
         "text-to-image": Conditioner(encode_text),
         "layout-to-image": Conditioner(encode_layout),
@@ -41,13 +41,13 @@ CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
         "super-resolution": Conditioner(encode_low_resolution),
         "inpainting": Conditioner(encode_masked_image, ("vae_encoder",)),
         "retrieval": Conditioner(encode_embeddings),
-        "autoencoder": _NOTHING,
+        "autoencoder": _NO_CONDITIONING,
     }
 )
 
 
 def conditioning_components(spec: ModelSpec) -> tuple[str, ...]:
-    """Return the networks that `encode_conditioning` asks for, by name."""
+    """Return the names of the networks that `encode_conditioning` needs."""
     conditioners = [
         name for name, component in components_of(spec).items() if component.role == "conditioner"
     ]
@@ -60,7 +60,7 @@ def encode_conditioning(
     request: ResolvedRequest,
     spec: ModelSpec,
 ) -> Conditioning:
-    """Return what conditions every image of a request.
+    """Return the conditioning that all images of a request share.
 
     Args:
         network: Returns the networks of `conditioning_components` by name.
@@ -69,6 +69,6 @@ def encode_conditioning(
         spec: The model.
 
     Raises:
-        RequestError: The model cannot take what the request gives.
+        RequestError: The model cannot take the conditions of the request.
     """
     return CONDITIONERS[spec.task].encode(network, tokenizer, request, spec)

@@ -1,4 +1,4 @@
-"""A class label as context: the learned row of its class."""
+"""A class label as context: the learned embedding of its class."""
 
 import numpy as np
 

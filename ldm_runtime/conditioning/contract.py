@@ -1,4 +1,4 @@
-"""What conditions a network, and what it takes to find out."""
+"""Conditioning of the UNet, and the interface of the conditioners that encode it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ OpenNetwork = Callable[[str], Runner]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conditioning:
-    """What the UNet is fed besides latents and timesteps, for one image.
+    """Inputs of the UNet in addition to latents and timesteps, for one image.
 
     Attributes:
-        context: What cross-attention attends to: (2, T, D), unconditional first, with guidance, or
-            (1, T, D) without; None for a model without cross-attention.
-        concat: What lies behind the latents, channel by channel: (1, c, h, w), or None. Guidance
-            has it in both halves.
+        context: Keys and values of cross-attention: (2, T, D), unconditional first, with guidance,
+            or (1, T, D) without; None for a model without cross-attention.
+        concat: Channels concatenated to the latents: (1, c, h, w), or None. With guidance both
+            halves of the batch have them.
     """
 
     context: Float32Array | None = None
@@ -36,11 +36,11 @@ Encode = Callable[[OpenNetwork, Tokenizer | None, ResolvedRequest, ModelSpec], C
 
 
 class Conditioner(NamedTuple):
-    """How the requests of a task become conditioning.
+    """Conditioner of a task: it turns requests into conditioning.
 
     Attributes:
         encode: Takes networks by name, the bundle's tokenizer, a resolved request and the model.
-        others: The components it asks for besides the model's conditioners.
+        others: The components it needs in addition to the model's conditioners.
     """
 
     encode: Encode

@@ -1,4 +1,4 @@
-"""Pictures behind the latents: one to enlarge, or one with a hole to fill."""
+"""Images concatenated to the latents: one to upscale, or one with a masked region to fill."""
 
 import numpy as np
 
@@ -17,18 +17,18 @@ def encode_low_resolution(
     request: ResolvedRequest,
     spec: ModelSpec,
 ) -> Conditioning:
-    """Return concat (1, 3, h, w): the small picture itself, from -1 to 1, a latent pixel each.
+    """Return concat (1, 3, h, w): the small image itself, from -1 to 1, one pixel per latent pixel.
 
-    What is missing to the size of the latents repeats its right and lower edge.
+    It is padded to the size of the latents by repeating its right and lower edge.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
     small = request.source_image
-    assert isinstance(small, WholeImage), "what is enlarged has neither mask nor margins"
-    picture = to_float(small.image.pixels[None])
+    assert isinstance(small, WholeImage), "an image to upscale has neither mask nor margins"
+    image = to_float(small.image.pixels[None])
     height, width = latent_size(request, spec)
-    missing = (0, height - picture.shape[2]), (0, width - picture.shape[3])
-    return Conditioning(concat=np.pad(picture, ((0, 0), (0, 0), *missing), mode="edge"))
+    missing = (0, height - image.shape[2]), (0, width - image.shape[3])
+    return Conditioning(concat=np.pad(image, ((0, 0), (0, 0), *missing), mode="edge"))
 
 
 def encode_masked_image(
@@ -37,23 +37,23 @@ def encode_masked_image(
     request: ResolvedRequest,
     spec: ModelSpec,
 ) -> Conditioning:
-    """Return concat (1, C + 1, h, w): the latents of the picture with its hole, then the mask.
+    """Return concat (1, C + 1, h, w): the latents of the masked image, then the mask.
 
-    The latents are in the autoencoder's own scale, whatever that of those that are sampled. In the
-    picture the hole is -1, black; the mask is 1 in the hole and -1 around it, and of every latent
-    pixel the first pixel decides. Half a gray counts as hole from 128 on. What is missing to the
-    size of the latents repeats the right and lower edge of both. Source: `scripts/inpaint.py` of
+    The latents are unscaled, as the autoencoder has them. The masked region is -1, black, in the
+    image; the mask is 1 there and -1 elsewhere, and has the value of the first pixel of every
+    latent pixel. Gray counts as masked from 128 on. Image and mask are padded to the size of the
+    latents by repeating their right and lower edge. Source: `scripts/inpaint.py` of
     CompVis/latent-diffusion, commit a506df5.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    picture = init_image(request)
-    assert picture is not None, "a request to inpaint has an image"
-    init = picture.padded(*padded_size(request, spec))
+    source = init_image(request)
+    assert source is not None, "a request to inpaint has an image"
+    init = source.padded(*padded_size(request, spec))
     assert init.mask is not None, "and a mask, or margins"
-    hole: Float32Array = (init.mask.gray() > 127).astype(np.float32)
-    masked = np.where(hole > 0, np.float32(-1), to_float(init.picture.pixels[None]))
+    region: Float32Array = (init.mask.gray() > 127).astype(np.float32)
+    masked = np.where(region > 0, np.float32(-1), to_float(init.image.pixels[None]))
     latents = encode_pixels(network("vae_encoder"), masked, spec)
     factor = spec.autoencoder.factor
-    mask = 2 * hole[None, None, ::factor, ::factor] - 1
+    mask = 2 * region[None, None, ::factor, ::factor] - 1
     return Conditioning(concat=np.concatenate([latents, mask], axis=1))

@@ -1,4 +1,4 @@
-"""A layout of labelled boxes as context: three tokens a box, encoded like a text."""
+"""A layout of labelled boxes as context: three tokens per box, encoded like a text."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A semantic map behind the latents: a class for every pixel, brought to their size."""
+"""A segmentation map concatenated to the latents: a class per pixel, encoded to their size."""
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from ldm_runtime.text import Tokenizer
 def encode_segmentation(
     network: OpenNetwork, _tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
 ) -> Conditioning:
-    """Return concat (1, c, h, w) of a map that is drawn in the size of the picture.
+    """Return concat (1, c, h, w) of a segmentation map, which is resized to the size of the image.
 
-    What is missing to the size of the latents repeats its right and lower edge.
+    It is padded to the size of the latents by repeating its right and lower edge.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """

@@ -21,7 +21,7 @@ from ldm_runtime.text.prompts import Token, parse_prompt, split_chunks
 
 _LOGGER = logging.getLogger(__name__)
 
-#: Chunks of the text encoder's length in one prompt; each lengthens every attention to the text.
+#: Most chunks of the text encoder's length per prompt; each lengthens cross-attention.
 MAX_CHUNKS = 16
 
 Float32Array = npt.NDArray[np.float32]
@@ -29,7 +29,7 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What the text encoder reads in one go.
+    """One sequence of tokens for the text encoder.
 
     Attributes:
         ids: (max_tokens,) int64: start token, text, end token, padding.
@@ -40,7 +40,7 @@ class Chunk:
     weights: Float32Array
 
 
-#: What reads the vocabulary of each kind of text encoder.
+#: Readers of the vocabulary of each kind of text encoder.
 _TOKENIZERS: Mapping[str, Callable[[Path], Tokenizer]] = MappingProxyType(
     {"clip": ClipTokenizer.from_file, "bert": WordPieceTokenizer.from_file}
 )
@@ -74,13 +74,13 @@ def encode_text(
     """Return context (2, T, D), of the negative prompt first, or (1, T, D) without guidance.
 
     T is the text encoder's `max_tokens` times the number of chunks that the longer prompt takes;
-    the other is filled up with empty chunks. Each chunk is encoded alone, then weighted. A plain
-    prompt has one chunk without weights; what it has too much is logged as a warning.
+    the other is filled up with empty chunks. Each chunk is encoded alone, then weighted. A
+    literal prompt has one chunk without weights; the text that is cut off is logged as a warning.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
 
     Raises:
-        RequestError: A prompt takes too many chunks, or its weights make no sense.
+        RequestError: A prompt takes too many chunks, or its weights are invalid.
     """
     assert tokenizer is not None, "the bundle has no tokenizer"
     record = spec.network(TextEncoderSpec)
@@ -88,11 +88,11 @@ def encode_text(
     texts = {"prompt": condition.prompt}
     if request.is_guided:
         texts = {"negative_prompt": condition.negative_prompt, **texts}
-    read = _plain_chunk if condition.literal else _weighted_chunks
+    read = _literal_chunk if condition.literal else _weighted_chunks
     prompts = {field: read(tokenizer, field, text, record) for field, text in texts.items()}
     empty = _chunk((), tokenizer, record)
     engine = network("text_encoder")
-    # A call for each chunk never has more rows than one for short prompts, whatever the length.
+    # One call per chunk keeps the batch size independent of the length of the prompts.
     contexts = [
         _encode(engine, dict(zip(prompts, chunks, strict=True)))
         for chunks in zip_longest(*prompts.values(), fillvalue=empty)
@@ -126,7 +126,7 @@ def _weighted(field: str, context: Float32Array, weights: Float32Array) -> Float
     return weighted * (float(context.mean(dtype=np.float64)) / mean)
 
 
-def _plain_chunk(
+def _literal_chunk(
     tokenizer: Tokenizer, field: str, text: str, record: TextEncoderSpec
 ) -> list[Chunk]:
     encoding = tokenizer.encode(text, record.max_tokens, pad_token_id=record.pad_token_id)

@@ -1,4 +1,4 @@
-"""Says what this machine can run, and why not the rest."""
+"""Diagnosis of this machine: the backends that can run, and why the others cannot."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from ldm_runtime.errors import BackendError
 
 @dataclass(frozen=True, kw_only=True)
 class BackendReport:
-    """What one backend needs or has.
+    """Status of one backend.
 
     Attributes:
         name: The backend.
-        version: Version of the library behind it, or None if that does not load.
-        why_not: Why it cannot run here, with what to do about it; None if it can.
+        version: Version of the library that it uses, or None if that does not load.
+        why_not: Why it cannot run here, with the fix; None if it can.
     """
 
     name: str
@@ -29,16 +29,15 @@ class BackendReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """This machine, as far as drawing images goes.
+    """This machine, as far as generating images is concerned.
 
     Attributes:
         python: Version of the interpreter.
         numpy: Version of NumPy.
         system: Operating system and processor.
         processors: Logical processors that this process may use.
-        backends: Every backend, the one to prefer first.
-        problem: What is wrong with the installed packages, with what to do about it; None if
-            nothing is.
+        backends: Every backend, in order of preference.
+        problem: Conflict of the installed packages, with its fix; None if there is none.
     """
 
     python: str
@@ -50,14 +49,14 @@ class Diagnosis:
 
     @property
     def can_run(self) -> bool:
-        """Whether any backend can."""
+        """Whether any backend can run."""
         return any(backend.why_not is None for backend in self.backends)
 
 
 def diagnose(
     entries: Mapping[str, BackendEntry] = BACKENDS, packages: Mapping[str, str] | None = None
 ) -> Diagnosis:
-    """Try every backend.
+    """Return the diagnosis of this machine, from every backend.
 
     Args:
         entries: The backends.

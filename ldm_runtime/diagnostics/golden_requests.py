@@ -1,6 +1,6 @@
-"""Requests as folders: a JSON file, and beside it the pictures and arrays that it names.
+"""Golden requests as folders: a JSON file, next to the images and arrays that it names.
 
-So a bundle stores its golden requests, which must be drawn again where nobody has their pictures.
+A bundle stores its golden requests so, to generate them again without the original inputs.
 """
 
 import io
@@ -23,11 +23,11 @@ REQUEST_FILE = "request.json"
 
 
 class Attachment(NamedTuple):
-    """A field of a request that is a file of its own.
+    """A field of a request that is stored as a separate file.
 
     Attributes:
         file: Its name.
-        encode: Returns its bytes.
+        encode: Returns its contents.
     """
 
     file: str
@@ -52,7 +52,7 @@ def load_golden_request(folder: Path) -> GenerationRequest:
 
 
 def save_golden_request(folder: Path, request: GenerationRequest) -> None:
-    """Write a request into a folder, which is made if need be.
+    """Write a request into a folder, which is created if necessary.
 
     Raises:
         OSError: The folder cannot be written to.
@@ -69,7 +69,7 @@ def save_golden_request(folder: Path, request: GenerationRequest) -> None:
 
 
 def _located(folder: Path, file: str, named: object) -> Path:
-    """Return where an attachment lies; a bundle does not say what else to read."""
+    """Return the path of an attachment; a bundle must not name any other file."""
     if named != file:
         raise ValueError(f"it names {named!r} and not {file!r}")
     return folder / file
@@ -89,7 +89,7 @@ def _file_of(write: Callable[[io.BytesIO], None]) -> bytes:
     return file.getvalue()
 
 
-#: The fields of a request that are files of their own.
+#: The fields of a request that are stored as separate files.
 ATTACHMENTS: Mapping[str, Attachment] = MappingProxyType(
     {
         "image": Attachment("image.png", InputImage.to_png_bytes),

@@ -1,7 +1,7 @@
-"""Describes a file or folder as a dictionary: a bundle, a picture, or what another package knows.
+"""Description of a file or folder as a dictionary: a bundle, an image, or another known format.
 
-Packages add kinds of files through the entry point group `ldm_runtime.inspectors`: functions from
-a path to a dictionary, or to None for a file that is not theirs.
+Packages add formats through the entry point group `ldm_runtime.inspectors`: functions from a path
+to a dictionary, or to None for a file of another format.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,14 +28,14 @@ _LONG = 16
 def inspect(
     path: Path, inspectors: Mapping[str, Callable[[], Inspector]] | None = None
 ) -> dict[str, Any]:
-    """Describe what is at `path`; the key "kind" says what it is.
+    """Describe the file or folder at `path`; the key "kind" says what it is.
 
     Args:
-        path: A bundle, a picture made by `ldm generate`, or a file that an inspector knows.
-        inspectors: What loads each inspector; None is those of the installed packages.
+        path: A bundle, an image made by `ldm generate`, or a file that an inspector knows.
+        inspectors: Loader of each inspector; None is those of the installed packages.
 
     Raises:
-        LdmError: Nothing is there, nothing here knows it, or it is damaged.
+        LdmError: Nothing is there, its format is unknown, or it is damaged.
     """
     if path.is_dir():
         return _inspect_bundle(path)
@@ -45,9 +45,9 @@ def inspect(
 
 
 def readable(description: Mapping[str, Any]) -> str:
-    """Lay a description out for people, one fact a line, without what is not there.
+    """Format a description as text, one property per line, without those that are None.
 
-    Of a bundle only what people ask about.
+    A bundle is summarized.
     """
     if description.get("kind") == "bundle":
         description = {
@@ -70,7 +70,7 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _printable(value: object) -> str:
-    """Return a value as text that cannot steer a terminal, whatever a foreign file holds."""
+    """Return a value as text without control characters, which an untrusted file may hold."""
     text = str(value)
     return text if text.isprintable() else "".join(map(_escaped, text))
 
@@ -80,7 +80,7 @@ def _escaped(character: str) -> str:
 
 
 def _inner(value: object) -> Mapping[str, Any]:
-    """Return what to lay out below a value: a record's fields, a list's items by number."""
+    """Return the nested properties of a value: a record's fields, a list's items by number."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, list | tuple) and any(isinstance(each, Mapping | list) for each in value):
@@ -102,11 +102,11 @@ def _summary(component: Mapping[str, Any]) -> str:
 
 
 def _preview_summary(preview: Mapping[str, Any] | None) -> str | None:
-    return None if preview is None else f"explains {preview['r2']:.0%} of a picture's colours"
+    return None if preview is None else f"explains {preview['r2']:.0%} of an image's colours"
 
 
 def _engine_summary(engine: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what an engine is called and what it is."""
+    """Return the name of an engine and its description."""
     shapes = [
         f"{each['input']} {_times(each['min'])} to {_times(each['max'])}"
         if each["min"] != each["max"]
@@ -173,8 +173,8 @@ def _ask_inspectors(
         if (description := inspector(path)) is not None:
             return description
     hint = (
-        f"these could not be asked: {', '.join(missing)}; install ldm-deploy[export]"
+        f"these inspectors do not load: {', '.join(missing)}; install ldm-deploy[export]"
         if missing
-        else "it is no bundle, and no picture or checkpoint that is known here"
+        else "it is not a bundle, nor an image or checkpoint of a known format"
     )
     raise LdmError(f"cannot tell what {path} is: {hint}")

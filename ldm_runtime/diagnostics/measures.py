@@ -1,4 +1,4 @@
-"""How far one array is from another, by the measures that promises are made in."""
+"""Error measures between two arrays, in which a bundle's bounds are given."""
 
 import math
 from typing import Any

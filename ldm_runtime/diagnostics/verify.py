@@ -1,4 +1,4 @@
-"""Reruns a bundle's golden requests on this machine and measures how far they are from torch."""
+"""Verification of a bundle: its golden requests run again and compared with torch's results."""
 
 import logging
 import math
@@ -38,12 +38,12 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a bundle promises; None is not promised.
+    """Error bounds that a bundle promises; None is no promise.
 
     Attributes:
-        max_relative_error: Highest for any output of a component.
+        max_relative_error: Upper bound for any output of a component.
         relative_l2: Likewise.
-        psnr: Lowest for any golden image, in decibels.
+        psnr: Lower bound for any golden image, in decibels.
     """
 
     max_relative_error: float | None
@@ -64,8 +64,8 @@ class Check:
     Attributes:
         subject: A component, such as "unet", or a golden request, such as "golden/0 image 1".
         measure: "max_relative_error", "relative_l2" or "psnr" (in decibels, higher is better).
-        value: What was measured.
-        bound: What the bundle promises, or None if it promises nothing.
+        value: The measured value.
+        bound: The bound that the bundle promises, or None.
     """
 
     subject: str
@@ -75,7 +75,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the value keeps the promise; NaN keeps none."""
+        """Whether the value is within the bound; NaN never is."""
         if self.bound is None:
             return not math.isnan(self.value)
         return self.value >= self.bound if self.measure == "psnr" else self.value <= self.bound
@@ -94,11 +94,11 @@ def verify(
 ) -> Iterator[Check]:
     """Check every file of a bundle, then rerun its golden outputs, one network at a time.
 
-    Golden images are what the decoder makes of golden latents: nothing is cropped, and of a picture
-    to fill nothing is put back.
+    Golden images are decoded from golden latents: without cropping, and without restoring the area
+    outside a mask.
 
     Where a backend of limited shapes does not take a network's golden inputs, that network is only
-    compared in whole pictures, with a logged sentence.
+    compared as part of whole images, and a warning is logged.
 
     Raises:
         BundleError: A file is missing or altered, or the bundle has no golden outputs.
@@ -123,7 +123,7 @@ def verify(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Verification:
-    """What is checked, with what, and what it promised."""
+    """A bundle under verification, with its backend and its bounds."""
 
     bundle: Path
     manifest: Manifest
@@ -132,7 +132,7 @@ class _Verification:
     threads: int | None
 
     def checks(self) -> Iterator[Check]:
-        """Check every component and every golden request, in the order of drawing."""
+        """Check every component and every golden request, in the order of generation."""
         spec = self.manifest.spec
         goldens = [_load_golden(self.bundle, self.manifest, path) for path in self.manifest.golden]
         encoders = _encoders(goldens, spec)
@@ -195,13 +195,13 @@ class _Verification:
 
 
 def _bounds(backend: Backend, manifest: Manifest) -> Bounds:
-    """Return the promise that holds: fp16 somewhere, in weights or graphs, is fp16's."""
+    """Return the bounds that apply: those of fp16 if the weights or the graphs are fp16."""
     variant = backend.ABILITIES.variant
     return BOUNDS["float16" if variant == "fp16" else manifest.weights_dtype]
 
 
 def _encoders(goldens: Sequence[_Golden], spec: ModelSpec) -> list[str]:
-    """Return the networks that golden requests take before they are sampled."""
+    """Return the networks that golden requests need before sampling."""
     needed = {*conditioning_components(spec)}
     if not all(isinstance(golden.request.source_image, NoImage) for golden in goldens):
         needed.add("vae_encoder")
@@ -210,13 +210,13 @@ def _encoders(goldens: Sequence[_Golden], spec: ModelSpec) -> list[str]:
 
 def _latents(unet: Runner, passes: ImagePasses) -> Array:
     """Sample every image alone, as torch did."""
-    rows = []
+    latents = []
     for images in batches(passes.request.num_images, 1):
         *_, last = sample_latents(
             unet, passes.conditioning, passes.request, passes.spec, images, passes.start
         )
-        rows.append(last.latents)
-    return np.concatenate(rows)
+        latents.append(last.latents)
+    return np.concatenate(latents)
 
 
 def _golden_component(name: str, bundle: Path, manifest: Manifest) -> tuple[Tensors, Tensors]:
@@ -232,13 +232,13 @@ def _golden_component(name: str, bundle: Path, manifest: Manifest) -> tuple[Tens
 
 
 def _outputs(backend: Backend, engine: Runner, name: str, inputs: Tensors) -> Tensors | None:
-    """Return what a component makes of its golden inputs, or None if it is not made for them."""
+    """Return the outputs for golden inputs, or None if the engine does not take their shapes."""
     try:
         return engine.run(inputs)
     except ShapeError as error:
         if not backend.ABILITIES.limited_shapes:
             raise
-        _LOGGER.warning("%s is only compared in whole pictures, not alone: %s", name, error)
+        _LOGGER.warning("%s is only compared in whole images, not alone: %s", name, error)
         return None
 
 

@@ -1,1 +1,1 @@
-"""TensorRT engines of a bundle: what to build, building it without torch, and storing it."""
+"""TensorRT engines of a bundle: build specs, builds without torch, and storage."""

@@ -1,8 +1,8 @@
-"""Builds one engine from one ONNX graph, by TensorRT or TensorRT-RTX, through the same calls.
+"""Engine builds: one engine from one ONNX graph, by TensorRT or TensorRT-RTX through one API.
 
 Networks are strongly typed: the precision of every layer is that of the graph, and nothing here
-chooses another. The library answers None where it fails and tells its logger why; here that is an
-`EngineBuildError` with its own words. Building needs neither torch nor onnx.
+chooses another. The library returns None where it fails and logs the reason; here that is an
+`EngineBuildError` with the logged message. Building needs neither torch nor onnx.
 """
 
 import logging
@@ -23,29 +23,29 @@ _LOGGER = logging.getLogger(__name__)
 #: The flag of an engine for every GPU of one compute capability; not a `BuilderFlag`.
 HARDWARE_COMPATIBLE = "SAME_COMPUTE_CAPABILITY"
 
-#: Errors are gathered by the one logger of the process, so that builds take turns.
+#: Errors are collected by the one logger of the process, so that builds take turns.
 _TURN = threading.Lock()
 
 
 def build_engine(
     graph: Path,
     build_spec: EngineBuildSpec,
-    plan: Path,
+    engine_file: Path,
     *,
     on_progress: Callable[[float], None] = lambda _: None,
     timing_cache: Path | None = None,
 ) -> None:
-    """Build an engine and write its plan.
+    """Build an engine and write its engine file.
 
-    Ctrl-C is obeyed as soon as the builder looks up, which may be seconds later; nothing is
-    written then.
+    Ctrl-C takes effect when the builder next reports progress, which may be seconds later; nothing
+    is written then.
 
     Args:
-        graph: The ONNX file; its weights are found beside it.
-        build_spec: What to build, and with what.
-        plan: Where the plan goes.
+        graph: The ONNX file; its weights are found next to it.
+        build_spec: The engine to build, and the builder.
+        engine_file: The file to write.
         on_progress: Called with the fraction that is done, from another thread.
-        timing_cache: Where measured times of kernels are kept, for TensorRT; read if it is there.
+        timing_cache: File of measured kernel times, for TensorRT; read if it exists, then updated.
 
     Raises:
         EngineBuildError: The builder is not installed, or cannot parse or build the graph.
@@ -55,7 +55,7 @@ def build_engine(
         take_errors(module)
         try:
             builder = module.Builder(library_logger(module))
-        except (RuntimeError, TypeError) as error:  # pybind's answers to a null pointer
+        except (RuntimeError, TypeError) as error:  # pybind's errors for a null pointer
             raise _failure(module, build_spec, graph, str(error)) from error
         flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
@@ -71,7 +71,7 @@ def build_engine(
         memory = _in_a_thread(lambda: builder.build_serialized_network(network, config), monitor)
         if memory is None:
             raise _failure(module, build_spec, graph)
-        plan.write_bytes(memory)
+        engine_file.write_bytes(memory)
         if timing_cache and cache is not None:
             _keep(cache, timing_cache)
 
@@ -108,7 +108,7 @@ def _add_profile(
 
 
 def _attach_timing_cache(config: Any, path: Path) -> Any:  # noqa: ANN401  (classes of the vendor's)
-    """Give the builder what is at `path`, or an empty cache if that is of another machine."""
+    """Give the builder the cache at `path`, or an empty one if that is of another machine."""
     data = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
@@ -123,7 +123,7 @@ def _keep(cache: Any, path: Path) -> None:  # noqa: ANN401
         with whole_file(path, synced=False) as file:
             file.write(cache.serialize())
     except OSError as error:
-        _LOGGER.info("the times of kernels are not kept for the next build: %s", error)
+        _LOGGER.info("kernel times are not saved for the next build: %s", error)
 
 
 def _monitor(module: ModuleType, on_progress: Callable[[float], None]) -> Any:  # noqa: ANN401
@@ -168,7 +168,7 @@ def _in_a_thread(build: Callable[[], Any], monitor: Any) -> Any:  # noqa: ANN401
     try:
         done.wait()
     finally:
-        monitor.is_cancelled = True  # says nothing to a build that is done
+        monitor.is_cancelled = True  # has no effect on a build that is done
         done.wait()
     if faults:
         raise faults[0]
@@ -188,10 +188,10 @@ def _parser_errors(parser: Any) -> list[str]:  # noqa: ANN401  (a class of the v
 def _failure(
     module: ModuleType, build_spec: EngineBuildSpec, graph: Path, *reasons: str
 ) -> EngineBuildError:
-    """Return the error for a failure, in the library's words: the parser's, or the logger's."""
+    """Return the error for a failure, with the messages of the parser or else the logger."""
     logged = take_errors(module)
     told = "; ".join(reasons or logged) or "it gave no reason"
+    library = f"{TITLES[build_spec.builder]} {build_spec.builder_version}"
     return EngineBuildError(
-        f"{TITLES[build_spec.builder]} {build_spec.builder_version} cannot build the {build_spec.component} "
-        f"engine from {graph}: {told}"
+        f"{library} cannot build the {build_spec.component} engine from {graph}: {told}"
     )

@@ -1,4 +1,4 @@
-"""Decides which engines to build: with what, for which GPUs, and from which files."""
+"""Build specs of engines: the builder, the target GPUs, the shapes and the source files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,25 +19,25 @@ from ldm_runtime.specs.model import ModelSpec
 
 BuilderChoice = Literal["auto", "none", "tensorrt", "tensorrt_rtx"]
 
-#: What TensorRT-RTX builds for.
+#: Compute capabilities that TensorRT-RTX builds for.
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-#: Turing takes engines of its own; one engine serves all the others.
+#: Turing needs separate engines; one engine serves all the others.
 _TURING = "sm75"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Which engines to build.
+    """Options of the engines to build.
 
     Attributes:
-        builder: What builds them; "auto" is TensorRT if it and a GPU are here, else TensorRT-RTX,
+        builder: The library; "auto" is TensorRT if it and a GPU are available, else TensorRT-RTX,
             else nothing.
-        sizes: What they should serve.
-        targets: Compute capabilities for TensorRT-RTX; none is sm75 on a machine with such a GPU,
+        sizes: Image and batch sizes that they should serve.
+        targets: Compute capabilities for TensorRT-RTX; empty is sm75 on a machine with such a GPU,
             all later ones elsewhere.
         hardware_compatible: Whether TensorRT should build for every GPU of the same compute
             capability, and not for this model of GPU.
-        refittable: Whether weights can be exchanged later.
+        refittable: Whether weights can be replaced later.
     """
 
     builder: BuilderChoice = "auto"
@@ -49,12 +49,12 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Toolchain:
-    """What engines are built with and for, whatever the model.
+    """Builder, targets and flags of engines, independent of the model.
 
     Attributes:
         builder: The library.
         version: Its version.
-        target_groups: Compute capabilities, one engine a group and component.
+        target_groups: Compute capabilities, one engine per group and component.
         flags: Flags of the builder, by the vendor's names.
         gpu: The GPU that TensorRT times kernels on; None for TensorRT-RTX.
     """
@@ -68,7 +68,7 @@ class Toolchain:
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentFiles:
-    """Hashes of what an engine is built from."""
+    """Hashes of the files that an engine is built from."""
 
     graph_sha256: str
     weights_sha256: str
@@ -80,23 +80,23 @@ def choose_toolchain(
     look_for_gpu: Callable[[], Gpu | None] = find_gpu,
     why_not: Callable[[BuilderName], str | None] = why_not,
 ) -> Toolchain | str:
-    """Return what to build with, or the sentence why "auto" or "none" builds nothing.
+    """Return the toolchain, or the reason why "auto" or "none" builds nothing.
 
     Args:
-        options: What is asked for.
+        options: The requested engines.
         look_for_gpu: Finds this machine's GPU.
         why_not: Says why a library cannot be used.
 
     Raises:
         EngineBuildError: A builder was asked for by name that cannot be used here, or the options
-            do not go together.
+            contradict each other.
     """
     if options.builder == "none":
         return "no TensorRT engines were asked for"
     _check_targets(options.targets)
     if options.targets and options.hardware_compatible:
         raise EngineBuildError(
-            "hardware-compatible engines are TensorRT's and targets are TensorRT-RTX's; "
+            "hardware-compatible engines are for TensorRT and targets for TensorRT-RTX; "
             "ask for one of the two"
         )
     gpu = look_for_gpu()
@@ -116,13 +116,13 @@ def make_build_specs(
     spec: ModelSpec,
     files: Mapping[str, ComponentFiles],
 ) -> list[EngineBuildSpec]:
-    """Return one recipe for every engine to build.
+    """Return the build spec of every engine to build.
 
     Args:
-        toolchain: What to build with and for.
-        sizes: What the engines should serve.
+        toolchain: The builder and the targets.
+        sizes: Image and batch sizes that the engines should serve.
         spec: The model.
-        files: What there is to build from, by component; those that no engine runs are left out.
+        files: Source files by component; components without them are left out.
 
     Raises:
         EngineBuildError: The sizes are not possible for this model.
@@ -161,7 +161,9 @@ def _auto(
         )
     if not options.hardware_compatible:
         if gpu is not None and gpu.target not in TARGETS and not options.targets:
-            reasons.append(f"targets for other GPUs, because TensorRT-RTX runs on no {gpu.target}")
+            reasons.append(
+                f"targets for other GPUs, because TensorRT-RTX does not run on {gpu.target}"
+            )
         elif why_not("tensorrt_rtx") is None:
             return "tensorrt_rtx"
         else:
@@ -181,7 +183,7 @@ def _toolchain(builder: BuilderName, options: EngineOptions, gpu: Gpu | None) ->
         if options.targets:
             raise EngineBuildError(
                 f"TensorRT builds for the GPU of this machine only ({gpu.target}), not for "
-                f"{', '.join(options.targets)}; leave targets out or take TensorRT-RTX"
+                f"{', '.join(options.targets)}; leave targets out or use TensorRT-RTX"
             )
         compatible = (HARDWARE_COMPATIBLE,) if options.hardware_compatible else ()
         return Toolchain(
@@ -193,7 +195,7 @@ def _toolchain(builder: BuilderName, options: EngineOptions, gpu: Gpu | None) ->
         )
     if options.hardware_compatible:
         raise EngineBuildError(
-            "hardware-compatible is a level of TensorRT's; for TensorRT-RTX say the targets, "
+            "hardware-compatible is a level of TensorRT; for TensorRT-RTX name the targets, "
             f"any of {', '.join(TARGETS)}"
         )
     if options.refittable and gpu is None:

@@ -1,6 +1,6 @@
-"""Asks the NVIDIA driver, through its own library and nothing else, which GPU is here.
+"""GPU detection through the library of the NVIDIA driver, and nothing else.
 
-TensorRT without a driver ends the interpreter badly, so this comes before every use of it.
+TensorRT without a driver crashes the interpreter, so this comes before every use of it.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ _NAME_BYTES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """The first GPU of this process.
+    """The first GPU that is visible to this process.
 
     Attributes:
-        name: As the driver calls it.
+        name: Its name in the driver.
         compute_capability: Major and minor number.
-        driver_version: Highest CUDA version that the driver serves, such as "13.0".
+        driver_version: Highest CUDA version that the driver supports, such as "13.0".
     """
 
     name: str
@@ -29,7 +29,7 @@ class Gpu:
 
     @property
     def target(self) -> str:
-        """The compute capability as builders write it, such as "sm89"."""
+        """The compute capability in the builders' notation, such as "sm89"."""
         major, minor = self.compute_capability
         return f"sm{major}{minor}"
 

@@ -1,7 +1,7 @@
-"""The vendor's library: which of the two is here, and the one logger that it gets.
+"""The vendor's libraries, TensorRT and TensorRT-RTX: import, availability and logger.
 
-TensorRT and TensorRT-RTX share one API under two names, so that all else is written once. Nothing
-of either is imported before it is asked for. A process registers one logger with a library; every
+Both share one API under two names, so that all other code is written once. Neither is imported
+before it is needed. A process registers one logger with a library; every
 `Builder`, `OnnxParser` and `Runtime` must be given that one, from `library_logger`.
 """
 
@@ -17,15 +17,15 @@ from ldm_runtime.errors import EngineBuildError
 
 _LOGGER = logging.getLogger(__name__)
 
-#: What people call the two.
+#: Display names.
 TITLES: Mapping[BuilderName, str] = MappingProxyType(
     {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 )
-#: What to install for each.
+#: Package to install for each, with its extra.
 PACKAGES: Mapping[BuilderName, str] = MappingProxyType(
     {"tensorrt": "ldm-deploy[tensorrt]", "tensorrt_rtx": "ldm-deploy[tensorrt-rtx]"}
 )
-#: The wheels without their umbrella package have only the second name.
+#: Module names; wheels without their umbrella package have only the second one.
 _MODULES: Mapping[BuilderName, tuple[str, ...]] = MappingProxyType(
     {
         "tensorrt": ("tensorrt", "tensorrt_bindings"),
@@ -35,7 +35,7 @@ _MODULES: Mapping[BuilderName, tuple[str, ...]] = MappingProxyType(
 _LOWEST: Mapping[BuilderName, tuple[int, int]] = MappingProxyType(
     {"tensorrt": (10, 13), "tensorrt_rtx": (1, 6)}
 )
-#: Without a GPU the library complains of the missing driver beside every other error.
+#: Without a GPU the library reports the missing driver next to every other error.
 _NOISE = "CUDA driver version is insufficient"
 
 
@@ -93,7 +93,7 @@ def library_logger(module: ModuleType) -> Any:  # noqa: ANN401  (a class of the 
 
 
 def take_errors(module: ModuleType) -> list[str]:
-    """Return and forget what a library has complained of, without repetitions."""
+    """Return and clear the errors that a library has logged, without repetitions."""
     logger = library_logger(module)
     errors, logger.errors = logger.errors, []
     return [each for each in dict.fromkeys(errors) if _NOISE not in each] or errors

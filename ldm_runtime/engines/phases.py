@@ -1,4 +1,4 @@
-"""Phases of an engine's build: the builder reports them nested, and progress is one number."""
+"""Progress of an engine build: the builder's nested phases as one number."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class _Phase:
 
 
 class PhaseTree:
-    """Phases within phases, each of a number of steps, as one fraction that never falls."""
+    """Nested phases, each of a number of steps, as one fraction that never decreases."""
 
     def __init__(self) -> None:
         self._phases: dict[str, _Phase] = {}

@@ -1,14 +1,14 @@
-"""Which shapes the engines of a bundle take, derived from the component table and a range of sizes.
+"""Optimization profiles of a bundle's engines, from the component table and a range of sizes.
 
-Guidance asks the UNet, and what encodes prompts, layouts and classes, for two rows an image, one
-with and one without the condition, so that their profiles are made for twice as many rows as
-images. One row stays possible, for a guidance scale of 1, unless the shapes are static. Models that
-cannot be guided take one row an image.
+Guidance needs two samples per image from the UNet and from the encoders of prompts, layouts and
+classes, one with and one without the condition, so that their profiles are optimized for a batch
+size of twice the number of images. A batch size of 1 stays possible, for a guidance scale of 1,
+unless the shapes are static. Models that cannot be guided need one sample per image.
 
-The UNet is made for prompts that the text encoder takes in one piece and serves longer ones, in up
-to four pieces, and for one embedding and up to 21, a text's and those of 20 neighbours; unless the
-shapes are static. Where pictures are enlarged in patches, engines are made for a whole patch, and
-serve smaller pictures.
+The UNet is optimized for prompts of one chunk of the text encoder and serves longer ones, of up to
+four chunks; with retrieval, for one embedding, and serves up to 21, a text's and those of 20
+neighbours; unless the shapes are static. Where images are upscaled in patches, engines are
+optimized for a whole patch, and serve smaller images.
 """
 
 import math
@@ -34,14 +34,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class SizeRange:
-    """What engines should serve; None leaves it to `resolve_shapes`.
+    """Sizes that engines should serve; None leaves them to `resolve_shapes`.
 
     Attributes:
-        min_size: Smallest picture.
-        opt_size: Picture that the engines are made for.
-        max_size: Largest picture.
-        max_batch: Most images in one call.
-        static: Serve pictures of `opt_size` in batches of `max_batch`, with guidance where the
+        min_size: Smallest image.
+        opt_size: Image size that the engines are optimized for.
+        max_size: Largest image.
+        max_batch: Most images per call.
+        static: Serve images of `opt_size` in batches of `max_batch`, with guidance where the
             model has it, and the shortest context, nothing else.
     """
 
@@ -54,7 +54,7 @@ class SizeRange:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineShapes:
-    """What engines serve, with nothing left open; attributes as in `SizeRange`."""
+    """Sizes that engines serve, all of them resolved; attributes as in `SizeRange`."""
 
     min_size: Size
     opt_size: Size
@@ -64,15 +64,15 @@ class EngineShapes:
 
 
 def resolve_shapes(spec: ModelSpec, wanted: SizeRange) -> EngineShapes:
-    """Fill in what is left open.
+    """Return the sizes, with defaults where they are None.
 
-    By default pictures of the model's native size, 256 pixels below it (at least half of it) to
-    1.5 times above, one to four in a call; static shapes are for one image. A model that enlarges
-    is made for a whole patch, down to the smallest picture there is.
+    By default images of the model's native size, 256 pixels below it (at least half of it) to
+    1.5 times above, one to four per call; static shapes are for one image. A super-resolution
+    model is optimized for a whole patch, down to the smallest possible image.
 
     Raises:
-        EngineBuildError: A size is not a multiple of what the UNet halves, the sizes are not in
-            order, or there is no image in a batch.
+        EngineBuildError: A size is not a multiple of the UNet's downsampling, the sizes are not in
+            order, or the batch size is below 1.
     """
     step = size_step(spec)
     given = {"min_size": wanted.min_size, "opt_size": wanted.opt_size, "max_size": wanted.max_size}
@@ -110,13 +110,13 @@ def resolve_shapes(spec: ModelSpec, wanted: SizeRange) -> EngineShapes:
 def component_profiles(
     name: str, spec: ModelSpec, shapes: EngineShapes
 ) -> tuple[ProfileRecord, ...]:
-    """Return the shapes that the engine of component `name` takes, one record an input."""
-    rows = COMPONENTS[name].samples_per_image if can_guide(spec) else 1
-    most = rows * shapes.max_batch
+    """Return the shapes that the engine of component `name` takes, one record per input."""
+    samples = COMPONENTS[name].samples_per_image if can_guide(spec) else 1
+    most = samples * shapes.max_batch
     longest = 1 if shapes.static else _LONGEST_CONTEXT.get(spec.task, 1)
     sizes = {
         "min": _axes(name, spec, shapes.min_size, most if shapes.static else 1, 1),
-        "opt": _axes(name, spec, shapes.opt_size, most if shapes.static else rows, 1),
+        "opt": _axes(name, spec, shapes.opt_size, most if shapes.static else samples, 1),
         "max": _axes(name, spec, shapes.max_size, most, longest),
     }
     return tuple(
@@ -142,14 +142,14 @@ def _axes(name: str, spec: ModelSpec, size: Size, batch: int, context: int) -> d
 
 
 def _native_size(spec: ModelSpec) -> Size:
-    """Return the size that engines are made for unless somebody says otherwise."""
+    """Return the default size that engines are optimized for."""
     if runs_in_patches(spec):
         return PATCH * spec.autoencoder.factor, PATCH * spec.autoencoder.factor
     return spec.defaults.height, spec.defaults.width
 
 
 def _default_range(native: int, spec: ModelSpec) -> tuple[int, int, int]:
-    """Return lowest, best and highest length in pixels where nobody says otherwise."""
+    """Return the default lowest, optimal and highest length in pixels."""
     step = size_step(spec)
     if runs_in_patches(spec):
         return step, native, native
@@ -158,7 +158,7 @@ def _default_range(native: int, spec: ModelSpec) -> tuple[int, int, int]:
 
 
 def _axis_range(default: tuple[int, int, int], given: Sequence[int | None]) -> tuple[int, int, int]:
-    """Return lowest, best and highest length in pixels, each as given or by default."""
+    """Return the lowest, optimal and highest length in pixels, each as given or by default."""
     low, opt, high = given
     if opt is None:
         opt = max(default[1], low or 0)

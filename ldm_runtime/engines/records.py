@@ -1,8 +1,9 @@
-"""The records of TensorRT engines in a bundle: what each plan was built from, with what, for what.
+"""Records of the TensorRT engines in a bundle: source files, builder, targets and profiles.
 
-A plan lies at `tensorrt/<builder>-<version>-<targets>/<component>.plan`, its record beside it as
-`<component>.json`. The manifest lists both with their hashes, and names the records in `engines`.
-A plan is as good as new if its recipe is equal to the one that would be built now, and only then.
+An engine file lies at `tensorrt/<builder>-<version>-<targets>/<component>.plan`, its record next to
+it as `<component>.json`. The manifest lists both with their hashes, and names the records in
+`engines`. An engine is up to date if its build spec equals the one that would be built now, and
+only then.
 """
 
 import hashlib
@@ -18,18 +19,18 @@ from ldm_runtime.errors import BundleError
 
 ENGINES_FOLDER = "tensorrt"
 
-#: What builds and runs an engine: data-centre TensorRT or TensorRT-RTX, by their import names.
+#: Library of an engine, by import name: data-centre TensorRT or TensorRT-RTX.
 BuilderName = Literal["tensorrt", "tensorrt_rtx"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRecord:
-    """The shapes that an engine takes at one input, axis by axis.
+    """The range of shapes of one input of an engine, per axis.
 
     Attributes:
         input: Name of the input.
         min: Lowest lengths.
-        opt: Lengths that the engine is made for.
+        opt: Lengths that the engine is optimized for.
         max: Highest lengths.
     """
 
@@ -41,18 +42,18 @@ class ProfileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBuildSpec:
-    """All that decides what an engine is.
+    """Engine build spec: everything that determines an engine.
 
     Attributes:
         component: The network.
-        builder: What builds it.
-        builder_version: Its exact version; a plan runs on no other.
+        builder: The library that builds it.
+        builder_version: Its exact version; an engine file runs on no other.
         graph_sha256: Hash of the ONNX file.
         weights_sha256: Hash of its weights.
         flags: Builder flags beyond the defaults, by the vendor's names.
-        profiles: One record an input, together one optimisation profile.
+        profiles: One record per input, together one optimization profile.
         targets: Compute capabilities it runs on, such as "sm89".
-        gpu_name: GPU it was timed on; None for TensorRT-RTX, which compiles without one.
+        gpu_name: GPU that its kernels were timed on; None for TensorRT-RTX, which needs none.
     """
 
     component: str
@@ -66,36 +67,36 @@ class EngineBuildSpec:
     gpu_name: str | None
 
     def as_fields(self) -> dict[str, Any]:
-        """Return the fields of a recipe by name, also those of a record's recipe."""
+        """Return the fields of the build spec by name, for a record as well."""
         return {field.name: getattr(self, field.name) for field in fields(EngineBuildSpec)}
 
     @property
     def folder(self) -> str:
-        """The plan's folder, inside the bundle."""
+        """Folder of the engine file, inside the bundle."""
         targets = "-".join(self.targets)
         return f"{ENGINES_FOLDER}/{self.builder}-{self.builder_version}-{targets}"
 
     @property
     def record_path(self) -> str:
-        """Where the record is, inside the bundle."""
+        """Path of the record, inside the bundle."""
         return f"{self.folder}/{self.component}.json"
 
     @property
     def engine_path(self) -> str:
-        """Where the plan is, inside the bundle."""
+        """Path of the engine file, inside the bundle."""
         return f"{self.folder}/{self.component}.plan"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord(EngineBuildSpec):
-    """A recipe and what came of it.
+    """A build spec and the engine file that was built from it.
 
     Attributes:
-        plan: The plan's file name, in the record's folder.
+        plan: Name of the engine file, in the record's folder.
         plan_sha256: Its hash.
         driver_version: CUDA version of the driver at the build, such as "13.0"; None without one.
         seconds: How long the build took.
-        size_bytes: The plan's size.
+        size_bytes: Size of the engine file.
     """
 
     plan: str
@@ -106,18 +107,18 @@ class EngineRecord(EngineBuildSpec):
 
     @property
     def build_spec(self) -> EngineBuildSpec:
-        """The recipe alone, to compare with another."""
+        """The build spec alone, to compare with another."""
         return EngineBuildSpec(**self.as_fields())
 
 
 def engine_key(build_spec: EngineBuildSpec) -> str:
-    """Return a hash of all that decides what an engine is; of a record, of its recipe."""
+    """Return the hash of a build spec; for a record, of the build spec in it."""
     fields = msgspec.json.encode(build_spec.as_fields(), order="deterministic")
     return hashlib.sha256(fields).hexdigest()
 
 
 def encode_engine_record(record: EngineRecord) -> bytes:
-    """Return the JSON text of a record, one key a line."""
+    """Return the JSON text of a record, one key per line."""
     return msgspec.json.format(msgspec.json.encode(record), indent=1)
 
 
@@ -138,9 +139,9 @@ def decode_engine_record(data: bytes, path: Path) -> EngineRecord:
 
 
 def load_engine_records(bundle: Path, manifest: Manifest) -> tuple[EngineRecord, ...]:
-    """Return the records of the engines in a bundle, having compared them with the manifest.
+    """Compare the records of the engines in a bundle with the manifest, and return them.
 
-    The plans themselves are not touched.
+    The engine files themselves are not read.
 
     Raises:
         BundleError: A record is missing, altered, malformed or not in its place.
@@ -151,8 +152,8 @@ def load_engine_records(bundle: Path, manifest: Manifest) -> tuple[EngineRecord,
         record = decode_engine_record(path.read_bytes(), path)
         if record.record_path != listed or f"{record.folder}/{record.plan}" != record.engine_path:
             raise BundleError(
-                f"{path} describes the engine {record.engine_path}, which belongs to another record; "
-                "run `ldm build-engines` again"
+                f"{path} describes the engine {record.engine_path}, which belongs to another "
+                "record; run `ldm build-engines` again"
             )
         records.append(record)
     return tuple(records)

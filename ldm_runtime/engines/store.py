@@ -1,8 +1,8 @@
-"""Puts engines into a bundle that is there, so that no interruption leaves it broken.
+"""Storage of engines in an existing bundle, so that no interruption leaves it broken.
 
-New plans and records gather in `<folder>.partial` beside the folder they are for; what an
-interrupted build left there is used if its recipe is still the right one. A manifest never names a
-file that is not there or not yet right: before a folder is replaced, one without it is written.
+New engine files and records are collected in `<folder>.partial` next to their folder; the engines
+of an interrupted build are reused if their build spec is unchanged. A manifest never names a file
+that is missing or outdated: before a folder is replaced, a manifest without it is written.
 """
 
 import os
@@ -55,14 +55,14 @@ def add_engines(
     progress: Progress | None = None,
     on_write: OnWrite = lambda _: None,
 ) -> Manifest:
-    """Build the engines of a bundle, or take over those that would come out the same.
+    """Build the engines of a bundle, or reuse those with the same build spec.
 
-    Engines for other builders, versions and targets stay if they are of the same graphs and
-    weights; all others disappear.
+    Engines for other builders, versions and targets are kept if they are of the same graphs and
+    weights; all others are removed.
 
     Args:
         bundle: The bundle's folder.
-        options: Which engines.
+        options: The engines to build.
         progress: Told about every engine.
         on_write: Called with a label before every change on disk.
 
@@ -73,7 +73,7 @@ def add_engines(
         EngineBuildError: No builder can be used, or it fails.
         BundleError: The bundle is not one, or a graph is altered.
     """
-    load_manifest(bundle)  # says what is wrong if this is no bundle
+    load_manifest(bundle)  # raises if this is not a bundle
     toolchain = choose_toolchain(options)
     if isinstance(toolchain, str):
         raise EngineBuildError(toolchain)
@@ -96,7 +96,7 @@ def add_engines(
 def component_files(
     components: Iterable[ComponentRecord], files: Iterable[FileRecord]
 ) -> dict[str, ComponentFiles]:
-    """Return what there is to build engines from, by component."""
+    """Return the source files of engines, by component."""
     hashes = {record.path: record.sha256 for record in files}
     return {
         component.name: ComponentFiles(
@@ -109,7 +109,7 @@ def component_files(
 
 
 def engine_step(build_spec: EngineBuildSpec) -> str:
-    """Return what progress calls the build of an engine."""
+    """Return the name of an engine's build step, for progress."""
     target = f" {build_spec.targets[0]}" if len(build_spec.targets) == 1 else ""
     return f"{build_spec.component} engine{target}"
 
@@ -122,12 +122,12 @@ def write_engine(
     *,
     on_progress: Callable[[float], None] = lambda _: None,
 ) -> EngineRecord:
-    """Build an engine and write its plan and, last, its record.
+    """Build an engine and write its engine file and, last, its record.
 
     Args:
         graph: The fp16 graph.
-        build_spec: What to build.
-        toolchain: What to build with.
+        build_spec: The engine to build.
+        toolchain: The builder.
         folder: Existing folder for the two files.
         on_progress: Called with the fraction that is done, from another thread.
 
@@ -135,18 +135,22 @@ def write_engine(
         EngineBuildError: The builder cannot be used, or fails.
     """
     started = time.monotonic()
-    plan = folder / Path(build_spec.engine_path).name
+    engine_file = folder / Path(build_spec.engine_path).name
     build_engine(
-        graph, build_spec, plan, on_progress=on_progress, timing_cache=_timing_cache(build_spec)
+        graph,
+        build_spec,
+        engine_file,
+        on_progress=on_progress,
+        timing_cache=_timing_cache(build_spec),
     )
-    sync(plan)
+    sync(engine_file)
     record = EngineRecord(
         **build_spec.as_fields(),
-        plan=plan.name,
-        plan_sha256=sha256_of(plan),
+        plan=engine_file.name,
+        plan_sha256=sha256_of(engine_file),
         driver_version=toolchain.gpu.driver_version if toolchain.gpu else None,
         seconds=round(time.monotonic() - started, 1),
-        size_bytes=plan.stat().st_size,
+        size_bytes=engine_file.stat().st_size,
     )
     write_file(folder / Path(build_spec.record_path).name, encode_engine_record(record))
     return record
@@ -159,11 +163,11 @@ class _Store:
     on_write: OnWrite
 
     def partial(self, build_spec: EngineBuildSpec) -> Path:
-        """Return where the recipe's files gather."""
+        """Return the partial folder of an engine's files."""
         return self.bundle / (build_spec.folder + _PARTIAL)
 
     def graph(self, build_spec: EngineBuildSpec) -> Path:
-        """Return the graph that the recipe is made from."""
+        """Return the graph that the engine is built from."""
         component = self.manifest.component(build_spec.component)
         (file,) = (graph.file for graph in component.graphs if graph.variant == "fp16")
         return self.bundle / file
@@ -177,9 +181,9 @@ class _Store:
 def _obtain(
     store: _Store, build_spec: EngineBuildSpec, toolchain: Toolchain, progress: Progress
 ) -> None:
-    """Build an engine into its partial folder, unless it is there or in its place."""
-    stage, outcome = engine_step(build_spec), "reused"
-    progress.begin(stage)
+    """Build an engine into its partial folder, unless it is there or already published."""
+    step, outcome = engine_step(build_spec), "reused"
+    progress.begin(step)
     partial = store.partial(build_spec)
     if not _is_published(store, build_spec) and not _holds(partial, build_spec):
         store.on_write(f"build {build_spec.engine_path}")
@@ -193,11 +197,11 @@ def _obtain(
             store.graph(build_spec), build_spec, toolchain, partial, on_progress=progress.advance
         )
         outcome = "built"
-    progress.end(stage, outcome)
+    progress.end(step, outcome)
 
 
 def _timing_cache(build_spec: EngineBuildSpec) -> Path | None:
-    """Return where TensorRT keeps kernel times: by version and GPU, outside of any bundle."""
+    """Return the file of TensorRT's kernel times: by version and GPU, outside any bundle."""
     if build_spec.builder != "tensorrt":
         return None
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", build_spec.gpu_name or "unknown")
@@ -206,7 +210,7 @@ def _timing_cache(build_spec: EngineBuildSpec) -> Path | None:
 
 
 def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
-    """Put the partial folders in their places and say so in the manifest."""
+    """Move the partial folders into place and list their files in the manifest."""
     folders = sorted({each.folder for each in build_specs if not _is_published(store, each)})
     new = [build_spec for build_spec in build_specs if build_spec.folder in folders]
     for build_spec in new:
@@ -214,6 +218,7 @@ def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
             for path in (build_spec.engine_path, build_spec.record_path):
                 store.on_write(f"link {path}")
                 _link(store.bundle / path, store.partial(build_spec))
+    # The manifest drops these folders before they are replaced, and lists them again afterwards.
     kept = _without(store, folders)
     if kept != store.manifest:
         store.write_manifest(kept)
@@ -276,9 +281,9 @@ def _without(store: _Store, folders: Sequence[str]) -> Manifest:
 
 
 def _remove_unlisted(store: _Store, manifest: Manifest) -> None:
-    """Remove what no manifest names any more, left-overs of interrupted builds among it.
+    """Remove engines that the manifest no longer names, also those of interrupted builds.
 
-    What a backend keeps beside a plan that stays, stays too.
+    A backend's files next to an engine file that stays are kept.
     """
     listed = {file.path for file in manifest.files}
     folders = {Path(path).parent.name for path in manifest.engines}
@@ -300,12 +305,12 @@ def _is_published(store: _Store, build_spec: EngineBuildSpec) -> bool:
 
 
 def _holds(folder: Path, build_spec: EngineBuildSpec) -> bool:
-    """Tell whether a folder has the engine of a recipe, whole."""
+    """Tell whether a folder has the complete engine of a build spec."""
     path = folder / Path(build_spec.record_path).name
     try:
         record = decode_engine_record(path.read_bytes(), path)
-        plan = folder / record.plan
-        return record.build_spec == build_spec and sha256_of(plan) == record.plan_sha256
+        engine_file = folder / record.plan
+        return record.build_spec == build_spec and sha256_of(engine_file) == record.plan_sha256
     except (OSError, BundleError):
         return False
 

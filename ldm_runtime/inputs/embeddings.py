@@ -21,7 +21,7 @@ Float32Array = npt.NDArray[np.float32]
 _MAX_HEADER = 10_000  # NumPy's own limit, beyond which parsing is not safe
 _MAX_BYTES = MAX_VECTORS * MAX_WIDTH * 8 + _MAX_HEADER
 _HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
-# What spoilt headers were seen to raise.
+# Errors that damaged headers were seen to raise.
 _DAMAGE = (ValueError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError)
 
 
@@ -29,11 +29,11 @@ class Embeddings(FrozenArray):
     """Vectors in memory: immutable, hashable, and equal to any others with the same numbers.
 
     Args:
-        values: A vector a row, (k, D), of any floating-point type; kept as float32.
+        values: One vector per row, (k, D), of any floating-point type; kept as float32.
         source: Where they were read from.
 
     Raises:
-        ValueError: The array is no such matrix, is empty or too large, or holds a number that is
+        ValueError: The array is not such a matrix, is empty or too large, or holds a number that is
             not finite in float32.
     """
 
@@ -52,13 +52,13 @@ class Embeddings(FrozenArray):
 
     @classmethod
     def read(cls, value: object) -> Self:
-        """Return the embeddings that `value` is, names or holds.
+        """Return the embeddings in `value`, or in the file that it names.
 
         Args:
             value: A path, a `data:` URL in base64 or the bytes of a `.npy` file, an array (k, D),
-                or `Embeddings`. No pickles are read. A path lets whoever chose the text read any
-                such file that this process can; a server should only pass on text that starts
-                with "data:".
+                or `Embeddings`. No pickles are read. A path lets the author of the text read
+                any such file that this process can; a server should only pass on text that
+                starts with "data:".
 
         Raises:
             ValueError: In one sentence, why `value` holds no embeddings, or too many.
@@ -72,12 +72,12 @@ class Embeddings(FrozenArray):
                 named = read_bytes(value, _MAX_BYTES)
                 return cls(_decoded(named), named.source)
         raise ValueError(
-            f"{shown(value)} is no embeddings; give {FORMS} (.npy) or an array of vectors"
+            f"{shown(value)} holds no embeddings; give {FORMS} (.npy) or an array of vectors"
         )
 
     @property
     def values(self) -> Float32Array:
-        """A vector a row, (k, D), read-only."""
+        """One vector per row, (k, D), read-only."""
         return self._array
 
     def __repr__(self) -> str:
@@ -87,14 +87,14 @@ class Embeddings(FrozenArray):
 
 
 def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
-    """Read a `.npy` file; not with `np.load`, which makes room for whatever a header claims."""
+    """Read a `.npy` file; not with `np.load`, which allocates any size that a header gives."""
     file = io.BytesIO(named.data)
     try:
         version = npy_format.read_magic(file)
         shape, is_fortran, dtype = _HEADERS[version](file, max_header_size=_MAX_HEADER)
     except (*_DAMAGE, KeyError) as error:
         raise ValueError(
-            f"{named.name} is no .npy file that can be read; write it with numpy.save"
+            f"{named.name} is not a readable .npy file; write it with numpy.save"
         ) from error
     _check(dtype, shape, named.name)
     data = named.data[file.tell() :]
@@ -109,7 +109,8 @@ def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
 def _check(dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> None:
     if dtype.kind != "f" or len(shape) != 2:
         raise ValueError(
-            f"{name} is of {dtype} and shape {shape}; give floating-point numbers, a vector a row"
+            f"{name} is of {dtype} and shape {shape}; give floating-point numbers, one vector per "
+            "row"
         )
     if not (1 <= shape[0] <= MAX_VECTORS and 1 <= shape[1] <= MAX_WIDTH):
         raise ValueError(

@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 
 class FrozenArray:
-    """What arrays that requests carry have in common: immutable, hashable, compared by value.
+    """Base of the arrays that requests carry: immutable, hashable, compared by value.
 
     Args:
         array: The values, without negative zeros or NaN, which compare unlike their bytes; copied.
         header: A line of text that stands before the values in the file whose hash identifies them.
-        source: Where it was read from; no part of equality.
+        source: Where it was read from; does not count for equality.
     """
 
     def __init__(self, array: npt.NDArray[Any], header: str, source: str | None) -> None:
@@ -26,7 +26,7 @@ class FrozenArray:
 
     @property
     def source(self) -> str | None:
-        """The path it was read from, if it was; no part of equality."""
+        """The path it was read from, if any; does not count for equality."""
         return self._source
 
     @cached_property
@@ -48,4 +48,4 @@ class FrozenArray:
         return self  # nothing in it can change; `dataclasses.asdict` asks for a copy
 
     def __reduce__(self) -> tuple[type[Self], tuple[npt.NDArray[Any], str | None]]:
-        return type(self), (self._array, self._source)  # the arguments of every kind of it
+        return type(self), (self._array, self._source)  # the arguments of every subclass

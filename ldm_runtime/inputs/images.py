@@ -1,4 +1,4 @@
-"""Pictures that requests carry: read from whatever people have, checked once, never changed."""
+"""Images that requests carry: read from the usual formats, checked once, never changed."""
 
 import io
 import os
@@ -20,8 +20,8 @@ from ldm_runtime.inputs.reading import (
     shown,
 )
 
-#: What is read: what cameras, browsers and editors write. TIFF and the rest of what Pillow knows
-#: stay out: they are rare here, and each is one more parser for a stranger's file to attack.
+#: Formats that are read: those of cameras, browsers and editors. TIFF and the others that Pillow
+#: knows stay out: they are rare here, and each is one more parser for a stranger's file to attack.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -29,20 +29,20 @@ _MAX_BYTES = 4 * MAX_PIXELS + 2**20  # the largest image, not compressed, and so
 
 
 class InputImage(FrozenArray):
-    """A picture in memory: immutable, hashable, and equal to any other with the same pixels.
+    """An image in memory: immutable, hashable, and equal to any other with the same pixels.
 
     Args:
         pixels: RGB, uint8 (H, W, 3); copied.
         source: Where it was read from.
 
     Raises:
-        ValueError: The array is no such picture, is empty, or has a side above `MAX_SIDE`.
+        ValueError: The array is not such an image, is empty, or has a side above `MAX_SIDE`.
     """
 
     def __init__(self, pixels: UInt8Array, source: str | None = None) -> None:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(
-                f"an array of {pixels.dtype} and shape {pixels.shape} is no RGB picture; "
+                f"an array of {pixels.dtype} and shape {pixels.shape} is not an RGB image; "
                 "give uint8 (height, width, 3)"
             )
         check_sides("the array", pixels.shape[1], pixels.shape[0])
@@ -51,19 +51,19 @@ class InputImage(FrozenArray):
 
     @classmethod
     def read(cls, value: object) -> Self:
-        """Return the picture that `value` is, names or holds.
+        """Return the image in `value`, or in the file that it names.
 
-        The picture is turned as its EXIF data says, transparent parts are laid on white, 16 bits
+        The image is turned as its EXIF data says, transparent parts are laid on white, 16 bits
         become 8, and of an animation the first frame is taken. Colour profiles are ignored.
 
         Args:
             value: A path, a `data:` URL in base64, the bytes of a file, a PIL image, an array of
-                uint8 with shape (H, W), (H, W, 3) or (H, W, 4), or a `InputImage`. A path lets
-                whoever chose the text read any picture that this process can; a server should
+                uint8 with shape (H, W), (H, W, 3) or (H, W, 4), or an `InputImage`. A path lets
+                the author of the text read any image that this process can; a server should
                 only pass on text that starts with "data:".
 
         Raises:
-            ValueError: In one sentence, why `value` is no picture or too large a one.
+            ValueError: In one sentence, why `value` is not an image, or is too large.
         """
         match value:
             case cls():
@@ -76,7 +76,7 @@ class InputImage(FrozenArray):
                 named = read_bytes(value, _MAX_BYTES)
                 return cls(_decoded(named), named.source)
         raise ValueError(
-            f"{shown(value)} is no picture; give a path, a data: URL, the bytes of a file, "
+            f"{shown(value)} is not an image; give a path, a data: URL, the bytes of a file, "
             "a PIL image or an array of uint8"
         )
 
@@ -95,7 +95,7 @@ class InputImage(FrozenArray):
         return np.asarray(self.to_image().convert("L"))
 
     def to_image(self) -> Image.Image:
-        """Return it as a PIL image of the caller's own."""
+        """Return a copy as a PIL image."""
         return Image.fromarray(self._array)
 
     def to_png_bytes(self) -> bytes:
@@ -107,7 +107,7 @@ class InputImage(FrozenArray):
     def __repr__(self) -> str:
         width, height = self.size
         source = f", {self._source!r}" if self._source else ""
-        return f"Picture({width}x{height}, sha256 {self.sha256[:12]}{source})"
+        return f"InputImage({width}x{height}, sha256 {self.sha256[:12]}{source})"
 
 
 def _decoded(named: NamedBytes) -> UInt8Array:
@@ -115,7 +115,7 @@ def _decoded(named: NamedBytes) -> UInt8Array:
         load_image(image, named.name)
         return _rgb(image, named.name)
 
-    unreadable = "is no picture that can be read; give PNG, JPEG, WebP or BMP"
+    unreadable = "is not a readable image; give PNG, JPEG, WebP or BMP"
     return decode_image(named, FORMATS, unreadable, rgb)
 
 
@@ -141,7 +141,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Lay a picture with transparent parts on white."""
+    """Lay an image with transparent parts on white."""
     if not image.has_transparency_data:
         return image
     above = image.convert("RGBA")
@@ -150,22 +150,22 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def _image_of_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8:
-        raise ValueError(f"an array of {array.dtype} is no picture; give uint8, from 0 to 255")
+        raise ValueError(f"an array of {array.dtype} is not an image; give uint8, from 0 to 255")
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
         raise ValueError(
-            f"an array of shape {array.shape} is no picture; give (height, width), "
+            f"an array of shape {array.shape} is not an image; give (height, width), "
             "(height, width, 3) or (height, width, 4)"
         )
     check_sides("the array", array.shape[1], array.shape[0])
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def resize(picture: InputImage, width: int, height: int) -> InputImage:
-    """Return a picture of another size, by Lanczos' filter; the same one if it has that size.
+def resize(image: InputImage, width: int, height: int) -> InputImage:
+    """Return an image of another size, by Lanczos' filter; the same one if it has that size.
 
     It is stretched if the sides are in another proportion; cropping is left to the caller.
     """
-    if picture.size == (width, height):
-        return picture
-    resized = picture.to_image().resize((width, height), Image.Resampling.LANCZOS)
+    if image.size == (width, height):
+        return image
+    resized = image.to_image().resize((width, height), Image.Resampling.LANCZOS)
     return InputImage(np.asarray(resized))

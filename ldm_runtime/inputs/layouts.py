@@ -1,4 +1,4 @@
-"""Layouts: labelled boxes that say what to draw where, and the tokens that stand for them."""
+"""Layouts: labelled boxes that say which object to generate where, and their tokens."""
 
 import numbers
 import os
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ldm_runtime.inputs.reading import FORMS, read_bytes, shown
 from ldm_runtime.specs.networks import TextEncoderSpec
 
-#: Bytes of the largest file of a layout, and of label names.
+#: Most bytes of a layout file, and of a file of label names.
 MAX_BYTES = 2**20
 
 _KEYS = frozenset({"label", "box"})
@@ -26,11 +26,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutObject:
-    """Something to draw, and where.
+    """An object to generate, and where.
 
     Attributes:
-        label: Number of what it is, at least 0.
-        box: Left, top, right and bottom edge, as shares of the picture's width and height from its
+        label: Number of its class, at least 0.
+        box: Left, top, right and bottom edge, as shares of the image's width and height from its
             left and top edge.
 
     Raises:
@@ -51,39 +51,39 @@ def read_layout(value: object, names: Sequence[str] | None = None) -> tuple[Layo
     Args:
         value: A list whose entries are `LayoutObject` or mappings such as
             `{"label": 3, "box": [0.1, 0.2, 0.5, 0.9]}`; or such a list in JSON: a path, a `data:`
-            URL in base64 or the bytes of the file. A path lets whoever chose the text read any
-            such file that this process can; a server should only pass on text that starts with
-            "data:".
-        names: What the labels are called, in the order of their numbers, so that an entry may say
+            URL in base64 or the bytes of the file. A path lets the author of the text read
+            any such file that this process can; a server should only pass on text that starts
+            with "data:".
+        names: Names of the labels, in the order of their numbers, so that an entry may say
             `"label": "dog"`; from `read_label_names`.
 
     Raises:
-        ValueError: In one sentence, why it is no layout; the sentence counts objects from 0.
+        ValueError: In one sentence, why it is not a layout; the sentence counts objects from 0.
     """
     if isinstance(value, bytes | bytearray | memoryview | str | os.PathLike):
         value = _json(value)
     if isinstance(value, Mapping) or not isinstance(value, Sequence):
         raise ValueError(
-            f"{_quoted(value)} is no layout; give {FORMS}, or a list of "
+            f"{_quoted(value)} is not a layout; give {FORMS}, or a list of "
             '{"label": 3, "box": [left, top, right, bottom]}'
         )
     return tuple(_object(index, entry, names) for index, entry in enumerate(value))
 
 
 def read_label_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read what labels are called from a text file: the name of label 0 in line 1, and so on.
+    """Read the names of labels from a text file: the name of label 0 in line 1, and so on.
 
     White space around names does not matter. A name may occur twice, as some do in OpenImages; then
     it cannot be asked for by name.
 
     Raises:
-        ValueError: The file cannot be read, is no text in UTF-8 or too large, or a line is empty.
+        ValueError: The file cannot be read, is not UTF-8 text or is too large, or a line is empty.
     """
     named = read_bytes(path, MAX_BYTES)
     try:
         text = named.data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{named.name} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{named.name} is not UTF-8 text: {error}") from error
     names = tuple(line.strip() for line in text.rstrip().split("\n"))
     if "" in names:
         raise ValueError(
@@ -113,13 +113,13 @@ def max_objects(encoder: TextEncoderSpec) -> int:
     """Return how many objects a layout can have.
 
     Raises:
-        ValueError: The length that the encoder takes is not that of any layout.
+        ValueError: The number of tokens of the encoder is not that of any layout.
     """
     most, rest = divmod(encoder.max_tokens - _CROP_TOKENS, _OBJECT_TOKENS)
     if most < 1 or rest:
         raise ValueError(
-            f"an encoder of {encoder.max_tokens} tokens is none of layouts, which have "
-            f"{_OBJECT_TOKENS} an object and {_CROP_TOKENS} of the crop"
+            f"an encoder of {encoder.max_tokens} tokens does not fit layouts, which have "
+            f"{_OBJECT_TOKENS} per object and {_CROP_TOKENS} for the crop"
         )
     return most
 
@@ -127,7 +127,7 @@ def max_objects(encoder: TextEncoderSpec) -> int:
 def num_labels(encoder: TextEncoderSpec) -> int:
     """Return how many labels there can be: every token but the last, which says "no object".
 
-    How many the model has learned is not known; it learned them in the same rows as the points.
+    How many the model has learned is not known: labels share token embeddings with points.
     """
     return encoder.vocab_size - 1
 
@@ -137,9 +137,9 @@ def layout_tokens(
 ) -> npt.NDArray[np.int64]:
     """Return the tokens of a layout, (max_tokens,).
 
-    Three tokens an object: its label, its top left and its bottom right corner. Then three times
+    Three tokens per object: its label, its top left and its bottom right corner. Then three times
     the last token of the vocabulary for every object that is missing, and the corners of the crop,
-    which is the whole picture. A point is a place in a square grid, row by row, as fine as the
+    which is the whole image. A point is a place in a square grid, row by row, as fine as the
     vocabulary allows: 90 x 90 of 8192 tokens. Halves are rounded to even.
 
     Source: `ObjectsBoundingBoxConditionalBuilder` in
@@ -178,7 +178,7 @@ def _json(value: bytes | bytearray | memoryview | str | os.PathLike[str]) -> obj
     try:
         return msgspec.json.decode(named.data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{named.name} is no JSON: {error}") from error
+        raise ValueError(f"{named.name} is not JSON: {error}") from error
 
 
 def _object(index: int, entry: object, names: Sequence[str] | None) -> LayoutObject:
@@ -199,7 +199,7 @@ def _object(index: int, entry: object, names: Sequence[str] | None) -> LayoutObj
 def _number_of(name: str, names: Sequence[str] | None) -> int:
     if names is None:
         raise ValueError(
-            f"{_quoted(name)} is a name; give its number, or what the labels are called: "
+            f"{_quoted(name)} is a name; give its number, or the names of the labels: "
             "--label-names FILE, in Python read_layout(layout, read_label_names(FILE))"
         )
     return label_number(name, names)

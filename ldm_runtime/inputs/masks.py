@@ -1,6 +1,6 @@
-"""Masks: which part of a picture is drawn anew, and how any model can be made to do so.
+"""Masks: the part of an image that is generated again, with any model.
 
-In a mask picture white is drawn anew and black is kept; in between, the final picture is blended.
+White pixels of a mask are generated again and black ones kept; in between, the result is blended.
 """
 
 import numpy as np
@@ -14,14 +14,14 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def latent_mask(mask: InputImage, factor: int) -> Float32Array:
-    """Return which latent pixels are drawn anew (1) and which are kept (0), shape (1, 1, h, w).
+    """Return which latent pixels are generated again (1) or kept (0), shape (1, 1, h, w).
 
-    A latent pixel is drawn anew if any of its pixels is brighter than one half, because one that
-    is kept would hold on to all of them.
+    A latent pixel is generated again if any of its pixels is brighter than one half, because one
+    that is kept would hold on to all of them.
 
     Args:
-        mask: The mask, as large as the picture.
-        factor: Pixels a latent pixel covers in each direction.
+        mask: The mask, as large as the image.
+        factor: Pixels that a latent pixel covers in each direction.
 
     Raises:
         ValueError: A side of the mask is not a multiple of `factor`.
@@ -39,13 +39,13 @@ def latent_mask(mask: InputImage, factor: int) -> Float32Array:
 def composite(original: InputImage, generated: Image.Image, mask: InputImage) -> Image.Image:
     """Return `generated` where the mask is white, and exactly `original` where it is black.
 
-    Gray blends the two. Without this step, what is kept would have gone through the autoencoder,
-    which changes every pixel a little.
+    Gray blends the two. Without this step, the pixels to keep would have gone through the
+    autoencoder, which changes every pixel a little.
 
     Raises:
         ValueError: The three are not of one size.
     """
-    sizes = {"picture": original.size, "generated picture": generated.size, "mask": mask.size}
+    sizes = {"image": original.size, "generated image": generated.size, "mask": mask.size}
     if len(set(sizes.values())) > 1:
         named = ", ".join(f"the {name} {size[0]}x{size[1]}" for name, size in sizes.items())
         raise ValueError(f"sizes differ: {named}; make them equal")
@@ -53,17 +53,17 @@ def composite(original: InputImage, generated: Image.Image, mask: InputImage) ->
 
 
 def outpaint_canvas(
-    picture: InputImage, left: int, top: int, right: int, bottom: int
+    image: InputImage, left: int, top: int, right: int, bottom: int
 ) -> tuple[InputImage, InputImage]:
-    """Return a picture grown by so many pixels on each side, and the mask of what is new.
+    """Return an image grown by a number of pixels on each side, and the mask of the new border.
 
-    The new border repeats the edge of the picture. What is kept is encoded together with it, so
+    The new border repeats the edge of the image. The image is encoded together with it, so
     that a border of one colour would shine into the latents along the seam; and wherever sampling
-    starts from the picture and not from noise alone, this is the likeliest guess.
+    starts from the image and not from noise alone, this is the likeliest guess.
 
     The mask is white in the border and black inside, with no gray between: every pixel of the
-    picture is kept exactly, and a seam softened inwards would not. The model itself makes the two
-    meet, because in every step it sees what is kept.
+    image is kept exactly, and a seam softened inwards would not. The model itself makes the two
+    meet, because in every step it sees the pixels that are kept.
 
     Raises:
         ValueError: A number is negative, all are 0, or the canvas becomes too large.
@@ -74,10 +74,10 @@ def outpaint_canvas(
             raise ValueError(f"cannot grow by {count} pixels on the {side}; give 0 or more")
     if not any(sides.values()):
         raise ValueError("nothing to add; give at least one side more than 0 pixels")
-    width, height = picture.size[0] + left + right, picture.size[1] + top + bottom
+    width, height = image.size[0] + left + right, image.size[1] + top + bottom
     if max(width, height) > MAX_SIDE:
-        raise ValueError(f"grown to {width}x{height} pixels; at most {MAX_SIDE} a side; add less")
+        raise ValueError(f"grown to {width}x{height} pixels; at most {MAX_SIDE} per side; add less")
     border = ((top, bottom), (left, right), (0, 0))
-    grown = np.pad(picture.pixels, border, mode="edge")
-    mask = np.pad(np.zeros_like(picture.pixels), border, constant_values=255)
+    grown = np.pad(image.pixels, border, mode="edge")
+    mask = np.pad(np.zeros_like(image.pixels), border, constant_values=255)
     return InputImage(grown), InputImage(mask)

@@ -11,14 +11,14 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-#: What `read_bytes` reads, as sentences list it.
+#: Inputs of `read_bytes`, as error messages list them.
 FORMS = "a path, a data: URL, the bytes of a file"
 #: Longest side of an image in pixels.
 MAX_SIDE = 16384
-#: Most pixels of an encoded image, 8192 times 8192: a few kilobytes can claim any size.
+#: Most pixels of an encoded image, 8192 times 8192: a few kilobytes can decode to any size.
 MAX_PIXELS = 2**26
 
-#: What spoilt image files were seen to raise (the first three), or running out of bytes.
+#: Errors that damaged image files were seen to raise (the first three), or running out of bytes.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -30,7 +30,7 @@ class NamedBytes(NamedTuple):
 
     Attributes:
         data: The bytes.
-        name: What a sentence may call them.
+        name: Their name in error messages.
         source: The path they were read from, if they were.
     """
 
@@ -42,10 +42,10 @@ class NamedBytes(NamedTuple):
 def read_bytes(
     value: bytes | bytearray | memoryview | str | os.PathLike[str], limit: int
 ) -> NamedBytes:
-    """Return the bytes that `value` is, holds or names.
+    """Return the bytes in `value`, or in the file that it names.
 
     Args:
-        value: Bytes, a `data:` URL in base64, or a path. A path lets whoever chose the text read
+        value: Bytes, a `data:` URL in base64, or a path. A path lets the author of the text read
             any file that this process can; a server should only pass on text that starts with
             "data:".
         limit: Most bytes to read.
@@ -65,7 +65,7 @@ def read_bytes(
 
 
 def is_data_url(text: str) -> bool:
-    """Return whether a text is a `data:` URL and no path."""
+    """Return whether a text is a `data:` URL and not a path."""
     return text[:5].lower() == "data:"
 
 
@@ -77,7 +77,9 @@ def data_of_url(url: str) -> bytes:
     """
     header, _, data = url.partition(",")
     if not header.lower().endswith(";base64"):
-        raise ValueError(f"{shown(url)} is no data: URL in base64; write data:image/png;base64,…")
+        raise ValueError(
+            f"{shown(url)} is not a data: URL in base64; write data:image/png;base64,…"
+        )
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:  # ValueError: characters beyond ASCII
@@ -105,7 +107,7 @@ def check_sides(name: str, width: int, height: int) -> None:
 def decode_image(
     named: NamedBytes, formats: tuple[str, ...], unreadable: str, take: Callable[[Image.Image], _T]
 ) -> _T:
-    """Open an encoded image, check its size before a pixel is decoded, and take what is wanted.
+    """Open an encoded image, check its size before a pixel is decoded, and return `take` of it.
 
     Args:
         named: The bytes of the file.

@@ -1,4 +1,4 @@
-"""Class maps that requests carry: a class for every pixel, read once and never changed."""
+"""Segmentation maps that requests carry: a class for every pixel, read once and never changed."""
 
 import os
 from typing import Any, Self
@@ -32,14 +32,14 @@ _SPREAD = {"L;2": 85, "L;4": 17}
 
 
 class SegmentationMap(FrozenArray):
-    """A class map in memory: immutable, hashable, and equal to any other with the same classes.
+    """A segmentation map in memory: immutable, hashable, and equal to any other with the same ids.
 
     Args:
         ids: The class of every pixel, any integers from 0 to `MAX_CLASS_ID`, (H, W); copied.
         source: Where it was read from.
 
     Raises:
-        ValueError: The array is no such map, is empty, or has a side above `MAX_SIDE`.
+        ValueError: The array is not such a map, is empty, or has a side above `MAX_SIDE`.
     """
 
     def __init__(self, ids: npt.NDArray[Any], source: str | None = None) -> None:
@@ -49,19 +49,19 @@ class SegmentationMap(FrozenArray):
 
     @classmethod
     def read(cls, value: object) -> Self:
-        """Return the class map that `value` is, names or holds.
+        """Return the segmentation map in `value`, or in the file that it names.
 
         Pixels are taken as the numbers that the file holds, whatever colours a palette gives them
         and however many bits they have; transparency and orientation are ignored.
 
         Args:
             value: A path, a `data:` URL in base64 or the bytes of a gray or palette PNG, a PIL
-                image of such a kind, an array of integers (H, W), or a `SegmentationMap`. A path lets
-                whoever chose the text read any map that this process can; a server should only
-                pass on text that starts with "data:".
+                image of such a kind, an array of integers (H, W), or a `SegmentationMap`. A path
+                lets the author of the text read any map that this process can; a server should
+                only pass on text that starts with "data:".
 
         Raises:
-            ValueError: In one sentence, why `value` is no class map or too large a one.
+            ValueError: In one sentence, why `value` is not a segmentation map, or is too large.
         """
         match value:
             case cls():
@@ -75,7 +75,8 @@ class SegmentationMap(FrozenArray):
                 named = read_bytes(value, _MAX_BYTES)
                 return cls(_decoded(named), named.source)
         raise ValueError(
-            f"{shown(value)} is no class map; give {FORMS}, a PIL image or an array of integers"
+            f"{shown(value)} is not a segmentation map; give {FORMS}, a PIL image or an array of "
+            "integers"
         )
 
     @property
@@ -109,7 +110,7 @@ class SegmentationMap(FrozenArray):
     def __repr__(self) -> str:
         width, height = self.size
         source = f", {self._source!r}" if self._source else ""
-        return f"ClassMap({width}x{height}, sha256 {self.sha256[:12]}{source})"
+        return f"SegmentationMap({width}x{height}, sha256 {self.sha256[:12]}{source})"
 
 
 def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
@@ -118,14 +119,14 @@ def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
         load_image(image, named.name)
         return _ids(image, named.name) // spread
 
-    unreadable = "is no PNG; a class map is a gray or palette PNG"
+    unreadable = "is not a PNG; a segmentation map is a gray or palette PNG"
     return decode_image(named, ("PNG",), unreadable, ids)
 
 
 def _spread(image: Image.Image) -> int:
-    """Return what Pillow multiplies the numbers of an opened file with when it loads them.
+    """Return the factor that Pillow multiplies the numbers of an opened file with on loading.
 
-    Of an image that was loaded before nobody can tell: its numbers are taken as they are.
+    It is unknown of an image that was loaded before: its numbers are taken as they are.
     """
     tiles = getattr(image, "tile", None)
     return _SPREAD.get(str(tiles[0].args), 1) if tiles else 1
@@ -135,7 +136,7 @@ def _ids(image: Image.Image, name: str) -> npt.NDArray[Any]:
     """Return the numbers (H, W) that the pixels of a PIL image are."""
     if image.mode not in _MODES:
         raise ValueError(
-            f"{name} has mode {image.mode!r}, whose pixels are no class numbers; "
+            f"{name} has mode {image.mode!r}, whose pixels are not class numbers; "
             "save it as a gray or palette PNG"
         )
     ids = np.asarray(image)
@@ -145,7 +146,7 @@ def _ids(image: Image.Image, name: str) -> npt.NDArray[Any]:
 def _bytes_of_array(ids: npt.NDArray[Any], name: str) -> UInt8Array:
     if ids.dtype.kind not in "iu" or ids.ndim != 2:
         raise ValueError(
-            f"an array of {ids.dtype} and shape {ids.shape} is no class map; "
+            f"an array of {ids.dtype} and shape {ids.shape} is not a segmentation map; "
             "give integers (height, width)"
         )
     check_sides(name, ids.shape[1], ids.shape[0])

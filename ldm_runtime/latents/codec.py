@@ -1,4 +1,4 @@
-"""Between latents and pixels, and from pixels to files that say how they were made."""
+"""Autoencoder calls: images to latents, latents to images, and pixels to floats and back."""
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec) -> Float32Array:
-    """Return the latents (B, C, h, w) of pictures, in the UNet's scale; see `encode_pixels`.
+    """Return the latents (B, C, h, w) of images, in the UNet's scale; see `encode_pixels`.
 
     Args:
         engine: The autoencoder's encoder.
@@ -29,15 +29,15 @@ def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec)
 
 
 def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float32Array:
-    """Return the latents (B, C, h, w) of pictures (B, 3, H, W) from -1 to 1, in their own scale.
+    """Return the latents (B, C, h, w) of images (B, 3, H, W) from -1 to 1, unscaled.
 
-    Of a KL autoencoder these are the means of its posterior. CompVis and diffusers draw from it
-    instead; its deviation is small beside the noise that sampling adds, and a mean is the same
-    every time. Of a VQ autoencoder they are what comes before the codebook, as CompVis has it.
+    For a KL autoencoder these are the means of its posterior. CompVis and diffusers sample from it
+    instead; its deviation is small next to the noise that sampling adds, and a mean is the same
+    every time. For a VQ autoencoder they are the latents before quantization, as in CompVis.
 
     Args:
         engine: The autoencoder's encoder.
-        image: The pictures.
+        image: The images.
         spec: The model.
 
     Raises:
@@ -47,7 +47,7 @@ def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float
     height, width = image.shape[2:]
     if height % factor or width % factor:
         raise ValueError(
-            f"the picture has {width}x{height} pixels; make both sides multiples of {factor}"
+            f"the image has {width}x{height} pixels; make both sides multiples of {factor}"
         )
     moments: Float32Array = engine.run({"image": image})["moments"]
     mean: Float32Array = moments[:, : spec.autoencoder.embed_dim]
@@ -62,14 +62,14 @@ def to_float(pixels: npt.NDArray[np.uint8]) -> Float32Array:
 def decode_latents(
     engine: Runner, latents: Float32Array, spec: ModelSpec, tile_size: int = 0
 ) -> list[Image.Image]:
-    """Return the pictures of the UNet's latents (B, C, h, w).
+    """Return the images decoded from the UNet's latents (B, C, h, w).
 
     Args:
         engine: The autoencoder's decoder.
         latents: Latents in the UNet's scale, as `pipeline.sampling.sample_latents` ends with.
         spec: The model.
         tile_size: Side in pixels of the tiles to decode in, one image at a time; 0 decodes the
-            whole batch at once. Models that enlarge decode in the patches of `patches` instead.
+            whole batch at once. Super-resolution models decode in the patches of `patches` instead.
 
     Raises:
         ValueError: The tile size is not a multiple of the autoencoder's factor, or too small.
@@ -94,7 +94,7 @@ def decode_latents(
 def to_uint8(image: Float32Array) -> npt.NDArray[np.uint8]:
     """Turn (B, 3, H, W) from -1 to 1 into (B, H, W, 3) bytes, clipping and then rounding.
 
-    Rounding, not truncating, is what diffusers does; CompVis truncates.
+    diffusers rounds too; CompVis truncates.
     """
     unit = np.clip(image / 2 + 0.5, 0.0, 1.0)
     return np.ascontiguousarray(np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1))

@@ -1,4 +1,4 @@
-"""Pictures that a request has: what sampling starts from, and what of them comes back."""
+"""Images of a request: the latents that sampling starts from, and the area that is kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,34 +27,34 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitImage:
-    """The picture of a request in the size that is drawn.
+    """The init image of a request, in the size that is generated.
 
     Attributes:
-        picture: What there is.
-        mask: What of it to draw anew, or None for all of it.
+        image: The image.
+        mask: The masked region, which is generated again; None for all of the image.
     """
 
-    picture: InputImage
+    image: InputImage
     mask: InputImage | None
 
     def padded(self, height: int, width: int) -> "InitImage":
-        """Return both grown to a size on the right and at the bottom, by repeating their edge."""
+        """Return image and mask padded on the right and at the bottom, by repeating their edge."""
         mask = None if self.mask is None else _padded(self.mask, height, width)
-        return InitImage(picture=_padded(self.picture, height, width), mask=mask)
+        return InitImage(image=_padded(self.image, height, width), mask=mask)
 
-    def finish(self, image: Image.Image) -> Image.Image:
-        """Put back what is known."""
-        return image if self.mask is None else composite(self.picture, image, self.mask)
+    def finish(self, generated: Image.Image) -> Image.Image:
+        """Restore the area outside the mask in a generated image."""
+        return generated if self.mask is None else composite(self.image, generated, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Start:
-    """What sampling starts from instead of noise.
+    """Initial latents for sampling, in place of pure noise.
 
     Attributes:
         latents: Clean latents in the UNet's scale, (1, C, h, w) or one for each image.
-        strength: The share of the steps that are made; 0 without any.
-        mask: Where to draw (1) and what to keep (0), (1, 1, h, w), or None for everything.
+        strength: The share of the steps that are run; 0 is none.
+        mask: 1 in the masked region and 0 where latents are kept, (1, 1, h, w); None for all 1.
     """
 
     latents: Float32Array
@@ -63,22 +63,22 @@ class Start:
 
 
 def init_image(request: ResolvedRequest) -> InitImage | None:
-    """Return the image of a request, with what is to be added around it, or None without one."""
+    """Return the init image of a request, with its margins to outpaint; None without one."""
     size = request.width, request.height
     match request.source_image:
         case NoImage():
             return None
-        case WholeImage(image=picture):
-            return InitImage(picture=resize(picture, *size), mask=None)
-        case MaskedImage(image=picture, mask=mask):
+        case WholeImage(image=image):
+            return InitImage(image=resize(image, *size), mask=None)
+        case MaskedImage(image=image, mask=mask):
             pass
         case OutpaintedImage(image=small, margins=margins):
-            picture, mask = outpaint_canvas(small, *margins)
-    return InitImage(picture=resize(picture, *size), mask=resize(mask, *size))
+            image, mask = outpaint_canvas(small, *margins)
+    return InitImage(image=resize(image, *size), mask=resize(mask, *size))
 
 
 def start_from(engine: Runner, init: InitImage, request: ResolvedRequest, spec: ModelSpec) -> Start:
-    """Return what sampling starts from; without sampling it is also where it ends.
+    """Return the start of sampling; for an autoencoder task it is also the result.
 
     Args:
         engine: The autoencoder's encoder.
@@ -89,7 +89,7 @@ def start_from(engine: Runner, init: InitImage, request: ResolvedRequest, spec: 
     whole = init.padded(*padded_size(request, spec))
     factor = spec.autoencoder.factor
     return Start(
-        latents=encode_image(engine, whole.picture.pixels[None], spec),
+        latents=encode_image(engine, whole.image.pixels[None], spec),
         strength=request.passes[0].strength if request.passes else 0.0,
         mask=None if whole.mask is None else latent_mask(whole.mask, factor),
     )
@@ -98,11 +98,11 @@ def start_from(engine: Runner, init: InitImage, request: ResolvedRequest, spec: 
 def hires_start(
     engine: Runner, images: Sequence[Image.Image], second: SamplingPass, spec: ModelSpec
 ) -> Start:
-    """Return what the second pass starts from: the first pass's images, enlarged.
+    """Return the start of the second pass: the first pass's images, resized and encoded.
 
     Args:
         engine: The autoencoder's encoder.
-        images: What the first pass drew.
+        images: The images of the first pass.
         second: The second pass.
         spec: The model.
     """
@@ -112,8 +112,8 @@ def hires_start(
     return Start(latents=np.concatenate(latents), strength=second.strength)
 
 
-def _padded(picture: InputImage, height: int, width: int) -> InputImage:
-    if picture.size == (width, height):
-        return picture
-    missing = (0, height - picture.size[1]), (0, width - picture.size[0]), (0, 0)
-    return InputImage(np.pad(picture.pixels, missing, mode="edge"))
+def _padded(image: InputImage, height: int, width: int) -> InputImage:
+    if image.size == (width, height):
+        return image
+    missing = (0, height - image.size[1]), (0, width - image.size[0]), (0, 0)
+    return InputImage(np.pad(image.pixels, missing, mode="edge"))

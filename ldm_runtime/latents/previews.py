@@ -1,7 +1,7 @@
-"""What latents look like without decoding them: one pixel a latent pixel, by a linear map.
+"""Previews of latents without the decoder: one pixel per latent pixel, by a linear map.
 
-The map is fitted when a bundle is exported and stored in its manifest. It costs next to nothing, so
-that every step of a request can be shown.
+The map is fitted when a bundle is exported and stored in its manifest. It costs so little that
+every step of a request can be shown.
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ Float32Array = npt.NDArray[np.float32]
 def preview_image(
     latents: Float32Array, record: PreviewRecord, scale: int = 1
 ) -> list[Image.Image]:
-    """Return a small picture of every row of latents, noise and all.
+    """Return a small image of every sample of latents, with its noise.
 
     Args:
         latents: (B, C, h, w) in the UNet's scale, such as `Step.latents`.
         record: The bundle's map, from its manifest.
-        scale: Pixels a latent pixel becomes in each direction, all of the same colour.
+        scale: Pixels per latent pixel in each direction, all of the same colour.
 
     Raises:
         ValueError: The latents are not those of this bundle's model, or `scale` is below 1.
@@ -37,7 +37,7 @@ def preview_image(
 def preview_pixels(latents: Float32Array, record: PreviewRecord) -> Float32Array:
     """Map latents (B, C, h, w) in the UNet's scale to red, green and blue (B, 3, h, w).
 
-    Colours lie between -1 and 1 where the map is right, and beyond where it is not.
+    Where the map is inaccurate, colours can lie outside -1 to 1.
 
     Raises:
         ValueError: The latents have another shape.

@@ -1,4 +1,4 @@
-"""Normal noise by name: equal to torch's on the CPU or on a GPU, or NumPy's own."""
+"""Normal noise by name: equal to torch's on the CPU or on a GPU, or NumPy's."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -35,7 +35,7 @@ class NumpyGenerator(NoiseGenerator):
         return self._generator.standard_normal(count, np.float64)
 
 
-#: From a name to what makes a generator of a seed.
+#: From a name to the class of generator, which takes a seed.
 NOISES: Mapping[str, Callable[[int], NoiseGenerator]] = MappingProxyType(
     {
         "torch-cpu": TorchCpuGenerator,

@@ -1,19 +1,19 @@
 """A Brownian path over sigma: noise that depends on the seed and the noise levels alone.
 
-A sampler that draws its noise from such a path follows the same random curve whatever its number of
-steps, so that more steps refine a picture instead of making another one. The path is virtual: it
+A sampler that takes its noise from such a path follows the same random curve whatever its number of
+steps, so that more steps refine an image instead of making another one. The path is virtual: it
 is never stored, every point of it can be computed at any time and in any order, bit for bit.
 
-W(0) is 0 and W(2**14) is drawn. A stretch of the path whose ends are known is halved: the middle is
-the mean of the ends plus normal noise of a quarter of the stretch's length as variance, as the
-Brownian bridge has it. The stretches are the nodes of a binary tree, and each draws its noise from
-Philox with the seed as key and its number as counter, so no draw depends on another. Below
-`RESOLUTION` the path is straight, which takes less than RESOLUTION / length of the variance from
-the increment over a stretch.
+W(0) is 0 and W(2**14) is sampled. A stretch of the path whose ends are known is bisected: the
+middle is the mean of the ends plus normal noise of a quarter of the stretch's length as variance,
+as the Brownian bridge has it. The stretches are the nodes of a binary tree, and each samples its
+noise from Philox with the seed as key and its number as counter, so no sample depends on another.
+Below `RESOLUTION` the path is straight, which takes less than RESOLUTION / length of the variance
+from the increment over a stretch.
 
-Cost: up to 36 halvings for the first point and, since the stretches that lead to the last point are
-kept, about 20 for the next point of a run. At (1, 4, 64, 64) a halving takes 0.25 ms on one core of
-a server, so an increment takes 5 ms, the first one 14, and a path keeps at most 5.5 MB.
+Cost: up to 36 bisections for the first point and, since the stretches that lead to the last point
+are kept, about 20 for the next point of a run. At (1, 4, 64, 64) a bisection takes 0.25 ms on one
+core of a server, so an increment takes 5 ms, the first one 14, and a path keeps at most 5.5 MB.
 
 Source: the Brownian bridge is textbook; "virtual Brownian tree": Li et al. 2020
 (arXiv:2001.01328), section 4. k-diffusion's `BrownianTreeNoiseSampler` has the same purpose and
@@ -29,9 +29,9 @@ import numpy.typing as npt
 LARGEST_SIGMA = 2.0**14
 RESOLUTION = 2.0**-22
 
-_END_NODE = 0  # draws W(LARGEST_SIGMA); the nodes of the tree count from 1
-_RECENT = 3  # dpmpp_sde asks for W at three sigmas a step, one of them twice
-_KEY_TAG = 0x42524F574E  # keeps the draws apart from other uses of Philox with the same seed
+_END_NODE = 0  # samples W(LARGEST_SIGMA); the nodes of the tree count from 1
+_RECENT = 3  # dpmpp_sde asks for W at three sigmas per step, one of them twice
+_KEY_TAG = 0x42524F574E  # keeps the numbers apart from other uses of Philox with the same seed
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""What every kind of noise promises: a seed means the same numbers, call after call."""
+"""The interface of noise generators: a seed means the same numbers, call after call."""
 
 import math
 from abc import ABC, abstractmethod
@@ -33,16 +33,16 @@ class NoiseGenerator(ABC):
     def randn(
         self, shape: tuple[int, ...], dtype: type[np.floating] = np.float32
     ) -> npt.NDArray[np.floating]:
-        """Draw the next numbers of the stream.
+        """Sample the next numbers of the stream.
 
         Raises:
             ValueError: `dtype` is neither float32 nor float64.
         """
         precision = np.dtype(dtype)
         if precision not in (np.float32, np.float64):
-            raise ValueError(f"noise is drawn in float32 or float64, not in {precision}")
+            raise ValueError(f"noise is sampled in float32 or float64, not in {precision}")
         return self._sample(math.prod(shape), precision).reshape(shape)
 
     @abstractmethod
     def _sample(self, count: int, dtype: np.dtype[np.floating]) -> npt.NDArray[np.floating]:
-        """Draw `count` numbers of type `dtype`, shape (count,)."""
+        """Sample `count` numbers of type `dtype`, shape (count,)."""

@@ -1,10 +1,10 @@
-"""Normal noise equal to torch.randn on the CPU, bit for bit, so that a seed means the same picture.
+"""Normal noise equal to torch.randn on the CPU, bit for bit, so that a seed means the same image.
 
 What torch does (checked against torch 2.13; the float32 path is older than that):
 
 * A Mersenne Twister MT19937 seeded with the low 32 bits of the seed.
-* 16 numbers or more: Box-Muller in groups of 16 (8 radii, then 8 angles). If the count is no
-  multiple of 16, the last 16 numbers are drawn again.
+* 16 numbers or more: Box-Muller in groups of 16 (8 radii, then 8 angles). If the count is not
+  a multiple of 16, the last 16 numbers are sampled again.
   float32 comes from uniforms of 24 bits, with the logarithm, sine and cosine of the Cephes library
   (S. Moshier, single/logf.c and single/sinf.c) and every product that feeds a sum fused into it.
   float64 comes from uniforms of 53 bits, two words each, and the C library's functions.

@@ -21,7 +21,7 @@ thread i, and every GPU gives the same. Above that the positions depend on the G
 | A100 | 108 | 2048 | 221,184 |
 | H100 SXM, H200 | 132 | 2048 | 270,336 |
 
-The latents of a 512 x 512 picture are 16,384 numbers, those of a 1024 x 1024 picture 65,536.
+The latents of a 512 x 512 image are 16,384 numbers, those of a 1024 x 1024 image 65,536.
 
 How exact: the Philox words are exact, and so is which of them becomes which number. float32
 numbers go through the GPU's approximate sine and cosine (`__sincosf`, an absolute error of up to
@@ -82,7 +82,7 @@ class TorchCudaGenerator(NoiseGenerator):
         if count * dtype.itemsize > 2**31:
             raise ValueError(
                 f"{count} numbers of {dtype} are more than the 2 GiB up to which torch's order on "
-                "a GPU is known here; draw them in parts"
+                "a GPU is known here; sample them in parts"
             )
         to_normal, per_pass = (_four_floats, 4) if dtype == np.float32 else (_two_doubles, 2)
         threads = _BLOCK * min(-(-count // _BLOCK), self._most_blocks)
@@ -91,9 +91,9 @@ class TorchCudaGenerator(NoiseGenerator):
         numbers = chain.from_iterable(
             to_normal(self._words(self._offset + number, threads)) for number in range(passes)
         )
-        drawn = np.concatenate(list(islice(numbers, rows)))[:count]
+        sampled = np.concatenate(list(islice(numbers, rows)))[:count]
         self._offset += passes
-        return drawn
+        return sampled
 
     def _words(self, offset: int, threads: int) -> Words:
         counter = np.zeros((4, threads), np.uint64)
@@ -103,7 +103,7 @@ class TorchCudaGenerator(NoiseGenerator):
 
 
 def _four_floats(words: Words) -> Iterator[npt.NDArray[np.floating]]:
-    """Be `curand_normal4`: two pairs by Box-Muller, the sine of each first."""
+    """Compute `curand_normal4`: two pairs by Box-Muller, the sine of each first."""
     for radius_word, angle_word in (words[:2], words[2:]):
         uniform = _rounded(_rounded(radius_word) * _TWO_TO_MINUS_32 + _TWO_TO_MINUS_32 / 2)
         angle = _rounded(_rounded(angle_word) * _TURN + _TURN / 2)
@@ -113,7 +113,7 @@ def _four_floats(words: Words) -> Iterator[npt.NDArray[np.floating]]:
 
 
 def _two_doubles(words: Words) -> Iterator[npt.NDArray[np.floating]]:
-    """Be `curand_normal2_double`: 53 bits from two words each, angles in units of pi."""
+    """Compute `curand_normal2_double`: 53 bits from two words each, angles in units of pi."""
     low, high = words[::2].astype(np.uint64), words[1::2].astype(np.uint64)
     radius_bits, angle_bits = (low ^ high << np.uint64(53 - 32)).astype(np.float64)
     radius = np.sqrt(-2 * np.log(radius_bits * 2.0**-53 + 2.0**-54))

@@ -1,13 +1,14 @@
-"""Runs several sampling loops together, so that one network call serves them all.
+"""Batching of several sampling loops, so that they share network calls.
 
-A loop needs the network in the midst of its arithmetic and cannot go on without the answer. So each
-has a thread of its own, but threads take turns and never compute at once: the one that consumes the
-items resumes a loop and waits until it needs the network, has made an item or ends. It alone calls
-the network. What happens when thus depends on no clock, and between two items nothing happens.
+A loop needs the network in the middle of its arithmetic and cannot continue without the answer. So
+each has its own thread, but threads take turns and never compute at once: the consumer of the items
+resumes a loop and waits until it needs the network, has made an item or ends. The consumer alone
+calls the network. The order of events thus does not depend on timing, and nothing runs between two
+items.
 
-Threads, because they leave samplers as they are. The same without them would take samplers that are
-coroutines, with every denoiser call a `yield`, or loops begun anew for every call, with all answers
-so far at hand: quadratic in the number of calls.
+Threads leave the samplers as they are. The alternatives are samplers as coroutines, with every
+denoiser call a `yield`, or loops that start again for every call with all answers so far: quadratic
+in the number of calls.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -25,40 +26,40 @@ from ldm_runtime.backends.contract import Runner, Tensors, bind_constants
 from ldm_runtime.errors import ShapeError
 
 Item = TypeVar("Item")
-#: Makes items with the network it is given, which it uses in no thread but the one it runs in.
+#: Makes items with the network it is given, which it uses only in the thread that it runs in.
 Loop = Callable[[Runner], Iterator[Item]]
 
 
 def run_together(
-    loops: Iterable[Loop[Item]], engine: Runner, *, max_rows: int, min_rows: int = 1
+    loops: Iterable[Loop[Item]], engine: Runner, *, max_samples: int, min_samples: int = 1
 ) -> Generator[tuple[int, Item], None, None]:
-    """Yield what loops make, with the number of the loop, while they share calls of a network.
+    """Yield the items of several loops, with the loops' numbers, while they share network calls.
 
-    The earliest loop always has its turn. The others join its call in order, as far as there is
-    room and every axis but the first agrees; the rest wait. There are never more loops under way
-    than rows in a call: a further one is taken from `loops` and begun as others end. A loop gets
-    what it would get alone, as far as the network computes rows independently of each other.
+    The earliest loop is always served first. The others join its call in order, as far as there is
+    room and every axis but the first agrees; the rest wait. There are never more active loops
+    than samples in a call: the next one is taken from `loops` and started as others end. A loop
+    gets the results that it would get alone, as far as the network is batch-invariant.
 
     Closing the generator stops every loop where it waits. An error, in a loop or in the network,
     stops the others too.
 
     Args:
-        loops: What makes the items. Each may call `run` of the network it is given, and of what
-            its `bind` returns; the first axis of every array counts the rows.
+        loops: The loops. Each may call `run` of the network it is given, and of the runner that
+            its `bind` returns; the first axis of every array is the batch.
         engine: The network.
-        max_rows: Rows in a shared call. A loop that asks for more has calls of its own.
-        min_rows: Rows to ask for to have a shared call; a loop that asks for fewer has calls of its
-            own. On the CPU two rows or more give the same bits in any company, but a single one
-            may take other paths: matrix products become matrix-vector products, reductions
-            lose an axis, convolutions are divided among threads by another rule.
+        max_samples: Batch size of a shared call. A loop that asks for more has separate calls.
+        min_samples: Smallest batch size that a loop must ask for to share a call; with fewer it has
+            separate calls. The CPU is batch-invariant from two samples on, but a single one may
+            take other paths: matrix products become matrix-vector products, reductions lose an
+            axis, convolutions are divided among threads by another rule.
 
     Raises:
-        ValueError: `max_rows` is less than 1.
-        ShapeError: The inputs of a call differ in the number of rows.
+        ValueError: `max_samples` is less than 1.
+        ShapeError: The inputs of a call differ in batch size.
     """
-    if max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    return _Together(loops, engine, min_rows, max_rows).items()
+    if max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+    return _LoopScheduler(loops, engine, min_samples, max_samples).items()
 
 
 def in_order(results: Generator[tuple[int, Item], None, None]) -> Generator[Item, None, None]:
@@ -79,18 +80,18 @@ def in_order(results: Generator[tuple[int, Item], None, None]) -> Generator[Item
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
-    """A network call that a loop waits for; the first axis of every array counts its rows."""
+    """A network call that a loop waits for; the first axis of every array is the batch."""
 
     constants: Tensors
     inputs: Tensors
 
     @property
-    def rows(self) -> int:
+    def samples(self) -> int:
         return len(next(iter({**self.inputs, **self.constants}.values())))
 
     @property
-    def kind(self) -> object:
-        """What calls have in common that can be one."""
+    def signature(self) -> object:
+        """Types and shapes without the batch axis; calls with equal ones can be joined."""
         return [
             {name: (array.dtype, array.shape[1:]) for name, array in tensors.items()}
             for tensors in (self.constants, self.inputs)
@@ -98,25 +99,25 @@ class _Call:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Made(Generic[Item]):
+class _LoopItem(Generic[Item]):
     item: Item
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Ended:
+class _LoopEnd:
     error: BaseException | None = None
 
 
 class _Stopped(BaseException):
-    """Unwinds a loop that nobody will resume."""
+    """Unwinds a loop that is not going to be resumed."""
 
 
 class _LoopThread(Generic[Item]):
-    """A loop in a thread that computes only while `resume` waits for it."""
+    """A thread for one loop, which computes only while `resume` waits for it."""
 
     def __init__(self, loop: Loop[Item]) -> None:
         self._answers: SimpleQueue[Tensors] = SimpleQueue()
-        self._events: SimpleQueue[_Call | _Made[Item] | _Ended] = SimpleQueue()
+        self._events: SimpleQueue[_Call | _LoopItem[Item] | _LoopEnd] = SimpleQueue()
         self._stopping = False
         # In a copy of the caller's context, which holds NumPy's errstate; a daemon, so that the
         # process can end while a half-consumed generator is still referred to.
@@ -124,15 +125,15 @@ class _LoopThread(Generic[Item]):
         self._thread = Thread(target=work, args=(self._work, loop), name="ldm-loop", daemon=True)
         self._thread.start()
 
-    def resume(self, answer: Tensors) -> _Call | _Made[Item] | None:
-        """Let the loop go on until it needs the network, has made an item or ends (None).
+    def resume(self, answer: Tensors) -> _Call | _LoopItem[Item] | None:
+        """Run the loop until it needs the network, has made an item or ends (None).
 
         Args:
-            answer: What the network returned, if the loop waits for it.
+            answer: The outputs of the network, if the loop waits for them.
         """
         self._answers.put(answer)
         event = self._events.get()
-        if not isinstance(event, _Ended):
+        if not isinstance(event, _LoopEnd):
             return event
         if event.error is None:
             return None
@@ -142,7 +143,7 @@ class _LoopThread(Generic[Item]):
             del event  # else its traceback and this frame would keep each other alive
 
     def stop(self) -> None:
-        """Have the loop unwind from where it waits, or else from its next call or item."""
+        """Unwind the loop from where it waits, or else from its next call or item."""
         self._stopping = True
         self._answers.put({})
 
@@ -150,8 +151,8 @@ class _LoopThread(Generic[Item]):
         """Wait for the end of a stopped loop."""
         self._thread.join()
 
-    def wait_for(self, event: _Call | _Made[Item]) -> Tensors:
-        """Hand over to `resume` and return the answer it is given next; for the loop's thread."""
+    def wait_for(self, event: _Call | _LoopItem[Item]) -> Tensors:
+        """Pass an event to `resume` and return its next answer; called in the loop's thread."""
         if not self._stopping:
             self._events.put(event)
             answer = self._answers.get()
@@ -163,28 +164,28 @@ class _LoopThread(Generic[Item]):
         self._answers.get()
         try:
             for item in () if self._stopping else loop(_SharedRunner(ask=self.wait_for)):
-                self.wait_for(_Made(item=item))
+                self.wait_for(_LoopItem(item=item))
         except _Stopped:
             return
         except BaseException as error:  # noqa: BLE001  (`resume` raises it)
-            self._events.put(_Ended(error=error))
+            self._events.put(_LoopEnd(error=error))
         else:
-            self._events.put(_Ended())
+            self._events.put(_LoopEnd())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _SharedRunner:
-    """What a loop takes for the network."""
+    """The network as a loop sees it."""
 
     ask: Callable[[_Call], Tensors]
     constants: Tensors = field(default_factory=dict)
 
     def run(self, inputs: Tensors) -> Tensors:
-        """Run once, maybe with rows of other loops; see `ldm_runtime.backends.contract.Runner`."""
+        """Run once, possibly batched with other loops; see `Runner`."""
         call = _Call(constants=self.constants, inputs=inputs)
         for name, array in {**self.constants, **inputs}.items():
-            if len(array) != call.rows:
-                raise ShapeError(name, array.shape, (call.rows, *array.shape[1:]))
+            if len(array) != call.samples:
+                raise ShapeError(name, array.shape, (call.samples, *array.shape[1:]))
         return self.ask(call)
 
     def bind(self, constants: Tensors) -> Runner:
@@ -206,14 +207,14 @@ class _JoiningNetwork:
         outputs = network.run(_join([call.inputs for call in calls]))
         if len(calls) == 1:
             return [outputs]
-        ends = accumulate(call.rows for call in calls)
+        ends = accumulate(call.samples for call in calls)
         return [
-            {name: array[end - call.rows : end].copy() for name, array in outputs.items()}
+            {name: array[end - call.samples : end].copy() for name, array in outputs.items()}
             for call, end in zip(calls, ends, strict=True)
         ]
 
     def _bind(self, constants: Sequence[Tensors]) -> Runner:
-        """Bind, unless the very same arrays are: a device would upload them again."""
+        """Bind, unless the same arrays are bound already: a device would upload them again."""
         if _identities(constants) != _identities(self._constants):
             joined = _join(constants)
             self._bound = bind_constants(self._engine, joined) if joined else self._engine
@@ -221,15 +222,15 @@ class _JoiningNetwork:
         return self._bound
 
 
-class _Together(Generic[Item]):
-    """Loops, begun in order, and the calls that they wait for."""
+class _LoopScheduler(Generic[Item]):
+    """Scheduler of loops, started in order, and of the calls that they wait for."""
 
     def __init__(
-        self, loops: Iterable[Loop[Item]], engine: Runner, min_rows: int, max_rows: int
+        self, loops: Iterable[Loop[Item]], engine: Runner, min_samples: int, max_samples: int
     ) -> None:
         self._loops = enumerate(loops)
         self._network = _JoiningNetwork(engine)
-        self._min_rows, self._max_rows = min_rows, max_rows
+        self._min_samples, self._max_samples = min_samples, max_samples
         self._threads: dict[int, _LoopThread[Item]] = {}
         self._waiting: dict[int, _Call] = {}
 
@@ -250,19 +251,19 @@ class _Together(Generic[Item]):
                 thread.join()
 
     def _begin(self) -> Iterator[tuple[int, Item]]:
-        """Begin loops as long as those that wait leave rows to fill."""
+        """Start loops as long as the waiting ones do not fill a batch."""
         while self._has_room() and (begun := next(self._loops, None)):
             index, loop = begun
             self._threads[index] = _LoopThread(loop)
             yield from self._resume(index, {})
 
     def _has_room(self) -> bool:
-        return sum(call.rows for call in self._waiting.values()) < self._max_rows
+        return sum(call.samples for call in self._waiting.values()) < self._max_samples
 
     def _resume(self, index: int, answer: Tensors) -> Iterator[tuple[int, Item]]:
-        """Let a loop go on to its next call or its end, and pass on what it makes."""
+        """Run a loop to its next call or its end, and yield the items that it makes."""
         event = self._threads[index].resume(answer)
-        while isinstance(event, _Made):
+        while isinstance(event, _LoopItem):
             yield index, event.item
             event = self._threads[index].resume({})
         if event is None:
@@ -271,23 +272,24 @@ class _Together(Generic[Item]):
             self._waiting[index] = event
 
     def _choose(self) -> list[int]:
-        """Return which loops make up the next call: the earliest, and what fits to it."""
+        """Return the loops of the next call: the earliest, and those that fit with it."""
         earliest, *others = sorted(self._waiting)
-        chosen, room = [earliest], self._max_rows - self._waiting[earliest].rows
+        chosen, room = [earliest], self._max_samples - self._waiting[earliest].samples
         for index in others:
-            rows = self._waiting[index].rows
-            if rows <= room and self._can_join(index, earliest):
+            samples = self._waiting[index].samples
+            if samples <= room and self._can_join(index, earliest):
                 chosen.append(index)
-                room -= rows
+                room -= samples
         return chosen
 
     def _can_join(self, index: int, other: int) -> bool:
         calls = [self._waiting[index], self._waiting[other]]
-        return calls[0].kind == calls[1].kind and min(call.rows for call in calls) >= self._min_rows
+        same = calls[0].signature == calls[1].signature
+        return same and min(call.samples for call in calls) >= self._min_samples
 
 
 def _join(calls: Sequence[Tensors]) -> Tensors:
-    """Put arrays of the same names below each other."""
+    """Concatenate arrays of the same names along the batch axis."""
     first, *others = calls
     if not others:
         return first

@@ -1,4 +1,4 @@
-"""A limit to how long a request may take."""
+"""A deadline for a request."""
 
 import math
 import time
@@ -8,13 +8,13 @@ from ldm_runtime.pipeline.sampling import Step
 
 
 class Deadline:
-    """Raises once time is up; it starts with `start`.
+    """A time limit, which counts from `start` on.
 
     Args:
-        seconds: How long a request may take; None is for ever.
+        seconds: Limit of the time a request takes; None is no limit.
 
     Raises:
-        RequestError: The number of seconds is not one above 0.
+        RequestError: The number of seconds is not above 0.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -24,11 +24,11 @@ class Deadline:
         self._end = math.inf
 
     def start(self) -> None:
-        """Begin to count."""
+        """Start the clock."""
         self._end = time.monotonic() + self._seconds
 
     def check(self, step: Step) -> None:
-        """Go on, if there is time for more than the step just done.
+        """Return if there is time left after a step.
 
         Raises:
             DeadlineError: Time is up.

@@ -1,6 +1,6 @@
-"""From a network to a denoiser: input scaling, timestep, guidance and prediction type.
+"""Denoisers from networks: input scaling, timestep, guidance and prediction type.
 
-Samplers see `denoise(latents, sigma) -> x0` and none of what this module hides.
+Samplers only see `denoise(latents, sigma) -> x0`.
 """
 
 import math
@@ -30,7 +30,7 @@ def to_x0(
         prediction: Network output, shaped like `latents`.
         latents: Noisy latents x0 + sigma * noise, shape (B, C, h, w).
         sigma: Noise level of `latents`.
-        prediction_type: What the network was trained to output.
+        prediction_type: The quantity that the network was trained to predict.
 
     Source: Salimans and Ho 2022 (arXiv:2202.00512), appendix D, rewritten in sigma.
     """
@@ -62,7 +62,7 @@ def timestep_of(sigma: float, training_sigmas: npt.NDArray[np.float64]) -> float
 def rescale_guidance(guided: Float32Array, cond: Float32Array, share: float) -> Float32Array:
     """Give a guided prediction back the contrast of the conditional one, wholly or in part.
 
-    Guidance widens the spread of the prediction, which over-exposes pictures, most of all in models
+    Guidance widens the spread of the prediction, which over-exposes images, most of all in models
     whose schedule ends without any signal.
 
     Args:
@@ -89,13 +89,14 @@ class GuidedDenoiser:
             or None to the prediction, shaped like the latents; all float32. Its context is always
             one and the same array where guidance is on, and one other where it is off.
         training_sigmas: Noise level of every training timestep.
-        context: What the network attends to, shape (B, T, D) if `guidance_scale` is 1 and else
-            (2B, T, D), the unconditional half first. None without: then there is no guidance.
-        guidance_scale: 1 is the plain conditional model, in a call of half the size.
-        prediction_type: What the network was trained to output.
+        context: Keys and values of cross-attention, shape (B, T, D) if `guidance_scale` is 1 and
+            else (2B, T, D), the unconditional half first. None for a model without context, which
+            cannot be guided.
+        guidance_scale: 1 is the unguided conditional model, in a call of half the batch size.
+        prediction_type: The quantity that the network was trained to predict.
         guidance_rescale: Share of `rescale_guidance`.
         guidance_interval: Lowest and highest noise level with guidance, both included; outside it
-            the model is the plain conditional one, in a call of half the size. None is everywhere.
+            the model is unguided, in a call of half the batch size. None is everywhere.
             Source: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
     """
 
@@ -111,8 +112,8 @@ class GuidedDenoiser:
         """Predict x0 from `latents` (B, C, h, w) at noise level `sigma`.
 
         Raises:
-            ValueError: The context has another number of rows than the network's batch, or there
-                is guidance without context.
+            ValueError: The context has another batch size than the network's inputs, or there is
+                guidance without context.
         """
         self._check_context(len(latents))
         batch = latents / math.hypot(1.0, sigma)
@@ -121,7 +122,7 @@ class GuidedDenoiser:
         return to_x0(predict(batch, timestep), latents, sigma, self.prediction_type)
 
     def is_guided(self, sigma: float) -> bool:
-        """Whether guidance is on at a noise level, and a call thus twice the size."""
+        """Whether guidance is on at a noise level, which doubles the batch size."""
         low, high = self.guidance_interval or (0.0, math.inf)
         return self.guidance_scale != 1 and low <= sigma <= high
 
@@ -155,11 +156,11 @@ class GuidedDenoiser:
                     "and there is none; make it 1"
                 )
             return
-        rows = images if self.guidance_scale == 1 else 2 * images
-        if len(self.context) != rows:
+        expected = images if self.guidance_scale == 1 else 2 * images
+        if len(self.context) != expected:
             raise ValueError(
-                f"context has {len(self.context)} rows, but {images} latents at guidance scale "
-                f"{self.guidance_scale} need {rows}"
+                f"context has batch size {len(self.context)}, but {images} latents at guidance "
+                f"scale {self.guidance_scale} need {expected}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Inpainting for any model and any sampler: a denoiser that knows part of the answer."""
+"""Inpainting for any model and any sampler: a denoiser with part of x0 known."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from ldm_runtime.tiling.tiles import Float32Array
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedDenoiser:
-    """A denoiser that knows part of the answer: inpainting for any model and any sampler.
+    """A denoiser with part of x0 known: inpainting for any model and any sampler.
 
-    Before each call the known latents are set to `init + sigma * noise`, what they are at that
-    level on the way from `noise` to `init`, so that the model draws the rest to match them. After
-    it x0 is set to `init` there. To a sampler the known area is thus one whose x0 never changes: a
+    Before each call the known latents are set to `init + sigma * noise`, their value at that level
+    on the path from `noise` to `init`, so that the model generates the rest to match them. After it
+    x0 is set to `init` there. To a sampler the known area is thus one whose x0 never changes: a
     deterministic sampler that starts there from `init + sigma * noise` stays on that line exactly,
     since it only interpolates between x0 and noise, and every sampler that ends at sigma 0 ends in
     `init`. Noise that a stochastic sampler adds there is not seen by the model.
@@ -24,9 +24,9 @@ class MaskedDenoiser:
 
     Attributes:
         denoise: The denoiser of the model.
-        init: Latents of the picture, (B, C, h, w) or (1, C, h, w).
-        noise: Standard normal, what sampling starts from; (B, C, h, w).
-        mask: 1 where latents are drawn anew and 0 where they are known, (1, 1, h, w).
+        init: Latents of the image, (B, C, h, w) or (1, C, h, w).
+        noise: Standard normal noise that sampling starts from, (B, C, h, w).
+        mask: 1 in the masked region, 0 where latents are known, (1, 1, h, w).
     """
 
     denoise: Callable[[Float32Array, float], Float32Array]

@@ -1,8 +1,8 @@
-"""What a request asks of the networks, one sampling pass after the other.
+"""Sampling passes of a request, one after the other, with encoding and decoding around them.
 
-A drawing is a generator: it yields the passes it needs and is sent the latents they end with. Who
-drives it decides how passes are run: one request after the other, or several sharing UNet calls.
-Models that only encode and decode have drawings without passes.
+A `PassRun` is a generator: it yields the passes it needs and is sent their final latents. Its
+caller decides how passes are run: one request after the other, or several sharing UNet calls.
+Models that only encode and decode have no passes.
 """
 
 import collections.abc
@@ -33,10 +33,10 @@ class Pass:
     """One run of a sampler over some images of a request.
 
     Attributes:
-        request: What to sample; of a second pass, with its size.
+        request: The request; for a second pass, with the size of that pass.
         conditioning: From `conditioning.encode_conditioning`.
-        images: Which images.
-        start: What to start from; None is noise.
+        images: Indices of the images.
+        start: Initial latents; None is noise.
         steps_before: Steps of earlier passes.
         total_steps: Steps of all passes.
     """
@@ -62,7 +62,7 @@ PassRun = collections.abc.Generator[Pass, Float32Array, GeneratedImages]
 
 @dataclass(kw_only=True, eq=False)
 class Timings:
-    """Seconds spent on each network, with what surrounds it."""
+    """Seconds spent in each network, with the code around it."""
 
     started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -76,11 +76,11 @@ class Timings:
         self.seconds[network] = self.seconds.get(network, 0.0) + spent
 
     def timed(self, network: OpenNetwork) -> OpenNetwork:
-        """Return networks whose runs are counted under their names."""
+        """Return networks whose runs are timed under their names."""
         return lambda name: _TimedRunner(timings=self, name=name, runner=network(name))
 
     def finish(self) -> dict[str, float]:
-        """Return them all, and the "total" since the beginning."""
+        """Return all seconds, and the "total" since the start."""
         return {**self.seconds, "total": time.perf_counter() - self.started}
 
 
@@ -97,17 +97,17 @@ class _TimedRunner:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImagePasses:
-    """Draws one resolved request.
+    """Passes of one resolved request, which generate its images.
 
     Attributes:
         network: Returns the networks of the bundle by name.
-        request: What to draw.
+        request: The request.
         spec: The model.
-        conditioning: What the request says, for the UNet.
-        init: The picture of the request, of which what is known comes back; None of one to enlarge.
-        start: What sampling starts from: that picture's latents, or None for noise. Of a first
-            stage alone it is all there is.
-        timings: Where the time goes.
+        conditioning: The conditions of the request, encoded for the UNet.
+        init: The init image, whose known area is restored at the end; None for super-resolution.
+        start: Initial latents: those of the init image, or None for noise. For an autoencoder task
+            they are also the result.
+        timings: Seconds per network.
     """
 
     network: OpenNetwork
@@ -119,22 +119,22 @@ class ImagePasses:
     timings: Timings
 
     def run(self, images: range) -> PassRun:
-        """Draw some of the images."""
+        """Generate some of the images."""
         if not task_record(self.spec).samples:
-            assert self.start is not None, "a first stage has a picture to encode"
+            assert self.start is not None, "an autoencoder task has an image to encode"
             latents = self.start.latents
             return GeneratedImages(images=self._decode(latents, self.request), latents=latents)
         latents = yield self._pass(0, self.request, images, self.start)
-        pictures = self._decode(latents, self.request)
+        decoded = self._decode(latents, self.request)
         for number, more in enumerate(self.request.passes[1:], start=1):
             large = replace(self.request, height=more.height, width=more.width)
             with self.timings.of("vae_encoder"):
-                start = hires_start(self.network("vae_encoder"), pictures, more, self.spec)
+                start = hires_start(self.network("vae_encoder"), decoded, more, self.spec)
             latents = yield self._pass(number, large, images, start)
-            pictures = self._decode(latents, large)
+            decoded = self._decode(latents, large)
         if self.init is not None:
-            pictures = [self.init.finish(picture) for picture in pictures]
-        return GeneratedImages(images=pictures, latents=latents)
+            decoded = [self.init.finish(image) for image in decoded]
+        return GeneratedImages(images=decoded, latents=latents)
 
     def _pass(
         self, number: int, request: ResolvedRequest, images: range, start: Start | None
@@ -152,28 +152,28 @@ class ImagePasses:
         )
 
     def _decode(self, latents: Float32Array, request: ResolvedRequest) -> list[Image.Image]:
-        """Return the pictures of latents, without what was added to make them fit the UNet."""
+        """Return the images of latents, cropped to the requested size."""
         with self.timings.of("vae_decoder"):
-            pictures = decode_latents(
+            decoded = decode_latents(
                 self.network("vae_decoder"), latents, self.spec, request.tile_size
             )
             size = request.width, request.height
-            return [each if each.size == size else each.crop((0, 0, *size)) for each in pictures]
+            return [each if each.size == size else each.crop((0, 0, *size)) for each in decoded]
 
 
 def open_passes(
     network: OpenNetwork, tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
 ) -> ImagePasses:
-    """Encode what a resolved request says and shows, once for all its images.
+    """Encode the conditions and the image of a resolved request, once for all its images.
 
     Args:
-        network: Returns the networks of the bundle by name; asked only for those that it takes.
+        network: Returns the networks of the bundle by name; called only for those that it needs.
         tokenizer: The bundle's, if it has one.
-        request: What to draw.
+        request: The request.
         spec: The model.
 
     Raises:
-        RequestError: The model cannot take what the request gives.
+        RequestError: The model cannot take the conditions of the request.
     """
     timings = Timings()
     conditioning = encode_conditioning(timings.timed(network), tokenizer, request, spec)

@@ -1,4 +1,4 @@
-"""PNG files that say how they were made."""
+"""PNG files with metadata of how they were generated."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,16 +17,16 @@ METADATA_KEY = "ldm-deploy"
 def save_png(
     image: Image.Image, path: Path, metadata: Mapping[str, Any], *, replace: bool = False
 ) -> None:
-    """Write a picture and its metadata; the file appears complete or not at all.
+    """Write an image and its metadata; the file appears complete or not at all.
 
     Args:
-        image: The picture.
+        image: The image.
         path: The file.
-        metadata: What `read_metadata` returns.
-        replace: Whether to replace what is there.
+        metadata: The metadata, as `read_metadata` returns it.
+        replace: Whether to replace an existing file.
 
     Raises:
-        FileExistsError: There is something at `path` that is not to be replaced.
+        FileExistsError: There is a file at `path`, and `replace` is off.
         OSError: The folder cannot be written to.
     """
     text = PngImagePlugin.PngInfo()
@@ -36,10 +36,10 @@ def save_png(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what `save_png` wrote into a file.
+    """Return the metadata that `save_png` wrote into a file.
 
     Raises:
-        LdmError: The file is no PNG, or not one of ours.
+        LdmError: The file is not a PNG, or has no such metadata.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:

@@ -1,4 +1,4 @@
-"""What comes of a request: pictures, and all that it takes to draw them again."""
+"""The result of a request: images, latents, timings, and metadata to generate them again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from ldm_runtime.version import version
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """The pictures of a request.
+    """The result of a request.
 
     Attributes:
-        images: In order; image i came from seed + i.
-        request: The request with nothing left open: what was drawn.
+        images: The images in order; image i has the seed + i.
+        request: The resolved request.
         latents: (N, C, h, w) in the UNet's scale, as they were decoded.
         timings: Seconds in each network that the request took, by the name of its component: the
-            UNet and the autoencoder with what surrounds them, the others in themselves; and "total"
-            from the first to the last, a stream's consumer included. With `run_many` a request's
-            time includes its waiting for others.
+            UNet and the autoencoder with the code around them, the others alone; and "total"
+            from start to end, a stream's consumer included. With `run_many` the time of a request
+            includes waiting for others.
         bundle_sha256: Hash of the bundle's manifest.
     """
 
@@ -39,7 +39,7 @@ class Result:
     def save(self, path: str | Path, index: int = 0) -> None:
         """Write an image as PNG with its `metadata`, which `ldm inspect` shows.
 
-        A file that is there is replaced, in one step.
+        An existing file is replaced, in one step.
 
         Raises:
             OSError: The folder cannot be written to.
@@ -47,7 +47,7 @@ class Result:
         save_png(self.images[index], Path(path), self.metadata(index), replace=True)
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """Return what to store with image `index`: all that it takes to draw it again, alone."""
+        """Return the metadata of image `index`, from which it can be generated again, alone."""
         return {
             "request": request_to_json(self.request.of_image(index).as_request()),
             "bundle_sha256": self.bundle_sha256,

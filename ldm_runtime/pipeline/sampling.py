@@ -1,4 +1,4 @@
-"""The sampling loop: from a request and its conditioning to latents, a step at a time."""
+"""The sampling loop: from a request and its conditioning to latents, step by step."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,17 +31,17 @@ Float32Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """One sampler step of one batch, just done.
+    """One finished sampler step of one batch.
 
     Attributes:
-        index: Which step, from 1.
-        total: Steps of a batch.
-        sigma: Noise level that is left.
+        index: Number of the step, from 1.
+        total: Number of steps of a batch.
+        sigma: Noise level after the step.
         latents: (B, C, h, w) in the UNet's scale: clean latents plus sigma times noise, divided by
-            sqrt(1 + sigma^2). The caller's own copy.
-        x0: The clean latents that the model last saw in them, (B, C, h, w); the caller's own copy.
-        images: Which images of the request these are.
-        previews: Small pictures of what they are becoming, if the stream was asked for them.
+            sqrt(1 + sigma^2). A copy for the caller.
+        x0: The last prediction of the clean latents, (B, C, h, w); a copy for the caller.
+        images: Indices of the images in the request.
+        previews: Small images of x0, if the stream was asked for them.
     """
 
     index: int
@@ -70,8 +70,8 @@ def sample_latents(
         conditioning: From `conditioning.encode_conditioning`.
         request: The request.
         spec: The model.
-        images: Which images; None is all of them.
-        start: What to start from; None is noise.
+        images: Indices of the images; None is all of them.
+        start: Initial latents; None is noise.
 
     Raises:
         BackendError: The network produced NaN or infinity.
@@ -85,7 +85,7 @@ def sample_latents(
     latents = _first_latents(noise, sigmas, request, start)
     if start is not None and start.mask is not None:
         denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
-    seen = _Remembering(denoise)
+    seen = _RecordingDenoiser(denoise)
     sampler = sampler_of(request).function(
         seen, latents, sigmas, eta=request.eta, noise_sampler=noise_sampler
     )
@@ -112,9 +112,9 @@ def batches(num_images: int, batch_size: int) -> Iterator[range]:
 
 
 def slerp(low: Float32Array, high: Float32Array, share: float) -> Float32Array:
-    """Turn `low` by a share of the angle to `high`: mixed noise that keeps its strength.
+    """Spherical interpolation from `low` to `high`: mixed noise that keeps its norm.
 
-    Source: Shoemake 1985 (doi:10.1145/325165.325242), of whole arrays as vectors.
+    Source: Shoemake 1985 (doi:10.1145/325165.325242), with whole arrays as vectors.
     """
     norms = float(np.linalg.norm(low)) * float(np.linalg.norm(high))
     angle = math.acos(max(-1.0, min(1.0, float(np.sum(low * high, dtype=np.float64)) / norms)))
@@ -131,21 +131,21 @@ def _first_latents(
     noise: Float32Array, sigmas: Sequence[float], request: ResolvedRequest, start: Start | None
 ) -> Float32Array:
     """Return the latents at the first of `sigmas`."""
-    is_given = request.schedule == CUSTOM
-    scale = sigmas[0] if is_given else initial_scale(sigmas, request.schedule)
+    is_custom = request.schedule == CUSTOM
+    scale = sigmas[0] if is_custom else initial_scale(sigmas, request.schedule)
     if start is None:
         return noise * scale
     noisy = start.latents + sigmas[0] * noise
     if start.mask is None or start.strength < 1:
         return noisy
-    # Nothing of what is to be drawn anew is known then, not even its mean.
+    # At full strength nothing of the masked region is kept, not even its mean.
     return start.mask * (noise * scale) + (1 - start.mask) * noisy
 
 
 def _noise(
     request: ResolvedRequest, spec: ModelSpec, images: range
 ) -> tuple[Float32Array, NoiseSampler]:
-    """Return the first noise of a batch and what draws more, every image from its own seed."""
+    """Return the first noise of a batch and its noise sampler, every image with its own seed."""
     shape = (1, spec.autoencoder.embed_dim, *latent_size(request, spec))
     alone = [request.of_image(index) for index in images]
     generators = [NOISES[request.noise](each.seed) for each in alone]
@@ -171,8 +171,8 @@ def _first_noise(
     return slerp(noise, other, request.variation_strength)
 
 
-class _Remembering:
-    """A denoiser that keeps its last prediction, for whoever wants to look at it."""
+class _RecordingDenoiser:
+    """A denoiser that keeps its last prediction, for `Step.x0`."""
 
     def __init__(self, denoise: Denoise) -> None:
         self._denoise = denoise
@@ -189,7 +189,7 @@ class _Remembering:
 
 
 class _UNet:
-    """The UNet as the denoiser has it: a context is bound once, channels are joined every time."""
+    """The UNet as a `Network`: context is bound once, channels are concatenated at every call."""
 
     def __init__(self, engine: Runner, concat: Float32Array | None, *, in_patches: bool) -> None:
         self._engine = engine
@@ -210,11 +210,11 @@ class _UNet:
         return over_patches(predict, joined) if self._in_patches else predict(joined)
 
     def _joined(self, latents: Float32Array) -> Float32Array:
-        """Lay what conditions the latents behind every row of them."""
+        """Concatenate the conditioning channels to every sample of the latents."""
         if self._concat is None:
             return latents
-        behind = np.repeat(self._concat, len(latents), axis=0)
-        return np.concatenate([latents, behind], axis=1)
+        concat = np.repeat(self._concat, len(latents), axis=0)
+        return np.concatenate([latents, concat], axis=1)
 
     def _runner(self, context: Float32Array) -> Runner:
         for known, runner in self._bound:

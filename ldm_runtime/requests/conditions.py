@@ -1,4 +1,4 @@
-"""Checks of what a request is conditioned on against one model: what it knows, and how much."""
+"""Conditions of requests, and their checks against the classes and limits of one model."""
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import max_objects, num_labels
@@ -23,7 +23,7 @@ from ldm_runtime.text.prompts import parse_prompt
 
 
 def condition_of(request: GenerationRequest) -> Condition:
-    """Return what a request whose fields fit its model's task is conditioned on."""
+    """Return the condition of a request whose fields fit its model's task."""
     if request.prompt is not None:
         return PromptCondition(
             prompt=request.prompt,
@@ -75,7 +75,7 @@ def _check_class(label: int, embedder: ClassEmbedderSpec) -> None:
     count, null = embedder.num_classes, embedder.null_class
     if label != null and label < count:
         return
-    reason = "stands for no class" if label == null else "is no class"
+    reason = "stands for no class" if label == null else "is not a class"
     last = count - 2 if null == count - 1 else count - 1
     but = f" but {null}" if null is not None and null <= last else ""
     raise RequestError("class_label", f"{label} {reason} of this bundle; give 0 to {last}{but}")
@@ -102,7 +102,7 @@ def _check_segmentation(
     if highest > last:
         raise RequestError(
             "segmentation",
-            f"has a pixel of class {highest}; this bundle knows 0 to {last}, one number a pixel",
+            f"has a pixel of class {highest}; this bundle knows 0 to {last}, one number per pixel",
         )
 
 

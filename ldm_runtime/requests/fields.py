@@ -1,4 +1,4 @@
-"""The fields of a generation request: what each says, its bounds, and the check of its value.
+"""The fields of a generation request: description, bounds, and the check of each value.
 
 A field is one annotation in `request.GenerationRequest`. Its bounds, the flags of the command line,
 their help and the JSON schema are all read from there.
@@ -44,12 +44,12 @@ def about(
     """Describe a field of a request, for `typing.Annotated`.
 
     Args:
-        text: What it says, in one phrase with units.
+        text: Its description, in one phrase with units.
         group: Where the help has it.
         low: Lowest value.
         high: Highest value.
         choices: All values there are.
-        extra: `metavar`, `flags` besides its name, and `example` of what to type for it.
+        extra: `metavar`, `flags` in addition to its name, and `example` of its use.
     """
     schema = _bounds_schema(low, high) | ({"enum": [*choices, None]} if choices else {})
     return msgspec.Meta(
@@ -77,18 +77,18 @@ def _bounds_schema(low: float | None, high: float | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class FieldRecord:
-    """What is known of one field of a request.
+    """Name, type, help and check of one field of a request.
 
     Attributes:
         name: Its name.
         kind: Its type, None left out.
         default: Its default.
-        text: What it says.
+        text: Its description.
         group: Where the help has it.
         choices: All values there are, if they are names.
-        metavar: What the help calls its value.
-        flags: Flags besides its name.
-        example: What to type for it.
+        metavar: Name of its value in the help.
+        flags: Flags in addition to its name.
+        example: Example of its use.
         schema: Its bounds and choices, as JSON schema has them.
         check: Returns the value to keep, or raises a `RequestError`.
     """
@@ -220,23 +220,23 @@ def margins(name: str, value: object, *, low: int, high: int) -> tuple[int, int,
     return sides[0], sides[1], sides[2], sides[3]
 
 
-def picture(name: str, value: object) -> InputImage:
-    """Accept whatever `InputImage.read` can read."""
-    return _read(name, value, InputImage.read, "picture")
+def image(name: str, value: object) -> InputImage:
+    """Accept anything that `InputImage.read` can read."""
+    return _read(name, value, InputImage.read, "image")
 
 
-def class_map(name: str, value: object) -> SegmentationMap:
-    """Accept whatever `SegmentationMap.read` can read."""
+def segmentation(name: str, value: object) -> SegmentationMap:
+    """Accept anything that `SegmentationMap.read` can read."""
     return _read(name, value, SegmentationMap.read, "map")
 
 
 def embeddings(name: str, value: object) -> Embeddings:
-    """Accept whatever `Embeddings.read` can read."""
+    """Accept anything that `Embeddings.read` can read."""
     return _read(name, value, Embeddings.read, "array")
 
 
 def layout(name: str, value: object) -> tuple[LayoutObject, ...]:
-    """Accept whatever `read_layout` can read."""
+    """Accept anything that `read_layout` can read."""
     return _read(name, value, read_layout, "layout")
 
 
@@ -273,8 +273,8 @@ _CHECKS: Mapping[Any, Callable[..., object]] = MappingProxyType(
         tuple[float, float]: interval,
         tuple[int, int, int, int]: margins,
         tuple[LayoutObject, ...]: layout,
-        InputImage: picture,
-        SegmentationMap: class_map,
+        InputImage: image,
+        SegmentationMap: segmentation,
         Embeddings: embeddings,
     }
 )

@@ -1,4 +1,4 @@
-"""The one record behind the Python call, the command line and the metadata of a PNG."""
+"""The generation request: one record for the Python call, the command line and PNG metadata."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -26,11 +26,11 @@ CUSTOM = "custom"
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to generate. Fields left at None take the bundle's default, or switch their feature off.
+    """A request for images. Fields left at None take the bundle's default, or switch a feature off.
 
     Which fields a request must have, and which others mean something, depends on the bundle's task:
-    `ldm_runtime.specs.tasks.TASKS` has them all. The text beside each field is also the help of its
-    flag, and `FIELDS` has everything that is known of it.
+    `ldm_runtime.specs.tasks.TASKS` has them all. The text next to each field is also the help of
+    its flag; `FIELDS` has the record of each.
 
     Sources: classifier-free guidance is Ho and Salimans 2022 (arXiv:2207.12598), its rescaling
     Lin et al. 2023 (arXiv:2305.08891) section 3.4, its interval Kynkäänniemi et al. 2024
@@ -195,7 +195,8 @@ class GenerationRequest:
         ),
     ] = None
     noise: Annotated[
-        str, about("whose random numbers a seed means", "Sampling", choices=tuple(NOISES))
+        str,
+        about("random number generator that the seed is for", "Sampling", choices=tuple(NOISES)),
     ] = "torch-cpu"
     variation_seed: Annotated[
         int | None,
@@ -236,7 +237,7 @@ class GenerationRequest:
     mask_image: Annotated[
         InputImage | None,
         about(
-            "what of it to generate again: white; black pixels are kept to the last bit",
+            "mask: white pixels are generated again, black ones are kept to the last bit",
             "Input image",
             metavar="FILE",
             example="--mask-image mask.png",
@@ -309,9 +310,9 @@ def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
 
 
 def request_to_json(request: GenerationRequest) -> dict[str, Any]:
-    """Return what `parse_request` reads, as JSON values.
+    """Return the fields of a request as JSON values.
 
-    Of pictures, class maps and embeddings it has what identifies them.
+    Images, segmentation maps and embeddings are given by their hash and size alone.
     """
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     return {name: _description(value) for name, value in values.items()}
@@ -332,5 +333,5 @@ def _description(value: object) -> object:
     return value
 
 
-#: Everything that is known of every field.
+#: The record of every field, by name.
 FIELDS: Mapping[str, FieldRecord] = field_records(GenerationRequest)

@@ -1,4 +1,4 @@
-"""What a request means for one model: every field filled in, and the noise levels it visits."""
+"""Resolution of a request for one model: every field filled in, and the noise levels it visits."""
 
 import secrets
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ from ldm_runtime.schedules import (
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import can_guide, task_record
 
-#: How much of an image is forgotten unless a request says so: `strength` without and with a mask,
-#: and that of the second pass at high resolution.
+#: Default `strength` without and with a mask, and that of the second pass at high resolution: the
+#: share of an image that is forgotten.
 IMAGE_STRENGTH, MASK_STRENGTH, HIRES_STRENGTH = 0.8, 1.0, 0.6
 
 _T = TypeVar("_T")
@@ -122,10 +122,10 @@ def sigma_table(spec: ModelSpec, *, zero_terminal_snr: bool) -> SigmaTable:
 def last_sigmas(
     sigmas: tuple[float, ...], strength: float, field: str = "strength"
 ) -> tuple[float, ...]:
-    """Return the noise levels of the last steps: so many as diffusers' pipelines make.
+    """Return the noise levels of the last steps: as many as diffusers' pipelines make.
 
     Raises:
-        RequestError: That is no step.
+        RequestError: That is less than one step.
     """
     steps = len(sigmas) - 1
     kept = min(int(steps * strength), steps)
@@ -155,15 +155,15 @@ def _check_combinations(request: GenerationRequest) -> None:
     if request.hires_strength is not None and request.hires_scale is None:
         raise RequestError("hires_strength", "means nothing without hires_scale; give that too")
     if request.hires_scale is not None and (request.mask_image or request.outpaint):
-        raise RequestError("hires_scale", "does not go with mask_image or outpaint; draw twice")
+        raise RequestError("hires_scale", "does not go with mask_image or outpaint; generate twice")
     if request.outpaint is not None and request.mask_image is not None:
-        raise RequestError("outpaint", "does not go with mask_image; draw twice")
+        raise RequestError("outpaint", "does not go with mask_image; generate twice")
     if request.variation_seed is not None and not request.is_variation:
         raise RequestError("variation_seed", "changes nothing at variation_strength 0; raise that")
 
 
 def _check_mask(request: GenerationRequest) -> None:
-    """A mask of another size would lie elsewhere than it was drawn."""
+    """A mask of another size would not line up with the image."""
     if request.image is None or request.mask_image is None:
         return
     (width, height), image = request.mask_image.size, request.image.size

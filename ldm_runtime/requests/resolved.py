@@ -1,6 +1,6 @@
 """`ResolvedRequest`: a request with nothing left open, which the pipeline runs.
 
-No field is ever None: what a request may or may not have is one of several records. A resolved
+No field is ever None: an optional part of a request is one of several records. A resolved
 request is a pure function of a request and a model, and with its seed it decides every bit of the
 images, so it is what travels: to the metadata of a PNG, into a batch, to another process.
 """
@@ -22,12 +22,12 @@ EVERY_SIGMA = (0.0, MAX_SIGMA)
 
 @dataclass(frozen=True, kw_only=True)
 class NoCondition:
-    """Nothing but noise, or an image alone."""
+    """No condition: the request has nothing but noise, or an image alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCondition:
-    """Words; `literal` ones have no weights, no `BREAK` and one chunk."""
+    """A prompt; `literal` ones have no weights, no `BREAK` and one chunk."""
 
     prompt: str
     negative_prompt: str
@@ -57,7 +57,7 @@ class SegmentationCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsCondition:
-    """Vectors of an encoder that the bundle does not hold."""
+    """Embeddings of an encoder that the bundle does not hold."""
 
     embeddings: Embeddings
 
@@ -74,7 +74,7 @@ Condition = (
 
 @dataclass(frozen=True, kw_only=True)
 class NoImage:
-    """Nothing to start from but noise."""
+    """No image: sampling starts from noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,18 +142,18 @@ _Condition = TypeVar("_Condition", bound=Condition)
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """What to generate with one model, down to the last number; see `resolution.resolve`.
+    """A request to one model, down to the last number; see `resolution.resolve`.
 
     Attributes:
-        task: The model's task, which says what fields of a request mean.
-        condition: What the UNet is conditioned on.
+        task: The model's task, which gives the fields of a request their meaning.
+        condition: The condition of the UNet.
         source_image: The image that the request brings, to start from, to enlarge or to encode.
         height: Of the images, in pixels; those of the first pass, if there is a second.
         width: Likewise.
         num_images: How many images.
         sampler: Name in `ldm_runtime.samplers.SAMPLERS`; empty for a model that only encodes and
-            decodes, like all that says how to sample.
-        schedule: Name in `ldm_runtime.schedules.SCHEDULES`, or "given" for listed sigmas.
+            decodes, like all fields that say how to sample.
+        schedule: Name in `ldm_runtime.schedules.SCHEDULES`, or "custom" for listed sigmas.
         sigmas: Noise levels from first to last, decreasing; one more than there are steps.
         eta: Share of fresh noise per step.
         zero_terminal_snr: Whether the training schedule is rescaled to end in pure noise.

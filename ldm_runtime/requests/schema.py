@@ -13,7 +13,7 @@ _FILES = (InputImage, SegmentationMap, Embeddings)
 
 
 def request_schema() -> dict[str, Any]:
-    """Return the schema (draft 2020-12) of what `request.parse_request` reads from JSON.
+    """Return the schema (draft 2020-12) of the JSON that `request.parse_request` reads.
 
     Bounds that depend on a model are not in it; `resolution.resolve` checks those.
     """
@@ -26,7 +26,7 @@ def request_schema() -> dict[str, Any]:
 
 
 def _file_schema(kind: type) -> dict[str, Any]:
-    """Describe what is a file in JSON."""
+    """Describe a field whose value in JSON names a file."""
     if kind in _FILES:
         return {"type": "string", "description": "path of a file, or a data: URL"}
     raise NotImplementedError(f"no request has a {kind.__name__}")

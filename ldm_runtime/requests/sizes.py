@@ -1,4 +1,4 @@
-"""Sizes: what a model can generate, what a request gets, and what of it is sampled."""
+"""Sizes of images and latents: those a model can generate, and those a request gets."""
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.reading import MAX_SIDE
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 
 def latent_size(request: ResolvedRequest, spec: ModelSpec) -> Size:
-    """Return height and width of what is sampled for a request, in latent pixels.
+    """Return height and width of the latents that are sampled for a request.
 
     They cover the request's size and are what the UNet can take: images and maps that a request
     brings are padded to them on the right and at the bottom, and the result has to be cropped.
@@ -36,7 +36,7 @@ def latent_size(request: ResolvedRequest, spec: ModelSpec) -> Size:
 
 
 def padded_size(request: ResolvedRequest, spec: ModelSpec) -> Size:
-    """Return height and width of what is encoded and decoded for a request, in pixels."""
+    """Return height and width of the images that are encoded and decoded for a request."""
     height, width = latent_size(request, spec)
     return height * spec.autoencoder.factor, width * spec.autoencoder.factor
 
@@ -58,7 +58,7 @@ def image_size(
         _check_multiples((height, width), default, spec)
     _check_outpaint((height, width), image)
     if max(height, width) > MAX_SIDE:
-        raise RequestError("outpaint", f"makes more than {MAX_SIDE} pixels a side; add fewer")
+        raise RequestError("outpaint", f"makes more than {MAX_SIDE} pixels per side; add fewer")
     return height, width
 
 
@@ -71,7 +71,7 @@ def hires_size(size: Size, scale: float, spec: ModelSpec) -> Size:
     step = size_step(spec)
     height, width = (round(side * scale / step) * step for side in size)
     if max(height, width) > MAX_SIDE:
-        raise RequestError("hires_scale", f"makes more than {MAX_SIDE} pixels a side; lower it")
+        raise RequestError("hires_scale", f"makes more than {MAX_SIDE} pixels per side; lower it")
     return height, width
 
 
@@ -101,8 +101,8 @@ def tile_size(request: GenerationRequest, size: Size, spec: ModelSpec) -> int:
 def _default_size(image: RequestImage, condition: Condition, spec: ModelSpec) -> Size:
     """Return height and width where the request leaves them open.
 
-    What a request brings keeps its size, whatever that is: an image of which a part is kept cannot
-    be stretched.
+    An image or map that a request brings keeps its size, whatever that is: an image of which a
+    part is kept cannot be stretched.
     """
     if isinstance(condition, SegmentationCondition):
         width, height = condition.segmentation.size
@@ -121,7 +121,7 @@ def _enlarged_size(size: tuple[int, int], spec: ModelSpec) -> Size:
         raise RequestError(
             "image",
             f"makes {width}x{height} pixels, enlarged {spec.autoencoder.factor} times; give at "
-            f"most {MAX_SIDE // spec.autoencoder.factor} a side",
+            f"most {MAX_SIDE // spec.autoencoder.factor} per side",
         )
     return height, width
 

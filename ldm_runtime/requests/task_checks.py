@@ -16,9 +16,9 @@ def check_needs(
     """Check that a request has what a model's task needs.
 
     Args:
-        request: What to draw.
+        request: The request.
         spec: The model.
-        spelling: What to call some fields in the message, such as the flag that sets each.
+        spelling: Names of some fields in the message, such as the flag that sets each.
 
     Raises:
         RequestError: Something is missing; the sentence names all that is.
@@ -36,7 +36,7 @@ def check_needs(
 
 
 def check_unknown(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Check that a request has nothing that a model's task makes nothing of.
+    """Check that a request has no field that means nothing to a model's task.
 
     Raises:
         RequestError: A field belongs to other tasks.

@@ -1,4 +1,4 @@
-"""What a sampler is, and what samplers share.
+"""The interface of samplers, and the steps they share.
 
 Conventions of every sampler in this package:
 
@@ -7,7 +7,7 @@ Conventions of every sampler in this package:
            last latents still hold noise of that level.
 * denoise  maps (latents, sigma) to the predicted clean latents x0, same shape.
 * eta      share of fresh noise in a step, from 0 (none) to 1; unused by samplers without noise.
-* draw     `noise_sampler(sigma, sigma_next)` returns the standard normal noise of the stretch from one level
+* noise_sampler  maps (sigma, sigma_next) to the standard normal noise of the stretch from one level
            down to another, shaped like latents. Nothing else is random. A sampler whose record says
            "fresh" calls it once in each step that adds noise and never otherwise; one that says
            "brownian" gets increments of a Brownian path over sigma, divided by the root of the
@@ -32,7 +32,7 @@ NoiseSampler = Callable[[float, float], Latents]
 
 
 class Sampler(Protocol):
-    """What every sampler looks like; the module says what the arguments mean."""
+    """A sampler; the module says what the arguments mean."""
 
     def __call__(
         self,
@@ -59,7 +59,7 @@ class SamplerRecord:
         final_sigma: Where its last step leads, as in `schedules.sampling_sigmas`.
         default_eta: The `eta` it gets; 1 without `uses_eta` is a sampler that always adds noise.
         uses_eta: Whether `eta` makes a difference to it.
-        noise: What its `noise_sampler` returns: independent noise, or increments of a Brownian path.
+        noise: Noise that it asks for: independent, or increments of a Brownian path.
         calls_per_step: Denoiser calls of a step in the middle of a run.
     """
 

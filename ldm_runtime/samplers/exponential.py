@@ -1,4 +1,4 @@
-"""What the solvers in log sigma share: one exact step, and how x0 changes on the way.
+"""Shared parts of the solvers in log sigma: one exact step, and how x0 changes on the way.
 
 In lambda = -log(sigma) the equation of the latents is linear but for x0, so a step is solved
 exactly for an x0 that stays the same or changes as a polynomial. The papers write alpha and sigma

@@ -73,7 +73,7 @@ def lcm(
     eta: float,
     noise_sampler: NoiseSampler,
 ) -> Iterator[Latents]:
-    """Jump to x0 and add noise anew in every step: for latent consistency models.
+    """Jump to x0 and add fresh noise in every step: for latent consistency models.
 
     The scalings c_skip and c_out, which make a network a consistency function, are part of that
     function and so of `denoise`. They differ from 0 and 1 by less than 1e-5 at the timesteps

@@ -1,4 +1,4 @@
-"""Multistep samplers: one denoiser call a step, and slopes remembered from the steps before.
+"""Multistep samplers: one denoiser call per step, and slopes remembered from the steps before.
 
 They differ in the polynomial through the slopes. `plms` and `ipndm` take it as if all steps were
 equally long; `lms` in sigma and `deis` in log sigma, as long as they are. All start from nothing

@@ -1,7 +1,7 @@
 """Samplers of the reverse stochastic equation, which take their noise from a Brownian path.
 
 With eta 1 they follow the stochastic equation that reverses the adding of noise, with eta 0 the
-probability-flow equation, and between them a mixture. They draw no noise in a step that adds none.
+probability-flow equation, and between them a mixture. A step that adds no noise samples none.
 """
 
 import math
@@ -79,7 +79,7 @@ def dpmpp_3m_sde(
 
 
 def _change_by_bending(x0: Latents, history: History, width: float, eta: float) -> Latents:
-    """What the slope and the curvature of x0 over log sigma add to a step of `width`."""
+    """Change that the slope and the curvature of x0 over log sigma add to a step of `width`."""
     decay = width * (1 + eta)
     phi_2 = 1 + math.expm1(-decay) / decay
     phi_3 = phi_2 / decay - 0.5

@@ -1,6 +1,6 @@
-"""Second-order samplers that look twice in a step: at its start, and at its end or half-way.
+"""Second-order samplers with two denoiser calls per step: at its start, and at its end or half-way.
 
-A step to sigma 0 looks once and ends at the predicted x0.
+A step to sigma 0 makes one call and ends at the predicted x0.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Noise schedules: from a checkpoint's `alphas_cumprod` to the sigmas a sampler visits.
 
 A sigma is the noise level of latents = x0 + sigma * noise. The training schedule is a table of
-increasing sigmas, indexed by the training timestep. Everything is computed in float64, and what a
-sampler gets are plain Python floats: since NumPy 2, a float32 array times an `np.float64` is
+increasing sigmas, indexed by the training timestep. Everything is computed in float64, and samplers
+get plain Python floats: since NumPy 2, a float32 array times an `np.float64` is
 float64, while times a Python float it stays float32.
 
 The sigmas of a run decrease strictly, except those of `ldm_quadratic`, which repeats some as LDM
@@ -129,7 +129,7 @@ def custom_sigmas(values: Sequence[float]) -> list[float]:
 
 
 def initial_scale(sigmas: Sequence[float], schedule: str) -> float:
-    """Return what standard normal noise is multiplied with to become the first latents.
+    """Return the factor that turns standard normal noise into the first latents.
 
     "leading", "quadratic" and LDM's start below the last timestep, from latents that have unit
     variance once divided by sqrt(1 + sigma^2), as LDM and diffusers do; so do sgm and ComfyUI with

@@ -94,7 +94,7 @@ def linspace(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
 
 
 def sgm_uniform(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
-    """Visit what `linspace` would with one more step, but for the last of them.
+    """Visit the timesteps of `linspace` with one more step, except the last of them.
 
     Source: ComfyUI's `normal_scheduler(sgm=True)`, after sgm's LegacyDDPMDiscretization, which cuts
     the timesteps off to whole ones.
@@ -136,7 +136,7 @@ def _as_ldm(table: SigmaTable, timesteps: Sequence[int], instead: str) -> list[f
     highest = timesteps[-1] + 1
     if highest >= len(table):
         raise ValueError(
-            f"LDM's own timesteps cannot be had here: its formula asks for timestep {highest}, "
+            f"LDM's timesteps do not exist here: its formula asks for timestep {highest}, "
             f"and the last of this model is {len(table) - 1}; choose another number of steps, or "
             f"the schedule {instead}, which has no such gap"
         )

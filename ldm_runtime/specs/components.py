@@ -1,4 +1,4 @@
-"""The components of a bundle: one row says all that is known of each of its graphs.
+"""The components of a bundle: one table, `COMPONENTS`, with a row for each of its graphs.
 
 ONNX input and output names, dynamic axes, sample inputs, engine profiles, batch sizes, estimates
 and manifest entries are all derived from `COMPONENTS`. An axis is a name: either it is dynamic, or
@@ -48,8 +48,8 @@ class Component:
         name: Its folder in the bundle.
         network: Name in `ModelSpec.networks` of the network that it is, or is a part of.
         record: Class of that network's hyperparameters.
-        role: What it is for: a "conditioner" turns the condition of a request into what the UNet
-            is fed besides latents; the "denoiser" is the UNet; "decoder" and "encoder" are the two
+        role: Its purpose: a "conditioner" turns the condition of a request into inputs of the UNet
+            in addition to latents; the "denoiser" is the UNet; "decoder" and "encoder" are the two
             halves of the autoencoder.
         inputs: An input with an axis that the model does not have is left out.
         outputs: Likewise.

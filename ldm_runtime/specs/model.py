@@ -25,7 +25,7 @@ _Record = TypeVar("_Record", bound=NetworkSpec)
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """What a request that leaves a field open gets. Sizes in pixels; eta is of `sampler`."""
+    """Defaults of fields that a request leaves open. Sizes in pixels; eta is of `sampler`."""
 
     height: int
     width: int
@@ -37,7 +37,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Assumption:
-    """One fact that the weights cannot tell, and where it was taken from.
+    """One hyperparameter that the weights cannot tell, and where it was taken from.
 
     Attributes:
         field: Name of a field of `ModelSpec`, or of a network and one of its hyperparameters.
@@ -52,17 +52,17 @@ class Assumption:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What a checkpoint is: everything downstream is derived from this record.
+    """Specification of a model, from which everything downstream is derived.
 
     Attributes:
         family: Row of the family table that recognised it.
-        task: What the model does with a request.
+        task: The task of the model, which says how it takes a request.
         weights: Which of a checkpoint's two sets of UNet weights was used.
         networks: Hyperparameters of its networks by name; every model has an "autoencoder".
-        alphas_cumprod: Training noise schedule, one value a training timestep; empty without a
-            UNet.
-        prediction_type: What the UNet was trained to output.
-        assumptions: What the weights could not tell.
+        alphas_cumprod: Training noise schedule, one value per training timestep; empty
+            without a UNet.
+        prediction_type: Output that the UNet was trained for.
+        assumptions: Values that the weights could not tell.
     """
 
     family: str
@@ -140,13 +140,13 @@ def _present(
 
 
 def latent_step(spec: ModelSpec) -> int:
-    """Return what sides of latents are multiples of.
+    """Return the step of the sides of latents.
 
-    They must survive the UNet's halvings, or its skip connections no longer fit.
+    They must survive the UNet's downsampling steps, or its skip connections no longer fit.
     """
     return 1 if spec.unet is None else int(2 ** (len(spec.unet.channel_mult) - 1))
 
 
 def size_step(spec: ModelSpec) -> int:
-    """Return what height and width are multiples of, in pixels, but for enlarged pictures."""
+    """Return the step of height and width in pixels, except for enlarged images."""
     return spec.autoencoder.factor * latent_step(spec)

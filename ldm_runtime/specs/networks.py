@@ -10,19 +10,19 @@ class UNetSpec:
     """Hyperparameters of a CompVis `UNetModel`.
 
     Attributes:
-        in_channels: Channels of the input: latents, then what conditions them pixel by pixel.
+        in_channels: Channels of the input: latents, then those concatenated to them.
         out_channels: Channels of the prediction.
         model_channels: Channels of the first level; level i has this times `channel_mult[i]`.
-        channel_mult: One multiplier a level, from full latent resolution down.
-        num_res_blocks: Residual blocks a level (one more on the way up).
+        channel_mult: One multiplier per level, from full latent resolution down.
+        num_res_blocks: Residual blocks per level (one more on the way up).
         attention: "transformer" blocks with cross-attention (SpatialTransformer), or "qkv" blocks
             of self-attention alone (AttentionBlock).
-        transformer_depth: Blocks in each attention of a level, 0 for none; one a level. A "qkv"
+        transformer_depth: Blocks in each attention of a level, 0 for none; one per level. A "qkv"
             attention is one block.
         middle_depth: Blocks in the middle attention.
         num_heads: Attention heads everywhere, or None if the head size is fixed instead.
-        num_head_channels: Channels a head, or None if the number of heads is fixed instead.
-        context_dim: Width of what cross-attention attends to, or None without cross-attention.
+        num_head_channels: Channels per head, or None if the number of heads is fixed instead.
+        context_dim: Width of the context of cross-attention, or None without cross-attention.
         linear_projection: Whether a transformer is entered and left by linear layers (SD 2) and
             not by 1x1 convolutions (LDM, SD 1).
         scale_shift_norm: Whether the time embedding scales and shifts, and is not added.
@@ -46,7 +46,7 @@ class UNetSpec:
 
     @property
     def concat_channels(self) -> int:
-        """Channels of what is laid behind the latents and conditions them pixel by pixel."""
+        """Channels concatenated to the latents, which condition them pixel by pixel."""
         return self.in_channels - self.out_channels
 
     def heads_over(self, channels: int) -> int:
@@ -59,16 +59,16 @@ class UNetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSpec:
-    """Hyperparameters of a first stage.
+    """Hyperparameters of an autoencoder.
 
     Attributes:
         kind: "kl": a diagonal Gaussian posterior; "vq": latents are replaced by the nearest vectors
             of a codebook before they are decoded.
-        image_channels: Channels of the picture.
+        image_channels: Channels of the image.
         channels: Channels of the first level; level i has this times `channel_mult[i]`.
-        channel_mult: One multiplier a level, from full resolution down.
-        num_res_blocks: Residual blocks a level in the encoder (one more in the decoder).
-        attention_levels: Levels that carry attention besides the middle.
+        channel_mult: One multiplier per level, from full resolution down.
+        num_res_blocks: Residual blocks per level in the encoder (one more in the decoder).
+        attention_levels: Levels that carry attention, in addition to the middle.
         middle_attention: Whether the middle carries attention.
         z_channels: Channels inside, before the 1x1 quantisation convolutions.
         embed_dim: Channels of the latents.
@@ -117,9 +117,9 @@ class TextEncoderSpec:
         feed_forward_dim: Inner width of the feed-forward layers.
         vocab_size: Rows of the token embedding.
         max_tokens: Length every prompt is padded or cut to, start and end tokens included; of a
-            layout three tokens an object and two of the crop.
+            layout three tokens per object and two for the crop.
         activation: Feed-forward activation.
-        pad_token_id: What short prompts are filled with.
+        pad_token_id: Padding token of short prompts.
     """
 
     kind: Literal["clip", "bert"]
@@ -135,7 +135,7 @@ class TextEncoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassEmbedderSpec:
-    """A learned vector for every class.
+    """Hyperparameters of a class embedder, which has a learned vector for every class.
 
     Attributes:
         num_classes: Rows of the embedding, the null class included.
@@ -155,12 +155,14 @@ class ClassEmbedderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationEncoderSpec:
-    """A semantic map, brought to the size of the latents (SpatialRescaler).
+    """Hyperparameters of a segmentation encoder, CompVis' `SpatialRescaler`.
+
+    It brings a segmentation map to the size of the latents.
 
     Attributes:
         num_classes: Classes of a pixel.
         out_channels: Channels of the result, which is the UNet's `concat_channels`.
-        num_halvings: How often height and width are halved.
+        num_downsampling_steps: How many times height and width are downsampled by 2.
     """
 
     num_classes: int

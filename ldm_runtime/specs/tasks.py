@@ -1,4 +1,4 @@
-"""What each task takes: the one table that says which fields of a request go with which model."""
+"""The tasks: the one table that says which fields of a request go with which model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ _SAMPLING = frozenset(
 _PROMPTS = frozenset({"prompt", "negative_prompt", "literal_prompt"})
 _START = frozenset({"image", "strength", "mask_image", "outpaint"})
 _HIRES = frozenset({"hires_scale", "hires_strength"})
-#: What every model can do that samples from noise and decodes at any size.
-_DRAWING = _SAMPLING | _START | _HIRES | _TILES
+#: Fields of every model that samples from noise and decodes at any size.
+_GENERATION = _SAMPLING | _START | _HIRES | _TILES
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecord:
-    """What a task needs, permits and makes of a request.
+    """Fields that a task needs and permits, and how it takes them.
 
     Attributes:
-        needs: What a request must have: of each group of fields one.
-        permits: Other fields that mean something to it, besides those that every task has.
-        image: What `image` is: where sampling starts, or what the result is made from.
+        needs: Groups of fields; a request must have one of each.
+        permits: Other fields that mean something to it, in addition to those of every task.
+        image: Role of `image`: where sampling starts, or a condition of the result.
         size: Where height and width come from: "open" is the image's or else the model's default,
             "segmentation" the map's; "enlarged" is the image's times the factor of the autoencoder,
             and nothing else.
-        has_null: Whether there is a condition that says nothing, which guidance steers away from:
+        has_null: Whether there is a null condition, which guidance steers away from:
             the empty prompt, the layout without objects, embeddings of zeros, the null class.
     """
 
@@ -52,18 +52,18 @@ class TaskRecord:
 
     @property
     def samples(self) -> bool:
-        """Whether a picture is sampled, and not only encoded and decoded."""
+        """Whether an image is sampled, and not only encoded and decoded."""
         return "sampler" in self.permits
 
 
 TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
     {
-        "unconditional": TaskRecord(needs=(), permits=_DRAWING),
-        "class-to-image": TaskRecord(needs=(("class_label",),), permits=_DRAWING, has_null=True),
+        "unconditional": TaskRecord(needs=(), permits=_GENERATION),
+        "class-to-image": TaskRecord(needs=(("class_label",),), permits=_GENERATION, has_null=True),
         "text-to-image": TaskRecord(
-            needs=(("prompt",),), permits=_DRAWING | _PROMPTS, has_null=True
+            needs=(("prompt",),), permits=_GENERATION | _PROMPTS, has_null=True
         ),
-        "layout-to-image": TaskRecord(needs=(("layout",),), permits=_DRAWING, has_null=True),
+        "layout-to-image": TaskRecord(needs=(("layout",),), permits=_GENERATION, has_null=True),
         # No second pass: the map would have to be encoded again at its size.
         "semantic-synthesis": TaskRecord(
             needs=(("segmentation",),), permits=_SAMPLING | _START | _TILES, size="segmentation"
@@ -77,7 +77,7 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             permits=_SAMPLING | _TILES,
             image="condition",
         ),
-        "retrieval": TaskRecord(needs=(("embeddings",),), permits=_DRAWING, has_null=True),
+        "retrieval": TaskRecord(needs=(("embeddings",),), permits=_GENERATION, has_null=True),
         "autoencoder": TaskRecord(needs=(("image",),), permits=_TILES, image="condition"),
     }
 )

@@ -1,7 +1,7 @@
-"""For tests of code that uses this package: a fake engine, and bundles of a few kilobytes.
+"""Test doubles for code that uses this package: a fake engine, and bundles of a few kilobytes.
 
 There is a tiny bundle of every task. It is complete and opens in every backend that reads its fp32
-graphs, but what it draws are coloured patterns. Its networks exist twice, as ONNX graphs and as
+graphs, but it generates coloured patterns. Its networks exist twice, as ONNX graphs and as
 NumPy functions, and its golden outputs come from the latter. Nothing here needs more than NumPy.
 """
 

@@ -1,4 +1,4 @@
-"""Writes whole tiny bundles: graphs, weights, vocabulary, golden outputs and manifest."""
+"""Tiny bundles, written whole: graphs, weights, vocabulary, golden outputs and manifest."""
 
 import hashlib
 import math
@@ -79,7 +79,7 @@ def write_tiny_bundle(folder: Path, task: Task = "text-to-image") -> Manifest:
 
 
 def _bundle_files(spec: ModelSpec) -> dict[str, bytes]:
-    """Return what a bundle holds besides golden outputs and manifest, by path."""
+    """Return the files of a bundle by path, without golden outputs and manifest."""
     files, weights = {}, tiny_weights(spec)
     if spec.task == "text-to-image":
         files[_VOCABULARY] = "\n".join(("#version: 0.2", *MERGES, "")).encode()
@@ -158,7 +158,7 @@ def _write_golden_request(
 
 def _golden_latents(passes: ImagePasses, engines: Mapping[str, FakeEngine]) -> Float32Array:
     if passes.spec.unet is None:
-        assert passes.start is not None, "a first stage has a picture to encode"
+        assert passes.start is not None, "an autoencoder has an image to encode"
         return passes.start.latents
     *_, last = sample_latents(engines["unet"], passes.conditioning, passes.request, passes.spec)
     return last.latents

@@ -1,4 +1,4 @@
-"""An engine over a Python function, for tests of whatever calls engines."""
+"""An engine over a Python function, for tests of code that calls engines."""
 
 from collections.abc import Callable
 from typing import Any

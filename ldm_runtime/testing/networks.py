@@ -108,15 +108,15 @@ def _class_embedder(spec: ModelSpec) -> TinyNetwork:
 
 
 def _segmentation_encoder(spec: ModelSpec) -> TinyNetwork:
-    """Halve once: means of two by two pixels are what bilinear resizing gives there."""
+    """Downsample once: there, bilinear resizing is the mean of two by two pixels."""
     record = spec.network(SegmentationEncoderSpec)
 
     def function(inputs: Tensors, weights: Weights) -> Float32Array:
         rows = weights["mapper"][inputs["segmentation"]].transpose(0, 3, 1, 2)
         batch, channels, height, width = rows.shape
         blocks = rows.reshape(batch, channels, height // 2, 2, width // 2, 2)
-        halved: Float32Array = blocks.mean(axis=(3, 5))
-        return halved
+        downsampled: Float32Array = blocks.mean(axis=(3, 5))
+        return downsampled
 
     pool = {"kernel_shape": (2, 2), "strides": (2, 2)}
     return TinyNetwork(
@@ -184,7 +184,7 @@ _CONTEXT_NODES = (
 
 
 def _vae_decoder(spec: ModelSpec) -> TinyNetwork:
-    """Decode without quantising: a codebook would add nothing to what is tested with it."""
+    """Decode without quantising: a codebook would add nothing to the tests."""
 
     def function(inputs: Tensors, weights: Weights) -> Float32Array:
         mixed = _convolve(inputs["latents"], weights["kernel"])

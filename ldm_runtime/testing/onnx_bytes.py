@@ -1,4 +1,4 @@
-"""Writes small ONNX graphs without the onnx package, for the tiny bundle of `testing`.
+"""Small ONNX graphs, written without the onnx package, for the tiny bundle of `testing`.
 
 ONNX files are protocol buffers, of which this writes the few messages that a graph needs. Field
 numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
@@ -51,7 +51,7 @@ def encode_model(
     weights: Mapping[str, npt.NDArray[np.float32]],
     axes: Mapping[str, tuple[int, ...]],
 ) -> bytes:
-    """Return the bytes of a model whose weights lie in `weights.bin` beside it.
+    """Return the bytes of a model whose weights lie in `weights.bin` next to it.
 
     Args:
         nodes: The operators, in an order in which they can run.

@@ -1,4 +1,4 @@
-"""What the tiny bundles are verified with: requests of every task, pictures and all."""
+"""Golden requests of the tiny bundles, for every task, with their images."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,10 +10,10 @@ from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.specs.model import Task
 
 _ROWS, _COLUMNS = np.mgrid[:16, :24]
-_PICTURE: npt.NDArray[np.uint8] = np.stack(
+_IMAGE: npt.NDArray[np.uint8] = np.stack(
     [_ROWS * 16, _COLUMNS * 10, (_ROWS * _COLUMNS) % 256], axis=2
 ).astype(np.uint8)
-_HOLE = np.where((_ROWS > 4) & (_COLUMNS < 9), 255, 0).astype(np.uint8)
+_MASK = np.where((_ROWS > 4) & (_COLUMNS < 9), 255, 0).astype(np.uint8)
 
 _GUIDED, _ANCESTRAL = {"seed": 7, "num_images": 2}, {"sampler": "euler_ancestral", "seed": 0}
 _UNGUIDED = {**_ANCESTRAL, "guidance_scale": 1.0}
@@ -35,18 +35,18 @@ _GOLDEN: Mapping[Task, tuple[Mapping[str, object], ...]] = MappingProxyType(
             {"segmentation": (_COLUMNS // 5).astype(np.uint8), **_ANCESTRAL},
         ),
         "super-resolution": (
-            {"image": _PICTURE[:9, :14], **_GUIDED},
-            {"image": _PICTURE[4:12, 8:], **_ANCESTRAL},
+            {"image": _IMAGE[:9, :14], **_GUIDED},
+            {"image": _IMAGE[4:12, 8:], **_ANCESTRAL},
         ),
         "inpainting": (
-            {"image": _PICTURE, "mask_image": _HOLE, **_GUIDED},
-            {"image": _PICTURE, "outpaint": (8, 0, 0, 4), **_ANCESTRAL},
+            {"image": _IMAGE, "mask_image": _MASK, **_GUIDED},
+            {"image": _IMAGE, "outpaint": (8, 0, 0, 4), **_ANCESTRAL},
         ),
         "retrieval": (
             {"embeddings": np.eye(2, 8, dtype=np.float32) + 0.5, **_GUIDED},
             {"embeddings": np.ones((1, 8), dtype=np.float32), **_UNGUIDED},
         ),
-        "autoencoder": ({"image": _PICTURE}, {"image": _PICTURE[:8]}),
+        "autoencoder": ({"image": _IMAGE}, {"image": _IMAGE[:8]}),
     }
 )
 

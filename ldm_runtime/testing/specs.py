@@ -1,4 +1,4 @@
-"""What the tiny models are: one of every task, as small as their records allow."""
+"""Specifications of the tiny models: one of every task, as small as their records allow."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -140,21 +140,21 @@ _MAPS = SegmentationEncoderSpec(num_classes=6, out_channels=3, num_downsampling_
 
 
 def tiny_spec(task: Task = "text-to-image") -> ModelSpec:
-    """Return the tiny model of a task. Pictures have twice the sides of their latents."""
+    """Return the tiny model of a task. Images have twice the sides of their latents."""
     return _SPECS[task]
 
 
 def _spec(task: Task, *, concat: int = 0, **conditioner: NetworkSpec) -> ModelSpec:
-    """Return a model with a VQ first stage, and cross-attention unless it has concat channels."""
-    is_plain = concat or task == "unconditional"
+    """Return a model with a VQ autoencoder, and cross-attention unless it has concat channels."""
+    lacks_context = concat or task == "unconditional"
     unet = replace(
         TINY_SPEC.network(UNetSpec),
         in_channels=_VQ.embed_dim + concat,
         out_channels=_VQ.embed_dim,
-        attention="qkv" if is_plain else "transformer",
-        context_dim=None if is_plain else _WIDTH,
+        attention="qkv" if lacks_context else "transformer",
+        context_dim=None if lacks_context else _WIDTH,
     )
-    scale = 1.0 if is_plain else TINY_SPEC.defaults.guidance_scale
+    scale = 1.0 if lacks_context else TINY_SPEC.defaults.guidance_scale
     defaults = replace(TINY_SPEC.defaults, guidance_scale=scale)
     spec = replace(TINY_SPEC, task=task, defaults=defaults)
     return replace(spec, networks=Networks(unet=unet, autoencoder=_VQ, **conditioner))

@@ -1,4 +1,4 @@
-"""What every tokenizer does, and the parts of it that do not depend on how words are split."""
+"""The interface of tokenizers, and the parts that do not depend on how words are split."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class Encoding:
 
 
 class Tokenizer(Protocol):
-    """Turns prompts into token ids.
+    """A tokenizer: turns prompts into token ids.
 
     Attributes:
         vocab_size: How many ids there are.
-        start_id: What every encoded text starts with.
-        end_id: What ends it.
+        start_id: First id of every encoded text.
+        end_id: Id that ends the text.
     """
 
     vocab_size: int
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
         Args:
             text: Any Unicode text; case and white space do not matter.
             max_tokens: How many ids to return, start and end token included; at least 2.
-            pad_token_id: Fills the rest; None is the tokenizer's own.
+            pad_token_id: Fills the rest; None is the tokenizer's default.
 
         Raises:
             ValueError: `max_tokens` is too small, or the text holds half a surrogate pair.
@@ -72,7 +72,7 @@ def fit_words(words: Iterable[Word], text: str, max_tokens: int, frame: Frame) -
 
     Args:
         words: The words of the text in order; those that do not fit are not asked for.
-        text: What the offsets of the words count in.
+        text: The text that the offsets of the words refer to.
         max_tokens: How many ids to return, those of the frame included; at least 2.
         frame: Start, end and padding.
 

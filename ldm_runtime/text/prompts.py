@@ -25,7 +25,7 @@ from itertools import groupby
 
 MAX_OPEN_BRACKETS = 100  # 1.1^100 is 13,781
 MAX_WEIGHT = 1e6
-#: A chunk that is full ends at its last comma if that is among so many of its tokens.
+#: A chunk that is full ends at its last comma if that is among this many of its last tokens.
 COMMA_REACH = 20
 
 _SYMBOL = re.compile(

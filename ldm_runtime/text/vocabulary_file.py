@@ -1,4 +1,4 @@
-"""Files with an entry a line, compressed or not."""
+"""Vocabulary files with one entry per line, compressed or not."""
 
 import gzip
 import zlib
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    r"""Return the lines of a vocabulary; what ends them, \n or \r\n, is left out.
+    r"""Return the lines of a vocabulary, without their line ends, \n or \r\n.
 
     Raises:
-        ValueError: The file is damaged, or no text in UTF-8.
+        ValueError: The file is damaged, or not UTF-8 text.
     """
     data = path.read_bytes()
     try:

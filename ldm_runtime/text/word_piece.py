@@ -72,10 +72,10 @@ class WordPieceTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Read BERT's `vocab.txt`, a token a line, compressed or not.
+        """Read BERT's `vocab.txt`, one token per line, compressed or not.
 
         Raises:
-            ValueError: The file is no such vocabulary; the message names the line.
+            ValueError: The file is not such a vocabulary; the message names the line.
         """
         lines: dict[str, int] = {}
         for number, token in enumerate(read_vocabulary(path), start=1):
@@ -170,7 +170,7 @@ def _split_words(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _plain_characters(text: str) -> Iterator[tuple[int, str]]:
-    """Yield what is left of a text, character by character, each with its offset in the text.
+    """Yield the normalised characters of a text, each with its offset in the text.
 
     Control characters vanish, white space of any kind becomes a space, Chinese characters get
     spaces around them; then accents vanish and what is left is lower-cased, one character at a time

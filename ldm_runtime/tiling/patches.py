@@ -1,7 +1,7 @@
-"""Networks of pictures of any size over overlapping patches, blended as super-resolution has it.
+"""Networks over overlapping patches of large images, blended as LDM's super-resolution does.
 
 A network that enlarges sees no further than a patch of the size it was trained with, and its memory
-does not grow with the picture. Patches fade out towards their borders and are divided by the sum of
+does not grow with the image. Patches fade out towards their borders and are divided by the sum of
 their weights, so that where one alone lies it is left as it is.
 
 Source: `split_input_params` in CompVis/latent-diffusion, commit a506df5, `ldm/models/diffusion/
@@ -25,12 +25,12 @@ _LOWEST_WEIGHT, _HIGHEST_WEIGHT = 0.01, 0.5
 
 
 def over_patches(transform: Transform, latents: Float32Array, factor: int = 1) -> Float32Array:
-    """Return what a network makes of latents (B, C, h, w), patch by patch if they are large.
+    """Return the output of a network over latents (B, C, h, w), patch by patch if they are large.
 
     Args:
-        transform: The network; it is fed at most `PATCH` latent pixels a side, the whole batch at
-            once.
-        latents: What to transform.
+        transform: The network; it is fed at most `PATCH` latent pixels per side, the whole batch
+            at once.
+        latents: Latents to transform.
         factor: Pixels of the result that a latent pixel covers in each direction.
     """
     height, width = latents.shape[2:]

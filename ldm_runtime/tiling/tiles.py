@@ -1,12 +1,12 @@
-"""Decoding large latents in overlapping tiles, so that memory no longer grows with the picture.
+"""Decoding large latents in overlapping tiles, so that memory no longer grows with the image.
 
-A decoder takes hundreds of times the memory of the picture that it returns, and its attention grows
+A decoder takes hundreds of times the memory of the image that it returns, and its attention grows
 with the square of the pixels: 17 GB for 256x256 latent pixels, 67 MB for a tile of 64x64.
 
 The price: a decoder normalises by statistics of all that it sees, and its attention looks
 everywhere, so a tile differs from the same place in the whole, mostly in brightness and hue. Tiles
 therefore overlap and fade into each other, which leaves no seam, but does not make them equal; how
-close they come depends on how much of the picture a tile holds. `docs/steering.md` has the figures.
+close they come depends on how much of the image a tile holds. `docs/steering.md` has the figures.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 Float32Array = npt.NDArray[np.float32]
-#: Maps latents (1, C, h, w) in the autoencoder's scale to a picture (1, D, f h, f w).
+#: Maps latents (1, C, h, w) in the autoencoder's scale to an image (1, D, f h, f w).
 Decode = Callable[[Float32Array], Float32Array]
 
 #: Smallest tile in latent pixels; below it a tile is mostly border.
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
     Attributes:
         latents: Where it lies in the latents.
-        pixels: Where it lies in the picture.
+        pixels: Where it lies in the image.
         weights: Its share in each of these pixels; over all pieces they sum to 1.
     """
 
@@ -42,15 +42,15 @@ class Piece(NamedTuple):
 def decode_tiled(
     decode: Decode, latents: Float32Array, factor: int, tile: int, overlap: int | None = None
 ) -> Float32Array:
-    """Return the pictures (B, D, f h, f w) of latents (B, C, h, w), decoded tile by tile.
+    """Return the images (B, D, f h, f w) of latents (B, C, h, w), decoded tile by tile.
 
     Every call of `decode` gets one image and `tile` times `tile` latent pixels, or the length of an
-    axis that is shorter. Memory: what such a call takes, plus the result.
+    axis that is shorter. Memory: that of such a call, plus the result.
 
     Args:
         decode: The decoder.
         latents: In the autoencoder's scale.
-        factor: Pixels a latent pixel covers in each direction.
+        factor: Pixels that a latent pixel covers in each direction.
         tile: Side of a tile in latent pixels.
         overlap: Latent pixels that neighbours share at least; None is a quarter of a tile.
 
@@ -67,24 +67,24 @@ def decode_tiled(
         )
     batch, _, height, width = latents.shape
     rows, columns = (list(_pieces(length, tile, overlap, factor)) for length in (height, width))
-    pictures: Float32Array | None = None
+    images: Float32Array | None = None
     for index, row, column in product(range(batch), rows, columns):
         part = latents[index : index + 1, :, row.latents, column.latents]
         (decoded,) = decode(np.ascontiguousarray(part))
-        if pictures is None:
+        if images is None:
             shape = (batch, len(decoded), factor * height, factor * width)
-            pictures = np.zeros(shape, dtype=decoded.dtype)
+            images = np.zeros(shape, dtype=decoded.dtype)
         decoded = decoded * row.weights[:, None] * column.weights
-        pictures[index, :, row.pixels, column.pixels] += decoded
-    assert pictures is not None, "there is no image in the batch"
-    return pictures
+        images[index, :, row.pixels, column.pixels] += decoded
+    assert images is not None, "there is no image in the batch"
+    return images
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     """Return where tiles start that cover an axis, each lying within it.
 
     They are spread evenly: as many as it takes, and every pair shares at least `overlap`. A last
-    tile moved inwards would cost as much and leave all that is spare to one pair.
+    tile moved inwards would cost as much and give all the spare overlap to one pair.
     """
     if length <= tile:
         return [0]

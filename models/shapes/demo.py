@@ -1,8 +1,8 @@
-"""Export the trained shapes model and draw a contact sheet from its bundle, without torch.
+"""Export the trained shapes model and generate a contact sheet from its bundle, without torch.
 
     python models/shapes/demo.py    # writes out/engines and out/demo.png
 
-The export is a process of its own, so that this one, which draws, never loads torch.
+The export is its own process, so that this one, which generates images, never loads torch.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
 from models.shapes.data import scenes
-from models.shapes.evaluation import detector, held_out, judging
+from models.shapes.evaluation import detector, held_out, scoring
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COLUMNS, ROWS = 4, 4
 SCENES_SEED = 7  # the first 16 held-out scenes of this seed, whatever they are
-NOISE_SEED = 0  # picture i is drawn from noise i
+NOISE_SEED = 0  # image i is generated from noise i
 
 _ZOOM = 3
 _MARGIN = 12
@@ -47,8 +47,8 @@ def export_bundle(checkpoint: Path, bundle: Path) -> None:
 
 
 def verdict(scene: scenes.Scene, reading: detector.Reading) -> str:
-    """Return "right", or what is wrong with a picture."""
-    matched = judging.match(scene.things, reading.things)
+    """Return "right", or the faults of an image."""
+    matched = scoring.match(scene.things, reading.things)
     faults = []
     for wanted, found in zip(scene.things, matched, strict=True):
         if found is None:
@@ -66,45 +66,45 @@ def verdict(scene: scenes.Scene, reading: detector.Reading) -> str:
 
 
 def _false_relations(scene: scenes.Scene, matched: Sequence[scenes.Thing | None]) -> list[str]:
-    """Return what to say of relations between things that were found, but elsewhere."""
+    """Return the faults in relations between things that were found, but elsewhere."""
     first = matched[0]
     return [
         f"not {relation}"
         for relation, other in zip(scene.relations, matched[1:], strict=True)
         if first is not None and other is not None
-        if not judging.relation_holds(relation, first, other)
+        if not scoring.relation_holds(relation, first, other)
     ]
 
 
-def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Return the pictures in a grid, enlarged without smoothing, each over its caption."""
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Return the images in a grid, enlarged without smoothing, each over its caption."""
     side = scenes.SIZE * _ZOOM
     width, height = side + _MARGIN, side + _CAPTION_LINES * _LINE_HEIGHT + _MARGIN
-    rows = -(-len(pictures) // COLUMNS)
+    rows = -(-len(images) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * width + _MARGIN, rows * height + _MARGIN), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for index, (picture, text) in enumerate(zip(pictures, captions, strict=True)):
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for index, (image, text) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(index, COLUMNS)
         left, top = _MARGIN + column * width, _MARGIN + row * height
-        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
-        draw.rectangle((left - 1, top - 1, left + side, top + side), outline=(200, 200, 200))
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top))
+        canvas.rectangle((left - 1, top - 1, left + side, top + side), outline=(200, 200, 200))
         for line, words in enumerate(textwrap.wrap(text, _LINE_LETTERS)):
-            draw.text((left, top + side + 3 + line * _LINE_HEIGHT), words, fill=_INK, font=font)
+            canvas.text((left, top + side + 3 + line * _LINE_HEIGHT), words, fill=_INK, font=font)
     return sheet
 
 
-def draw_sheet(bundle: Path, path: Path) -> judging.Tally:
-    """Draw the prompts, print what the detector reads in each picture, and save the sheet."""
+def generate_sheet(bundle: Path, path: Path) -> scoring.Tally:
+    """Generate the prompts, print the verdict on each image, and save the sheet."""
     wanted = held_out.held_out_scenes(COLUMNS * ROWS, SCENES_SEED)
-    pictures, tally = [], judging.Tally()
+    images, tally = [], scoring.Tally()
     with Generator(bundle) as generator:
         for index, scene in enumerate(wanted):
-            pictures.append(held_out.draw(generator, scene, NOISE_SEED + index, {}))
-            reading = detector.read_picture(np.asarray(pictures[-1]))
-            tally += judging.judge(scene, reading)
+            images.append(held_out.generate(generator, scene, NOISE_SEED + index, {}))
+            reading = detector.read_image(np.asarray(images[-1]))
+            tally += scoring.score(scene, reading)
             print(f"{index + 1:2}  {scenes.caption(scene)}: {verdict(scene, reading)}", flush=True)
-    assert "torch" not in sys.modules, "the process that draws must not load torch"
-    contact_sheet(pictures, [scenes.caption(scene) for scene in wanted]).save(path)
+    assert "torch" not in sys.modules, "the process that generates must not load torch"
+    contact_sheet(images, [scenes.caption(scene) for scene in wanted]).save(path)
     return tally
 
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo: 0 on success, 1 for an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ckpt", type=Path, default=HERE / "shapes.ckpt")
-    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for what is made")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the results")
     args = parser.parse_args(argv)
     bundle, sheet = args.out.resolve() / "engines", args.out.resolve() / "demo.png"
     bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -120,18 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         export_bundle(args.ckpt.resolve(), bundle)
         exported = time.perf_counter()
-        tally = draw_sheet(bundle, sheet)
+        tally = generate_sheet(bundle, sheet)
     except subprocess.CalledProcessError as error:
         return int(error.returncode)
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    drawn = time.perf_counter()
+    generated = time.perf_counter()
     print(
         f"\n{tally.objects_right} of {tally.objects} objects, "
         f"{tally.relations_right} of {tally.relations} relations and "
-        f"{tally.pictures_right} of {tally.pictures} whole pictures are right\n"
-        f"export {exported - started:.1f} s, {tally.pictures} pictures {drawn - exported:.1f} s\n"
+        f"{tally.images_right} of {tally.images} whole images are right\n"
+        f"export {exported - started:.1f} s, {tally.images} images {generated - exported:.1f} s\n"
         f"{sheet}"
     )
     return 0

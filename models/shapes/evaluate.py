@@ -1,4 +1,4 @@
-"""Measure a bundle of the shapes model: draw held-out captions, read the pictures back, count.
+"""Measure a bundle of the shapes model: generate held-out captions, read the images back, count.
 
     python models/shapes/evaluate.py --bundle engines/        # 200 captions
     python models/shapes/evaluate.py --detector               # the ruler itself, on clean renders
@@ -24,7 +24,7 @@ from models.shapes.evaluation.detector_check import (
     evaluate_detector,
 )
 from models.shapes.evaluation.held_out import SEED, evaluate_bundle, held_out_scenes
-from models.shapes.evaluation.judging import table
+from models.shapes.evaluation.scoring import table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def _run_bundle(args: argparse.Namespace) -> int:
         tally, seconds = evaluate_bundle(generator, wanted, settings)
     if not args.json:
         print(table(tally))
-        print(f"{seconds:.2f} s a picture")
+        print(f"{seconds:.2f} s per image")
     from measuring.rows import commit, machine
 
     report = {
@@ -92,7 +92,7 @@ def _run_bundle(args: argparse.Namespace) -> int:
             for name, share in tally.shares().items()
         },
         "counts": asdict(tally),
-        "seconds_per_picture": round(seconds, 4),
+        "seconds_per_image": round(seconds, 4),
     }
     print(json.dumps(report))
     if args.results is not None:

@@ -1,10 +1,10 @@
 """Quality against speed: every sampler at several numbers of steps, on the same captions and noise.
 
-    python models/shapes/evaluate.py --sweep --bundle engines/     # measures what is not yet there
+    python models/shapes/evaluate.py --sweep --bundle engines/     # measures the missing cells
     python models/shapes/evaluate.py --report                      # writes docs/quality.*
 
 Each sampler with a number of steps is a cell: one line of JSON, appended when it is done. A sweep
-that was stopped goes on where it was; whoever changes a sampler starts with another `--results`.
+that was stopped goes on where it was; after a change to a sampler, start with another `--results`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_two_or_more,
         default=CAPTIONS,
         metavar="N",
-        help="pictures a cell (default: %(default)s)",
+        help="images per cell (default: %(default)s)",
     )
     parser.add_argument(
         "--samplers",
@@ -110,13 +110,13 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def progress(cell: Cell, calls_left: int) -> str:
-    """Return a line on a cell, and how long the rest takes if a call takes what it took there."""
+    """Return a line on a cell, and how long the rest takes if a call takes as long as there."""
     shares = cell.counts.shares()
     minutes = sum(cell.seconds) / cell.calls * calls_left / 60
     return (
         f"{cell.sampler}, {cell.steps} steps, {cell.calls} calls: "
-        f"objects {shares['objects']:.0%}, whole pictures {shares['whole_pictures']:.0%}, "
-        f"distance {cell.distance:.3f}, {cell.median_seconds:.2f} s a picture; "
+        f"objects {shares['objects']:.0%}, whole images {shares['whole_images']:.0%}, "
+        f"distance {cell.distance:.3f}, {cell.median_seconds:.2f} s per image; "
         f"about {minutes:.0f} min left"
     )
 

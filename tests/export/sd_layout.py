@@ -302,7 +302,7 @@ def conditioner_shapes(layout):
         case "segmentation_encoder":
             channels = layout.in_channels - layout.out_channels
             return {"channel_mapper.weight": (channels, layout.map_classes, 1, 1)}
-        case "first stage":
+        case "autoencoder":
             return autoencoder_shapes(layout)
         case _:
             return {}

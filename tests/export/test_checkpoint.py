@@ -374,7 +374,7 @@ BAD_FILES = {
     "text": (with_bytes(b"hello, this is not a model"), "neither a torch archive nor"),
     "web page": (with_bytes(b"<!DOCTYPE html><html>"), "web page"),
     "git-lfs pointer": (with_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "lfs pull"),
-    "bare pickle": (with_bytes(GOOD), "plain pickle"),
+    "bare pickle": (with_bytes(GOOD), "bare pickle"),
     "torch before 1.6": (legacy, "torch.save"),
     # archives
     "only a zip signature": (with_bytes(b"PK\3\4"), "cut off or missing"),
@@ -511,7 +511,7 @@ BAD_FILES = {
     "header cut": (with_header({"a": entry()}, size=20), "not the JSON"),
     "header not UTF-8": (with_header(b'{"\xff": 1}'), "not the JSON"),
     "header cut to nothing": (with_header({"a": entry()}, size=0), "not the JSON"),
-    "header of NaN": (with_header(b'{"a": NaN}'), "NaN is no JSON"),
+    "header of NaN": (with_header(b'{"a": NaN}'), "NaN is not valid JSON"),
     "header nested too deep": (with_header(b'{"a":' + b"[" * 500_000), "not the JSON"),
     "header of huge numbers": (with_header(b'{"a": ' + b"9" * 10_000 + b"}"), "not the JSON"),
     "header without tensors": (with_header({}), "no tensors"),
@@ -542,9 +542,9 @@ BAD_FILES = {
         with_header({"a": entry(), "b": entry(shape=(1,), offsets=(20, 24))}),
         "'b' overlaps",
     ),
-    "hole at the start": (
+    "gap at the start": (
         with_header({"a": entry(shape=(5,), offsets=(4, 24))}),
-        "'a' follows a hole",
+        "'a' follows a gap",
     ),
     "hole at the end": (with_header({"a": entry(shape=(5,), offsets=(0, 20))}), "end at byte"),
     "safetensors cut off": (with_header({"a": entry()}, FLOATS[:-1]), "beyond"),

@@ -160,14 +160,14 @@ def test_heads_of_a_bert_encoder_have_64_channels():
     ("shapes", "message"),
     [
         ({}, "channel_mapper.weight is missing"),
-        ({"channel_mapper.weight": (3, 182, 3, 3)}, "looks at 3x3 pixels"),
+        ({"channel_mapper.weight": (3, 182, 3, 3)}, "covers 3x3 pixels"),
         (
             {"channel_mapper.weight": (3, 182, 1, 1), "channel_mapper.bias": (3,)},
-            "has channel_mapper.bias besides",
+            "has channel_mapper.bias in addition to",
         ),
     ],
 )
-def test_a_rescaler_of_another_kind_is_an_error(shapes, message):
+def test_a_segmentation_encoder_of_another_kind_is_an_error(shapes, message):
     with pytest.raises(WeightsError, match=message):
         read_channel_mapper(shapes)
 

@@ -162,13 +162,13 @@ def test_a_scale_by_std_configuration_leaves_the_scale_to_the_checkpoint():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [1, 2", "is no YAML file"),
+        ("model: [1, 2", "is not a valid YAML file"),
         ("- 1\n- 2\n", "holds list"),
         ("", "holds NoneType"),
         ("model: {target: x}", "no `model: params:` mapping"),
-        ("a: !!python/object/apply:os.system ['touch ran']", "is no YAML file"),
-        ("[" * 5000, "is no YAML file"),
-        ("#" * (1 << 20 | 1), "is no model configuration"),
+        ("a: !!python/object/apply:os.system ['touch ran']", "is not a valid YAML file"),
+        ("[" * 5000, "is not a valid YAML file"),
+        ("#" * (1 << 20 | 1), "a model configuration is smaller"),
     ],
 )
 def test_files_that_are_no_configuration_are_an_error(tmp_path, monkeypatch, text, message):
@@ -186,5 +186,5 @@ def test_a_configuration_that_is_not_there_or_not_text_is_an_error(tmp_path):
 
     with pytest.raises(ExportError, match="cannot be read"):
         read_config(tmp_path / "absent.yaml")
-    with pytest.raises(ExportError, match="is no YAML file"):
+    with pytest.raises(ExportError, match="is not a valid YAML file"):
         read_config(tmp_path / "binary.yaml")

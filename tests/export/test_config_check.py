@@ -308,7 +308,7 @@ def conditioner_says(**params):
         (
             CELEBA,
             {"first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL"}},
-            "AutoencoderKL, .* VQ first stage",
+            "AutoencoderKL, .* VQ autoencoder",
         ),
         (
             CELEBA,

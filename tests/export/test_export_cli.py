@@ -102,7 +102,7 @@ def test_a_place_that_cannot_be_written_is_one_line(command, tmp_path, small_che
 
 def test_a_plan_names_everything_and_writes_nothing(command, small_checkpoint_path):
     status, out, _, written = command(
-        small_checkpoint_path, "--plan", "--height", "64", "--width", "64"
+        small_checkpoint_path, "--estimate", "--height", "64", "--width", "64"
     )
 
     assert status == 0

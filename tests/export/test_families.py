@@ -294,7 +294,7 @@ U, F, C = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.tran
         (f"{U}input_blocks.1.0.out_layers.3.weight", (32,), "4 axes"),
         (f"{U}input_blocks.1.0.emb_layers.1.weight", (64, 128), r"channels\) of .* is 1.0, but"),
         (f"{U}output_blocks.0.0.out_layers.3.weight", (64, 96, 3, 3), "output_blocks.0"),
-        (f"{U}input_blocks.3.0.out_layers.3.weight", (50, 32, 3, 3), "no multiple"),
+        (f"{U}input_blocks.3.0.out_layers.3.weight", (50, 32, 3, 3), "not a multiple"),
         (f"{U}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (96, 80), "attn2.to_k"),
         (f"{U}middle_block.1.transformer_blocks.0.attn1.to_k.weight", (96, 80), "disabled"),
         (f"{U}middle_block.1.proj_in.weight", (96, 96), "rank"),

@@ -117,7 +117,7 @@ def test_a_difference_names_the_tensor_that_shows_it():
         ("unet.down_blocks.0.attn1.to_q.lora_A.weight", "a LoRA"),
         ("time_embedding.cond_proj.weight", "latent consistency model"),
         ("input_blocks.0.0.weight", "UNet only"),
-        ("decoder.conv_in.weight", "part of a first stage .* only"),
+        ("decoder.conv_in.weight", "part of an autoencoder .* only"),
         ("text_model.embeddings.token_embedding.weight", "text encoder only"),
         ("string_to_param.*", "textual inversion"),
         ("double_blocks.0.img_attn.qkv.weight", "diffusion transformer"),
@@ -131,7 +131,7 @@ def test_files_that_are_no_whole_checkpoint_are_told_apart(name, advice):
 
 
 def test_an_empty_checkpoint_is_of_no_family():
-    with pytest.raises(UnknownModelError, match="no UNet, no first stage and no text encoder"):
+    with pytest.raises(UnknownModelError, match="no UNet, no autoencoder and no text encoder"):
         match_family({})
 
 

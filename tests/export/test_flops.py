@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_export.networks.loading import build_network
 from measuring import flops
 from released import random_checkpoints
-from released.narrow_systems import narrowed
-from released.released_systems import SYSTEMS
+from released.narrow_models import narrowed
+from released.released_models import MODELS
 
 COUNTED = ("text_encoder", "unet", "vae_decoder")
 IMAGES, ROWS, HEIGHT, WIDTH = 2, 4, 16, 32
@@ -45,7 +45,7 @@ def inputs_of(component, spec):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_work_of_every_network_is_what_torch_counts(name):
-    spec = random_checkpoints.as_spec(narrowed(SYSTEMS[name]))
+    spec = random_checkpoints.as_spec(narrowed(MODELS[name]))
 
     counted = flops.network_work(spec, HEIGHT, WIDTH, IMAGES, ROWS)
 

@@ -16,16 +16,16 @@ from ldm_runtime.specs.model import Task
 from measuring.rows import ROOT
 from released import random_checkpoints
 from released.full_size_report import report
-from released.narrow_systems import narrowed
-from released.released_systems import SYSTEMS
+from released.narrow_models import narrowed
+from released.released_models import MODELS
 
 HYPERPARAMETERS = ("task", "networks")
 
 
-def millions(system):
-    """Weights of the UNet, the first stage and the conditioner of a checkpoint."""
+def millions(model):
+    """Weights of the UNet, the autoencoder and the conditioner of a checkpoint."""
     totals = [0, 0, 0]
-    for name, shape in random_checkpoints.parameter_shapes(system):
+    for name, shape in random_checkpoints.parameter_shapes(model):
         if name.startswith("model.diffusion_model."):
             part = 0
         else:
@@ -34,36 +34,36 @@ def millions(system):
     return [total / 1e6 for total in totals]
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_every_system_has_as_many_weights_as_its_sources_say(name):
-    system = SYSTEMS[name]
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_as_many_weights_as_its_sources_say(name):
+    model = MODELS[name]
 
-    assert millions(system) == pytest.approx(system.parameters_millions, abs=0.006)
+    assert millions(model) == pytest.approx(model.parameters_millions, abs=0.006)
 
 
 def test_every_task_is_measured():
-    assert {system.task for system in SYSTEMS.values()} == {*get_args(Task)}
-    assert len(SYSTEMS) == 20
+    assert {model.task for model in MODELS.values()} == {*get_args(Task)}
+    assert len(MODELS) == 20
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_random_checkpoint_is_recognised_as_what_it_was_made_of(name, tmp_path):
-    system = narrowed(SYSTEMS[name])
+    model = narrowed(MODELS[name])
     path = tmp_path / "random.ckpt"
 
-    random_checkpoints.write_checkpoint(path, system)
+    random_checkpoints.write_checkpoint(path, model)
 
     with open_checkpoint(path) as checkpoint:
         spec = detect(checkpoint.tensors).spec
     assert {field: getattr(spec, field) for field in HYPERPARAMETERS} == {
-        field: getattr(system, field) for field in HYPERPARAMETERS
+        field: getattr(model, field) for field in HYPERPARAMETERS
     }
 
 
 def test_no_weight_of_a_random_checkpoint_is_zero_or_large(tmp_path):
     path = tmp_path / "random.ckpt"
 
-    random_checkpoints.write_checkpoint(path, narrowed(SYSTEMS["layout2img-openimages256"]))
+    random_checkpoints.write_checkpoint(path, narrowed(MODELS["layout2img-openimages256"]))
 
     with open_checkpoint(path) as checkpoint:
         for name, tensor in checkpoint.tensors.items():
@@ -74,12 +74,12 @@ def test_no_weight_of_a_random_checkpoint_is_zero_or_large(tmp_path):
 
 
 def test_a_row_belongs_to_its_hyperparameters():
-    system = SYSTEMS["bsr_sr"]
-    unet = replace(system.networks["unet"], model_channels=192)
-    wider = replace(system, networks=system.networks.changed(unet=unet))
+    model = MODELS["bsr_sr"]
+    unet = replace(model.networks["unet"], model_channels=192)
+    wider = replace(model, networks=model.networks.changed(unet=unet))
 
-    assert full_size.row_key(system) == full_size.row_key(replace(system))
-    assert full_size.row_key(system) != full_size.row_key(wider)
+    assert full_size.row_key(model) == full_size.row_key(replace(model))
+    assert full_size.row_key(model) != full_size.row_key(wider)
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_a_row_belongs_to_its_hyperparameters():
     ],
 )
 def test_a_row_is_measured_once_unless_something_of_it_is_missing(row, engines, measured):
-    system = SYSTEMS["vq-f4"]
-    rows = [row | {"key": full_size.row_key(system)}]
+    model = MODELS["vq-f4"]
+    rows = [row | {"key": full_size.row_key(model)}]
 
-    assert full_size.is_measured(rows, system, engines=engines) is measured
-    assert not full_size.is_measured(rows, SYSTEMS["kl-f4"], engines=engines)
+    assert full_size.is_measured(rows, model, engines=engines) is measured
+    assert not full_size.is_measured(rows, MODELS["kl-f4"], engines=engines)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_machine_that_is_too_small_is_a_failure_in_a_sentence(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(full_size, "available_bytes", lambda swap: available)
 
-    row = full_size.measured_row(SYSTEMS["rdm-768"], tmp_path, engines=False)
+    row = full_size.measured_row(MODELS["rdm-768"], tmp_path, engines=False)
 
     assert words in row["failure"]
     assert list(tmp_path.iterdir()) == []
@@ -182,12 +182,12 @@ def test_the_report_has_the_last_row_of_every_model_in_the_order_of_the_table():
 def test_the_readme_has_a_measured_row_of_every_released_model():
     rows = full_size.kept_rows(full_size.RESULTS)
 
-    assert {row["name"] for row in rows} == SYSTEMS.keys()
+    assert {row["name"] for row in rows} == MODELS.keys()
     assert all(row["engines"] and row["failure"] is None for row in rows)
     assert "\n".join(report(rows)) in (ROOT / "README.md").read_text()
 
 
-def test_the_memory_of_decoding_is_that_of_first_stages_alone():
+def test_the_memory_of_decoding_is_that_of_autoencoders_alone():
     of_all = {"unet": {"finite": True}, "vae_decoder": {"finite": True}}
 
     *_, line = report([ROW | {"decode_bytes": None, "fp16_at_size": of_all}])

@@ -19,7 +19,7 @@ from ldm_runtime.requests.task_checks import check_needs
 from ldm_runtime.specs.model import components_of
 from ldm_runtime.specs.tasks import can_guide
 from released import random_checkpoints
-from released.released_systems import SYSTEMS
+from released.released_models import MODELS
 from tests.export.small_checkpoint import random_networks
 from tests.export.small_spec import SPEC
 from tests.export.small_systems import SIZE, small_system
@@ -75,7 +75,7 @@ def golden(networks, requests, tmp_path_factory):
 @pytest.fixture(params=ONE_A_TASK)
 def released(request):
     """The spec of a released model; nothing of it is large, because it has no weights."""
-    return random_checkpoints.as_spec(SYSTEMS[request.param])
+    return random_checkpoints.as_spec(MODELS[request.param])
 
 
 def with_size(height, width):
@@ -163,7 +163,7 @@ class Zeros:
 
 @pytest.mark.parametrize("name", ONE_A_TASK)
 def test_no_network_is_opened_twice(name, tmp_path):
-    spec = random_checkpoints.as_spec(SYSTEMS[name])
+    spec = random_checkpoints.as_spec(MODELS[name])
     networks = Zeros(spec)
 
     write_golden(tmp_path, golden_requests(spec, 10**9), spec, vocabulary_of(spec), networks)

@@ -45,7 +45,7 @@ def bundle(tmp_path_factory):
 def row(*seconds, **changes):
     blank = Row(
         name="unet",
-        system="onnxruntime",
+        backend="onnxruntime",
         commit="0123abc",
         bundle_sha256="00",
         device="a machine",
@@ -142,7 +142,7 @@ def test_json_alone_is_one_line(bundle):
     assert json.loads(done.stdout)["benchmark"] == "latency"
 
 
-def test_the_table_adds_the_parts_of_the_median_picture_up():
+def test_the_table_adds_the_parts_of_the_median_image_up():
     steady = {
         "text_encoder": row(0.001, 0.002, 0.009),
         "unet": row(0.020, 0.030, 0.040, settings={"calls": 2}),
@@ -232,7 +232,7 @@ def test_without_bundle_and_checkpoint_the_error_names_what_to_give(tmp_path):
         runs.shapes_bundle(tmp_path / "absent.ckpt", tmp_path / "engines")
 
 
-def test_the_stages_of_an_export_add_up_to_its_time():
+def test_the_steps_of_an_export_add_up_to_its_time():
     arrivals = [
         (2.0, "about 40 s to go"),
         (2.5, "tokenizer      built in 0.1 s"),
@@ -240,7 +240,7 @@ def test_the_stages_of_an_export_add_up_to_its_time():
         (13.0, "reading something"),
     ]
 
-    steps = export_full_size.stage_seconds(arrivals, 15.0)
+    steps = export_full_size.step_seconds(arrivals, 15.0)
 
     assert steps["unet"] == 9.9
     assert steps["start, read, hash"] == pytest.approx(2.4)

@@ -86,7 +86,9 @@ def autoencoder(layout, prefix="", *, ema=False):
     }
 
 
-@pytest.mark.parametrize(("layout", "features", "heads", "sigma_max", "sampling"), FACTS, ids=name_of)
+@pytest.mark.parametrize(
+    ("layout", "features", "heads", "sigma_max", "sampling"), FACTS, ids=name_of
+)
 def test_a_released_model_needs_no_flag(layout, features, heads, sigma_max, sampling):
     spec = detect(checkpoint(layout, schedule=False)).spec
 
@@ -252,7 +254,7 @@ def test_moving_averages_of_a_first_stage_alone_are_used():
 
 
 def test_a_copy_of_the_first_stage_is_left_over_where_the_paper_left_it():
-    tensors = checkpoint(replace(INPAINTING, conditioner="first stage"))
+    tensors = checkpoint(replace(INPAINTING, conditioner="autoencoder"))
     name = "cond_stage_model.encoder.conv_in.weight"
 
     detection = detect(tensors)
@@ -304,7 +306,7 @@ def test_a_neighbour_is_not_taken_for_the_released_model(layout, family):
         (TXT2IMG_1P4B, "ldm-txt2img-1p4b without its text encoder"),
         (SD1, "stable-diffusion-1 without its text encoder"),
         (LAYOUT2IMG, "without its layout encoder"),
-        (SEMANTIC, "without its rescaler"),
+        (SEMANTIC, "without its segmentation encoder"),
     ],
 )
 def test_a_released_model_without_its_conditioner_is_not_taken_for_another(layout, message):
@@ -323,7 +325,7 @@ def test_extra_channels_that_are_neither_picture_nor_masked_latents_are_of_no_fa
 def test_extra_channels_that_could_be_either_are_not_guessed():
     layout = replace(BSR_SR, in_channels=5, out_channels=2, z_channels=2, embed_dim=2)
 
-    with pytest.raises(UnknownModelError, match="concat: found picture or masked latents"):
+    with pytest.raises(UnknownModelError, match="concat: found image or masked latents"):
         detect(checkpoint(layout))
 
 
@@ -420,18 +422,18 @@ def test_components_of_different_models_are_an_error(layout, message):
         detect(checkpoint(layout))
 
 
-def test_a_rescaler_of_another_model_is_an_error():
+def test_a_segmentation_encoder_of_another_model_is_an_error():
     name = "cond_stage_model.channel_mapper.weight"
     tensors = checkpoint(SEMANTIC) | {name: FakeTensor(shape=(4, 182, 1, 1))}
 
-    with pytest.raises(WeightsError, match=r"takes 6 channels .* \(a semantic map\) has 4"):
+    with pytest.raises(WeightsError, match=r"takes 6 channels .* \(a segmentation map\) has 4"):
         detect(tensors)
 
 
-def test_a_rescaler_that_misses_the_size_of_the_latents_is_an_error():
+def test_a_segmentation_encoder_that_misses_the_size_of_the_latents_is_an_error():
     config = of_params(cond_stage_config={"params": {"n_stages": 3}})
 
-    with pytest.raises(WeightsError, match=r"halves maps 3 times .* 4 times smaller"):
+    with pytest.raises(WeightsError, match=r"3 downsampling steps .* factor of 4;"):
         detect(checkpoint(SEMANTIC), config=config)
 
 

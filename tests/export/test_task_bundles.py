@@ -25,13 +25,13 @@ from ldm_runtime.specs.networks import (
 )
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from released import random_checkpoints
-from released.released_systems import System
+from released.released_models import ReleasedModel
 from tests.export.traces import Traces
 
 SIZE = 32
 #: Whatever the kind of model, one head of all 32 channels.
-FACTS = Overrides(height=SIZE, width=SIZE, num_head_channels=32)
-FIRST_STAGE = autoencoder_spec(
+FEATURES = Overrides(height=SIZE, width=SIZE, num_head_channels=32)
+AUTOENCODER = autoencoder_spec(
     kind="vq",
     channels=32,
     channel_mult=(1, 1),
@@ -67,44 +67,44 @@ WORDS = text_encoder_spec(
 )
 
 
-def system(task, unet, **conditioner):
-    return System(
+def model(task, unet, **conditioner):
+    return ReleasedModel(
         name=task,
         task=task,
         parameters_millions=(0.0, 0.0, 0.0),
-        networks=Networks(autoencoder=FIRST_STAGE, unet=unet, **conditioner),
+        networks=Networks(autoencoder=AUTOENCODER, unet=unet, **conditioner),
     )
 
 
-SYSTEMS = (
-    system("unconditional", QKV),
-    system(
+MODELS = (
+    model("unconditional", QKV),
+    model(
         "class-to-image",
         CROSS,
         class_embedder=ClassEmbedderSpec(num_classes=1001, width=64, null_class=1000),
     ),
-    system("text-to-image", CROSS, text_encoder=WORDS),
-    system(
+    model("text-to-image", CROSS, text_encoder=WORDS),
+    model(
         "layout-to-image",
         CROSS,
         text_encoder=replace(WORDS, vocab_size=400, max_tokens=20, pad_token_id=399),
     ),
-    system(
+    model(
         "semantic-synthesis",
         replace(QKV, in_channels=6),
         segmentation_encoder=SegmentationEncoderSpec(
             num_classes=5, out_channels=3, num_downsampling_steps=1
         ),
     ),
-    system("super-resolution", replace(QKV, in_channels=6)),
-    system("inpainting", replace(QKV, in_channels=7)),
-    system("retrieval", CROSS),
-    system("autoencoder", None),
+    model("super-resolution", replace(QKV, in_channels=6)),
+    model("inpainting", replace(QKV, in_channels=7)),
+    model("retrieval", CROSS),
+    model("autoencoder", None),
 )
 #: Every other one stores fp32: what weights are stored as has nothing to do with the task.
 CASES = [
     pytest.param(each, dtype, id=f"{each.task}-{dtype}")
-    for each, dtype in zip(SYSTEMS, ("float16", "float32") * len(SYSTEMS), strict=False)
+    for each, dtype in zip(MODELS, ("float16", "float32") * len(MODELS), strict=False)
 ]
 
 
@@ -123,31 +123,33 @@ def traces():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "dtype"), CASES)
+@pytest.mark.parametrize(("model", "dtype"), CASES)
 @pytest.mark.usefixtures("traces")
-def test_every_task_becomes_a_bundle_that_keeps_its_promises(system, dtype, tmp_path):
+def test_every_task_becomes_a_bundle_that_keeps_its_promises(model, dtype, tmp_path):
     checkpoint, bundle = tmp_path / "random.ckpt", tmp_path / "engines"
-    random_checkpoints.write_checkpoint(checkpoint, system)
+    random_checkpoints.write_checkpoint(checkpoint, model)
     options = ExportOptions(
         checkpoint=checkpoint,
         out=bundle,
-        overrides=FACTS if "unet" in system.networks else replace(FACTS, num_head_channels=None),
+        overrides=FEATURES
+        if "unet" in model.networks
+        else replace(FEATURES, num_head_channels=None),
         weights_dtype=dtype,
-        engines=RTX if HAS_RTX and system.task in BUILT else NONE,
+        engines=RTX if HAS_RTX and model.task in BUILT else NONE,
     )
     plan = estimate_export(options)
 
     manifest = export_bundle(options)
 
     assert load_manifest(bundle) == manifest
-    assert (manifest.spec.task, manifest.weights_dtype) == (system.task, dtype)
-    assert manifest.spec.networks == system.networks
-    assert manifest.spec.autoencoder == FIRST_STAGE
+    assert (manifest.spec.task, manifest.weights_dtype) == (model.task, dtype)
+    assert manifest.spec.networks == model.networks
+    assert manifest.spec.autoencoder == AUTOENCODER
     assert [each.name for each in manifest.components] == list(components_of(manifest.spec))
-    assert (manifest.tokenizer_file is not None) == (system.task == "text-to-image")
+    assert (manifest.tokenizer_file is not None) == (model.task == "text-to-image")
     assert manifest.preview is not None
-    assert len(manifest.golden) == (2 if system.task == "autoencoder" else 3)
-    assert f"task              {system.task}" in plan.describe()
+    assert len(manifest.golden) == (2 if model.task == "autoencoder" else 3)
+    assert f"task              {model.task}" in plan.describe()
     assert plan.parameters.keys() == components_of(manifest.spec).keys()
     engines = {record.component for record in load_engine_records(bundle, manifest)}
     assert engines == (components_of(manifest.spec).keys() if options.engines == RTX else set())

@@ -293,7 +293,7 @@ def test_an_altered_file_of_the_partial_bundle_is_built_again(out, finished):
 def test_a_record_that_cannot_be_read_counts_as_none(out):
     with pytest.raises(Killed):
         export(out, on_write=lambda label: kill_at(label, "build golden"))
-    (partial_of(out) / "stages/unet.json").write_bytes(b"\xff{")
+    (partial_of(out) / "steps/unet.json").write_bytes(b"\xff{")
     built = []
 
     export(out, built=built)

@@ -1,4 +1,4 @@
-"""A scene of three things and readings of pictures of it, for tests of what judges those."""
+"""A scene of three things and readings of images of it, for tests of their scoring."""
 
 from models.shapes.data import scenes
 from models.shapes.evaluation import detector

@@ -15,7 +15,7 @@ from tests.models.known_scene import BLUE, GREEN, RED, SCENE, moved, reading, re
 
 
 def run_beside_the_demo(code, *args):
-    """Return what code prints in a process of its own, where no test has imported torch."""
+    """Return what code prints in its own process, where no test has imported torch."""
     return subprocess.run(
         [sys.executable, "-c", code, *args],
         capture_output=True,
@@ -33,7 +33,7 @@ def test_the_evaluated_captions_are_held_out_and_fixed_by_the_seed():
     assert all(scenes.is_held_out(scenes.caption(each)) for each in first)
 
 
-def test_a_bundle_is_judged_on_pictures_it_drew_for_the_captions(tmp_path):
+def test_a_bundle_is_scored_on_images_it_generated_for_the_captions(tmp_path):
     write_tiny_bundle(tmp_path)
     wanted = held_out.held_out_scenes(2, seed=5)
 
@@ -41,18 +41,18 @@ def test_a_bundle_is_judged_on_pictures_it_drew_for_the_captions(tmp_path):
         tally, seconds = held_out.evaluate_bundle(generator, wanted, {"num_inference_steps": 2})
 
     assert (tally.images, tally.objects) == (2, sum(len(each.things) for each in wanted))
-    assert tally.pictures_right == 0  # the tiny bundle has learnt nothing
+    assert tally.images_right == 0  # the tiny bundle has learnt nothing
     assert seconds > 0
 
 
-def test_every_caption_is_drawn_from_noise_of_its_own(tmp_path):
+def test_every_caption_is_generated_from_its_own_noise(tmp_path):
     write_tiny_bundle(tmp_path)
     (scene,) = held_out.held_out_scenes(1, seed=5)
 
     with Generator(tmp_path) as generator:
         settings = {"num_inference_steps": 1}
-        (first, second), seconds = held_out.draw_all(generator, [scene, scene], settings)
-        alone = held_out.draw(generator, scene, held_out.SEED + 1, settings)
+        (first, second), seconds = held_out.generate_all(generator, [scene, scene], settings)
+        alone = held_out.generate(generator, scene, held_out.SEED + 1, settings)
 
     assert (first != second).any()
     np.testing.assert_array_equal(second, alone)
@@ -67,7 +67,7 @@ def test_the_command_prints_a_table_and_one_json_line(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     assert status == 0
-    assert report["counts"]["pictures"] == 2
+    assert report["counts"]["images"] == 2
     assert report["settings"]["num_inference_steps"] == 2
     assert any(line.startswith("relations") for line in lines[:-1])
 
@@ -80,7 +80,7 @@ def test_the_command_prints_the_json_line_alone_if_asked(tmp_path, capsys):
     evaluate.main([*line, "--results", str(results)])
 
     (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["counts"]["pictures"] == 1
+    assert json.loads(line)["counts"]["images"] == 1
     assert json.loads(results.read_text()) == json.loads(line)
 
 
@@ -103,7 +103,7 @@ def test_the_verdict_names_every_fault():
     )
 
 
-def test_the_contact_sheet_shows_every_picture_enlarged_in_reading_order():
+def test_the_contact_sheet_shows_every_image_enlarged_in_reading_order():
     images = [Image.new("RGB", (64, 64), (40 * index, 0, 0)) for index in range(6)]
 
     sheet = demo.contact_sheet(images, ["a large red circle on a white background"] * 6)
@@ -115,11 +115,11 @@ def test_the_contact_sheet_shows_every_picture_enlarged_in_reading_order():
     assert middles == [(40 * index, 0, 0) for index in range(6)]
 
 
-def test_the_demo_draws_sixteen_pictures_and_says_what_it_sees_in_each(tmp_path):
+def test_the_demo_generates_sixteen_images_and_says_what_it_sees_in_each(tmp_path):
     write_tiny_bundle(tmp_path / "engines")
     code = (
         "import demo, pathlib, sys; folder = pathlib.Path(sys.argv[1])\n"
-        "print(demo.draw_sheet(folder / 'engines', folder / 'demo.png').pictures)"
+        "print(demo.generate_sheet(folder / 'engines', folder / 'demo.png').images)"
     )
 
     lines = run_beside_the_demo(code, str(tmp_path)).splitlines()

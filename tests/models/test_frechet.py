@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.shapes.data import scenes
-from models.shapes.evaluation import detector, exams, frechet, judging
+from models.shapes.evaluation import detector, frechet, prompts, scoring
 
 CAPTIONS = 48
 #: Of the absolute weights of each layer; others would make every stored distance worthless.
@@ -67,7 +67,7 @@ def test_turning_both_sets_of_features_changes_nothing():
     assert rotated == pytest.approx(frechet.distance(first, second), rel=1e-9)
 
 
-def test_a_set_with_fewer_pictures_than_features_still_has_a_distance():
+def test_a_set_with_fewer_images_than_features_still_has_a_distance():
     rng = np.random.default_rng(0)
     few = frechet.fit(rng.standard_normal((3, 5)))
 
@@ -75,8 +75,8 @@ def test_a_set_with_fewer_pictures_than_features_still_has_a_distance():
     assert frechet.distance(few, random_gaussian(1)) > 0
 
 
-def test_one_picture_has_no_covariance():
-    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+def test_one_image_has_no_covariance():
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
         frechet.fit(np.zeros((1, 5)))
 
 
@@ -89,7 +89,7 @@ def test_a_fit_has_the_mean_and_covariance_of_its_features():
     np.testing.assert_allclose(one.covariance, np.diag([1, 4, 9]), atol=0.15)
 
 
-def test_features_depend_on_their_own_picture_only():
+def test_features_depend_on_their_own_image_only():
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
     together = frechet.features_of(images)
@@ -125,12 +125,12 @@ def asked():
 
 @pytest.fixture(scope="module")
 def clean(asked):
-    return exams.renders(asked)
+    return prompts.renders(asked)
 
 
 @pytest.fixture(scope="module")
 def reference(asked):
-    return exams.reference_of(asked)
+    return prompts.reference_of(asked)
 
 
 def noisy(images, levels):
@@ -158,7 +158,7 @@ def pale(images, share):
 def with_things_missing(asked, share):
     rng = np.random.default_rng(3)
     left = [[thing for thing in each.things if rng.random() >= share] for each in asked]
-    return exams.renders(
+    return prompts.renders(
         [replace(each, things=tuple(things)) for each, things in zip(asked, left, strict=True)]
     )
 
@@ -194,16 +194,18 @@ def test_the_more_shapes_are_missing_the_larger_the_distance(asked, clean, refer
 
 
 def test_a_background_of_the_wrong_colour_is_seen(asked, clean, reference):
-    gray = exams.renders([replace(each, background="gray") for each in asked])
+    gray = prompts.renders([replace(each, background="gray") for each in asked])
 
     right, wrong = distances(reference, clean, gray)
 
     assert wrong > 10 * right
 
 
-def test_right_pictures_laid_out_anew_are_all_about_as_near(asked, reference):
+def test_right_images_laid_out_again_are_all_about_as_near(asked, reference):
     rng = np.random.default_rng(11)
-    sets = [exams.renders([exams.another_layout(rng, each) for each in asked]) for _ in range(3)]
+    sets = [
+        prompts.renders([prompts.another_layout(rng, each) for each in asked]) for _ in range(3)
+    ]
 
     found = distances(reference, *sets)
 
@@ -217,12 +219,12 @@ def test_the_weights_are_fixed():
     assert total == pytest.approx(WEIGHT_SUMS, rel=1e-6)
 
 
-def test_a_thing_laid_out_anew_keeps_what_its_caption_says():
+def test_a_thing_laid_out_again_keeps_what_its_caption_says():
     rng = np.random.default_rng(0)
 
     for asked in [scenes.random_scene(rng) for _ in range(20)]:
-        other = exams.another_layout(rng, asked)
+        other = prompts.another_layout(rng, asked)
 
         assert scenes.caption(other) == scenes.caption(asked)
         assert other.things != asked.things
-        assert judging.judge_all([asked], exams.renders([other])).pictures_right == 1
+        assert scoring.score_all([asked], prompts.renders([other])).images_right == 1

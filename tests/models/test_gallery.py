@@ -19,8 +19,8 @@ from ldm_runtime.inputs.layouts import read_label_names, read_layout
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import GenerationRequest
 from models.shapes import gallery
-from models.shapes.catalog.systems import SYSTEMS
-from models.shapes.evaluation import systems as exam
+from models.shapes.catalog.models import MODELS
+from models.shapes.evaluation import tasks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/tasks.md").read_text()
@@ -39,7 +39,7 @@ def inputs(tmp_path_factory):
 def test_the_inputs_are_what_requests_take(inputs):
     names = read_label_names(inputs / "labels.txt")
     layout = read_layout(inputs / "boxes.json", names)
-    image, mask = InputImage.read(inputs / "picture.png"), InputImage.read(inputs / "mask.png")
+    image, mask = InputImage.read(inputs / "image.png"), InputImage.read(inputs / "mask.png")
 
     assert len(names) == 24
     assert 1 <= len(layout) <= 3
@@ -48,25 +48,25 @@ def test_the_inputs_are_what_requests_take(inputs):
     assert set(np.unique(mask.pixels)) == {0, 255}
 
 
-@pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
-def test_what_a_system_was_given_differs_from_question_to_question(system):
-    if system.task == "unconditional":
-        assert system.task not in gallery.CUSTOM
+@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
+def test_what_a_model_was_given_differs_from_prompt_to_prompt(model):
+    if model.task == "unconditional":
+        assert model.task not in gallery.INPUT_IMAGES
         return
-    questions = exam.held_out_questions(system, 8, 7)
+    prompts = tasks.held_out_prompts(model, 8, 7)
 
-    shown = [np.asarray(gallery.CUSTOM[system.task](question)) for question in questions]
+    shown = [np.asarray(gallery.INPUT_IMAGES[model.task](prompt)) for prompt in prompts]
 
     assert all(image.shape[2] == 3 for image in shown)
     assert len({image.tobytes() for image in shown}) > 4
 
 
-def test_what_is_missing_of_a_picture_is_shown_in_a_colour_that_no_scene_has():
-    (question,) = exam.held_out_questions(SYSTEMS["inpainting"], 1, 7)
+def test_what_is_missing_of_an_image_is_shown_in_a_colour_that_no_scene_has():
+    (prompt,) = tasks.held_out_prompts(MODELS["inpainting"], 1, 7)
 
-    shown = np.asarray(gallery.CUSTOM["inpainting"](question))
+    shown = np.asarray(gallery.INPUT_IMAGES["inpainting"](prompt))
 
-    np.testing.assert_array_equal((shown == (255, 0, 255)).all(axis=2), question.hole)
+    np.testing.assert_array_equal((shown == (255, 0, 255)).all(axis=2), prompt.mask)
 
 
 def test_a_sheet_lays_rows_out_under_each_other():
@@ -107,8 +107,8 @@ def test_the_page_has_a_command_and_python_for_every_task():
     assert all("```python" in section and "ldm generate" in section for section in sections)
 
 
-@pytest.mark.parametrize("module", ["gallery", "evaluation.systems", "evaluate"])
-def test_what_draws_does_not_load_torch(module):
+@pytest.mark.parametrize("module", ["gallery", "evaluation.tasks", "evaluate"])
+def test_what_generates_does_not_load_torch(module):
     paths = [ROOT, ROOT / "benchmarks"]
     code = f"import models.shapes.{module}, sys; sys.exit('torch' in sys.modules)"
 

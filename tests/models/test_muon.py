@@ -1,4 +1,4 @@
-"""Muon beside AdamW: what a step does to a matrix, what it leaves to the other, and going on."""
+"""Muon next to AdamW: the step of a matrix, the parameters of the other, and going on."""
 
 import copy
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.shapes.catalog.systems import SYSTEMS
-from models.shapes.training import system as training
+from models.shapes.catalog.models import MODELS
+from models.shapes.training import task_model as training
 from models.shapes.training.muon import MuonAndAdamW
 
 RATE, DECAY, SIZE_OF_ADAMW = 1e-2, 0.01, 0.2
@@ -48,13 +48,13 @@ def test_a_step_changes_a_matrix_by_a_nearly_orthogonal_one_of_adamws_size(layer
 
 
 def test_biases_move_as_adamw_moves_them():
-    model, twin = network(), network()
+    model, reference = network(), network()
     optimizer = optimizer_of(model)
     before = model[2].bias.detach().clone()
 
     take_step(model, optimizer, 1)
 
-    torch.testing.assert_close(before, twin[2].bias.detach())
+    torch.testing.assert_close(before, reference[2].bias.detach())
     moved = (model[2].bias.detach() - before * (1 - RATE * DECAY)).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, RATE), rtol=1e-3, atol=0)
 
@@ -75,13 +75,13 @@ def test_what_was_saved_goes_on_as_if_it_had_not_stopped():
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
-def test_every_parameter_of_a_system_belongs_to_one_of_both(system):
-    model = training.SystemModel(system)
+@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
+def test_every_parameter_of_a_model_belongs_to_one_of_both(model):
+    network = training.TaskModel(model)
 
-    groups = model.optimizer().param_groups
+    groups = network.optimizer().param_groups
 
     sizes = [sum(each.numel() for each in group["params"]) for group in groups]
-    assert sum(sizes) == sum(each.numel() for each in model.parameters())
+    assert sum(sizes) == sum(each.numel() for each in network.parameters())
     assert sizes[0] > 0.9 * sum(sizes)
     assert [group.get("share", 1) for group in groups] == [1, pytest.approx(1 / 3)]

@@ -83,7 +83,7 @@ def test_no_two_things_of_a_scene_look_the_same():
         assert len(set(looks)) == len(looks)
 
 
-def test_things_lie_inside_the_picture_and_have_the_radius_of_their_size():
+def test_things_lie_inside_the_image_and_have_the_radius_of_their_size():
     for each in first_scenes(200, held_out=False):
         for one in each.things:
             low, high = scenes.SIZES[one.size]
@@ -113,7 +113,7 @@ def test_the_coverage_of_a_thing_adds_up_to_its_area(kind, unit_area):
 
 
 @pytest.mark.parametrize(("background", "direction"), [("white", -1), ("gray", -1), ("black", 1)])
-def test_a_gradient_runs_down_the_picture_and_a_plain_background_does_not(background, direction):
+def test_a_gradient_runs_down_the_image_and_a_plain_background_does_not(background, direction):
     plain = scenes.backdrop(background, gradient=False)
     sloped = scenes.backdrop(background, gradient=True)
 

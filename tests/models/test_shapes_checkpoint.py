@@ -1,4 +1,4 @@
-"""The checkpoint that comes along, through the whole path: export, engines, verify, pictures."""
+"""The checkpoint that comes along, through the whole path: export, engines, verify, images."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_its_bundle_keeps_every_promise(shapes_bundle):
     assert any(check.measure == "psnr" for check in checks)
 
 
-def test_it_draws_what_held_out_captions_say(shapes_bundle):
+def test_it_generates_what_held_out_captions_say(shapes_bundle):
     wanted = held_out.held_out_scenes(12, held_out.SEED)
 
     with Generator(shapes_bundle) as generator:

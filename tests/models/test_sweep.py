@@ -20,18 +20,18 @@ from models.shapes import evaluate, sweep
 from models.shapes.evaluation import (
     cells,
     charts,
-    exams,
     held_out,
-    judging,
+    prompts,
     quality,
     quality_page,
     quality_report,
+    scoring,
     sweep_runs,
 )
 
-TALLY = judging.Tally(
+TALLY = scoring.Tally(
     images=50,
-    pictures_right=25,
+    images_right=25,
     objects=100,
     objects_right=90,
     relations=40,
@@ -44,7 +44,7 @@ def cell(sampler="ddim", steps=8, **changes):
     settings |= {"captions": 50, "layouts": 8, "guidance_scale": 7.5}
     fields = {
         "name": "shapes_sweep",
-        "system": "onnxruntime",
+        "backend": "onnxruntime",
         "commit": "c0ffee",
         "bundle_sha256": "ab" * 32,
         "device": "a machine",
@@ -58,13 +58,13 @@ def cell(sampler="ddim", steps=8, **changes):
     return cells.Cell(**(fields | changes))
 
 
-def judged(**counts):
+def scored(**counts):
     return {"counts": replace(TALLY, **counts)}
 
 
 @pytest.fixture
 def bundle(tmp_path):
-    """The tiny bundle at the size of the shapes' pictures."""
+    """The tiny bundle at the size of the shapes' images."""
     write_tiny_bundle(tmp_path / "engines")
     return tmp_path / "engines"
 
@@ -88,10 +88,10 @@ def test_a_sweep_writes_a_row_for_every_sampler_and_number_of_steps(bundle):
     assert [row["calls"] for row in rows] == [1, 3, 1, 5]
 
 
-def test_a_row_holds_what_it_takes_to_judge_and_repeat_it(bundle):
+def test_a_row_holds_what_it_takes_to_score_and_repeat_it(bundle):
     _, (row,) = run(bundle, "--samplers", "euler_ancestral", "--steps", "2")
 
-    assert row["counts"]["pictures"] == 2
+    assert row["counts"]["images"] == 2
     assert row["distance"] > 10 * row["floor"]  # the tiny bundle has learnt nothing
     assert len(row["seconds"]) == 2
     assert row["settings"]["eta"] == 1.0
@@ -119,7 +119,7 @@ def test_the_same_sweep_again_measures_only_what_is_not_there(bundle, capsys):
     assert "1 of 2 cells are there" in capsys.readouterr().err
 
 
-def test_other_captions_or_another_bundle_are_measured_anew(bundle):
+def test_other_captions_or_another_bundle_are_measured_again(bundle):
     run(bundle, "--samplers", "ddim", "--steps", "1")
     run(bundle, "--samplers", "ddim", "--steps", "1", "--captions", "3")
     manifest = bundle / "manifest.json"
@@ -134,13 +134,13 @@ def test_other_captions_or_another_bundle_are_measured_anew(bundle):
 def test_every_cell_gets_the_same_captions_and_noise(bundle):
     _, (ddim, euler) = run(bundle, "--samplers", "euler", "dpmpp_2m", "--steps", "1")
 
-    # One step to zero is the same for both, so the pictures are, and all that is read in them.
+    # One step to zero is the same for both, so the images are, and all that is read in them.
     assert ddim["counts"] == euler["counts"]
     assert ddim["distance"] == euler["distance"]
 
 
 class StopsAtTheFirstCell(io.StringIO):
-    """A terminal at which somebody presses Ctrl-C when the first cell is done."""
+    """A terminal at which the user presses Ctrl-C when the first cell is done."""
 
     def write(self, text):
         if "min left" in text and "min left" not in self.getvalue():
@@ -218,18 +218,21 @@ def test_the_calls_counted_are_those_the_network_gets(sampler):
     assert sweep_runs.count_calls(request) == len(network.calls)
 
 
-def test_right_pictures_are_as_near_as_the_floor_says():
-    exam = exams.prepare_exam(8)
+def test_right_images_are_as_near_as_the_floor_says():
+    prompt_set = prompts.prepare_prompts(8)
 
-    assert exams.distance_from(exam.reference, exams.renders(exam.wanted)) == exam.floor
-    blank = np.full_like(exams.renders(exam.wanted), 128)
-    assert exams.distance_from(exam.reference, blank) > 20 * exam.floor
+    assert (
+        prompts.distance_from(prompt_set.reference, prompts.renders(prompt_set.wanted))
+        == prompt_set.floor
+    )
+    blank = np.full_like(prompts.renders(prompt_set.wanted), 128)
+    assert prompts.distance_from(prompt_set.reference, blank) > 20 * prompt_set.floor
 
 
 def test_progress_says_what_was_found_and_how_long_the_rest_takes():
     line = sweep.progress(cell("heun", 8, calls=15, seconds=(0.5,) * 60), calls_left=60)
 
-    assert line.startswith("heun, 8 steps, 15 calls: objects 90%, whole pictures 50%")
+    assert line.startswith("heun, 8 steps, 15 calls: objects 90%, whole images 50%")
     assert line.endswith("about 2 min left")
 
 
@@ -242,48 +245,48 @@ def test_the_plateau_is_every_sampler_with_its_most_steps():
 
 def test_as_good_is_one_point_and_one_standard_error_below_the_median_of_the_plateau():
     shares = {"ddim": 90, "euler": 100, "heun": 10}
-    cells = [cell(name, 50, **judged(objects_right=right)) for name, right in shares.items()]
+    cells = [cell(name, 50, **scored(objects_right=right)) for name, right in shares.items()]
 
     assert quality.lowest_as_good(cells, "objects") == pytest.approx(0.9 - 0.01 - 0.03)
 
 
 def test_the_fewest_calls_as_good_as_many_steps_come_first():
     many = cell("ddim", 50)
-    few = cell("ddim", 8, calls=15, **judged(objects_right=87))
-    fewer = cell("ddim", 12, **judged(objects_right=87))
-    poor = cell("ddim", 4, **judged(objects_right=85))
+    few = cell("ddim", 8, calls=15, **scored(objects_right=87))
+    fewer = cell("ddim", 12, **scored(objects_right=87))
+    poor = cell("ddim", 4, **scored(objects_right=85))
 
     assert quality.as_good_as_many_steps([many, few, fewer, poor]) == [fewer, few, many]
 
 
-@pytest.mark.parametrize("count", ["objects_right", "relations_right", "pictures_right"])
+@pytest.mark.parametrize("count", ["objects_right", "relations_right", "images_right"])
 def test_as_good_means_in_every_measure(count):
-    many, few = cell("ddim", 50), cell("ddim", 4, **judged(**{count: 0}))
+    many, few = cell("ddim", 50), cell("ddim", 4, **scored(**{count: 0}))
 
     assert quality.as_good_as_many_steps([many, few]) == [many]
 
 
-def test_pictures_much_farther_from_right_ones_are_not_as_good():
+def test_images_much_farther_from_right_ones_are_not_as_good():
     many, near, far = cell("ddim", 50), cell("ddim", 8, distance=0.62), cell(distance=0.63)
 
     assert quality.as_good_as_many_steps([many, near, far]) == [near, many]
 
 
-def test_of_as_many_calls_the_pictures_nearest_to_right_ones_win():
+def test_of_as_many_calls_the_images_nearest_to_right_ones_win():
     far, near = cell("ddim", 8, distance=0.3), cell("euler", 8, distance=0.28)
 
     assert quality.as_good_as_many_steps([far, near]) == [near, far]
 
 
 def test_a_lucky_cell_does_not_raise_the_standard():
-    lucky = cell("euler", 12, **judged(objects_right=99))
+    lucky = cell("euler", 12, **scored(objects_right=99))
     usual = [cell(name, 50) for name in ("ddim", "heun", "euler")]
 
     assert quality.as_good_as_many_steps([lucky, *usual]) == [lucky, *usual]
 
 
 def test_samplers_for_other_models_are_neither_chosen_nor_the_standard():
-    perfect = cell("lcm", 4, **judged(objects_right=100, pictures_right=50, relations_right=40))
+    perfect = cell("lcm", 4, **scored(objects_right=100, images_right=50, relations_right=40))
     many = cell("ddim", 50)
 
     assert quality.as_good_as_many_steps([perfect, many]) == [many]
@@ -301,7 +304,7 @@ def test_the_page_names_the_choice_and_shows_every_cell():
     cells = [
         cell("ddim", 50, distance=0.511),
         cell("dpmpp_2m", 12, distance=0.522),
-        cell("euler", 12, distance=0.577, **judged(objects_right=50)),
+        cell("euler", 12, distance=0.577, **scored(objects_right=50)),
     ]
 
     text = quality_page.page(cells)
@@ -316,15 +319,15 @@ def test_the_page_names_the_choice_and_shows_every_cell():
 
 def test_if_nothing_is_as_good_the_page_says_so():
     cells = [
-        cell("ddim", 50, **judged(relations_right=0)),
-        cell("euler", 50, **judged(objects_right=0)),
-        cell("heun", 50, **judged(pictures_right=0)),
+        cell("ddim", 50, **scored(relations_right=0)),
+        cell("euler", 50, **scored(objects_right=0)),
+        cell("heun", 50, **scored(images_right=0)),
     ]
 
     assert "No cell is as good as many steps" in quality_page.page(cells)
 
 
-def test_the_report_is_a_page_and_a_picture(tmp_path, capsys):
+def test_the_report_is_a_page_and_an_image(tmp_path, capsys):
     for each in (cell("ddim", 8), cell("ddim", 50, distance=0.1), cell("lcm", 8)):
         cells.append_cell(tmp_path / "results.jsonl", each)
 
@@ -362,7 +365,7 @@ def test_a_round_number_is_its_own_tick():
     assert charts.logarithmic_axis("", [0.01, 0.01]).ticks == pytest.approx((0.01, 0.02))
 
 
-def test_a_point_is_drawn_where_its_values_say():
+def test_a_point_is_plotted_where_its_values_say():
     axis = charts.Axis(label="", ticks=(0.0, 10.0))
     dot = charts.Series(label="", points=[(10.0, 0.0)], color="#ff0000", mark="square")
 
@@ -384,8 +387,8 @@ def test_charts_in_a_grid_keep_reading_order():
     ]  # fmt: skip
 
 
-# Planted faults of the loop, seen in the trained model's pictures alone. Smaller ones change too
-# little for that: a timestep that is off by one moves a picture by a twentieth of a grey level. The
+# Planted faults of the loop, seen in the trained model's images alone. Smaller ones change too
+# little for that: a timestep that is off by one moves an image by a twentieth of a grey level. The
 # tests of the denoiser and the samplers, which compare numbers, are what notices those.
 
 
@@ -404,7 +407,7 @@ def swapped_guidance(inputs):
 
 
 def higher_sigma(inputs):
-    """What a denoiser asks that takes sigma for three times what it is."""
+    """The input of a denoiser that takes sigma for three times its value."""
     sigmas = training_sigmas(TINY_SPEC.alphas_cumprod)  # Stable Diffusion's, as the model's are
     sigma = float(np.interp(inputs["timesteps"][0], np.arange(len(sigmas)), sigmas))
     wrong = 3 * sigma
@@ -414,16 +417,18 @@ def higher_sigma(inputs):
 
 
 @pytest.mark.slow
-def test_pictures_show_swapped_guidance_and_a_wrong_sigma(shapes_bundle):
-    exam = exams.prepare_exam(8)
+def test_images_show_swapped_guidance_and_a_wrong_sigma(shapes_bundle):
+    prompt_set = prompts.prepare_prompts(8)
     counts, distances = {}, {}
 
     for fault in (dict, swapped_guidance, higher_sigma):
         with Generator(shapes_bundle, backend="onnxruntime") as generator:
             generator._opened["unet"] = FaultyNetwork(generator._opened["unet"], fault)
-            images, _ = held_out.draw_all(generator, exam.wanted, {"num_inference_steps": 10})
-        counts[fault] = judging.judge_all(exam.wanted, images)
-        distances[fault] = exams.distance_from(exam.reference, np.stack(images))
+            images, _ = held_out.generate_all(
+                generator, prompt_set.wanted, {"num_inference_steps": 10}
+            )
+        counts[fault] = scoring.score_all(prompt_set.wanted, images)
+        distances[fault] = prompts.distance_from(prompt_set.reference, np.stack(images))
 
     assert counts[dict].objects_right >= 0.8 * counts[dict].objects
     assert counts[swapped_guidance].objects_right == 0

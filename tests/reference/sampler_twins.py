@@ -53,8 +53,8 @@ def network_of_whole_timesteps(latents, timesteps, context):
     return network(latents, timesteps.round(), context)
 
 
-def make_draw(seed):
-    """Return a `noise_sampler` of ours with the noise that a scheduler of theirs gets from a generator."""
+def make_noise_sampler(seed):
+    """Return a `noise_sampler` that draws as their schedulers do from a generator."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *_: torch.randn(SHAPE, generator=generator, dtype=torch.float64).numpy()
 
@@ -103,7 +103,7 @@ class Twin:
         their_prediction_type: What the network's output is turned into before theirs gets it;
             None leaves it as it is.
         network: What both sides run.
-        prepare: Called with their scheduler, once it is ready to run, and a `noise_sampler` like ours.
+        prepare: Called with their scheduler, once it is ready to run, and a `noise_sampler`.
         difference: Largest relative difference that passes.
     """
 
@@ -148,7 +148,7 @@ class Twin:
         options = self.options | {"prediction_type": self.their_prediction_type or prediction_type}
         scheduler = self._ready(options, num_steps, sigmas, table)
         _widen(scheduler)
-        self.prepare(scheduler, make_draw(1))
+        self.prepare(scheduler, make_noise_sampler(1))
         return scheduler, table, sigmas
 
     def _ready(self, options, num_steps, sigmas, table):
@@ -235,7 +235,7 @@ def their_steps(twin, scheduler, sigmas, table, noise, prediction_type):
     options = {
         name: options[name] for name in ("eta", noise_by) if name in known and name in options
     }
-    noise_sampler = make_draw(1)
+    noise_sampler = make_noise_sampler(1)
     sample = torch.from_numpy(noise * float(scheduler.init_noise_sigma))
     timesteps = iter(scheduler.timesteps)
     for visits in twin.visits(sigmas):
@@ -257,7 +257,7 @@ def their_steps(twin, scheduler, sigmas, table, noise, prediction_type):
 def largest_difference(twin, num_steps, prediction_type, plant=lambda denoise: denoise):
     """Largest difference after any step, over the largest latent of that step."""
     scheduler, table, sigmas = twin.build(num_steps, prediction_type)
-    noise = make_draw(0)()
+    noise = make_noise_sampler(0)()
     denoise = GuidedDenoiser(
         network=twin.network,
         training_sigmas=table,
@@ -268,7 +268,7 @@ def largest_difference(twin, num_steps, prediction_type, plant=lambda denoise: d
     latents = noise * float(scheduler.init_noise_sigma) * twin.vp_scale(sigmas[0])
 
     ours = SAMPLERS[twin.name].function(
-        plant(denoise), latents, sigmas, eta=twin.eta, noise_sampler=make_draw(1)
+        plant(denoise), latents, sigmas, eta=twin.eta, noise_sampler=make_noise_sampler(1)
     )
 
     differences = []

@@ -81,8 +81,8 @@ def test_two_rows_or_more_are_the_same_in_any_company(bundle, threads):
             np.testing.assert_array_equal(found, np.concatenate(alone))
 
 
-@pytest.mark.parametrize(("threads", "max_rows"), [(1, 8), (2, 4)])
-def test_requests_get_together_bit_for_bit_what_they_get_alone(bundle, threads, max_rows):
+@pytest.mark.parametrize(("threads", "max_samples"), [(1, 8), (2, 4)])
+def test_requests_get_together_bit_for_bit_what_they_get_alone(bundle, threads, max_samples):
     manifest = load_manifest(bundle)
     spec = manifest.spec
     tokenizer = open_tokenizer(bundle / manifest.tokenizer_file, spec)
@@ -100,7 +100,7 @@ def test_requests_get_together_bit_for_bit_what_they_get_alone(bundle, threads, 
     loops = [loop_of(*each) for each in zip(requests, conditionings, strict=True)]
     with open_engine(bundle, "unet", threads) as unet:
         together = [[] for _ in loops]
-        for index, step in run_together(loops, unet, max_rows=max_rows, min_rows=2):
+        for index, step in run_together(loops, unet, max_samples=max_samples, min_samples=2):
             together[index].append(step.latents)
         alone = [[step.latents for step in loop(unet)] for loop in loops]
 

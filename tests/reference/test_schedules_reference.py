@@ -17,6 +17,7 @@ from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import (
     rescale_zero_terminal_snr as their_rescale,
 )
+from scipy.stats import beta
 
 from ldm_runtime.schedules import (
     SCHEDULES,
@@ -166,16 +167,14 @@ def test_beta_visits_the_timesteps_of_comfyui_for_every_number_of_steps(table):
 
 
 def test_quantiles_are_those_of_scipy():
-    scipy_stats = pytest.importorskip("scipy.stats")
     probabilities = np.concatenate([np.linspace(0, 1, 2001), np.logspace(-12, -1, 100)])
     for shape in (0.1, 0.5, 0.6, 0.9, 1.0):
-        theirs = scipy_stats.beta.ppf(probabilities, shape, shape)
+        theirs = beta.ppf(probabilities, shape, shape)
 
         np.testing.assert_allclose(beta_quantiles(probabilities, shape), theirs, atol=1e-12)
 
 
 def test_diffusers_beta_spreads_the_sigmas_where_ours_and_comfyuis_spreads_the_timesteps(table):
-    pytest.importorskip("scipy")
     scheduler = EulerDiscreteScheduler(**STABLE_DIFFUSION, use_beta_sigmas=True)
     scheduler.set_timesteps(20)
 

@@ -104,7 +104,7 @@ def test_loops_share_calls_and_each_gets_its_own_rows():
     engine = doubling()
 
     items = list(
-        run_together([doubler(column(1), 2), doubler(column(3, 5), 2)], engine, max_rows=8)
+        run_together([doubler(column(1), 2), doubler(column(3, 5), 2)], engine, max_samples=8)
     )
 
     assert items == [(0, [2]), (1, [6, 10]), (0, [4]), (1, [12, 20])]
@@ -115,7 +115,7 @@ def test_a_call_has_at_most_the_rows_allowed_and_the_earliest_loop_has_its_turn_
     engine = doubling()
     loops = [doubler(column(1, 1), 2), doubler(column(2, 2), 1), doubler(column(3), 2)]
 
-    items = list(run_together(loops, engine, max_rows=3))
+    items = list(run_together(loops, engine, max_samples=3))
 
     assert [index for index, _ in items] == [0, 0, 1, 2, 2]
     assert rows_of(engine) == [2, 2, 3, 1]
@@ -125,8 +125,8 @@ def test_a_later_loop_that_fits_overtakes_one_that_does_not():
     engine = doubling()
     loops = [doubler(column(1, 1), 1), doubler(column(2, 2), 1), doubler(column(3), 1)]
 
-    items = list(run_together(loops, engine, max_rows=3))
-    wide = list(run_together([doubler(column(1, 1, 1), 1), *loops], doubling(), max_rows=4))
+    items = list(run_together(loops, engine, max_samples=3))
+    wide = list(run_together([doubler(column(1, 1, 1), 1), *loops], doubling(), max_samples=4))
 
     assert [index for index, _ in items] == [0, 1, 2]
     assert [index for index, _ in wide] == [0, 1, 2, 3]
@@ -137,7 +137,7 @@ def test_a_loop_with_more_rows_than_allowed_has_calls_of_its_own():
     engine = doubling()
 
     loops = [doubler(column(1, 2, 3, 4, 5), 2), doubler(column(6), 1)]
-    items = list(run_together(loops, engine, max_rows=2))
+    items = list(run_together(loops, engine, max_samples=2))
 
     assert items[1] == (0, [4, 8, 12, 16, 20])
     assert rows_of(engine) == [5, 5, 1]
@@ -147,7 +147,7 @@ def test_loops_that_ask_for_fewer_rows_than_it_takes_have_calls_of_their_own():
     engine = doubling()
     loops = [doubler(column(*range(rows)), 2) for rows in (2, 1, 2, 1, 3)]
 
-    items = list(run_together(loops, engine, max_rows=9, min_rows=2))
+    items = list(run_together(loops, engine, max_samples=9, min_samples=2))
 
     assert rows_of(engine) == [7, 7, 1, 1, 1, 1]
     assert [index for index, _ in items] == [0, 2, 4, 0, 2, 4, 1, 1, 3, 3]
@@ -160,7 +160,7 @@ def test_loops_that_ask_for_fewer_rows_than_it_takes_have_calls_of_their_own():
 def test_rows_of_another_shape_or_type_do_not_share_a_call(other):
     engine = doubling()
 
-    items = list(run_together([doubler(column(1), 2), doubler(other, 2)], engine, max_rows=8))
+    items = list(run_together([doubler(column(1), 2), doubler(other, 2)], engine, max_samples=8))
 
     assert rows_of(engine) == [1] * 4
     assert {call["x"].dtype for call in engine.calls} == {np.dtype("f4"), other.dtype}
@@ -171,7 +171,7 @@ def test_bound_rows_of_another_length_do_not_share_a_call():
     engine = CountingEngine()
     loops = [binder(column(1), np.full((1, size), 5, np.float32)) for size in (1, 1, 3)]
 
-    list(run_together(loops, engine, max_rows=8))
+    list(run_together(loops, engine, max_samples=8))
 
     assert [len(call["c"]) for call in engine.calls] == [2, 2, 1, 1]
 
@@ -195,7 +195,7 @@ def test_a_loop_is_begun_when_there_is_room_for_it():
             begun.append(index)
             yield doubler(column(index), 1)
 
-    items = run_together(loops(), doubling(), max_rows=2)
+    items = run_together(loops(), doubling(), max_samples=2)
 
     assert begun == []
     assert next(items) == (0, [0])
@@ -208,7 +208,7 @@ def test_a_loop_that_ends_makes_room_for_the_next():
     engine = doubling()
     loops = [doubler(column(1), 5), doubler(column(1), 1), doubler(column(1), 4)]
 
-    list(run_together(loops, engine, max_rows=2))
+    list(run_together(loops, engine, max_samples=2))
 
     assert rows_of(engine) == [2] * 5
 
@@ -222,13 +222,13 @@ def test_loops_may_make_any_number_of_items_a_call():
     def chatty(_engine):
         yield from ("a", "b")
 
-    items = list(run_together([silent, chatty, doubler(column(1), 1)], doubling(), max_rows=4))
+    items = list(run_together([silent, chatty, doubler(column(1), 1)], doubling(), max_samples=4))
 
     assert items == [(1, "a"), (1, "b"), (2, [2])]
 
 
 def test_no_loops_make_no_items():
-    assert list(run_together([], doubling(), max_rows=1)) == []
+    assert list(run_together([], doubling(), max_samples=1)) == []
 
 
 def test_an_answer_belongs_to_its_loop():
@@ -237,7 +237,7 @@ def test_an_answer_belongs_to_its_loop():
         answer[...] = np.nan
         yield answer.flags.owndata
 
-    items = list(run_together([spoiler, doubler(column(3), 1)], doubling(), max_rows=4))
+    items = list(run_together([spoiler, doubler(column(3), 1)], doubling(), max_samples=4))
 
     assert items == [(0, True), (1, [6])]
 
@@ -246,7 +246,7 @@ def test_constants_are_bound_once_as_long_as_the_same_loops_share_calls():
     engine = CountingEngine()
     loops = [binder(column(i, i), column(10, 20), calls) for i, calls in ((1, 5), (2, 3))]
 
-    items = list(run_together(loops, engine, max_rows=4))
+    items = list(run_together(loops, engine, max_samples=4))
 
     assert items[0] == (0, [[11], [21]])
     assert items[1] == (1, [[12], [22]])
@@ -258,7 +258,7 @@ def test_other_constants_of_the_same_loop_are_bound_anew():
         for constant in (column(1), column(2)):
             yield engine.bind({"c": constant}).run({"x": column(0)})["y"].item()
 
-    assert list(run_together([loop], CountingEngine(), max_rows=1)) == [(0, 1), (0, 2)]
+    assert list(run_together([loop], CountingEngine(), max_samples=1)) == [(0, 1), (0, 2)]
 
 
 def test_only_the_thread_that_consumes_calls_the_network():
@@ -268,14 +268,14 @@ def test_only_the_thread_that_consumes_calls_the_network():
         callers.add(threading.current_thread())
         return {"y": inputs["x"]}
 
-    list(run_together([doubler(column(1), 3)] * 3, FakeEngine(note), max_rows=2))
+    list(run_together([doubler(column(1), 3)] * 3, FakeEngine(note), max_samples=2))
 
     assert callers == {threading.current_thread()}
 
 
 def test_nothing_happens_between_two_items():
     engine = doubling()
-    items = run_together([doubler(column(1), 9)] * 2, engine, max_rows=2)
+    items = run_together([doubler(column(1), 9)] * 2, engine, max_samples=2)
 
     next(items)
     time.sleep(0.05)
@@ -289,9 +289,9 @@ def test_loops_see_the_context_of_the_consumer():
         yield np.float32(1) / np.float32(0)
 
     with np.errstate(divide="ignore"):
-        assert list(run_together([divide], doubling(), max_rows=1)) == [(0, np.inf)]
+        assert list(run_together([divide], doubling(), max_samples=1)) == [(0, np.inf)]
     with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
-        list(run_together([divide], doubling(), max_rows=1))
+        list(run_together([divide], doubling(), max_samples=1))
 
 
 def closable(closed, index):
@@ -310,7 +310,7 @@ def closable(closed, index):
 @pytest.mark.parametrize("items_taken", [0, 1, 2, 3])
 def test_closing_stops_every_loop_that_was_begun(items_taken):
     closed, engine = [], doubling()
-    items = run_together([closable(closed, i) for i in range(3)], engine, max_rows=2)
+    items = run_together([closable(closed, i) for i in range(3)], engine, max_samples=2)
     for _ in range(items_taken):
         next(items)
 
@@ -323,7 +323,7 @@ def test_closing_stops_every_loop_that_was_begun(items_taken):
 
 def test_a_generator_that_nobody_wants_any_more_stops_its_loops():
     closed = []
-    items = run_together([closable(closed, 0)] * 2, doubling(), max_rows=2)
+    items = run_together([closable(closed, 0)] * 2, doubling(), max_samples=2)
     next(items)
 
     del items
@@ -341,7 +341,7 @@ def test_a_loop_that_will_not_stop_is_not_waited_for_at_its_next_call():
             with contextlib.suppress(BaseException):
                 engine.run({"x": column(1)})
 
-    items = run_together([stubborn, stubborn], doubling(), max_rows=2)
+    items = run_together([stubborn, stubborn], doubling(), max_samples=2)
     next(items)
 
     items.close()
@@ -357,7 +357,9 @@ def breaks(_engine):
 
 def test_an_error_in_a_loop_stops_the_others_and_is_raised_once_with_its_traceback():
     closed = []
-    items = run_together([closable(closed, 0), breaks, closable(closed, 2)], doubling(), max_rows=4)
+    items = run_together(
+        [closable(closed, 0), breaks, closable(closed, 2)], doubling(), max_samples=4
+    )
 
     with pytest.raises(KeyError, match="broken here") as caught:
         list(items)
@@ -378,7 +380,7 @@ def test_an_error_of_the_network_stops_the_loops_and_is_raised_once_with_its_tra
         return {"y": inputs["x"]}
 
     loops = [closable(closed, i) for i in range(2)]
-    items = run_together(loops, FakeEngine(fail_at_the_second), max_rows=4)
+    items = run_together(loops, FakeEngine(fail_at_the_second), max_samples=4)
     with pytest.raises(MemoryError, match="too large") as caught:
         list(items)
 
@@ -396,7 +398,7 @@ def test_an_error_while_loops_are_made_stops_those_under_way():
         raise LookupError("no more")
 
     with pytest.raises(LookupError, match="no more"):
-        list(run_together(loops(), doubling(), max_rows=4))
+        list(run_together(loops(), doubling(), max_samples=4))
 
     assert closed == [0]
 
@@ -406,7 +408,7 @@ def test_an_error_leaves_no_arrays_behind():
     gc.disable()
     try:
         with contextlib.suppress(KeyError):
-            list(run_together([breaks], doubling(), max_rows=1))
+            list(run_together([breaks], doubling(), max_samples=1))
         left = [each for each in gc.get_objects() if type(each) is KeyError]
     finally:
         gc.enable()
@@ -437,7 +439,7 @@ def test_an_interrupt_stops_the_loops_wherever_it_arrives(in_loop, interruptible
     engine = FakeEngine(lambda inputs: {"y": inputs["x"] if in_loop else interrupt(inputs["x"])})
 
     with pytest.raises(KeyboardInterrupt):
-        list(run_together([loop, loop], engine, max_rows=2))
+        list(run_together([loop, loop], engine, max_samples=2))
 
     assert loop_threads() == []
 
@@ -452,7 +454,7 @@ def loop(engine):
     while True:
         yield engine.run({"x": np.ones((1, 1))})
 
-items = run_together([loop, loop], FakeEngine(dict), max_rows=2)
+items = run_together([loop, loop], FakeEngine(dict), max_samples=2)
 next(items)
 print("done")
 """
@@ -472,7 +474,7 @@ def test_what_happens_does_not_depend_on_the_clock():
             doubler(column(*range(size)), calls)
             for size, calls in zip(rng.integers(1, 4, 50), rng.integers(0, 9, 50), strict=True)
         ]
-        items = list(run_together(loops, engine, max_rows=6))
+        items = list(run_together(loops, engine, max_samples=6))
         return items, [call["x"].tolist() for call in engine.calls]
 
     assert record() == record()
@@ -480,19 +482,19 @@ def test_what_happens_does_not_depend_on_the_clock():
 
 def test_a_network_shared_twice_over_is_the_same_network():
     def outer(engine):
-        yield [item for _, item in run_together([doubler(column(1), 2)] * 2, engine, max_rows=2)]
+        yield [item for _, item in run_together([doubler(column(1), 2)] * 2, engine, max_samples=2)]
 
     engine = doubling()
 
-    items = list(run_together([outer, outer], engine, max_rows=4))
+    items = list(run_together([outer, outer], engine, max_samples=4))
 
     assert items == [(0, [[2], [2], [4], [4]]), (1, [[2], [2], [4], [4]])]
     assert rows_of(engine) == [4, 4]
 
 
 def test_rows_must_be_allowed():
-    with pytest.raises(ValueError, match="max_rows must be at least 1, got 0"):
-        run_together([], doubling(), max_rows=0)
+    with pytest.raises(ValueError, match="max_samples must be at least 1, got 0"):
+        run_together([], doubling(), max_samples=0)
 
 
 def test_inputs_of_one_call_have_the_same_rows():
@@ -500,7 +502,7 @@ def test_inputs_of_one_call_have_the_same_rows():
         yield engine.bind({"c": column(1, 2, 3)}).run({"x": column(1, 2)})
 
     with pytest.raises(ShapeError, match="'c' has shape 3x1, but this engine takes 2x1"):
-        list(run_together([loop], CountingEngine(), max_rows=4))
+        list(run_together([loop], CountingEngine(), max_samples=4))
 
 
 def test_results_are_put_in_order():
@@ -522,7 +524,7 @@ def test_results_are_put_in_order():
 
 def test_closing_what_puts_in_order_stops_the_loops():
     closed = []
-    items = run_together([closable(closed, 0)], doubling(), max_rows=2)
+    items = run_together([closable(closed, 0)], doubling(), max_samples=2)
     ordered = in_order(items)
     next(ordered)
 
@@ -538,8 +540,8 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("max_rows", [2, 5, 8, 64])
-def test_requests_of_every_kind_get_together_bit_for_bit_what_they_get_alone(unet, max_rows):
+@pytest.mark.parametrize("max_samples", [2, 5, 8, 64])
+def test_requests_of_every_kind_get_together_bit_for_bit_what_they_get_alone(unet, max_samples):
     requests = [resolved(**fields) for fields in (*REQUESTS, {"height": 24, "seed": 5})]
     contexts = np.random.default_rng(0).normal(size=(len(requests), 2, 16, 8)).astype(np.float32)
 
@@ -550,7 +552,7 @@ def test_requests_of_every_kind_get_together_bit_for_bit_what_they_get_alone(une
 
     loops = [loop_of(*each) for each in zip(requests, contexts, strict=True)]
     together = [[] for _ in loops]
-    for index, step in run_together(loops, unet, max_rows=max_rows, min_rows=2):
+    for index, step in run_together(loops, unet, max_samples=max_samples, min_samples=2):
         together[index].append(step.latents)
 
     for loop, found in zip(loops, together, strict=True):
@@ -558,10 +560,10 @@ def test_requests_of_every_kind_get_together_bit_for_bit_what_they_get_alone(une
         np.testing.assert_array_equal(found, alone)
 
 
-@pytest.mark.parametrize("max_rows", [3, 4, 8])
+@pytest.mark.parametrize("max_samples", [3, 4, 8])
 @pytest.mark.parametrize("task", ["unconditional", "super-resolution", "inpainting"])
 def test_requests_without_context_get_together_bit_for_bit_what_they_get_alone(
-    bundle_of, task, max_rows
+    bundle_of, task, max_samples
 ):
     spec = tiny_spec(task)
     networks = {name: FakeEngine(each) for name, each in tiny_networks(task).items()}
@@ -580,12 +582,12 @@ def test_requests_without_context_get_together_bit_for_bit_what_they_get_alone(
     with Generator(bundle_of(task), threads=1) as generator:
         unet = Counting(generator._network("unet"))
         together = [[] for _ in loops]
-        for index, step in run_together(loops, unet, max_rows=max_rows, min_rows=2):
+        for index, step in run_together(loops, unet, max_samples=max_samples, min_samples=2):
             together[index].append(step.latents)
         calls, unet.calls = unet.calls, 0
         for loop, found in zip(loops, together, strict=True):
             np.testing.assert_array_equal(found, [step.latents for step in loop(unet)])
-    assert (calls < unet.calls) == (max_rows > 3)
+    assert (calls < unet.calls) == (max_samples > 3)
 
 
 class Counting:

@@ -109,8 +109,8 @@ def test_pictures_and_lists_reach_the_request_too(draw, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sigmas", "9;3"], "must be numbers with commas, got '9;3'"),
-        (["--outpaint", "1,2,x,4"], "must be whole numbers with commas, got '1,2,x,4'"),
+        (["--sigmas", "9;3"], "must be numbers separated by commas, got '9;3'"),
+        (["--outpaint", "1,2,x,4"], "must be whole numbers separated by commas, got '1,2,x,4'"),
     ],
 )
 def test_a_list_that_is_none_is_wrong_usage(flags, message, capsys):
@@ -138,11 +138,11 @@ def test_requests_from_a_file_are_drawn_together_in_order(draw, tmp_path):
     ("line", "message"),
     [
         ('{"prompt": 3}', "requests: {}, line 1: prompt: must be text, got 3"),
-        ("[1]", "requests: {}, line 1 is no JSON object"),
-        ('{"prompt": "caf\xe9"}', "requests: {}, line 1 is no JSON object"),
-        ("[" * 100_000, "requests: {}, line 1 is no JSON object"),
-        ("\n \n", "requests: {} is empty; write a JSON object a line"),
-        ("{", "requests: {}, line 1 is no JSON object"),
+        ("[1]", "requests: {}, line 1 is not a JSON object"),
+        ('{"prompt": "caf\xe9"}', "requests: {}, line 1 is not a JSON object"),
+        ("[" * 100_000, "requests: {}, line 1 is not a JSON object"),
+        ("\n \n", "requests: {} is empty; write one JSON object per line"),
+        ("{", "requests: {}, line 1 is not a JSON object"),
     ],
 )
 def test_a_bad_line_of_requests_is_one_sentence_that_names_it(
@@ -172,7 +172,7 @@ def test_a_field_comes_from_one_place(draw, capsys, flags, field):
 
     assert status == 2
     assert capsys.readouterr().err == (
-        f"error: {field}: does not go with --requests, whose lines have their own\n"
+        f"error: {field}: cannot be combined with --requests, whose lines set it\n"
     )
 
 
@@ -231,7 +231,7 @@ def asked(task, *arguments):
 
 
 def test_names_of_labels_without_a_label_are_refused(names):
-    with pytest.raises(RequestError, match="label_names: means nothing without --class-label or"):
+    with pytest.raises(RequestError, match="label_names: needs --class-label or"):
         asked("unconditional", "--label-names", names)
 
 
@@ -327,7 +327,7 @@ def test_a_map_and_embeddings_are_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "layout: {} is no JSON"),
+        ("{", "layout: {} is not JSON"),
         ('[{"label": "cow", "box": [0, 0, 1, 1]}]', "layout: object 0: no label is called 'cow'; "),
         ('[{"label": "cat"}]', "layout: "),
         ("[3]", "layout: "),
@@ -351,7 +351,7 @@ def test_a_bad_layout_file_is_one_sentence(tmp_path, names, content, message):
         ("cat", False, "'cat' is a name; give --label-names FILE, or a number"),
         ("dogs", True, "no label is called 'dogs'"),
         ("-1", False, "must lie between 0 and"),
-        ("9", True, "9 is no class of this bundle; give 0 to 3"),
+        ("9", True, "9 is not a class of this bundle; give 0 to 3"),
     ],
 )
 def test_a_class_that_is_unknown_is_one_sentence(names, label, with_names, message):

@@ -120,9 +120,10 @@ def test_too_little_memory_is_our_error_and_says_what_to_do(cuda, fault):
     device = CudaDevice(cuda.load)
     cuda.fault = fault
 
-    with pytest.raises(BackendError, match=r"out of memory reserving 64 MiB on the GPU: .*smaller"):
+    message = r"out of memory allocating 64 MiB on the GPU: .*smaller"
+    with pytest.raises(BackendError, match=message):
         device.allocate(64 * 1024**2)
-    with pytest.raises(BackendError, match="out of memory reserving 64 MiB of pinned memory"):
+    with pytest.raises(BackendError, match="out of memory allocating 64 MiB of pinned memory"):
         device.allocate_pinned(64 * 1024**2)
 
 

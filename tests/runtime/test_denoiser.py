@@ -270,8 +270,8 @@ def test_rescaling_acts_on_the_raw_prediction(prediction_type):
 @pytest.mark.parametrize(
     ("context_rows", "guidance_scale", "message"),
     [
-        ((0.1,), 3.0, "context has 1 rows, but 1 latents at guidance scale 3.0 need 2"),
-        ((0.1, 0.2), 1.0, "context has 2 rows, but 1 latents at guidance scale 1.0 need 1"),
+        ((0.1,), 3.0, "context has batch size 1, but 1 latents at guidance scale 3.0 need 2"),
+        ((0.1, 0.2), 1.0, "context has batch size 2, but 1 latents at guidance scale 1.0 need 1"),
     ],
 )
 @pytest.mark.parametrize("guidance_interval", [None, (5.0, 9.0)])

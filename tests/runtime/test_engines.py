@@ -482,7 +482,7 @@ def test_auto_prefers_tensorrt_where_there_is_a_gpu(gpu, installed, builder, ven
     [
         (None, (), ["ldm-deploy[tensorrt]'` on a machine with", "ldm-deploy[tensorrt-rtx]"]),
         (None, ("tensorrt",), ["ldm-deploy[tensorrt-rtx]"]),
-        (GPU, ("tensorrt_rtx",), ["ldm-deploy[tensorrt]", GPU_NAME, "no sm90"]),
+        (GPU, ("tensorrt_rtx",), ["ldm-deploy[tensorrt]", GPU_NAME, "not run on sm90"]),
     ],
 )
 def test_auto_says_what_to_install_when_nothing_can_build(gpu, installed, words, vendor):
@@ -511,7 +511,7 @@ def test_none_builds_nothing_and_looks_for_nothing():
     [
         (TENSORRT, None, "there is none here; TensorRT-RTX builds anywhere"),
         (replace(TENSORRT, targets=("sm86",)), GPU, r"this machine only \(sm90\), not for sm86"),
-        (replace(RTX, hardware_compatible=True), None, "say the targets"),
+        (replace(RTX, hardware_compatible=True), None, "name the targets"),
         (replace(RTX, refittable=True), None, "refittable engines only on a machine with a GPU"),
         (replace(RTX, targets=("sm90",)), None, "no target 'sm90'; choose from sm75, sm80"),
         (EngineOptions(targets=("sm86",), hardware_compatible=True), GPU, "one of the two"),

@@ -209,9 +209,9 @@ def test_a_picture_is_encoded_and_decoded_by_every_bundle(generator_of, task):
 def test_what_cannot_be_encoded_or_decoded_is_refused(generator_of):
     generator = generator_of("autoencoder")
 
-    with pytest.raises(RequestError, match=r"picture: .*31x24 pixels; make both sides multiples"):
+    with pytest.raises(RequestError, match=r"image: .*31x24 pixels; make both sides multiples"):
         generator.encode(PICTURE[:, 1:])
-    with pytest.raises(RequestError, match="picture: 5 is no picture"):
+    with pytest.raises(RequestError, match="image: 5 is not an image"):
         generator.encode(5)
     with pytest.raises(RequestError, match=r"latents: are float\d\d of shape \(1, 4, 8, 8\)"):
         generator.decode(np.zeros((1, 4, 8, 8), dtype=np.float32))

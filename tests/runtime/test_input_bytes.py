@@ -41,7 +41,7 @@ def test_a_file_without_an_end_is_read_to_the_limit_only():
         ("missing", "^missing cannot be read: No such file or directory$"),
         (".", "cannot be read: Is a directory"),
         ("a\0b", "cannot be read: embedded null byte"),
-        ("data:text/plain,abc", r"is no data: URL in base64; write data:image/png;base64,…"),
+        ("data:text/plain,abc", r"is not a data: URL in base64; write data:image/png;base64,…"),
         ("data:;base64,a*b", "is not valid base64"),
         ("data:;base64,ä", "is not valid base64"),
     ],

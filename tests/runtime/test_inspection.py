@@ -65,7 +65,7 @@ def test_other_files_are_shown_to_each_inspector_until_one_knows_them(tmp_path):
 def test_a_file_that_nobody_knows_is_one_sentence(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
 
-    with pytest.raises(LdmError, match=r"cannot tell what .*notes\.txt is: it is no bundle"):
+    with pytest.raises(LdmError, match=r"cannot tell what .*notes\.txt is: it is not a bundle"):
         inspect(tmp_path / "notes.txt", {"some": lambda: lambda path: None})
 
 

@@ -134,17 +134,17 @@ def test_labels_may_be_called_by_their_names():
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (3, "3 is no layout; give a path, a data: URL, the bytes of a file, or a list of"),
-        (None, "None is no layout"),
-        ({"label": 3, "box": [0, 0, 1, 1]}, "is no layout"),
-        (b"{", "the data is no JSON: "),
-        (b"3", "3 is no layout"),
-        (b"\xff", "the data is no JSON: "),
-        (b"[" * 100_000, "the data is no JSON: "),
-        (b'[{"label": 3, "box": [0, 0, NaN, 1]}]', "the data is no JSON: "),
+        (3, "3 is not a layout; give a path, a data: URL, the bytes of a file, or a list of"),
+        (None, "None is not a layout"),
+        ({"label": 3, "box": [0, 0, 1, 1]}, "is not a layout"),
+        (b"{", "the data is not JSON: "),
+        (b"3", "3 is not a layout"),
+        (b"\xff", "the data is not JSON: "),
+        (b"[" * 100_000, "the data is not JSON: "),
+        (b'[{"label": 3, "box": [0, 0, NaN, 1]}]', "the data is not JSON: "),
         (b" " * (MAX_BYTES + 1), f"the data has more than {MAX_BYTES} bytes; make it smaller"),
         ("missing.json", "missing.json cannot be read: No such file or directory"),
-        ("data:application/json,[]", "is no data: URL in base64"),
+        ("data:application/json,[]", "is not a data: URL in base64"),
         ([3], "object 0 must have a label and a box, got 3"),
         ([{"label": 3}], "object 0 must have a label and a box, got keys label"),
         ([OBJECTS[0], {"label": 3, "box": [0, 0, 1, 1], "score": 1}], "object 1 must have a label"),
@@ -182,7 +182,7 @@ def test_label_names_are_the_lines_of_a_file(tmp_path, text):
     [
         (b"cat\n\ndog\n", "names.txt, line 2: expected the name of label 1, found an empty line"),
         (b"", "names.txt, line 1: expected the name of label 0"),
-        (b"cat\n\xff\n", "names.txt is no text in UTF-8"),
+        (b"cat\n\xff\n", "names.txt is not UTF-8 text"),
         (b"cat\n" * MAX_BYTES, f"names.txt has more than {MAX_BYTES} bytes"),
     ],
 )
@@ -271,4 +271,4 @@ def test_no_label_can_be_taken_for_no_object():
 def test_an_encoder_of_another_length_is_none_of_layouts(max_tokens):
     reason = refusal(layout_tokens, (), replace(ENCODER, max_tokens=max_tokens))
 
-    assert reason.startswith(f"an encoder of {max_tokens} tokens is none of layouts")
+    assert reason.startswith(f"an encoder of {max_tokens} tokens does not fit layouts, which")

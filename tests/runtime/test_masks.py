@@ -64,9 +64,7 @@ def test_black_keeps_every_byte_white_takes_the_new_one_and_gray_blends():
 def test_pictures_of_different_sizes_are_not_blended():
     mask = mask_of(np.zeros((8, 8)))
 
-    with pytest.raises(
-        ValueError, match="the picture 16x8, the generated picture 16x8, the mask 8"
-    ):
+    with pytest.raises(ValueError, match="the image 16x8, the generated image 16x8, the mask 8"):
         composite(PICTURE, OTHER, mask)
 
 
@@ -98,8 +96,8 @@ def test_after_outpainting_every_pixel_of_the_picture_is_still_there():
     [
         ((0, 0, 0, 0), "nothing to add; give at least one side"),
         ((0, -8, 8, 0), "cannot grow by -8 pixels on the top; give 0 or more"),
-        ((MAX_SIDE, 0, 0, 0), f"grown to {MAX_SIDE + 16}x8 pixels; at most {MAX_SIDE} a side"),
-        ((0, 0, 0, 10**12), "at most 16384 a side"),
+        ((MAX_SIDE, 0, 0, 0), f"grown to {MAX_SIDE + 16}x8 pixels; at most {MAX_SIDE} per side"),
+        ((0, 0, 0, 10**12), "at most 16384 per side"),
     ],
 )
 def test_a_canvas_that_cannot_be_is_one_sentence(sides, message):

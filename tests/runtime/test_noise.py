@@ -277,7 +277,7 @@ def test_an_impossible_gpu_is_refused_with_the_value(arguments, message):
 
 
 def test_more_than_2_gib_from_one_call_on_a_gpu_are_refused():
-    with pytest.raises(ValueError, match=r"536870913 numbers of float32 .* draw them in parts"):
+    with pytest.raises(ValueError, match=r"536870913 numbers of float32 .* sample them in parts"):
         TorchCudaGenerator(0).randn((2**29 + 1,))
 
 

@@ -637,7 +637,7 @@ def test_the_rtx_provider_without_its_package_or_without_an_rtx_card_says_so(tmp
 
     assert "ep-nv-tensorrt-rtx" in str(rtx_ort.why_not(None))
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert "takes no GPU of this machine: it supports" in str(rtx_ort.why_not(None))
+    assert "supports no GPU of this machine, only" in str(rtx_ort.why_not(None))
 
 
 def test_what_preloading_prints_is_not_printed(monkeypatch, capsys, caplog):

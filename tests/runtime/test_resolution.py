@@ -322,7 +322,7 @@ def test_a_picture_is_enlarged_by_the_factor_and_to_nothing_else():
 
 
 def test_a_picture_too_large_to_be_enlarged_is_an_error_of_the_picture():
-    with pytest.raises(RequestError, match=r"image: makes 2x16386 .* at most 8192 a side"):
+    with pytest.raises(RequestError, match=r"image: makes 2x16386 .* at most 8192 per side"):
         resolved_for("super-resolution", image=picture(8193, 1))
 
 
@@ -423,7 +423,7 @@ def test_every_class_but_the_null_class_can_be_drawn(label):
         (
             "class-to-image",
             {"class_label": 5},
-            "class_label: 5 is no class of this bundle; give 0 to 3",
+            "class_label: 5 is not a class of this bundle; give 0 to 3",
         ),
         (
             "layout-to-image",
@@ -438,7 +438,7 @@ def test_every_class_but_the_null_class_can_be_drawn(label):
         (
             "semantic-synthesis",
             {"segmentation": MAP + 1},
-            "segmentation: has a pixel of class 6; this bundle knows 0 to 5, one number a pixel",
+            "segmentation: has a pixel of class 6; this bundle knows 0 to 5, one number per pixel",
         ),
         (
             "retrieval",

@@ -14,7 +14,7 @@ from tests.runtime.task_cases import NEEDED, PICTURE
 
 NAMES = {field.name for field in dataclasses.fields(GenerationRequest)}
 #: A value for every field that not all tasks have, and what it takes beside it.
-CUSTOM = {name: value for fields in NEEDED.values() for name, value in fields.items()} | {
+VALUES = {name: value for fields in NEEDED.values() for name, value in fields.items()} | {
     "negative_prompt": "blue",
     "literal_prompt": True,
     "strength": 0.5,
@@ -107,7 +107,7 @@ def test_a_field_of_other_tasks_is_an_error_that_names_it(task):
 
     for name in foreign:
         with pytest.raises(RequestError) as caught:
-            resolved(task, **{name: CUSTOM[name]})
+            resolved(task, **{name: VALUES[name]})
 
         assert caught.value.field == name
         assert str(caught.value) == (
@@ -160,7 +160,7 @@ def test_where_guidance_cannot_be_on_it_is_off_whatever_the_bundle_s_default(tas
 @pytest.mark.parametrize("name", ["guidance_scale", "guidance_rescale", "guidance_interval"])
 def test_where_guidance_cannot_be_on_asking_for_it_is_an_error(task, name):
     with pytest.raises(RequestError) as caught:
-        resolved(task, **{name: CUSTOM[name]})
+        resolved(task, **{name: VALUES[name]})
 
     assert caught.value.field == name
 

@@ -495,7 +495,7 @@ def test_golden_inputs_outside_the_range_of_an_engine_are_a_sentence_and_no_faul
             _outputs(get_backend("onnxruntime"), engine, "unet", inputs)
 
     (message,) = caplog.messages
-    assert message.startswith("unet is only compared in whole pictures, not alone: input 'latents'")
+    assert message.startswith("unet is only compared in whole images, not alone: input 'latents'")
 
 
 def test_engines_are_held_to_the_promise_of_fp16_whatever_the_weights(bundle):

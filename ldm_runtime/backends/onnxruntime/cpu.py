@@ -41,15 +41,15 @@ _PROVIDERS = ("CPUExecutionProvider",)
 class OnnxRuntimeEngine(Closing):
     """One graph in ONNX Runtime's CPU provider.
 
-    Denormals count as zero. Weights beside the graph are memory-mapped by ONNX Runtime. Any number
+    Denormals count as zero. Weights next to the graph are memory-mapped by ONNX Runtime. Any number
     of threads may call `run` at once.
 
     Args:
-        path: The graph; its weights lie where it says, relative to it.
-        component: What it takes and gives.
+        path: The graph, which names its weights file relative to itself.
+        component: Its inputs and outputs.
         sizes: Lengths of the fixed axes, from `specs.model.axis_sizes`.
-        threads: Threads that compute, the calling one included; None is one a physical core.
-        spec: The model, of which runs that this machine has no memory for are refused.
+        threads: Compute threads, the calling one included; None is one per physical core.
+        spec: The model, to refuse runs that this machine has no memory for; None refuses none.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph.
@@ -99,7 +99,7 @@ class OnnxRuntimeEngine(Closing):
         return BoundInputs(runner=self, constants=constants)
 
     def close(self) -> None:
-        """Let go of the session; calls that are running finish."""
+        """Release the session; calls that are running finish."""
         self._session = None
 
 

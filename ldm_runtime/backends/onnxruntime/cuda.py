@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU, by its CUDA provider: for every card, and no engine to build."""
+"""ONNX Runtime's CUDA provider: runs on every NVIDIA GPU, without an engine build."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +31,16 @@ ATTENTION_KERNELS = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class CudaOptions:
-    """Choices of the CUDA provider; which are faster depends on the card, so measure.
+    """Options of the CUDA provider; which are faster depends on the GPU, so measure.
 
     Attributes:
         device: Number of the GPU.
-        conv_search: How a convolution's algorithm is found. "EXHAUSTIVE" tries them all again for
+        conv_search: How a convolution's algorithm is chosen. "EXHAUSTIVE" tries them all for
             every new shape, which takes seconds.
         prefer_nhwc: Whether convolutions run in channels-last order.
         attention: Which fused attention kernel is allowed; "default" leaves the choice open.
-        use_tf32: Whether what stays in fp32 may be multiplied in TF32.
-        memory_limit: Bytes that the provider may reserve; None is all there are.
+        use_tf32: Whether fp32 islands may be multiplied in TF32.
+        memory_limit: Bytes that the provider may allocate; None is no limit.
     """
 
     device: int = 0
@@ -52,7 +52,7 @@ class CudaOptions:
 
 
 def _is_prepared(_manifest: Manifest | None) -> bool:
-    """Say whether somebody installed what this backend needs, and so expects it to run."""
+    """Say whether the packages of this backend are installed, so that it is expected to run."""
     return "onnxruntime-gpu" in installed_packages() or has_provider(_PROVIDER)
 
 
@@ -62,7 +62,7 @@ ABILITIES = Abilities(
 
 
 def cuda_provider(options: CudaOptions) -> Provider:
-    """Spell options as ONNX Runtime does."""
+    """Return the provider with options in ONNX Runtime's spelling."""
     spelled = {
         "device_id": str(options.device),
         "cudnn_conv_algo_search": options.conv_search,

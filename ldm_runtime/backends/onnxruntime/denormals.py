@@ -1,9 +1,9 @@
-"""Tiny numbers as zero: a processor computes with denormals up to a hundred times slower.
+"""Denormals flushed to zero: a processor computes with them up to a hundred times slower.
 
 ONNX Runtime sets this mode for the threads it starts, but computes on the calling thread too. There
-it sets it once a process, for whoever creates the first session, and never takes it back: later
-callers stay slow, and NumPy in that first thread no longer sees denormals. Hence this switch, which
-holds for one block on one thread.
+it sets it once per process, for the caller that creates the first session, and never resets it:
+later callers stay slow, and NumPy in that first thread no longer sees denormals. Hence this switch,
+which holds for one block on one thread.
 """
 
 import ctypes

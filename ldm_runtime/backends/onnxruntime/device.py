@@ -1,6 +1,6 @@
-"""Runs a graph on a device through ONNX Runtime: fixed buffers, constants that stay, CUDA graphs.
+"""Device engine for ONNX Runtime: fixed buffers, constants that stay on the device, CUDA graphs.
 
-What it needs of ONNX Runtime is a `DeviceSession`, which `onnxruntime_providers` makes.
+It needs a `DeviceSession` of ONNX Runtime, which `providers` makes.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 
-#: Sets of shapes whose buffers and CUDA graph are kept; the one used longest ago makes room.
+#: Sets of shapes whose buffers and CUDA graph are kept; the least recently used one is evicted.
 MAX_SLOTS = 8
 
 Array = npt.NDArray[Any]
@@ -29,51 +29,51 @@ class Buffer(Protocol):
     """An array on the device, at an address that does not change."""
 
     def write(self, array: Array) -> None:
-        """Overwrite it with an array of its shape and type, and wait until that is done."""
+        """Overwrite it with an array of its shape and type, and wait for completion."""
         ...
 
     def read(self) -> Array:
-        """Return a copy of its own."""
+        """Return a copy."""
         ...
 
 
 class DeviceSession(Protocol):
-    """A graph loaded on a device: the seam where the vendor's API begins."""
+    """A graph loaded on a device: the boundary to the vendor's API."""
 
     @property
     def records_graphs(self) -> bool:
-        """Whether calls may be recorded as CUDA graphs."""
+        """Whether calls may be captured as CUDA graphs."""
         ...
 
     def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
-        """Reserve an array on the device."""
+        """Allocate an array on the device."""
         ...
 
     def prepare(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], graph_id: int | None
     ) -> Callable[[], None]:
-        """Return a function that runs the graph from and into these very buffers.
+        """Return a function that runs the graph from and into exactly these buffers.
 
         Args:
             inputs: Every input of the graph.
             outputs: Every output.
-            graph_id: Under which number to record a CUDA graph at the first call and to replay it
+            graph_id: Number under which to capture a CUDA graph at the first call and to replay it
                 from then on, always from the same thread; None is never.
         """
         ...
 
     def forget(self, graph_id: int) -> None:
-        """Let go of a CUDA graph."""
+        """Release a CUDA graph."""
         ...
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         ...
 
 
 @dataclass(kw_only=True, eq=False)
 class _Slot:
-    """Buffers for one set of shapes, and which constants lie in them (None: no one's)."""
+    """Buffers for one set of shapes, and the runner whose constants they hold (None: none)."""
 
     inputs: Mapping[str, Buffer]
     outputs: Mapping[str, Buffer]
@@ -85,14 +85,14 @@ class _Slot:
 class DeviceEngine(Closing):
     """One network on a device; see `ldm_runtime.backends.Engine`.
 
-    All work is done in order by one thread of its own: ONNX Runtime keeps CUDA graphs per thread,
-    and a replay overwrites what the last one wrote.
+    All work is done in order by one dedicated thread: ONNX Runtime keeps CUDA graphs per thread,
+    and a replay overwrites the outputs of the last one.
 
     Args:
         session: The graph, loaded.
-        component: What it takes and gives.
+        component: Its inputs and outputs.
         sizes: Lengths of the fixed axes, from `specs.model.axis_sizes`.
-        factor: Pixels of an image a latent pixel, along each axis.
+        factor: Image pixels per latent pixel, along each axis.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class DeviceEngine(Closing):
     def bind(self, constants: Tensors) -> Runner:
         """Fix some inputs, which are uploaded at the first run and stay on the device.
 
-        They are uploaded again only if other constants took their place: another request of the
-        same shape at the same time, or a change of shape.
+        They are uploaded again only if other constants replaced them: those of another request of
+        the same shape at the same time, or after a change of shape.
         """
         kept = {name: np.array(array) for name, array in constants.items()}
         return _BoundRunner(engine=self, constants=kept)
@@ -128,7 +128,7 @@ class DeviceEngine(Closing):
     def run_with(
         self, inputs: Tensors, constants: Tensors, holder: object | None
     ) -> dict[str, Array]:
-        """Run once with constants that `holder` stands for."""
+        """Run once with constants, which `holder` identifies."""
         if repeated := sorted(inputs.keys() & constants.keys()):
             raise BackendError(f"{', '.join(repeated)} of {self._component.name} is bound already")
         everything = {**constants, **inputs}

@@ -1,4 +1,4 @@
-"""Which packages of ONNX Runtime are installed: they all write the same folder, so one may be."""
+"""Installed packages of ONNX Runtime: all write the same folder, so only one may be installed."""
 
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -19,7 +19,7 @@ def installed_packages(find: Callable[[str], str] = metadata.version) -> dict[st
 
 
 def conflict(installed: Mapping[str, str]) -> str | None:
-    """Say what is wrong with having several of them, and what to do; None if nothing is."""
+    """Describe the conflict of several installed packages, and its fix; None if there is none."""
     if len(installed) < 2:
         return None
     names = " and ".join(f"{name} {version}" for name, version in installed.items())

@@ -1,4 +1,4 @@
-"""Opens ONNX Runtime sessions on other devices than the CPU, and checks where they really run."""
+"""ONNX Runtime sessions on devices other than the CPU, and checks of where they really run."""
 
 import contextlib
 import io
@@ -22,9 +22,9 @@ from ldm_runtime.specs.model import axis_sizes
 
 _LOGGER = logging.getLogger(__name__)
 
-# A CUDA graph pays where a network is called in a loop; recording one costs two calls.
+# A CUDA graph pays off where a network is called in a loop; capturing one costs two calls.
 _LOOPED = "unet"
-# Operators by which a network is slow or fast: none of these may end up on the CPU unnoticed.
+# Operators that dominate the run time: none of these may end up on the CPU unnoticed.
 _HEAVY = ("Conv", "MatMul", "Gemm", "Attention")
 _CPU = "CPUExecutionProvider"
 
@@ -34,11 +34,11 @@ class Provider:
     """An execution provider of ONNX Runtime, and how to use it.
 
     Attributes:
-        name: What ONNX Runtime calls it.
+        name: Its name in ONNX Runtime.
         options: Its options, all of them text.
         memory: Where inputs and outputs lie: "cuda", or "cpu" for ONNX Runtime to copy them.
-        graph_option: The option that turns CUDA graphs on; None if there is none to be used.
-        fallbacks: Providers for what this one cannot run, before the CPU.
+        graph_option: The option that turns CUDA graphs on; None if there is none.
+        fallbacks: Providers for operators that this one cannot run, before the CPU.
         device: Number of the GPU.
     """
 
@@ -70,7 +70,7 @@ class OrtBuffer:
         self.value.update_inplace(np.ascontiguousarray(array))
 
     def read(self) -> Array:
-        """Return a copy of its own."""
+        """Return a copy."""
         return np.array(self.value.numpy())
 
 
@@ -80,10 +80,10 @@ class OrtSession:
     Args:
         path: The graph.
         provider: Where to run it.
-        records_graphs: Whether to record CUDA graphs.
+        records_graphs: Whether to capture CUDA graphs.
 
     Raises:
-        BackendError: It cannot be loaded there, or ONNX Runtime chose another place.
+        BackendError: It cannot be loaded there, or ONNX Runtime placed it elsewhere.
     """
 
     def __init__(self, path: Path, provider: Provider, *, records_graphs: bool) -> None:
@@ -99,13 +99,13 @@ class OrtSession:
         check_placement(path, provider.name, self._session.get_providers(), placed)
 
     def allocate(self, shape: Sequence[int], dtype: str) -> OrtBuffer:
-        """Reserve an array where the provider wants it."""
+        """Allocate an array where the provider expects it."""
         return OrtBuffer(shape, dtype, self._provider.memory, self._provider.device)
 
     def prepare(
         self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], graph_id: int | None
     ) -> Callable[[], None]:
-        """Bind buffers once, for every call."""
+        """Bind the buffers once for all calls."""
         session, binding = self._session, self._session.io_binding()
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = SILENT
@@ -121,20 +121,20 @@ class OrtSession:
         return lambda: session.run_with_iobinding(binding, run_options)
 
     def forget(self, graph_id: int) -> None:
-        """Let go of a CUDA graph, where this version can."""
+        """Release a CUDA graph, where this version can."""
         if hasattr(self._session, "release_captured_graph"):
-            with contextlib.suppress(*NATIVE_ERRORS):  # if it was never recorded
+            with contextlib.suppress(*NATIVE_ERRORS):  # if it was never captured
                 self._session.release_captured_graph(graph_id)
 
     def close(self) -> None:
-        """Let go of the session."""
+        """Release the session."""
         self._session = None
 
 
 def open_on(provider: Provider, source: EngineSource) -> DeviceEngine:
     """Open the fp16 graph of a component.
 
-    A graph that cannot be recorded is run without, and one sentence logged.
+    Where CUDA graphs cannot be captured, it runs without them and logs a warning.
 
     Raises:
         BackendError: The provider cannot run it.
@@ -210,9 +210,9 @@ def driver_fault(backend: str, gpu: Gpu, built_for: str) -> str | None:
     """Say why the driver of a GPU is too old; None if it is not.
 
     Args:
-        backend: What is asking.
+        backend: Name of the backend, for the message.
         gpu: The GPU.
-        built_for: The CUDA version ONNX Runtime was built for; empty if it was for none.
+        built_for: The CUDA version ONNX Runtime was built for; empty if none.
     """
     if not built_for or int(gpu.driver_version.split(".")[0]) >= int(built_for.split(".")[0]):
         return None
@@ -228,8 +228,8 @@ def provider_fault(
     """Say why this package of ONNX Runtime lacks a provider; None if it has it.
 
     Args:
-        backend: What is asking.
-        provider: What ONNX Runtime calls it.
+        backend: Name of the backend, for the message.
+        provider: Its name in ONNX Runtime.
         packages: Versions of the packages of ONNX Runtime; None is those installed.
     """
     if has_provider(provider):
@@ -256,7 +256,7 @@ def plugin_devices(name: str) -> list[Any]:
 
 
 def preload_libraries() -> None:
-    """Load CUDA and cuDNN from NVIDIA's own packages, so that no search path need be set."""
+    """Load CUDA and cuDNN from NVIDIA's packages, so that no search path need be set."""
     if not hasattr(onnxruntime, "preload_dlls"):
         return
     said = io.StringIO()

@@ -1,4 +1,4 @@
-"""What every use of ONNX Runtime here shares: checked inputs, and errors of one sentence."""
+"""Helpers for ONNX Runtime sessions: input checks, and native errors as one sentence."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ldm_runtime.specs.components import DYNAMIC_AXES, TensorSignature
 #: Log level at which ONNX Runtime prints nothing: its errors are raised.
 SILENT = 4
 
-#: Its exceptions share no base class but Exception; which there are depends on the version.
+#: Its exceptions share no base class but Exception; the set depends on the version.
 NATIVE_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
@@ -27,7 +27,7 @@ NATIVE_ERRORS: tuple[type[Exception], ...] = (
     ),
 )
 
-# What a message of CUDA, cuDNN, TensorRT or the loader means for whoever reads it; the first fits.
+# Advice by the message of CUDA, cuDNN, TensorRT or the loader; the first match counts.
 _ADVICE = (
     (r"out of memory|failed to allocate|ALLOC_FAILED|bad_alloc", "ask for fewer or smaller images"),
     (r"libnvinfer\.so\.(\d+)", r"run `pip install 'tensorrt-cu13==\1.*'`"),
@@ -44,7 +44,7 @@ _ADVICE = (
 
 
 def describe(error: Exception) -> str:
-    """Return the first line of an error, and what to do about it where that is known."""
+    """Return the first line of an error, with advice where there is any."""
     text = str(error).strip()
     line = (text or type(error).__name__).splitlines()[0].rstrip(" .;")
     for pattern, advice in _ADVICE:
@@ -54,7 +54,7 @@ def describe(error: Exception) -> str:
 
 
 def lacks_graph(name: str, variant: GraphVariant, manifest: Manifest | None) -> str | None:
-    """Say which component of a bundle a backend cannot run for want of a graph; None if none."""
+    """Say which component of a bundle lacks the graph that a backend needs; None if none does."""
     for component in manifest.components if manifest else ():
         if not any(graph.variant == variant for graph in component.graphs):
             return f"{name} needs an {variant} graph, which {component.name} lacks"
@@ -81,7 +81,7 @@ def check_inputs(
     """Compare inputs with a component's signatures.
 
     Args:
-        component: What takes them.
+        component: The component that takes them.
         sizes: Lengths of the fixed axes.
         inputs: All of them.
 
@@ -102,7 +102,7 @@ def check_inputs(
 def _check_input(
     signature: TensorSignature, array: npt.NDArray[Any], lengths: dict[str, int]
 ) -> None:
-    """Compare one input with its signature; `lengths` learns the dynamic axes as they come."""
+    """Compare one input with its signature; the dynamic axes are added to `lengths`."""
     if array.dtype != signature.dtype:
         raise BackendError(f"input {signature.name!r} must be {signature.dtype}, is {array.dtype}")
     expected = [lengths.get(axis, axis) for axis in signature.axes]

@@ -1,4 +1,4 @@
-"""ONNX Runtime's TensorRT provider: builds engines while it loads, minutes long; by name only."""
+"""ONNX Runtime's TensorRT provider: builds engines at load time, for minutes; by name only."""
 
 import contextlib
 from importlib import import_module

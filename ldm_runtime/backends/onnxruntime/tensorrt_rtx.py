@@ -1,4 +1,4 @@
-"""ONNX Runtime's TensorRT-RTX provider, a package of its own for RTX cards; by name only."""
+"""ONNX Runtime's TensorRT-RTX provider, a separate package for RTX GPUs; by name only."""
 
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ from ldm_runtime.errors import BackendError
 _NAME = "tensorrt-rtx-ort"
 _PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
-# The plugin brings a device of its own; ONNX Runtime copies to and from it.
+# The plugin brings its own device type; ONNX Runtime copies to and from it.
 PROVIDER = Provider(name="NvTensorRTRTXExecutionProvider", options={}, memory="cpu")
 
 ABILITIES = Abilities(
@@ -46,10 +46,10 @@ def version() -> str:
 
 
 def register(package: str = _PACKAGE) -> None:
-    """Make the provider known to ONNX Runtime, once a process.
+    """Register the provider with ONNX Runtime, once per process.
 
     Raises:
-        BackendError: It is not installed, does not load, or takes no GPU of this machine.
+        BackendError: It is not installed, does not load, or supports no GPU of this machine.
     """
     if plugin_devices(PROVIDER.name):
         return
@@ -68,6 +68,6 @@ def register(package: str = _PACKAGE) -> None:
         raise BackendError(f"{_NAME} cannot load {library}: {describe(error)}") from error
     if not plugin_devices(PROVIDER.name):
         raise BackendError(
-            f"{_NAME} takes no GPU of this machine: it supports compute capability 8.6, 8.9 and "
+            f"{_NAME} supports no GPU of this machine, only compute capability 8.6, 8.9 and "
             "from 12.0; use `--backend cuda`"
         )

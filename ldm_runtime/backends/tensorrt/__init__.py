@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX engines on an NVIDIA GPU, without torch.
 
 An engine is code. It is only opened if the bundle's manifest lists it with its hash, and if its
-record fits this machine: library and version, compute capability, driver. Everything that does not
-fit is one sentence with both values and what to do.
+record fits this machine: library and version, compute capability, driver. A mismatch is reported in
+one sentence with both values and what to do.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ _BUILDERS: tuple[BuilderName, ...] = get_args(BuilderName)
 
 
 def _is_prepared(manifest: Manifest | None) -> bool:
-    """Say whether somebody built engines, so that not using them deserves a sentence."""
+    """Say whether the bundle has engines, so that passing over them is logged."""
     return manifest is not None and bool(manifest.engines)
 
 
@@ -37,13 +37,13 @@ ABILITIES = Abilities(
 
 @dataclass(frozen=True, kw_only=True)
 class Vendor:
-    """The places where this backend meets the machine; tests put fakes there.
+    """The access of this backend to the machine; tests replace it by fakes.
 
     Attributes:
         find_gpu: Asks the driver for the GPU.
-        versions: Says which libraries are installed.
-        open_device: Starts using the GPU.
-        load_plan: Loads a plan; see `LoadedEngine`.
+        versions: Returns the versions of installed libraries.
+        open_device: Opens the GPU.
+        load_engine_file: Loads an engine file; see `LoadedEngine`.
     """
 
     find_gpu: Callable[[], Gpu | None] = find_gpu
@@ -60,20 +60,20 @@ _NVIDIA = Vendor()
 def open_engine(source: EngineSource, vendor: Vendor = _NVIDIA) -> TensorRTEngine:
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`.
 
-    Engines of the same `source.shared` use one stream and one piece of scratch memory.
+    Engines of the same `source.shared` use one stream and one block of scratch memory.
     """
     records = load_engine_records(source.bundle, source.manifest)
     machine = _machine(source.bundle, records, vendor)
     component = source.component
     record = choose_record(records, component.name, machine, source.bundle, source.manifest)
-    # Whatever `source.check_hashes` says: a plan is code.
-    plan = checked_file(source.bundle, source.manifest, record.engine_path)
+    # Hashed whatever `source.check_hashes` says: an engine file is code.
+    engine_file = checked_file(source.bundle, source.manifest, record.engine_path)
     session = source.shared.obtain("tensorrt", lambda: Session(vendor.open_device))
     with session.lock:
         session.enter().make_current()
         try:
-            cache = cache_path(plan, machine.gpu)
-            loaded = vendor.load_engine_file(plan, record, component, source.options, cache)
+            cache = cache_path(engine_file, machine.gpu)
+            loaded = vendor.load_engine_file(engine_file, record, component, source.options, cache)
         except BaseException:
             session.leave()
             raise
@@ -83,7 +83,7 @@ def open_engine(source: EngineSource, vendor: Vendor = _NVIDIA) -> TensorRTEngin
 def why_not(
     manifest: Manifest | None, bundle: Path | None = None, vendor: Vendor = _NVIDIA
 ) -> str | None:
-    """Say why a bundle cannot run; without its folder, only what is wrong with any of its kind."""
+    """Say why a bundle cannot run; without its folder, only reasons that hold for any."""
     place = bundle or Path("engines")
     if manifest is not None and not manifest.engines:
         return f"{place} has no TensorRT engines; run `ldm build-engines {place}`"
@@ -98,13 +98,13 @@ def why_not(
 
 
 def version() -> str:
-    """Return what is installed, such as "TensorRT-RTX 1.7.1.116"."""
+    """Return the installed libraries and versions, such as "TensorRT-RTX 1.7.1.116"."""
     found = installed_versions(_BUILDERS)
     return ", ".join(f"{name} {each}" for name, each in found.items())
 
 
 def _choose_all(bundle: Path, manifest: Manifest, vendor: Vendor) -> None:
-    """Choose an engine for every component that drawing needs."""
+    """Choose an engine for every component."""
     records = load_engine_records(bundle, manifest)
     machine = _machine(bundle, records, vendor)
     for component in manifest.components:
@@ -112,7 +112,7 @@ def _choose_all(bundle: Path, manifest: Manifest, vendor: Vendor) -> None:
 
 
 def _machine(bundle: Path, records: tuple[EngineRecord, ...], vendor: Vendor) -> Machine:
-    """Look at this machine: first the driver, because TensorRT without one ends badly."""
+    """Return this machine; the driver is checked first, as TensorRT without one crashes."""
     gpu = vendor.find_gpu()
     if gpu is None:
         kinds = sorted({f"{each.builder} {each.builder_version}" for each in records})

@@ -1,7 +1,7 @@
-"""Runs one TensorRT engine: buffers, constants, one context and one CUDA graph a shape.
+"""One running TensorRT engine: buffers, constants, one context and one CUDA graph per shape.
 
-Nothing here imports CUDA or TensorRT. The GPU is a `cuda_device.Device` and the engine a `EngineFile`,
-so that every rule of this file is tested with fakes of those two.
+Nothing here imports CUDA or TensorRT. The GPU is a `cuda_device.Device` and the engine an
+`EngineFile`, so that everything here is tested with fakes of those two.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,28 +21,28 @@ from ldm_runtime.closing import Closing
 from ldm_runtime.engines.records import EngineRecord
 from ldm_runtime.errors import BackendError
 
-_MAX_SHAPES = 4  # contexts an engine keeps; each holds some memory of its own
+_MAX_SHAPES = 4  # contexts that an engine keeps; each holds some memory
 
 Shape = tuple[int, ...]
 
 
 class EngineContext(Protocol):
-    """An engine made ready for one set of input shapes."""
+    """An execution context of an engine for one set of input shapes."""
 
     def output_shape(self, name: str) -> Shape:
         """Return the shape of an output for these inputs."""
         ...
 
     def scratch_size(self) -> int:
-        """Return how many bytes of scratch memory a run takes."""
+        """Return the bytes of scratch memory that a run needs."""
         ...
 
     def set_scratch(self, address: int, size: int) -> None:
-        """Say where the scratch memory is."""
+        """Set the address of the scratch memory."""
         ...
 
     def set_address(self, name: str, address: int) -> None:
-        """Say where an input or output is."""
+        """Set the address of an input or output."""
         ...
 
     def enqueue(self, stream: int) -> None:
@@ -63,11 +63,11 @@ class EngineFile(Protocol):
 
     @property
     def records_graphs(self) -> bool:
-        """Whether the caller may record runs as CUDA graphs."""
+        """Whether the caller may capture runs as CUDA graphs."""
         ...
 
     def new_context(self, shapes: Mapping[str, Shape]) -> EngineContext:
-        """Make the engine ready for these input shapes.
+        """Return an execution context for these input shapes.
 
         Raises:
             BackendError: TensorRT refuses, or memory ran out.
@@ -80,10 +80,10 @@ class EngineFile(Protocol):
 
 
 class Session:
-    """What the engines of one generator share: a GPU, its stream, scratch memory and a lock.
+    """Resources that the engines of one generator share: a GPU, its stream, scratch memory, a lock.
 
     The scratch memory of an engine is free for the next one as soon as it has run, because the
-    stream keeps their order; the lock keeps that of the threads.
+    stream orders their work; the lock orders the threads.
     """
 
     def __init__(self, open_device: Callable[[], Device]) -> None:
@@ -95,7 +95,7 @@ class Session:
 
     @property
     def device(self) -> Device:
-        """The GPU; there is one between `enter` and `leave`."""
+        """The GPU, which is open between `enter` and `leave`."""
         assert self._device is not None, "the session is closed"
         return self._device
 
@@ -108,7 +108,7 @@ class Session:
             return self._device
 
     def leave(self) -> None:
-        """Count one engine less; the last frees everything."""
+        """Count one engine fewer; the last frees everything."""
         with self.lock:
             self._users -= 1
             if self._users == 0 and self._device is not None:
@@ -118,7 +118,7 @@ class Session:
                 self._device = self._scratch = None
 
     def scratch(self, size: int) -> DeviceMemory:
-        """Return scratch memory of at least this size; earlier and smaller ones are gone then."""
+        """Return scratch memory of at least this size; smaller memory from earlier is freed."""
         if self._scratch is None or self._scratch.size < size:
             if self._scratch is not None:
                 self._scratch.close()
@@ -140,8 +140,8 @@ class _Constant:
 class _Buffer:
     """One input or output, pinned and on the GPU, as large as the largest shape so far.
 
-    Its address stays the same until it grows, whatever constants come and go, so that graphs
-    recorded with it stay valid.
+    Its address stays the same until it grows, whatever constants it holds, so that graphs
+    captured with it stay valid.
     """
 
     def __init__(self, device: Device) -> None:
@@ -163,7 +163,7 @@ class _Buffer:
         self._pinned = self._device.allocate_pinned(padded(size))
 
     def upload(self, array: npt.NDArray[Any], target: int | None = None) -> None:
-        """Copy an array to the GPU, into this buffer if not elsewhere."""
+        """Copy an array to the GPU: to the address `target`, or into this buffer."""
         assert self._pinned is not None, "a buffer is reserved before it is used"
         if target is None:
             self._held, target = None, self.address
@@ -171,7 +171,7 @@ class _Buffer:
         self._device.copy(target, self._pinned.address, array.nbytes)
 
     def hold(self, constant: _Constant) -> None:
-        """Have this constant in the buffer: nothing to do if the last run had it too."""
+        """Copy a constant into the buffer, unless the last run left it there."""
         if self._held is not constant:
             self._device.copy(self.address, constant.memory.address, constant.size)
             self._held = constant
@@ -196,7 +196,7 @@ class _Buffer:
 
 
 class _Prepared:
-    """An engine for one set of shapes, with its graph."""
+    """An execution context for one set of shapes, with its CUDA graph."""
 
     def __init__(self, context: EngineContext, outputs: tuple[str, ...], replay: Replay) -> None:
         self.outputs = {name: context.output_shape(name) for name in outputs}
@@ -229,22 +229,22 @@ class TensorRTEngine(Closing):
     The first run of a shape makes a context for it; the most recent four shapes are kept.
 
     Args:
-        plan: The loaded engine, which closes with this one.
+        engine_file: The loaded engine, which closes with this one.
         record: Its record.
-        component: What it takes and gives.
-        session: What it shares with others, entered once for this engine.
+        component: Its inputs and outputs.
+        session: Resources that it shares with others, entered once for this engine.
         bundle: Its bundle, for messages.
     """
 
     def __init__(
         self,
-        plan: EngineFile,
+        engine_file: EngineFile,
         record: EngineRecord,
         component: ComponentRecord,
         session: Session,
         bundle: Path,
     ) -> None:
-        self._plan: EngineFile | None = plan
+        self._engine_file: EngineFile | None = engine_file
         self._profiles = record.profiles
         self._component = component
         self._session = session
@@ -260,7 +260,7 @@ class TensorRTEngine(Closing):
         return self._run(inputs, {})
 
     def bind(self, constants: Tensors) -> Runner:
-        """Upload some inputs, to be copied on the GPU from then on; see `Engine`."""
+        """Upload some inputs once; runs copy them within the GPU. See `Engine`."""
         with self._session.lock:
             self._open_engine_file()
             self._session.device.make_current()
@@ -272,18 +272,18 @@ class TensorRTEngine(Closing):
             return _BoundEngine(self._run, held)
 
     def close(self) -> None:
-        """Free everything; what runs in other threads ends first."""
+        """Free everything, once runs in other threads have finished."""
         with self._session.lock:
-            if self._plan is None:
+            if self._engine_file is None:
                 return
             self._session.device.make_current()
             for prepared in self._prepared.values():
                 prepared.close()
             for buffer in self._buffers.values():
                 buffer.close()
-            self._plan.close()
+            self._engine_file.close()
             self._prepared.clear()
-            self._plan = None
+            self._engine_file = None
             self._session.leave()
 
     def _run(
@@ -291,11 +291,13 @@ class TensorRTEngine(Closing):
     ) -> dict[str, npt.NDArray[Any]]:
         given: dict[str, Shaped] = {**constants, **inputs}
         with self._session.lock:
-            plan = self._open_engine_file()
+            engine_file = self._open_engine_file()
             check_inputs(self._component, self._profiles, given, self._bundle)
             device = self._session.device
             device.make_current()
-            prepared = self._prepare(plan, {name: each.shape for name, each in given.items()})
+            prepared = self._prepare(
+                engine_file, {name: each.shape for name, each in given.items()}
+            )
             scratch = self._session.scratch(prepared.scratch_size)
             sizes = self._reserve(given, prepared.outputs)
             for name in given:
@@ -314,11 +316,11 @@ class TensorRTEngine(Closing):
             }
 
     def _open_engine_file(self) -> EngineFile:
-        if self._plan is None:
+        if self._engine_file is None:
             raise BackendError(
                 f"the {self._component.name} engine is closed; open the bundle again"
             )
-        return self._plan
+        return self._engine_file
 
     def _reserve(self, given: Mapping[str, Shaped], outputs: Mapping[str, Shape]) -> dict[str, int]:
         sizes = {name: _size(each.shape, each.dtype) for name, each in given.items()}
@@ -327,16 +329,18 @@ class TensorRTEngine(Closing):
             self._buffers[name].reserve(size)
         return sizes
 
-    def _prepare(self, plan: EngineFile, shapes: Mapping[str, Shape]) -> _Prepared:
-        """Return what runs these shapes, which then is the most recent."""
+    def _prepare(self, engine_file: EngineFile, shapes: Mapping[str, Shape]) -> _Prepared:
+        """Return the context for these shapes, marked as the most recent."""
         ordered = {each.name: shapes[each.name] for each in self._component.inputs}
         key = tuple(ordered.values())
         prepared = self._prepared.pop(key, None)
         if prepared is None:
             while len(self._prepared) >= _MAX_SHAPES:
                 self._prepared.pop(next(iter(self._prepared))).close()
-            record = self._session.device.record if plan.records_graphs else None
-            prepared = _Prepared(plan.new_context(ordered), tuple(self._dtypes), Replay(record))
+            record = self._session.device.record if engine_file.records_graphs else None
+            prepared = _Prepared(
+                engine_file.new_context(ordered), tuple(self._dtypes), Replay(record)
+            )
         self._prepared[key] = prepared
         return prepared
 

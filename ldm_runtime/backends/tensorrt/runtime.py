@@ -1,8 +1,8 @@
-"""The one place where plans meet TensorRT or TensorRT-RTX: load, make contexts, enqueue.
+"""Engine files in TensorRT or TensorRT-RTX: load them, create contexts, enqueue runs.
 
-The vendor's calls answer None or False and tell the logger why; here that is a `BackendError` with
-the logger's words. TensorRT-RTX compiles kernels on the machine it runs on and keeps them in a
-cache, which lies beside the plan and belongs to this machine: it is no file of the bundle.
+The vendor's calls return None or False and log the reason; here that is a `BackendError` with the
+logged message. TensorRT-RTX compiles kernels on the machine it runs on and keeps them in a cache,
+which lies next to the engine file and belongs to this machine: it is not a file of the bundle.
 """
 
 import logging
@@ -34,12 +34,12 @@ class LoadedEngine:
     The GPU's context must be current in the calling thread, here and in every method.
 
     Args:
-        path: The plan, already checked against the manifest.
+        path: The engine file, already checked against the manifest.
         record: Its record.
-        component: What the engine must take and give.
+        component: The inputs and outputs that the engine must have.
         options: How it runs.
-        cache: Where compiled kernels are kept, for TensorRT-RTX.
-        library: What loads it; None is what the record says.
+        cache: Path of the cache of compiled kernels, for TensorRT-RTX.
+        library: The module that loads it; None is the builder in the record.
 
     Raises:
         BackendError: TensorRT refuses it, or it is not an engine of this component.
@@ -67,11 +67,11 @@ class LoadedEngine:
         self._check_tensors(path, component)
         is_rtx = record.builder == "tensorrt_rtx"
         self._config: Any = self._configure(options) if is_rtx else None
-        # TensorRT-RTX records graphs itself, once the kernels for a shape are compiled.
+        # TensorRT-RTX captures graphs itself, once the kernels for a shape are compiled.
         self.records_graphs = options.cuda_graphs and not is_rtx
 
     def new_context(self, shapes: Mapping[str, Shape]) -> "ShapedContext":
-        """Make the engine ready for these input shapes."""
+        """Return an execution context for these input shapes."""
         strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
         take_errors(self._library)
         settings = strategy if self._config is None else self._config
@@ -81,13 +81,13 @@ class LoadedEngine:
         return ShapedContext(self, context, shapes)
 
     def close(self) -> None:
-        """Keep what was compiled and free the engine."""
+        """Save the compiled kernels and free the engine."""
         if self._cache is not None:
             self._save_cache()
         self._cache = self._config = self._engine = self._runtime = None
 
     def failure(self, doing: str) -> BackendError:
-        """Return the error for a call that failed, in the words of the library's logger."""
+        """Return the error for a call that failed, with the message of the library's logger."""
         told = "; ".join(take_errors(self._library)) or "it gave no reason"
         if re.search(r"out ?of ?memory", told, re.IGNORECASE):
             return out_of_memory(f"when {self._title} was to {doing} ({self._name}): {told}")
@@ -119,7 +119,7 @@ class LoadedEngine:
         )
         self._cache = config.create_runtime_cache()
         if data := read_cache(self._cache_path):
-            self._cache.deserialize(data)  # refuses what another GPU or driver left there
+            self._cache.deserialize(data)  # refuses the cache of another GPU or driver
         config.set_runtime_cache(self._cache)
         return config
 
@@ -132,50 +132,50 @@ class LoadedEngine:
 class ShapedContext:
     """An execution context for one set of shapes; see `engine.EngineContext`."""
 
-    def __init__(self, plan: LoadedEngine, context: Any, shapes: Mapping[str, Shape]) -> None:  # noqa: ANN401
-        self._plan = plan
+    def __init__(self, engine: LoadedEngine, context: Any, shapes: Mapping[str, Shape]) -> None:  # noqa: ANN401
+        self._loaded = engine
         self._context: Any = context
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise plan.failure(f"take {name} of shape {'x'.join(map(str, shape))}")
+                raise engine.failure(f"take {name} of shape {'x'.join(map(str, shape))}")
         if missing := context.infer_shapes():
-            raise plan.failure(f"run without shapes of {', '.join(missing)}")
+            raise engine.failure(f"run without shapes of {', '.join(missing)}")
 
     def output_shape(self, name: str) -> Shape:
         """Return the shape of an output."""
         return tuple(int(length) for length in self._context.get_tensor_shape(name))
 
     def scratch_size(self) -> int:
-        """Return how many bytes of scratch memory these shapes take."""
+        """Return the bytes of scratch memory that these shapes need."""
         return int(self._context.update_device_memory_size_for_shapes())
 
     def set_scratch(self, address: int, size: int) -> None:
-        """Say where the scratch memory is."""
+        """Set the address of the scratch memory."""
         self._context.set_device_memory(address, size)
 
     def set_address(self, name: str, address: int) -> None:
-        """Say where an input or output is."""
+        """Set the address of an input or output."""
         if not self._context.set_tensor_address(name, address):
-            raise self._plan.failure(f"use the memory of {name}")
+            raise self._loaded.failure(f"use the memory of {name}")
 
     def enqueue(self, stream: int) -> None:
         """Enqueue one run."""
         if not self._context.execute_async_v3(stream):
-            raise self._plan.failure("run")
+            raise self._loaded.failure("run")
 
     def close(self) -> None:
         """Free the context."""
         self._context = None
 
 
-def cache_path(plan: Path, gpu: Gpu) -> Path:
-    """Return where the kernels are kept that this GPU compiled for a plan."""
+def cache_path(engine_file: Path, gpu: Gpu) -> Path:
+    """Return the path of the cache of kernels that this GPU compiled for an engine file."""
     model = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    return plan.with_name(f".{plan.stem}.{model}.kernel-cache")
+    return engine_file.with_name(f".{engine_file.stem}.{model}.kernel-cache")
 
 
 def read_cache(path: Path) -> bytes:
-    """Return what was kept, or nothing if nothing was or it cannot be read."""
+    """Return the bytes of a kernel cache; none if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -186,7 +186,7 @@ def read_cache(path: Path) -> bytes:
 
 
 def write_cache(path: Path, data: bytes) -> None:
-    """Keep something for the next time, whole or not at all; failing that, say so and go on."""
+    """Write a kernel cache, whole or not at all; a failure is logged and ignored."""
     if data == read_cache(path):
         return
     try:
@@ -201,7 +201,7 @@ def write_cache(path: Path, data: bytes) -> None:
 
 
 def installed_versions(builders: Iterable[BuilderName]) -> dict[BuilderName, str]:
-    """Return the versions of those libraries that are here and can be used."""
+    """Return the versions of the libraries that are installed and can be used."""
     return {
         name: str(import_builder(name).__version__) for name in builders if why_not(name) is None
     }
@@ -210,7 +210,7 @@ def installed_versions(builders: Iterable[BuilderName]) -> dict[BuilderName, str
 def _dtype(library: ModuleType, dtype: Any) -> str:  # noqa: ANN401  (an enum of the vendor's)
     try:
         return str(np.dtype(library.nptype(dtype)).name)
-    except TypeError:  # one that NumPy lacks
+    except TypeError:  # a type that NumPy lacks
         return str(dtype)
 
 

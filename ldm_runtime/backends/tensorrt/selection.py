@@ -1,7 +1,7 @@
-"""What decides whether and how a TensorRT engine runs, in plain Python: no CUDA, no TensorRT.
+"""Rules of whether and how a TensorRT engine runs, in pure Python: no CUDA, no TensorRT.
 
 Which of a bundle's engines fits a machine, which inputs an engine takes, and when the work of one
-shape is recorded as a CUDA graph.
+shape is captured as a CUDA graph.
 """
 
 import logging
@@ -28,7 +28,7 @@ _LOGGER = logging.getLogger(__name__)
 _ALIGNMENT = 256
 
 
-#: Distributions, for a version to be asked for exactly; the one to prefer first.
+#: Distributions to pin to an exact version, in order of preference.
 _DISTRIBUTIONS: Mapping[BuilderName, str] = MappingProxyType(
     {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx"}
 )
@@ -36,7 +36,7 @@ _DISTRIBUTIONS: Mapping[BuilderName, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What engines would run on.
+    """The machine that engines would run on.
 
     Attributes:
         gpu: The GPU.
@@ -57,7 +57,7 @@ def choose_record(
     """Return the record of the engine to run for a component.
 
     Raises:
-        BackendError: None fits; the sentence is about the one that comes closest.
+        BackendError: None fits; the message is about the one that passes the most checks.
     """
     builders = list(_DISTRIBUTIONS)
     mine = [record for record in records if record.component == component]
@@ -75,7 +75,7 @@ def choose_record(
 def _check(
     record: EngineRecord, machine: Machine, bundle: Path, manifest: Manifest
 ) -> tuple[int, str | None]:
-    """Return how many checks a record passes, and a sentence about the first it does not."""
+    """Return how many checks a record passes, and a message about the first that fails."""
     problems = (
         _stale(record, manifest),
         _library(record, machine),
@@ -147,7 +147,7 @@ def _major(version: str) -> int:
 
 
 class Shaped(Protocol):
-    """An array, or what is known of one that is on the GPU."""
+    """The shape and type of an array, which may be on the GPU."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ def check_inputs(
     inputs: Mapping[str, Shaped],
     bundle: Path,
 ) -> None:
-    """Compare the inputs of a run with what an engine takes.
+    """Compare the inputs of a run with the profiles of an engine.
 
     Raises:
         BackendError: An input is missing, unknown or of the wrong type.
@@ -217,18 +217,18 @@ def _check_lengths(
 
 
 def padded(size: int) -> int:
-    """Return how many bytes to reserve for so many; never none, and of whole alignments."""
+    """Return the bytes to allocate for `size`: at least one alignment, and whole ones."""
     return max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT
 
 
 class Replay:
-    """Enqueues the work of one shape: at first directly, then as a recorded graph.
+    """CUDA graph of one shape: its work is enqueued directly at first, then replayed.
 
-    A graph holds the addresses it was recorded with. The first call, and every first one after an
-    address changed, runs the work directly, which lets TensorRT settle; the next records it.
+    A graph holds the addresses it was captured with. The first call, and the first one after an
+    address changed, runs the work directly, as a warm-up for TensorRT; the next captures it.
 
     Args:
-        record: Records what a function enqueues; None never records.
+        record: Captures the work that a function enqueues; None never captures.
     """
 
     def __init__(self, record: Callable[[Callable[[], None]], RecordedGraph] | None) -> None:
@@ -237,7 +237,7 @@ class Replay:
         self._graph: RecordedGraph | None = None
 
     def enqueue(self, addresses: tuple[int, ...], work: Callable[[], None]) -> None:
-        """Enqueue the work, which reads and writes at these addresses, once."""
+        """Enqueue the work once; it reads and writes at these addresses."""
         stated = addresses == self._addresses
         if not stated:
             self.close()
@@ -250,7 +250,7 @@ class Replay:
             self._graph.launch()
 
     def close(self) -> None:
-        """Forget the graph."""
+        """Free the graph."""
         if self._graph is not None:
             self._graph.close()
         self._graph = self._addresses = None

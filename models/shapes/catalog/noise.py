@@ -1,4 +1,4 @@
-"""The noise that UNets here learn to remove. Without torch: those who draw read it, too."""
+"""The noise that UNets here learn to remove. Without torch: image generation reads it, too."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Noise:
         end: Last beta.
         offset: Spread of what all of a channel's noise has in common. Sampling begins without: the
             mean of what it begins with is near that of gray backgrounds, which a model that
-            nobody tells the background then draws too often.
+            is not told the background then generates too often.
     """
 
     start: float
@@ -23,7 +23,7 @@ class Noise:
 
     @property
     def schedule(self) -> tuple[float, float, int]:
-        """What a configuration says of it: first beta, last beta, number of timesteps."""
+        """Its schedule in a configuration: first beta, last beta, number of timesteps."""
         return self.start, self.end, NUM_TRAIN_TIMESTEPS
 
 

@@ -1,4 +1,4 @@
-"""What scenes are to the systems that are not asked in words: labels, boxes and class maps.
+"""Conditions of the models without captions, made of scenes: labels, boxes and class maps.
 
 A label is a kind and a colour, one number from 0 to 23. A class map has a number for every pixel:
 first the backgrounds, plain and with a gradient, then the labels of what lies on them.
@@ -46,12 +46,12 @@ def looks_of(label: int) -> tuple[str, str]:
 
 
 def label_names() -> list[str]:
-    """Return what the labels are called, such as "red circle", in order."""
+    """Return the names of the labels, such as "red circle", in order."""
     return [" ".join(reversed(looks_of(label))) for label in range(NUM_LABELS)]
 
 
 def label_features(width: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Return what embeddings (NUM_LABELS, width) of labels begin as, standard normal.
+    """Return initial embeddings (NUM_LABELS, width) of labels, standard normal.
 
     Each is the sum of a vector for its kind and one for its colour: what is learned of a kind in
     one colour then holds for it in the others.
@@ -63,7 +63,7 @@ def label_features(width: int, rng: np.random.Generator) -> npt.NDArray[np.float
 
 
 def box_of(thing: scenes.Thing) -> Box:
-    """Return the smallest box around a thing, in shares of the picture's sides."""
+    """Return the smallest box around a thing, in shares of the image's sides."""
     left, up, right, down = (thing.radius * each for each in _EXTENTS[thing.kind])
     sides = (thing.x - left, thing.y - up, thing.x + right, thing.y + down)
     inside = tuple(min(max(side / scenes.SIZE, 0.0), 1.0) for side in sides)
@@ -85,7 +85,7 @@ def background_class(background: str, *, gradient: bool) -> int:
 
 
 def class_map(things: Iterable[scenes.Thing], background: str, *, gradient: bool) -> ClassIds:
-    """Return the class (SIZE, SIZE) of every pixel of a scene, or of a reading of a picture."""
+    """Return the class (SIZE, SIZE) of every pixel of a scene, or of a reading of an image."""
     ids = np.full((scenes.SIZE, scenes.SIZE), background_class(background, gradient=gradient))
     for thing in things:
         ids[scenes.coverage(thing) >= _COVERED] = NUM_BACKGROUNDS + label_of(thing)

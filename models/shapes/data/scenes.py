@@ -1,6 +1,6 @@
-"""Procedural scenes: small pictures of coloured shapes, and captions that say what is in them.
+"""Procedural scenes: small images of coloured shapes, and captions that describe them.
 
-A scene is a record; `render` draws it with anti-aliased edges and `caption` describes it in
+A scene is a record; `render` rasterises it with anti-aliased edges and `caption` describes it in
 English. Everything is derived from a NumPy generator, so a seed names a data set.
 """
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 SIZE = 64
 
-#: RGB of the shapes. Hues are at least 40 degrees apart, so that a picture can be read back.
+#: RGB of the shapes. Hues are at least 40 degrees apart, so that an image can be read back.
 COLORS: Mapping[str, tuple[int, int, int]] = {
     "red": (222, 40, 44),
     "green": (36, 168, 60),
@@ -45,7 +45,7 @@ Image = npt.NDArray[np.float32]
 
 
 class Thing(NamedTuple):
-    """One shape: what, which colour, which size class, where (pixels) and how big (half extent)."""
+    """One shape: kind, colour, which size class, where (pixels) and how big (half extent)."""
 
     kind: str
     color: str
@@ -89,7 +89,7 @@ def is_held_out(text: str) -> bool:
 
 
 def random_scenes(rng: np.random.Generator, *, held_out: bool) -> Iterator[Scene]:
-    """Yield scenes for ever, either only with held-out captions or only with the others."""
+    """Yield scenes without end, either only with held-out captions or only with the others."""
     while True:
         scene = random_scene(rng)
         if is_held_out(caption(scene)) == held_out:
@@ -97,7 +97,7 @@ def random_scenes(rng: np.random.Generator, *, held_out: bool) -> Iterator[Scene
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene; things do not touch, and no two share both kind and colour."""
+    """Sample one scene; things do not touch, and no two share both kind and colour."""
     count = int(rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25]))
     while True:
         relations = _random_relations(rng, count - 1)
@@ -114,12 +114,12 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def render(scene: Scene) -> Image:
-    """Return the picture (SIZE, SIZE, 3) in [0, 1]."""
-    picture = np.repeat(backdrop(scene.background, gradient=scene.gradient)[..., None], 3, axis=2)
+    """Return the image (SIZE, SIZE, 3) in [0, 1]."""
+    image = np.repeat(backdrop(scene.background, gradient=scene.gradient)[..., None], 3, axis=2)
     for thing in scene.things:
         share = coverage(thing)[..., None]
-        picture += share * (np.array(COLORS[thing.color], np.float32) - picture)
-    return picture / np.float32(255)
+        image += share * (np.array(COLORS[thing.color], np.float32) - image)
+    return image / np.float32(255)
 
 
 def backdrop(background: str, *, gradient: bool) -> Image:
@@ -182,14 +182,14 @@ def _random_thing(rng: np.random.Generator) -> Thing:
 
 
 def _random_relations(rng: np.random.Generator, count: int) -> tuple[str, ...]:
-    """Draw relations; of two, one is horizontal and one vertical, so that both can be read."""
+    """Sample relations; of two, one is horizontal and one vertical, so that both can be read."""
     if count == 2:
         pair = [_pick(rng, ("left of", "right of")), _pick(rng, ("above", "below"))]
         return tuple(str(relation) for relation in rng.permutation(pair))
     return tuple(_pick(rng, tuple(RELATIONS)) for _ in range(count))
 
 
-# Scenes are drawn by rejection; these return what `rng.choice` and `rng.uniform` would, sooner.
+# Scenes are sampled by rejection; these return what `rng.choice` and `rng.uniform` would, sooner.
 def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
     return names[int(rng.integers(len(names)))]
 

@@ -7,7 +7,7 @@ import msgspec
 
 from ldm_runtime.errors import LdmError
 from measuring.rows import Row, as_line
-from models.shapes.evaluation import judging
+from models.shapes.evaluation import scoring
 
 #: Samplers for models that were distilled for them, which the bundle's need not be.
 FOR_OTHER_MODELS = frozenset({"lcm"})
@@ -15,17 +15,17 @@ FOR_OTHER_MODELS = frozenset({"lcm"})
 
 @dataclass(frozen=True, kw_only=True)
 class Cell(Row):
-    """One sampler with one number of steps, measured; `seconds` are those of each picture.
+    """One sampler with one number of steps, measured; `seconds` are those of each image.
 
     Attributes:
-        calls: Denoiser calls of a picture.
-        counts: What the pictures show of what was asked for.
-        distance: Fréchet distance between the pictures and renders of the same captions.
-        floor: The same for as many renders in place of the pictures: what perfect ones get.
+        calls: Denoiser calls of an image.
+        counts: How much of the prompts the images show.
+        distance: Fréchet distance between the images and renders of the same captions.
+        floor: The same for as many renders in place of the images: the distance of perfect ones.
     """
 
     calls: int
-    counts: judging.Tally
+    counts: scoring.Tally
     distance: float
     floor: float
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = (440, 300)  # pixels of a chart unless said otherwise
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 36, 50  # margins
-_FINER = 3  # drawn this many times larger, then reduced: Pillow's lines have no soft edges
+_FINER = 3  # rendered this many times larger, then reduced: Pillow's lines have no soft edges
 _INK, _GRID, _BAND, _PAPER = "#222222", "#dddddd", "#eef3e6", "#ffffff"
 _LETTERS, _LEGEND_ROW = 12, 18
 _ROUNDING = 1 + 1e-9  # powers of ten below 1 are not exact
@@ -29,7 +29,7 @@ class Axis:
     """A direction of a chart.
 
     Attributes:
-        label: What is counted, with the unit.
+        label: The quantity, with the unit.
         ticks: Values that are written at it, ascending; it runs from the first to the last.
         logarithmic: Whether equal factors are equally far apart.
         form: How a tick is written, as for `format`.
@@ -52,10 +52,10 @@ class Series:
     """Points that belong together.
 
     Attributes:
-        label: What the legend says.
+        label: Its text in the legend.
         points: (x, y), in the order that the line visits them.
         color: As Pillow writes it.
-        mark: What stands at each point, one of `MARKS`; None is nothing.
+        mark: The marker of each point, one of `MARKS`; None is nothing.
         line: Whether a line joins them.
     """
 
@@ -156,7 +156,7 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     """Return two images side by side, their tops level."""
     size = (left.width + right.width, max(left.height, right.height))
     sheet = Image.new("RGB", size, _PAPER)
@@ -166,19 +166,19 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 class _Canvas:
-    """White paper in pixels of the finished image, drawn on finer."""
+    """White paper in pixels of the finished image, rendered finer."""
 
     def __init__(self, width: int, height: int) -> None:
         self._size = (width, height)
         self._image = Image.new("RGB", (width * _FINER, height * _FINER), _PAPER)
-        self._draw = ImageDraw.Draw(self._image)
+        self._canvas = ImageDraw.Draw(self._image)
         self._font = ImageFont.load_default(_LETTERS * _FINER)
 
     def line(self, points: Sequence[Point], color: str, width: float) -> None:
-        self._draw.line(_finer(points), fill=color, width=round(width * _FINER), joint="curve")
+        self._canvas.line(_finer(points), fill=color, width=round(width * _FINER), joint="curve")
 
     def polygon(self, corners: Sequence[Point], color: str) -> None:
-        self._draw.polygon(_finer(corners), fill=color)
+        self._canvas.polygon(_finer(corners), fill=color)
 
     def mark(self, middle: Point, shape: str, color: str) -> None:
         x, y = middle
@@ -186,10 +186,10 @@ class _Canvas:
         if corners:
             self.polygon(corners, color)
         else:
-            self._draw.circle(_finer([middle])[0], _MARK * _FINER, fill=color)
+            self._canvas.circle(_finer([middle])[0], _MARK * _FINER, fill=color)
 
     def text(self, place: Point, text: str, anchor: str) -> None:
-        self._draw.text(_finer([place])[0], text, fill=_INK, font=self._font, anchor=anchor)
+        self._canvas.text(_finer([place])[0], text, fill=_INK, font=self._font, anchor=anchor)
 
     def reduced(self) -> Image.Image:
         return self._image.resize(self._size, Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Reads a picture of shapes back into words: colours, connected pixels, areas; nothing is learnt.
+"""Reads an image of shapes back into words: colours, connected pixels, areas; nothing is learnt.
 
 Backgrounds are grey, so in the plane of chroma (what is left of RGB without grey) a pixel's
 direction says the colour and its length says how much of the pixel is covered, soft edges and
@@ -19,7 +19,7 @@ from models.shapes.data import scenes
 Float32Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-#: Pixels; the smallest shape ever drawn has 67.
+#: Pixels; the smallest shape ever rendered has 67.
 SMALLEST_AREA = 24
 #: Overlap with the best template below which a blob looks like no shape at all.
 LOWEST_OVERLAP = 0.6
@@ -47,7 +47,7 @@ _LARGE_FROM = (scenes.SIZES["small"][1] + scenes.SIZES["large"][0]) / 2
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a picture shows.
+    """The content of an image.
 
     Attributes:
         things: The shapes found, largest first.
@@ -62,19 +62,19 @@ class Reading:
     gradient: bool
 
 
-def read_picture(picture: npt.NDArray[np.uint8]) -> Reading:
-    """Describe a picture of shapes.
+def read_image(image: npt.NDArray[np.uint8]) -> Reading:
+    """Describe an image of shapes.
 
     Args:
-        picture: RGB (64, 64, 3).
+        image: RGB (64, 64, 3).
 
     Raises:
         ValueError: The array has another type or shape.
     """
     wanted = (scenes.SIZE, scenes.SIZE, 3)
-    if picture.dtype != np.uint8 or picture.shape != wanted:
-        raise ValueError(f"a picture is uint8 {wanted}, got {picture.dtype} {picture.shape}")
-    softened = smooth(picture.astype(np.float32))
+    if image.dtype != np.uint8 or image.shape != wanted:
+        raise ValueError(f"an image is uint8 {wanted}, got {image.dtype} {image.shape}")
+    softened = smooth(image.astype(np.float32))
     chroma = softened @ _PLANE
     blobs = list(_blobs(chroma))
     nothing = np.zeros(wanted[:2], np.bool_)

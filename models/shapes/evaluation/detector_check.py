@@ -1,10 +1,10 @@
-"""The detector on rendered scenes whose content is known: what its readings are worth."""
+"""The detector on rendered scenes whose content is known: the accuracy of its readings."""
 
 import numpy as np
 
 from models.shapes.data import scenes
 from models.shapes.evaluation import detector
-from models.shapes.evaluation.judging import InputImage, judge, match
+from models.shapes.evaluation.scoring import InputImage, match, score
 
 DETECTOR_RENDERS = 2000
 DETECTOR_GOAL = 0.99
@@ -25,21 +25,21 @@ def evaluate_detector(
         blurs: How many times to average each pixel with its neighbours first.
     """
     rng = np.random.default_rng(seed)
-    drawn = [scenes.random_scene(rng) for _ in range(count)]
-    readings = [detector.read_picture(photograph(each, rng, noise, blurs)) for each in drawn]
-    right = sum(map(_is_exact, drawn, readings))
+    sampled = [scenes.random_scene(rng) for _ in range(count)]
+    readings = [detector.read_image(photograph(each, rng, noise, blurs)) for each in sampled]
+    right = sum(map(_is_exact, sampled, readings))
     overlaps = [overlap for reading in readings for overlap in reading.overlaps]
-    return {"pictures": count, "right": right / count, "lowest_overlap": min(overlaps, default=0)}
+    return {"images": count, "right": right / count, "lowest_overlap": min(overlaps, default=0)}
 
 
 def photograph(
     scene: scenes.Scene, rng: np.random.Generator, noise: float, blurs: int
 ) -> InputImage:
     """Render a scene to uint8 through a bad lens: blurred (weights 1 2 1), then noisy."""
-    picture = scenes.render(scene) * 255
+    image = scenes.render(scene) * 255
     for _ in range(blurs):
-        picture = detector.smooth(picture)
-    noisy = picture + noise * rng.standard_normal(picture.shape, np.float32)
+        image = detector.smooth(image)
+    noisy = image + noise * rng.standard_normal(image.shape, np.float32)
     levels: InputImage = np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
     return levels
 
@@ -53,4 +53,4 @@ def _is_exact(scene: scenes.Scene, reading: detector.Reading) -> bool:
         and abs(found.radius - thing.radius) < _NEAR
         for thing, found in zip(scene.things, matched, strict=True)
     )
-    return near and judge(scene, reading).pictures_right == 1
+    return near and score(scene, reading).images_right == 1

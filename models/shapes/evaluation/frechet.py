@@ -1,10 +1,10 @@
-"""Fréchet distance on random convolutional features: how far one set of pictures is from another.
+"""Fréchet distance on random convolutional features: how far one set of images is from another.
 
-The features are those of a small network with fixed random weights, which have seen no pictures at
-all: what differs in edges, colours or how much of a picture is covered differs in them. Random
-networks rank sets of pictures soundly where a trained one is out of its domain (Naeem et al. 2020,
+The features are those of a small network with fixed random weights, which have seen no images at
+all: what differs in edges, colours or how much of an image is covered differs in them. Random
+networks rank sets of images soundly where a trained one is out of its domain (Naeem et al. 2020,
 arXiv:2002.09797, section 4). A distance compares only with distances from this file, between sets
-of the same size: the fewer pictures, the farther two sets of the same kind are apart.
+of the same size: the fewer images, the farther two sets of the same kind are apart.
 """
 
 import functools
@@ -20,7 +20,7 @@ Float64Array = npt.NDArray[np.float64]
 
 #: Filters of each layer; a layer halves height and width.
 CHANNELS = (8, 16, 24)
-#: Each filter gives its mean and its standard deviation over a picture.
+#: Each filter gives its mean and its standard deviation over an image.
 FEATURES = 2 * sum(CHANNELS)
 _WEIGHTS_SEED = 0
 _LEAK = np.float32(0.2)  # slope below zero
@@ -59,17 +59,17 @@ def fit(features: Float64Array) -> Gaussian:
     """Return the normal distribution with the mean and covariance of features (N, d).
 
     Raises:
-        ValueError: There are fewer than two pictures.
+        ValueError: There are fewer than two images.
     """
     if len(features) < 2:
-        raise ValueError(f"a covariance takes at least 2 pictures, got {len(features)}")
+        raise ValueError(f"a covariance takes at least 2 images, got {len(features)}")
     covariance = np.cov(features, rowvar=False).reshape(features.shape[1], features.shape[1])
     return Gaussian(mean=features.mean(axis=0), covariance=covariance)
 
 
-def features_of(pictures: npt.NDArray[np.uint8]) -> Float64Array:
-    """Return (N, FEATURES) features of RGB pictures (N, H, W, 3)."""
-    hidden = pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)
+def features_of(images: npt.NDArray[np.uint8]) -> Float64Array:
+    """Return (N, FEATURES) features of RGB images (N, H, W, 3)."""
+    hidden = images.astype(np.float32) / np.float32(127.5) - np.float32(1)
     found = []
     for weights in _weights():
         hidden = _convolve(hidden, weights)
@@ -93,7 +93,7 @@ def _convolve(images: Float32Array, weights: Float32Array) -> Float32Array:
 
 @functools.cache
 def _weights() -> tuple[Float32Array, ...]:
-    """Draw the filters: normal, with the variance that keeps the signal's size.
+    """Sample the filters: normal, with the variance that keeps the signal's size.
 
     Source: He et al. 2015 (arXiv:1502.01852), equation 10.
     """

@@ -1,4 +1,4 @@
-"""What a sweep tells: which cells are as good as many steps, as a chart and as a page."""
+"""Conclusions from a sweep: which cells are as good as many steps, as a chart and as a page."""
 
 import math
 import statistics
@@ -6,25 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 
 from models.shapes.evaluation.cells import FOR_OTHER_MODELS, Cell
 
-#: What is compared, by its name in `Tally.shares`, and how many of it a cell is asked for.
+#: Measures, each by its name in `Tally.shares`, and how many of it a cell is asked for.
 MEASURES: Mapping[str, Callable[[Cell], int]] = {
     "objects": lambda cell: cell.counts.objects,
     "relations": lambda cell: cell.counts.relations,
-    "whole_pictures": lambda cell: cell.counts.pictures,
+    "whole_images": lambda cell: cell.counts.images,
 }
-#: How far below a share is as good, besides the binomial error.
+#: How far below a share is as good, in addition to the binomial error.
 ONE_POINT = 0.01
-#: How much farther from right pictures is as good; distances of as good sets differ by a tenth.
+#: How much farther from right images is as good; distances of as good sets differ by a tenth.
 FARTHER = 1.25
 
 
 def latest_cells(cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells asked the same of the same bundle as the last; of two alike, the later."""
 
-    def question(cell: Cell) -> tuple[object, ...]:
+    def setup(cell: Cell) -> tuple[object, ...]:
         return cell.bundle_sha256, cell.settings["captions"], cell.settings["guidance_scale"]
 
-    asked = [cell for cell in cells if question(cell) == question(cells[-1])]
+    asked = [cell for cell in cells if setup(cell) == setup(cells[-1])]
     return list({(cell.sampler, cell.steps): cell for cell in asked}.values())
 
 
@@ -69,7 +69,7 @@ def farthest_as_good(cells: Sequence[Cell]) -> float:
 def as_good_as_many_steps(cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells as good as the plateau in everything, those with the fewest calls first.
 
-    Of as many calls, those whose pictures are nearest to right ones come first. Samplers for other
+    Of as many calls, those whose images are nearest to right ones come first. Samplers for other
     models are left out.
     """
     farthest = farthest_as_good(cells)

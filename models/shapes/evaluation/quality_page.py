@@ -28,7 +28,7 @@ def page(cells: Sequence[Cell]) -> str:
     sections += [
         _by_steps("distance", cells, lambda cell: f"{cell.distance:.3g}"),
         _by_steps("calls", cells, lambda cell: str(cell.calls)),
-        _by_steps("seconds a picture", cells, lambda cell: f"{cell.median_seconds:.2f}"),
+        _by_steps("seconds per image", cells, lambda cell: f"{cell.median_seconds:.2f}"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -36,8 +36,8 @@ def page(cells: Sequence[Cell]) -> str:
 def _opening(last: Cell) -> str:
     return f"""# Quality against speed
 
-How many denoiser calls a picture needs: every sampler of this package, with several numbers of
-steps, draws the same {last.settings["captions"]} held-out captions from the same noise with the
+How many denoiser calls an image needs: every sampler of this package, with several numbers of
+steps, generates the same {last.settings["captions"]} held-out captions from the same noise with the
 [shapes model](../models/shapes/README.md), guidance {last.settings["guidance_scale"]}. Written by
 `python models/shapes/evaluate.py --report` from what `--sweep` measured; every cell is a line of
 `benchmarks/results/shapes_sweep.jsonl`. Bundle `{last.bundle_sha256[:12]}`.
@@ -84,21 +84,21 @@ def _meaning(cells: Sequence[Cell]) -> str:
         f"{_percent(lowest_as_good(cells, measure))} of {heading}"
         for measure, heading in zip(MEASURES, _HEADINGS, strict=True)
     )
-    devices = "; ".join(dict.fromkeys(f"{cell.device}, {cell.system}" for cell in cells))
+    devices = "; ".join(dict.fromkeys(f"{cell.device}, {cell.backend}" for cell in cells))
     points = (
-        "**Objects, relations, whole pictures**: what `detector.py` reads in the pictures, against "
+        "**Objects, relations, whole images**: what `detector.py` reads in the images, against "
         f"the captions, which ask for {last.counts.objects} objects and {last.counts.relations} "
         f"relations. A share of 90 % of the objects has a standard error of {_percent(error)}.",
         "**Distance**: squared Fréchet distance on random convolutional features (`frechet.py`) "
-        f"between the pictures and {last.settings['layouts']} renders of each caption in other "
-        f"layouts. As many right pictures are at {last.floor:.3g}. It compares only within this "
+        f"between the images and {last.settings['layouts']} renders of each caption in other "
+        f"layouts. As many right images are at {last.floor:.3g}. It compares only within this "
         "page.",
         "**As good as many steps**: at most one percentage point and one standard error below what "
         f"the median sampler reaches with its most steps (so from {lowest}) and at most "
-        f"{FARTHER:g} times as far from right pictures (up to {farthest_as_good(cells):.3g}).",
-        "**Calls** of the denoiser for one picture, counted; each is one call of the UNet with two "
+        f"{FARTHER:g} times as far from right images (up to {farthest_as_good(cells):.3g}).",
+        "**Calls** of the denoiser for one image, counted; each is one call of the UNet with two "
         "rows.",
-        f"**Seconds**: the median of the pictures, from text to pixels, on {devices}.",
+        f"**Seconds**: the median of the images, from text to pixels, on {devices}.",
     )
     return "## What is measured\n\n" + "\n".join(_wrapped(f"* {point}") for point in points)
 

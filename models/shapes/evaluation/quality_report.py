@@ -49,11 +49,11 @@ def write_report(results: Path, docs: Path) -> Path:
 
 
 def draw_charts(cells: Sequence[Cell]) -> Image.Image:
-    """Return four charts over denoiser calls, a line a sampler, and the legend beside them.
+    """Return four charts over denoiser calls, a line per sampler, and the legend next to them.
 
-    Shaded is what is as good as many steps.
+    The shaded band is as good as many steps.
     """
-    calls = charts.logarithmic_axis("denoiser calls a picture", [cell.calls for cell in cells])
+    calls = charts.logarithmic_axis("denoiser calls per image", [cell.calls for cell in cells])
     shares = charts.Axis(label="", ticks=(0, 0.2, 0.4, 0.6, 0.8, 1), form=".0%")
     distances = charts.logarithmic_axis(
         "", [value for cell in cells for value in (cell.distance, cell.floor)]
@@ -73,10 +73,12 @@ def draw_charts(cells: Sequence[Cell]) -> Image.Image:
     near = (distances.ticks[0], min(farthest_as_good(cells), distances.ticks[-1]))
     panels.append(
         charts.draw_chart(
-            "distance from right pictures", calls, distances, lines, band=near, size=_PANEL
+            "distance from right images", calls, distances, lines, band=near, size=_PANEL
         )
     )
-    return charts.beside(charts.grid(panels, columns=2), charts.draw_legend(lines, _LEGEND_WIDTH))
+    return charts.side_by_side(
+        charts.grid(panels, columns=2), charts.draw_legend(lines, _LEGEND_WIDTH)
+    )
 
 
 def _lines(cells: Sequence[Cell], value: Callable[[Cell], float]) -> list[charts.Series]:

@@ -1,9 +1,9 @@
-"""What a picture that a system drew is worth: marks by the detector or by plain arithmetic.
+"""Metrics of the images of a model, by the detector or by plain arithmetic.
 
-A judge takes a question and the picture that was drawn and gives marks: for each criterion what was
-reached and of how much. Marks of many pictures are added; `scores` makes shares and decibels of
-them. Every judge is a pure function, and so serves training, where pictures come from torch, as
-well as the exam through an exported bundle.
+A scorer takes a prompt and the generated image and returns metrics: for each criterion the amount
+reached and the amount possible. Metrics of many images are added; `scores` makes shares and
+decibels of them. Every scorer is a pure function, and so serves training, where images come from
+torch, as well as the evaluation of an exported bundle.
 """
 
 import math
@@ -16,13 +16,13 @@ from PIL import Image
 
 from ldm_runtime.specs.model import Task
 from models.shapes.data import scenes
-from models.shapes.data.holes import Mask, mean_color_fill, visible_share
 from models.shapes.data.labels import box_of, class_map, overlap_of, scene_map
-from models.shapes.evaluation import detector, judging
-from models.shapes.evaluation.judging import InputImage
+from models.shapes.data.masks import Mask, mean_color_fill, visible_share
+from models.shapes.evaluation import detector, scoring
+from models.shapes.evaluation.scoring import InputImage
 
-#: By criterion: what was reached, and of how much.
-Marks = Mapping[str, tuple[float, float]]
+#: By criterion: the amount reached, and the amount possible.
+Metrics = Mapping[str, tuple[float, float]]
 
 _FACTOR = 4  # of super-resolution
 #: Criteria that are squared errors and numbers of values, by the score they become.
@@ -38,55 +38,55 @@ _TRACE = 0.01  # share of a thing that must be visible for anything to be known 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Question:
-    """What a picture is drawn from: a scene, and for inpainting what is missing of it."""
+class EvaluationPrompt:
+    """The source of an image: a scene, and for inpainting the mask of its missing part."""
 
     scene: scenes.Scene
-    hole: Mask | None = None
+    mask: Mask | None = None
 
     @property
     def truth(self) -> InputImage:
-        """The scene's own picture."""
-        return drawing_of(self.scene)
+        """The scene's own image."""
+        return image_of(self.scene)
 
 
-def drawing_of(scene: scenes.Scene) -> InputImage:
-    """Return the picture of a scene."""
-    picture: InputImage = np.rint(scenes.render(scene) * 255).astype(np.uint8)
-    return picture
+def image_of(scene: scenes.Scene) -> InputImage:
+    """Return the image of a scene."""
+    image: InputImage = np.rint(scenes.render(scene) * 255).astype(np.uint8)
+    return image
 
 
-def shrink(picture: InputImage) -> InputImage:
-    """Return a picture of a quarter of the sides: the means of its blocks of 4x4 pixels."""
-    height, width, channels = picture.shape
-    blocks = picture.reshape(height // _FACTOR, _FACTOR, width // _FACTOR, _FACTOR, channels)
+def shrink(image: InputImage) -> InputImage:
+    """Return an image of a quarter of the sides: the means of its blocks of 4x4 pixels."""
+    height, width, channels = image.shape
+    blocks = image.reshape(height // _FACTOR, _FACTOR, width // _FACTOR, _FACTOR, channels)
     small: InputImage = np.rint(blocks.astype(np.float32).mean(axis=(1, 3))).astype(np.uint8)
     return small
 
 
-def enlarge(picture: InputImage) -> InputImage:
-    """Return a picture of four times the sides by bicubic interpolation."""
-    size = (picture.shape[1] * _FACTOR, picture.shape[0] * _FACTOR)
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+def enlarge(image: InputImage) -> InputImage:
+    """Return an image of four times the sides by bicubic interpolation."""
+    size = (image.shape[1] * _FACTOR, image.shape[0] * _FACTOR)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
-def judge_scene(question: Question, picture: InputImage) -> Marks:
-    """Ask whether a picture shows a scene of the training data's kind, and nothing besides."""
-    reading = detector.read_picture(picture)
-    most = len(question.scene.things)
+def score_scene(prompt: EvaluationPrompt, image: InputImage) -> Metrics:
+    """Ask whether an image shows a scene of the training data's kind, and nothing else."""
+    reading = detector.read_image(image)
+    most = len(prompt.scene.things)
     valid = (
         1 <= len(reading.things) <= most
         and min(reading.overlaps) >= _CLEAR
-        and stray_pixels(picture, reading) < detector.SMALLEST_AREA
-        and _background_error(picture, reading) <= _GRAY_TOLERANCE
+        and stray_pixels(image, reading) < detector.SMALLEST_AREA
+        and _background_error(image, reading) <= _GRAY_TOLERANCE
     )
     return {"valid": (valid, 1)}
 
 
-def judge_class(question: Question, picture: InputImage) -> Marks:
+def score_class(prompt: EvaluationPrompt, image: InputImage) -> Metrics:
     """Ask whether there is exactly one thing, of the kind and colour that the class stands for."""
-    (asked,) = question.scene.things
-    reading = detector.read_picture(picture)
+    (asked,) = prompt.scene.things
+    reading = detector.read_image(image)
     found = [(each.kind, each.color) for each in reading.things]
     return {
         "class": (found == [(asked.kind, asked.color)], 1),
@@ -94,27 +94,27 @@ def judge_class(question: Question, picture: InputImage) -> Marks:
     }
 
 
-def judge_words(question: Question, picture: InputImage) -> Marks:
+def score_words(prompt: EvaluationPrompt, image: InputImage) -> Metrics:
     """Ask for objects and relations, as `evaluate.py` does."""
-    tally = judging.judge(question.scene, detector.read_picture(picture))
+    tally = scoring.score(prompt.scene, detector.read_image(image))
     return {
         "objects": (tally.objects_right, tally.objects),
         "relations": (tally.relations_right, tally.relations),
-        "relations_of_found": (tally.relations_right, tally.relations_judged),
+        "relations_of_found": (tally.relations_right, tally.relations_scored),
         "sizes": (tally.sizes_right, tally.objects),
-        "backgrounds": (tally.backgrounds_right, tally.pictures),
-        "whole_pictures": (tally.pictures_right, tally.pictures),
+        "backgrounds": (tally.backgrounds_right, tally.images),
+        "whole_images": (tally.images_right, tally.images),
     }
 
 
-def judge_layout(question: Question, picture: InputImage) -> Marks:
+def score_layout(prompt: EvaluationPrompt, image: InputImage) -> Metrics:
     """Ask for things of the right label, and how well those fill the boxes they were asked in.
 
     `labels` counts things of the right kind and colour anywhere; `labels_in_place` those whose box
     overlaps the asked one at all.
     """
-    asked = question.scene.things
-    matched = judging.match(asked, detector.read_picture(picture).things)
+    asked = prompt.scene.things
+    matched = scoring.match(asked, detector.read_image(image).things)
     overlaps = [
         overlap_of(box_of(wanted), box_of(found))
         for wanted, found in zip(asked, matched, strict=True)
@@ -127,10 +127,10 @@ def judge_layout(question: Question, picture: InputImage) -> Marks:
     }
 
 
-def judge_map(question: Question, picture: InputImage) -> Marks:
-    """Compare the asked class of every pixel with that of the picture, read back."""
-    wanted = scene_map(question.scene)
-    reading = detector.read_picture(picture)
+def score_map(prompt: EvaluationPrompt, image: InputImage) -> Metrics:
+    """Compare the asked class of every pixel with that of the image, read back."""
+    wanted = scene_map(prompt.scene)
+    reading = detector.read_image(image)
     found = class_map(reading.things, reading.background, gradient=reading.gradient)
     things = wanted != wanted[0, 0]
     right = found == wanted
@@ -140,10 +140,10 @@ def judge_map(question: Question, picture: InputImage) -> Marks:
     }
 
 
-def judge_enlarged(question: Question, picture: InputImage) -> Marks:
-    """Return squared errors of an enlarged picture and of the bicubic one."""
-    truth = question.truth
-    error = _squared_error(picture, truth)
+def score_enlarged(prompt: EvaluationPrompt, image: InputImage) -> Metrics:
+    """Return squared errors of an enlarged image and of the bicubic one."""
+    truth = prompt.truth
+    error = _squared_error(image, truth)
     plain_error = _squared_error(enlarge(shrink(truth)), truth)
     return {
         "error": error,
@@ -152,69 +152,69 @@ def judge_enlarged(question: Question, picture: InputImage) -> Marks:
     }
 
 
-def judge_filled(question: Question, picture: InputImage) -> Marks:
-    """Return what became of a picture with a hole.
+def score_filled(prompt: EvaluationPrompt, image: InputImage) -> Metrics:
+    """Return the metrics of an inpainted image.
 
-    `kept` is whether the rest is untouched; `error` and `plain_error` are those in the hole, of
-    the picture and of the mean colour of the rest, `knowable_error` that of the scene without what
-    is wholly hidden, which nobody can know of; `readable` is whether everything that shows by half
+    `kept` is whether the rest is untouched; `error` and `plain_error` are those in the mask, of
+    the image and of the mean colour of the rest, `knowable_error` that of the scene without what
+    is wholly hidden, which cannot be known; `readable` is whether everything that shows by half
     or more is read back with its kind and colour.
     """
-    assert question.hole is not None, "inpainting needs a hole"
-    hole, truth = question.hole, question.truth
-    plain = mean_color_fill(truth, hole)
-    shares = {each: visible_share(each, hole) for each in question.scene.things}
+    assert prompt.mask is not None, "inpainting needs a mask"
+    mask, truth = prompt.mask, prompt.truth
+    plain = mean_color_fill(truth, mask)
+    shares = {each: visible_share(each, mask) for each in prompt.scene.things}
     showing = [each for each, share in shares.items() if share >= _HALF]
     traced = tuple(each for each, share in shares.items() if share >= _TRACE)
-    knowable = drawing_of(replace(question.scene, things=traced))
-    error = _squared_error(picture[hole], truth[hole])
-    plain_error = _squared_error(plain[hole], truth[hole])
-    matched = judging.match(showing, detector.read_picture(picture).things)
+    knowable = image_of(replace(prompt.scene, things=traced))
+    error = _squared_error(image[mask], truth[mask])
+    plain_error = _squared_error(plain[mask], truth[mask])
+    matched = scoring.match(showing, detector.read_image(image).things)
     return {
-        "kept": (bool((picture[~hole] == truth[~hole]).all()), 1),
+        "kept": (bool((image[~mask] == truth[~mask]).all()), 1),
         "error": error,
         "plain_error": plain_error,
         "mean_gain": (_gain(error, plain_error), 1),
-        "knowable_error": _squared_error(knowable[hole], truth[hole]),
+        "knowable_error": _squared_error(knowable[mask], truth[mask]),
         "readable": (None not in matched, 1),
     }
 
 
-JUDGES: Mapping[Task, Callable[[Question, InputImage], Marks]] = MappingProxyType(
+SCORERS: Mapping[Task, Callable[[EvaluationPrompt, InputImage], Metrics]] = MappingProxyType(
     {
-        "unconditional": judge_scene,
-        "class-to-image": judge_class,
-        "text-to-image": judge_words,
-        "layout-to-image": judge_layout,
-        "semantic-synthesis": judge_map,
-        "super-resolution": judge_enlarged,
-        "inpainting": judge_filled,
+        "unconditional": score_scene,
+        "class-to-image": score_class,
+        "text-to-image": score_words,
+        "layout-to-image": score_layout,
+        "semantic-synthesis": score_map,
+        "super-resolution": score_enlarged,
+        "inpainting": score_filled,
     }
 )
 
 
-def judge_all(
-    task: Task, questions: Iterable[Question], pictures: Iterable[InputImage]
+def score_all(
+    task: Task, prompts: Iterable[EvaluationPrompt], images: Iterable[InputImage]
 ) -> dict[str, tuple[float, float]]:
-    """Return the sum of the marks of pictures, one a question."""
+    """Return the sum of the metrics of images, one per prompt."""
     total: dict[str, tuple[float, float]] = {}
-    for question, picture in zip(questions, pictures, strict=True):
-        for name, (reached, of) in JUDGES[task](question, picture).items():
+    for prompt, image in zip(prompts, images, strict=True):
+        for name, (reached, of) in SCORERS[task](prompt, image).items():
             before = total.get(name, (0.0, 0.0))
             total[name] = before[0] + float(reached), before[1] + float(of)
     return total
 
 
-def scores(marks: Marks) -> dict[str, float]:
-    """Return shares, and decibels of what are errors.
+def scores(metrics: Metrics) -> dict[str, float]:
+    """Return shares, and decibels for errors.
 
-    `gain` is how many decibels the plain way lacks by the errors of all pictures together, which
-    the worst pictures decide; `mean_gain` is the mean of what it lacks in each. A criterion that
+    `gain` is how many decibels the plain way lacks by the errors of all images together, which
+    the worst images decide; `mean_gain` is the mean of what it lacks in each. A criterion that
     nothing was asked of has no score.
     """
     shares = {
         _DECIBELS.get(name, name): decibels(reached / of) if name in _DECIBELS else reached / of
-        for name, (reached, of) in marks.items()
+        for name, (reached, of) in metrics.items()
         if of
     }
     if {"psnr", "plain_psnr"} <= shares.keys():
@@ -224,7 +224,7 @@ def scores(marks: Marks) -> dict[str, float]:
     return shares
 
 
-#: What each system has to reach; `scores` has more than these.
+#: Goals of each model; `scores` has more than these.
 GOALS: Mapping[Task, Mapping[str, float]] = MappingProxyType(
     {
         "unconditional": {"valid": 0.9},
@@ -238,27 +238,27 @@ GOALS: Mapping[Task, Mapping[str, float]] = MappingProxyType(
 )
 
 
-def stray_pixels(picture: InputImage, reading: detector.Reading) -> int:
+def stray_pixels(image: InputImage, reading: detector.Reading) -> int:
     """Return how many pixels are coloured that belong to nothing that was read."""
-    levels = detector.smooth(picture.astype(np.float32))
+    levels = detector.smooth(image.astype(np.float32))
     coloured = levels.max(axis=2) - levels.min(axis=2) > _SATURATED
     for thing in reading.things:
         coloured &= detector.smooth(scenes.coverage(thing)) <= 0
     return int(coloured.sum())
 
 
-def _background_error(picture: InputImage, reading: detector.Reading) -> float:
+def _background_error(image: InputImage, reading: detector.Reading) -> float:
     """Return how many grey levels the background is off, where nothing was read."""
-    free = np.ones(picture.shape[:2], np.bool_)
+    free = np.ones(image.shape[:2], np.bool_)
     for thing in reading.things:
         free &= detector.smooth(scenes.coverage(thing)) <= 0
     wanted = scenes.backdrop(reading.background, gradient=reading.gradient)
-    errors = np.abs(picture.astype(np.float32).mean(axis=2) - wanted)
+    errors = np.abs(image.astype(np.float32).mean(axis=2) - wanted)
     return float(errors[free].mean()) if free.any() else math.inf
 
 
-def _squared_error(picture: InputImage, truth: InputImage) -> tuple[float, float]:
-    error = picture.astype(np.float64) - truth
+def _squared_error(image: InputImage, truth: InputImage) -> tuple[float, float]:
+    error = image.astype(np.float64) - truth
     return float(np.square(error).sum()), float(error.size)
 
 

@@ -12,7 +12,7 @@ from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.specs.model import ModelSpec
 from measuring.rows import commit, machine
-from models.shapes.evaluation import exams, held_out, judging
+from models.shapes.evaluation import held_out, prompts, scoring
 from models.shapes.evaluation.cells import Cell
 
 STEPS = (5, 8, 12, 16, 25, 50)
@@ -27,30 +27,32 @@ def run_sweep(
     """Measure a cell for each request, in order, and yield it.
 
     Raises:
-        LdmError: A cell cannot be drawn.
+        LdmError: A cell cannot be generated.
     """
-    exam = exams.prepare_exam(captions)
-    held_out.draw(generator, exam.wanted[0], held_out.SEED, {"num_inference_steps": 1})  # warms up
+    prompt_set = prompts.prepare_prompts(captions)
+    held_out.generate(
+        generator, prompt_set.wanted[0], held_out.SEED, {"num_inference_steps": 1}
+    )  # warms up
     for request in todo:
-        yield measure(generator, request, exam)
+        yield measure(generator, request, prompt_set)
 
 
-def measure(generator: Generator, request: ResolvedRequest, exam: exams.Exam) -> Cell:
-    """Draw and judge every caption as a request says."""
+def measure(generator: Generator, request: ResolvedRequest, prompt_set: prompts.PromptSet) -> Cell:
+    """Generate and score every caption with the settings of a request."""
     fields = {name: getattr(request, name) for name in ("sampler", "num_inference_steps")}
-    pictures, seconds = held_out.draw_all(generator, exam.wanted, fields)
+    images, seconds = held_out.generate_all(generator, prompt_set.wanted, fields)
     return Cell(
         name="shapes_sweep",
-        system=generator.backend,
+        backend=generator.backend,
         commit=commit(),
         bundle_sha256=generator.bundle_sha256,
         device=machine(),
-        settings=settings_of(request, len(exam.wanted)),
+        settings=settings_of(request, len(prompt_set.wanted)),
         seconds=tuple(seconds),
         calls=count_calls(request),
-        counts=judging.judge_all(exam.wanted, pictures),
-        distance=exams.distance_from(exam.reference, np.stack(pictures)),
-        floor=exam.floor,
+        counts=scoring.score_all(prompt_set.wanted, images),
+        distance=prompts.distance_from(prompt_set.reference, np.stack(images)),
+        floor=prompt_set.floor,
     )
 
 
@@ -63,7 +65,7 @@ def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list
         steps: Numbers of steps; none is `STEPS` up to `MOST_CALLS`.
 
     Raises:
-        RequestError: There is no such sampler, or it cannot take so many steps.
+        RequestError: There is no such sampler, or it cannot take that many steps.
     """
     requests = [
         resolve(
@@ -78,7 +80,7 @@ def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list
 
 
 def count_calls(request: ResolvedRequest) -> int:
-    """Return how often a request's sampler calls the denoiser for one picture.
+    """Return how often a request's sampler calls the denoiser for one image.
 
     Counted by running it over the request's sigmas, because first and last steps may differ.
     """
@@ -100,5 +102,5 @@ def count_calls(request: ResolvedRequest) -> int:
 
 def settings_of(request: ResolvedRequest, captions: int) -> dict[str, str | int | float]:
     """Return all that tells a cell of one bundle from the others."""
-    drawn = {name: getattr(request, name) for name in _SETTINGS}
-    return drawn | {"captions": captions, "layouts": exams.LAYOUTS, "seed": held_out.SEED}
+    settings = {name: getattr(request, name) for name in _SETTINGS}
+    return settings | {"captions": captions, "layouts": prompts.LAYOUTS, "seed": held_out.SEED}

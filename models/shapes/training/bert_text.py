@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_runtime.text import WordPieceTokenizer
-from models.shapes.catalog.systems import BERT
+from models.shapes.catalog.models import BERT
 from models.shapes.data import scenes
 from models.shapes.training import caption_encoder
+from models.shapes.training.autoencoder import under
 from models.shapes.training.caption_encoder import (
     CaptionEncoder,
-    make_lessons,
+    make_supervision,
     train_caption_encoder,
 )
-from models.shapes.training.first_stage import under
 from models.shapes.training.trainer import HERE, WORK
 
 VOCABULARY = HERE.parents[1] / "ldm_export/vocabularies/bert_base_uncased_vocab.txt"
-STAGE = "bert"
+RUN = "bert"
 
 
 @cache
@@ -33,12 +33,12 @@ def _open_tokenizer() -> WordPieceTokenizer:
 
 
 def _embeddings(network: nn.Module) -> tuple[nn.Embedding, nn.Embedding]:
-    assert isinstance(network, BertTextEncoder), "what `build` makes"
+    assert isinstance(network, BertTextEncoder), "`build` makes it"
     return network.transformer.token_emb, network.transformer.pos_emb.emb
 
 
 _BERT = CaptionEncoder(
-    stage=STAGE,
+    run=RUN,
     record=BERT,
     open_tokenizer=_open_tokenizer,
     build=BertTextEncoder,
@@ -64,12 +64,12 @@ def noun_places(caption: str) -> list[int]:
 
 def train_words() -> None:
     """Train the encoder of captions."""
-    train_caption_encoder(_BERT, make_lessons(_BERT, noun_places))
+    train_caption_encoder(_BERT, make_supervision(_BERT, noun_places))
 
 
 def load_words() -> BertTextEncoder:
     """Return the trained encoder of captions."""
-    state = torch.load(WORK / f"{STAGE}.pt", weights_only=True)["ema"]
+    state = torch.load(WORK / f"{RUN}.pt", weights_only=True)["ema"]
     encoder = BertTextEncoder(BERT)
     encoder.load_state_dict(under("text.", state))
     return encoder.eval().requires_grad_(False)

@@ -18,13 +18,13 @@ from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import Tokenizer
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
-from models.shapes.training.caption_questions import (
+from models.shapes.training.caption_supervision import (
     ANSWERS,
     NOT_ASKED,
     NUM_CAPTIONS,
     NUM_CHECKED,
     SCENE_ANSWERS,
-    Lessons,
+    CaptionSupervision,
     about_scene,
     about_things,
     answers_loss,
@@ -39,17 +39,17 @@ class CaptionEncoder:
     """A kind of text encoder, and how it is trained.
 
     Attributes:
-        stage: Its name in the log and in the folder of work.
+        run: Its name in the log and in the folder of work.
         record: Its hyperparameters.
         open_tokenizer: Returns its tokenizer.
         build: Makes the network.
-        embeddings: Returns its token and position embeddings, whose initial values are drawn.
+        embeddings: Returns its token and position embeddings, whose initial values are random.
         end_of: Returns the index of the end token of each row of token ids, (N,).
         steps: Training steps.
         seed: Of the captions.
     """
 
-    stage: str
+    run: str
     record: TextEncoderSpec
     open_tokenizer: Callable[[], Tokenizer]
     build: Callable[[TextEncoderSpec], nn.Module]
@@ -96,53 +96,55 @@ def caption_tokens(kind: CaptionEncoder, captions: Sequence[str]) -> Tensor:
     return torch.tensor([known[text] for text in [*captions, ""]])
 
 
-def make_lessons(kind: CaptionEncoder, noun_places: Callable[[str], Sequence[int]]) -> Lessons:
-    """Return captions of random scenes, without images, and what is to be said of them.
+def make_supervision(
+    kind: CaptionEncoder, noun_places: Callable[[str], Sequence[int]]
+) -> CaptionSupervision:
+    """Return captions of random scenes, without images, and their supervision.
 
     Args:
         kind: The encoder.
         noun_places: Returns where the names of shapes are among a caption's tokens.
     """
     source = scenes.random_scenes(np.random.default_rng(kind.seed), held_out=False)
-    drawn = list(islice(source, NUM_CAPTIONS))
-    captions = [scenes.caption(scene) for scene in drawn]
+    sampled = list(islice(source, NUM_CAPTIONS))
+    captions = [scenes.caption(scene) for scene in sampled]
     tokens = caption_tokens(kind, captions)[:-1]
-    nouns = torch.full((len(drawn), kind.record.max_tokens, len(ANSWERS)), NOT_ASKED)
-    for row, (scene, caption) in enumerate(zip(drawn, captions, strict=True)):
+    nouns = torch.full((len(sampled), kind.record.max_tokens, len(ANSWERS)), NOT_ASKED)
+    for row, (scene, caption) in enumerate(zip(sampled, captions, strict=True)):
         for place, thing in zip(noun_places(caption), about_things(scene), strict=True):
             nouns[row, place] = torch.tensor(thing)
-    return Lessons(
+    return CaptionSupervision(
         tokens=tokens,
         ends=kind.end_of(tokens),
-        scenes=torch.tensor([about_scene(scene) for scene in drawn]),
+        scenes=torch.tensor([about_scene(scene) for scene in sampled]),
         nouns=nouns,
     )
 
 
-def train_caption_encoder(kind: CaptionEncoder, lessons: Lessons) -> None:
-    """Train an encoder; what it learned is saved under the name of its stage."""
+def train_caption_encoder(kind: CaptionEncoder, supervision: CaptionSupervision) -> None:
+    """Train an encoder; its weights are saved under the name of its run."""
     torch.manual_seed(0)
     model = DescribingEncoder(kind)
-    trainer = Trainer(kind.stage, model, Cycle(end=kind.steps))
-    trained = len(lessons.tokens) - NUM_CHECKED
+    trainer = Trainer(kind.run, model, Cycle(end=kind.steps))
+    trained = len(supervision.tokens) - NUM_CHECKED
 
     def answers(rows: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        scene, noun = model(lessons.tokens[rows], lessons.ends[rows], share)
+        scene, noun = model(supervision.tokens[rows], supervision.ends[rows], share)
         return scene, noun
 
     def loss_at(_: int) -> Tensor:
         rows = torch.randint(trained, (_BATCH,))
         scene, noun = answers(rows, torch.rand(_BATCH))
-        return answers_loss(scene, SCENE_ANSWERS, lessons.scenes[rows]) + answers_loss(
-            noun, ANSWERS, lessons.nouns[rows].flatten(0, 1)
+        return answers_loss(scene, SCENE_ANSWERS, supervision.scenes[rows]) + answers_loss(
+            noun, ANSWERS, supervision.nouns[rows].flatten(0, 1)
         )
 
     @torch.no_grad()
     def check() -> dict[str, float]:
-        rows = torch.arange(trained, len(lessons.tokens))
+        rows = torch.arange(trained, len(supervision.tokens))
         scene, _ = answers(rows, torch.ones(len(rows)))
         right = [
-            part.argmax(1) == lessons.scenes[rows, index]
+            part.argmax(1) == supervision.scenes[rows, index]
             for index, part in enumerate(torch.split(scene, list(SCENE_ANSWERS), 1))
         ]
         return {"scenes_right": torch.stack(right).all(0).float().mean().item()}

@@ -1,4 +1,4 @@
-"""Writes trained weights as a CompVis-style checkpoint; `config_writer.py` says what they are."""
+"""Writes trained weights as a CompVis-style checkpoint; `config_writer.py` describes them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,37 +20,37 @@ def write_checkpoint(path: Path, state: Mapping[str, Tensor], step: int) -> None
 
 
 def compvis_state(
-    first_stage: Weights, text: Weights, unet: Weights, unet_ema: Weights
+    autoencoder: Weights, text: Weights, unet: Weights, unet_ema: Weights
 ) -> dict[str, Tensor]:
     """Return weights in fp16 under the names of `ldm.models.diffusion.ddpm.LatentDiffusion`.
 
     Args:
-        first_stage: The autoencoder's, by their names in `AutoencoderKL`.
+        autoencoder: The autoencoder's, by their names in `AutoencoderKL`.
         text: The text encoder's, by their names in `transformers.CLIPTextModel`.
         unet: The UNet's last weights.
         unet_ema: Their moving average.
     """
     conditioner = {f"transformer.{name}": value for name, value in text.items()}
-    state = averaged_state(first_stage, conditioner, unet)
+    state = averaged_state(autoencoder, conditioner, unet)
     for name, value in unet_ema.items():
         state["model_ema." + f"diffusion_model.{name}".replace(".", "")] = _stored(value)
     return state
 
 
-def averaged_state(first_stage: Weights, conditioner: Weights, unet: Weights) -> dict[str, Tensor]:
+def averaged_state(autoencoder: Weights, conditioner: Weights, unet: Weights) -> dict[str, Tensor]:
     """Return one set of weights in fp16 under the names of `LatentDiffusion`.
 
     Where the UNet's last weights and their average do not both fit, the average alone is stored as
     if it were the weights, as in Stable Diffusion's "ema-pruned" files.
 
     Args:
-        first_stage: The autoencoder's, by their names in `AutoencoderKL` or `VQModelInterface`.
+        autoencoder: The autoencoder's, by their names in `AutoencoderKL` or `VQModelInterface`.
         conditioner: Those of `cond_stage_model`, none if it has none.
         unet: The UNet's.
     """
     parts = {
         "model.diffusion_model": unet,
-        "first_stage_model": first_stage,
+        "first_stage_model": autoencoder,
         "cond_stage_model": conditioner,
     }
     return {

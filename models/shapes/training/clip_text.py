@@ -12,13 +12,13 @@ from ldm_export.networks.clip import ClipTextEncoder
 from ldm_runtime.testing import text_encoder_spec
 from ldm_runtime.text import ClipTokenizer
 from models.shapes.data import scenes
+from models.shapes.training.autoencoder import under
 from models.shapes.training.caption_encoder import (
     CaptionEncoder,
     caption_tokens,
-    make_lessons,
+    make_supervision,
     train_caption_encoder,
 )
-from models.shapes.training.first_stage import under
 from models.shapes.training.trainer import HERE, WORK
 
 VOCABULARY = HERE.parents[1] / "ldm_export/vocabularies/clip_bpe_simple_vocab_16e6.txt.gz"
@@ -35,13 +35,13 @@ TEXT_ENCODER = text_encoder_spec(
 
 
 def _embeddings(network: nn.Module) -> tuple[nn.Embedding, nn.Embedding]:
-    assert isinstance(network, ClipTextEncoder), "what `build` makes"
+    assert isinstance(network, ClipTextEncoder), "`build` makes it"
     embeddings = network.text_model.embeddings
     return embeddings.token_embedding, embeddings.position_embedding
 
 
 _CLIP = CaptionEncoder(
-    stage="text",
+    run="text",
     record=TEXT_ENCODER,
     open_tokenizer=lambda: ClipTokenizer.from_file(VOCABULARY),
     build=ClipTextEncoder,
@@ -59,12 +59,12 @@ def load_tokens(captions: Sequence[str]) -> Tensor:
 
 def train_text() -> None:
     """Train the text encoder."""
-    train_caption_encoder(_CLIP, make_lessons(_CLIP, _noun_places))
+    train_caption_encoder(_CLIP, make_supervision(_CLIP, _noun_places))
 
 
 def load_text_encoder() -> ClipTextEncoder:
     """Return the trained text encoder."""
-    state = torch.load(WORK / f"{_CLIP.stage}.pt", weights_only=True)["ema"]
+    state = torch.load(WORK / f"{_CLIP.run}.pt", weights_only=True)["ema"]
     encoder = ClipTextEncoder(TEXT_ENCODER)
     encoder.load_state_dict(under("text.", state))
     return encoder.eval()

@@ -9,14 +9,14 @@ _CHUNK = 4096  # latents whose distances to all codes are in memory together
 
 
 class Codes(nn.Module):
-    """What the running k-means remembers of a codebook: how often codes were used, and for what."""
+    """State of the running k-means of a codebook: uses of each code, and sums of its latents."""
 
     count: Tensor
     total: Tensor
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
-        assert spec.codebook_size is not None, "a VQ first stage has a codebook"
+        assert spec.codebook_size is not None, "a VQ autoencoder has a codebook"
         self.register_buffer("count", torch.ones(spec.codebook_size))
         self.register_buffer("total", torch.zeros(spec.codebook_size, spec.embed_dim))
 
@@ -40,7 +40,7 @@ def spread(latents: Tensor, count: int) -> Tensor:
     """Choose `count` of the latents (M, D) by their distance from those already chosen.
 
     Source: Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding", section
-    2.2; many are drawn at once, because the exact order matters little for so many.
+    2.2; many are chosen at once, because the exact order matters little for that many.
     """
     chosen = latents[torch.randint(len(latents), (1,))]
     while len(chosen) < count:

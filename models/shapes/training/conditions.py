@@ -1,4 +1,4 @@
-"""What the rows of a corpus feed a system's UNet: a context, channels behind the latents, or both.
+"""Conditions of a model's UNet for rows of a corpus: context, concatenated channels, or both.
 
 A dropped row gets the condition that says nothing: the null class, the layout without objects, the
 empty caption.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_runtime.specs.model import Task
-from models.shapes.catalog.systems import System
+from models.shapes.catalog.models import TrainedModel
 from models.shapes.data import scenes
 from models.shapes.data.labels import label_of, scene_map
 from models.shapes.evaluation.scores import shrink
@@ -27,31 +27,31 @@ _BATCH = 256
 
 
 class Condition(NamedTuple):
-    """What the UNet gets besides noisy latents: (B, T, D) and (B, C, 16, 16), or None."""
+    """Inputs of the UNet in addition to noisy latents: (B, T, D) and (B, C, 16, 16), or None."""
 
     context: Tensor | None = None
     concat: Tensor | None = None
 
 
-#: Maps the trained conditioner, if the system has one, rows of the corpus (B,) and which of them
+#: Maps the trained conditioner, if the model has one, rows of the corpus (B,) and which of them
 #: are dropped (B,), to a condition.
 Conditions = Callable[[nn.Module | None, Tensor, Tensor], Condition]
 
 
-def open_conditions(system: System, corpus: Corpus) -> Conditions:
-    """Return what makes the conditions of a corpus."""
-    return _OPENERS[system.task](system, corpus)
+def open_conditions(model: TrainedModel, corpus: Corpus) -> Conditions:
+    """Return a function that makes the conditions of a corpus."""
+    return _OPENERS[model.task](model, corpus)
 
 
-def _nothing(_: System, __: Corpus) -> Conditions:
+def _nothing(_: TrainedModel, __: Corpus) -> Conditions:
     return lambda _conditioner, _rows, _dropped: Condition()
 
 
-def _classes(system: System, corpus: Corpus) -> Conditions:
-    assert system.embedder is not None, "class-to-image has an embedder"
-    null = system.embedder.null_class
+def _classes(model: TrainedModel, corpus: Corpus) -> Conditions:
+    assert model.embedder is not None, "class-to-image has an embedder"
+    null = model.embedder.null_class
     assert null is not None, "its last class is none"
-    labels = torch.tensor([label_of(each.scene.things[0]) for each in corpus.questions])
+    labels = torch.tensor([label_of(each.scene.things[0]) for each in corpus.prompts])
 
     def conditions(conditioner: nn.Module | None, rows: Tensor, dropped: Tensor) -> Condition:
         assert conditioner is not None, "the embedder is trained with the UNet"
@@ -60,14 +60,14 @@ def _classes(system: System, corpus: Corpus) -> Conditions:
     return conditions
 
 
-def _captions(_: System, corpus: Corpus) -> Conditions:
-    tokens = caption_tokens([scenes.caption(each.scene) for each in corpus.questions])
+def _captions(_: TrainedModel, corpus: Corpus) -> Conditions:
+    tokens = caption_tokens([scenes.caption(each.scene) for each in corpus.prompts])
     return _encoded(load_words(), tokens)
 
 
-def _layouts(_: System, corpus: Corpus) -> Conditions:
-    drawn = [each.scene for each in corpus.questions]
-    tokens = tokens_of([*shuffled_layouts(drawn, _ORDERS_SEED), []])
+def _layouts(_: TrainedModel, corpus: Corpus) -> Conditions:
+    sampled = [each.scene for each in corpus.prompts]
+    tokens = tokens_of([*shuffled_layouts(sampled, _ORDERS_SEED), []])
     return _encoded(load_layouts(), tokens)
 
 
@@ -83,29 +83,29 @@ def _encoded(encoder: BertTextEncoder, tokens: Tensor) -> Conditions:
     return conditions
 
 
-def _maps(_: System, corpus: Corpus) -> Conditions:
-    maps = torch.from_numpy(np.stack([scene_map(each.scene) for each in corpus.questions]))
+def _maps(_: TrainedModel, corpus: Corpus) -> Conditions:
+    maps = torch.from_numpy(np.stack([scene_map(each.scene) for each in corpus.prompts]))
 
     def conditions(conditioner: nn.Module | None, rows: Tensor, _: Tensor) -> Condition:
-        assert conditioner is not None, "the rescaler is trained with the UNet"
+        assert conditioner is not None, "the segmentation encoder is trained with the UNet"
         return Condition(concat=conditioner(maps[rows].long()))
 
     return conditions
 
 
-def _small_pictures(_: System, corpus: Corpus) -> Conditions:
-    small = np.stack([shrink(each.truth) for each in corpus.questions])
-    pictures = torch.from_numpy(small).movedim(3, 1)
+def _small_images(_: TrainedModel, corpus: Corpus) -> Conditions:
+    small = np.stack([shrink(each.truth) for each in corpus.prompts])
+    images = torch.from_numpy(small).movedim(3, 1)
 
     def conditions(_: nn.Module | None, rows: Tensor, __: Tensor) -> Condition:
-        return Condition(concat=pictures[rows].float() / 127.5 - 1)
+        return Condition(concat=images[rows].float() / 127.5 - 1)
 
     return conditions
 
 
-def _holes(_: System, corpus: Corpus) -> Conditions:
+def _masked(_: TrainedModel, corpus: Corpus) -> Conditions:
     masked = corpus.masked
-    assert masked is not None, "inpainting has holes"
+    assert masked is not None, "inpainting has masks"
 
     def conditions(_: nn.Module | None, rows: Tensor, __: Tensor) -> Condition:
         return Condition(concat=masked[rows])
@@ -113,21 +113,21 @@ def _holes(_: System, corpus: Corpus) -> Conditions:
     return conditions
 
 
-_OPENERS: Mapping[Task, Callable[[System, Corpus], Conditions]] = MappingProxyType(
+_OPENERS: Mapping[Task, Callable[[TrainedModel, Corpus], Conditions]] = MappingProxyType(
     {
         "unconditional": _nothing,
         "class-to-image": _classes,
         "text-to-image": _captions,
         "layout-to-image": _layouts,
         "semantic-synthesis": _maps,
-        "super-resolution": _small_pictures,
-        "inpainting": _holes,
+        "super-resolution": _small_images,
+        "inpainting": _masked,
     }
 )
 
 
 def predict_with(unet: nn.Module, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what predicts v from noisy latents and timesteps under a condition."""
+    """Return a function that predicts v from noisy latents and timesteps under a condition."""
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         inputs = [noisy] if condition.concat is None else [noisy, condition.concat]
@@ -141,7 +141,7 @@ def predict_with(unet: nn.Module, condition: Condition) -> Callable[[Tensor, Ten
 def guided(
     unet: nn.Module, conditions: Sequence[Condition], scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what predicts v with guidance, of the condition and of the one that says nothing.
+    """Return a function that predicts v with guidance, of the condition and the empty one.
 
     Source: Ho and Salimans 2022 (arXiv:2207.12598), equation 6.
     """

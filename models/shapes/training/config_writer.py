@@ -1,6 +1,6 @@
-"""Writes what a checkpoint is as a CompVis configuration, as the released models have beside them.
+"""Writes a CompVis configuration of a checkpoint, as the released models have next to them.
 
-What the weights can tell is in it, too. Classes are named for people; whoever reads the file here
+What the weights can tell is in it, too. Classes are named for people; the reader here
 compares the names and imports nothing.
 """
 
@@ -26,15 +26,15 @@ _LEFT_OPEN = -1  # CompVis's way to say that the other of two numbers counts
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a checkpoint is.
+    """The hyperparameters of a checkpoint.
 
     Attributes:
-        task: What it does.
+        task: Its task.
         unet: Its UNet.
-        autoencoder: Its first stage.
-        text_encoder: What encodes prompts or layouts, if it has that.
-        class_embedder: What encodes classes, if it has that.
-        rescaler: What encodes semantic maps, if it has that.
+        autoencoder: Its autoencoder.
+        text_encoder: Encoder of prompts or layouts, if any.
+        class_embedder: Encoder of classes, if any.
+        segmentation_encoder: Encoder of segmentation maps, if any.
         class_dropout: Share of classes that training replaced by the last.
         schedule: First and last beta, and how many there are.
         latent_size: Height and width in latent pixels.
@@ -80,7 +80,7 @@ def write_model_config(path: Path, model: ModelConfig) -> None:
 
 
 def params_of(model: ModelConfig) -> dict[str, Any]:
-    """Return what stands under `model: params:`."""
+    """Return the content of `model: params:`."""
     start, end, timesteps = model.schedule
     params: dict[str, Any] = {
         "linear_start": start,
@@ -97,7 +97,7 @@ def params_of(model: ModelConfig) -> dict[str, Any]:
         params["concat_mode"] = True
     return params | {
         "unet_config": {"params": _unet(model.unet)},
-        "first_stage_config": _first_stage(model),
+        "first_stage_config": _autoencoder(model),
         "cond_stage_config": _conditioner(model),
     }
 
@@ -129,7 +129,7 @@ def _unet(unet: UNetSpec) -> dict[str, Any]:
     return params
 
 
-def _first_stage(model: ModelConfig) -> dict[str, Any]:
+def _autoencoder(model: ModelConfig) -> dict[str, Any]:
     spec = model.autoencoder
     details: dict[str, Any] = {
         "double_z": spec.kind == "kl",

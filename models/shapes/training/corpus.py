@@ -1,7 +1,7 @@
-"""What the systems learn from: the scenes behind the pictures, their latents, and holes in them.
+"""Training data of the models: scenes behind the images, their latents, and masks.
 
-All of it is derived from `first_stage.load_data` and made once; the last `NUM_CHECKED` rows that a
-system uses are never trained on.
+All of it is derived from `autoencoder.load_data` and made once; the last `NUM_CHECKED` rows that a
+model uses are never trained on.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,57 +13,58 @@ import torch
 from torch import Tensor
 
 from ldm_export.networks.autoencoder import LatentEncoder
-from models.shapes.catalog.recipes import Recipe
-from models.shapes.catalog.systems import System
+from models.shapes.catalog.autoencoders import AutoencoderConfig
+from models.shapes.catalog.models import TrainedModel
 from models.shapes.data import scenes
-from models.shapes.data.holes import Mask, random_hole
-from models.shapes.evaluation.scores import Question
-from models.shapes.training.first_stage import NUM_SCENES, as_input, load_data
+from models.shapes.data.masks import Mask, random_mask
+from models.shapes.evaluation.scores import EvaluationPrompt
+from models.shapes.training.autoencoder import NUM_SCENES, as_input, load_data
 from models.shapes.training.trainer import WORK
-from models.shapes.training.vq import load_first_stage
+from models.shapes.training.vq import load_vq
 
-_HOLES_SEED = 3
+_MASKS_SEED = 3
 _BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """The rows of the data that a system uses.
+    """The rows of the data that a model uses.
 
     Attributes:
         rows: Their numbers in the data, (N,).
-        questions: Scenes, with holes for inpainting.
+        prompts: Scenes, with masks for inpainting.
         latents: (N, 3, 16, 16), of unit variance.
         scale: The factor that makes it so.
-        masked: For inpainting, latents of the pictures with their holes as the encoder gives them,
+        masked: For inpainting, latents of the masked images as the encoder gives them,
             and the mask behind them, (N, 4, 16, 16).
     """
 
     rows: Tensor
-    questions: Sequence[Question]
+    prompts: Sequence[EvaluationPrompt]
     latents: Tensor
     scale: float
     masked: Tensor | None
 
 
-def load_corpus(system: System) -> Corpus:
-    """Return what a system learns from; what is not yet there is made, which takes minutes."""
-    drawn = load_scenes()
-    rows = rows_of(drawn, system)
-    first = system.most_rows if system.task == "inpainting" else NUM_SCENES
-    latents = _cached(f"{system.first_stage.stage}_latents", lambda: _encode(system, first))
+def load_corpus(model: TrainedModel) -> Corpus:
+    """Return the training data of a model; missing files are made, which takes minutes."""
+    sampled = load_scenes()
+    rows = rows_of(sampled, model)
+    first = model.most_rows if model.task == "inpainting" else NUM_SCENES
+    latents = _cached(f"{model.autoencoder.run}_latents", lambda: _encode(model, first))
     scale = 1 / latents.std().item()
-    holes: list[Mask | None] = [None] * len(rows)
+    masks: list[Mask | None] = [None] * len(rows)
     masked = None
-    if system.task == "inpainting":
-        found = [hole_of(row) for row in rows]
-        encoded = _cached("masked_latents", lambda: _encode_masked(system.first_stage, first))
-        masks = torch.stack([latent_mask(hole) for hole in found])
-        masked, holes = torch.cat([encoded[rows], masks], dim=1), [*found]
+    if model.task == "inpainting":
+        found = [mask_of(row) for row in rows]
+        encoded = _cached("masked_latents", lambda: _encode_masked(model.autoencoder, first))
+        latent_masks = torch.stack([latent_mask(mask) for mask in found])
+        masked, masks = torch.cat([encoded[rows], latent_masks], dim=1), [*found]
     return Corpus(
         rows=torch.tensor(rows),
-        questions=[
-            Question(scene=drawn[row], hole=hole) for row, hole in zip(rows, holes, strict=True)
+        prompts=[
+            EvaluationPrompt(scene=sampled[row], mask=mask)
+            for row, mask in zip(rows, masks, strict=True)
         ],
         latents=latents[rows] * scale,
         scale=scale,
@@ -71,65 +72,65 @@ def load_corpus(system: System) -> Corpus:
     )
 
 
-def load_scale(recipe: Recipe) -> float:
-    """Return the factor that gives a first stage's latents unit variance."""
-    latents = torch.load(WORK / f"{recipe.stage}_latents.pt", weights_only=True)
+def load_scale(config: AutoencoderConfig) -> float:
+    """Return the factor that gives an autoencoder's latents unit variance."""
+    latents = torch.load(WORK / f"{config.run}_latents.pt", weights_only=True)
     return float(1 / latents.std().item())
 
 
-def rows_of(drawn: Sequence[scenes.Scene], system: System) -> list[int]:
-    """Return the numbers of the scenes that a system uses."""
-    few = [row for row, each in enumerate(drawn) if len(each.things) <= system.most_things]
-    return [row for row in few if row < system.most_rows]
+def rows_of(sampled: Sequence[scenes.Scene], model: TrainedModel) -> list[int]:
+    """Return the numbers of the scenes that a model uses."""
+    few = [row for row, each in enumerate(sampled) if len(each.things) <= model.most_things]
+    return [row for row in few if row < model.most_rows]
 
 
 def load_scenes() -> list[scenes.Scene]:
-    """Return the scenes of `load_data`, drawn again without their pictures and cached.
+    """Return the scenes of `load_data`, sampled again without their images and cached.
 
     Raises:
-        ValueError: They are not those of the pictures.
+        ValueError: They are not those of the images.
     """
     path = WORK / "scenes.json"
     if not path.exists():
         source = scenes.random_scenes(np.random.default_rng(1), held_out=False)
-        drawn = [next(source) for _ in range(NUM_SCENES)]
+        sampled = [next(source) for _ in range(NUM_SCENES)]
         with np.load(WORK / "data.npz") as data:
             captions = data["captions"].tolist()
-        if captions != [scenes.caption(each) for each in drawn]:
-            raise ValueError("data.npz shows other scenes than those drawn now; remove it")
-        path.write_bytes(msgspec.json.encode(drawn))
+        if captions != [scenes.caption(each) for each in sampled]:
+            raise ValueError("data.npz shows other scenes than those sampled now; remove it")
+        path.write_bytes(msgspec.json.encode(sampled))
     return msgspec.json.decode(path.read_bytes(), type=list[scenes.Scene])
 
 
-def hole_of(row: int) -> Mask:
-    """Return the hole in the picture of a row of the data."""
-    return random_hole(np.random.default_rng((_HOLES_SEED, row)))
+def mask_of(row: int) -> Mask:
+    """Return the mask of a row of the data."""
+    return random_mask(np.random.default_rng((_MASKS_SEED, row)))
 
 
-def latent_mask(hole: Mask) -> Tensor:
-    """Return a hole (64, 64) as the UNet sees it: (1, 16, 16), 1 in the hole and -1 around it.
+def latent_mask(mask: Mask) -> Tensor:
+    """Return a mask (64, 64) as the UNet sees it: (1, 16, 16), 1 inside and -1 outside.
 
     Of every latent pixel the first pixel decides, as in the paper's code.
     """
-    return torch.from_numpy(hole[::4, ::4].astype(np.float32))[None] * 2 - 1
+    return torch.from_numpy(mask[::4, ::4].astype(np.float32))[None] * 2 - 1
 
 
 @torch.no_grad()
-def _encode(system: System, count: int) -> Tensor:
-    pictures, _ = load_data()
-    encoder = load_first_stage(system.first_stage).encoder
-    return _latents(encoder, as_input, torch.split(pictures[:count], _BATCH))
+def _encode(model: TrainedModel, count: int) -> Tensor:
+    images, _ = load_data()
+    encoder = load_vq(model.autoencoder).encoder
+    return _latents(encoder, as_input, torch.split(images[:count], _BATCH))
 
 
 @torch.no_grad()
-def _encode_masked(recipe: Recipe, count: int) -> Tensor:
-    """Encode pictures whose hole is -1, black, as the paper's code does."""
-    pictures, _ = load_data()
-    encoder = load_first_stage(recipe).encoder
-    holes = torch.from_numpy(np.stack([hole_of(row) for row in range(count)]))[:, None]
+def _encode_masked(config: AutoencoderConfig, count: int) -> Tensor:
+    """Encode images whose masked region is -1, black, as the paper's code does."""
+    images, _ = load_data()
+    encoder = load_vq(config).encoder
+    masks = torch.from_numpy(np.stack([mask_of(row) for row in range(count)]))[:, None]
 
     def masked(part: Tensor) -> Tensor:
-        return torch.where(holes[part], -1.0, as_input(pictures[part]))
+        return torch.where(masks[part], -1.0, as_input(images[part]))
 
     return _latents(encoder, masked, torch.split(torch.arange(count), _BATCH))
 

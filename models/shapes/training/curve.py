@@ -1,4 +1,4 @@
-"""Draw the training log as `models/shapes/curve.png` and `curve_systems.png`.
+"""Plot the training log as `models/shapes/curve.png` and `curve_tasks.png`.
 
 python models/shapes/training/curve.py
 """
@@ -13,8 +13,8 @@ from models.shapes.evaluation import charts
 
 HERE = Path(__file__).resolve().parents[1]
 _LINE, _DOTS = "#3b6fb6", "#c0392b"
-#: What the log calls each system's stage, what the legend calls it, and its colour and mark.
-_SYSTEMS = (
+#: Each training run's name in the log and in the legend, its colour and its marker.
+_RUNS = (
     ("unconditional", "unconditional", "#3b6fb6", "dot"),
     ("unconditional_offset", "  with offset noise (not shipped)", "#9db9dd", "dot"),
     ("class_to_image", "class, from layout", "#c0392b", "square"),
@@ -28,10 +28,10 @@ _SYSTEMS = (
 )
 
 
-def read_log(stage: str, key: str) -> list[charts.Point]:
-    """Return (step, value) of every row of a stage that has `key`."""
+def read_log(run: str, key: str) -> list[charts.Point]:
+    """Return (step, value) of every row of a training run that has `key`."""
     rows = [json.loads(line) for line in (HERE / "log.jsonl").read_text().splitlines()]
-    return [(row["step"], row[key]) for row in rows if row["stage"] == stage and key in row]
+    return [(row["step"], row[key]) for row in rows if row["stage"] == run and key in row]
 
 
 def training_chart(
@@ -49,9 +49,9 @@ def training_chart(
 
 
 def draw_curves() -> Image.Image:
-    """Return both stages side by side."""
-    first_stage = training_chart(
-        "first stage: PSNR on held-out pictures (dB)",
+    """Return the curves of both networks side by side."""
+    autoencoder = training_chart(
+        "autoencoder: PSNR on held-out images (dB)",
         [],
         read_log("autoencoder", "psnr"),
         logarithmic=False,
@@ -62,22 +62,22 @@ def draw_curves() -> Image.Image:
         read_log("diffusion", "held_out_loss"),
         logarithmic=True,
     )
-    return charts.grid([first_stage, diffusion], columns=2)
+    return charts.grid([autoencoder, diffusion], columns=2)
 
 
-def draw_systems() -> Image.Image:
-    """Return the held-out losses of the systems in one chart."""
+def draw_tasks() -> Image.Image:
+    """Return the held-out losses of the models in one chart."""
     series = [
-        charts.Series(label=label, points=read_log(stage, "held_out_loss"), color=color, mark=mark)
-        for stage, label, color, mark in _SYSTEMS
+        charts.Series(label=label, points=read_log(run, "held_out_loss"), color=color, mark=mark)
+        for run, label, color, mark in _RUNS
     ]
     points = [point for each in series for point in each.points]
     steps = charts.axis_over("step", [0, *(step for step, _ in points)], form=".0f")
     losses = charts.logarithmic_axis("", [loss for _, loss in points])
     chart = charts.draw_chart("held-out loss", steps, losses, series, size=(560, 360))
-    return charts.beside(chart, charts.draw_legend(series, 270))
+    return charts.side_by_side(chart, charts.draw_legend(series, 270))
 
 
 if __name__ == "__main__":
-    draw_systems().save(HERE / "curve_systems.png", optimize=True)
+    draw_tasks().save(HERE / "curve_tasks.png", optimize=True)
     draw_curves().save(HERE / "curve.png", optimize=True)

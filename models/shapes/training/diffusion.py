@@ -1,4 +1,4 @@
-"""The UNet of the shapes model: what it learns and how."""
+"""The UNet of the shapes model: its hyperparameters, loss and training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from ldm_export.networks.unet import UNet
 from ldm_runtime.testing import unet_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.noise import TOLD
+from models.shapes.training.autoencoder import NUM_CHECKED, load_data, load_latents
 from models.shapes.training.clip_text import load_text_encoder, load_tokens
-from models.shapes.training.first_stage import NUM_CHECKED, load_data, load_latents
 from models.shapes.training.trainer import Trainer
 from models.shapes.training.velocity import velocity_loss
 
@@ -34,11 +34,11 @@ LAYOUT_STEPS = 4_000
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionLoss:
-    """The loss of the UNet on pictures and their captions, of which some are dropped.
+    """The loss of the UNet on images and their captions, of which some are dropped.
 
     Attributes:
         unet: Predicts v.
-        latents: Of every picture, (N, 4, 16, 16).
+        latents: Of every image, (N, 4, 16, 16).
         contexts: Of every caption, (N + 1, 77, 64); the last row is that of the empty caption.
     """
 
@@ -66,7 +66,7 @@ def train_diffusion() -> None:
     """Train the UNet to predict v.
 
     Not compiled: compiled by torch 2.13, under autocast on a CPU, the lower levels got no gradient
-    (their last layers were exactly zero after 1,000 steps), and no caption changed a picture.
+    (their last layers were exactly zero after 1,000 steps), and no caption changed an image.
     """
     _, captions = load_data()
     latents, _ = load_latents()

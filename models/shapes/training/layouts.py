@@ -1,4 +1,4 @@
-"""The encoder of layouts, trained by itself to say which label covers which part of the picture.
+"""The encoder of layouts, trained by itself to predict which label covers which part of the image.
 
 Points are numbers of cells in a grid of 90 by 90, and a cell says nothing of its neighbours: 8,100
 of them would have to be learned one by one. Their embeddings begin as sinusoids of the coordinates,
@@ -20,13 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_runtime.inputs.layouts import LayoutObject, layout_tokens
 from models.shapes.catalog.learning_rate import Cycle
-from models.shapes.catalog.systems import LAYOUT
+from models.shapes.catalog.models import LAYOUT
 from models.shapes.data import scenes
 from models.shapes.data.labels import NUM_LABELS, box_of, label_features, label_of
-from models.shapes.training.first_stage import under
+from models.shapes.training.autoencoder import under
 from models.shapes.training.trainer import WORK, Trainer
 
-STAGE = "layouts"
+RUN = "layouts"
 STEPS, BATCH = 1500, 64
 NUM_SCENES, NUM_CHECKED = 12_000, 512
 _SEED = 5
@@ -34,12 +34,12 @@ _TOKENS = 3  # an object
 _SLOTS = (LAYOUT.max_tokens - 2) // _TOKENS
 _GRID = math.isqrt(LAYOUT.vocab_size)
 _PLACES = 128  # over which the context of a label is averaged
-_CELLS = 8  # a side of the coarse grid
+_CELLS = 8  # per side of the coarse grid
 _BOX_WEIGHT, _CELL_WEIGHT = 4.0, 2.0
 
 
 def scene_layout(scene: scenes.Scene, order: Sequence[int] | None = None) -> list[LayoutObject]:
-    """Return what is where in a scene, in another order if one is given."""
+    """Return the layout of a scene, in another order if one is given."""
     things = [scene.things[index] for index in order or range(len(scene.things))]
     return [LayoutObject(label=label_of(each), box=box_of(each)) for each in things]
 
@@ -49,15 +49,15 @@ def tokens_of(layouts: Sequence[Sequence[LayoutObject]]) -> Tensor:
     return torch.from_numpy(np.stack([layout_tokens(tuple(each), LAYOUT) for each in layouts]))
 
 
-def shuffled_layouts(drawn: Sequence[scenes.Scene], seed: int) -> list[list[LayoutObject]]:
-    """Return what is where in scenes, objects in random order."""
+def shuffled_layouts(sampled: Sequence[scenes.Scene], seed: int) -> list[list[LayoutObject]]:
+    """Return the layouts of scenes, objects in random order."""
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(scene.things)).tolist() for scene in drawn]
-    return [scene_layout(scene, order) for scene, order in zip(drawn, orders, strict=True)]
+    orders = [rng.permutation(len(scene.things)).tolist() for scene in sampled]
+    return [scene_layout(scene, order) for scene, order in zip(sampled, orders, strict=True)]
 
 
 def coordinate_features(width: int) -> Tensor:
-    """Return sinusoids (8192, width) of where in the picture the cell of a token is.
+    """Return sinusoids (8192, width) of where in the image the cell of a token is.
 
     Of the rows behind the last cell only the very last is ever used: none.
     """
@@ -90,13 +90,13 @@ class DescribingLayouts(nn.Module):
             self.text.transformer.pos_emb.emb.weight.copy_(places)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return of layouts (B, 92) what each object's tokens tell: label, box and cells."""
+        """Return predictions of each object's tokens in layouts (B, 92): label, box and cells."""
         context = self.text(tokens)[:, : _TOKENS * _SLOTS]
         return self.label(context), self.box(context), self.cells(context)
 
 
 def answers_of(layouts: Sequence[Sequence[LayoutObject]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is to be said of each slot: labels (N, 30), boxes (N, 30, 4) and cells."""
+    """Return the answers for each slot: labels (N, 30), boxes (N, 30, 4) and cells."""
     labels = torch.full((len(layouts), _SLOTS), NUM_LABELS)
     boxes = torch.zeros(len(layouts), _SLOTS, 4)
     for row, layout in enumerate(layouts):
@@ -118,7 +118,7 @@ def train_layouts() -> None:
     tokens, answers = tokens_of(layouts), answers_of(layouts)
     torch.manual_seed(0)
     model = DescribingLayouts()
-    trainer = Trainer(STAGE, model, Cycle(end=STEPS))
+    trainer = Trainer(RUN, model, Cycle(end=STEPS))
     trained = len(tokens) - NUM_CHECKED
 
     def loss_at(_: int) -> Tensor:
@@ -155,7 +155,7 @@ def _loss(
 
 def load_layouts() -> BertTextEncoder:
     """Return the trained encoder of layouts."""
-    state = torch.load(WORK / f"{STAGE}.pt", weights_only=True)["ema"]
+    state = torch.load(WORK / f"{RUN}.pt", weights_only=True)["ema"]
     encoder = BertTextEncoder(LAYOUT)
     encoder.load_state_dict(under("text.", state))
     return encoder.eval().requires_grad_(False)
@@ -163,7 +163,7 @@ def load_layouts() -> BertTextEncoder:
 
 @torch.no_grad()
 def label_contexts() -> Tensor:
-    """Return what the encoder makes of every label wherever it is, and of none, (25, 64).
+    """Return the contexts of every label, averaged over places, and of none, (25, 64).
 
     Means over the places of a thing in scenes, of the first of its three tokens.
     """

@@ -1,6 +1,6 @@
 """Muon for the matrices inside a network and AdamW for everything else, as one optimizer.
 
-Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that directions few pictures
+Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that directions few images
 pull into get as large a step as the others: Jordan et al. 2024, "Muon: an optimizer for hidden
 layers in neural networks". Steps are scaled to the size of AdamW's (Liu et al. 2025,
 arXiv:2502.16982, section 2.2), of which they stand more: a learning rate is Muon's, and AdamW
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 _WEIGHT_DECAY = 0.01
-_SHARE = 1 / 3  # of the learning rate, for AdamW beside Muon
+_SHARE = 1 / 3  # of the learning rate, for AdamW next to Muon
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
@@ -23,7 +23,7 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
 
 
 class MuonAndAdamW:
-    """Has of an optimizer what `trainer.Trainer` uses."""
+    """The part of an optimizer that `trainer.Trainer` uses."""
 
     def __init__(self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> None:
         """Take parameters of two or more dimensions, and the others.
@@ -53,7 +53,7 @@ class MuonAndAdamW:
         self._adamw.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` goes on from."""
+        """Return the state for `load_state_dict`."""
         return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

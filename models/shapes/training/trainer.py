@@ -1,4 +1,4 @@
-"""The training loop that every stage shares: an optimizer, an EMA, saved state and a log."""
+"""The training loop that every training run shares: an optimizer, an EMA, saved state and a log."""
 
 import json
 import time

@@ -18,7 +18,7 @@ from models.shapes.catalog.noise import NUM_TRAIN_TIMESTEPS, Noise
 #: The upper one is that of Hang et al. 2023 (arXiv:2303.09556). The lower one gives high noise,
 #: where it is decided what goes where, a voice: its share in the loss is tiny otherwise. It is
 #: higher while layout is learned, and half of the timesteps are then from the noisier half; later
-#: shapes matter more, and high noise would drown them in what nobody can predict.
+#: shapes matter more, and high noise would drown them in what cannot be predicted.
 LAYOUT_FLOOR, WEIGHT_FLOOR, WEIGHT_CEILING = 0.5, 0.15, 5.0
 
 #: Maps noisy latents (B, C, h, w) and timesteps (B,) float32 to v.
@@ -45,23 +45,25 @@ def velocity_loss(predict: Predict, clean: Tensor, noise: Noise, *, layout: bool
     Args:
         predict: The network, with everything that conditions it.
         clean: Latents (B, C, h, w) of unit variance.
-        noise: What is put on them.
+        noise: The noise that is added.
         layout: Whether it is still being learned what goes where: half of the timesteps are then
             from the noisier half, and high noise weighs more.
     """
     timesteps = random_timesteps(len(clean), layout=layout)
     alphas = alphas_of(noise)[timesteps]
     alpha = alphas[:, None, None, None]
-    drawn = torch.randn_like(clean) + noise.offset * torch.randn(*clean.shape[:2], 1, 1)
-    prediction = predict(alpha.sqrt() * clean + (1 - alpha).sqrt() * drawn, timesteps.float())
-    velocity = alpha.sqrt() * drawn - (1 - alpha).sqrt() * clean
+    noise_sample = torch.randn_like(clean) + noise.offset * torch.randn(*clean.shape[:2], 1, 1)
+    prediction = predict(
+        alpha.sqrt() * clean + (1 - alpha).sqrt() * noise_sample, timesteps.float()
+    )
+    velocity = alpha.sqrt() * noise_sample - (1 - alpha).sqrt() * clean
     errors = F.mse_loss(prediction.float(), velocity, reduction="none").mean((1, 2, 3))
     floor = LAYOUT_FLOOR if layout else WEIGHT_FLOOR
     return (errors * weights_of(alphas, floor)).mean()
 
 
 def random_timesteps(count: int, *, layout: bool) -> Tensor:
-    """Draw timesteps, while layout is learned every other one from the noisier half."""
+    """Sample timesteps, while layout is learned every other one from the noisier half."""
     timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, (count,))
     if layout:
         noisier = NUM_TRAIN_TIMESTEPS // 2
@@ -70,7 +72,7 @@ def random_timesteps(count: int, *, layout: bool) -> Tensor:
 
 
 def weights_of(alphas: Tensor, floor: float) -> Tensor:
-    """Return what an error of v counts: that of x0, by the signal-to-noise ratio within bounds."""
+    """Return weights of errors of v: those of x0, by the signal-to-noise ratio within bounds."""
     ratio = alphas / (1 - alphas)
     return ratio.clamp(floor, WEIGHT_CEILING) / (1 + ratio)
 
@@ -84,7 +86,7 @@ def ddim(predict: Predict, start: Tensor, noise: Noise, num_steps: int) -> Tenso
     Args:
         predict: The network, with everything that conditions it.
         start: Standard normal (B, C, h, w).
-        noise: What `predict` learned to remove.
+        noise: The noise that `predict` learned to remove.
         num_steps: How many.
     """
     alphas = alphas_of(noise)

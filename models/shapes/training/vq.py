@@ -1,4 +1,4 @@
-"""The VQ first stages of the small systems: how they are trained, checked and opened.
+"""The VQ autoencoders of the small models: their training, checks and loading.
 
 The codebook is a running k-means over what the encoder gives (van den Oord et al. 2017,
 arXiv:1711.00937, appendix A.1); the encoder gets the decoder's gradient straight through the
@@ -13,29 +13,29 @@ from torch import Tensor, nn
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.quantizer import Quantizer
 from ldm_runtime.specs.networks import AutoencoderSpec
-from models.shapes.catalog.recipes import (
+from models.shapes.catalog.autoencoders import (
     VQ,
     VQ_WITHOUT_ATTENTION,
     WITH_ATTENTION,
     WITHOUT_ATTENTION,
-    Recipe,
+    AutoencoderConfig,
 )
 from models.shapes.data import scenes
-from models.shapes.training.codebook import Codes, codes_for, nearest, spread
-from models.shapes.training.first_stage import (
+from models.shapes.training.autoencoder import (
     NUM_CHECKED,
     SATURATION_WEIGHT,
     as_input,
     load_data,
     under,
 )
+from models.shapes.training.codebook import Codes, codes_for, nearest, spread
 from models.shapes.training.reconstruction import reconstruction_scores
 from models.shapes.training.trainer import WORK, Trainer
 
-#: Of the pictures that are never trained on, those that a check in passing looks at.
+#: Of the images that are never trained on, those that a check in passing looks at.
 NUM_GLANCED = 64
 COMMITMENT = 0.25
-#: On whole pictures, where what is left are outlines, squared errors count more than absolute ones.
+#: On whole images, where what is left are outlines, squared errors count more than absolute ones.
 SQUARE_WEIGHT = 4.0
 DECAY = 0.995
 #: A code is dead when it is used less than this share of what it would be if all were used alike.
@@ -45,7 +45,7 @@ REVIVED_EVERY = 50
 
 
 class Autoencoder(nn.Module):
-    """Both halves of a VQ first stage and the state of its codebook."""
+    """Both halves of a VQ autoencoder and the state of its codebook."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -58,11 +58,11 @@ class Autoencoder(nn.Module):
     def codebook(self) -> Tensor:
         """The codes (N, D), shared with the decoder."""
         quantizer = self.decoder.quantize
-        assert isinstance(quantizer, Quantizer), "the first stage has no codebook"
+        assert isinstance(quantizer, Quantizer), "the autoencoder has no codebook"
         return quantizer.embedding.weight
 
     def decode_continuous(self, latents: Tensor) -> Tensor:
-        """Map latents to pictures as the decoder does, but without quantising them."""
+        """Map latents to images as the decoder does, but without quantising them."""
         image: Tensor = self.decoder.decoder(self.decoder.post_quant_conv(latents))
         return image
 
@@ -102,88 +102,88 @@ class Autoencoder(nn.Module):
 
 
 def train_vq() -> None:
-    """Train the first stage that all systems but inpainting share."""
+    """Train the autoencoder that all models but inpainting share."""
     torch.manual_seed(0)
     model = Autoencoder(VQ)
     _train(WITH_ATTENTION, model)
 
 
 def train_vq_without_attention() -> None:
-    """Train inpainting's first stage, beginning with the weights of the other where they fit."""
+    """Train inpainting's autoencoder, beginning with the weights of the other where they fit."""
     torch.manual_seed(0)
     model = Autoencoder(VQ_WITHOUT_ATTENTION)
-    state = torch.load(WORK / f"{WITH_ATTENTION.stage}.pt", weights_only=True)["ema"]
+    state = torch.load(WORK / f"{WITH_ATTENTION.run}.pt", weights_only=True)["ema"]
     attention = [name for name in state if ".attn_1." in name]
     model.load_state_dict({name: state[name] for name in state if name not in attention})
     model.start()
     _train(WITHOUT_ATTENTION, model)
 
 
-def _train(recipe: Recipe, model: Autoencoder) -> None:
-    pictures, _ = load_data()
-    trained, held_out = pictures[:-NUM_CHECKED], pictures[-NUM_GLANCED:]
-    trainer = Trainer(recipe.stage, model, *recipe.cycles)
+def _train(config: AutoencoderConfig, model: Autoencoder) -> None:
+    images, _ = load_data()
+    trained, held_out = images[:-NUM_CHECKED], images[-NUM_GLANCED:]
+    trainer = Trainer(config.run, model, *config.cycles)
     trainer.run(
-        lambda step: first_stage_loss(model, recipe, trained, step),
-        lambda: check_first_stage(recipe, trainer.ema, held_out),
+        lambda step: vq_loss(model, config, trained, step),
+        lambda: check_vq(config, trainer.ema, held_out),
     )
 
 
-def first_stage_loss(model: Autoencoder, recipe: Recipe, pictures: Tensor, step: int) -> Tensor:
+def vq_loss(model: Autoencoder, config: AutoencoderConfig, images: Tensor, step: int) -> Tensor:
     """Return the loss of a step and move the codebook.
 
     Args:
         model: In training.
-        recipe: How it is trained.
-        pictures: (N, 3, 64, 64) uint8.
+        config: Its training configuration.
+        images: (N, 3, 64, 64) uint8.
         step: Which step this is.
     """
-    if step == recipe.quantised_from > 0:
-        model.lay_out(_latents_of(model, pictures[torch.randint(len(pictures), (256,))]))
-    image = as_input(_crops(pictures, *recipe.batch_at(step)))
+    if step == config.quantised_from > 0:
+        model.lay_out(_latents_of(model, images[torch.randint(len(images), (256,))]))
+    image = as_input(_crops(images, *config.batch_at(step)))
     with torch.autocast("cpu", torch.bfloat16):
         latents = model.encoder(image).float()
     commitment = torch.zeros(())
     passed = latents
-    if step >= recipe.quantised_from:
+    if step >= config.quantised_from:
         flat = latents.detach().movedim(1, 3).flatten(0, 2)
         chosen = nearest(flat, model.codebook)
         codes = codes_for(latents, model.codebook, chosen)
         commitment = F.mse_loss(latents, codes)
         passed = latents + (codes - latents).detach()
         model.follow(flat, chosen)
-        if step % REVIVED_EVERY == 0 and step < recipe.revived_until:
+        if step % REVIVED_EVERY == 0 and step < config.revived_until:
             model.revive(flat, chosen)
     with torch.autocast("cpu", torch.bfloat16):
         error = model.decode_continuous(passed).float() - image
-    squares = SQUARE_WEIGHT if step >= recipe.whole_from else 1.0
+    squares = SQUARE_WEIGHT if step >= config.whole_from else 1.0
     weight = 1 + SATURATION_WEIGHT * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True))
     loss: Tensor = (weight * (error.abs() + squares * error.square())).mean()
     return loss + COMMITMENT * commitment
 
 
 @torch.no_grad()
-def _latents_of(model: Autoencoder, pictures: Tensor) -> Tensor:
-    latents: Tensor = model.encoder(as_input(pictures))
+def _latents_of(model: Autoencoder, images: Tensor) -> Tensor:
+    latents: Tensor = model.encoder(as_input(images))
     return latents.movedim(1, 3).flatten(0, 2)
 
 
-def _crops(pictures: Tensor, batch: int, size: int) -> Tensor:
-    chosen = pictures[torch.randint(len(pictures), (batch,))]
+def _crops(images: Tensor, batch: int, size: int) -> Tensor:
+    chosen = images[torch.randint(len(images), (batch,))]
     top, left = (4 * torch.randint((scenes.SIZE - size) // 4 + 1, (2,))).tolist()
     return chosen[:, :, top : top + size, left : left + size]
 
 
 @torch.no_grad()
-def check_first_stage(
-    recipe: Recipe, weights: dict[str, Tensor], pictures: Tensor
+def check_vq(
+    config: AutoencoderConfig, weights: dict[str, Tensor], images: Tensor
 ) -> dict[str, float]:
-    """Return how well pictures (N, 3, 64, 64) uint8 come back through the codebook.
+    """Return how well images (N, 3, 64, 64) uint8 come back through the codebook.
 
     `continuous_psnr` is what they would without it, `codes` the codes in use.
     """
-    model = open_first_stage(recipe.spec, weights)
-    parts = torch.split(as_input(pictures), 32)
+    model = open_vq(config.spec, weights)
+    parts = torch.split(as_input(images), 32)
     latents = torch.cat([model.encoder(part) for part in parts])
     chosen = nearest(latents.movedim(1, 3).flatten(0, 2), model.codebook)
     codes = codes_for(latents, model.codebook, chosen)
@@ -191,22 +191,22 @@ def check_first_stage(
         torch.cat([model.decode_continuous(part) for part in torch.split(each, 32)])
         for each in (codes, latents)
     ]
-    scores = reconstruction_scores(pictures, decoded[0])
-    scores["continuous_psnr"] = reconstruction_scores(pictures, decoded[1])["psnr"]
+    scores = reconstruction_scores(images, decoded[0])
+    scores["continuous_psnr"] = reconstruction_scores(images, decoded[1])["psnr"]
     return scores | {"codes": float(len(set(chosen.tolist()))), "latent_std": latents.std().item()}
 
 
-def open_first_stage(spec: AutoencoderSpec, weights: dict[str, Tensor]) -> Autoencoder:
-    """Return a first stage with the given weights, not for training."""
+def open_vq(spec: AutoencoderSpec, weights: dict[str, Tensor]) -> Autoencoder:
+    """Return an autoencoder with the given weights, not for training."""
     model = Autoencoder(spec)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
-def load_first_stage(recipe: Recipe) -> Autoencoder:
-    """Return a first stage as its training left it, moving averages of the weights."""
-    state = torch.load(WORK / f"{recipe.stage}.pt", weights_only=True)
-    return open_first_stage(recipe.spec, state["ema"])
+def load_vq(config: AutoencoderConfig) -> Autoencoder:
+    """Return an autoencoder as its training left it, moving averages of the weights."""
+    state = torch.load(WORK / f"{config.run}.pt", weights_only=True)
+    return open_vq(config.spec, state["ema"])
 
 
 def halves_of(model: Autoencoder) -> dict[str, Tensor]:
@@ -215,9 +215,9 @@ def halves_of(model: Autoencoder) -> dict[str, Tensor]:
     return under("encoder.", state) | under("decoder.", state)
 
 
-def check_saved(stage: str) -> dict[str, float]:
-    """Return how well all pictures that were never trained on come back, as training left it."""
-    recipe = next(each for each in (WITH_ATTENTION, WITHOUT_ATTENTION) if each.stage == stage)
-    state = torch.load(WORK / f"{recipe.stage}.pt", weights_only=True)
-    pictures, _ = load_data()
-    return check_first_stage(recipe, state["ema"], pictures[-NUM_CHECKED:])
+def check_saved(run: str) -> dict[str, float]:
+    """Return how well all images that were never trained on come back, as training left it."""
+    config = next(each for each in (WITH_ATTENTION, WITHOUT_ATTENTION) if each.run == run)
+    state = torch.load(WORK / f"{config.run}.pt", weights_only=True)
+    images, _ = load_data()
+    return check_vq(config, state["ema"], images[-NUM_CHECKED:])

@@ -1,0 +1,78 @@
+"""The trained models that come along: recognised without a flag, and still able to generate.
+
+They are sampled by torch through the runtime's own loop. What their exported bundles reach is
+measured by `evaluate_tasks.py`; that exporting changes nothing is shown elsewhere, model by model.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.graphs.torch_engine import TorchEngine
+from ldm_export.networks.loading import load_network
+from ldm_export.source import ExportOptions, open_source
+from ldm_export.steps import vocabulary_of
+from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.specs.model import components_of
+from models.shapes.catalog.models import MODELS
+from models.shapes.evaluation import tasks
+from models.shapes.evaluation.scores import GOALS, score_all, scores
+from models.shapes.training.packing import MOST_BYTES
+from tests.generated import drawn_by
+
+FOLDER = Path(__file__).parents[2] / "models/shapes"
+IMAGES, STEPS = 8, 20
+#: Share of a goal that this few images in this few steps must still reach.
+SHARE = 0.75
+
+
+class TorchGenerator:
+    """A checkpoint opened by torch, called as a `Generator` is."""
+
+    def __init__(self, path):
+        with open_checkpoint(path) as checkpoint:
+            source = open_source(ExportOptions(checkpoint=path, out=path), checkpoint, hashed=False)
+            self.spec = source.spec
+            self.networks = {
+                name: TorchEngine(name, load_network(name, source.spec, source.weights(name)))
+                for name in components_of(source.spec)
+            }
+        vocabulary = vocabulary_of(self.spec)
+        self.tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, self.spec)
+
+    def __call__(self, **fields):
+        return SimpleNamespace(images=drawn_by(self.networks, self.tokenizer, self.spec, **fields))
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=list(MODELS))
+def opened(request):
+    return request.param, TorchGenerator(FOLDER / f"{request.param.name}.ckpt")
+
+
+def test_it_is_what_the_catalog_says_and_small_enough_to_come_along(opened):
+    model, generator = opened
+    spec = generator.spec
+
+    assert (FOLDER / f"{model.name}.ckpt").stat().st_size <= MOST_BYTES
+    assert (spec.task, spec.unet) == (model.task, model.unet)
+    assert spec.autoencoder.codebook_size == model.autoencoder.spec.codebook_size
+    assert spec.networks.get("text_encoder") == model.encoder
+    assert spec.networks.get("class_embedder") == model.embedder
+    assert spec.networks.get("segmentation_encoder") == model.segmentation_encoder
+
+
+def test_it_generates_what_is_asked_for(opened):
+    model, generator = opened
+    asked = tasks.held_out_prompts(model, IMAGES, tasks.SEED)
+
+    images, _ = tasks.generate_all(generator, model, asked, STEPS)
+
+    reached = scores(score_all(model.task, asked, images))
+    goals = GOALS[model.task]
+    missed = [name for name, goal in goals.items() if reached[name] < SHARE * goal]
+    assert goals
+    assert missed == []
+    assert all(np.ptp(image) > 100 for image in images)
