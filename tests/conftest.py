@@ -27,15 +27,32 @@ def small_checkpoint_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_bundle_fp32(small_checkpoint_path, tmp_path_factory):
-    """The bundle of the small checkpoint, weights stored in float32; do not change it."""
-    return _small_bundle(small_checkpoint_path, tmp_path_factory, "float32")
+def traces():
+    """The traces that a process keeps for all tests which export; see `tests.export.traces`."""
+    from tests.export.traces import Traces
+
+    return Traces()
+
+
+@pytest.fixture
+def kept_traces(traces):
+    """Let the exports of one test trace no graph that an earlier test traced."""
+    with traces.kept():
+        yield
 
 
 @pytest.fixture(scope="session")
-def small_bundle_fp16(small_checkpoint_path, tmp_path_factory):
+def small_bundle_fp32(small_checkpoint_path, tmp_path_factory, traces):
+    """The bundle of the small checkpoint, weights stored in float32; do not change it."""
+    with traces.kept():
+        return _small_bundle(small_checkpoint_path, tmp_path_factory, "float32")
+
+
+@pytest.fixture(scope="session")
+def small_bundle_fp16(small_checkpoint_path, tmp_path_factory, traces):
     """The bundle of the small checkpoint, weights stored in float16; do not change it."""
-    return _small_bundle(small_checkpoint_path, tmp_path_factory, "float16")
+    with traces.kept():
+        return _small_bundle(small_checkpoint_path, tmp_path_factory, "float16")
 
 
 @pytest.fixture(scope="session")

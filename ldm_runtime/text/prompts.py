@@ -6,7 +6,8 @@ r"""The prompt syntax of AUTOMATIC1111's web UI: weights, breaks, and chunks of 
 
 Brackets nest and their weights multiply. One that is never closed reaches to the end; one that was
 never opened is text; the two kinds do not see each other. A backslash before anything else
-vanishes. Text is parted wherever the weight changes, and each part is tokenized alone.
+vanishes. Text is parted wherever the weight changes (of a backslash that vanishes, too), and each
+part is tokenized alone.
 
 Source: AUTOMATIC1111/stable-diffusion-webui 1.10, `modules/prompt_parser.py` (commit 28bd8e1) and
 `tokenize_line` of `modules/sd_hijack_clip.py`. The results differ from it in three points: `BREAK`

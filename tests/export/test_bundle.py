@@ -108,6 +108,7 @@ def test_the_preview_is_fitted_to_the_pairs_that_the_bundle_keeps(bundle):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kept_traces")
 def test_an_old_bundle_is_replaced_by_a_whole_new_one(
     bundle_copy, small_checkpoint_path, small_bundle_fp16
 ):
@@ -210,6 +211,7 @@ def test_one_altered_component_alone_is_built_again(bundle_copy, small_checkpoin
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("kept_traces")
 def test_a_killed_export_goes_on_where_it_was(small_checkpoint_path, small_bundle_fp16, tmp_path):
     out = tmp_path / "engines"
     arguments = ["--ckpt", small_checkpoint_path, "--out", out, "--height", SIZE, "--width", SIZE]

@@ -26,7 +26,6 @@ from ldm_runtime.specs.networks import (
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from released import random_checkpoints
 from released.released_models import ReleasedModel
-from tests.export.traces import Traces
 
 SIZE = 32
 #: Whatever the kind of model, one head of all 32 channels.
@@ -115,16 +114,9 @@ RTX = EngineOptions(builder="tensorrt_rtx", sizes=SizeRange(static=True), target
 NONE = EngineOptions(builder="none")
 
 
-@pytest.fixture(scope="module")
-def traces():
-    """Keep traces for all tests of this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield Traces(patch)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "dtype"), CASES)
-@pytest.mark.usefixtures("traces")
+@pytest.mark.usefixtures("kept_traces")
 def test_every_task_becomes_a_bundle_that_keeps_its_promises(model, dtype, tmp_path):
     checkpoint, bundle = tmp_path / "random.ckpt", tmp_path / "engines"
     random_checkpoints.write_checkpoint(checkpoint, model)

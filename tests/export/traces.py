@@ -4,7 +4,10 @@ A trace depends on hyperparameters and not on weights, which it has under the na
 parameters. Tracing takes most of the time that the export of a small network takes.
 """
 
+from contextlib import contextmanager
+
 import onnx_ir as ir
+import pytest
 
 from ldm_export import bundle, steps
 from ldm_export.graphs import onnx_export
@@ -12,17 +15,19 @@ from ldm_runtime.specs.model import components_of
 
 
 class Traces:
-    """Stands in for tracing; the memory of a small network is left to itself.
+    """Stands in for tracing within `kept`, where freed memory is left to the allocator."""
 
-    Args:
-        monkeypatch: Undoes it.
-    """
-
-    def __init__(self, monkeypatch):
+    def __init__(self):
         self._trace, self._known = onnx_export._trace, {}
-        monkeypatch.setattr(onnx_export, "_trace", self._traced)
-        for module in (bundle, steps):
-            monkeypatch.setattr(module, "give_back_memory", lambda: None)
+
+    @contextmanager
+    def kept(self):
+        """Trace each graph once, as long as this lasts."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onnx_export, "_trace", self._traced)
+            for module in (bundle, steps):
+                patch.setattr(module, "give_back_memory", lambda: None)
+            yield
 
     def _traced(self, name, network, spec):
         """Return the traced graph of a network, its weights those of `network`."""

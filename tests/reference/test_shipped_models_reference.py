@@ -34,6 +34,7 @@ from tests.reference.unet_2d_twin import load_unet_2d
 pytestmark = [
     pytest.mark.reference,
     pytest.mark.slow,
+    pytest.mark.usefixtures("kept_traces"),  # of the autoencoder that they share
     # torch's __array__ lacks NumPy 2's `copy`, and diffusers passes tensors to np.array.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
