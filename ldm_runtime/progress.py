@@ -143,13 +143,12 @@ class Bar:
 
     def _line(self) -> str:
         elapsed = time.monotonic() - self._step_started
+        own = f", at {self._fraction:.0%}" if self._reports_itself else ""
         if self._step not in self._weights:
-            own = f", at {self._fraction:.0%}" if self._reports_itself else ""
             return f"{self._step}{own} ({_clock(elapsed)})"
         share = self._share(elapsed)
         done = round(_BAR_WIDTH * share)
         bar = "#" * done + "." * (_BAR_WIDTH - done)
-        own = f", at {self._fraction:.0%}" if self._reports_itself else ""
         left = self._left(share)
         rest = "" if left is None else f" (about {_clock(left)} left)"
         return f"[{bar}] {self._step}{own}{rest}"

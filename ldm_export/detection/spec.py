@@ -54,8 +54,8 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         if name in shapes
     }
     networks = Networks(unet=unet, autoencoder=autoencoder, **conditioners)
-    embedders = [each for each in networks.values() if isinstance(each, ClassEmbedderSpec)]
-    has_null = all(each.null_class is not None for each in embedders)
+    embedder = networks.find(ClassEmbedderSpec)
+    has_null = embedder is None or embedder.null_class is not None
     return ModelSpec(
         family=family,
         task=sources.family.task,

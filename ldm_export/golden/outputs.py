@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning import open_tokenizer
-from ldm_runtime.diagnostics.golden_requests import save_golden_request
+from ldm_runtime.diagnostics.golden_requests import golden_latents, save_golden_request
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.pipeline.passes import ImagePasses, open_passes
-from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
@@ -92,15 +91,10 @@ def _open_all_passes(
 
 def _latents(network: _OneNetwork, passes: ImagePasses) -> Float32Array:
     """Sample every image of a request alone; an autoencoder only has the encoded latents."""
-    spec, request = passes.spec, passes.request
-    if not task_record(spec).samples:
+    if not task_record(passes.spec).samples:
         assert passes.start is not None, "an autoencoder has an image to encode"
         return passes.start.latents
-    unet, latents = network("unet"), []
-    for images in batches(request.num_images, 1):
-        *_, last = sample_latents(unet, passes.conditioning, request, spec, images, passes.start)
-        latents.append(last.latents)
-    return np.concatenate(latents)
+    return golden_latents(network("unet"), passes)
 
 
 @contextmanager

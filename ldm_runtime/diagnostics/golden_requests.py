@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from ldm_runtime.backends.contract import Runner
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.segmentation import SegmentationMap
+from ldm_runtime.pipeline.passes import ImagePasses
+from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
 
 REQUEST_FILE = "request.json"
@@ -66,6 +70,20 @@ def save_golden_request(folder: Path, request: GenerationRequest) -> None:
             fields[name] = attachment.file
     text = msgspec.json.format(msgspec.json.encode(fields), indent=1)
     (folder / REQUEST_FILE).write_bytes(text)
+
+
+def golden_latents(unet: Runner, passes: ImagePasses) -> npt.NDArray[np.float32]:
+    """Return the latents (N, C, h, w) of a request's images, each sampled alone.
+
+    Torch's are made so at export, and those that are compared with them likewise.
+    """
+    latents = []
+    for images in batches(passes.request.num_images, 1):
+        *_, last = sample_latents(
+            unet, passes.conditioning, passes.request, passes.spec, images, passes.start
+        )
+        latents.append(last.latents)
+    return np.concatenate(latents)
 
 
 def _located(folder: Path, file: str, named: object) -> Path:

@@ -19,12 +19,16 @@ from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import Manifest, WeightsDType, load_manifest
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
-from ldm_runtime.diagnostics.golden_requests import ATTACHMENTS, REQUEST_FILE, load_golden_request
+from ldm_runtime.diagnostics.golden_requests import (
+    ATTACHMENTS,
+    REQUEST_FILE,
+    golden_latents,
+    load_golden_request,
+)
 from ldm_runtime.diagnostics.measures import max_relative_error, psnr, relative_l2
 from ldm_runtime.errors import BundleError, ShapeError
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.pipeline.passes import ImagePasses, open_passes
-from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import NoImage, ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
@@ -145,7 +149,7 @@ class _Verification:
         if spec.unet is not None:
             with self._open("unet") as unet:
                 yield from self._check_component("unet", unet)
-                latents = [_latents(unet, each) for each in all_passes]
+                latents = [golden_latents(unet, each) for each in all_passes]
         with self._open("vae_decoder") as decoder:
             yield from self._check_component("vae_decoder", decoder)
             for golden, mine in zip(goldens, latents, strict=True):
@@ -206,17 +210,6 @@ def _encoders(goldens: Sequence[_Golden], spec: ModelSpec) -> list[str]:
     if not all(isinstance(golden.request.source_image, NoImage) for golden in goldens):
         needed.add("vae_encoder")
     return [name for name in components_of(spec) if name in needed]
-
-
-def _latents(unet: Runner, passes: ImagePasses) -> Array:
-    """Sample every image alone, as torch did."""
-    latents = []
-    for images in batches(passes.request.num_images, 1):
-        *_, last = sample_latents(
-            unet, passes.conditioning, passes.request, passes.spec, images, passes.start
-        )
-        latents.append(last.latents)
-    return np.concatenate(latents)
 
 
 def _golden_component(name: str, bundle: Path, manifest: Manifest) -> tuple[Tensors, Tensors]:

@@ -80,11 +80,6 @@ class Embeddings(FrozenArray):
         """One vector per row, (k, D), read-only."""
         return self._array
 
-    def __repr__(self) -> str:
-        count, width = self._array.shape
-        source = f", {self._source!r}" if self._source else ""
-        return f"Embeddings({count}x{width}, sha256 {self.sha256[:12]}{source})"
-
 
 def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
     """Read a `.npy` file; not with `np.load`, which allocates any size that a header gives."""

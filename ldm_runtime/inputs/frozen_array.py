@@ -47,5 +47,28 @@ class FrozenArray:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # nothing in it can change; `dataclasses.asdict` asks for a copy
 
+    @property
+    def _extent(self) -> tuple[int, int]:
+        """The two lengths by which `repr` tells it from others."""
+        return self._array.shape[0], self._array.shape[1]
+
+    def __repr__(self) -> str:
+        source = f", {self._source!r}" if self._source else ""
+        extent = "x".join(map(str, self._extent))
+        return f"{type(self).__name__}({extent}, sha256 {self.sha256[:12]}{source})"
+
     def __reduce__(self) -> tuple[type[Self], tuple[npt.NDArray[Any], str | None]]:
         return type(self), (self._array, self._source)  # the arguments of every subclass
+
+
+class FrozenRaster(FrozenArray):
+    """A frozen array of pixels, (H, W) or (H, W, channels)."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, in this order, as PIL has it."""
+        return self._array.shape[1], self._array.shape[0]
+
+    @property
+    def _extent(self) -> tuple[int, int]:
+        return self.size

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from ldm_runtime.inputs.frozen_array import FrozenArray
+from ldm_runtime.inputs.frozen_array import FrozenRaster
 from ldm_runtime.inputs.reading import (
     DAMAGE,
     MAX_PIXELS,
@@ -28,7 +28,7 @@ UInt8Array = npt.NDArray[np.uint8]
 _MAX_BYTES = 4 * MAX_PIXELS + 2**20  # the largest image, not compressed, and some metadata
 
 
-class InputImage(FrozenArray):
+class InputImage(FrozenRaster):
     """An image in memory: immutable, hashable, and equal to any other with the same pixels.
 
     Args:
@@ -85,11 +85,6 @@ class InputImage(FrozenArray):
         """RGB, (H, W, 3), read-only."""
         return self._array
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels, in this order, as PIL has it."""
-        return self._array.shape[1], self._array.shape[0]
-
     def gray(self) -> UInt8Array:
         """Return the brightness (H, W), 0 to 255, as ITU-R BT.601 weighs the colours."""
         return np.asarray(self.to_image().convert("L"))
@@ -103,11 +98,6 @@ class InputImage(FrozenArray):
         file = io.BytesIO()
         self.to_image().save(file, format="PNG")
         return file.getvalue()
-
-    def __repr__(self) -> str:
-        width, height = self.size
-        source = f", {self._source!r}" if self._source else ""
-        return f"InputImage({width}x{height}, sha256 {self.sha256[:12]}{source})"
 
 
 def _decoded(named: NamedBytes) -> UInt8Array:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.inputs.frozen_array import FrozenArray
+from ldm_runtime.inputs.frozen_array import FrozenRaster
 from ldm_runtime.inputs.reading import (
     FORMS,
     MAX_PIXELS,
@@ -31,7 +31,7 @@ _MODES = ("1", "L", "P", "I;16")
 _SPREAD = {"L;2": 85, "L;4": 17}
 
 
-class SegmentationMap(FrozenArray):
+class SegmentationMap(FrozenRaster):
     """A segmentation map in memory: immutable, hashable, and equal to any other with the same ids.
 
     Args:
@@ -84,11 +84,6 @@ class SegmentationMap(FrozenArray):
         """The class of every pixel, (H, W), read-only."""
         return self._array
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels, in this order, as PIL has it."""
-        return self._array.shape[1], self._array.shape[0]
-
     def resized(self, width: int, height: int) -> "SegmentationMap":
         """Return the map in another size.
 
@@ -106,11 +101,6 @@ class SegmentationMap(FrozenArray):
             for new, old in zip((height, width), self._array.shape, strict=True)
         )
         return SegmentationMap(self._array[rows[:, None], columns], self._source)
-
-    def __repr__(self) -> str:
-        width, height = self.size
-        source = f", {self._source!r}" if self._source else ""
-        return f"SegmentationMap({width}x{height}, sha256 {self.sha256[:12]}{source})"
 
 
 def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
