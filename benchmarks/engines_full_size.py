@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measuring.rows import ROOT, as_line, commit, machine
+from measuring.rows import ROOT, append_line, as_line, commit, machine
 from measuring.watched_export import ask, run_apart
 
 RESULTS = Path(__file__).parent / "results/engines_full_size.jsonl"
@@ -194,9 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(table(record)))
     print(as_line(record))
     if not arguments.tiny:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(as_line(record) + "\n")
+        append_line(RESULTS, record)
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
-from measuring.rows import ROOT, as_line, commit, machine
+from measuring.rows import ROOT, append_line, as_line, commit, machine
 from measuring.watched_export import Measurement, measure_export, run_apart, step_seconds
 from released.released_models import ReleasedModel
 
@@ -151,9 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(table(record)))
     print(as_line(record))
     if not args.tiny:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(as_line(record) + "\n")
+        append_line(RESULTS, record)
     return 0
 
 

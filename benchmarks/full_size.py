@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from engines_full_size import measure_bundle
 from ldm_runtime.backends.host_memory import available_bytes
 from ldm_runtime.errors import LdmError
-from measuring.rows import as_line, commit, machine
+from measuring.rows import append_line, commit, machine
 from measuring.watched_export import ask, measure_export, run_apart
 from released.full_size_report import report
 from released.narrow_models import narrowed
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = measured_row(model, args.folder, engines=not args.skip_engines)
         rows.append(row)
         if results is not None:
-            append(results, row)
+            append_line(results, row)
         if row["failure"]:
             failed.append(name)
     print("\n".join(report(rows)))
@@ -117,13 +117,6 @@ def is_measured(rows: Sequence[Row], model: ReleasedModel, *, engines: bool) -> 
         row["key"] == key and not row["failure"] and (row["engines_asked"] or not engines)
         for row in rows
     )
-
-
-def append(results: Path, row: Row) -> None:
-    """Write a row behind the others."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
-        file.write(as_line(row) + "\n")
 
 
 def measured_row(model: ReleasedModel, folder: Path | None, *, engines: bool) -> Row:

@@ -63,6 +63,13 @@ def as_line(record: Mapping[str, Any]) -> str:
     return json.dumps(_rounded(record), ensure_ascii=False, allow_nan=False)
 
 
+def append_line(results: Path, record: Mapping[str, Any]) -> None:
+    """Add a record to a results file, one line of JSON each; a missing file is made."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(as_line(record) + "\n")
+
+
 def commit() -> str:
     """Return this repository's commit, with "+" if the tree is dirty, or "unknown"."""
     head = _git("rev-parse", "--short=12", "HEAD")

@@ -13,7 +13,7 @@ from models.shapes.data.labels import NUM_LABELS, label_of, scene_map
 from models.shapes.data.masks import random_mask
 from models.shapes.evaluation.scores import EvaluationPrompt, image_of
 from models.shapes.training import bert_text as words
-from models.shapes.training import conditions, corpus, velocity
+from models.shapes.training import caption_encoder, conditions, corpus, velocity
 from models.shapes.training import layouts as boxes
 from models.shapes.training import task_model as training
 
@@ -275,3 +275,17 @@ def test_a_box_covers_the_cells_that_it_touches():
     assert covered[4:, :3].all()
     assert covered.sum() == 4 * 3
     assert cells[1].sum() == 0
+
+
+def test_a_trained_encoder_is_loaded_without_the_layers_of_its_training(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    trained = boxes.DescribingLayouts()
+    torch.save({"ema": trained.state_dict()}, tmp_path / "layouts.pt")
+    monkeypatch.setattr(caption_encoder, "WORK", tmp_path)
+
+    loaded = boxes.load_layouts()
+
+    for name, value in trained.text.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+    assert not loaded.training
+    assert not any(each.requires_grad for each in loaded.parameters())

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from ldm_runtime.errors import LdmError
-from measuring.rows import Row, as_line
+from measuring.rows import Row, append_line
 from models.shapes.evaluation import scoring
+from models.shapes.evaluation.results import read_rows
 
 #: Samplers for models that were distilled for them, which the bundle's need not be.
 FOR_OTHER_MODELS = frozenset({"lcm"})
@@ -46,18 +44,9 @@ def read_cells(path: Path) -> list[Cell]:
     Raises:
         LdmError: A line is not a cell.
     """
-    cells = []
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            cells.append(msgspec.json.decode(line, type=Cell))
-        except msgspec.MsgspecError as error:
-            raise LdmError(f"{path}:{number} is no cell of a sweep ({error}); remove it") from error
-    return cells
+    return list(read_rows(path, Cell, "cell of a sweep"))
 
 
 def append_cell(path: Path, cell: Cell) -> None:
     """Add a cell to a results file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(as_line(cell.as_dict()) + "\n")
+    append_line(path, cell.as_dict())

@@ -8,18 +8,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
 from ldm_runtime.specs.model import Task
-from measuring.rows import ROOT, Row, as_line, commit, machine
+from measuring.rows import ROOT, Row, append_line, commit, machine
 from models.shapes.catalog.models import MODELS, TrainedModel
 from models.shapes.data import scenes
 from models.shapes.data.labels import box_of, label_of, scene_map
 from models.shapes.data.masks import random_mask
-from models.shapes.evaluation import detector_check, frechet, held_out
+from models.shapes.evaluation import detector_check, frechet, held_out, results
 from models.shapes.evaluation.scores import GOALS, EvaluationPrompt, score_all, scores, shrink
 from models.shapes.evaluation.scoring import InputImage
 
@@ -189,24 +188,17 @@ def table(row: TaskRow) -> str:
 
 
 def read_rows(path: Path) -> Iterator[TaskRow]:
-    """Yield the rows of a results file, oldest first; none if there is no file.
+    """Return the rows of a results file, oldest first; none if there is no file.
 
     Raises:
         LdmError: A line is no such row.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield msgspec.json.decode(line, type=TaskRow)
-        except msgspec.MsgspecError as error:
-            raise LdmError(f"{path}:{number} is no model's row ({error}); remove it") from error
+    return results.read_rows(path, TaskRow, "model's row")
 
 
 def append_row(path: Path, row: TaskRow) -> None:
     """Add a row to a results file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(as_line(row.as_dict()) + "\n")
+    append_line(path, row.as_dict())
 
 
 def sheet(images: Sequence[InputImage], columns: int = 8) -> InputImage:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 
 from ldm_export.networks.bert import BertTextEncoder
@@ -15,13 +14,13 @@ from ldm_runtime.text import WordPieceTokenizer
 from models.shapes.catalog.models import BERT
 from models.shapes.data import scenes
 from models.shapes.training import caption_encoder
-from models.shapes.training.autoencoder import under
 from models.shapes.training.caption_encoder import (
     CaptionEncoder,
+    load_trained,
     make_supervision,
     train_caption_encoder,
 )
-from models.shapes.training.trainer import HERE, WORK
+from models.shapes.training.trainer import HERE
 
 VOCABULARY = HERE.parents[1] / "ldm_export/vocabularies/bert_base_uncased_vocab.txt"
 RUN = "bert"
@@ -69,7 +68,4 @@ def train_words() -> None:
 
 def load_words() -> BertTextEncoder:
     """Return the trained encoder of captions."""
-    state = torch.load(WORK / f"{RUN}.pt", weights_only=True)["ema"]
-    encoder = BertTextEncoder(BERT)
-    encoder.load_state_dict(under("text.", state))
-    return encoder.eval().requires_grad_(False)
+    return load_trained(RUN, BertTextEncoder(BERT))

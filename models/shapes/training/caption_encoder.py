@@ -8,6 +8,7 @@ every noun the thing that it names. Trained together with the UNet from nothing,
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import Tokenizer
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
+from models.shapes.training.autoencoder import under
 from models.shapes.training.caption_supervision import (
     ANSWERS,
     NOT_ASKED,
@@ -29,7 +31,9 @@ from models.shapes.training.caption_supervision import (
     about_things,
     answers_loss,
 )
-from models.shapes.training.trainer import Trainer
+from models.shapes.training.trainer import WORK, Trainer
+
+_Encoder = TypeVar("_Encoder", bound=nn.Module)
 
 _BATCH = 64
 
@@ -119,6 +123,13 @@ def make_supervision(
         scenes=torch.tensor([about_scene(scene) for scene in sampled]),
         nouns=nouns,
     )
+
+
+def load_trained(run: str, encoder: _Encoder) -> _Encoder:
+    """Give an encoder what a run has learned, without the layers that only its training needs."""
+    state = torch.load(WORK / f"{run}.pt", weights_only=True)["ema"]
+    encoder.load_state_dict(under("text.", state))
+    return encoder.eval().requires_grad_(False)
 
 
 def train_caption_encoder(kind: CaptionEncoder, supervision: CaptionSupervision) -> None:

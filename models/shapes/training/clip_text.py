@@ -5,21 +5,20 @@ Stable Diffusion's text encoder came trained, on pairs of images and texts, and 
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_runtime.testing import text_encoder_spec
 from ldm_runtime.text import ClipTokenizer
 from models.shapes.data import scenes
-from models.shapes.training.autoencoder import under
 from models.shapes.training.caption_encoder import (
     CaptionEncoder,
     caption_tokens,
+    load_trained,
     make_supervision,
     train_caption_encoder,
 )
-from models.shapes.training.trainer import HERE, WORK
+from models.shapes.training.trainer import HERE
 
 VOCABULARY = HERE.parents[1] / "ldm_export/vocabularies/clip_bpe_simple_vocab_16e6.txt.gz"
 MAX_TOKENS = 77
@@ -64,10 +63,7 @@ def train_text() -> None:
 
 def load_text_encoder() -> ClipTextEncoder:
     """Return the trained text encoder."""
-    state = torch.load(WORK / f"{_CLIP.run}.pt", weights_only=True)["ema"]
-    encoder = ClipTextEncoder(TEXT_ENCODER)
-    encoder.load_state_dict(under("text.", state))
-    return encoder.eval()
+    return load_trained(_CLIP.run, ClipTextEncoder(TEXT_ENCODER))
 
 
 def _noun_places(caption: str) -> list[int]:

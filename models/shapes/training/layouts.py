@@ -23,8 +23,8 @@ from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.models import LAYOUT
 from models.shapes.data import scenes
 from models.shapes.data.labels import NUM_LABELS, box_of, label_features, label_of
-from models.shapes.training.autoencoder import under
-from models.shapes.training.trainer import WORK, Trainer
+from models.shapes.training.caption_encoder import load_trained
+from models.shapes.training.trainer import Trainer
 
 RUN = "layouts"
 STEPS, BATCH = 1500, 64
@@ -155,10 +155,7 @@ def _loss(
 
 def load_layouts() -> BertTextEncoder:
     """Return the trained encoder of layouts."""
-    state = torch.load(WORK / f"{RUN}.pt", weights_only=True)["ema"]
-    encoder = BertTextEncoder(LAYOUT)
-    encoder.load_state_dict(under("text.", state))
-    return encoder.eval().requires_grad_(False)
+    return load_trained(RUN, BertTextEncoder(LAYOUT))
 
 
 @torch.no_grad()
