@@ -24,11 +24,11 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertModel,
 )
 from PIL import Image
-from tests.generated import drawn_by
 from transformers import BertTokenizer
 
 from ldm_runtime.testing import tiny_spec
 from ldm_runtime.text import WordPieceTokenizer
+from tests.generated import drawn_by
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.twins import SCHEDULERS
 
