@@ -47,11 +47,11 @@ def encode_masked_image(
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
-    source = init_image(request)
+    source = init_image(request, spec)
     assert source is not None, "a request to inpaint has an image"
     init = source.padded(*padded_size(request, spec))
     assert init.mask is not None, "and a mask, or margins"
-    region: Float32Array = (init.mask.gray() > 127).astype(np.float32)
+    region: Float32Array = (init.mask.gray() > 0).astype(np.float32)  # its mask has two colours
     masked = np.where(region > 0, np.float32(-1), to_float(init.image.pixels[None]))
     latents = encode_pixels(network("vae_encoder"), masked, spec)
     factor = spec.autoencoder.factor

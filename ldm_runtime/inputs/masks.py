@@ -1,6 +1,7 @@
 """Masks: the part of an image that is generated again, with any model.
 
-White pixels of a mask are generated again and black ones kept; in between, the result is blended.
+Pixels of a mask that are brighter than one half are generated again, the others are known and kept
+exactly, whether the mask has two colours, has soft edges or was stored as JPEG.
 """
 
 import numpy as np
@@ -11,6 +12,17 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 
 Float32Array = npt.NDArray[np.float32]
+
+_HALF = 127  # the brightest pixel that is still known: 127 / 255 < 0.5
+
+
+def binary_mask(mask: InputImage) -> InputImage:
+    """Return a mask in two colours: white where it is brighter than one half, else black.
+
+    Source: `scripts/inpaint.py` of CompVis/latent-diffusion, commit a506df5.
+    """
+    white = np.where(mask.gray() > _HALF, np.uint8(255), np.uint8(0))
+    return InputImage(np.repeat(white[..., None], 3, axis=2))
 
 
 def latent_mask(mask: InputImage, factor: int) -> Float32Array:
@@ -32,15 +44,16 @@ def latent_mask(mask: InputImage, factor: int) -> Float32Array:
             f"the mask has {width}x{height} pixels; make both sides multiples of {factor}"
         )
     blocks = mask.gray().reshape(height // factor, factor, width // factor, factor)
-    bright = blocks.max(axis=(1, 3)) > 127
+    bright = blocks.max(axis=(1, 3)) > _HALF
     return np.asarray(bright[None, None], dtype=np.float32)
 
 
 def composite(original: InputImage, generated: Image.Image, mask: InputImage) -> Image.Image:
-    """Return `generated` where the mask is white, and exactly `original` where it is black.
+    """Return `generated` where the mask is white, and exactly `original` up to one half.
 
-    Gray blends the two. Without this step, the pixels to keep would have gone through the
-    autoencoder, which changes every pixel a little.
+    From one half to white, `generated` fades in linearly, so that a soft edge hides the seam.
+    Without this step, the known pixels would have gone through the autoencoder, which changes every
+    pixel a little.
 
     Raises:
         ValueError: The three are not of one size.
@@ -49,7 +62,9 @@ def composite(original: InputImage, generated: Image.Image, mask: InputImage) ->
     if len(set(sizes.values())) > 1:
         named = ", ".join(f"the {name} {size[0]}x{size[1]}" for name, size in sizes.items())
         raise ValueError(f"sizes differ: {named}; make them equal")
-    return Image.composite(generated, original.to_image(), Image.fromarray(mask.gray()))
+    above = np.maximum(mask.gray().astype(np.float32) - _HALF, 0)
+    share = np.rint(above * (255 / (255 - _HALF))).astype(np.uint8)
+    return Image.composite(generated, original.to_image(), Image.fromarray(share))
 
 
 def outpaint_canvas(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.inputs.images import InputImage, resize
-from ldm_runtime.inputs.masks import composite, latent_mask, outpaint_canvas
+from ldm_runtime.inputs.masks import binary_mask, composite, latent_mask, outpaint_canvas
 from ldm_runtime.latents.codec import encode_image
 from ldm_runtime.requests.resolved import (
     MaskedImage,
@@ -21,6 +21,7 @@ from ldm_runtime.requests.resolved import (
 )
 from ldm_runtime.requests.sizes import padded_size
 from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import task_record
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -31,7 +32,8 @@ class InitImage:
 
     Attributes:
         image: The image.
-        mask: The masked region, which is generated again; None for all of the image.
+        mask: The masked region, which is generated again; None for all of the image. Of two
+            colours for a model that was trained to inpaint, as CompVis composites its results.
     """
 
     image: InputImage
@@ -62,7 +64,7 @@ class Start:
     mask: Float32Array | None = None
 
 
-def init_image(request: ResolvedRequest) -> InitImage | None:
+def init_image(request: ResolvedRequest, spec: ModelSpec) -> InitImage | None:
     """Return the init image of a request, with its margins to outpaint; None without one."""
     size = request.width, request.height
     match request.source_image:
@@ -74,7 +76,10 @@ def init_image(request: ResolvedRequest) -> InitImage | None:
             pass
         case OutpaintedImage(image=small, margins=margins):
             image, mask = outpaint_canvas(small, *margins)
-    return InitImage(image=resize(image, *size), mask=resize(mask, *size))
+    mask = resize(mask, *size)  # a resized mask has soft edges
+    if task_record(spec).image == "condition":
+        mask = binary_mask(mask)
+    return InitImage(image=resize(image, *size), mask=mask)
 
 
 def start_from(engine: Runner, init: InitImage, request: ResolvedRequest, spec: ModelSpec) -> Start:

@@ -178,7 +178,7 @@ def open_passes(
     timings = Timings()
     conditioning = encode_conditioning(timings.timed(network), tokenizer, request, spec)
     task = task_record(spec)
-    init = None if task.size == "enlarged" else init_image(request)
+    init = None if task.size == "enlarged" else init_image(request, spec)
     start = None
     if init is not None and (task.image == "start" or not task.samples):
         with timings.of("vae_encoder"):

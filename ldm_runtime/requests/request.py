@@ -237,7 +237,7 @@ class GenerationRequest:
     mask_image: Annotated[
         InputImage | None,
         about(
-            "mask: white pixels are generated again, black ones are kept to the last bit",
+            "mask: pixels above one half are generated again, others are kept to the last bit",
             "Input image",
             metavar="FILE",
             example="--mask-image mask.png",

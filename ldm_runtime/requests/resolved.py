@@ -91,7 +91,7 @@ class WholeImage:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImage:
-    """An image, and the mask of what is generated again: white pixels are, black ones are kept."""
+    """An image, and the mask of what is generated again: pixels above one half are."""
 
     image: InputImage
     mask: InputImage

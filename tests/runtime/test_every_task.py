@@ -258,6 +258,27 @@ def test_what_is_kept_of_a_picture_of_any_size_is_kept_to_the_last_bit(generator
     assert (found[:, :16] != picture[:, :16]).mean() > 0.5
 
 
+@pytest.mark.parametrize("task", ["inpainting", "unconditional"])
+def test_pixels_up_to_half_of_a_soft_mask_are_known_and_kept_to_the_last_bit(generator_of, task):
+    ramp = np.broadcast_to(np.linspace(0, 252, 32).astype(np.uint8), (24, 32))
+
+    result = generator_of(task)(image=PICTURE, mask_image=ramp, seed=1, num_inference_steps=2)
+
+    found, known = np.asarray(result.images[0]), ramp < 128
+    np.testing.assert_array_equal(found[known], PICTURE[known])
+    assert (found[~known] != PICTURE[~known]).mean() > 0.5
+
+
+def test_an_inpainting_model_takes_a_soft_mask_for_the_mask_in_two_colours(generator_of):
+    soft = RNG.integers(0, 256, (24, 32), dtype=np.uint8)
+    fields = {"image": PICTURE, "seed": 1, "num_inference_steps": 2}
+
+    binary = np.where(soft < 128, 0, 255).astype(np.uint8)
+    results = [generator_of("inpainting")(mask_image=each, **fields) for each in (soft, binary)]
+
+    np.testing.assert_array_equal(*(each.images[0] for each in results))
+
+
 def test_a_scene_has_the_size_of_its_map_whatever_that_is(generator_of):
     ids = RNG.integers(0, 3, (23, 29), dtype=np.uint8)
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ldm_runtime.inputs.images import InputImage
-from ldm_runtime.inputs.masks import composite, latent_mask, outpaint_canvas
+from ldm_runtime.inputs.masks import binary_mask, composite, latent_mask, outpaint_canvas
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.samplers import SAMPLERS
@@ -48,17 +48,28 @@ def test_a_mask_that_does_not_fit_latents_is_one_sentence(width, height):
         latent_mask(mask_of(np.zeros((height, width))), 8)
 
 
-def test_black_keeps_every_byte_white_takes_the_new_one_and_gray_blends():
+def test_the_dark_half_keeps_every_byte_white_takes_the_new_one_and_light_gray_blends():
     gray = np.zeros((8, 16), dtype=np.uint8)
-    gray[:, 4:8], gray[:, 8:] = 51, 255
+    gray[:, 2:4], gray[:, 4:8], gray[:, 8:] = 127, 127 + 32, 255
 
     result = np.asarray(composite(PICTURE, OTHER, mask_of(gray)))
 
     new = np.asarray(OTHER)
     np.testing.assert_array_equal(result[:, :4], PICTURE.pixels[:, :4])
     np.testing.assert_array_equal(result[:, 8:], new[:, 8:])
-    blended = 0.8 * PICTURE.pixels[:, 4:8] + 0.2 * new[:, 4:8]
-    np.testing.assert_allclose(result[:, 4:8], blended, atol=0.51)
+    blended = 0.75 * PICTURE.pixels[:, 4:8] + 0.25 * new[:, 4:8]
+    np.testing.assert_allclose(result[:, 4:8], blended, atol=1)
+
+
+def test_a_mask_in_two_colours_divides_at_one_half_as_compvis_divides_it():
+    mask = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+    found = binary_mask(mask_of(mask)).gray() / 255
+
+    expected = mask.astype(np.float32) / 255.0  # scripts/inpaint.py, line by line
+    expected[expected < 0.5] = 0
+    expected[expected >= 0.5] = 1
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_pictures_of_different_sizes_are_not_blended():
