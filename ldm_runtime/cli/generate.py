@@ -1,7 +1,6 @@
 """`ldm generate`: image generation, output files, and progress with previews."""
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.durable import whole_file
 from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
-from ldm_runtime.pipeline.png import save_png
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.progress import Progress, reporting_to
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -54,8 +52,8 @@ def generate(args: argparse.Namespace) -> int:
         run = _generate_together if args.requests else _generate_one_by_one
         with reporting_to(sys.stderr) as progress:
             for result in run(generator, requests, args, progress):
-                for index in range(len(result.images)):
-                    print(_write(result, index, args.out_dir), flush=True)
+                for path in result.save_all(args.out_dir):
+                    print(path, flush=True)
     return 0
 
 
@@ -109,17 +107,3 @@ def _generate_together(
 
 def _names(count: int) -> list[str]:
     return [f"image {number}/{count}" for number in range(1, count + 1)]
-
-
-def _write(result: Result, index: int, folder: Path) -> Path:
-    """Write one image under the next free number."""
-    metadata = result.metadata(index)
-    while True:
-        numbers = (re.match(r"(\d{4,})-", path.name) for path in folder.iterdir())
-        number = 1 + max((int(found[1]) for found in numbers if found), default=-1)
-        path = folder / f"{number:04d}-seed{metadata['request']['seed']}.png"
-        try:
-            save_png(result.images[index], path, metadata)
-        except FileExistsError:
-            continue  # another process took the number
-        return path

@@ -1,7 +1,10 @@
 """The result of a request: images, latents, timings, and metadata to generate them again."""
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ldm_runtime.errors import RequestError
+from ldm_runtime.pipeline.file_names import is_folder, pattern_paths, save_numbered
 from ldm_runtime.pipeline.png import save_png
 from ldm_runtime.requests.request import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.version import version
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Result:
-    """The result of a request.
+    """The result of a request: a sequence of images, which a notebook shows.
 
     Attributes:
         images: The images in order; image i has the seed + i.
@@ -36,20 +41,108 @@ class Result:
     timings: Mapping[str, float]
     bundle_sha256: str
 
-    def save(self, path: str | Path, index: int = 0) -> None:
-        """Write an image as PNG with its `metadata`, which `ldm inspect` shows.
+    @property
+    def image(self) -> Image.Image:
+        """The only image, or the first."""
+        return self.images[0]
 
-        An existing file is replaced, in one step.
+    @property
+    def seed(self) -> int:
+        """The seed of the first image."""
+        return self.request.seed
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of every image."""
+        return [self.request.of_image(index).seed for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self.images)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.images[index]
+
+    def __repr__(self) -> str:
+        width, height = self.image.size
+        plural = "image" if len(self) == 1 else "images"
+        parts = [f"{len(self)} {plural} of {width}x{height}"]
+        if self.request.passes:
+            seeds = sorted({self.seeds[0], self.seeds[-1]})
+            parts.append(f"seed{'s' if len(seeds) > 1 else ''} {' to '.join(map(str, seeds))}")
+            parts.append(f"{self.request.sampler} {self.request.num_inference_steps} steps")
+        return f"Result: {', '.join(parts)}, {self.timings['total']:.1f} s"
+
+    def _repr_png_(self) -> bytes:
+        """Return the image as a notebook shows it; several side by side."""
+        file = io.BytesIO()
+        _sheet(self.images).save(file, format="PNG")
+        return file.getvalue()
+
+    def save(self, path: str | Path, index: int | None = None) -> None:
+        """Write one image as PNG with its `metadata`, which `ldm inspect` shows.
+
+        An existing file is replaced, in one step; missing folders are made.
+
+        Args:
+            path: The file.
+            index: Index of the image; may be left out if there is only one.
 
         Raises:
-            OSError: The folder cannot be written to.
+            RequestError: There are several images, and no index.
+            OSError: The file cannot be written.
         """
-        save_png(self.images[index], Path(path), self.metadata(index), replace=True)
+        if index is None and len(self) > 1:
+            raise RequestError(
+                "index", f"this result has {len(self)} images; give one, or use save_all(folder)"
+            )
+        self._write(index or 0, Path(path), replace=True)
 
-    def metadata(self, index: int) -> dict[str, Any]:
+    def save_all(self, target: str | Path) -> list[Path]:
+        """Write every image with its metadata, and return the files in the order of the images.
+
+        Args:
+            target: A folder, where files are called `0000-seed7.png` from the next free number on
+                and none is replaced; or a pattern such as `out/{index:04d}-{seed}.png`, whose files
+                are replaced. Missing folders are made.
+
+        Raises:
+            RequestError: The pattern is malformed, or gives two images one name.
+            OSError: A file cannot be written.
+        """
+        if is_folder(target):
+            writes = [partial(self._write, index) for index in range(len(self))]
+            return [
+                save_numbered(Path(target), seed, write)
+                for seed, write in zip(self.seeds, writes, strict=True)
+            ]
+        paths = pattern_paths(target, self.seeds)
+        for index, path in enumerate(paths):
+            self.save(path, index)
+        return paths
+
+    def metadata(self, index: int = 0) -> dict[str, Any]:
         """Return the metadata of image `index`, from which it can be generated again, alone."""
         return {
             "request": request_to_json(self.request.of_image(index).as_request()),
             "bundle_sha256": self.bundle_sha256,
             "version": version(),
         }
+
+    def _write(self, index: int, path: Path, *, replace: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(self.images[index], path, self.metadata(index), replace=replace)
+
+
+def _sheet(images: list[Image.Image]) -> Image.Image:
+    """Return images of one size in a grid about as wide as it is high."""
+    if len(images) == 1:
+        return images[0]
+    columns = ceil(sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet

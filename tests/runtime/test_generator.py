@@ -284,7 +284,7 @@ def test_what_is_no_request_is_refused_by_name(generator, method):
 def test_a_saved_picture_says_how_to_draw_it_again(generator, tmp_path):
     result = generator(prompt="red", seed=3, num_images=2)
 
-    result.save(tmp_path / "second.png")
+    result.save(tmp_path / "second.png", 0)
     result.save(tmp_path / "second.png", 1)
 
     metadata = read_metadata(tmp_path / "second.png")
