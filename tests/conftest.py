@@ -12,6 +12,7 @@ import pytest
 SHAPES_CHECKPOINT = Path(__file__).parents[1] / "models/shapes/shapes.ckpt"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when a test module imports huggingface_hub
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when one imports onnxruntime
 
 
 @pytest.fixture(scope="session")

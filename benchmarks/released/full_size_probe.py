@@ -118,7 +118,7 @@ def _run(graph: Path, name: str, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _session(graph: Path) -> Any:  # noqa: ANN401  (a class without types)
-    import onnxruntime
+    from ldm_runtime.backends.onnxruntime.library import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import onnxruntime
-
 from ldm_export.errors import ExportError
 from ldm_export.graphs.fp16_range import FP16_MAX, largest_value, watched_graph
 from ldm_runtime.backends.contract import Tensors
+from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.bundle.manifest import GraphRecord, GraphVariant, ParityRecord
 from ldm_runtime.diagnostics.measures import max_relative_error, relative_l2
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from ldm_runtime.backends.contract import (
     Abilities,
@@ -18,6 +17,7 @@ from ldm_runtime.backends.contract import (
 )
 from ldm_runtime.backends.host_memory import check_memory
 from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
+from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.session import (
     NATIVE_ERRORS,
     SILENT,

@@ -5,10 +5,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-import onnxruntime
-
 from ldm_runtime.backends.contract import Abilities, EngineSource
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
+from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.packages import installed_packages
 from ldm_runtime.backends.onnxruntime.providers import (
     Provider,

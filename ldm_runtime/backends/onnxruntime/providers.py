@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from ldm_runtime.backends.contract import EngineSource
 from ldm_runtime.backends.onnxruntime.device import Array, Buffer, DeviceEngine
+from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.packages import conflict, installed_packages
 from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, check_names, describe
 from ldm_runtime.engines.gpu import Gpu, find_gpu

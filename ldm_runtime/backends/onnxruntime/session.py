@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from ldm_runtime.backends.contract import Tensors, check_input_names
+from ldm_runtime.backends.onnxruntime.library import native
 from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
 from ldm_runtime.errors import BackendError, ShapeError
 from ldm_runtime.specs.components import DYNAMIC_AXES, TensorSignature

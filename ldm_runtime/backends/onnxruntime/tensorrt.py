@@ -5,11 +5,10 @@ from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
-import onnxruntime
-
 from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared
 from ldm_runtime.backends.onnxruntime.cuda import CudaOptions, cuda_provider
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
+from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.providers import Provider, gpu_fault, open_on, provider_fault
 from ldm_runtime.backends.onnxruntime.session import lacks_graph
 from ldm_runtime.bundle.manifest import Manifest
