@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
+from ldm_runtime.cli.messages import PrintableFormatter, say
 from ldm_runtime.errors import LdmError
 from ldm_runtime.progress import reporting_to
 
@@ -72,22 +73,27 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    messages = logging.StreamHandler()
+    messages.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[messages])
     for name in ("ldm_export", "ldm_runtime"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         _export(args)
     except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     except ImportError as error:
-        print(f"error: {_missing(error)}", file=sys.stderr)
+        say(f"error: {_missing(error)}")
         return 1
     except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        say(f"error: {error.filename or args.out}: {error.strerror or error}")
+        return 1
+    except MemoryError:
+        say("error: not enough memory; `--estimate` prints how much the export takes")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
+        say("interrupted; run the same command again to resume")
         return 130
     return 0
 
@@ -131,10 +137,7 @@ def _export(args: argparse.Namespace) -> None:
     with reporting_to(sys.stderr) as progress:
         manifest = export_bundle(options, progress=progress)
     for assumption in manifest.spec.assumptions:
-        print(
-            f"assumed {assumption.field} = {assumption.value} (from {assumption.source})",
-            file=sys.stderr,
-        )
+        say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
     print(args.out)
 
 

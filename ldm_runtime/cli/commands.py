@@ -12,7 +12,9 @@ from pathlib import Path
 from ldm_runtime.backends import BACKENDS
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
 from ldm_runtime.cli.generate import add_generate_arguments, generate
+from ldm_runtime.cli.messages import PrintableFormatter, say
 from ldm_runtime.errors import LdmError, RequestError
+from ldm_runtime.escaping import printable
 from ldm_runtime.progress import reporting_to
 from ldm_runtime.version import version
 
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     warnings = logging.StreamHandler()
     warnings.addFilter(_Once())
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", handlers=[warnings])
+    warnings.setFormatter(PrintableFormatter("warning: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[warnings])
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -67,16 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except LdmError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2 if isinstance(error, RequestError) else 1
     except OSError as error:
-        _say(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+        say(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         return 1
     except MemoryError:
-        _say("error: not enough memory; ask for smaller images")
+        say("error: not enough memory; ask for smaller images")
         return 1
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return _INTERRUPTED
 
 
@@ -135,10 +138,11 @@ def _verify(args: argparse.Namespace) -> int:
         bound = "" if check.bound is None else f"bound {check.bound:g}"
         verdict = "ok" if check.passed else "MISSED"
         value = f"{check.value:.1f} dB" if check.measure == "psnr" else f"{check.value:.2e}"
-        print(f"{check.subject:<20} {check.measure:<18} {value:>10}  {bound:<12} {verdict}")
+        subject = printable(check.subject)
+        print(f"{subject:<20} {check.measure:<18} {value:>10}  {bound:<12} {verdict}")
         missed += not check.passed
     if missed:
-        _say(f"error: {missed} of the promises of {args.bundle} do not hold on this machine")
+        say(f"error: {missed} of the promises of {args.bundle} do not hold on this machine")
     return 1 if missed else 0
 
 
@@ -180,7 +184,3 @@ def _doctor(args: argparse.Namespace) -> int:
 def _version(_: argparse.Namespace) -> int:
     print(version())
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -15,6 +15,7 @@ from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, encode_networks, load_manifest
 from ldm_runtime.engines.records import load_engine_records
 from ldm_runtime.errors import LdmError
+from ldm_runtime.escaping import printable
 from ldm_runtime.pipeline.png import read_metadata
 
 INSPECTORS_GROUP = "ldm_runtime.inspectors"
@@ -63,20 +64,10 @@ def readable(description: Mapping[str, Any]) -> str:
 def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     for key, each in value.items():
         if inner := _inner(each):
-            yield f"{indent}{_printable(key)}:"
+            yield f"{indent}{printable(key)}:"
             yield from _lines(inner, f"{indent}  ")
         elif each is not None:
-            yield f"{indent}{_printable(key)}: {_printable(each)}"
-
-
-def _printable(value: object) -> str:
-    """Return a value as text without control characters, which an untrusted file may hold."""
-    text = str(value)
-    return text if text.isprintable() else "".join(map(_escaped, text))
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else ascii(character)[1:-1]
+            yield f"{indent}{printable(key)}: {printable(each)}"
 
 
 def _inner(value: object) -> Mapping[str, Any]:

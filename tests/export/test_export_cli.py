@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from ldm_export.cli import build_parser, main
+from tests.export.archives import Entry, write_archive
+from tests.export.opcodes import call, pickled, text
 
 pytestmark = pytest.mark.usefixtures("quiet_loggers")
 
@@ -198,3 +200,33 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, small_checkpoint_path,
 
     assert status == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_refused_file_cannot_rewrite_its_own_refusal(command, tmp_path):
+    name = "os.system\x1b[2K\rOK: file is safe"
+    path = write_archive(
+        tmp_path / "model.ckpt",
+        [Entry(name="x/data.pkl", data=pickled(call(name, text("true"))))],
+    )
+
+    status, out, lines, written = command(path)
+
+    assert status == 1
+    assert len(lines) == 1
+    assert lines[0].isprintable()
+    assert "names os.system\\x1b[2K\\rOK: file is safe" in lines[0]
+    assert (out, written) == ("", set())
+
+
+def test_too_little_memory_is_one_line(tmp_path, capsys, small_checkpoint_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("ldm_export.bundle.export_bundle", exhausted)
+
+    status = main(["--ckpt", str(small_checkpoint_path), "--out", str(tmp_path / "engines")])
+
+    assert status == 1
+    assert capsys.readouterr().err == (
+        "error: not enough memory; `--estimate` prints how much the export takes\n"
+    )

@@ -1,0 +1,15 @@
+"""Text from outside, such as a name in a file, escaped before it reaches a terminal."""
+
+
+def printable(value: object) -> str:
+    """Return a value as one line of text in which nothing can steer a terminal.
+
+    Every character that Unicode does not call printable (control characters, line ends, marks that
+    change the direction of writing, lone surrogates) is written as Python would escape it.
+    """
+    text = str(value)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]

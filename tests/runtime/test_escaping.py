@@ -1,0 +1,66 @@
+import json
+import logging
+
+import pytest
+
+from ldm_runtime.bundle.manifest import MANIFEST_NAME
+from ldm_runtime.cli import main
+from ldm_runtime.cli.messages import PrintableFormatter
+from ldm_runtime.escaping import printable
+
+#: Sets the title of a window, rings, turns red, goes back to the start of the line, turns text.
+ESCAPES = "\x1b]0;pwned\x07\x1b[31m\rOK\u202e"
+SHOWN = "\\x1b]0;pwned\\x07\\x1b[31m\\rOK\\u202e"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        json.dumps({ESCAPES: 1}),
+        json.dumps({"prompt": "red", "image": ESCAPES}),
+        json.dumps({"prompt": "red", "sampler": ESCAPES}),
+        json.dumps({"prompt": "red", "class_label": ESCAPES}),
+    ],
+)
+def test_nothing_in_a_file_of_requests_can_steer_the_terminal(line, tiny_bundle, tmp_path, capsys):
+    file = tmp_path / "requests.jsonl"
+    file.write_text(line)
+
+    status = main(["generate", "--bundle", str(tiny_bundle), "--requests", str(file)])
+
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.removesuffix("\n").isprintable()
+    assert "\\x1b" in error
+
+
+@pytest.mark.parametrize("field", ["tokenizer_file", "golden", "files"])
+def test_no_path_in_a_manifest_can_steer_the_terminal(field, own_bundle, capsys):
+    manifest = json.loads((own_bundle / MANIFEST_NAME).read_text())
+    if field == "tokenizer_file":
+        manifest[field] = ESCAPES
+    elif field == "golden":
+        manifest[field] = [ESCAPES]
+    else:
+        manifest[field][0]["path"] = ESCAPES
+    (own_bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+    status = main(["verify", str(own_bundle)])
+
+    captured = capsys.readouterr()
+    assert status == 1
+    assert captured.err.removesuffix("\n").isprintable()
+    assert all(line.isprintable() for line in captured.out.split("\n"))
+
+
+def test_warnings_and_the_words_of_libraries_cannot_steer_the_terminal():
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "it says %s", (ESCAPES,), None)
+
+    line = PrintableFormatter("warning: %(message)s").format(record)
+
+    assert line == f"warning: it says {SHOWN}"
+
+
+def test_text_that_can_be_printed_is_left_alone():
+    assert printable("größer, 红色 · 𝄞") == "größer, 红色 · 𝄞"
+    assert printable("a\nb\tc\ud800\u2028") == "a\\nb\\tc\\ud800\\u2028"
