@@ -6,7 +6,7 @@ no `pickle`, no fallback to either. Opening a file touches its directory, not it
 
 import mmap
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,9 @@ _MISTAKES: Mapping[bytes, str] = MappingProxyType(
         b"\x80": "a bare pickle, which only running it could read; save a state dict instead",
     }
 )
+#: What DataParallel and DistributedDataParallel, torch.compile, and Lightning's Fabric put before
+#: the name of every tensor of the module that they wrap.
+_WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 _UNREADABLE = frozenset({"float8_e4m3fn", "float8_e5m2"})  # NumPy has no such types
 
 
@@ -171,7 +174,8 @@ class Checkpoint(Closing):
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint in torch's archive format (.ckpt, .pt, .pth, .bin) or in safetensors.
 
-    The format is told by the content, not by the name. State dicts inside state dicts are entered.
+    The format is told by the content, not by the name. State dicts inside state dicts are entered,
+    and what a wrapper of the whole model put before every name is left out.
 
     Raises:
         CheckpointError: The file is not a checkpoint, is damaged, or has unexpected contents.
@@ -213,9 +217,21 @@ def _read(file: MappedFile) -> Checkpoint:
 
 
 def _lazy(extents: Mapping[str, TensorExtent], file: MappedFile) -> Mapping[str, LazyTensor]:
+    wrappers = _wrappers_of(extents)
+    named = {name.removeprefix(wrappers): extent for name, extent in extents.items()}
     return MappingProxyType(
-        {name: LazyTensor(name=name, extent=extent, file=file) for name, extent in extents.items()}
+        {name: LazyTensor(name=name, extent=extent, file=file) for name, extent in named.items()}
     )
+
+
+def _wrappers_of(names: Iterable[str]) -> str:
+    """Return the beginning that wrappers of a whole model gave to every one of `names`, or ""."""
+    prefix, rests = "", list(names)
+    while wrapper := next(
+        (each for each in _WRAPPERS if all(name.startswith(each) for name in rests)), ""
+    ):
+        prefix, rests = prefix + wrapper, [name.removeprefix(wrapper) for name in rests]
+    return prefix
 
 
 def _explain(head: bytes) -> str:

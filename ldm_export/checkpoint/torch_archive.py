@@ -117,7 +117,10 @@ def _read_root(data: memoryview, member: Member) -> object:
 
 
 def _find_state_dict(root: object) -> tuple[Mapping[object, object], int | None]:
-    """Descend through `state_dict`, or else `model`, entries to the dict that holds the tensors."""
+    """Descend through `state_dict`, or else `model`, entries to the dict that holds the tensors.
+
+    A dict that has parameters itself is the state dict, whatever is inside it.
+    """
     level, global_step = root, None
     for _ in range(_MAX_LEVELS):
         if not isinstance(level, dict):
@@ -125,13 +128,26 @@ def _find_state_dict(root: object) -> tuple[Mapping[object, object], int | None]
         step = level.get("global_step")
         if global_step is None and is_size(step):
             global_step = step
-        inner = level.get("state_dict")
-        if not isinstance(inner, dict) and not _has_tensors(level):
-            inner = level.get("model")
-        if not isinstance(inner, dict):
+        inner = None if _has_parameters(level) else _inner_dict(level)
+        if inner is None:
             return level, global_step
         level = inner
     raise FormatError(f"state_dict is nested more than {_MAX_LEVELS} deep")
+
+
+def _inner_dict(level: Mapping[object, object]) -> Mapping[object, object] | None:
+    """Return the dict inside a dict that may hold the tensors; an empty one does not count."""
+    keys = ("state_dict",) if _has_tensors(level) else ("state_dict", "model")
+    found = (level.get(key) for key in keys)
+    return next((inner for inner in found if isinstance(inner, dict) and inner), None)
+
+
+def _has_parameters(level: Mapping[object, object]) -> bool:
+    """Return whether a dict has tensors under paths into a module, not only a loss or a step."""
+    return any(
+        isinstance(value, TensorRecord) and isinstance(name, str) and "." in name
+        for name, value in level.items()
+    )
 
 
 def _has_tensors(level: Mapping[object, object]) -> bool:

@@ -17,6 +17,7 @@ from ldm_export.hyperparameters.shapes import Shapes
 
 _BERT = "cond_stage_model.transformer."
 _AUTOENCODER_PREFIXES = ("first_stage_model.", "")
+_ATTENTION = "decoder.mid.attn_1."  # spelled in several ways from there on
 _WORDPIECES = 30522  # rows of BERT's uncased vocabulary
 
 #: Tensors that identify a kind of autoencoder or conditioner; the first that is present decides.
@@ -117,10 +118,8 @@ def _factor(tensors: Shapes, prefix: str) -> Feature:
 def _middle_attention(tensors: Shapes, prefix: str) -> Feature:
     if f"{prefix}decoder.mid.block_1.conv1.weight" not in tensors:
         return ABSENT
-    attention = f"{prefix}decoder.mid.attn_1.q.weight"
-    if attention in tensors:
-        return Feature(value="yes", tensor=attention)
-    return Feature(value="no", tensor="")
+    attention = next((name for name in tensors if name.startswith(f"{prefix}{_ATTENTION}")), "")
+    return Feature(value="yes" if attention else "no", tensor=attention)
 
 
 def _concat(unet: Shapes, rest: Shapes) -> Feature:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+
 from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
 from ldm_export.families.records import Family
@@ -97,18 +99,11 @@ def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
         if _ignored_reason(name):
             continue
         for assignment in family.assignments:
-            if not name.startswith(assignment.checkpoint_prefix):
-                continue
-            parameter = assignment.parameter_prefix + name.removeprefix(
-                assignment.checkpoint_prefix
-            )
-            taken = weights[assignment.component].setdefault(parameter, name)
-            if taken != name:
-                raise WeightsError(
-                    f"{taken} and {name} are both the {assignment.component}'s {parameter}; "
-                    "remove one"
-                )
-            break
+            parameter = assignment.parameter_of(name)
+            if parameter is not None:
+                taken = weights[assignment.component].setdefault(parameter, name)
+                _check_same_tensor(tensors, assignment.component, parameter, (taken, name))
+                break
     for component, names in weights.items():
         if not names:
             wanted = ", ".join(
@@ -118,6 +113,22 @@ def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
             )
             raise WeightsError(f"the checkpoint has no weights for the {component} ({wanted})")
     return weights
+
+
+def _check_same_tensor(
+    tensors: Tensors, component: str, parameter: str, names: tuple[str, str]
+) -> None:
+    """Check that two tensors under different spellings of one parameter are copies."""
+    taken, name = names
+    if taken == name:
+        return
+    first, second = tensors[taken], tensors[name]
+    if first.shape != second.shape or not np.array_equal(first.numpy(), second.numpy()):
+        raise WeightsError(
+            f"{taken} and {name} are both the {component}'s {parameter}, and differ: one of them "
+            "is left over from another model; load the checkpoint with torch or safetensors, "
+            "delete the one that does not belong to it, and save it again"
+        )
 
 
 def _choose(tensors: Tensors, raw: Sequence[str], asked: WeightsChoice | None) -> WeightsChoice:
@@ -191,7 +202,9 @@ def _ignored_reason(name: str) -> str:
 
 
 def _copy_reason(tensors: Tensors, family: Family, name: str) -> str:
-    """Return that a tensor is a copy of another of its shape, or "" if it is not."""
+    """Return that a tensor that is not assigned is a copy of another, or "" if it is not."""
+    if any(assignment.parameter_of(name) is not None for assignment in family.assignments):
+        return "a copy under another name"  # assigning its parameter proved that
     for prefix, original in family.copies:
         other = original + name.removeprefix(prefix)
         if name.startswith(prefix) and other in tensors:

@@ -1,7 +1,8 @@
 """The records of the table of checkpoint families, and the weight assignments its rows share."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -19,11 +20,23 @@ class Assignment:
         component: Name in `specs.components.COMPONENTS`.
         checkpoint_prefix: Beginning of the names in the checkpoint …
         parameter_prefix: … and what takes its place in the network's parameter names.
+        spellings: Other spellings of the rest of the names, and the network's: expressions and
+            what takes the place of each.
     """
 
     component: str
     checkpoint_prefix: str
     parameter_prefix: str
+    spellings: tuple[tuple[str, str], ...] = ()
+
+    def parameter_of(self, name: str) -> str | None:
+        """Return the network's parameter that a checkpoint's tensor is; None if it is not one."""
+        if not name.startswith(self.checkpoint_prefix):
+            return None
+        rest = name.removeprefix(self.checkpoint_prefix)
+        for pattern, replacement in self.spellings:
+            rest = re.sub(pattern, replacement, rest)
+        return self.parameter_prefix + rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +104,20 @@ class Family:
     is_whole: bool = True
 
 
+#: Attention of an autoencoder as diffusers spells it, before version 0.17 and since; converters
+#: of fine-tuned models leave these names behind (huggingface/diffusers issue 4790).
+_VAE_ATTENTION = tuple(
+    (rf"(\.attn(?:_1|\.\d+)\.){theirs}\.", rf"\1{ours}.")
+    for theirs, ours in (
+        (r"(?:to_q|query)", "q"),
+        (r"(?:to_k|key)", "k"),
+        (r"(?:to_v|value)", "v"),
+        (r"(?:to_out\.0|proj_attn)", "proj_out"),
+        (r"group_norm", "norm"),
+    )
+)
+
+
 def assignment(component: str, checkpoint_prefix: str, parameter_prefix: str = "") -> Assignment:
     """Return an assignment; most networks' names are the checkpoint's without its prefix."""
     return Assignment(
@@ -114,7 +141,10 @@ def autoencoder_assignments(prefix: str) -> tuple[Assignment, ...]:
         "encoder": "vae_encoder",
         "quant_conv": "vae_encoder",
     }
-    return tuple(assignment(parts[part], f"{prefix}{part}.", f"{part}.") for part in parts)
+    return tuple(
+        replace(assignment(parts[part], f"{prefix}{part}.", f"{part}."), spellings=_VAE_ATTENTION)
+        for part in parts
+    )
 
 
 AUTOENCODER = autoencoder_assignments("first_stage_model.")

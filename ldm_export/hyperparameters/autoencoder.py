@@ -7,6 +7,7 @@ from ldm_export.hyperparameters.shapes import Shapes, indices, multipliers, same
 from ldm_runtime.specs.networks import AutoencoderSpec
 
 _NORM_GROUPS = 32
+_IMAGE_CHANNELS = 3
 _CODEBOOK = "quantize.embedding.weight"
 
 Kind = Literal["kl", "vq"]
@@ -32,6 +33,11 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
     decoder = _level_channels(shapes, "decoder.up")
     same({"channels of the encoder's levels": encoder, "channels of the decoder's": decoder})
     _check_resampling(shapes, len(encoder))
+    if image_channels != _IMAGE_CHANNELS:
+        raise WeightsError(
+            f"the autoencoder takes images of {image_channels} channels (encoder.conv_in.weight); "
+            f"only those of {_IMAGE_CHANNELS}, red, green and blue, are exported"
+        )
     kind: Kind = "vq" if _CODEBOOK in shapes else "kl"
     z_channels, embed_dim = _latent_channels(shapes, kind)
     same(
@@ -97,8 +103,8 @@ def _attention_levels(shapes: Shapes, num_levels: int) -> tuple[int, ...]:
 def _middle_attention(shapes: Shapes) -> bool:
     return same(
         {
-            f"the presence of {name}": name in shapes
-            for name in ("encoder.mid.attn_1.q.weight", "decoder.mid.attn_1.q.weight")
+            f"the presence of {place}*": any(name.startswith(place) for name in shapes)
+            for place in ("encoder.mid.attn_1.", "decoder.mid.attn_1.")
         }
     )
 

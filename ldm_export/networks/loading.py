@@ -76,7 +76,8 @@ def build_network(component: str, spec: ModelSpec) -> nn.Module:
 def check_weights(component: str, spec: ModelSpec, weights: Mapping[str, Weight]) -> None:
     """Check that a checkpoint has every weight of a component in its shape, and no other.
 
-    Reads no values, and is quick whatever the size.
+    Axes of length 1 at the end do not count: some tools store convolutions of one pixel as
+    matrices. Reads no values, and is quick whatever the size.
 
     Raises:
         WeightsError: A parameter has no tensor, a tensor no parameter, or shapes differ.
@@ -98,7 +99,11 @@ def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight])
     """
     network = build_network(component, spec)
     _check_same(component, network, weights)
-    state = {name: _as_float32(component, name, weight) for name, weight in weights.items()}
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    state = {
+        name: _as_float32(component, name, weight).reshape(shapes[name])
+        for name, weight in weights.items()
+    }
     network.load_state_dict(state, strict=True, assign=True)
     return network.requires_grad_(False)
 
@@ -137,7 +142,7 @@ def _check_same(component: str, network: nn.Module, weights: Mapping[str, Weight
         "of another shape": [
             f"{name} ({found[name]}, expected {shape})"
             for name, shape in expected.items()
-            if name in found and found[name] != shape
+            if name in found and _significant(found[name]) != _significant(shape)
         ],
     }
     sentences = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
@@ -145,6 +150,11 @@ def _check_same(component: str, network: nn.Module, weights: Mapping[str, Weight
         raise WeightsError(
             f"the checkpoint's weights do not fit the {component}; {'; '.join(sentences)}"
         )
+
+
+def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without the axes of length 1 at its end."""
+    return _significant(shape[:-1]) if shape and shape[-1] == 1 else shape
 
 
 def _listed(names: list[str]) -> str:

@@ -156,6 +156,61 @@ def test_the_state_dict_is_found_wherever_it_is_nested(tmp_path, nest):
         assert_same_tensors(checkpoint, state_dict)
 
 
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda state: state | {"state_dict": {}},
+        lambda state: state | {"state_dict": {"old.weight": torch.zeros(3)}},
+        lambda state: {"state_dict": state | {"state_dict": {"old.weight": torch.zeros(3)}}},
+        lambda state: {"loss": torch.tensor(0.5), "state_dict": state},
+        lambda state: {"state_dict": {}, "model": state, "step": 3},
+    ],
+)
+def test_of_state_dicts_inside_each_other_the_outermost_with_parameters_counts(tmp_path, nest):
+    state_dict = {"layer.weight": torch.randn(2), "scale": torch.randn(1)}
+
+    with open_checkpoint(saved(tmp_path, nest(state_dict))) as checkpoint:
+        assert_same_tensors(checkpoint, state_dict)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 3)
+        self.module = torch.nn.Linear(1, 1)
+
+
+class Compiled(torch.nn.Module):
+    """Names its module as torch.compile does, which takes seconds to import."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.DataParallel,
+        lambda module: torch.nn.DataParallel(Compiled(module)),
+    ],
+)
+def test_names_are_those_of_the_model_that_was_wrapped_whole(tmp_path, wrap):
+    model = Wrapped()
+    wrapped = wrap(model).state_dict()
+    assert wrapped.keys() != model.state_dict().keys()
+
+    with open_checkpoint(saved(tmp_path, {"state_dict": wrapped})) as checkpoint:
+        assert_same_tensors(checkpoint, model.state_dict())
+
+
+def test_a_beginning_that_only_some_names_have_is_not_a_wrapper(tmp_path):
+    state_dict = {"module.weight": torch.randn(2), "scale": torch.randn(1)}
+
+    with open_checkpoint(saved(tmp_path, state_dict)) as checkpoint:
+        assert_same_tensors(checkpoint, state_dict)
+
+
 def test_buffers_and_unsigned_types_of_newer_torch_are_read(tmp_path):
     state_dict = {
         "buffer": torch.nn.Buffer(torch.randn(3)),

@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.unet import read_unet
+from ldm_export.networks.loading import check_weights
 from tests.export.sd_layout import (
     SD1,
     TINY,
@@ -127,13 +129,81 @@ def test_old_text_encoder_names_get_the_level_they_lack():
     assert weights[f"text_model.{name}"] == f"cond_stage_model.transformer.{name}"
 
 
-def test_old_and_new_text_encoder_names_together_are_an_error():
+def test_a_second_spelling_of_a_text_encoder_is_ignored_if_it_repeats_the_first():
     tensors = checkpoint(TINY)
-    name = "cond_stage_model.transformer.final_layer_norm.bias"
-    tensors[name] = FakeTensor(shape=(96,))
+    name = "cond_stage_model.transformer.{}final_layer_norm.bias"
+    tensors[name.format("text_model.")] = tensors[name.format("")] = with_values(np.arange(96.0))
 
-    with pytest.raises(WeightsError, match=r"both the text_encoder's text_model\.final_layer_norm"):
+    detection = detect(tensors)
+
+    assert detection.unused[name.format("")] == "a copy under another name"
+    assert detection.weights["text_encoder"].keys() == text_shapes(TINY).keys()
+
+
+def test_two_spellings_of_a_text_encoder_that_differ_are_an_error_that_says_how_to_remove_one():
+    tensors = checkpoint(TINY)
+    name = "cond_stage_model.transformer.{}final_layer_norm.bias"
+    tensors[name.format("text_model.")] = with_values(np.zeros(96))
+    tensors[name.format("")] = with_values(np.ones(96))
+
+    with pytest.raises(
+        WeightsError,
+        match=r"both the text_encoder's text_model\.final_layer_norm.*torch or safetensors, delete",
+    ):
         detect(tensors)
+
+
+#: Attention of an autoencoder as diffusers names it, by the names of the original.
+VAE_SPELLINGS = [
+    {"norm": "norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
+    {"norm": "group_norm", "q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"},
+]
+
+
+@pytest.mark.parametrize("spelling", VAE_SPELLINGS)
+def test_attention_of_an_autoencoder_is_read_under_the_names_of_diffusers(spelling):
+    original = checkpoint(TINY)
+    spelled = {
+        re.sub(
+            r"(?<=\.attn_1\.|.attn\.0\.)(norm|q|k|v|proj_out)(?=\.)",
+            lambda found: spelling[found[1]],
+            name,
+        ): tensor
+        for name, tensor in original.items()
+    }
+    assert len(spelled.keys() - original.keys()) >= 2 * 2 * 4 * 2  # weights and biases, both halves
+
+    expected, found = detect(original), detect(spelled)
+
+    assert found.spec == expected.spec
+    for component in ("vae_encoder", "vae_decoder"):
+        assert found.weights[component].keys() == expected.weights[component].keys()
+    q = "decoder.mid.attn_1.q.weight"
+    assert found.weights["vae_decoder"][q] == "first_stage_model." + q.replace(
+        ".q.", f".{spelling['q']}."
+    )
+
+
+def test_attention_of_unknown_names_is_missing_and_not_only_unexpected():
+    tensors = {
+        name.replace("decoder.mid.attn_1.q.", "decoder.mid.attn_1.wq."): tensor
+        for name, tensor in checkpoint(TINY).items()
+    }
+    detection = detect(tensors)
+    names = detection.weights["vae_decoder"]
+
+    with pytest.raises(WeightsError) as raised:
+        check_weights("vae_decoder", detection.spec, {name: tensors[names[name]] for name in names})
+
+    assert "missing: decoder.mid.attn_1.q.weight, decoder.mid.attn_1.q.bias" in str(raised.value)
+    assert "not part of it: decoder.mid.attn_1.wq" in str(raised.value)
+
+
+def test_an_autoencoder_of_other_images_than_rgb_is_refused_when_it_is_recognised():
+    depth = checkpoint(replace(TINY, image_channels=1))
+
+    with pytest.raises(WeightsError, match=r"takes images of 1 channels \(encoder.conv_in.weight"):
+        detect(depth)
 
 
 def test_complete_moving_averages_win_over_training_weights():
@@ -230,7 +300,7 @@ def test_tensors_that_nobody_claims_are_counted_and_the_first_are_listed():
         ("model.diffusion_model.middle_block.1.", "no attention in its middle"),
         ("model.diffusion_model.output_blocks.5.", "5 output blocks; .* need 6"),
         ("first_stage_model.encoder.down.", r"no level under encoder\.down"),
-        ("first_stage_model.decoder.mid.attn_1.", r"presence of decoder\.mid\.attn_1\.q.* is F"),
+        ("first_stage_model.decoder.mid.attn_1.", r"presence of decoder\.mid\.attn_1.* is F"),
         ("first_stage_model.decoder.up.1.upsample.", r"upsample\.conv\.weight is missing: level 1"),
     ],
 )

@@ -50,6 +50,19 @@ def test_a_loaded_network_is_equal_to_the_one_that_was_stored(component, network
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_attention_that_is_stored_as_matrices_is_loaded_as_the_same_network(networks):
+    network = networks["vae_decoder"]
+    names = [f"decoder.mid.attn_1.{part}.weight" for part in ("q", "k", "v", "proj_out")]
+    weights = stored(network)
+    for name in names:
+        weights[name] = Stored(weights[name].array[:, :, 0, 0])
+
+    loaded = load_network("vae_decoder", SPEC, weights)
+
+    for name in names:
+        assert torch.equal(loaded.state_dict()[name], network.state_dict()[name])
+
+
 def shapes_of(component, spec):
     network = build_network(component, spec)
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
