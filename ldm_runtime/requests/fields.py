@@ -20,6 +20,7 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject, read_layout
 from ldm_runtime.inputs.reading import shown as shown_text
 from ldm_runtime.inputs.segmentation import SegmentationMap
+from ldm_runtime.suggestions import did_you_mean
 
 MAX_SEED = 2**64 - 1
 _PAIR = 2
@@ -193,7 +194,10 @@ def switch(name: str, value: object) -> bool:
 def choice(name: str, value: object, *, choices: Sequence[str]) -> str:
     """Accept one of some names."""
     if not isinstance(value, str) or value not in choices:
-        raise RequestError(name, f"unknown {name} {shown(value)}; choose {', '.join(choices)}")
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        raise RequestError(
+            name, f"unknown {name} {shown(value)}{hint}; choose {', '.join(choices)}"
+        )
     return value
 
 

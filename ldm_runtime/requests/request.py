@@ -12,8 +12,10 @@ from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.noise import NOISES
 from ldm_runtime.requests.fields import MAX_SEED, FieldRecord, about, about_items, field_records
+from ldm_runtime.requests.sampler_names import known_sampler, known_schedule
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
+from ldm_runtime.suggestions import did_you_mean
 
 MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
@@ -30,7 +32,8 @@ class GenerationRequest:
 
     Which fields a request must have, and which others mean something, depends on the bundle's task:
     `ldm_runtime.specs.tasks.TASKS` has them all. The text next to each field is also the help of
-    its flag; `FIELDS` has the record of each.
+    its flag; `FIELDS` has the record of each. `sampler` and `schedule` may have the names of other
+    programs, see `sampler_names`, and hold this program's afterwards.
 
     Sources: classifier-free guidance is Ho and Salimans 2022 (arXiv:2207.12598), its rescaling
     Lin et al. 2023 (arXiv:2305.08891) section 3.4, its interval Kynkäänniemi et al. 2024
@@ -104,11 +107,19 @@ class GenerationRequest:
             low=1,
             high=MAX_SIDE,
             metavar="PIXELS",
+            flags=("-H",),
         ),
     ] = None
     width: Annotated[
         int | None,
-        about("width in pixels, likewise", "Output", low=1, high=MAX_SIDE, metavar="PIXELS"),
+        about(
+            "width in pixels, likewise",
+            "Output",
+            low=1,
+            high=MAX_SIDE,
+            metavar="PIXELS",
+            flags=("-W",),
+        ),
     ] = None
     num_inference_steps: Annotated[
         int | None,
@@ -131,6 +142,7 @@ class GenerationRequest:
             low=0.0,
             high=100.0,
             metavar="W",
+            flags=("--cfg-scale",),
         ),
     ] = None
     guidance_rescale: Annotated[
@@ -192,6 +204,7 @@ class GenerationRequest:
             "Sampling",
             low=0,
             high=MAX_SEED,
+            flags=("-s",),
         ),
     ] = None
     noise: Annotated[
@@ -222,6 +235,7 @@ class GenerationRequest:
             "Input image",
             metavar="FILE",
             example="--image photo.png",
+            flags=("-i",),
         ),
     ] = None
     strength: Annotated[
@@ -241,6 +255,7 @@ class GenerationRequest:
             "Input image",
             metavar="FILE",
             example="--mask-image mask.png",
+            flags=("--mask",),
         ),
     ] = None
     outpaint: Annotated[
@@ -280,6 +295,7 @@ class GenerationRequest:
     ] = None
 
     def __post_init__(self) -> None:
+        self._take_names_of_other_programs()
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
@@ -294,6 +310,16 @@ class GenerationRequest:
         """Whether the noise leans towards that of another seed."""
         return self.variation_strength > 0
 
+    def _take_names_of_other_programs(self) -> None:
+        """Replace "DPM++ 2M Karras" by `dpmpp_2m`, and by `karras` unless a schedule is given."""
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", known_schedule(self.schedule))
+        if isinstance(self.sampler, str):
+            sampler, schedule = known_sampler(self.sampler)
+            object.__setattr__(self, "sampler", sampler)
+            if schedule and self.schedule is None and self.sigmas is None:
+                object.__setattr__(self, "schedule", schedule)
+
 
 def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
     """Return the request that `mapping` (JSON, keywords) describes; nothing is converted.
@@ -304,7 +330,10 @@ def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
     names = [field.name for field in fields(GenerationRequest)]
     for name in mapping:
         if name not in names:
-            raise RequestError(str(name), f"unknown field; a request has {', '.join(names)}")
+            hint = (
+                f" (did you mean {_FLAGS[name]}?)" if name in _FLAGS else did_you_mean(name, names)
+            )
+            raise RequestError(str(name), f"unknown field{hint}; a request has {', '.join(names)}")
     # The record checks every value itself, so that Python, the command line and JSON agree.
     return GenerationRequest(**mapping)  # type: ignore[arg-type]
 
@@ -335,3 +364,10 @@ def _description(value: object) -> object:
 
 #: The record of every field, by name.
 FIELDS: Mapping[str, FieldRecord] = field_records(GenerationRequest)
+
+# The field of every flag that is not called like it: "steps" of `--steps`.
+_FLAGS: Mapping[str, str] = {
+    flag.lstrip("-").replace("-", "_"): name
+    for name, record in FIELDS.items()
+    for flag in record.flags
+}

@@ -437,7 +437,7 @@ def test_generate_never_replaces_a_file(draw, tmp_path):
         (["--steps", "0"], "num_inference_steps: must lie between 1 and"),
         (["--steps", "1001"], "num_inference_steps: 1001 steps are impossible"),
         (["--guidance-scale", "nan"], "guidance_scale: must lie between 0 and 100, got nan"),
-        (["--sampler", "ddim2"], "sampler: unknown sampler 'ddim2'; choose ddpm, ddim, euler"),
+        (["--sampler", "ddim2"], "sampler: unknown sampler 'ddim2' (did you mean ddim"),
         (["--schedule", "cosine"], "schedule: unknown schedule 'cosine'; choose leading"),
         (["--sampler", "euler", "--eta", "1"], "eta: sampler 'euler' has none"),
         (["--seed", "-1"], "seed: must lie between 0"),

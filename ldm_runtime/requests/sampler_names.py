@@ -1,0 +1,80 @@
+"""Names of samplers and schedules in other programs: A1111, ComfyUI, k-diffusion and diffusers.
+
+Upper and lower case, spaces, `_` and `-` make no difference, "++" is "pp", and the prefixes of
+k-diffusion's functions and of A1111's short names are left out. A name of A1111 may end in that of
+a schedule: "DPM++ 2M Karras".
+
+Names whose sampler differs from every one here are not in the table: "DPM fast", "DPM adaptive",
+"DPM++ 2M SDE Heun", and `DPMSolverSinglestepScheduler`, which several samplers come from.
+
+Sources: AUTOMATIC1111/stable-diffusion-webui 02b0092, `sd_samplers_kdiffusion.py` and
+`sd_schedulers.py`; the table in diffusers' documentation of schedulers.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.schedules import SCHEDULES
+
+#: Other names of samplers that do not read like their names here.
+_SAMPLER_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ddpm": ("DDPMScheduler",),
+        "ddim": ("DDIMScheduler",),
+        "euler": ("EulerDiscreteScheduler",),
+        "euler_ancestral": ("Euler a", "EulerAncestralDiscreteScheduler"),
+        "lcm": ("LCMScheduler",),
+        "heun": ("HeunDiscreteScheduler",),
+        "dpm2": ("KDPM2DiscreteScheduler",),
+        "dpm2_ancestral": ("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
+        "dpmpp_2s_ancestral": ("DPM++ 2S a",),
+        "plms": ("PNDM", "PNDMScheduler"),
+        "lms": ("LMSDiscreteScheduler",),
+        "ipndm": ("IPNDMScheduler",),
+        "deis": ("DEISMultistepScheduler",),
+        "dpmpp_2m": ("DPMSolverMultistepScheduler",),
+        "dpmpp_sde": ("DPMSolverSDEScheduler",),
+        "unipc": ("UniPCMultistepScheduler",),
+    }
+)
+_SCHEDULE_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"linspace": ("Uniform", "Normal")}
+)
+
+
+def known_sampler(name: str) -> tuple[str, str | None]:
+    """Return the sampler that a name of any program means, and the schedule that the name carries.
+
+    An unknown name is returned as it is.
+    """
+    folded = _folded(name)
+    if folded in _SAMPLERS:
+        return _SAMPLERS[folded], None
+    for ending, schedule in _SCHEDULES.items():
+        if folded.endswith(ending) and (stem := folded.removesuffix(ending)) in _SAMPLERS:
+            return _SAMPLERS[stem], schedule
+    return name, None
+
+
+def known_schedule(name: str) -> str:
+    """Return the schedule that a name of any program means; an unknown name as it is."""
+    return _SCHEDULES.get(_folded(name), name)
+
+
+def _folded(name: str) -> str:
+    plain = re.sub(r"[\s_-]", "", re.sub(r"^(sample|k)_", "", name.casefold()))
+    return plain.replace("++", "pp")
+
+
+def _by_folded_name(
+    names: Iterable[str], aliases: Mapping[str, tuple[str, ...]]
+) -> Mapping[str, str]:
+    return MappingProxyType(
+        {_folded(each): name for name in names for each in (name, *aliases.get(name, ()))}
+    )
+
+
+_SAMPLERS = _by_folded_name(SAMPLERS, _SAMPLER_ALIASES)
+_SCHEDULES = _by_folded_name(SCHEDULES, _SCHEDULE_ALIASES)
