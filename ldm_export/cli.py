@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     features.add_argument(
         "--weights",
         choices=("ema", "model"),
-        help="EMA or last trained weights (default: ema if the checkpoint has them)",
+        help="moving averages or last weights of training (default: what the configuration's "
+        "use_ema says, else what the family samples with)",
     )
     features.add_argument("--num-heads", type=int, help="attention heads of the UNet")
     features.add_argument("--num-head-channels", type=int, help="channels per head of the UNet")

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, LazyTensor
+from ldm_export.detection.averages import warn_of_averages
 from ldm_export.detection.compvis_config import config_next_to, read_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.overrides import Overrides
@@ -25,7 +26,7 @@ from ldm_runtime.specs.model import ModelSpec, components_of
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 _SAMPLING_FIELDS = ("defaults", "prediction_type")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -125,7 +126,8 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
     Args:
         options: The options of the export.
         checkpoint: The opened file.
-        hashed: Whether to read it whole for its hash, which only an estimate can do without.
+        hashed: Whether to read it whole, for its hash and to check its averages, which only an
+            estimate can do without.
 
     Raises:
         UnknownModelError: It does not belong to a known family.
@@ -140,10 +142,13 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
     toolchain = choose_toolchain(options.engines)
     if isinstance(toolchain, str) and options.engines.builder == "auto":
         _LOGGER.warning("%s", toolchain)
+    detection = detect(checkpoint.tensors, config=config, overrides=options.overrides)
+    if hashed:
+        warn_of_averages(checkpoint.tensors, detection.weights)
     return Source(
         options=options,
         checkpoint=checkpoint,
-        detection=detect(checkpoint.tensors, config=config, overrides=options.overrides),
+        detection=detection,
         sha256=sha256_of(options.checkpoint) if hashed else "",
         toolchain=None if isinstance(toolchain, str) else toolchain,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ldm_export.errors import ExportError
+from ldm_export.families.records import WeightsChoice
 from ldm_runtime.specs.model import PredictionType
 
 _MAX_BYTES = 1 << 20
@@ -33,6 +34,7 @@ class ConfigFields:
     """The features in a configuration that no shape tells; None where it says nothing.
 
     Attributes:
+        weights: Set of trained weights to sample with.
         prediction_type: Prediction target of the UNet.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
         scale_by_std: Whether it was measured in training, and is a tensor of the checkpoint.
@@ -50,6 +52,7 @@ class ConfigFields:
         num_downsampling_steps: Downsampling steps of a segmentation encoder.
     """
 
+    weights: WeightsChoice | None = None
     prediction_type: PredictionType | None = None
     latent_scale_factor: float | None = None
     scale_by_std: bool = False
@@ -109,6 +112,7 @@ def config_fields(config: Config | None) -> ConfigFields:
     params = params_of(config)
     _check_exported(params)
     return ConfigFields(
+        weights=_weights(params),
         prediction_type=_choice(params, "parameterization", _PARAMETERIZATIONS),
         latent_scale_factor=(
             None if params.get("scale_by_std") else _number(params, "scale_factor")
@@ -184,6 +188,16 @@ def _check_exported(params: Config) -> None:
             raise ExportError(
                 f"config: {path} {value!r} is not exported by this version; only {exported!r} is"
             )
+
+
+def _weights(params: Config) -> WeightsChoice | None:
+    """Return the set of weights that `use_ema` asks for, or None without that entry."""
+    value = lookup(params, "use_ema")
+    if value is ABSENT:
+        return None
+    if not isinstance(value, bool):
+        raise ExportError(f"config: use_ema is {value!r}; true or false was expected")
+    return "ema" if value else "model"
 
 
 def _number(params: Config, path: str) -> float | None:

@@ -15,7 +15,7 @@ from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.match import match_family
-from ldm_export.detection.overrides import Overrides, Sources
+from ldm_export.detection.overrides import Overrides, Sources, first_stated
 from ldm_export.detection.spec import read_spec
 from ldm_export.detection.weight_assignment import assigned_weights
 from ldm_export.errors import ExportError
@@ -61,10 +61,10 @@ def detect(
     _check_flags(flags)
     family, family_defaults = match_family(tensors)
     _check_needed(flags, family_defaults)
-    assignment = assigned_weights(tensors, family, flags.weights)
-    sources = Sources(
-        tensors=tensors, flags=flags, config=config_fields(config), family=family_defaults
-    )
+    stated = config_fields(config)
+    wanted, note = first_stated("weights", flags.weights, stated.weights, family_defaults.weights)
+    assignment = assigned_weights(tensors, family, wanted, note.source)
+    sources = Sources(tensors=tensors, flags=flags, config=stated, family=family_defaults)
     spec = read_spec(sources, family.name, assignment)
     check_architecture(config, spec)
     check_consistent(spec)

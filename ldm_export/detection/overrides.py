@@ -5,8 +5,7 @@ from typing import TypeVar
 
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.features import Tensors
-from ldm_export.detection.weight_assignment import WeightsChoice
-from ldm_export.families.records import FamilyDefaults
+from ldm_export.families.records import FamilyDefaults, WeightsChoice
 from ldm_runtime.specs.model import Assumption, PredictionType
 
 T = TypeVar("T")

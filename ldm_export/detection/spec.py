@@ -45,7 +45,7 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         component: component_shapes(sources.tensors, names)
         for component, names in assignment.weights.items()
     }
-    notes = _Notes()
+    notes = _Notes([assumed("weights", assignment.chosen, assignment.source)])
     unet = _unet(sources, shapes, notes)
     autoencoder = _autoencoder(sources, {**shapes["vae_encoder"], **shapes["vae_decoder"]}, notes)
     conditioners = {

@@ -5,22 +5,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 
 from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
-from ldm_export.families.records import Family
+from ldm_export.families.records import Family, WeightsChoice
 from ldm_export.families.unused_tensors import IGNORED_TENSORS
 from ldm_export.hyperparameters.shapes import Shapes, listed
 
 logger = logging.getLogger(__name__)
 
-WeightsChoice = Literal["ema", "model"]
-
 _STORED_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
-_EMA_PREFIX = "model_ema."
+#: Beginning of the names of moving averages.
+EMA_PREFIX = "model_ema."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,31 +27,39 @@ class WeightAssignment:
 
     Attributes:
         weights: Per component, checkpoint tensor name by network parameter name.
-        chosen: The set of trained weights that is used.
+        chosen: The set of trained weights that is used …
+        source: … and who chose it: "flag", "config", "family", or "file" where it has no other.
         unused: Reason why a tensor is in no component, by its name.
     """
 
     weights: Mapping[str, Mapping[str, str]]
     chosen: WeightsChoice
+    source: str
     unused: Mapping[str, str]
 
 
 def assigned_weights(
-    tensors: Tensors, family: Family, asked: WeightsChoice | None = None
+    tensors: Tensors, family: Family, wanted: WeightsChoice, source: str
 ) -> WeightAssignment:
     """Assign every tensor of a checkpoint to a component of `family` or to the ignored tensors.
 
-    The moving average is used if it is complete for all that the family averages (the UNet, or an
-    autoencoder that comes alone) and `asked` is not "model".
+    Moving averages are of all that the family averages: the UNet, or an autoencoder that comes
+    alone. Where they are wanted but incomplete, the weights of the last step are used.
+
+    Args:
+        tensors: The checkpoint's.
+        family: Its family.
+        wanted: The set of trained weights to use.
+        source: Who wants it: "flag", "config" or "family".
 
     Raises:
         WeightsError: A tensor is neither assigned nor known to be ignored, a component has none,
             two tensors are assigned to one parameter, a weight is not a floating-point tensor, or
-            `asked` is "ema" and the average is incomplete.
+            a flag asks for averages that are incomplete.
     """
     weights = _assign(tensors, family)
     raw = [name for component in family.averaged for name in weights[component].values()]
-    chosen = _choose(tensors, raw, asked)
+    chosen = _choose(tensors, raw, wanted, asked=source == "flag")
     replaced: frozenset[str] = frozenset()
     if chosen == "ema":
         replaced = frozenset(raw)
@@ -67,6 +73,7 @@ def assigned_weights(
             {component: MappingProxyType(names) for component, names in weights.items()}
         ),
         chosen=chosen,
+        source=source if chosen == wanted else "file",
         unused=MappingProxyType(_ignored_tensors(tensors, family, assigned, replaced)),
     )
 
@@ -82,13 +89,13 @@ def ema_name(name: str) -> str:
     Source: LitEma of CompVis/latent-diffusion (ldm/modules/ema.py, a506df5), which wraps `model`
     and may not have dots in the names of its buffers.
     """
-    return _EMA_PREFIX + name.removeprefix("model.").replace(".", "")
+    return EMA_PREFIX + name.removeprefix("model.").replace(".", "")
 
 
 def has_ema(tensors: Tensors) -> bool:
     """Return whether a checkpoint holds moving averages, complete or not."""
-    bookkeeping = {f"{_EMA_PREFIX}decay", f"{_EMA_PREFIX}num_updates"}
-    return any(name.startswith(_EMA_PREFIX) and name not in bookkeeping for name in tensors)
+    bookkeeping = {f"{EMA_PREFIX}decay", f"{EMA_PREFIX}num_updates"}
+    return any(name.startswith(EMA_PREFIX) and name not in bookkeeping for name in tensors)
 
 
 def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
@@ -131,12 +138,14 @@ def _check_same_tensor(
         )
 
 
-def _choose(tensors: Tensors, raw: Sequence[str], asked: WeightsChoice | None) -> WeightsChoice:
-    if asked == "model":
+def _choose(
+    tensors: Tensors, raw: Sequence[str], wanted: WeightsChoice, *, asked: bool
+) -> WeightsChoice:
+    if wanted == "model":
         return "model"
     averages = {name: ema_name(name) for name in raw}
     missing = [name for name in averages.values() if name not in tensors]
-    if asked == "ema" and missing:
+    if asked and missing:
         raise WeightsError(
             f"the checkpoint lacks {len(missing)} of {len(averages)} moving averages "
             f"({listed(missing)}); use --weights model"

@@ -10,6 +10,8 @@ from ldm_runtime.specs.model import PredictionType, Task
 
 #: A value of `detection.fingerprint.fingerprint`, or the values of which one must be found.
 Expected = int | str | tuple[int | str, ...]
+#: The moving averages of the weights, or the weights as the last step of training left them.
+WeightsChoice = Literal["ema", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class FamilyDefaults:
 
     Attributes:
         task: Task of the model.
+        weights: Set of weights that its scripts sample with, where a checkpoint holds both: those
+            of the paper's models use `ema_scope`, that of Stable Diffusion 1 has `use_ema: False`.
         num_heads: Attention heads of the UNet, or None if the head size is fixed.
         num_head_channels: Channels per head of the UNet, or None if the number is fixed. Without a
             UNet both are None.
@@ -63,6 +67,7 @@ class FamilyDefaults:
     """
 
     task: Task
+    weights: WeightsChoice
     num_heads: int | None
     num_head_channels: int | None
     prediction_type: PredictionType

@@ -10,6 +10,7 @@ from ldm_export.families.records import FamilyDefaults
 #: CelebA-HQ, FFHQ and LSUN bedrooms: `sample_diffusion.py` generates with 50 steps and eta 1.
 FACES = FamilyDefaults(
     task="unconditional",
+    weights="ema",
     num_heads=None,
     num_head_channels=32,
     prediction_type="epsilon",

@@ -23,6 +23,7 @@ STABLE_DIFFUSION_1 = Family(
     ),
     family_defaults=FamilyDefaults(
         task="text-to-image",
+        weights="model",
         num_heads=8,
         num_head_channels=None,
         prediction_type="epsilon",

@@ -42,7 +42,7 @@ class Assumption:
     Attributes:
         field: Name of a field of `ModelSpec`, or of a network and one of its hyperparameters.
         value: Its value, as text.
-        source: "family", "config" or "flag".
+        source: "flag", "config", "file" (the checkpoint says it itself) or "family".
     """
 
     field: str

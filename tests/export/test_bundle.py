@@ -253,7 +253,7 @@ def test_the_golden_outputs_of_components_are_torchs_own(small_bundle_fp16):
 
 
 @pytest.mark.parametrize(
-    ("ema", "flag", "used"), [(True, None, "ema"), (False, None, "model"), (True, "model", "model")]
+    ("ema", "flag", "used"), [(True, None, "model"), (False, None, "model"), (True, "ema", "ema")]
 )
 def test_which_of_the_two_sets_of_weights_was_used_is_recorded(tmp_path, ema, flag, used):
     checkpoint = write_checkpoint(tmp_path / "small.ckpt", random_networks(), ema=ema)

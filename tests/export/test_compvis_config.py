@@ -80,6 +80,11 @@ def test_facts_are_read_and_minus_one_leaves_them_open():
     )
 
 
+def test_averages_are_used_as_the_configuration_says():
+    assert config_fields(of_params(use_ema=True)).weights == "ema"
+    assert config_fields(of_params(use_ema=False)).weights == "model"
+
+
 def test_no_configuration_says_nothing():
     assert config_fields(None) == ConfigFields()
 

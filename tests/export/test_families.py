@@ -206,8 +206,50 @@ def test_an_autoencoder_of_other_images_than_rgb_is_refused_when_it_is_recognise
         detect(depth)
 
 
-def test_complete_moving_averages_win_over_training_weights():
+USE_EMA, NO_EMA = ({"model": {"params": {"use_ema": used}}} for used in (True, False))
+
+
+def test_stable_diffusion_samples_from_its_last_weights_and_not_from_averages_beside_them():
     detection = detect(checkpoint(TINY, ema=True))
+
+    assert detection.spec.weights == "model"
+    assert sources(detection.spec)["weights"] == ("model", "family")
+
+
+@pytest.mark.parametrize(
+    ("config", "flag", "used"),
+    [
+        (USE_EMA, None, ("ema", "config")),
+        (NO_EMA, None, ("model", "config")),
+        (USE_EMA, "model", ("model", "flag")),
+        (NO_EMA, "ema", ("ema", "flag")),
+        (None, "ema", ("ema", "flag")),
+    ],
+)
+def test_the_set_of_weights_is_that_of_the_flag_else_of_the_configuration(config, flag, used):
+    overrides = Overrides(weights=flag)
+
+    spec = detect(checkpoint(TINY, ema=True), config=config, overrides=overrides).spec
+
+    assert spec.weights == used[0]
+    assert sources(spec)["weights"] == used
+
+
+def test_averages_that_are_not_there_are_replaced_by_the_last_weights_and_that_is_said():
+    spec = detect(checkpoint(TINY), config=USE_EMA).spec
+
+    assert spec.weights == "model"
+    assert sources(spec)["weights"] == ("model", "file")
+
+
+@pytest.mark.parametrize("value", ["no", 0, "yes please"])
+def test_a_use_of_averages_that_is_neither_true_nor_false_is_an_error(value):
+    with pytest.raises(ExportError, match=r"use_ema is .*; true or false was expected"):
+        detect(checkpoint(TINY), config={"model": {"params": {"use_ema": value}}})
+
+
+def test_moving_averages_take_the_place_of_all_weights_of_the_unet():
+    detection = detect(checkpoint(TINY, ema=True), config=USE_EMA)
 
     assert detection.spec.weights == "ema"
     name = detection.weights["unet"]["input_blocks.0.0.weight"]
@@ -230,7 +272,7 @@ def test_incomplete_moving_averages_are_not_used_and_said_to_be_incomplete(caplo
     tensors = checkpoint(TINY, ema=True)
     del tensors["model_ema.diffusion_modelout2bias"]
 
-    detection = detect(tensors)
+    detection = detect(tensors, config=USE_EMA)
 
     assert detection.spec.weights == "model"
     assert "model_ema.diffusion_modelout2bias" in caplog.text
@@ -250,7 +292,7 @@ def test_a_moving_average_of_another_shape_is_an_error():
     tensors["model_ema.diffusion_modelout2bias"] = FakeTensor(shape=(9,))
 
     with pytest.raises(WeightsError, match=r"modelout2bias has shape \(9,\)"):
-        detect(tensors)
+        detect(tensors, config=USE_EMA)
 
 
 def test_known_leftovers_are_kept_with_their_reason():
@@ -411,6 +453,7 @@ def test_what_the_weights_cannot_tell_is_recorded_with_its_source():
     spec = detect(checkpoint(SD1)).spec
 
     assert sources(spec) == {
+        "weights": ("model", "family"),
         "unet.num_heads": ("8", "family"),
         "autoencoder.latent_scale_factor": ("0.18215", "family"),
         "text_encoder.num_heads": ("12", "family"),

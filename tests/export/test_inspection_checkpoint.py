@@ -45,7 +45,7 @@ def test_a_torch_checkpoint_is_described(ckpt):
     assert report["task"] == "text-to-image"
     assert report["global_step"] == 12
     assert report["ema_present"] is True
-    assert report["weights"] == "ema"
+    assert report["weights"] == "model"
     assert report["prediction_type"] == "epsilon"
     assert report["unet"]["channel_mult"] == (1, 2)
     assert report["autoencoder"]["factor"] == 4

@@ -38,6 +38,7 @@ class ModelConfig:
         class_dropout: Share of classes that training replaced by the last.
         schedule: First and last beta, and how many there are.
         latent_size: Height and width in latent pixels.
+        use_ema: Whether the checkpoint holds moving averages, to sample with.
     """
 
     task: Task
@@ -49,6 +50,7 @@ class ModelConfig:
     class_dropout: float = 0.0
     schedule: tuple[float, float, int]
     latent_size: int
+    use_ema: bool = False
 
 
 def write_config(
@@ -60,7 +62,7 @@ def write_config(
     schedule: tuple[float, float, int],
     latent_size: int,
 ) -> None:
-    """Write the configuration of a text-to-image model."""
+    """Write the configuration of a text-to-image model whose checkpoint has moving averages."""
     write_model_config(
         path,
         ModelConfig(
@@ -70,6 +72,7 @@ def write_config(
             text_encoder=text_encoder,
             schedule=schedule,
             latent_size=latent_size,
+            use_ema=True,
         ),
     )
 
@@ -90,6 +93,7 @@ def params_of(model: ModelConfig) -> dict[str, Any]:
         "image_size": model.latent_size,
         "channels": model.unet.out_channels,
         "scale_by_std": True,
+        "use_ema": model.use_ema,
     }
     if model.unet.context_dim is not None:
         params["conditioning_key"] = "crossattn"
