@@ -29,7 +29,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         out: Folder of the bundle. An existing bundle is replaced in one step; anything else there
             is an error.
         config: CompVis configuration for what weights cannot tell; by default `<ckpt>.yaml` or
-            `config.yaml` next to the checkpoint, if there is one.
+            `config.yaml` next to the checkpoint, if there is one; "none" ignores what lies there.
         overrides: Features that the weights cannot tell, stated by hand.
         weights_dtype: How weights are stored: "float16" or "float32".
         engines: Which TensorRT engines to build; None builds none.
@@ -48,7 +48,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     options = ExportOptions(
         checkpoint=Path(ckpt),
         out=Path(out),
-        config=None if config is None else Path(config),
+        config="none" if config == "none" else None if config is None else Path(config),
         overrides=overrides or Overrides(),
         weights_dtype=weights_dtype,
         engines=engines or EngineOptions(builder="none"),

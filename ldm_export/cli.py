@@ -43,7 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
         "model configuration", "features that the weights cannot tell"
     )
     features.add_argument(
-        "--config", type=Path, help="CompVis yaml (default: <ckpt>.yaml or config.yaml next to it)"
+        "--config",
+        type=lambda text: text if text == "none" else Path(text),
+        metavar="FILE",
+        help="CompVis yaml, or none (default: <ckpt>.yaml or config.yaml next to it)",
     )
     features.add_argument(
         "--weights",

@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, LazyTensor
 from ldm_export.detection.averages import warn_of_averages
-from ldm_export.detection.compvis_config import config_next_to, read_config
+from ldm_export.detection.chosen_config import StatedConfig, chosen_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
@@ -39,7 +39,7 @@ class ExportOptions:
         checkpoint: The `.ckpt`, `.pt` or `.safetensors` file.
         out: Folder of the bundle.
         config: CompVis configuration; None takes `<checkpoint>.yaml` or `config.yaml` next to the
-            checkpoint if there is one.
+            checkpoint if there is one, and "none" ignores what lies there.
         overrides: Features that the user states.
         weights_dtype: How weights are stored.
         engines: Which TensorRT engines to build; none by default.
@@ -47,7 +47,7 @@ class ExportOptions:
 
     checkpoint: Path
     out: Path
-    config: Path | None = None
+    config: StatedConfig = None
     overrides: Overrides = field(default_factory=Overrides)
     weights_dtype: WeightsDType = "float16"
     engines: EngineOptions = field(default_factory=lambda: EngineOptions(builder="none"))
@@ -135,10 +135,8 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
         ExportError: A stated feature is impossible.
         EngineBuildError: A builder was asked for that cannot be used here.
     """
-    path = options.config or config_next_to(options.checkpoint)
-    if path and not options.config:
-        _LOGGER.info("reading %s, which lies next to the checkpoint", path)
-    config = read_config(path) if path else None
+    chosen = chosen_config(options.checkpoint, options.config)
+    config = None if chosen is None else chosen.config
     toolchain = choose_toolchain(options.engines)
     if isinstance(toolchain, str) and options.engines.builder == "auto":
         _LOGGER.warning("%s", toolchain)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ldm_export.errors import ExportError
+from ldm_export.errors import ExportError, ForeignConfigError
 from ldm_export.families.records import WeightsChoice
+from ldm_export.hyperparameters.shapes import listed
 from ldm_runtime.specs.model import PredictionType
 
 _MAX_BYTES = 1 << 20
@@ -43,6 +44,7 @@ class ConfigFields:
         linear_start: First beta of the schedule that is linear in sqrt(beta) …
         linear_end: … and the last, after …
         num_train_timesteps: … this number of steps.
+        given_betas: Betas, listed one by one instead.
         num_heads: Attention heads of the UNet.
         num_head_channels: Channels per head of the UNet.
         text_num_heads: Attention heads of a CLIP text encoder.
@@ -61,6 +63,7 @@ class ConfigFields:
     linear_start: float | None = None
     linear_end: float | None = None
     num_train_timesteps: int | None = None
+    given_betas: tuple[float, ...] | None = None
     num_heads: int | None = None
     num_head_channels: int | None = None
     text_num_heads: int | None = None
@@ -74,7 +77,8 @@ def read_config(path: Path) -> Config:
     """Read a YAML file without making objects of the classes it names.
 
     Raises:
-        ExportError: The file cannot be read, is not YAML, or is not a CompVis configuration.
+        ExportError: The file cannot be read or is not YAML.
+        ForeignConfigError: It is YAML, but not a CompVis configuration.
     """
     import yaml  # deferred: only `--config` needs it
 
@@ -89,16 +93,19 @@ def read_config(path: Path) -> Config:
         raise ExportError(
             f"{path} is not a valid YAML file: {' '.join(str(error).split())}"
         ) from error
-    if not isinstance(config, dict):
-        raise ExportError(f"{path} holds {type(config).__name__}, not the mapping `model: …`")
-    params_of(config)
+    if not isinstance(config, dict) or not isinstance(lookup(config, "model.params"), dict):
+        raise ForeignConfigError(
+            f"{path} is not the configuration of a CompVis model: it has no `model: params:` "
+            f"mapping ({_entries(config)}); give the checkpoint's own with --config FILE, or "
+            "--config none and the features by flags"
+        )
     return config
 
 
-def config_next_to(checkpoint: Path) -> Path | None:
-    """Return the configuration next to a checkpoint, named after it or `config.yaml`."""
-    candidates = (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml"))
-    return next((path for path in candidates if path.is_file()), None)
+def _entries(config: object) -> str:
+    if not isinstance(config, dict):
+        return f"it holds {type(config).__name__}"
+    return f"its entries are {listed(map(str, config), limit=5)}"
 
 
 def config_fields(config: Config | None) -> ConfigFields:
@@ -123,6 +130,7 @@ def config_fields(config: Config | None) -> ConfigFields:
         linear_start=_number(params, "linear_start"),
         linear_end=_number(params, "linear_end"),
         num_train_timesteps=_integer(params, "timesteps", _MAX_TIMESTEPS),
+        given_betas=_betas(params, "given_betas"),
         num_heads=_integer(params, "unet_config.params.num_heads"),
         num_head_channels=_integer(params, "unet_config.params.num_head_channels"),
         text_num_heads=_integer(params, "cond_stage_config.params.num_attention_heads"),
@@ -145,7 +153,7 @@ def params_of(config: Config) -> Config:
     """
     params = lookup(config, "model.params")
     if not isinstance(params, dict):
-        raise ExportError(
+        raise ForeignConfigError(
             "the configuration has no `model: params:` mapping; give the config.yaml of a CompVis "
             "checkpoint, or the features by flags"
         )
@@ -212,6 +220,22 @@ def _number(params: Config, path: str) -> float | None:
     if not 0 < number < float("inf"):
         raise ExportError(f"config: {path} is {value!r}; a positive number was expected")
     return number
+
+
+def _betas(params: Config, path: str) -> tuple[float, ...] | None:
+    """Return a list of noise levels; CompVis reads it before the numbers of the formula."""
+    value = lookup(params, path)
+    if value is ABSENT:
+        return None
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_TIMESTEPS:
+        raise ExportError(
+            f"config: {path} must be a list of 1 to {_MAX_TIMESTEPS} betas, got "
+            f"{type(value).__name__}"
+        )
+    betas = [_number({path: each}, path) or 0.0 for each in value]
+    if wrong := [each for each in betas if not 0 < each < 1]:
+        raise ExportError(f"config: {path} has {wrong[0]:g}; every beta lies between 0 and 1")
+    return tuple(betas)
 
 
 def _integer(params: Config, path: str, most: int | None = None) -> int | None:

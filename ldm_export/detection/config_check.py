@@ -71,7 +71,8 @@ def _compare(params: Config, place: str, found: Mapping[str, Value]) -> None:
 def _contradiction(path: str, said: object, found: object) -> WeightsError:
     return WeightsError(
         f"the configuration says model.params.{path} is {said}, but the weights have {found}; "
-        "is it the configuration of another checkpoint?"
+        "is it the configuration of another checkpoint? Give the right one with --config FILE, or "
+        "--config none"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ldm_export.detection.compvis_config import config_next_to, read_config
+from ldm_export.detection.chosen_config import chosen_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.weight_assignment import has_ema
@@ -43,7 +43,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
             "dtypes": _dtypes(tensors, tensors),
             "ema_present": has_ema(tensors),
         }
-        return report | _describe(checkpoint, config_next_to(path))
+        return report | _describe(checkpoint)
 
 
 def _looks_like_checkpoint(path: Path) -> bool:
@@ -72,12 +72,14 @@ def _holds_pickle(path: Path) -> bool:
             return b"data.pkl" in file.read(256)
 
 
-def _describe(checkpoint: Checkpoint, config: Path | None) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Describe what an export would make of a checkpoint and the configuration next to it."""
-    known = {"config": None if config is None else str(config)}
+    known: dict[str, Any] = {"config": None}
     try:
-        read = None if config is None else read_config(config)
-        detection = detect(checkpoint.tensors, config=read)
+        chosen = chosen_config(checkpoint.path)
+        known["config"] = None if chosen is None else str(chosen.path)
+        config = None if chosen is None else chosen.config
+        detection = detect(checkpoint.tensors, config=config)
     except (UnknownModelError, WeightsError, ExportError) as error:
         return known | {"family": None, "problem": str(error)}
     spec = detection.spec

@@ -48,6 +48,30 @@ class ScheduleFormula:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ListedBetas:
+    """Betas that a configuration lists one by one.
+
+    Attributes:
+        betas: One value between 0 and 1 per training timestep.
+        source: "config".
+    """
+
+    betas: tuple[float, ...]
+    source: str = "config"
+
+    def __str__(self) -> str:
+        return f"{len(self.betas)} listed betas from {self.betas[0]:g} to {self.betas[-1]:g}"
+
+    def alphas_cumprod(self) -> Float64Array:
+        """Return the cumulative products of 1 - beta, computed in float64."""
+        return np.cumprod(1.0 - np.array(self.betas), dtype=np.float64)
+
+
+#: A schedule that is computed and not stored in the checkpoint.
+ComputedSchedule = ScheduleFormula | ListedBetas
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
     """A schedule and whether it had to be assumed.
 
@@ -57,10 +81,10 @@ class NoiseSchedule:
     """
 
     alphas_cumprod: tuple[float, ...]
-    formula: ScheduleFormula | None
+    formula: ComputedSchedule | None
 
 
-def read_schedule(tensors: Tensors, formula: ScheduleFormula) -> NoiseSchedule:
+def read_schedule(tensors: Tensors, formula: ComputedSchedule) -> NoiseSchedule:
     """Return the schedule in a checkpoint's buffers, or `formula`'s if it has none.
 
     Buffers in half precision are too coarse to sample with (1 - 0.00085 has no neighbour nearer
@@ -103,7 +127,7 @@ def _check(name: str, values: Float64Array) -> None:
         )
 
 
-def _compare(name: str, own: Float64Array, formula: ScheduleFormula, tolerance: float) -> None:
+def _compare(name: str, own: Float64Array, formula: ComputedSchedule, tolerance: float) -> None:
     expected = formula.alphas_cumprod()
     if own.shape != expected.shape:
         raise WeightsError(

@@ -4,12 +4,18 @@ A feature that no shape tells is taken from the first of flag, configuration and
 that has it, and every such feature is recorded with its source.
 """
 
+import logging
 import math
 from typing import TypeVar
 
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
-from ldm_export.detection.noise_schedule import ScheduleFormula, read_schedule
+from ldm_export.detection.noise_schedule import (
+    ComputedSchedule,
+    ListedBetas,
+    ScheduleFormula,
+    read_schedule,
+)
 from ldm_export.detection.overrides import Overrides, Sources, assumed, first_stated
 from ldm_export.detection.weight_assignment import WeightAssignment, component_shapes
 from ldm_export.errors import WeightsError
@@ -18,6 +24,8 @@ from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.unet import read_unet
 from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType, SamplingDefaults
 from ldm_runtime.specs.networks import AutoencoderSpec, ClassEmbedderSpec, Networks, UNetSpec
+
+_LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -131,21 +139,24 @@ def _own_scale_factor(sources: Sources) -> float | None:
 
 
 def _schedule(sources: Sources) -> tuple[tuple[float, ...], list[Assumption]]:
-    config, family = sources.config, sources.family
-    given = (config.linear_start, config.linear_end, config.num_train_timesteps)
-    schedule = read_schedule(
-        sources.tensors,
-        ScheduleFormula(
-            linear_start=config.linear_start or family.linear_start,
-            linear_end=config.linear_end or family.linear_end,
-            num_train_timesteps=config.num_train_timesteps or family.num_train_timesteps,
-            source="family" if given == (None, None, None) else "config",
-        ),
-    )
+    schedule = read_schedule(sources.tensors, _stated_schedule(sources))
     if schedule.formula is None:
         return schedule.alphas_cumprod, []
     note = assumed("alphas_cumprod", schedule.formula, schedule.formula.source)
     return schedule.alphas_cumprod, [note]
+
+
+def _stated_schedule(sources: Sources) -> ComputedSchedule:
+    config, family = sources.config, sources.family
+    if config.given_betas is not None:
+        return ListedBetas(betas=config.given_betas)
+    given = (config.linear_start, config.linear_end, config.num_train_timesteps)
+    return ScheduleFormula(
+        linear_start=config.linear_start or family.linear_start,
+        linear_end=config.linear_end or family.linear_end,
+        num_train_timesteps=config.num_train_timesteps or family.num_train_timesteps,
+        source="family" if given == (None, None, None) else "config",
+    )
 
 
 def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> PredictionType:
@@ -159,12 +170,16 @@ def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> 
 
 
 def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -> SamplingDefaults:
-    flags, config, family = sources.flags, sources.config, sources.family
-    if family.latent_size is None:
-        native, usual = config.resolution, _AUTOENCODER_SIZE
-    else:
-        native = None if config.latent_size is None else config.latent_size * factor
-        usual = family.latent_size * factor
+    flags, family = sources.flags, sources.family
+    native, usual = _native_sizes(sources, factor)
+    if family.other_latent_sizes and (native, flags.height, flags.width) == (None, None, None):
+        _LOGGER.warning(
+            "models of this family have the same weights at %s pixels and at %d, and the file does "
+            "not say which; %d is taken, --height and --width state another",
+            ", ".join(str(size * factor) for size in family.other_latent_sizes),
+            usual,
+            usual,
+        )
     defaults = SamplingDefaults(
         height=notes.keep(first_stated("defaults.height", flags.height, native, usual)),
         width=notes.keep(first_stated("defaults.width", flags.width, native, usual)),
@@ -179,3 +194,12 @@ def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -
             for name in ("sampler", "num_inference_steps", "guidance_scale", "eta")
         ]
     return defaults
+
+
+def _native_sizes(sources: Sources, factor: int) -> tuple[int | None, int]:
+    """Return the side in pixels that the configuration states, or None, and the family's."""
+    config, family = sources.config, sources.family
+    if family.latent_size is None:
+        return config.resolution, _AUTOENCODER_SIZE
+    native = None if config.latent_size is None else config.latent_size * factor
+    return native, family.latent_size * factor

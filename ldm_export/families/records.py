@@ -64,6 +64,7 @@ class FamilyDefaults:
         num_inference_steps: Default number of steps.
         guidance_scale: Default guidance scale, where there is a null condition.
         eta: Default share of fresh noise in a step of `sampler`.
+        other_latent_sizes: Native sizes of released models that have the same shapes.
     """
 
     task: Task
@@ -82,6 +83,7 @@ class FamilyDefaults:
     num_inference_steps: int
     guidance_scale: float
     eta: float
+    other_latent_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

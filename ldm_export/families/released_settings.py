@@ -58,7 +58,11 @@ LAYOUTS = replace(
 #: No released script generates these; its users have come to take 200 steps and eta 1
 #: (CompVis/latent-diffusion issue 120).
 SEGMENTATION_MAPS = replace(
-    _EIGHT_HEADS, task="semantic-synthesis", linear_end=0.0205, num_inference_steps=200
+    _EIGHT_HEADS,
+    task="semantic-synthesis",
+    linear_end=0.0205,
+    num_inference_steps=200,
+    other_latent_sizes=(128,),
 )
 #: The notebook leaves the steps to its caller; 100 are the default of those who built on it.
 UPSCALER = replace(FACES, task="super-resolution", linear_end=0.0155, num_inference_steps=100)

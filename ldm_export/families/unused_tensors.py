@@ -28,7 +28,7 @@ _SCHEDULE_BUFFERS = (
 IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
     IgnoredTensor(pattern=_SCHEDULE_BUFFERS, reason="noise schedule, recorded in the bundle"),
     IgnoredTensor(
-        pattern="ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)",
+        pattern="ddim_(sigmas(_for_original_num_steps)?|alphas|alphas_prev|sqrt_one_minus_alphas)",
         reason="buffers of a sampler",
     ),
     IgnoredTensor(pattern="scale_factor", reason="latent scale factor, recorded in the bundle"),

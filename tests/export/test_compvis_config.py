@@ -193,3 +193,28 @@ def test_a_configuration_that_is_not_there_or_not_text_is_an_error(tmp_path):
         read_config(tmp_path / "absent.yaml")
     with pytest.raises(ExportError, match="is not a valid YAML file"):
         read_config(tmp_path / "binary.yaml")
+
+
+def test_betas_that_a_configuration_lists_are_the_schedule():
+    tensors = checkpoint(TINY, schedule=False)
+
+    spec = detect(tensors, config=of_params(timesteps=1000, given_betas=[0.1, "2e-1", 0.5])).spec
+
+    assert spec.alphas_cumprod == pytest.approx((0.9, 0.72, 0.36))
+    assert {"alphas_cumprod": "config"}.items() <= {
+        each.field: each.source for each in spec.assumptions
+    }.items()
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        ([0.1, 1.5], "given_betas has 1.5; every beta lies between 0 and 1"),
+        ([0.1, -1], "a positive number was expected"),
+        ([], "list of 1 to 100000 betas"),
+        ("linear", "list of 1 to 100000 betas, got str"),
+    ],
+)
+def test_betas_that_are_no_schedule_are_an_error(betas, message):
+    with pytest.raises(ExportError, match=message):
+        config_fields(of_params(given_betas=betas))

@@ -237,6 +237,19 @@ def test_the_size_of_semantic_synthesis_512_comes_from_its_configuration():
     assert detect(checkpoint(layout)).spec.defaults.height == 256
 
 
+def test_a_size_that_the_weights_leave_open_is_a_warning_that_names_the_flags(caplog):
+    layout, config = RELEASED["semantic"]
+
+    detect(checkpoint(layout), config=config)
+    detect(checkpoint(layout), overrides=Overrides(height=512, width=512))
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    detect(checkpoint(layout))
+
+    (warning,) = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert "at 512 pixels and at 256" in warning
+    assert "256 is taken, --height and --width" in warning
+
+
 def test_a_configuration_gives_a_sibling_its_heads():
     layout = replace(CIN256_V2, classes=10)
     config = RELEASED["cin256-v2"][1]

@@ -303,6 +303,7 @@ def test_known_leftovers_are_kept_with_their_reason():
         "logvar",
         "cond_stage_model.logit_scale",
         "ddim_alphas_prev",
+        "ddim_sigmas_for_original_num_steps",
     ):
         tensors[name] = FakeTensor(shape=(3,))
 
@@ -311,7 +312,7 @@ def test_known_leftovers_are_kept_with_their_reason():
     assert unused["loss.logvar"] == "used in training only"
     assert unused["betas"] == "noise schedule, recorded in the bundle"
     assert "cond_stage_model.transformer.text_model.embeddings.position_ids" in unused
-    assert len(unused) == 9
+    assert len(unused) == 10
 
 
 def test_every_tensor_is_in_a_component_or_among_the_leftovers():

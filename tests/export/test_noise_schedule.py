@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ldm_export.detection.noise_schedule import ScheduleFormula, read_schedule
+from ldm_export.detection.noise_schedule import ListedBetas, ScheduleFormula, read_schedule
 from ldm_export.errors import WeightsError
 from tests.export.sd_layout import scaled_linear, with_values
 
@@ -101,3 +101,21 @@ def test_buffers_that_are_no_schedule_are_an_error(values, message):
 def test_integer_buffers_are_an_error():
     with pytest.raises(WeightsError, match="stored as int64"):
         read_schedule({"betas": with_values(np.array([1]), "int64")}, FORMULA)
+
+
+def test_listed_betas_give_the_schedule_that_ddpm_makes_of_them():
+    betas = np.linspace(1e-3, 0.2, 7)
+    listed = ListedBetas(betas=tuple(betas.tolist()))
+
+    schedule = read_schedule({}, listed)
+
+    expected = [np.prod(1 - betas[: step + 1]) for step in range(7)]
+    np.testing.assert_allclose(schedule.alphas_cumprod, expected, rtol=1e-14)
+    assert str(schedule.formula) == "7 listed betas from 0.001 to 0.2"
+
+
+def test_listed_betas_that_contradict_the_buffers_are_an_error():
+    listed = ListedBetas(betas=(0.1, 0.2, 0.5))
+
+    with pytest.raises(WeightsError, match=r"contradicts the config's schedule \(3 listed betas"):
+        read_schedule({"betas": with_values(np.array([0.1, 0.2, 0.4]), "float64")}, listed)
