@@ -140,7 +140,12 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
     toolchain = choose_toolchain(options.engines)
     if isinstance(toolchain, str) and options.engines.builder == "auto":
         _LOGGER.warning("%s", toolchain)
-    detection = detect(checkpoint.tensors, config=config, overrides=options.overrides)
+    detection = detect(
+        checkpoint.tensors,
+        config=config,
+        overrides=options.overrides,
+        metadata=checkpoint.metadata,
+    )
     if hashed:
         warn_of_averages(checkpoint.tensors, detection.weights)
     return Source(

@@ -9,11 +9,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ldm_export.detection.compvis_config import Config, config_fields
 from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
 from ldm_export.detection.features import Tensors
+from ldm_export.detection.file_fields import file_fields
 from ldm_export.detection.match import match_family
 from ldm_export.detection.overrides import Overrides, Sources, first_stated
 from ldm_export.detection.spec import read_spec
@@ -43,7 +45,11 @@ class Detection:
 
 
 def detect(
-    tensors: Tensors, *, config: Config | None = None, overrides: Overrides | None = None
+    tensors: Tensors,
+    *,
+    config: Config | None = None,
+    overrides: Overrides | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Detection:
     """Recognise a checkpoint.
 
@@ -51,6 +57,7 @@ def detect(
         tensors: Its tensors by name. Values are read of schedule buffers and scale factor only.
         config: A parsed CompVis configuration, see `detection.compvis_config.read_config`.
         overrides: Features that the user states.
+        metadata: The file's own.
 
     Raises:
         UnknownModelError: It does not belong to a family that is exported.
@@ -64,7 +71,13 @@ def detect(
     stated = config_fields(config)
     wanted, note = first_stated("weights", flags.weights, stated.weights, family_defaults.weights)
     assignment = assigned_weights(tensors, family, wanted, note.source)
-    sources = Sources(tensors=tensors, flags=flags, config=stated, family=family_defaults)
+    sources = Sources(
+        tensors=tensors,
+        flags=flags,
+        config=stated,
+        file=file_fields(tensors, metadata),
+        family=family_defaults,
+    )
     spec = read_spec(sources, family.name, assignment)
     check_architecture(config, spec)
     check_consistent(spec)

@@ -19,6 +19,7 @@ _ZIP_MAGIC = b"PK\x03\x04"
 #: torch.save before version 1.6 began with this number as a pickle of protocol 2.
 _OLD_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _SAFETENSORS_LENGTH_BYTES = 8
+_LONG = 500  # characters of a value of metadata, which may be an image
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -42,6 +43,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
             "tensors": len(tensors),
             "dtypes": _dtypes(tensors, tensors),
             "ema_present": has_ema(tensors),
+            "metadata": _shortened(checkpoint.metadata),
         }
         return report | _describe(checkpoint)
 
@@ -79,7 +81,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         chosen = chosen_config(checkpoint.path)
         known["config"] = None if chosen is None else str(chosen.path)
         config = None if chosen is None else chosen.config
-        detection = detect(checkpoint.tensors, config=config)
+        detection = detect(checkpoint.tensors, config=config, metadata=checkpoint.metadata)
     except (UnknownModelError, WeightsError, ExportError) as error:
         return known | {"family": None, "problem": str(error)}
     spec = detection.spec
@@ -102,6 +104,14 @@ def _records(spec: ModelSpec) -> dict[str, Any]:
     parts = {name: asdict(record) for name, record in spec.networks.items()}
     parts["autoencoder"]["factor"] = spec.autoencoder.factor
     return parts
+
+
+def _shortened(metadata: Mapping[str, str]) -> dict[str, str] | None:
+    """Return a file's own metadata without the rest of long values, or None if it has none."""
+    return {
+        key: value if len(value) <= _LONG else f"{value[:_LONG]}… ({len(value):,} characters)"
+        for key, value in metadata.items()
+    } or None
 
 
 def _components(tensors: Tensors, detection: Detection) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The precedence of what no shape tells: flag, then configuration, then family defaults."""
+"""The precedence of what no shape tells: flag, configuration, the file itself, family defaults."""
 
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.features import Tensors
+from ldm_export.detection.file_fields import FileFields
 from ldm_export.families.records import FamilyDefaults, WeightsChoice
 from ldm_runtime.specs.model import Assumption, PredictionType
 
@@ -13,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """The features that the user states; None leaves one to the configuration or family.
+    """The features that the user states; None leaves one to the other sources.
 
     Attributes:
         weights: Set of trained weights to use.
@@ -43,12 +44,15 @@ class Sources:
     tensors: Tensors
     flags: Overrides
     config: ConfigFields
+    file: FileFields
     family: FamilyDefaults
 
 
-def first_stated(field: str, flag: T | None, config: T | None, family: T) -> tuple[T, Assumption]:
+def first_stated(
+    field: str, flag: T | None, config: T | None, family: T, *, file: T | None = None
+) -> tuple[T, Assumption]:
     """Return the value of the first source that has one, and the record of it."""
-    for source, value in (("flag", flag), ("config", config)):
+    for source, value in (("flag", flag), ("config", config), ("file", file)):
         if value is not None:
             return value, assumed(field, value, source)
     return family, assumed(field, family, "family")

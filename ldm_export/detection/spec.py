@@ -1,7 +1,7 @@
-"""The record of a model, put together from shapes and from the three sources of what they hide.
+"""The record of a model, put together from shapes and from the four sources of what they hide.
 
-A feature that no shape tells is taken from the first of flag, configuration and family defaults
-that has it, and every such feature is recorded with its source.
+A feature that no shape tells is taken from the first of flag, configuration, file and family
+defaults that has it, and every such feature is recorded with its source.
 """
 
 import logging
@@ -22,6 +22,7 @@ from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.unet import read_unet
+from ldm_runtime.schedules import rescale_zero_terminal_snr
 from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType, SamplingDefaults
 from ldm_runtime.specs.networks import AutoencoderSpec, ClassEmbedderSpec, Networks, UNetSpec
 
@@ -64,13 +65,14 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
     networks = Networks(unet=unet, autoencoder=autoencoder, **conditioners)
     embedder = networks.find(ClassEmbedderSpec)
     has_null = embedder is None or embedder.null_class is not None
+    prediction_type = _prediction_type(sources, unet, notes)
     return ModelSpec(
         family=family,
         task=sources.family.task,
         weights=assignment.chosen,
         networks=networks,
-        alphas_cumprod=() if unet is None else notes.keep(_schedule(sources)),
-        prediction_type=_prediction_type(sources, unet, notes),
+        alphas_cumprod=() if unet is None else notes.keep(_schedule(sources, prediction_type)),
+        prediction_type=prediction_type,
         defaults=_defaults(sources, autoencoder.factor, notes, has_null=has_null),
         assumptions=tuple(notes),
     )
@@ -138,12 +140,24 @@ def _own_scale_factor(sources: Sources) -> float | None:
     return own
 
 
-def _schedule(sources: Sources) -> tuple[tuple[float, ...], list[Assumption]]:
+def _schedule(
+    sources: Sources, prediction_type: PredictionType
+) -> tuple[tuple[float, ...], list[Assumption]]:
     schedule = read_schedule(sources.tensors, _stated_schedule(sources))
-    if schedule.formula is None:
-        return schedule.alphas_cumprod, []
-    note = assumed("alphas_cumprod", schedule.formula, schedule.formula.source)
-    return schedule.alphas_cumprod, [note]
+    notes = []
+    if schedule.formula is not None:
+        notes.append(assumed("alphas_cumprod", schedule.formula, schedule.formula.source))
+    if not sources.file.zero_terminal_snr:
+        return schedule.alphas_cumprod, notes
+    if prediction_type != "v_prediction":
+        _LOGGER.warning(
+            "the file is marked ztsnr, trained down to nothing but noise, which only v_prediction "
+            "can be; its prediction_type is %s, so the mark is ignored",
+            prediction_type,
+        )
+        return schedule.alphas_cumprod, notes
+    notes.append(assumed("alphas_cumprod", "rescaled to zero terminal SNR", "file"))
+    return rescale_zero_terminal_snr(schedule.alphas_cumprod), notes
 
 
 def _stated_schedule(sources: Sources) -> ComputedSchedule:
@@ -165,14 +179,15 @@ def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> 
         sources.flags.prediction_type,
         sources.config.prediction_type,
         sources.family.prediction_type,
+        file=sources.file.prediction_type,
     )
     return stated[0] if unet is None else notes.keep(stated)
 
 
 def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -> SamplingDefaults:
-    flags, family = sources.flags, sources.family
+    flags, file, family = sources.flags, sources.file, sources.family
     native, usual = _native_sizes(sources, factor)
-    if family.other_latent_sizes and (native, flags.height, flags.width) == (None, None, None):
+    if family.other_latent_sizes and {native, file.height, flags.height, flags.width} == {None}:
         _LOGGER.warning(
             "models of this family have the same weights at %s pixels and at %d, and the file does "
             "not say which; %d is taken, --height and --width state another",
@@ -181,8 +196,12 @@ def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -
             usual,
         )
     defaults = SamplingDefaults(
-        height=notes.keep(first_stated("defaults.height", flags.height, native, usual)),
-        width=notes.keep(first_stated("defaults.width", flags.width, native, usual)),
+        height=notes.keep(
+            first_stated("defaults.height", flags.height, native, usual, file=file.height)
+        ),
+        width=notes.keep(
+            first_stated("defaults.width", flags.width, native, usual, file=file.width)
+        ),
         sampler=family.sampler,
         num_inference_steps=family.num_inference_steps,
         guidance_scale=family.guidance_scale if has_null else 1.0,

@@ -38,6 +38,8 @@ IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
     ),
     IgnoredTensor(pattern=r"model_ema\.(decay|num_updates)", reason="state of the moving average"),
     IgnoredTensor(pattern=r"model_ema\..*", reason="moving average, not used"),
+    IgnoredTensor(pattern="v_pred", reason="a mark of the prediction type, recorded in the bundle"),
+    IgnoredTensor(pattern="ztsnr", reason="a mark of the noise schedule, recorded in the bundle"),
     IgnoredTensor(pattern=r".*\.position_ids", reason="the numbers 0, 1, 2, …"),
     IgnoredTensor(
         pattern=r"cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)",

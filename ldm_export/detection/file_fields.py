@@ -1,0 +1,91 @@
+"""The features that a checkpoint file states about itself, in marker tensors and in metadata.
+
+Sources: the ModelSpec standard (Stability-AI/ModelSpec, 02f6279) for the metadata of safetensors
+files; `v_pred` and `ztsnr` are empty tensors that trainers add, and that ComfyUI, among others,
+reads so (comfy/supported_models.py).
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ldm_export.detection.features import Tensors
+from ldm_runtime.specs.model import PredictionType
+
+_LOGGER = logging.getLogger(__name__)
+
+_PREDICTION_TYPES: Mapping[str, PredictionType] = MappingProxyType(
+    {"epsilon": "epsilon", "v": "v_prediction"}
+)
+_PREDICTION_KEY, _SIZE_KEY = "modelspec.prediction_type", "modelspec.resolution"
+_V_MARKER, _ZERO_SNR_MARKER = "v_pred", "ztsnr"
+_SHOWN = 40  # characters of an untrusted value
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFields:
+    """The features that a file states; None where it says nothing.
+
+    Attributes:
+        prediction_type: Prediction target of the UNet.
+        zero_terminal_snr: Whether the last training timestep was nothing but noise.
+        height: Height in pixels that the model is meant for.
+        width: Width in pixels that the model is meant for.
+    """
+
+    prediction_type: PredictionType | None = None
+    zero_terminal_snr: bool = False
+    height: int | None = None
+    width: int | None = None
+
+
+def file_fields(tensors: Tensors, metadata: Mapping[str, str]) -> FileFields:
+    """Return what the marker tensors and the metadata of a checkpoint say.
+
+    Metadata is untrusted text; a value that the standard does not know is a warning, and so is one
+    that a marker contradicts, since tools copy metadata from model to model.
+    """
+    width, height = _size(metadata)
+    return FileFields(
+        prediction_type=_prediction_type(tensors, metadata),
+        zero_terminal_snr=_ZERO_SNR_MARKER in tensors,
+        height=height,
+        width=width,
+    )
+
+
+def _prediction_type(tensors: Tensors, metadata: Mapping[str, str]) -> PredictionType | None:
+    value = metadata.get(_PREDICTION_KEY)
+    stated = None if value is None else _PREDICTION_TYPES.get(value)
+    if value is not None and stated is None:
+        _warn(_PREDICTION_KEY, value, "v or epsilon")
+    if _V_MARKER not in tensors:
+        return stated
+    if stated not in {None, "v_prediction"}:
+        _LOGGER.warning(
+            "the file has the tensor %s, which marks v_prediction, but its metadata says %s = %s; "
+            "going by the tensor, unless --prediction-type says otherwise",
+            _V_MARKER,
+            _PREDICTION_KEY,
+            stated,
+        )
+    return "v_prediction"
+
+
+def _size(metadata: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """Return width and height in pixels."""
+    value = metadata.get(_SIZE_KEY)
+    if value is None:
+        return None, None
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", value, re.ASCII)
+    if match is None:
+        _warn(_SIZE_KEY, value, "width x height in pixels, such as 512x512,")
+        return None, None
+    return int(match[1]), int(match[2])
+
+
+def _warn(key: str, value: str, expected: str) -> None:
+    shown = value[:_SHOWN] + "…" * (len(value) > _SHOWN)
+    _LOGGER.warning("ignoring %s = %a of the file; %s was expected", key, shown, expected)
