@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ldm_export.errors import FormatError
 
 MAX_LINE_BYTES = 1024  # names of globals, integers in decimal
+_EMPTY = object()  # a slot of the memo in which nothing was kept
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,17 @@ class Limits:
 class Machine:
     """The stack machine: registers and the few ways to touch them that keep the limits."""
 
-    __slots__ = ("data", "limits", "marks", "memo", "num_tensors", "position", "refused", "stack")
+    __slots__ = (
+        "data",
+        "limits",
+        "marks",
+        "memo",
+        "num_memoized",
+        "num_tensors",
+        "position",
+        "refused",
+        "stack",
+    )
 
     def __init__(self, data: bytes, limits: Limits, refused: Container[str] = ()) -> None:
         self.data = data
@@ -47,7 +58,8 @@ class Machine:
         self.position = 0
         self.stack: list[object] = []
         self.marks: list[int] = []  # heights of the stack
-        self.memo: dict[int, object] = {}
+        self.memo: list[object] = []  # values by slot; not a dict, whose keys could collide
+        self.num_memoized = 0
         self.num_tensors = 0
         if len(data) > limits.max_bytes:
             raise self.fault(f"{len(data)} bytes, more than the {limits.max_bytes} allowed")
@@ -101,6 +113,20 @@ class Machine:
         """Take the value on top off the stack."""
         value = self.top()
         self.stack.pop()
+        return value
+
+    def memoize(self, slot: int) -> None:
+        """Keep the value on top of the stack in a slot of the memo."""
+        value = self.top()
+        self.memo.extend([_EMPTY] * (slot + 1 - len(self.memo)))
+        self.num_memoized += self.memo[slot] is _EMPTY
+        self.memo[slot] = value
+
+    def recall(self, slot: int) -> object:
+        """The value that is kept in a slot of the memo."""
+        value = self.memo[slot] if slot < len(self.memo) else _EMPTY
+        if value is _EMPTY:
+            raise self.fault(f"memo slot {slot} is empty")
         return value
 
     def pop_to_mark(self) -> list[object]:

@@ -11,7 +11,10 @@ So a pickle can do nothing but cost time and memory, and `Limits` bounds both:
   size of the pickle and the number of opcodes.
 * Nothing here walks, hashes, compares or prints what was built. A value may therefore be nested
   as deeply, or refer to itself as often, as its maker liked, and callers must not walk it either.
-* Dict keys come from a closed list of types that hash in constant time and do not collide.
+* Dict keys come from a closed list of types that hash in constant time. Python hashes an integer to
+  itself, so that a file can choose keys which all collide; beyond 8 bits, numbers are therefore
+  keyed by their text, whose hash depends on a secret of the process. The memo, whose numbers a
+  file chooses as well, is a list.
 
 The opcodes are those that Python writes in protocols 1 to 5, without the ones that torch files
 cannot hold (text persistent ids, extension codes, out-of-band buffers). Source: Lib/pickletools.py
@@ -35,8 +38,7 @@ from ldm_export.checkpoint.torch_records import (
 from ldm_export.errors import FormatError
 
 _MAX_INT_BYTES = 1024
-# Python hashes an integer modulo 2**61 - 1, so larger keys could be chosen to collide.
-_MAX_INT_KEY = 2**60
+_MAX_INT_KEY = 2**8  # a chain of colliding keys is no longer than twice this
 _MAX_KEY_LENGTH = 4096  # equal keys are compared to the last character, every time one is set
 
 
@@ -178,7 +180,7 @@ def _memoize(machine: Machine, index: int) -> None:
         raise machine.fault(
             f"memo slot {index} is beyond the {machine.limits.max_memo_index} allowed"
         )
-    machine.memo[index] = machine.top()
+    machine.memoize(index)
 
 
 def _put(width: int) -> _Handler:
@@ -189,15 +191,12 @@ def _put(width: int) -> _Handler:
 
 
 def _put_next(machine: Machine) -> None:
-    _memoize(machine, len(machine.memo))
+    _memoize(machine, machine.num_memoized)
 
 
 def _get(width: int) -> _Handler:
     def get(machine: Machine) -> None:
-        index = machine.number(width)
-        if index not in machine.memo:
-            raise machine.fault(f"memo slot {index} is empty")
-        machine.stack.append(machine.memo[index])
+        machine.stack.append(machine.recall(machine.number(width)))
 
     return get
 
@@ -273,11 +272,12 @@ def _set_items(machine: Machine, target: object, items: list[object]) -> None:
 
 def _safe_key(machine: Machine, key: object) -> object:
     """Return `key` if it hashes and compares in constant time, else an inert stand-in."""
-    if isinstance(key, int) and not -_MAX_INT_KEY < key < _MAX_INT_KEY:
-        raise machine.fault("an integer beyond 2**60 is the key of a dict")
+    if isinstance(key, float) or (isinstance(key, int) and not -_MAX_INT_KEY < key < _MAX_INT_KEY):
+        text = key.hex() if isinstance(key, float) else f"{key:#x}"
+        return Name(module=f"builtins.{type(key).__name__}", name=text)
     if isinstance(key, (str, bytes)) and len(key) > _MAX_KEY_LENGTH:
         return Stub(name=Name(module="builtins", name=type(key).__name__))
-    if key is None or isinstance(key, (str, bytes, int, float, Name, Stub)):
+    if key is None or isinstance(key, (str, bytes, int, Name, Stub)):
         return key
     if isinstance(key, (tuple, StorageRecord, TensorRecord)):
         return Stub(name=Name(module="builtins", name=type(key).__name__))

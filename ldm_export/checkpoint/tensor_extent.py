@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 from ldm_export.errors import FormatError
 
-MAX_DIMS = 64  # as many as NumPy and torch allow
+MAX_DIMS = 8  # torch allows 64; no layer has weights of more than 5
 _MAX_NAME_LENGTH = 512
 # A broadcast tensor has more elements than its file has bytes; below this size that is harmless.
 _MIN_EXPANDED_BYTES = 1 << 20

@@ -4,6 +4,7 @@ Source: torch/serialization.py and caffe2/serialize/inline_container.cc of torch
 """
 
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from ldm_export.checkpoint.torch_records import Stub, TensorRecord
 from ldm_export.checkpoint.zip_directory import Member, read_zip_directory
 from ldm_export.errors import FormatError
 
-_PICKLE = re.compile(r"([^/]+)/data\.pkl")
+#: torch does not look at the case of a member's name.
+_PICKLE = re.compile(r"([^/]+)/data\.pkl", re.IGNORECASE)
 _MAX_LEVELS = 8
 #: Modules and names with which pickles attack the process that runs them.
 _REFUSED = frozenset(
@@ -82,7 +84,7 @@ def read_torch_archive(data: memoryview) -> TorchContents:
 
 def _root_folder(members: Mapping[str, Member]) -> str:
     roots = [match[1] for match in map(_PICKLE.fullmatch, members) if match]
-    if len(roots) != 1:
+    if len(roots) != 1 or f"{roots[0]}/data.pkl" not in members:
         raise FormatError(
             f"is a zip archive with {len(roots)} members named */data.pkl, and a file written by "
             "torch.save has one; is it a checkpoint?"
@@ -106,8 +108,13 @@ def _read_root(data: memoryview, member: Member) -> object:
         raise FormatError(
             f"data.pkl has {member.size} bytes, more than the {_LIMITS.max_bytes} allowed"
         )
+    pickle = bytes(data[member.start : member.start + member.size])
+    if zlib.crc32(pickle) != member.crc32:
+        raise FormatError(
+            "data.pkl does not have the CRC-32 that the archive gives: the file is damaged, get it "
+            "again; or it was saved after `torch.serialization.set_crc32_options(False)`"
+        )
     try:
-        pickle = bytes(data[member.start : member.start + member.size])
         return read_pickle(pickle, _LIMITS, _REFUSED)
     except FormatError as error:
         raise FormatError(

@@ -2,7 +2,9 @@
 
 Only what torch writes is accepted: members stored as they are, no encryption, no comment, one
 disk. The directory, every member's local header and every member's bytes are proved to lie inside
-the file and apart from each other, so that no two readers can disagree on what the archive holds.
+the file and apart from each other, and no two names differ in case alone, because torch's own
+reader does not tell such names apart and takes the first. What is not looked at: dates, versions,
+disk numbers, attributes, and the bytes of members; the caller compares a CRC where it counts.
 
 Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7, 4.3.12 to 4.3.16 and 4.5.3.
 """
@@ -26,10 +28,11 @@ _DAMAGED = "the file is damaged or incomplete, get it again"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """One member: `size` bytes from byte `start` of the file."""
+    """One member: `size` bytes from byte `start` of the file, whose CRC-32 should be `crc32`."""
 
     start: int
     size: int
+    crc32: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,7 @@ class _Entry:
     name: bytes
     flags: int
     method: int
+    crc32: int
     size: int
     compressed_size: int
     header: int  # where the local header begins
@@ -73,13 +77,15 @@ def read_zip_directory(data: memoryview) -> Mapping[str, Member]:
     """
     directory = _find_directory(data)
     members: dict[str, Member] = {}
+    folded: set[str] = set()
     spans = [(directory.start, directory.end)]
     for entry in _read_entries(data, directory):
         name = _checked_name(entry)
-        if name in members:
-            raise FormatError(f"the archive has two members named {name!a}; {_DAMAGED}")
+        if name.casefold() in folded:
+            raise FormatError(f"the archive has two members named {name!a}, case aside; {_DAMAGED}")
+        folded.add(name.casefold())
         start = _data_start(data, entry)
-        members[name] = Member(start=start, size=entry.size)
+        members[name] = Member(start=start, size=entry.size, crc32=entry.crc32)
         spans.append((entry.header, start + entry.size))
     if any(end > start for (_, end), (start, _) in pairwise(sorted(spans))):
         raise FormatError(f"members of the archive lie over each other; {_DAMAGED}")
@@ -119,7 +125,7 @@ def _read_entries(data: memoryview, directory: _Directory) -> Iterator[_Entry]:
     position = directory.start
     for _ in range(directory.num_entries):
         fields = _unpack(_ENTRY, data, position)
-        _, _, flags, method, _, _, _, compressed_size, size = fields[:9]
+        _, _, flags, method, _, _, crc32, compressed_size, size = fields[:9]
         name_size, extra_size, comment_size, _, _, _, header = fields[9:]
         name_start = position + _ENTRY.layout.size
         extra_start = name_start + name_size
@@ -130,6 +136,7 @@ def _read_entries(data: memoryview, directory: _Directory) -> Iterator[_Entry]:
             name=bytes(data[name_start:extra_start]),
             flags=flags,
             method=method,
+            crc32=crc32,
             size=size,
             compressed_size=compressed_size,
             header=header,

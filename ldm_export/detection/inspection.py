@@ -1,18 +1,18 @@
 """The report of `ldm inspect` on a checkpoint, made without torch."""
 
 import math
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ldm_export.checkpoint.checkpoint import Checkpoint, MappedFile, open_checkpoint
+from ldm_export.checkpoint.zip_directory import read_zip_directory
 from ldm_export.detection.chosen_config import chosen_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.weight_assignment import has_ema
-from ldm_export.errors import ExportError, UnknownModelError, WeightsError
+from ldm_export.errors import ExportError, FormatError, UnknownModelError, WeightsError
 from ldm_runtime.specs.model import ModelSpec
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -65,13 +65,15 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _holds_pickle(path: Path) -> bool:
+    file = MappedFile(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.rpartition("/")[2] == "data.pkl" for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
+        members = read_zip_directory(file.bytes.data)
+        return any(name.rpartition("/")[2].lower() == "data.pkl" for name in members)
+    except FormatError:
         # A torch file cut short has no directory of members; its first member's name remains.
-        with path.open("rb") as file:
-            return b"data.pkl" in file.read(256)
+        return b"data.pkl" in bytes(file.bytes[:256].data).lower()
+    finally:
+        file.close()
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:

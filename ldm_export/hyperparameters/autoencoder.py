@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ldm_export.errors import WeightsError
-from ldm_export.hyperparameters.shapes import Shapes, indices, multipliers, same, shape_of
+from ldm_export.hyperparameters.shapes import Shapes, indices, members, multipliers, same, shape_of
 from ldm_runtime.specs.networks import AutoencoderSpec
 
 _NORM_GROUPS = 32
@@ -54,7 +54,7 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
         channels=channels,
         channel_mult=multipliers(encoder, channels, "autoencoder"),
         num_res_blocks=_num_res_blocks(shapes, len(encoder)),
-        attention_levels=_attention_levels(shapes, len(encoder)),
+        attention_levels=_attention_levels(shapes),
         middle_attention=_middle_attention(shapes),
         z_channels=z_channels,
         embed_dim=embed_dim,
@@ -64,7 +64,7 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
 
 
 def _level_channels(shapes: Shapes, path: str) -> tuple[int, ...]:
-    levels = indices(shapes, path)
+    levels = members(shapes, path)
     if not levels:
         raise WeightsError(
             f"the autoencoder has no level under {path}; is the checkpoint complete?"
@@ -73,27 +73,30 @@ def _level_channels(shapes: Shapes, path: str) -> tuple[int, ...]:
         same(
             {
                 name: shape_of(shapes, name, 4)[0]
-                for block in indices(shapes, f"{path}.{level}.block") or [0]
+                for block in indices(names, f"{path}.{level}.block") or [0]
                 for name in [f"{path}.{level}.block.{block}.conv1.weight"]
             }
         )
-        for level in levels
+        for level, names in levels.items()
     )
 
 
 def _num_res_blocks(shapes: Shapes, num_levels: int) -> int:
     counts = {}
+    all_down, all_up = members(shapes, "encoder.down"), members(shapes, "decoder.up")
     for level in range(num_levels):
         down, up = f"encoder.down.{level}.block", f"decoder.up.{level}.block"
-        counts[f"the number of {down}"] = len(indices(shapes, down))
-        counts[f"the number of {up}, less one,"] = len(indices(shapes, up)) - 1
+        counts[f"the number of {down}"] = len(indices(all_down[level], down))
+        counts[f"the number of {up}, less one,"] = len(indices(all_up[level], up)) - 1
     return same(counts)
 
 
-def _attention_levels(shapes: Shapes, num_levels: int) -> tuple[int, ...]:
+def _attention_levels(shapes: Shapes) -> tuple[int, ...]:
     sides = {
         f"levels with attention in {path}": tuple(
-            level for level in range(num_levels) if indices(shapes, f"{path}.{level}.attn")
+            level
+            for level, names in members(shapes, path).items()
+            if indices(names, f"{path}.{level}.attn")
         )
         for path in ("encoder.down", "decoder.up")
     }

@@ -11,6 +11,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 T = TypeVar("T")
 
+#: Twice what any model has: 32 transformer layers, each of which counts as two members.
+_MAX_MEMBERS = 128
+
 
 def shape_of(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
     """Return the shape of parameter `name`.
@@ -61,20 +64,40 @@ def multipliers(channels: Sequence[int], base: int, what: str) -> tuple[int, ...
     return tuple(count // base for count in channels)
 
 
-def indices(names: Iterable[str], prefix: str) -> list[int]:
-    """Return the numbers that follow `prefix` and a dot in `names`, in increasing order.
+def members(names: Iterable[str], prefix: str) -> dict[int, list[str]]:
+    """Return the `names` that go on with a dot and a number after `prefix`, by increasing number.
+
+    Look for members of members among the names of one, not among all: a file may have very many.
 
     Raises:
-        WeightsError: They are not 0, 1, 2, … without a gap.
+        WeightsError: The numbers are not 0, 1, 2, … without a gap, or are more than any model has.
     """
     pattern = re.compile(rf"{re.escape(prefix)}\.([0-9]{{1,4}})\.")
-    found = sorted({int(match[1]) for name in names if (match := pattern.match(name))})
+    grouped: dict[int, list[str]] = {}
+    for name in names:
+        if match := pattern.match(name):
+            grouped.setdefault(int(match[1]), []).append(name)
+    found = sorted(grouped)
+    if len(found) > _MAX_MEMBERS:
+        raise WeightsError(
+            f"{prefix} has {len(found)} members; no model has more than {_MAX_MEMBERS}, so that "
+            "this is not a checkpoint of a known family"
+        )
     gap = next((index for index, number in enumerate(found) if index != number), None)
     if gap is not None:
         raise WeightsError(
             f"{prefix} has the members {', '.join(map(str, found))}, but {prefix}.{gap} is missing"
         )
-    return found
+    return {number: grouped[number] for number in found}
+
+
+def indices(names: Iterable[str], prefix: str) -> list[int]:
+    """Return the numbers of the `members` of a prefix, in increasing order.
+
+    Raises:
+        WeightsError: They are not 0, 1, 2, … without a gap, or are more than any model has.
+    """
+    return list(members(names, prefix))
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:

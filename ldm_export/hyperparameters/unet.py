@@ -1,10 +1,11 @@
 """The hyperparameters of a CompVis `UNetModel`, read from its parameters' names and shapes."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from ldm_export.errors import WeightsError
-from ldm_export.hyperparameters.shapes import Shapes, indices, multipliers, same, shape_of
+from ldm_export.hyperparameters.shapes import Shapes, indices, members, multipliers, same, shape_of
 from ldm_export.hyperparameters.unet_attention import (
     attention_depth,
     attention_kind,
@@ -118,13 +119,12 @@ def _second_blocks(shapes: Shapes) -> int:
     )
 
 
-def _level_ends(shapes: Shapes, resampling: Resampling) -> list[int]:
+def _level_ends(shapes: Shapes, blocks: Collection[int], resampling: Resampling) -> list[int]:
     """Return the input blocks that halve the resolution.
 
     A residual block that halves it has the same parameters as any other. There are as many as
     blocks that double it again, and as levels have equally many blocks, at equal distances.
     """
-    blocks = indices(shapes, "input_blocks")
     if resampling == "convolutions":
         return [index for index in blocks if f"input_blocks.{index}.0.op.weight" in shapes]
     num_levels = _second_blocks(shapes) + 1
@@ -140,29 +140,33 @@ def _level_ends(shapes: Shapes, resampling: Resampling) -> list[int]:
 
 def _levels(shapes: Shapes, resampling: Resampling) -> list[_Level]:
     """Group the input blocks after the first into levels."""
-    ends = _level_ends(shapes, resampling)
+    names = members(shapes, "input_blocks")
+    ends = _level_ends(shapes, names, resampling)
     blocks: list[dict[str, tuple[int, int]]] = [{}]
-    for index in indices(shapes, "input_blocks")[1:]:
+    for index in range(1, len(names)):
         if index in ends:
             blocks.append({})
         else:
-            blocks[-1] |= _channels_and_depth(shapes, f"input_blocks.{index}")
+            blocks[-1] |= _channels_and_depth(shapes, names[index], f"input_blocks.{index}")
     if not all(blocks):
         raise WeightsError(f"the UNet has a level without residual blocks ({len(blocks)} levels)")
     levels = []
-    for members in blocks:
-        channels, depth = same(members)
-        levels.append(_Level(channels=channels, depth=depth, num_res_blocks=len(members)))
+    for found in blocks:
+        channels, depth = same(found)
+        levels.append(_Level(channels=channels, depth=depth, num_res_blocks=len(found)))
     if resampling == "residual blocks":
         for index, level in zip(ends, levels, strict=False):
             expected = {"those of its level, which has no attention there": (level.channels, 0)}
-            same(_channels_and_depth(shapes, f"input_blocks.{index}") | expected)
+            block = f"input_blocks.{index}"
+            same(_channels_and_depth(shapes, names[index], block) | expected)
     return levels
 
 
-def _channels_and_depth(shapes: Shapes, block: str) -> dict[str, tuple[int, int]]:
+def _channels_and_depth(
+    shapes: Shapes, names: Iterable[str], block: str
+) -> dict[str, tuple[int, int]]:
     channels = shape_of(shapes, f"{block}.0.out_layers.3.weight", 4)[0]
-    return {f"(channels, attention depth) of {block}": (channels, attention_depth(shapes, block))}
+    return {f"(channels, attention depth) of {block}": (channels, attention_depth(names, block))}
 
 
 def _check_output_blocks(shapes: Shapes, levels: list[_Level]) -> None:
@@ -173,12 +177,13 @@ def _check_output_blocks(shapes: Shapes, levels: list[_Level]) -> None:
             level for level in reversed(levels) for _ in range(level.num_res_blocks + 1)
         )
     }
-    found = indices(shapes, "output_blocks")
-    if found != list(expected):
+    found = members(shapes, "output_blocks")
+    if list(found) != list(expected):
         raise WeightsError(
             f"the UNet has {len(found)} output blocks; its {len(levels)} levels of "
             f"{levels[0].num_res_blocks} residual blocks need {len(expected)}"
         )
     for index, level in expected.items():
         mirrored = {"that of its input level": (level.channels, level.depth)}
-        same(_channels_and_depth(shapes, f"output_blocks.{index}") | mirrored)
+        block = f"output_blocks.{index}"
+        same(_channels_and_depth(shapes, found[index], block) | mirrored)

@@ -1,5 +1,6 @@
 """The attention hyperparameters of a UNet, read from its parameters' names and shapes."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from ldm_export.errors import WeightsError
@@ -26,11 +27,17 @@ def attention_kind(shapes: Shapes) -> AttentionKind:
     return "qkv" if qkv else "transformer"
 
 
-def attention_depth(shapes: Shapes, block: str) -> int:
-    """Return the number of attention blocks after the first layer of a numbered block."""
-    if f"{block}.1.qkv.weight" in shapes:
+def attention_depth(names: Iterable[str], block: str) -> int:
+    """Return the number of attention blocks after the first layer of a block.
+
+    Args:
+        names: The parameters of the block.
+        block: Its name, such as "input_blocks.4".
+    """
+    names = frozenset(names)
+    if f"{block}.1.qkv.weight" in names:
         return 1
-    return len(indices(shapes, f"{block}.1.transformer_blocks"))
+    return len(indices(names, f"{block}.1.transformer_blocks"))
 
 
 def middle_depth(shapes: Shapes) -> int:

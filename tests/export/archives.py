@@ -1,6 +1,7 @@
 """Zip archives written byte by byte, so that any field of them can lie."""
 
 import struct
+import zlib
 from dataclasses import dataclass, replace
 
 FULL = 0xFFFFFFFF
@@ -17,6 +18,7 @@ class Entry:
     method: int = 0
     size: int | None = None
     compressed_size: int | None = None
+    crc32: int | None = None
     header: int | None = None
     local_name: str | None = None
     local_size: int | None = None
@@ -67,7 +69,8 @@ def _directory_entry(entry, *, zip64):
     if zip64:
         extra = struct.pack("<2H3Q", 1, 24, size, packed, header)
         size = packed = header = FULL
-    fields = (20, 20, entry.flags, entry.method, 0, 0, 0, packed, size, len(name), len(extra))
+    crc32 = zlib.crc32(entry.data) if entry.crc32 is None else entry.crc32
+    fields = (20, 20, entry.flags, entry.method, 0, 0, crc32, packed, size, len(name), len(extra))
     return struct.pack("<4s6H3I5H2I", b"PK\1\2", *fields, 0, 0, 0, 0, header) + name + extra
 
 

@@ -805,3 +805,40 @@ def test_no_source_file_can_unpickle(path):
 )
 def test_the_search_for_unpickling_finds_it(source):
     assert list(unsafe_lines(source)) != []
+
+
+def test_names_that_differ_in_case_alone_are_refused_as_torch_takes_the_first_of_them(tmp_path):
+    entries = [
+        Entry(name="archive/DATA.PKL", data=op.pickled(op.text("upper case"))),
+        Entry(name="archive/data.pkl", data=op.pickled(op.text("lower case"))),
+        Entry(name="archive/version", data=b"3"),
+    ]
+    path = write_archive(tmp_path / "model.ckpt", entries)
+
+    assert torch.load(path, weights_only=True) == "upper case"
+    with pytest.raises(CheckpointError, match=r"two members named 'archive/data\.pkl', case aside"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("names", [("b/DATA.PKL", "a/data.pkl"), ("a/DATA.PKL",)])
+def test_a_pickle_that_torch_would_read_by_a_name_in_capitals_is_refused(tmp_path, names):
+    entries = [Entry(name=name, data=GOOD) for name in names]
+    path = write_archive(tmp_path / "model.ckpt", entries)
+
+    with pytest.raises(CheckpointError, match=r"with \d members? named \*/data\.pkl"):
+        open_checkpoint(path)
+
+
+def test_a_pickle_that_is_not_what_its_archive_says_is_refused(tmp_path):
+    path = write_archive(tmp_path / "model.ckpt", [Entry(name="x/data.pkl", data=GOOD, crc32=7)])
+
+    with pytest.raises(CheckpointError, match=r"data\.pkl does not have the CRC-32"):
+        open_checkpoint(path)
+
+
+def test_a_tensor_of_nine_axes_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros((1,) * 9)}, path)
+
+    with pytest.raises(CheckpointError, match="its shape or its offsets are not sizes"):
+        open_checkpoint(path)

@@ -176,3 +176,43 @@ def test_a_class_embedding_is_a_matrix():
     assert read_class_embedding({"embedding.weight": (11, 96)}) == (11, 96)
     with pytest.raises(WeightsError, match="2 axes were expected"):
         read_class_embedding({"embedding.weight": (11,)})
+
+
+class CountedShapes(dict):
+    """Shapes that count how often all names are looked through."""
+
+    rounds = 0
+
+    def __iter__(self):
+        self.rounds += 1
+        return super().__iter__()
+
+
+def test_names_are_looked_through_equally_often_however_many_blocks_there_are():
+    def rounds(num_res_blocks):
+        layout = replace(SMALL, num_res_blocks=num_res_blocks)
+        shapes = CountedShapes(unet_shapes(layout))
+        unet(shapes)
+        shapes_of_autoencoder = CountedShapes(autoencoder_shapes(layout))
+        autoencoder(shapes_of_autoencoder)
+        return shapes.rounds, shapes_of_autoencoder.rounds
+
+    few, many = rounds(1), rounds(30)
+
+    assert few == many
+    assert max(few) > 0
+
+
+@pytest.mark.parametrize("stack", ["input_blocks", "output_blocks"])
+def test_more_blocks_than_any_model_has_are_an_error(stack):
+    more = {f"{stack}.{index}.0.op.weight": (32, 32, 3, 3) for index in range(9999)}
+
+    with pytest.raises(WeightsError, match=f"{stack} has 9999 members; no model has more than 128"):
+        unet(unet_shapes(SMALL) | more)
+
+
+def test_more_levels_than_any_autoencoder_has_are_an_error():
+    more = {f"encoder.down.{level}.block.0.conv1.weight": (32, 32, 3, 3) for level in range(9999)}
+
+    with pytest.raises(WeightsError, match=r"encoder\.down has 9999 members"):
+        autoencoder(autoencoder_shapes(SMALL) | more)

@@ -1,8 +1,10 @@
 import json
 import math
 import pickle
+import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from dataclasses import replace
 
@@ -192,3 +194,19 @@ def test_inspecting_needs_no_torch(ckpt):
     ).stdout.split()
 
     assert {"torch", "onnx", "transformers", "safetensors"}.isdisjoint(modules)
+
+
+def test_a_huge_directory_in_a_file_of_holes_takes_no_memory(tmp_path):
+    path, size = tmp_path / "model.ckpt", 1 << 30
+    with path.open("wb") as file:
+        file.write(b"PK\3\4" + bytes(26) + b"x/data.pkl")
+        start = file.seek(size, 1) - size
+        file.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 9, 9, size, start, 0))
+    tracemalloc.start()
+
+    with pytest.raises(CheckpointError, match="lists 9 members in 1073741824 bytes: too many"):
+        inspect_checkpoint(path)
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
