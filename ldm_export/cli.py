@@ -4,22 +4,31 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
-from ldm_runtime.cli.messages import PrintableFormatter, say
+from ldm_runtime.cli.messages import PrintableFormatter, print_any_text, say
+from ldm_runtime.cli.parsing import Parser
+from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError
 from ldm_runtime.progress import reporting_to
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of `ldm-export`; nothing heavy is imported for `--help`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ldm-export",
         description="Turn a latent-diffusion checkpoint into a bundle that runs without torch.",
+        epilog="Both `ldm-export model.ckpt engines/` and "
+        "`ldm-export --ckpt model.ckpt --out engines/` will do.",
     )
-    parser.add_argument("--ckpt", type=Path, required=True, help=".ckpt, .pt or .safetensors file")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument(
+        "paths", type=Path, nargs="*", metavar="PATH", help="--ckpt and --out without their names"
+    )
+    parser.add_argument("--ckpt", type=Path, help=".ckpt, .pt or .safetensors file")
+    parser.add_argument("--out", type=Path, help="folder of the bundle")
+    parser.add_argument("--version", action="store_true", help="print versions and exit")
     parser.add_argument(
         "--estimate",
         action="store_true",
@@ -76,7 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
+    print_any_text()
     args = build_parser().parse_args(argv)
+    if args.version:
+        print(version_line("ldm-export", _library_versions()))
+        return 0
+    _place_paths(args)
     messages = logging.StreamHandler()
     messages.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[messages])
@@ -102,8 +116,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _place_paths(args: argparse.Namespace) -> None:
+    """Take arguments without a flag as the checkpoint and the folder, whichever is not given."""
+    paths: list[Path] = list(args.paths)
+    for name in ("ckpt", "out"):
+        if getattr(args, name) is None:
+            if not paths:
+                args.parser.error(
+                    "give a checkpoint and a folder, as in `ldm-export model.ckpt engines/`"
+                )
+            setattr(args, name, paths.pop(0))
+    if paths:
+        args.parser.error(f'unexpected "{paths[0]}"; give one checkpoint and one folder')
+
+
+def _library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that make graphs, as far as they are installed."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed_version
+
+    versions = {}
+    for name in ("torch", "onnx"):
+        with suppress(PackageNotFoundError):
+            versions[name] = installed_version(name)
+    return versions
+
+
 def _missing(error: ImportError) -> str:
-    install = "install the packages that exporting needs with `pip install 'ldm-deploy[export]'`"
+    install = "install the extra 'export' of ldm-deploy"
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is not installed; {install}"
     return f"the package {error.name!r} does not load ({error}); {install}"

@@ -4,18 +4,17 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 _MOST = 3
-_LEAST_LIKENESS = 0.6
+_LEAST_LIKENESS = 0.65
 
 
 def close_names(name: str, names: Iterable[str]) -> list[str]:
-    """Return the names that begin with `name` or resemble it, at most three, the closest first."""
+    """Return the names that begin with `name`, or else resemble it, at most three."""
     known = list(dict.fromkeys(names))
     longer = [each for each in known if name.strip("-") and each.startswith(name)]
-    alike = get_close_matches(name, known, _MOST, _LEAST_LIKENESS)
-    return list(dict.fromkeys(longer + alike))[:_MOST]
+    return longer[:_MOST] or get_close_matches(name, known, _MOST, _LEAST_LIKENESS)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return " (did you mean euler?)" to follow a misspelt name, or "" if nothing is close."""
-    found = close_names(name, names)
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
+    *most, last = close_names(name, names) or [""]
+    return f" (did you mean {', '.join(most)}{' or ' if most else ''}{last}?)" if last else ""

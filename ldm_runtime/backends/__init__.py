@@ -15,6 +15,7 @@ from typing import Protocol, cast
 from ldm_runtime.backends.contract import Abilities, Engine, EngineSource
 from ldm_runtime.bundle.manifest import Manifest
 from ldm_runtime.errors import BackendError
+from ldm_runtime.suggestions import did_you_mean
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -80,6 +81,9 @@ BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
     }
 )
 
+#: Other names for backends: the extra that installs the CPU's is called `cpu`.
+BACKEND_ALIASES: Mapping[str, str] = MappingProxyType({"cpu": "onnxruntime"})
+
 
 def get_backend(name: str, entries: Mapping[str, BackendEntry] = BACKENDS) -> Backend:
     """Import a backend.
@@ -88,7 +92,10 @@ def get_backend(name: str, entries: Mapping[str, BackendEntry] = BACKENDS) -> Ba
         BackendError: There is no such backend, its package is not installed, or it does not load.
     """
     if name not in entries:
-        raise BackendError(f"unknown backend {name!r}; choose auto, {', '.join(entries)}")
+        names = ("auto", *entries, *BACKEND_ALIASES)
+        raise BackendError(
+            f"unknown backend {name!r}{did_you_mean(name, names)}; choose {', '.join(names)}"
+        )
     entry = entries[name]
     try:
         module = import_module(entry.module)
@@ -109,7 +116,7 @@ def choose_backend(
     *,
     bundle: Path | None = None,
 ) -> str:
-    """Return the name of the backend to use: `name` itself, or for "auto" the first that can run.
+    """Return the name of the backend to use: that of `name`, or for "auto" the first that can run.
 
     Passing over a backend that the bundle or the machine was prepared for is logged, with the
     reason.
@@ -117,6 +124,7 @@ def choose_backend(
     Raises:
         BackendError: `name` cannot run this bundle here, or for "auto" none can.
     """
+    name = BACKEND_ALIASES.get(name, name)
     if name != "auto":
         if reason := _why_not(name, manifest, bundle, entries):
             raise BackendError(reason)

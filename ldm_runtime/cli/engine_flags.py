@@ -32,7 +32,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         type=_targets,
         default=(),
-        metavar="SM,…",
+        metavar="SM,...",
         help=f"compute capabilities for TensorRT-RTX, of {','.join(TARGETS)} "
         "(default: sm80 and later; sm75 if this GPU has it)",
     )

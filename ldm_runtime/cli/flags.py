@@ -21,7 +21,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     for record in FIELDS.values():
         _add(groups[record.group], record)
     groups["Conditioning"].add_argument(
-        "--label-names", type=Path, metavar="FILE", help="names of labels 0, 1, …, one per line"
+        "--label-names", type=Path, metavar="FILE", help="names of labels 0, 1, ..., one per line"
     )
     groups["Conditioning"].add_argument(
         "--requests",

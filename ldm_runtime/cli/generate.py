@@ -1,18 +1,18 @@
 """`ldm generate`: image generation, output files, and progress with previews."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.cli.flags import add_request_arguments
+from ldm_runtime.cli.messages import reporting
 from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.durable import whole_file
 from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.results import Result
-from ldm_runtime.progress import Progress, reporting_to
+from ldm_runtime.progress import Progress
 from ldm_runtime.requests.resolved import ResolvedRequest
 
 
@@ -50,7 +50,7 @@ def generate(args: argparse.Namespace) -> int:
     with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         run = _generate_together if args.requests else _generate_one_by_one
-        with reporting_to(sys.stderr) as progress:
+        with reporting(args) as progress:
             for result in run(generator, requests, args, progress):
                 for path in result.save_all(args.out_dir):
                     print(path, flush=True)

@@ -1,14 +1,56 @@
 """Messages of the commands on stderr: the one place where text that a file brought is escaped."""
 
+import argparse
+import io
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ldm_runtime.escaping import printable
+from ldm_runtime.progress import Progress, Silent, reporting_to
 
 
 def say(line: str) -> None:
     """Print one line to stderr, with whatever could steer a terminal escaped."""
     print(printable(line), file=sys.stderr)
+
+
+def print_any_text() -> None:
+    """Escape on stdout what its encoding lacks, as Python does on stderr, instead of failing."""
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper) and "surrogateescape" not in (stream.errors or ""):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def add_message_flags(parser: argparse._ActionsContainer) -> None:
+    """Add `--quiet` and `--verbose`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="say nothing but errors: no progress, no warning"
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
+
+
+def show_messages(args: argparse.Namespace) -> None:
+    """Show warnings on stderr, each once; nothing if quiet, and more if verbose."""
+    handler = logging.StreamHandler()
+    handler.addFilter(_Once())
+    handler.setFormatter(_MessageFormatter())
+    handler.setLevel(logging.ERROR if args.quiet else logging.DEBUG)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    if args.verbose:
+        logging.getLogger("ldm_runtime").setLevel(logging.DEBUG)
+
+
+@contextmanager
+def reporting(args: argparse.Namespace) -> Iterator[Progress]:
+    """Report progress to stderr unless the command is quiet."""
+    if args.quiet:
+        yield Silent()
+        return
+    with reporting_to(sys.stderr) as progress:
+        yield progress
 
 
 class PrintableFormatter(logging.Formatter):
@@ -17,3 +59,24 @@ class PrintableFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
         """Return the line of a record; a traceback after it is Python's own."""
         return printable(super().formatMessage(record))
+
+
+class _MessageFormatter(PrintableFormatter):
+    """A formatter of messages such as "warning: the prompt is too long"."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        return f"{record.levelname.lower()}: {printable(record.message)}"
+
+
+class _Once(logging.Filter):
+    """Shows a message the first time only: every image of a command logs the same ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._shown
+        self._shown.add(message)
+        return is_new

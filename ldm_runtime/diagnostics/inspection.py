@@ -157,14 +157,15 @@ def _ask_inspectors(
     missing = []
     for name, load in inspectors.items():
         try:
-            inspector = load()
-        except ImportError as error:
+            description = load()(path)
+        except ImportError as error:  # of the inspector, or of what it needs for this file alone
             missing.append(f"{name} ({error})")
             continue
-        if (description := inspector(path)) is not None:
+        if description is not None:
             return description
     hint = (
-        f"these inspectors do not load: {', '.join(missing)}; install ldm-deploy[export]"
+        f"these inspectors do not load: {', '.join(missing)}; "
+        "install the extra 'export' of ldm-deploy"
         if missing
         else "it is not a bundle, nor an image or checkpoint of a known format"
     )

@@ -65,7 +65,7 @@ class GenerationRequest:
     layout: Annotated[
         tuple[LayoutObject, ...] | None,
         about(
-            'JSON: [{"label": 3, "box": [left, top, right, bottom]}, …], sides from 0 to 1',
+            'JSON: [{"label": 3, "box": [left, top, right, bottom]}, ...], sides from 0 to 1',
             "Conditioning",
             metavar="FILE",
             example="--layout boxes.json",
@@ -181,7 +181,7 @@ class GenerationRequest:
             "Sampling",
             low=0.0,
             high=MAX_SIGMA,
-            metavar="A,B,…",
+            metavar="A,B,...",
         ),
     ] = None
     eta: Annotated[

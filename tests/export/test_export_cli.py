@@ -1,3 +1,5 @@
+import os
+import platform
 import subprocess
 import sys
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 
 from ldm_export.cli import build_parser, main
+from ldm_runtime.version import version
 from tests.export.archives import Entry, write_archive
 from tests.export.opcodes import call, pickled, text
 
@@ -116,21 +119,67 @@ def test_a_plan_names_everything_and_writes_nothing(command, small_checkpoint_pa
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        [],
-        ["--ckpt", "a.ckpt"],
-        ["--ckpt", "a", "--out", "b", "--weights-dtype", "int8"],
-        ["--ckpt", "a", "--out", "b", "--height", "tall"],
-        ["--ckpt", "a", "--out", "b", "--unknown"],
+        ([], "give a checkpoint and a folder, as in `ldm-export model.ckpt engines/`"),
+        (["--ckpt", "a.ckpt"], "give a checkpoint and a folder"),
+        (["a", "b", "c"], 'unexpected "c"; give one checkpoint and one folder'),
+        (["--ckpt", "a", "--out", "b", "c"], 'unexpected "c"'),
+        (["a", "b", "--weights-dtype", "fp31"], "unknown value 'fp31' (did you mean fp"),
+        (["a", "b", "--height", "tall"], "invalid int value: 'tall'"),
+        (["a", "b", "--unknown"], "unknown option --unknown"),
+        (["a", "b", "--num-head", "3"], "--num-head (did you mean --num-heads or --num-head-chan"),
     ],
 )
-def test_bad_usage_exits_with_two(arguments, capsys):
+def test_bad_usage_is_one_line_and_exit_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
 
+    error = capsys.readouterr().err
     assert caught.value.code == 2
-    assert "usage: ldm-export" in capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.endswith("; see `ldm-export --help`\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ckpt", "absent.ckpt", "--out", "engines/"],
+        ["absent.ckpt", "engines/"],
+        ["absent.ckpt", "--weights-dtype", "fp32", "engines/"],
+        ["--out", "engines/", "absent.ckpt"],
+        ["engines/", "--ckpt", "absent.ckpt"],
+    ],
+)
+def test_checkpoint_and_folder_are_flags_or_in_their_order(arguments, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ldm_export.cli._export", asked.append)
+
+    assert main(arguments) == 0
+
+    (args,) = asked
+    assert (str(args.ckpt), str(args.out)) == ("absent.ckpt", "engines")
+
+
+def test_the_version_names_the_libraries(capsys):
+    assert main(["--version"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"ldm-export {version()}, Python {platform.python_version()}, ")
+    assert f"torch {torch.__version__}" in line
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "ldm_export", "--help"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+
+    assert done.stdout.startswith(b"usage: ldm-export")
+    assert b"\\u" not in done.stdout
 
 
 def test_every_fact_has_a_flag():
@@ -186,7 +235,7 @@ def test_without_a_package_that_exporting_needs_the_command_says_which(
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert f"the package '{package}' is not installed" in line
-    assert "pip install 'ldm-deploy[export]'" in line
+    assert line.endswith("install the extra 'export' of ldm-deploy")
     assert list(tmp_path.iterdir()) == []
 
 

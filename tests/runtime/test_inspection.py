@@ -75,8 +75,18 @@ def test_an_inspector_that_is_not_installed_is_named(tmp_path):
     def load():
         raise ModuleNotFoundError("No module named 'torch'")
 
-    with pytest.raises(LdmError, match=r"checkpoint \(No module named 'torch'\); install ldm-dep"):
+    with pytest.raises(LdmError, match=r"\(No module named 'torch'\); install the extra 'export'"):
         inspect(tmp_path / "model.ckpt", {"checkpoint": load})
+
+
+def test_an_inspector_that_lacks_a_package_for_one_file_is_named(tmp_path):
+    (tmp_path / "model.ckpt").write_text("hello")
+
+    def read_with_yaml(path):
+        raise ModuleNotFoundError("No module named 'yaml'")
+
+    with pytest.raises(LdmError, match=r"checkpoint \(No module named 'yaml'\); install the extra"):
+        inspect(tmp_path / "model.ckpt", {"checkpoint": lambda: read_with_yaml})
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path):
