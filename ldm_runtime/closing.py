@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Self
+from typing import Never, Self
 
 
 class Closing(ABC):
@@ -11,6 +11,17 @@ class Closing(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free everything. Closing twice is harmless."""
+
+    def __reduce__(self) -> Never:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied; open one in every process, and "
+            "share it between threads"
+        )
 
     def __enter__(self) -> Self:
         return self

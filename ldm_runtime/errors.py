@@ -12,11 +12,16 @@ LdmError
 Every message says what was found, with the value, and what to do about it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 
 class LdmError(Exception):
-    """Anything a user of this package can act on."""
+    """Anything a user of this package can act on; can be pickled, to cross processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild it without its constructor, whose arguments its message no longer holds."""
+        return _rebuilt, (type(self), self.args, self.__dict__.copy())
 
 
 class RequestError(LdmError):
@@ -68,3 +73,12 @@ class ShapeError(LdmError):
         message = f"input {name!r} has shape {'x'.join(map(str, shape))}, "
         message += f"but this engine takes {wanted}"
         super().__init__(f"{message}; {fix}" if fix else message)
+
+
+_Error = TypeVar("_Error", bound=LdmError)
+
+
+def _rebuilt(kind: type[_Error], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> _Error:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
