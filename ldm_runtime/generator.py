@@ -11,7 +11,6 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,12 @@ from PIL import Image
 
 from ldm_runtime.backends import choose_backend, get_backend
 from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, SharedResources
+from ldm_runtime.backends.networks import OpenNetworks
 from ldm_runtime.bundle.files import checked_file, sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, PreviewRecord, load_manifest
 from ldm_runtime.closing import Closing
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
-from ldm_runtime.errors import BackendError, BundleError, RequestError
+from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.latents.codec import decode_latents, encode_image
 from ldm_runtime.latents.previews import preview_image
@@ -93,24 +93,15 @@ class Generator(Closing):
         self._batch_size = batch_size or 1
         self.bundle_sha256 = sha256_of(self.bundle / MANIFEST_NAME)
         self._tokenizer = self._open_tokenizer(check_hashes)
-        self._source = partial(
+        source = partial(
             EngineSource,
             bundle=self.bundle,
             manifest=self.manifest,
             threads=threads,
-            check_hashes=check_hashes,
             options=options or RunOptions(),
             shared=SharedResources(),
         )
-        self._engines = ExitStack()
-        self._opened: dict[str, Engine] = {}
-        self._opening = Lock()
-        self._closed = False
-        with ExitStack() as opened:
-            opened.callback(self._engines.close)
-            for name in self._needed_components():
-                self._network(name)
-            opened.pop_all()
+        self._network = self._open_networks(source, check_hashes)
 
     def __call__(self, prompt: str | None = None, **fields: Any) -> Result:  # noqa: ANN401  (checked one by one)
         """Generate the images that the fields of a `GenerationRequest` describe.
@@ -232,9 +223,7 @@ class Generator(Closing):
 
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""
-        with self._opening:
-            self._closed = True
-        self._engines.close()
+        self._network.close()
 
     def _resolved(self, request: object) -> ResolvedRequest:
         if not isinstance(request, GenerationRequest | ResolvedRequest):
@@ -257,16 +246,24 @@ class Generator(Closing):
         waits = {"vae_encoder"}.difference(conditioning_components(self.spec))
         return [name for name in components_of(self.spec) if name not in waits]
 
-    def _network(self, name: str) -> Engine:
-        """Return a network, which the first call for it opens."""
-        with self._opening:
-            if self._closed:
-                raise BackendError(f"the generator of {self.bundle} is closed; open it again")
-            if name not in self._opened:
-                source = self._source(component=self.manifest.component(name))
-                engine = get_backend(self.backend).open_engine(source)
-                self._opened[name] = self._engines.enter_context(engine)
-            return self._opened[name]
+    def _open_networks(
+        self, source: Callable[..., EngineSource], check_hashes: bool
+    ) -> OpenNetworks:
+        """Open the networks that requests take."""
+        backend = get_backend(self.backend)
+
+        def open_engine(name: str, checked_before: bool) -> Engine:
+            component, hashed = self.manifest.component(name), check_hashes and not checked_before
+            return backend.open_engine(source(component=component, check_hashes=hashed))
+
+        owner = f"the generator of {self.bundle}"
+        networks = OpenNetworks(open_engine, owner, survives_fork=backend.ABILITIES.survives_fork)
+        with ExitStack() as opened:
+            opened.push(networks)
+            for name in self._needed_components():
+                networks(name)
+            opened.pop_all()
+        return networks
 
     def _preview_record(self) -> PreviewRecord:
         if self.manifest.preview is None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner
+from ldm_runtime.backends.networks import FiniteOutputs
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.diagnostics.golden_requests import golden_latents, save_golden_request
 from ldm_runtime.latents.codec import decode_latents
@@ -73,7 +74,8 @@ class _OneNetwork:
     def __call__(self, name: str) -> Runner:
         if self._engine is None or self._name != name:
             self._engine = None  # freed before the next one is loaded
-            self._engine, self._name = self._open(name), name
+            self._engine = FiniteOutputs(name=name, runner=self._open(name))
+            self._name = name
         return self._engine
 
 

@@ -100,12 +100,14 @@ class Abilities:
             bit; see `ldm_runtime.pipeline.batching`.
         is_prepared: Whether the user prepared this machine or this bundle (None: any bundle) for
             the backend, so that choosing another one is logged.
+        survives_fork: Whether a process that is forked after engines were opened can open its own.
     """
 
     variant: GraphVariant
     limited_shapes: bool
     min_shared_samples: int
     is_prepared: Callable[[Manifest | None], bool]
+    survives_fork: bool = False
 
 
 def always_prepared(_manifest: Manifest | None) -> bool:

@@ -74,7 +74,7 @@ def sample_latents(
         start: Initial latents; None is noise.
 
     Raises:
-        BackendError: The network produced NaN or infinity.
+        BackendError: The latents became NaN or infinite.
     """
     images = range(request.num_images) if images is None else images
     sigmas = request.sigmas
@@ -92,8 +92,8 @@ def sample_latents(
     for index, (sigma, after) in enumerate(zip(sigmas[1:], sampler, strict=True), start=1):
         if not np.isfinite(after).all():
             raise BackendError(
-                f"the UNet produced NaN or infinity in step {index} of {len(sigmas) - 1}; "
-                "run `ldm verify`, and export with --weights-dtype fp32 if that fails"
+                f"the latents hold NaN or infinity after step {index} of {len(sigmas) - 1}; "
+                "lower guidance_scale, or take another sampler; run `ldm verify` if that fails"
             )
         yield Step(
             index=index,

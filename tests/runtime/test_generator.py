@@ -378,8 +378,21 @@ def test_a_network_that_produces_nan_or_infinity_is_an_error_and_no_picture(valu
     conditioning = Conditioning(context=np.ones((2, 16, 8), dtype=np.float32))
     steps = sample_latents(FakeEngine(broken), conditioning, resolved(), TINY_SPEC)
 
-    with pytest.raises(BackendError, match="NaN or infinity in step 1 of 4"):
+    with pytest.raises(BackendError, match="NaN or infinity after step 1 of 4"):
         next(steps)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "vae_encoder", "unet", "vae_decoder"])
+def test_a_network_that_answers_nan_is_named_and_delivers_no_image(own_bundle, name):
+    weights = own_bundle / name / "weights.bin"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, dtype=np.float32).tobytes())
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+
+    with (
+        Generator(own_bundle, threads=1, check_hashes=False) as generator,
+        pytest.raises(BackendError, match=f"^{name} produced NaN or infinity; run `ldm verify`"),
+    ):
+        generator("a red circle", image=image, strength=0.5)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,19 @@ def test_a_component_that_computes_something_else_misses_its_bound(own_bundle):
     assert not [subject for subject, _ in found if subject in {"unet", "text_encoder"}]
 
 
+def test_a_network_that_answers_nan_misses_its_bounds_and_ends_the_verification(own_bundle):
+    weights = own_bundle / "vae_decoder/weights.bin"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, dtype=np.float32).tobytes())
+    rewrite(own_bundle)
+    checks = verify(own_bundle)
+
+    found = []
+    with pytest.raises(BackendError, match="vae_decoder produced NaN or infinity"):
+        found.extend(check for check in checks)
+
+    assert [check.subject for check in found if not check.passed] == ["vae_decoder"] * 2
+
+
 def test_a_picture_that_differs_misses_its_bound(own_bundle):
     path = own_bundle / "golden/0/1.png"
     with Image.open(path) as image:

@@ -32,7 +32,11 @@ from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec, axis_sizes
 
 ABILITIES = Abilities(
-    variant="fp32", limited_shapes=False, min_shared_samples=2, is_prepared=always_prepared
+    variant="fp32",
+    limited_shapes=False,
+    min_shared_samples=2,
+    is_prepared=always_prepared,
+    survives_fork=True,
 )
 
 _PROVIDERS = ("CPUExecutionProvider",)
