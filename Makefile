@@ -43,6 +43,8 @@ check: .venv/test.stamp
 docs: .venv/test.stamp
 	.venv/bin/python -m scripts.sampler_page
 	.venv/bin/python -m scripts.floors
+	.venv/bin/python -m scripts.released_page
+	.venv/bin/python -m scripts.trained_page
 
 bench: .venv/demo.stamp
 	.venv/bin/python benchmarks/latency.py

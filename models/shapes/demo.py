@@ -1,6 +1,6 @@
 """Export the trained shapes model and generate a contact sheet from its bundle, without torch.
 
-    python models/shapes/demo.py    # writes out/engines and out/demo.png
+    python models/shapes/demo.py    # writes engines/ and out/demo.png
 
 The export is its own process, so that this one, which generates images, never loads torch.
 """
@@ -99,10 +99,11 @@ def generate_sheet(bundle: Path, path: Path) -> scoring.Tally:
     images, tally = [], scoring.Tally()
     with Generator(bundle) as generator:
         for index, scene in enumerate(wanted):
-            images.append(held_out.generate(generator, scene, NOISE_SEED + index, {}))
+            text = scenes.caption(scene)
+            images.append(held_out.generate(generator, text, NOISE_SEED + index, {}))
             reading = detector.read_image(np.asarray(images[-1]))
             tally += scoring.score(scene, reading)
-            print(f"{index + 1:2}  {scenes.caption(scene)}: {verdict(scene, reading)}", flush=True)
+            print(f"{index + 1:2}  {text}: {verdict(scene, reading)}", flush=True)
     assert "torch" not in sys.modules, "the process that generates must not load torch"
     contact_sheet(images, [scenes.caption(scene) for scene in wanted]).save(path)
     return tally
@@ -112,10 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo: 0 on success, 1 for an error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ckpt", type=Path, default=HERE / "shapes.ckpt")
-    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the results")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "engines", help="to export to")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the sheet")
     args = parser.parse_args(argv)
-    bundle, sheet = args.out.resolve() / "engines", args.out.resolve() / "demo.png"
-    bundle.parent.mkdir(parents=True, exist_ok=True)
+    bundle, sheet = args.bundle.resolve(), args.out.resolve() / "demo.png"
+    sheet.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
         export_bundle(args.ckpt.resolve(), bundle)

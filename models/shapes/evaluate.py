@@ -18,6 +18,7 @@ from ldm_runtime import Generator
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
+from models.shapes.data import scenes
 from models.shapes.evaluation.detector_check import (
     DETECTOR_GOAL,
     DETECTOR_RENDERS,
@@ -35,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sampler", help="default: the bundle's")
     parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument("--guidance-scale", type=float, help="default: the bundle's")
+    parser.add_argument(
+        "--short-captions", action="store_true", help='generate from captions like "a red circle"'
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--results", type=Path, help="file to append the JSON line to")
     parser.add_argument("--detector", action="store_true", help="test the detector, no bundle")
@@ -73,9 +77,10 @@ def _run_bundle(args: argparse.Namespace) -> int:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
     }
+    wording = scenes.SHORT if args.short_captions else scenes.FULL
     with Generator(args.bundle) as generator:
         wanted = held_out_scenes(args.captions, SEED)
-        tally, seconds = evaluate_bundle(generator, wanted, settings)
+        tally, seconds = evaluate_bundle(generator, wanted, settings, wording)
     if not args.json:
         print(table(tally))
         print(f"{seconds:.2f} s per image")
@@ -86,7 +91,7 @@ def _run_bundle(args: argparse.Namespace) -> int:
         "bundle_sha256": sha256_of(args.bundle / MANIFEST_NAME),
         "commit": commit(),
         "device": machine(),
-        "settings": settings,
+        "settings": settings | ({"captions": "short"} if args.short_captions else {}),
         "shares": {
             name: share if share is None else round(share, 4)
             for name, share in tally.shares().items()

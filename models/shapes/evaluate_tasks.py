@@ -29,6 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, default=Path("engines"))
     parser.add_argument("--images", type=int, default=_IMAGES, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=_STEPS, help="default: %(default)s")
+    parser.add_argument(
+        "--short-captions",
+        action="store_true",
+        help='such as "a red circle", of models of captions',
+    )
     parser.add_argument("--threads", type=int, help="threads that compute (default: all cores)")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results of this checkout")
     parser.add_argument("--sheet", type=Path, help="PNG to write the first images to")
@@ -42,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.report and args.model is None:
         parser.error("give --model and --bundle, or --report")
+    if args.short_captions and (args.model is None or MODELS[args.model].task != "text-to-image"):
+        parser.error(f"--short-captions is for models of captions, not for {args.model}")
     if args.images < 2:
         parser.error(f"--images must be at least 2, got {args.images}")
     try:
@@ -60,10 +67,14 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from models.shapes.data import scenes
     from models.shapes.evaluation import tasks
 
+    wording = scenes.SHORT if args.short_captions else scenes.FULL
     with Generator(args.bundle, threads=args.threads) as generator:
-        row, images = tasks.evaluate(generator, MODELS[args.model], args.images, args.steps)
+        row, images = tasks.evaluate(
+            generator, MODELS[args.model], args.images, args.steps, wording
+        )
     tasks.append_row(args.results or tasks.RESULTS, row)
     print(tasks.table(row))
     if args.sheet is not None:

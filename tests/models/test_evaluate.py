@@ -52,7 +52,7 @@ def test_every_caption_is_generated_from_its_own_noise(tmp_path):
     with Generator(tmp_path) as generator:
         settings = {"num_inference_steps": 1}
         (first, second), seconds = held_out.generate_all(generator, [scene, scene], settings)
-        alone = held_out.generate(generator, scene, held_out.SEED + 1, settings)
+        alone = held_out.generate(generator, scenes.caption(scene), held_out.SEED + 1, settings)
 
     assert (first != second).any()
     np.testing.assert_array_equal(second, alone)

@@ -39,6 +39,15 @@ def test_a_caption_of_one_thing_has_no_relation():
     assert scenes.caption(scene(thing())) == "a large red circle on a white background"
 
 
+def test_a_short_caption_tells_kinds_and_colours_alone():
+    pair = next(each for each in first_scenes(50, held_out=False) if len(each.things) == 2)
+    first, second = pair.things
+
+    text = scenes.caption(pair, scenes.SHORT)
+
+    assert text == f"a {first.color} {first.kind} and a {second.color} {second.kind}"
+
+
 def test_the_trained_scenes_of_a_seed_never_change():
     digest = hashlib.sha256()
     for each in first_scenes(50, held_out=False, seed=1):

@@ -8,7 +8,13 @@ import pytest
 
 from models.shapes.data import scenes
 from models.shapes.evaluation import scores
-from models.shapes.evaluation.scores import SCORERS, EvaluationPrompt, image_of, score_all
+from models.shapes.evaluation.scores import (
+    SCORERS,
+    WHOLE,
+    EvaluationPrompt,
+    image_of,
+    score_all,
+)
 
 
 def thing(kind="circle", color="red", size="large", x=32.0, y=32.0, radius=12.0):
@@ -31,6 +37,48 @@ def square_mask():
     mask = np.zeros((64, 64), np.bool_)
     mask[8:28, 8:28] = True
     return mask
+
+
+def smeared(image):
+    image = image.copy()
+    image[54:57, 4:60] = scenes.COLORS["purple"]
+    return image
+
+
+@pytest.mark.parametrize("task", SCORERS)
+def test_whole_images_are_the_true_ones_and_none_with_a_smear(task):
+    prompts = some_prompts(4, most=1, mask=square_mask() if task == "inpainting" else None)
+    truths = [each.truth for each in prompts]
+
+    right = score_all(task, prompts, truths)
+    wrong = score_all(task, prompts, [smeared(each) for each in truths])
+
+    assert (right[WHOLE], wrong[WHOLE]) == ((4, 4), (0, 4))
+
+
+@pytest.mark.parametrize("task", [each for each in SCORERS if each != "unconditional"])
+def test_an_image_without_the_thing_is_not_whole(task):
+    corner = np.zeros((64, 64), np.bool_)
+    corner[:2, :2] = True
+    asked = EvaluationPrompt(scene=scene(thing()), mask=corner if task == "inpainting" else None)
+    nothing = np.full((64, 64, 3), 244, np.uint8)
+
+    assert SCORERS[task](asked, nothing)[WHOLE] == (False, 1)
+
+
+def test_what_a_short_caption_does_not_tell_may_be_otherwise():
+    first, second = thing(x=16.0), thing("square", "blue", x=48.0)
+    asked = scene(first, second, relations=("left of",))
+    other = scene(
+        first._replace(x=48.0), second._replace(x=16.0), relations=("right of",), background="black"
+    )
+
+    full, short = (
+        scores.score_words(EvaluationPrompt(scene=asked, wording=wording), image_of(other))
+        for wording in (scenes.FULL, scenes.SHORT)
+    )
+
+    assert (full[WHOLE], short[WHOLE]) == ((0, 1), (1, 1))
 
 
 @pytest.mark.parametrize("task", [task for task in SCORERS if task != "super-resolution"])
@@ -88,7 +136,8 @@ def test_a_thing_next_to_its_box_has_its_label_and_no_overlap():
 
     metrics = scores.score_layout(asked, image_of(scene(thing(x=46.0, y=46.0))))
 
-    assert metrics == {"overlap": (0, 1), "labels": (1, 1), "labels_in_place": (0, 1)}
+    labels = {"overlap": (0, 1), "labels": (1, 1), "labels_in_place": (0, 1)}
+    assert metrics == {WHOLE: (False, 1)} | labels
 
 
 def test_a_thing_half_way_out_of_its_box_overlaps_by_a_third():
@@ -127,12 +176,12 @@ def test_the_wrong_background_costs_nearly_all_of_a_map():
         lambda image: np.concatenate([image[:, 32:], image[:, :32]], axis=1),  # two halves
     ],
 )
-def test_images_that_are_no_scenes_are_not_valid(spoil):
+def test_images_that_are_no_scenes_are_not_whole(spoil):
     asked = EvaluationPrompt(scene=scene(thing(x=28.0)))
 
     metrics = scores.score_scene(asked, spoil(asked.truth))
 
-    assert metrics["valid"] == (False, 1)
+    assert metrics[WHOLE] == (False, 1)
 
 
 def test_a_coloured_smear_is_stray():
@@ -140,17 +189,17 @@ def test_a_coloured_smear_is_stray():
     image = asked.truth.copy()
     image[50:54, 4:60] = scenes.COLORS["green"]
 
-    assert scores.score_scene(asked, asked.truth)["valid"] == (True, 1)
-    assert scores.score_scene(asked, image)["valid"] == (False, 1)
+    assert scores.score_scene(asked, asked.truth)[WHOLE] == (True, 1)
+    assert scores.score_scene(asked, image)[WHOLE] == (False, 1)
 
 
-def test_more_things_than_a_model_learns_from_are_not_valid():
+def test_more_things_than_a_model_learns_from_are_not_whole():
     two = scene(thing(x=16.0), thing("square", "blue", x=48.0), relations=("left of",))
 
     one_allowed = scores.score_scene(EvaluationPrompt(scene=scene(thing())), image_of(two))
     two_allowed = scores.score_scene(EvaluationPrompt(scene=two), image_of(two))
 
-    assert (one_allowed["valid"], two_allowed["valid"]) == ((False, 1), (True, 1))
+    assert (one_allowed[WHOLE], two_allowed[WHOLE]) == ((False, 1), (True, 1))
 
 
 def test_one_changed_pixel_next_to_the_mask_is_not_kept():

@@ -72,13 +72,43 @@ class Scene:
     gradient: bool
 
 
-def caption(scene: Scene) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """The features that a caption tells of a scene, in addition to kinds and colours.
+
+    Attributes:
+        sizes: Whether things are called small or large.
+        relations: Whether it tells where things are; "and" stands between them otherwise.
+        background: Whether it tells the colour of the background, and its gradient.
+    """
+
+    sizes: bool = True
+    relations: bool = True
+    background: bool = True
+
+
+FULL = Wording()
+#: "a red circle", "a red circle and a blue square".
+SHORT = Wording(sizes=False, relations=False, background=False)
+
+
+def caption(scene: Scene, wording: Wording = FULL) -> str:
     """Return e.g. "a large red circle left of a small blue square on a white background"."""
-    names = [f"a {thing.size} {thing.color} {thing.kind}" for thing in scene.things]
-    parts = [
-        f"{relation} {name}" for relation, name in zip(scene.relations, names[1:], strict=True)
+    names = [
+        f"a {thing.size} {thing.color} {thing.kind}"
+        if wording.sizes
+        else f"a {thing.color} {thing.kind}"
+        for thing in scene.things
     ]
-    objects = " ".join([names[0], " and ".join(parts)]).strip()
+    if wording.relations:
+        parts = [
+            f"{relation} {name}" for relation, name in zip(scene.relations, names[1:], strict=True)
+        ]
+        objects = " ".join([names[0], " and ".join(parts)]).strip()
+    else:
+        objects = " and ".join(names)
+    if not wording.background:
+        return objects
     gradient = " gradient" if scene.gradient else ""
     return f"{objects} on a {scene.background}{gradient} background"
 

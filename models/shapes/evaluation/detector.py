@@ -23,6 +23,10 @@ Mask = npt.NDArray[np.bool_]
 SMALLEST_AREA = 24
 #: Overlap with the best template below which a blob looks like no shape at all.
 LOWEST_OVERLAP = 0.6
+#: Overlap with its template from which a thing is clearly of its kind.
+CLEAR_OVERLAP = 0.75
+_SATURATED = 64  # spread of a pixel's channels from which it is coloured, grey levels
+_GRAY_TOLERANCE = 12.0  # mean grey levels by which a background may be off
 _COVERED = 0.5  # share of a pixel that makes it part of a shape
 _EDGE = 2  # pixels around a blob that may hold the rest of its soft edge
 
@@ -54,12 +58,25 @@ class Reading:
         overlaps: How well each fits its template, 0 to 1 (soft intersection over union).
         background: Name of the colour of the background.
         gradient: Whether the background changes towards the bottom.
+        stray_pixels: Coloured pixels that belong to nothing that was read.
+        background_error: Mean grey levels by which the background is off, outside the things.
     """
 
     things: tuple[scenes.Thing, ...]
     overlaps: tuple[float, ...]
     background: str
     gradient: bool
+    stray_pixels: int = 0
+    background_error: float = 0.0
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every thing is clearly of its kind and nothing else but a background is there."""
+        return (
+            min(self.overlaps, default=1.0) >= CLEAR_OVERLAP
+            and self.stray_pixels < SMALLEST_AREA
+            and self.background_error <= _GRAY_TOLERANCE
+        )
 
 
 def read_image(image: npt.NDArray[np.uint8]) -> Reading:
@@ -86,11 +103,17 @@ def read_image(image: npt.NDArray[np.uint8]) -> Reading:
             found.append((thing, overlap))
     found.sort(key=lambda pair: -pair[0].radius)
     background, gradient = _read_background(softened.mean(axis=2), ~_grow(occupied))
+    things = tuple(thing for thing, _ in found)
+    covered = np.any([nothing, *(smooth(scenes.coverage(thing)) > 0 for thing in things)], axis=0)
+    coloured = softened.max(axis=2) - softened.min(axis=2) > _SATURATED
+    off = np.abs(image.mean(axis=2) - scenes.backdrop(background, gradient=gradient))[~covered]
     return Reading(
-        things=tuple(thing for thing, _ in found),
+        things=things,
         overlaps=tuple(overlap for _, overlap in found),
         background=background,
         gradient=gradient,
+        stray_pixels=int((coloured & ~covered).sum()),
+        background_error=float(off.mean()) if off.size else math.inf,
     )
 
 

@@ -21,7 +21,10 @@ def held_out_scenes(count: int, seed: int) -> list[scenes.Scene]:
 
 
 def evaluate_bundle(
-    generator: Generator, wanted: Sequence[scenes.Scene], settings: Mapping[str, object]
+    generator: Generator,
+    wanted: Sequence[scenes.Scene],
+    settings: Mapping[str, object],
+    wording: scenes.Wording = scenes.FULL,
 ) -> tuple[Tally, float]:
     """Generate each scene's caption and return the tally and the mean seconds per image.
 
@@ -29,27 +32,31 @@ def evaluate_bundle(
         generator: An open bundle.
         wanted: The scenes; image i is generated from noise SEED + i.
         settings: Further fields of the requests.
+        wording: How much of a scene its caption tells.
     """
-    images, seconds = generate_all(generator, wanted, settings)
-    return score_all(wanted, images), sum(seconds) / max(len(wanted), 1)
+    images, seconds = generate_all(generator, wanted, settings, wording)
+    return score_all(wanted, images, wording), sum(seconds) / max(len(wanted), 1)
 
 
 def generate_all(
-    generator: Generator, wanted: Sequence[scenes.Scene], settings: Mapping[str, object]
+    generator: Generator,
+    wanted: Sequence[scenes.Scene],
+    settings: Mapping[str, object],
+    wording: scenes.Wording = scenes.FULL,
 ) -> tuple[list[InputImage], list[float]]:
     """Return an image for each scene's caption, i from noise SEED + i, and the seconds of each."""
     images, seconds = [], []
     for index, scene in enumerate(wanted):
         started = time.perf_counter()
-        image = generate(generator, scene, SEED + index, settings)
+        image = generate(generator, scenes.caption(scene, wording), SEED + index, settings)
         seconds.append(time.perf_counter() - started)
         images.append(np.asarray(image))
     return images, seconds
 
 
 def generate(
-    generator: Generator, scene: scenes.Scene, seed: int, settings: Mapping[str, object]
+    generator: Generator, caption: str, seed: int, settings: Mapping[str, object]
 ) -> Image.Image:
-    """Return a bundle's image for a scene's caption; `settings` are request fields."""
+    """Return a bundle's image for a caption; `settings` are request fields."""
     size = {"height": scenes.SIZE, "width": scenes.SIZE}
-    return generator(prompt=scenes.caption(scene), seed=seed, **size, **settings).images[0]
+    return generator(prompt=caption, seed=seed, **size, **settings).images[0]

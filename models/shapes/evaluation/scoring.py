@@ -20,8 +20,8 @@ class Tally:
 
     Attributes:
         images: Images scored.
-        images_right: Those with every object, size, relation and the background right, and
-            nothing else.
+        images_right: Those with every object, size, relation and the background right, every
+            shape clear, and nothing else.
         objects: Objects asked for.
         objects_right: Those with a detection of the same kind and colour.
         sizes_right: Objects right that also have the right size.
@@ -93,26 +93,29 @@ def relation_holds(relation: str, first: scenes.Thing, other: scenes.Thing) -> b
     return dx * toward_x + dy * toward_y > abs(dx * toward_y) + abs(dy * toward_x)
 
 
-def score(scene: scenes.Scene, reading: detector.Reading) -> Tally:
-    """Compare a scene with the content of its image."""
+def score(
+    scene: scenes.Scene, reading: detector.Reading, wording: scenes.Wording = scenes.FULL
+) -> Tally:
+    """Compare a scene with the content of its image; what its caption does not tell is right."""
     matched = match(scene.things, reading.things)
     found = [thing for thing in matched if thing is not None]
+    relations = scene.relations if wording.relations else ()
     related = [
         relation_holds(relation, matched[0], other)
-        for relation, other in zip(scene.relations, matched[1:], strict=True)
+        for relation, other in zip(relations, matched[1:], strict=False)
         if matched[0] is not None and other is not None
     ]
     sizes_right = sum(
-        thing is not None and thing.size == wanted.size
+        thing is not None and (thing.size == wanted.size or not wording.sizes)
         for wanted, thing in zip(scene.things, matched, strict=True)
     )
-    background = reading.background == scene.background
-    gradient = reading.gradient == scene.gradient
+    background = reading.background == scene.background or not wording.background
+    gradient = reading.gradient == scene.gradient or not wording.background
     extra = len(reading.things) - len(found)
     whole = (
         sizes_right == len(scene.things)
-        and sum(related) == len(scene.relations)
-        and (background and gradient and not extra)
+        and sum(related) == len(relations)
+        and (background and gradient and not extra and reading.is_clean)
     )
     return Tally(
         images=1,
@@ -120,7 +123,7 @@ def score(scene: scenes.Scene, reading: detector.Reading) -> Tally:
         objects=len(scene.things),
         objects_right=len(found),
         sizes_right=sizes_right,
-        relations=len(scene.relations),
+        relations=len(relations),
         relations_scored=len(related),
         relations_right=sum(related),
         backgrounds_right=int(background),
@@ -129,10 +132,15 @@ def score(scene: scenes.Scene, reading: detector.Reading) -> Tally:
     )
 
 
-def score_all(wanted: Sequence[scenes.Scene], images: Sequence[InputImage]) -> Tally:
-    """Read the images and compare each with its scene."""
+def score_all(
+    wanted: Sequence[scenes.Scene],
+    images: Sequence[InputImage],
+    wording: scenes.Wording = scenes.FULL,
+) -> Tally:
+    """Read the images and compare each with its scene, as far as its caption tells that."""
     readings = map(detector.read_image, images)
-    return sum(map(score, wanted, readings), Tally())
+    pairs = zip(wanted, readings, strict=True)
+    return sum((score(scene, reading, wording) for scene, reading in pairs), Tally())
 
 
 def table(tally: Tally) -> str:

@@ -12,6 +12,7 @@ from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.specs.model import ModelSpec
 from measuring.rows import commit, machine
+from models.shapes.data import scenes
 from models.shapes.evaluation import held_out, prompts, scoring
 from models.shapes.evaluation.cells import Cell
 
@@ -30,9 +31,8 @@ def run_sweep(
         LdmError: A cell cannot be generated.
     """
     prompt_set = prompts.prepare_prompts(captions)
-    held_out.generate(
-        generator, prompt_set.wanted[0], held_out.SEED, {"num_inference_steps": 1}
-    )  # warms up
+    first = scenes.caption(prompt_set.wanted[0])
+    held_out.generate(generator, first, held_out.SEED, {"num_inference_steps": 1})  # warms up
     for request in todo:
         yield measure(generator, request, prompt_set)
 

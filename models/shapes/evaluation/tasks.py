@@ -49,7 +49,9 @@ class TaskRow(Row):
     distances: Mapping[str, float]
 
 
-def held_out_prompts(model: TrainedModel, count: int, seed: int) -> list[EvaluationPrompt]:
+def held_out_prompts(
+    model: TrainedModel, count: int, seed: int, wording: scenes.Wording = scenes.FULL
+) -> list[EvaluationPrompt]:
     """Return prompts from scenes that were never trained on, with masks if needed.
 
     Their captions were not either, but for models of one thing an image: of its 288 captions 18
@@ -60,7 +62,9 @@ def held_out_prompts(model: TrainedModel, count: int, seed: int) -> list[Evaluat
     masks = np.random.default_rng(seed + 1)
     return [
         EvaluationPrompt(
-            scene=scene, mask=random_mask(masks) if model.task == "inpainting" else None
+            scene=scene,
+            mask=random_mask(masks) if model.task == "inpainting" else None,
+            wording=wording,
         )
         for scene in islice(few, count)
     ]
@@ -88,7 +92,7 @@ FIELDS: Mapping[Task, Callable[[EvaluationPrompt], dict[str, Any]]] = MappingPro
     {
         "unconditional": lambda _: {},
         "class-to-image": lambda asked: {"class_label": label_of(asked.scene.things[0])},
-        "text-to-image": lambda asked: {"prompt": scenes.caption(asked.scene)},
+        "text-to-image": lambda asked: {"prompt": asked.caption},
         "layout-to-image": _of_layout,
         "semantic-synthesis": lambda asked: {"segmentation": scene_map(asked.scene)},
         "super-resolution": lambda asked: {"image": shrink(asked.truth)},
@@ -141,9 +145,20 @@ def distances_of(model: TrainedModel, images: Sequence[InputImage]) -> dict[str,
 
 
 def evaluate(
-    generator: Generator, model: TrainedModel, count: int, steps: int
+    generator: Generator,
+    model: TrainedModel,
+    count: int,
+    steps: int,
+    wording: scenes.Wording = scenes.FULL,
 ) -> tuple[TaskRow, list[InputImage]]:
     """Generate and score; return the row and the images.
+
+    Args:
+        generator: An open bundle of the model.
+        model: The model.
+        count: Images.
+        steps: Of each.
+        wording: For models of captions, how much of a scene its caption tells.
 
     Raises:
         LdmError: The bundle does another task, or cannot generate.
@@ -153,7 +168,7 @@ def evaluate(
             f"{generator.bundle} is {generator.spec.task}, but {model.name} is {model.task}; "
             "give the bundle of that model"
         )
-    prompts = held_out_prompts(model, count, SEED)
+    prompts = held_out_prompts(model, count, SEED, wording)
     images, seconds = generate_all(generator, model, prompts, steps)
     metrics = score_all(model.task, prompts, images)
     is_free = model.task == "unconditional"
@@ -163,7 +178,9 @@ def evaluate(
         commit=commit(),
         bundle_sha256=generator.bundle_sha256,
         device=machine(),
-        settings=settings_of(model, steps) | {"images": count, "seed": SEED},
+        settings=settings_of(model, steps)
+        | {"images": count, "seed": SEED}
+        | ({} if wording == scenes.FULL else {"captions": "short"}),
         seconds=tuple(seconds),
         task=model.task,
         metrics=metrics,

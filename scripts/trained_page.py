@@ -1,0 +1,143 @@
+"""Write docs/trained-models.md from measured rows: `python -m scripts.trained_page`.
+
+The rows are the last ones that `models/shapes/evaluate.py --results` and `evaluate_tasks.py` wrote
+for each model and kind of caption.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.shapes.catalog.models import MODELS
+from models.shapes.evaluation.intervals import share_text
+from models.shapes.evaluation.scores import WHOLE
+from models.shapes.evaluation.tasks import RESULTS, TaskRow, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/trained-models.md"
+SHAPES_ROWS = ROOT / "benchmarks/results/shapes_evaluate.jsonl"
+
+_INTRODUCTION = """\
+# The trained models that come along
+
+<!-- Written by `python -m scripts.trained_page`; change that script, not this page. -->
+
+`models/shapes/` has a small trained model for every task of the paper but retrieval. Each generates
+64×64 images of coloured shapes. Their data and training are in
+[their card](../models/shapes/README.md), their sheets in [tasks.md](tasks.md).
+
+One measure holds for all of them: **the whole image is right, nothing is missing and nothing is
+extra**. A detector that learns nothing (`models/shapes/evaluation/detector.py`) reads each image
+back. It must find exactly what was asked for, each shape must clearly be of its kind, no other
+coloured pixels may be left, and the background must be even. Prompts and scenes are held out from
+training. Shares come with their 95 % interval (Wilson).
+
+| model | generated from | whole images | prompts |
+|---|---|---|---|
+"""
+
+_FROM: Mapping[str, str] = {
+    "unconditional": "nothing",
+    "class_to_image": "one of 24 classes",
+    "text_to_image_bert": "a full caption (BERT)",
+    "layout_to_image": "boxes with labels",
+    "semantic_synthesis": "a segmentation map",
+    "super_resolution": "a 16×16 image",
+    "inpainting": "an image with a masked region of 5 to 50 %",
+}
+_SHORT = "a short caption, such as “a red circle”"
+_SCORES: Mapping[str, str] = {
+    "class": "exactly one thing, of the right kind and colour",
+    "objects": "objects of the right kind and colour",
+    "relations": "relations that hold",
+    "overlap": "overlap of found things with their boxes",
+    "labels": "labels found",
+    "pixels": "pixels of the re-read image with the right class",
+    "thing_pixels": "the same on objects",
+    "psnr": "PSNR in dB",
+    "plain_psnr": "PSNR in dB of bicubic interpolation, or of the mean colour",
+    "kept": "images whose known pixels are exact",
+    "readable": "images with everything that shows by half or more",
+}
+_DECIBELS = frozenset({"psnr", "plain_psnr"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=PAGE)
+    parser.parse_args(argv).out.write_text(page(), encoding="utf-8")
+    return 0
+
+
+def page() -> str:
+    """Return the page."""
+    rows = [*_shapes_lines(), *_task_lines()]
+    return _INTRODUCTION + "".join(rows) + "".join(_details())
+
+
+def _shapes_lines() -> list[str]:
+    """Return the rows of the shapes model, full captions first."""
+    latest: dict[bool, dict[str, Any]] = {}
+    for line in SHAPES_ROWS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        latest[row["settings"].get("captions") == "short"] = row
+    return [
+        _line(
+            "shapes",
+            _SHORT if short else "a full caption (CLIP)",
+            (latest[short]["counts"]["images_right"], latest[short]["counts"]["images"]),
+        )
+        for short in sorted(latest)
+    ]
+
+
+def _task_lines() -> list[str]:
+    return [
+        _line(name, _SHORT if short else _FROM[name], row.metrics[WHOLE])
+        for (name, short), row in _latest().items()
+        if WHOLE in row.metrics
+    ]
+
+
+def _latest() -> dict[tuple[str, bool], TaskRow]:
+    """Return the last row of each model and kind of caption, in the order of the catalogue."""
+    rows = {(row.name, row.settings.get("captions") == "short"): row for row in read_rows(RESULTS)}
+    places = {name: place for place, name in enumerate(MODELS)}
+    return dict(sorted(rows.items(), key=lambda item: (places[item[0][0]], item[0][1])))
+
+
+def _line(name: str, given: str, whole: tuple[float, float]) -> str:
+    right, of = whole
+    return f"| `{name}` | {given} | {share_text(right, of)} | {of:g} |\n"
+
+
+def _details() -> list[str]:
+    """Return the further scores of each model of the tasks."""
+    lines = ["\n## Further scores\n\n| model | score | value |\n|---|---|---|\n"]
+    for (name, short), row in _latest().items():
+        if short:
+            continue
+        lines += [
+            f"| `{name}` | {text} | {_value(score, row.scores[score])} |\n"
+            for score, text in _SCORES.items()
+            if score in row.scores
+        ]
+        lines += [
+            f"| `{name}` | Fréchet distance to held-out images, {kind} | {distance:.3f} |\n"
+            for kind, distance in row.distances.items()
+        ]
+    return lines
+
+
+def _value(score: str, value: float) -> str:
+    if score in _DECIBELS:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if score == "overlap" else f"{value:.1%}".replace("%", " %")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
