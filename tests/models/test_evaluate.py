@@ -133,7 +133,9 @@ def test_the_demo_generates_sixteen_images_and_says_what_it_sees_in_each(tmp_pat
 
 @pytest.mark.slow
 def test_the_demo_says_that_the_checkpoint_is_missing(tmp_path, capfd):
-    status = demo.main(["--ckpt", str(tmp_path / "none.ckpt"), "--out", str(tmp_path / "out")])
+    folders = ["--bundle", str(tmp_path / "engines"), "--out", str(tmp_path / "out")]
+
+    status = demo.main(["--ckpt", str(tmp_path / "none.ckpt"), *folders])
 
     assert status == 1
     assert "none.ckpt" in capfd.readouterr().err
