@@ -1,8 +1,10 @@
 """Latent diffusion without torch: open a bundle of `ldm-export`, and generate images.
 
 >>> with Generator("engines/") as generator:
-...     result = generator(prompt="a red circle", seed=7)
->>> result.images[0].save("circle.png")
+...     result = generator(
+...         "a large red circle left of a small blue square on a white background", seed=7
+...     )
+>>> result.save("circle.png")
 """
 
 from ldm_runtime.errors import (
@@ -18,6 +20,7 @@ from ldm_runtime.generator import Generator
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step
+from ldm_runtime.requests.input_types import ImageInput, RequestFields
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.version import version
 
@@ -27,10 +30,12 @@ __all__ = [
     "DeadlineError",
     "GenerationRequest",
     "Generator",
+    "ImageInput",
     "InputImage",
     "LdmError",
     "ManifestError",
     "RequestError",
+    "RequestFields",
     "Result",
     "ShapeError",
     "Step",

@@ -6,18 +6,19 @@ can be in memory and the golden images of an export come from the same loop as t
 """
 
 import collections.abc
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.backends import choose_backend, get_backend
+from ldm_runtime.backends import BackendName, choose_backend, get_backend
 from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, SharedResources
 from ldm_runtime.backends.networks import OpenNetworks
 from ldm_runtime.bundle.files import checked_file, sha256_of
@@ -26,6 +27,7 @@ from ldm_runtime.closing import Closing
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.latents.codec import decode_latents, encode_image
 from ldm_runtime.latents.previews import preview_image
 from ldm_runtime.pipeline.batching import in_order, run_together
@@ -40,7 +42,12 @@ from ldm_runtime.pipeline.passes import (
 )
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, batches, sample_latents
-from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.pipeline.step_reports import report_results, report_steps
+from ldm_runtime.progress import reporting_to
+from ldm_runtime.requests.call_arguments import request_from, requests_from
+from ldm_runtime.requests.checks import check_positive, whole_number
+from ldm_runtime.requests.input_types import ImageInput, PromptFields, RequestFields
+from ldm_runtime.requests.request import GenerationRequest, takes_fields
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
@@ -50,6 +57,8 @@ from ldm_runtime.text import Tokenizer
 __all__ = ["Generator", "Result"]
 
 Float32Array = npt.NDArray[np.float32]
+#: A prompt, a whole request, or None for a request without a prompt.
+Prompt: TypeAlias = str | GenerationRequest | ResolvedRequest | None
 
 
 class Generator(Closing):
@@ -60,7 +69,8 @@ class Generator(Closing):
 
     Args:
         bundle: Folder made by `ldm-export`.
-        backend: Backend that runs the networks; "auto" takes the best that can run here.
+        backend: Backend that runs the networks; "auto" takes the best that can run here, and "cpu"
+            is "onnxruntime".
         threads: Threads that compute; None is one per physical core.
         batch_size: Images in one network call; with guidance the UNet sees twice as many. The
             default of 1 bounds memory, costs a CPU little, and makes every image independent of
@@ -78,14 +88,14 @@ class Generator(Closing):
         self,
         bundle: str | Path,
         *,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         threads: int | None = None,
         batch_size: int | None = None,
         check_hashes: bool = True,
         options: RunOptions | None = None,
     ) -> None:
-        _check_positive("threads", threads)
-        _check_positive("batch_size", batch_size)
+        check_positive("threads", threads)
+        check_positive("batch_size", batch_size)
         self.bundle = Path(bundle)
         self.manifest = load_manifest(self.bundle)
         self.spec = self.manifest.spec
@@ -103,20 +113,13 @@ class Generator(Closing):
         )
         self._network = self._open_networks(source, check_hashes)
 
-    def __call__(self, prompt: str | None = None, **fields: Any) -> Result:  # noqa: ANN401  (checked one by one)
-        """Generate the images that the fields of a `GenerationRequest` describe.
+    def __repr__(self) -> str:
+        defaults = self.spec.defaults
+        size = f"{defaults.width}x{defaults.height}"
+        state = " closed," if self._network.is_closed else ""
+        return f"Generator({str(self.bundle)!r},{state} {self.spec.task}, {size}, {self.backend})"
 
-        Args:
-            prompt: The prompt, for text-to-image models.
-            **fields: Other fields.
-
-        Raises:
-            RequestError: A field is missing, unknown, of the wrong type or out of range.
-        """
-        given = fields if prompt is None else {"prompt": prompt, **fields}
-        return self.generate(parse_request(given))
-
-    def encode(self, image: object) -> Float32Array:
+    def encode(self, image: ImageInput) -> Float32Array:
         """Return the latents (1, C, h, w) of an image, in the UNet's scale.
 
         They are the autoencoder's times its `latent_scale_factor`: of a KL autoencoder the mean of
@@ -149,6 +152,7 @@ class Generator(Closing):
                 too small, or the model decodes in patches instead.
         """
         array = _checked_latents(latents, self.spec)
+        tile_size = whole_number("tile_size", tile_size, low=0, high=MAX_SIDE)
         if tile_size and "tile_size" not in task_record(self.spec).takes:
             raise RequestError("tile_size", f"means nothing to a bundle for {self.spec.task}")
         try:
@@ -156,50 +160,90 @@ class Generator(Closing):
         except ValueError as error:
             raise RequestError("tile_size", str(error)) from error
 
+    @takes_fields
     def generate(
-        self, request: GenerationRequest | ResolvedRequest, *, deadline_seconds: float | None = None
-    ) -> Result:
-        """Generate the images of a request.
-
-        Args:
-            request: The request.
-            deadline_seconds: How long it may take.
-
-        Raises:
-            RequestError: The model cannot do what the request asks for.
-            DeadlineError: It takes longer than it may.
-        """
-        for event in self.stream(request, deadline_seconds=deadline_seconds):
-            if isinstance(event, Result):
-                return event
-        raise AssertionError("a stream ends with its result")
-
-    def stream(
         self,
-        request: GenerationRequest | ResolvedRequest,
+        prompt: Prompt = None,
         *,
         previews: bool = False,
         deadline_seconds: float | None = None,
+        on_step: Callable[[Step], object] | None = None,
+        progress: bool = False,
+        **fields: Unpack[RequestFields],
+    ) -> Result:
+        """Generate the images of a request; calling the generator itself is the same.
+
+        Args:
+            prompt: The prompt, or a whole request.
+            previews: Whether steps carry small images of the predicted x0.
+            deadline_seconds: How long it may take.
+            on_step: Called after every step. What it raises ends the request and is passed on.
+            progress: Whether to report to the standard error stream: a bar on a terminal, a line
+                per image elsewhere.
+            **fields: The fields of a `GenerationRequest`; they replace those of a whole request.
+
+        Raises:
+            RequestError: A field is unknown, of the wrong type or out of range, or the model cannot
+                do what the request asks for.
+            BundleError: There should be previews, and the bundle was exported without.
+            DeadlineError: It takes longer than it may.
+        """
+        request = self._resolved(request_from(prompt, fields))
+        with ExitStack() as stack:
+            events: Iterable[Step | Result] = stack.enter_context(
+                closing(self.stream(request, previews=previews, deadline_seconds=deadline_seconds))
+            )
+            if progress:
+                reporter = stack.enter_context(reporting_to(sys.stderr))
+                parts = list(batches(request.num_images, self._batch_size))
+                events = report_steps(events, parts, reporter)
+            for event in events:
+                if isinstance(event, Result):
+                    return event
+                if on_step is not None:
+                    on_step(event)
+        raise AssertionError("a stream ends with its result")
+
+    __call__ = generate
+
+    @takes_fields
+    def stream(
+        self,
+        prompt: Prompt = None,
+        *,
+        previews: bool = False,
+        deadline_seconds: float | None = None,
+        **fields: Unpack[RequestFields],
     ) -> collections.abc.Generator[Step | Result, None, None]:
         """Generate the images of a request, yielding a `Step` after each step, then the `Result`.
 
         Nothing runs between two items, so closing the stream cancels the rest.
 
         Args:
-            request: The request.
+            prompt: The prompt, or a whole request.
             previews: Whether steps carry small images of the predicted x0.
             deadline_seconds: How long it may take from the first item on.
+            **fields: The fields of a `GenerationRequest`; they replace those of a whole request.
 
         Raises:
-            RequestError: At once, if the model cannot do what the request asks for.
+            RequestError: At once, if a field is wrong or the model cannot do what the request asks
+                for.
             BundleError: At once, if there should be previews and the bundle was exported without.
             DeadlineError: Between two steps, when time is up.
         """
+        request = self._resolved(request_from(prompt, fields))
         record = self._preview_record() if previews else None
-        return self._generate(self._resolved(request), record, Deadline(deadline_seconds))
+        return self._generate(request, record, Deadline(deadline_seconds))
 
+    @takes_fields
     def run_many(
-        self, requests: Iterable[GenerationRequest | ResolvedRequest], *, max_batch: int = 4
+        self,
+        requests: Iterable[str | GenerationRequest | ResolvedRequest | PromptFields],
+        *,
+        max_batch: int = 4,
+        deadline_seconds: float | None = None,
+        progress: bool = False,
+        **fields: Unpack[RequestFields],
     ) -> Iterator[Result]:
         """Generate the images of several requests at once and yield their results in order.
 
@@ -209,29 +253,32 @@ class Generator(Closing):
         model without) is not shared. An autoencoder alone runs one request after the other.
 
         Args:
-            requests: The requests.
+            requests: Prompts, requests, or dictionaries of fields.
             max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
+            deadline_seconds: How long each request may take from its first call of a network on,
+                waiting for the others included.
+            progress: Whether to report each request to the standard error stream.
+            **fields: Fields that all requests have; they replace those of each.
 
         Raises:
-            RequestError: At once, if the model cannot do what one of them asks for.
+            RequestError: At once, if a field is wrong or the model cannot do what one of them asks
+                for.
+            DeadlineError: Between two steps, when the time of a request is up.
         """
-        _check_positive("max_batch", max_batch)
-        resolved = [self._resolved(request) for request in requests]
+        check_positive("max_batch", max_batch)
+        resolved = [self._resolved(each) for each in requests_from(requests, fields)]
+        deadlines = [Deadline(deadline_seconds) for _ in resolved]
         if self.spec.unet is None:
-            return map(self.generate, resolved)
-        return self._generate_together(resolved, max_batch)
+            results: Iterator[Result] = map(self.generate, resolved)
+        else:
+            results = self._generate_together(resolved, deadlines, max_batch)
+        return report_results(results, len(resolved), sys.stderr) if progress else results
 
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""
         self._network.close()
 
-    def _resolved(self, request: object) -> ResolvedRequest:
-        if not isinstance(request, GenerationRequest | ResolvedRequest):
-            given = type(request).__name__
-            raise RequestError(
-                "request",
-                f"is {given}; give a GenerationRequest, or fields to the generator itself",
-            )
+    def _resolved(self, request: GenerationRequest | ResolvedRequest) -> ResolvedRequest:
         return resolve(request, self.spec)
 
     def _open_tokenizer(self, check_hashes: bool) -> Tokenizer | None:
@@ -286,18 +333,21 @@ class Generator(Closing):
         yield self._result(passes, generated)
 
     def _generate_together(
-        self, requests: Sequence[ResolvedRequest], max_batch: int
+        self, requests: Sequence[ResolvedRequest], deadlines: Sequence[Deadline], max_batch: int
     ) -> Iterator[Result]:
         all_passes: dict[int, ImagePasses] = {}
 
         def generate_image(number: int, image: int, unet: Runner) -> Iterator[GeneratedImages]:
             if number not in all_passes:  # loops take turns: no other is opening it
                 request = requests[number]
+                deadlines[number].start()
                 all_passes[number] = open_passes(self._network, self._tokenizer, request, self.spec)
             pass_run = all_passes[number].run(range(image, image + 1))
             for event in self._run_passes(pass_run, lambda: unet, all_passes[number].timings):
                 if isinstance(event, GeneratedImages):
                     yield event
+                else:
+                    deadlines[number].check(event)
 
         loops = (
             partial(generate_image, number, image)
@@ -372,8 +422,3 @@ def _checked_latents(latents: object, spec: ModelSpec) -> Float32Array:
     if not np.isfinite(array).all():
         raise RequestError("latents", "hold NaN or infinity; only finite numbers can be decoded")
     return array.astype(np.float32, copy=False)
-
-
-def _check_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 if TYPE_CHECKING:
     from ldm_runtime import GenerationRequest, Generator
-    from ldm_runtime.backends import Backend
+    from ldm_runtime.backends import Backend, BackendName
     from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
 
 #: Packages that a deployment must not need; one of them in the process would falsify its memory.
@@ -144,7 +144,8 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
 
     def load() -> tuple[Generator, float]:
         started = time.perf_counter()
-        generator = Generator(job.bundle, backend=job.backend, batch_size=job.batch_size)
+        name = cast("BackendName", job.backend)  # which `get_backend` has found
+        generator = Generator(job.bundle, backend=name, batch_size=job.batch_size)
         return generator, time.perf_counter() - started
 
     cast("Any", backend).open_engine = open_timed  # for the rest of this process

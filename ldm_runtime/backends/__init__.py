@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from ldm_runtime.backends.contract import Abilities, Engine, EngineSource
 from ldm_runtime.bundle.manifest import Manifest
@@ -84,6 +84,16 @@ BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
 #: Other names for backends: the extra that installs the CPU's is called `cpu`.
 BACKEND_ALIASES: Mapping[str, str] = MappingProxyType({"cpu": "onnxruntime"})
 
+#: Names of `Generator`'s argument; "auto" takes the best that can run here, "cpu" is "onnxruntime".
+BackendName = Literal[
+    "auto", "cpu", "tensorrt", "cuda", "onnxruntime", "tensorrt-ort", "tensorrt-rtx-ort"
+]
+
+# Names that people try, for the suggestion alone: more than one backend could be meant.
+_MEANT: Mapping[str, str] = MappingProxyType(
+    {"gpu": "cuda", "ort": "onnxruntime", "trt": "tensorrt"}
+)
+
 
 def get_backend(name: str, entries: Mapping[str, BackendEntry] = BACKENDS) -> Backend:
     """Import a backend.
@@ -93,9 +103,8 @@ def get_backend(name: str, entries: Mapping[str, BackendEntry] = BACKENDS) -> Ba
     """
     if name not in entries:
         names = ("auto", *entries, *BACKEND_ALIASES)
-        raise BackendError(
-            f"unknown backend {name!r}{did_you_mean(name, names)}; choose {', '.join(names)}"
-        )
+        hint = did_you_mean(_MEANT.get(name, name), names)
+        raise BackendError(f"unknown backend {name!r}{hint}; choose {', '.join(names)}")
     entry = entries[name]
     try:
         module = import_module(entry.module)

@@ -91,6 +91,11 @@ class OpenNetworks(Closing):
                 self._opened[name] = self._engines.enter_context(engine)
             return FiniteOutputs(name=name, runner=self._opened[name])
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether they are closed for good."""
+        return self._closed
+
     def close(self) -> None:
         """Close what this process opened. Closing twice is harmless."""
         with self._lock:

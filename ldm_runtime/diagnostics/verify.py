@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.backends import Backend, choose_backend, get_backend
+from ldm_runtime.backends import Backend, BackendName, choose_backend, get_backend
 from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
 from ldm_runtime.backends.networks import FiniteOutputs
 from ldm_runtime.bundle.files import checked_file
@@ -95,7 +95,7 @@ class _Golden:
 
 
 def verify(
-    bundle: str | Path, *, backend: str = "auto", threads: int | None = None
+    bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None
 ) -> Iterator[Check]:
     """Check every file of a bundle, then rerun its golden outputs, one network at a time.
 

@@ -1,6 +1,7 @@
 """A deadline for a request."""
 
 import math
+import numbers
 import time
 
 from ldm_runtime.errors import DeadlineError, RequestError
@@ -14,13 +15,14 @@ class Deadline:
         seconds: Limit of the time a request takes; None is no limit.
 
     Raises:
-        RequestError: The number of seconds is not above 0.
+        RequestError: It is not a number above 0.
     """
 
     def __init__(self, seconds: float | None) -> None:
-        if seconds is not None and not seconds > 0:
-            raise RequestError("deadline_seconds", f"must be above 0, got {seconds!r}")
-        self._seconds = math.inf if seconds is None else float(seconds)
+        limit: object = math.inf if seconds is None else seconds
+        if isinstance(limit, bool) or not isinstance(limit, numbers.Real) or not float(limit) > 0:
+            raise RequestError("deadline_seconds", f"must be a number above 0, got {seconds!r}")
+        self._seconds = float(limit)
         self._end = math.inf
 
     def start(self) -> None:

@@ -4,33 +4,27 @@ A field is one annotation in `request.GenerationRequest`. Its bounds, the flags 
 their help and the JSON schema are all read from there.
 """
 
-import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from types import MappingProxyType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
-from ldm_runtime.inputs.layouts import LayoutObject, read_layout
-from ldm_runtime.inputs.reading import shown as shown_text
+from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
-from ldm_runtime.suggestions import did_you_mean
+from ldm_runtime.requests import checks
+from ldm_runtime.requests.aliases import unknown_field
 
 MAX_SEED = 2**64 - 1
-_PAIR = 2
 
 #: The groups of `ldm generate --help`.
 Group = Literal["Conditioning", "Input image", "Sampling", "Guidance", "Output"]
 
 Check = Callable[[str, object], object]
-
-_T = TypeVar("_T")
 
 
 def about(
@@ -50,9 +44,11 @@ def about(
         low: Lowest value.
         high: Highest value.
         choices: All values there are.
-        extra: `metavar`, `flags` in addition to its name, and `example` of its use.
+        extra: `metavar`, `flags` in addition to its name, an `example` of its use, a `hint` for
+            values out of range, and `none_is_empty` for text that None leaves empty.
     """
-    schema = _bounds_schema(low, high) | ({"enum": [*choices, None]} if choices else {})
+    null = {"type": ["string", "null"]} if extra.get("none_is_empty") else {}
+    schema = _bounds_schema(low, high) | null
     return msgspec.Meta(
         description=text,
         extra_json_schema=schema or None,
@@ -90,7 +86,7 @@ class FieldRecord:
         metavar: Name of its value in the help.
         flags: Flags in addition to its name.
         example: Example of its use.
-        schema: Its bounds and choices, as JSON schema has them.
+        schema: Its bounds, as JSON schema has them, and its type where that is not `kind`.
         check: Returns the value to keep, or raises a `RequestError`.
     """
 
@@ -122,7 +118,8 @@ def field_records(request: type) -> Mapping[str, FieldRecord]:
 
 def _record(name: str, hint: Any, default: object) -> FieldRecord:  # noqa: ANN401  (a type)
     optional, meta = get_args(hint)
-    kind = get_args(optional)[0] if isinstance(optional, UnionType) else optional
+    is_optional = get_origin(optional) in (UnionType, Union)
+    kind = get_args(optional)[0] if is_optional else optional
     extra = meta.extra
     return FieldRecord(
         name=name,
@@ -142,143 +139,53 @@ def _record(name: str, hint: Any, default: object) -> FieldRecord:  # noqa: ANN4
 def _check_of(kind: Any, extra: Mapping[str, Any]) -> Check:  # noqa: ANN401  (a type)
     """Return the check of a field from its type and its bounds."""
     if extra["choices"]:
-        return partial(choice, choices=extra["choices"])
-    bounds = {name: extra[name] for name in ("low", "high") if extra[name] is not None}
+        return partial(checks.choice, choices=extra["choices"])
+    if extra.get("none_is_empty"):
+        return checks.optional_text
+    bounds = {name: extra[name] for name in ("low", "high", "hint") if extra.get(name) is not None}
     return partial(_CHECKS[kind], **bounds)
 
 
-def text(name: str, value: object) -> str:
-    """Accept text that can be written in UTF-8."""
-    if not isinstance(value, str):
-        raise RequestError(name, f"must be text, got {shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            name, f"is not valid Unicode at character {error.start}; was it typed in UTF-8?"
-        ) from error
-    return value
+def check_names(names: Iterable[object], records: Mapping[str, FieldRecord]) -> None:
+    """Check that every name is that of a field.
+
+    Raises:
+        RequestError: One is not; the sentence has the name that was probably meant.
+    """
+    for name in names:
+        if name not in records:
+            raise unknown_field(str(name), records)
 
 
-# NumPy's numbers are welcome and become Python's, so that records compare and encode.
-def whole_number(name: str, value: object, *, low: int, high: int) -> int:
-    """Accept a whole number within bounds, but no bool."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise RequestError(name, f"must be a whole number, got {shown(value)}")
-    integer = int(value)
-    if not low <= integer <= high:
-        raise RequestError(name, f"must lie between {low} and {high}, got {shown(integer)}")
-    return integer
+def checked_fields(
+    given: Mapping[str, object], records: Mapping[str, FieldRecord]
+) -> dict[str, object]:
+    """Return the value of every field, checked; those that are not given are at their defaults.
 
-
-def number(name: str, value: object, *, low: float, high: float) -> float:
-    """Accept a finite number within bounds, but no bool."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise RequestError(name, f"must be a number, got {shown(value)}")
-    try:
-        real = float(value)
-    except OverflowError:
-        real = math.inf
-    if not low <= real <= high:  # which NaN never does
-        raise RequestError(name, f"must lie between {low:g} and {high:g}, got {shown(value)}")
-    return real
-
-
-def switch(name: str, value: object) -> bool:
-    """Accept True or False."""
-    if not isinstance(value, bool):
-        raise RequestError(name, f"must be true or false, got {shown(value)}")
-    return value
-
-
-def choice(name: str, value: object, *, choices: Sequence[str]) -> str:
-    """Accept one of some names."""
-    if not isinstance(value, str) or value not in choices:
-        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-        raise RequestError(
-            name, f"unknown {name} {shown(value)}{hint}; choose {', '.join(choices)}"
-        )
-    return value
-
-
-def numbers_list(name: str, value: object, *, low: float, high: float) -> tuple[float, ...]:
-    """Accept a list of numbers within bounds."""
-    return tuple(number(name, each, low=low, high=high) for each in _items(name, value))
-
-
-def interval(name: str, value: object, *, low: float, high: float) -> tuple[float, float]:
-    """Accept a pair of numbers, the lower first."""
-    ends = numbers_list(name, value, low=low, high=high)
-    if len(ends) != _PAIR or ends[0] > ends[1]:
-        raise RequestError(name, f"must be two numbers, the lower first, got {shown(value)}")
-    return ends[0], ends[1]
-
-
-def margins(name: str, value: object, *, low: int, high: int) -> tuple[int, int, int, int]:
-    """Accept pixels to the left, top, right and bottom, not all zero."""
-    sides = tuple(whole_number(name, each, low=low, high=high) for each in _items(name, value))
-    if len(sides) != 2 * _PAIR or not any(sides):
-        raise RequestError(
-            name, f"must be pixels to add left, top, right and bottom, got {shown(value)}"
-        )
-    return sides[0], sides[1], sides[2], sides[3]
-
-
-def image(name: str, value: object) -> InputImage:
-    """Accept anything that `InputImage.read` can read."""
-    return _read(name, value, InputImage.read, "image")
-
-
-def segmentation(name: str, value: object) -> SegmentationMap:
-    """Accept anything that `SegmentationMap.read` can read."""
-    return _read(name, value, SegmentationMap.read, "map")
-
-
-def embeddings(name: str, value: object) -> Embeddings:
-    """Accept anything that `Embeddings.read` can read."""
-    return _read(name, value, Embeddings.read, "array")
-
-
-def layout(name: str, value: object) -> tuple[LayoutObject, ...]:
-    """Accept anything that `read_layout` can read."""
-    return _read(name, value, read_layout, "layout")
-
-
-def shown(value: object) -> str:
-    """Return a value as it may stand in a message."""
-    return shown_text(repr(value))
-
-
-def _items(name: str, value: object) -> Sequence[object]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise RequestError(name, f"must be a list of numbers, got {shown(value)}")
-    return value
-
-
-def _read(name: str, value: object, read: Callable[[object], _T], noun: str) -> _T:
-    if isinstance(value, dict) and "sha256" in value:
-        raise RequestError(
-            name, f"is known by its hash alone, {value['sha256']}; give the {noun} itself"
-        )
-    try:
-        return read(value)
-    except ValueError as error:
-        raise RequestError(name, str(error)) from error
+    Raises:
+        RequestError: A field is unknown, of the wrong type or out of range.
+    """
+    check_names(given, records)
+    values = {name: given.get(name, record.default) for name, record in records.items()}
+    for name, record in records.items():
+        if values[name] is not None or record.default is not None:
+            values[name] = record.check(name, values[name])
+    return values
 
 
 #: The check of every type that a field has.
 _CHECKS: Mapping[Any, Callable[..., object]] = MappingProxyType(
     {
-        str: text,
-        int: whole_number,
-        float: number,
-        bool: switch,
-        tuple[float, ...]: numbers_list,
-        tuple[float, float]: interval,
-        tuple[int, int, int, int]: margins,
-        tuple[LayoutObject, ...]: layout,
-        InputImage: image,
-        SegmentationMap: segmentation,
-        Embeddings: embeddings,
+        str: checks.text,
+        int: checks.whole_number,
+        float: checks.number,
+        bool: checks.switch,
+        tuple[float, ...]: checks.numbers_list,
+        tuple[float, float]: checks.interval,
+        tuple[int, int, int, int]: checks.margins,
+        tuple[LayoutObject, ...]: checks.layout,
+        InputImage: checks.image,
+        SegmentationMap: checks.segmentation,
+        Embeddings: checks.embeddings,
     }
 )

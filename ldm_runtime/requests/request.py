@@ -1,8 +1,8 @@
 """The generation request: one record for the Python call, the command line and PNG metadata."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, Unpack
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
@@ -11,11 +11,22 @@ from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.noise import NOISES
-from ldm_runtime.requests.fields import MAX_SEED, FieldRecord, about, about_items, field_records
-from ldm_runtime.requests.sampler_names import known_sampler, known_schedule
+from ldm_runtime.requests.fields import (
+    MAX_SEED,
+    FieldRecord,
+    about,
+    about_items,
+    check_names,
+    checked_fields,
+    field_records,
+)
+from ldm_runtime.requests.input_types import NoiseName, RequestFields, SamplerName, ScheduleName
+from ldm_runtime.requests.sampler_names import with_known_names
+from ldm_runtime.requests.signatures import list_fields
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
-from ldm_runtime.suggestions import did_you_mean
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
@@ -26,9 +37,12 @@ MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 CUSTOM = "custom"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False)
 class GenerationRequest:
     """A request for images. Fields left at None take the bundle's default, or switch a feature off.
+
+    It is made from a prompt and keywords, as in `GenerationRequest("…", seed=7)`, whose values may
+    be all that `input_types.RequestFields` says; each is read and checked at once.
 
     Which fields a request must have, and which others mean something, depends on the bundle's task:
     `ldm_runtime.specs.tasks.TASKS` has them all. The text next to each field is also the help of
@@ -40,7 +54,7 @@ class GenerationRequest:
     (arXiv:2404.07724), and zero terminal SNR Lin et al. 2023 algorithm 1.
 
     Raises:
-        RequestError: A field has the wrong type or lies out of range.
+        RequestError: A field is unknown, has the wrong type or lies out of range.
     """
 
     prompt: Annotated[
@@ -48,7 +62,8 @@ class GenerationRequest:
         about(
             "what to generate, in words",
             "Conditioning",
-            example='a prompt, such as "a red circle"',
+            example='a prompt, such as "a large red circle left of a small blue square on a white '
+            'background"',
         ),
     ] = None
     class_label: Annotated[
@@ -90,7 +105,13 @@ class GenerationRequest:
         ),
     ] = None
     negative_prompt: Annotated[
-        str, about("what to steer away from, with guidance", "Conditioning", metavar="TEXT")
+        str,
+        about(
+            "what to steer away from, with guidance",
+            "Conditioning",
+            metavar="TEXT",
+            none_is_empty=True,
+        ),
     ] = ""
     literal_prompt: Annotated[
         bool,
@@ -165,9 +186,11 @@ class GenerationRequest:
             metavar="LOW,HIGH",
         ),
     ] = None
-    sampler: Annotated[str | None, about("the sampler", "Sampling", choices=tuple(SAMPLERS))] = None
+    sampler: Annotated[
+        SamplerName | None, about("the sampler", "Sampling", choices=tuple(SAMPLERS))
+    ] = None
     schedule: Annotated[
-        str | None,
+        ScheduleName | None,
         about(
             "the noise schedule; default: the sampler's",
             "Sampling",
@@ -205,10 +228,11 @@ class GenerationRequest:
             low=0,
             high=MAX_SEED,
             flags=("-s",),
+            hint="leave it out for a random one",
         ),
     ] = None
     noise: Annotated[
-        str,
+        NoiseName,
         about("random number generator that the seed is for", "Sampling", choices=tuple(NOISES)),
     ] = "torch-cpu"
     variation_seed: Annotated[
@@ -246,6 +270,7 @@ class GenerationRequest:
             low=1e-6,
             high=1.0,
             metavar="S",
+            hint="0 would change nothing",
         ),
     ] = None
     mask_image: Annotated[
@@ -294,31 +319,29 @@ class GenerationRequest:
         ),
     ] = None
 
-    def __post_init__(self) -> None:
-        self._take_names_of_other_programs()
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None or field.default is not None:
-                object.__setattr__(self, field.name, FIELDS[field.name].check(field.name, value))
+    def __init__(self, prompt: str | None = None, **given: Unpack[RequestFields]) -> None:
+        values = checked_fields(with_known_names({"prompt": prompt, **given}), FIELDS)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         for name in ("seed", "variation_seed"):
             seed = getattr(self, name)
             if seed is not None and seed + self.num_images - 1 > MAX_SEED:
                 raise RequestError(name, f"{seed} + num_images exceeds {MAX_SEED}; lower it")
 
+    def __repr__(self) -> str:
+        changed = {
+            each.name: value
+            for each in fields(self)
+            if (value := getattr(self, each.name)) != each.default
+        }
+        return (
+            f"GenerationRequest({', '.join(f'{name}={each!r}' for name, each in changed.items())})"
+        )
+
     @property
     def is_variation(self) -> bool:
         """Whether the noise leans towards that of another seed."""
         return self.variation_strength > 0
-
-    def _take_names_of_other_programs(self) -> None:
-        """Replace "DPM++ 2M Karras" by `dpmpp_2m`, and by `karras` unless a schedule is given."""
-        if isinstance(self.schedule, str):
-            object.__setattr__(self, "schedule", known_schedule(self.schedule))
-        if isinstance(self.sampler, str):
-            sampler, schedule = known_sampler(self.sampler)
-            object.__setattr__(self, "sampler", sampler)
-            if schedule and self.schedule is None and self.sigmas is None:
-                object.__setattr__(self, "schedule", schedule)
 
 
 def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
@@ -327,13 +350,7 @@ def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
     Raises:
         RequestError: A field is unknown, of the wrong type or out of range.
     """
-    names = [field.name for field in fields(GenerationRequest)]
-    for name in mapping:
-        if name not in names:
-            hint = (
-                f" (did you mean {_FLAGS[name]}?)" if name in _FLAGS else did_you_mean(name, names)
-            )
-            raise RequestError(str(name), f"unknown field{hint}; a request has {', '.join(names)}")
+    check_names(mapping, FIELDS)
     # The record checks every value itself, so that Python, the command line and JSON agree.
     return GenerationRequest(**mapping)  # type: ignore[arg-type]
 
@@ -365,9 +382,10 @@ def _description(value: object) -> object:
 #: The record of every field, by name.
 FIELDS: Mapping[str, FieldRecord] = field_records(GenerationRequest)
 
-# The field of every flag that is not called like it: "steps" of `--steps`.
-_FLAGS: Mapping[str, str] = {
-    flag.lstrip("-").replace("-", "_"): name
-    for name, record in FIELDS.items()
-    for flag in record.flags
-}
+
+def takes_fields(function: _Function) -> _Function:
+    """Let the signature of a function that takes `**fields: Unpack[RequestFields]` list them."""
+    return list_fields(function, FIELDS)
+
+
+takes_fields(GenerationRequest.__init__)

@@ -63,6 +63,21 @@ def known_schedule(name: str) -> str:
     return _SCHEDULES.get(_folded(name), name)
 
 
+def with_known_names(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields of a request with "DPM++ 2M Karras" replaced by the names used here.
+
+    Its schedule counts unless the fields have one, or list their sigmas.
+    """
+    changed = dict(fields)
+    if isinstance(schedule := fields.get("schedule"), str):
+        changed["schedule"] = known_schedule(schedule)
+    if isinstance(sampler := fields.get("sampler"), str):
+        changed["sampler"], carried = known_sampler(sampler)
+        if carried and fields.get("schedule") is None and fields.get("sigmas") is None:
+            changed["schedule"] = carried
+    return changed
+
+
 def _folded(name: str) -> str:
     plain = re.sub(r"[\s_-]", "", re.sub(r"^(sample|k)_", "", name.casefold()))
     return plain.replace("++", "pp")

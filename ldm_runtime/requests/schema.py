@@ -7,7 +7,7 @@ import msgspec
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.segmentation import SegmentationMap
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.request import FIELDS, GenerationRequest
 
 _FILES = (InputImage, SegmentationMap, Embeddings)
 
@@ -22,6 +22,8 @@ def request_schema() -> dict[str, Any]:
         each for name, each in schema["$defs"].items() if name == GenerationRequest.__name__
     )
     definition["additionalProperties"] = False
+    for name, record in FIELDS.items():
+        definition["properties"][name].update(record.schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -182,7 +182,8 @@ def test_a_field_comes_from_one_place(draw, capsys, flags, field):
         ("class-to-image", "class_label: this bundle is class-to-image: give --class-label 3"),
         (
             "text-to-image",
-            'prompt: this bundle is text-to-image: give a prompt, such as "a red circle"',
+            'prompt: this bundle is text-to-image: give a prompt, such as "a large red '
+            'circle left of a small blue square on a white background"',
         ),
         ("layout-to-image", "layout: this bundle is layout-to-image: give --layout boxes.json"),
         (

@@ -273,12 +273,16 @@ def test_a_closed_generator_says_so(tiny_bundle):
         generator.encode(np.zeros((16, 16, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("method", ["generate", "stream", "run_many"])
-def test_what_is_no_request_is_refused_by_name(generator, method):
-    given = ["a red circle"] if method == "run_many" else "a red circle"
+@pytest.mark.parametrize("method", ["__call__", "generate", "stream"])
+def test_what_is_no_request_is_refused_by_its_type(generator, method):
+    with pytest.raises(RequestError, match="prompt: is int; give text, a GenerationRequest"):
+        getattr(generator, method)(3)
 
-    with pytest.raises(RequestError, match="request: is str; give a GenerationRequest"):
-        getattr(generator, method)(given)
+
+@pytest.mark.parametrize("given", ["red", {"prompt": "red"}, GenerationRequest("red")])
+def test_a_single_request_is_no_list_of_them(generator, given):
+    with pytest.raises(RequestError, match=r"requests: is one \w+; give a list of them"):
+        generator.run_many(given)
 
 
 def test_a_saved_picture_says_how_to_draw_it_again(generator, tmp_path):
@@ -479,5 +483,5 @@ def open_sessions():
 
 @pytest.mark.parametrize("option", ["threads", "batch_size"])
 def test_counts_start_at_one(tiny_bundle, option):
-    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1 and whole, got 0"):
         Generator(tiny_bundle, **{option: 0})

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -6,8 +7,9 @@ import pytest
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import LayoutObject
+from ldm_runtime.requests.aliases import ALIASES
 from ldm_runtime.requests.fields import MAX_SEED
-from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
+from ldm_runtime.requests.request import FIELDS, GenerationRequest, parse_request, request_to_json
 
 PICTURE = np.zeros((8, 8, 3), dtype=np.uint8)
 BOX = {"label": 3, "box": [0.25, 0, 1, 0.5]}
@@ -19,7 +21,6 @@ BOX = {"label": 3, "box": [0.25, 0, 1, 0.5]}
         ("prompt", 3),
         ("prompt", b"bytes"),
         ("prompt", "half a \ud800 pair"),
-        ("negative_prompt", None),
         ("negative_prompt", ["red"]),
         ("height", "64"),
         ("height", 64.0),
@@ -206,3 +207,75 @@ def test_requests_with_equal_conditions_are_equal_and_hash_alike(fields):
 
     assert first == second != other
     assert hash(first) == hash(second)
+
+
+def test_the_prompt_may_come_first_without_its_name():
+    assert GenerationRequest("red", seed=1) == GenerationRequest(prompt="red", seed=1)
+
+
+def test_no_negative_prompt_is_an_empty_one():
+    assert GenerationRequest("red", negative_prompt=None) == GenerationRequest("red")
+
+
+def test_lists_and_arrays_do_where_a_request_holds_tuples():
+    request = GenerationRequest(
+        "red", sigmas=np.array([3.0, 1.0]), guidance_interval=[0, 2], outpaint=[0, 0, 8, 0]
+    )
+
+    assert (request.sigmas, request.guidance_interval) == ((3.0, 1.0), (0.0, 2.0))
+    assert request.outpaint == (0, 0, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("num_inference_step", "unknown field (did you mean num_inference_steps?)"),
+        ("steps", "unknown field (did you mean num_inference_steps?)"),
+        ("cfg_scale", "unknown field (did you mean guidance_scale?)"),
+        ("num_images_per_prompt", "unknown field (did you mean num_images?)"),
+        ("n", "unknown field (did you mean num_images?)"),
+        ("generator", "unknown field (did you mean seed?)"),
+        ("rng_seed", "unknown field (did you mean seed?)"),
+        ("init_image", "unknown field (did you mean image?)"),
+        ("output_type", "unknown field; leave it out: a result has images (PIL) and latents"),
+        ("callback_on_step_end", "unknown field; give on_step to the generator's call"),
+        ("self", "unknown field; a request has prompt, class_label"),
+    ],
+)
+def test_the_name_that_was_meant_is_said_by_constructor_and_parser_alike(name, sentence):
+    with pytest.raises(RequestError) as parsed:
+        parse_request({"prompt": "red", name: 5})
+
+    assert parsed.value.field == name
+    assert f"{name}: {sentence}" in str(parsed.value)
+    if name != "self":
+        with pytest.raises(RequestError) as constructed:
+            GenerationRequest("red", **{name: 5})
+        assert str(constructed.value) == str(parsed.value)
+
+
+def test_every_alias_stands_for_a_field_and_is_none():
+    assert set(ALIASES.values()) <= FIELDS.keys()
+    assert FIELDS.keys().isdisjoint(ALIASES)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fix"),
+    [("seed", -1, "leave it out for a random one"), ("strength", 0.0, "0 would change nothing")],
+)
+def test_a_value_that_other_programs_take_is_refused_with_what_to_do(field, value, fix):
+    with pytest.raises(RequestError, match=f"must lie between .*, got {value}; {fix}"):
+        GenerationRequest("red", **{field: value})
+
+
+def test_a_request_is_shown_by_what_it_changes():
+    assert repr(GenerationRequest("red", seed=7)) == "GenerationRequest(prompt='red', seed=7)"
+    assert repr(GenerationRequest()) == "GenerationRequest()"
+
+
+def test_replacing_a_field_checks_it():
+    request = GenerationRequest("red", sigmas=[3, 1])
+
+    assert dataclasses.replace(request, seed=2) == GenerationRequest("red", sigmas=[3, 1], seed=2)
+    with pytest.raises(RequestError, match="seed: must be a whole number"):
+        dataclasses.replace(request, seed="2")

@@ -142,7 +142,7 @@ def test_a_deadline_ends_a_picture_between_two_steps(generator):
 
     with pytest.raises(DeadlineError, match=r"1e-06 s are over after step 1 of 50 of image 1"):
         generator.generate(request, deadline_seconds=1e-6)
-    with pytest.raises(RequestError, match="deadline_seconds: must be above 0, got 0"):
+    with pytest.raises(RequestError, match="deadline_seconds: must be a number above 0, got 0"):
         generator.generate(request, deadline_seconds=0)
     assert isinstance(generator.generate(request, deadline_seconds=600), Result)
 
@@ -179,7 +179,7 @@ def test_many_requests_are_checked_before_the_first_is_drawn(generator):
 
     with pytest.raises(RequestError, match="height: 17"):
         generator.run_many(requests)
-    with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_batch must be at least 1 and whole, got 0"):
         generator.run_many(requests[:1], max_batch=0)
     assert list(generator.run_many([])) == []
 

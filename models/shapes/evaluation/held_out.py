@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_runtime import Generator
+from ldm_runtime.requests.request import parse_request
 from models.shapes.data import scenes
 from models.shapes.evaluation.scoring import InputImage, Tally, score_all
 
@@ -59,4 +60,5 @@ def generate(
 ) -> Image.Image:
     """Return a bundle's image for a caption; `settings` are request fields."""
     size = {"height": scenes.SIZE, "width": scenes.SIZE}
-    return generator(prompt=caption, seed=seed, **size, **settings).images[0]
+    fields = {"prompt": caption, "seed": seed, **size, **settings}
+    return generator(parse_request(fields)).image

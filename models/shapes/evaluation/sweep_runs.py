@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime import Generator
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve, sampler_of
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.samplers import SAMPLERS
@@ -69,7 +69,10 @@ def plan(spec: ModelSpec, samplers: Sequence[str], steps: Sequence[int]) -> list
     """
     requests = [
         resolve(
-            GenerationRequest(prompt="", sampler=sampler, num_inference_steps=count, seed=0), spec
+            parse_request(
+                {"prompt": "", "sampler": sampler, "num_inference_steps": count, "seed": 0}
+            ),
+            spec,
         )
         for sampler in samplers or SAMPLERS
         for count in steps or STEPS
