@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ldm_export.detection.yaml_file import read_yaml
 from ldm_export.errors import ExportError, ForeignConfigError
 from ldm_export.families.records import WeightsChoice
 from ldm_export.hyperparameters.shapes import listed
+from ldm_runtime.inputs.reading import shown
 from ldm_runtime.specs.model import PredictionType
 
-_MAX_BYTES = 1 << 20
 #: More than any model has: training timesteps, latent pixels per side, and pixels per side.
 _MAX_TIMESTEPS, _MAX_LATENTS, _MAX_PIXELS = 100_000, 2048, 16384
+#: Likewise: attention heads or their channels, classes, and downsampling steps.
+_MAX_HEADS, _MAX_CLASSES, _MAX_STEPS = 65536, 10_000_000, 16
 _PARAMETERIZATIONS: Mapping[str, PredictionType] = {
     "eps": "epsilon",
     "v": "v_prediction",
@@ -77,22 +80,11 @@ def read_config(path: Path) -> Config:
     """Read a YAML file without making objects of the classes it names.
 
     Raises:
-        ExportError: The file cannot be read or is not YAML.
+        ExportError: The file cannot be read or is too large, is not YAML, or uses a part of YAML
+            that no configuration needs.
         ForeignConfigError: It is YAML, but not a CompVis configuration.
     """
-    import yaml  # deferred: only `--config` needs it
-
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise ExportError(f"{path} has {size} bytes; a model configuration is smaller")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ExportError(
-            f"{path} is not a valid YAML file: {' '.join(str(error).split())}"
-        ) from error
+    config = read_yaml(path)
     if not isinstance(config, dict) or not isinstance(lookup(config, "model.params"), dict):
         raise ForeignConfigError(
             f"{path} is not the configuration of a CompVis model: it has no `model: params:` "
@@ -105,7 +97,7 @@ def read_config(path: Path) -> Config:
 def _entries(config: object) -> str:
     if not isinstance(config, dict):
         return f"it holds {type(config).__name__}"
-    return f"its entries are {listed(map(str, config), limit=5)}"
+    return f"its entries are {listed(map(shown, config), limit=5)}"
 
 
 def config_fields(config: Config | None) -> ConfigFields:
@@ -131,17 +123,17 @@ def config_fields(config: Config | None) -> ConfigFields:
         linear_end=_number(params, "linear_end"),
         num_train_timesteps=_integer(params, "timesteps", _MAX_TIMESTEPS),
         given_betas=_betas(params, "given_betas"),
-        num_heads=_integer(params, "unet_config.params.num_heads"),
-        num_head_channels=_integer(params, "unet_config.params.num_head_channels"),
-        text_num_heads=_integer(params, "cond_stage_config.params.num_attention_heads"),
+        num_heads=_integer(params, "unet_config.params.num_heads", _MAX_HEADS),
+        num_head_channels=_integer(params, "unet_config.params.num_head_channels", _MAX_HEADS),
+        text_num_heads=_integer(params, "cond_stage_config.params.num_attention_heads", _MAX_HEADS),
         text_activation=_choice(
             params,
             "cond_stage_config.params.hidden_act",
             {"quick_gelu": "quick_gelu", "gelu": "gelu"},
         ),
-        num_classes=_integer(params, "cond_stage_config.params.n_classes"),
+        num_classes=_integer(params, "cond_stage_config.params.n_classes", _MAX_CLASSES),
         class_dropout=_share(params, "cond_stage_config.params.ucg_rate"),
-        num_downsampling_steps=_integer(params, "cond_stage_config.params.n_stages"),
+        num_downsampling_steps=_integer(params, "cond_stage_config.params.n_stages", _MAX_STEPS),
     )
 
 
@@ -194,7 +186,8 @@ def _check_exported(params: Config) -> None:
         value = lookup(params, path)
         if value is not ABSENT and value != exported:
             raise ExportError(
-                f"config: {path} {value!r} is not exported by this version; only {exported!r} is"
+                f"config: {path} {shown(repr(value))} is not exported by this version; "
+                f"only {exported!r} is"
             )
 
 
@@ -204,7 +197,7 @@ def _weights(params: Config) -> WeightsChoice | None:
     if value is ABSENT:
         return None
     if not isinstance(value, bool):
-        raise ExportError(f"config: use_ema is {value!r}; true or false was expected")
+        raise ExportError(f"config: use_ema is {shown(repr(value))}; true or false was expected")
     return "ema" if value else "model"
 
 
@@ -215,10 +208,10 @@ def _number(params: Config, path: str) -> float | None:
     try:
         # YAML 1.1 reads 1e-4, without a point, as text.
         number = float(value) if isinstance(value, str | int | float) else 0.0
-    except ValueError:
+    except (ValueError, OverflowError):
         number = 0.0
     if not 0 < number < float("inf"):
-        raise ExportError(f"config: {path} is {value!r}; a positive number was expected")
+        raise ExportError(f"config: {path} is {shown(repr(value))}; a positive number was expected")
     return number
 
 
@@ -238,15 +231,17 @@ def _betas(params: Config, path: str) -> tuple[float, ...] | None:
     return tuple(betas)
 
 
-def _integer(params: Config, path: str, most: int | None = None) -> int | None:
+def _integer(params: Config, path: str, most: int) -> int | None:
     """Return a positive integer, at most `most`; -1 is CompVis' way to leave a number open."""
     value = lookup(params, path)
     if value is ABSENT or value == -1:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ExportError(f"config: {path} is {value!r}; a positive integer was expected")
-    if most is not None and value > most:
-        raise ExportError(f"config: {path} is {value}; at most {most} was expected")
+        raise ExportError(
+            f"config: {path} is {shown(repr(value))}; a positive integer was expected"
+        )
+    if value > most:
+        raise ExportError(f"config: {path} is {shown(repr(value))}; at most {most} was expected")
     return value
 
 
@@ -255,7 +250,9 @@ def _share(params: Config, path: str) -> float | None:
     if value is ABSENT:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ExportError(f"config: {path} is {value!r}; a number from 0 to 1 was expected")
+        raise ExportError(
+            f"config: {path} is {shown(repr(value))}; a number from 0 to 1 was expected"
+        )
     return float(value)
 
 
@@ -264,5 +261,7 @@ def _choice(params: Config, path: str, choices: Mapping[str, T]) -> T | None:
     if value is ABSENT:
         return None
     if not isinstance(value, str) or value not in choices:
-        raise ExportError(f"config: {path} is {value!r}; choose from {', '.join(choices)}")
+        raise ExportError(
+            f"config: {path} is {shown(repr(value))}; choose from {', '.join(choices)}"
+        )
     return choices[value]

@@ -10,6 +10,7 @@ from ldm_export.detection.compvis_config import (
     params_of,
 )
 from ldm_export.errors import WeightsError
+from ldm_runtime.inputs.reading import shown
 from ldm_runtime.specs.model import ModelSpec, Task
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
@@ -70,9 +71,9 @@ def _compare(params: Config, place: str, found: Mapping[str, Value]) -> None:
 
 def _contradiction(path: str, said: object, found: object) -> WeightsError:
     return WeightsError(
-        f"the configuration says model.params.{path} is {said}, but the weights have {found}; "
-        "is it the configuration of another checkpoint? Give the right one with --config FILE, or "
-        "--config none"
+        f"the configuration says model.params.{path} is {shown(said)}, but the weights have "
+        f"{found}; is it the configuration of another checkpoint? Give the right one with "
+        "--config FILE, or --config none"
     )
 
 
@@ -93,8 +94,8 @@ def _check_autoencoder(params: Config, autoencoder: AutoencoderSpec) -> None:
     name = value.rpartition(".")[2] if isinstance(value, str) else ""
     if name == "VQModel":
         raise WeightsError(
-            f"the configuration says model.params.{path} is {value}, which decodes without its "
-            "codebook and is not exported; only VQModelInterface is"
+            f"the configuration says model.params.{path} is {shown(value)}, which decodes "
+            "without its codebook and is not exported; only VQModelInterface is"
         )
     if _AUTOENCODERS.get(name, autoencoder.kind) != autoencoder.kind:
         raise _contradiction(

@@ -1,10 +1,16 @@
+import re
+import tracemalloc
+from pathlib import Path
+
 import pytest
+import yaml
 
 from ldm_export.detection.compvis_config import ConfigFields, config_fields, read_config
 from ldm_export.detection.detect import detect
 from ldm_export.errors import ExportError, WeightsError
 from tests.export.sd_layout import SD1, TINY, checkpoint
 
+SHAPES = Path(__file__).parents[2] / "models/shapes"
 V1_INFERENCE = """
 model:
   base_learning_rate: 1.0e-04
@@ -173,7 +179,7 @@ def test_a_scale_by_std_configuration_leaves_the_scale_to_the_checkpoint():
         ("model: {target: x}", "no `model: params:` mapping"),
         ("a: !!python/object/apply:os.system ['touch ran']", "is not a valid YAML file"),
         ("[" * 5000, "is not a valid YAML file"),
-        ("#" * (1 << 20 | 1), "a model configuration is smaller"),
+        ("#" * (1 << 16 | 1), "the configuration of a model is smaller"),
     ],
 )
 def test_files_that_are_no_configuration_are_an_error(tmp_path, monkeypatch, text, message):
@@ -218,3 +224,78 @@ def test_betas_that_a_configuration_lists_are_the_schedule():
 def test_betas_that_are_no_schedule_are_an_error(betas, message):
     with pytest.raises(ExportError, match=message):
         config_fields(of_params(given_betas=betas))
+
+
+ALIASES = "\n".join(
+    ["x0: &x0 [lol]", *(f"x{n}: &x{n} [{','.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 9))]
+)
+MERGES = "\n".join(
+    ["x0: &x0 {a: 1}", *(f"x{n}: &x{n} {{<<: [{','.join([f'*x{n - 1}'] * 9)}]}}" for n in range(9))]
+)
+PARAMS = "model: {params: {scale_factor: %s}}"
+UNREADABLE = {
+    "aliases": (f"{ALIASES}\nmodel: {{params: {{beta_schedule: *x8}}}}", "anchors and aliases"),
+    "anchors alone": ("model: {params: &p {timesteps: 5}}", "anchors and aliases"),
+    "merge keys through aliases": (MERGES, "anchors and aliases"),
+    "merge keys": ("model: {params: {<<: {timesteps: 5}}}", "merge keys"),
+    "an object of Python": (PARAMS % "!!python/object/apply:os.system [true]", "the tag"),
+    "a long tag": (PARAMS % f"!{'x' * 500} 1", "the tag !xxx"),
+    "hexadecimal of 500 digits": (PARAMS % f"0x{'F' * 500}", "a number of 502 characters"),
+    "5,000 digits": (PARAMS % ("9" * 5000), "a number of 5000 characters"),
+    "base 60": (PARAMS % ("1" + ":59" * 400), "a number of 1201 characters"),
+    "base 60 with a fraction": (PARAMS % ("1" + ":59" * 400 + ".5"), "a number of 1203 char"),
+    "a deep list": (PARAMS % ("[" * 20_000 + "]" * 20_000), "nests more than 32 deep"),
+    "a deep mapping": (PARAMS % ("{a: " * 40 + "1" + "}" * 40), "nests more than 32 deep"),
+    "too many bytes": ("# " + "x" * 65536, "more than 65536 bytes"),
+    "an impossible date": (PARAMS % "2001-99-99", "not a valid YAML file"),
+}
+
+
+@pytest.mark.parametrize(("text", "fault"), UNREADABLE.values(), ids=UNREADABLE)
+def test_yaml_that_costs_more_than_its_size_is_one_short_sentence(tmp_path, text, fault):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    tracemalloc.start()
+
+    with pytest.raises(ExportError, match=re.escape(fault)) as caught:
+        read_config(path)
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(str(caught.value)) < len(str(path)) + 250
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scale_factor",
+        "timesteps",
+        "parameterization",
+        "beta_schedule",
+        "image_size",
+        "use_ema",
+        "unet_config.params.num_heads",
+        "cond_stage_config.params.n_stages",
+        "cond_stage_config.params.ucg_rate",
+        "cond_stage_config.params.hidden_act",
+    ],
+)
+@pytest.mark.parametrize("value", [["x" * 50_000], "\x1b" * 50_000, -int("9" * 40), -0.5, [[]]])
+def test_a_value_that_makes_no_sense_is_cut_short_in_its_message(name, value):
+    params = value
+    for key in reversed(name.split(".")):
+        params = {key: params}
+
+    with pytest.raises(ExportError, match=re.escape(name.rpartition(".")[2])) as caught:
+        config_fields({"model": {"params": params}})
+
+    assert len(str(caught.value)) < 200
+
+
+def test_the_configurations_of_the_shipped_models_are_plain():
+    paths = sorted(SHAPES.glob("*.yaml"))
+
+    assert len(paths) > 5
+    for path in paths:
+        assert read_config(path) == yaml.safe_load(path.read_text())
