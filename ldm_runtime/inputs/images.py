@@ -2,11 +2,13 @@
 
 import io
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from ldm_runtime.inputs.frozen_array import FrozenRaster
 from ldm_runtime.inputs.reading import (
@@ -25,6 +27,18 @@ from ldm_runtime.inputs.reading import (
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 UInt8Array = npt.NDArray[np.uint8]
 
+#: How an image is turned by the value of its EXIF orientation; 1 and unknown ones are as stored.
+_TURNS: Mapping[int, Image.Transpose] = MappingProxyType(
+    {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+)
 _MAX_BYTES = 4 * MAX_PIXELS + 2**20  # the largest image, not compressed, and some metadata
 
 
@@ -116,10 +130,25 @@ def _rgb(image: Image.Image, name: str) -> UInt8Array:
         raise ValueError(
             f"{name} has mode {image.mode!r}, whose range is not known; convert it to 'RGB'"
         )
+    turn = _turn_of(image, name)
     try:
-        return np.asarray(_opaque(_eight_bit(ImageOps.exif_transpose(image))).convert("RGB"))
+        turned = image if turn is None else image.transpose(turn)
+        return np.asarray(_opaque(_eight_bit(turned)).convert("RGB"))
     except DAMAGE as error:
         raise ValueError(f"{name} cannot be converted to RGB: {error}") from error
+
+
+def _turn_of(image: Image.Image, name: str) -> Image.Transpose | None:
+    """Return how an image is to be turned as its EXIF data says.
+
+    Pillow's `exif_transpose` writes the other entries again too, and fails if one has an odd type.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE as error:
+        raise ValueError(
+            f"{name} has damaged EXIF data ({error}); save it again without metadata"
+        ) from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

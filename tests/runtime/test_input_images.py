@@ -106,6 +106,41 @@ def test_a_camera_held_sideways_makes_an_upright_picture(orientation):
     np.testing.assert_array_equal(picture.pixels, upright[orientation])
 
 
+def exif_with(tag, kind, value):
+    """EXIF data in TIFF's bytes: held sideways, and one more entry of any type."""
+    entries = [(0x0112, 3, struct.pack("<I", 6)), (tag, kind, value)]
+    end = 8 + 2 + 12 * len(entries) + 4
+    packed = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    for each, form, content in entries:
+        place = content.ljust(4, b"\0") if len(content) <= 4 else struct.pack("<I", end)
+        packed += struct.pack("<HHI4s", each, form, 1, place)
+    return packed + struct.pack("<I", 0) + value
+
+
+SIZES_OF_TYPES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 16: 8}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about some of them
+@pytest.mark.parametrize("kind", [*SIZES_OF_TYPES, 99])
+@pytest.mark.parametrize("tag", [0x010F, 0x011A, 0x0131, 0x0132, 0x0103, 0x8769, 0x8825])
+def test_an_odd_exif_entry_does_not_keep_a_picture_from_being_turned(tag, kind):
+    for byte in (0, 1, 255):
+        exif = exif_with(tag, kind, bytes([byte]) * SIZES_OF_TYPES.get(kind, 4))
+
+        picture = InputImage.read(encoded(IMAGE, exif=exif))
+
+        np.testing.assert_array_equal(picture.pixels, np.rot90(PIXELS, -1))
+
+
+def test_damaged_exif_data_are_one_sentence():
+    damaged = encoded(IMAGE, exif=b"Exif\0\0XX*\0\x08\0\0\0")
+
+    with pytest.raises(
+        ValueError, match=r"^the data has damaged EXIF data \(not a TIFF.*; save it"
+    ):
+        InputImage.read(damaged)
+
+
 def test_what_is_transparent_is_laid_on_white():
     alpha = np.zeros((6, 9, 1), dtype=np.uint8)
     alpha[:, 3:6], alpha[:, 6:] = 51, 255
