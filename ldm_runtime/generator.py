@@ -96,7 +96,7 @@ class Generator(Closing):
     ) -> None:
         check_positive("threads", threads)
         check_positive("batch_size", batch_size)
-        self.bundle = Path(bundle)
+        self.bundle = Path(bundle).resolve()  # some files are opened later, wherever that is
         self.manifest = load_manifest(self.bundle)
         self.spec = self.manifest.spec
         self.backend = choose_backend(backend, self.manifest, bundle=self.bundle)

@@ -109,7 +109,7 @@ def verify(
         BundleError: A file is missing or altered, or the bundle has no golden outputs.
         BackendError: The backend cannot run here.
     """
-    bundle = Path(bundle)
+    bundle = Path(bundle).resolve()
     manifest = load_manifest(bundle)
     for record in manifest.files:
         checked_file(bundle, manifest, record.path)

@@ -434,6 +434,17 @@ def test_a_spoilt_file_that_no_request_needs_does_not_matter(own_bundle):
         assert len(generator(prompt="red").images) == 1
 
 
+def test_a_relative_bundle_stays_itself_when_the_working_directory_changes(own_bundle, monkeypatch):
+    monkeypatch.chdir(own_bundle.parent)
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+
+    with Generator(own_bundle.name, threads=1) as generator:
+        monkeypatch.chdir("/")
+        result = generator("red", image=image, num_inference_steps=2)  # opens the image encoder
+
+    assert len(result.images) == 1
+
+
 def test_hashes_can_be_skipped(own_bundle):
     file = own_bundle / "unet/weights.bin"
     data = bytearray(file.read_bytes())
