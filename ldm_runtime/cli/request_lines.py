@@ -9,6 +9,7 @@ import msgspec
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import label_number, read_label_names, read_layout
+from ldm_runtime.inputs.reading import without_byte_order_mark
 from ldm_runtime.requests.request import FIELDS, parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -38,7 +39,7 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedReq
     for name, record in FIELDS.items():
         if values[name] != record.default:
             raise RequestError(name, "cannot be combined with --requests, whose lines set it")
-    lines = enumerate(args.requests.read_bytes().splitlines(), start=1)
+    lines = enumerate(_text(args.requests).splitlines(), start=1)
     requests = [
         _parse_line(line, f"{args.requests}, line {number}", names, spec)
         for number, line in lines
@@ -47,6 +48,14 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedReq
     if not requests:
         raise RequestError("requests", f"{args.requests} is empty; write one JSON object per line")
     return requests
+
+
+def _text(path: Path) -> bytes:
+    """Return the bytes of a file of text, whose lines are decoded one by one."""
+    try:
+        return without_byte_order_mark(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise RequestError("requests", str(error)) from error
 
 
 def _parse_line(

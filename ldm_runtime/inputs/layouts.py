@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.inputs.reading import FORMS, read_bytes, shown
+from ldm_runtime.inputs.reading import FORMS, read_bytes, shown, text_of
 from ldm_runtime.specs.networks import TextEncoderSpec
 
 #: Most bytes of a layout file, and of a file of label names.
@@ -80,10 +80,7 @@ def read_label_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         ValueError: The file cannot be read, is not UTF-8 text or is too large, or a line is empty.
     """
     named = read_bytes(path, MAX_BYTES)
-    try:
-        text = named.data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{named.name} is not UTF-8 text: {error}") from error
+    text = text_of(named)
     names = tuple(line.strip() for line in text.rstrip().split("\n"))
     if "" in names:
         raise ValueError(
@@ -175,9 +172,10 @@ def _point(x: float, y: float, side: int) -> int:
 
 def _json(value: bytes | bytearray | memoryview | str | os.PathLike[str]) -> object:
     named = read_bytes(value, MAX_BYTES)
+    text = text_of(named)
     try:
-        return msgspec.json.decode(named.data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"{named.name} is not JSON: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import codecs
 import io
 import os
 import struct
@@ -90,6 +91,29 @@ def shown(value: object, limit: int = 60) -> str:
     """Return a value as it may stand in a sentence, text without quotation marks."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def without_byte_order_mark(data: bytes, name: str) -> bytes:
+    """Return a text in UTF-8 without the byte order mark that some editors write before it.
+
+    Raises:
+        ValueError: The mark is that of UTF-16.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{name} is text in UTF-16; save it as UTF-8")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def text_of(named: NamedBytes) -> str:
+    """Return the text of a file, without a byte order mark.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    try:
+        return without_byte_order_mark(named.data, named.name).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{named.name} is not UTF-8 text: {error}") from error
 
 
 def check_sides(name: str, width: int, height: int) -> None:

@@ -121,9 +121,11 @@ def test_a_list_that_is_none_is_wrong_usage(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_requests_from_a_file_are_drawn_together_in_order(draw, tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_requests_from_a_file_are_drawn_together_in_order(draw, tmp_path, encoding):
     lines = [{"prompt": "red", "seed": 4}, {"prompt": "blue", "seed": 9, "sampler": "euler"}]
-    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    text = "\n".join(map(json.dumps, lines)) + "\n\n"
+    (tmp_path / "r.jsonl").write_text(text, encoding=encoding)
 
     status = draw("--requests", str(tmp_path / "r.jsonl"))
 
@@ -132,6 +134,16 @@ def test_requests_from_a_file_are_drawn_together_in_order(draw, tmp_path):
         "0000-seed4.png",
         "0001-seed9.png",
     ]
+
+
+def test_requests_in_utf_16_are_refused_with_the_fix(draw, capsys, tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"prompt": "red"}', encoding="utf-16")
+
+    status = draw("--requests", str(path))
+
+    assert status == 2
+    assert f"requests: {path} is text in UTF-16; save it as UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import base64
+import codecs
 import json
 import re
 from dataclasses import FrozenInstanceError, asdict, replace
@@ -113,7 +114,9 @@ def test_a_layout_is_the_same_from_a_list_json_a_path_and_a_url(tmp_path):
     path.write_bytes(JSON)
     url = f"data:application/json;base64,{base64.b64encode(JSON).decode()}"
 
+    marked = codecs.BOM_UTF8 + JSON  # as Notepad and PowerShell save it
     values = (OBJECTS, list(OBJECTS), json.loads(JSON), JSON, bytearray(JSON), path, str(path), url)
+    values = (*values, marked)
 
     assert [read_layout(value) for value in values] == [OBJECTS] * len(values)
 
@@ -139,7 +142,8 @@ def test_labels_may_be_called_by_their_names():
         ({"label": 3, "box": [0, 0, 1, 1]}, "is not a layout"),
         (b"{", "the data is not JSON: "),
         (b"3", "3 is not a layout"),
-        (b"\xff", "the data is not JSON: "),
+        (b"\xff", "the data is not UTF-8 text: "),
+        ('[{"label": 3}]'.encode("utf-16"), "the data is text in UTF-16; save it as UTF-8"),
         (b"[" * 100_000, "the data is not JSON: "),
         (b'[{"label": 3, "box": [0, 0, NaN, 1]}]', "the data is not JSON: "),
         (b" " * (MAX_BYTES + 1), f"the data has more than {MAX_BYTES} bytes; make it smaller"),
