@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
+from ldm_runtime.cli.standard_input import STDIN, decoded, place_of, read_data
+from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.fields import FieldRecord, Group
 from ldm_runtime.requests.request import FIELDS
 
@@ -25,19 +27,50 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     )
     groups["Conditioning"].add_argument(
         "--requests",
-        type=Path,
         metavar="FILE",
-        help="generate the requests of a file, one JSON object per line, several at once",
+        help="generate a request per line, several at once: JSON objects (.jsonl), or prompts "
+        "(.txt) with the other flags for all; - is standard input",
+    )
+    groups["Conditioning"].add_argument(
+        "--like",
+        type=Path,
+        metavar="PNG",
+        help="repeat the request that an image records; other flags change it",
+    )
+    groups["Output"].add_argument(
+        "--size", type=_size, metavar="WIDTHxHEIGHT", help="--width and --height in one"
     )
     return groups
 
 
+def given_fields(args: argparse.Namespace) -> dict[str, object]:
+    """Return the fields of a request that the flags set, a prompt of "-" from standard input.
+
+    Raises:
+        RequestError: Two flags set the same field, or standard input is not UTF-8 or empty.
+    """
+    given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    if args.text is not None:
+        if "prompt" in given:
+            raise RequestError("prompt", "is given twice, with --prompt and without; give one")
+        given["prompt"] = args.text
+    if args.size is not None:
+        if given.keys() & {"width", "height"}:
+            raise RequestError("size", "sets --width and --height already; leave them out")
+        given["width"], given["height"] = args.size
+    if given.get("prompt") == STDIN and args.requests is None:
+        given["prompt"] = decoded(read_data(STDIN, "prompt"), "prompt", place_of(STDIN)).strip()
+        if not given["prompt"]:
+            raise RequestError("prompt", "standard input is empty; write the prompt to it")
+    return given
+
+
 def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:
     if record.name == "prompt":
-        group.add_argument("prompt", nargs="?", help=record.text)
-        return
+        text = f"{record.text}; - reads it from standard input"
+        group.add_argument("text", nargs="?", metavar="prompt", help=text)
     text = f"{record.text}: {', '.join(record.choices)}" if record.choices else record.text
-    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": record.default}
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if record.kind is bool:
         options["action"] = "store_true"
     else:
@@ -49,6 +82,13 @@ def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:
 def _label(text: str) -> int | str:
     """Read an integer as a number, anything else as a name; the request checks its range."""
     return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT pixels, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,12 +1,15 @@
 """`ldm generate`: image generation, output files, and progress with previews."""
 
 import argparse
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.cli.flags import add_request_arguments
 from ldm_runtime.cli.messages import reporting
+from ldm_runtime.cli.outputs import add_output_arguments, image_writer
 from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.durable import whole_file
 from ldm_runtime.errors import RequestError
@@ -14,6 +17,8 @@ from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.progress import Progress
 from ldm_runtime.requests.resolved import ResolvedRequest
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +30,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("engines"),
         help="folder made by ldm-export (default: engines)",
     )
-    group.add_argument(
-        "--out-dir", type=Path, default=Path("out"), help="folder for the images (default: out)"
-    )
+    add_output_arguments(group)
     group.add_argument(
         "--deadline-seconds", type=float, metavar="S", help="give up on an image after S seconds"
     )
@@ -45,16 +48,29 @@ def generate(args: argparse.Namespace) -> int:
     Raises:
         RequestError: A field is wrong, or is missing for the bundle's task.
     """
-    # Requests are checked before the networks are opened, which takes time.
+    # Requests and names are checked before the networks are opened, which takes time.
     requests = read_requests(args, load_manifest(args.bundle).spec)
+    write = image_writer(args, [seed for request in requests for seed in _seeds(request)])
     with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
+        _LOGGER.info("%s: %s on %s", args.bundle, generator.spec.family, generator.backend)
         run = _generate_together if args.requests else _generate_one_by_one
         with reporting(args) as progress:
             for result in run(generator, requests, args, progress):
-                for path in result.save_all(args.out_dir):
-                    print(path, flush=True)
+                _report(result, write(result), args)
     return 0
+
+
+def _seeds(request: ResolvedRequest) -> list[int]:
+    return [request.of_image(index).seed for index in range(request.num_images)]
+
+
+def _report(result: Result, paths: Sequence[Path], args: argparse.Namespace) -> None:
+    """Print the path of every image, or a line of JSON about it."""
+    for path, seed in zip(paths, result.seeds, strict=False):  # none on standard output
+        line = {"path": str(path), "seed": seed, "seconds": round(result.timings["total"], 3)}
+        print(json.dumps(line) if args.json else path, flush=True)
+    spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result.timings.items())
+    _LOGGER.info("%s", spent)
 
 
 def _generate_one_by_one(

@@ -7,9 +7,11 @@ from types import MappingProxyType
 
 import msgspec
 
+from ldm_runtime.cli.flags import given_fields
+from ldm_runtime.cli.recorded import recorded_fields
+from ldm_runtime.cli.standard_input import decoded, place_of, read_data
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import label_number, read_label_names, read_layout
-from ldm_runtime.inputs.reading import without_byte_order_mark
 from ldm_runtime.requests.request import FIELDS, parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -22,50 +24,80 @@ _EXAMPLES: Mapping[str, str] = MappingProxyType(
 )
 
 
+#: Suffixes of files with a JSON object on each line, and of those with a prompt on each.
+_JSON_SUFFIXES, _PROMPT_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt",)
+
+
 def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedRequest]:
     """Return the resolved requests of a command line, or of the file that it names.
 
     Raises:
         RequestError: A field is wrong, missing for the model's task, or given twice.
+        LdmError: The image to repeat does not say how it was made.
     """
     names = None if args.label_names is None else _label_names(args.label_names)
-    values = {name: getattr(args, name) for name in FIELDS}
-    if args.requests is None:
-        if names is not None and values["class_label"] is None and values["layout"] is None:
-            raise RequestError("label_names", "needs --class-label or --layout")
-        request = parse_request(_with_labels(values, names))
-        check_needs(request, spec, _EXAMPLES)
-        return [resolve(request, spec)]
-    for name, record in FIELDS.items():
-        if values[name] != record.default:
+    given = given_fields(args)
+    if args.requests is not None:
+        return _requests_of_lines(args, given, names, spec)
+    if args.like is not None:
+        given = recorded_fields(args.like, given, args.bundle)
+    if names is not None and not given.keys() & {"class_label", "layout"}:
+        raise RequestError("label_names", "needs --class-label or --layout")
+    request = parse_request(_with_labels(given, names))
+    check_needs(request, spec, _EXAMPLES)
+    return [resolve(request, spec)]
+
+
+def _requests_of_lines(
+    args: argparse.Namespace,
+    given: Mapping[str, object],
+    names: Sequence[str] | None,
+    spec: ModelSpec,
+) -> list[ResolvedRequest]:
+    """Return a request for each line that is not blank."""
+    if args.like is not None:
+        raise RequestError("like", "cannot be combined with --requests; give one of them")
+    data, place = read_data(args.requests, "requests"), place_of(args.requests)
+    is_json = _is_json(args.requests, data)
+    for name in given:
+        if is_json or name == "prompt":
             raise RequestError(name, "cannot be combined with --requests, whose lines set it")
-    lines = enumerate(_text(args.requests).splitlines(), start=1)
-    requests = [
-        _parse_line(line, f"{args.requests}, line {number}", names, spec)
-        for number, line in lines
-        if line.strip()
-    ]
+    requests = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        if line.strip():
+            here = f"{place}, line {number}"
+            fields = _json_fields(line, here) if is_json else _prompt_fields(line, here, given)
+            requests.append(_request_of_line(fields, here, names, spec))
     if not requests:
-        raise RequestError("requests", f"{args.requests} is empty; write one JSON object per line")
+        what = "JSON object" if is_json else "prompt"
+        raise RequestError("requests", f"{place} is empty; write one {what} per line")
     return requests
 
 
-def _text(path: Path) -> bytes:
-    """Return the bytes of a file of text, whose lines are decoded one by one."""
-    try:
-        return without_byte_order_mark(path.read_bytes(), str(path))
-    except ValueError as error:
-        raise RequestError("requests", str(error)) from error
+def _is_json(name: str, data: bytes) -> bool:
+    """Return whether lines are JSON: by the suffix of the file, or else by the first character."""
+    suffix = Path(name).suffix.lower()
+    if suffix in _JSON_SUFFIXES + _PROMPT_SUFFIXES:
+        return suffix in _JSON_SUFFIXES
+    return data.lstrip().startswith(b"{")
 
 
-def _parse_line(
-    line: bytes, place: str, names: Sequence[str] | None, spec: ModelSpec
-) -> ResolvedRequest:
+def _json_fields(line: bytes, place: str) -> dict[str, object]:
     try:
-        values = msgspec.json.decode(line, type=dict[str, object])
-        return resolve(parse_request(_with_labels(values, names)), spec)
+        return msgspec.json.decode(line, type=dict[str, object])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError("requests", f"{place} is not a JSON object: {error}") from error
+
+
+def _prompt_fields(line: bytes, place: str, given: Mapping[str, object]) -> dict[str, object]:
+    return {**given, "prompt": decoded(line, "requests", place).strip()}
+
+
+def _request_of_line(
+    fields: Mapping[str, object], place: str, names: Sequence[str] | None, spec: ModelSpec
+) -> ResolvedRequest:
+    try:
+        return resolve(parse_request(_with_labels(fields, names)), spec)
     except RequestError as error:
         raise RequestError("requests", f"{place}: {error}") from error
 

@@ -62,6 +62,8 @@ class GenerationRequest:
         about(
             "what to generate, in words",
             "Conditioning",
+            metavar="TEXT",
+            flags=("-p",),
             example='a prompt, such as "a large red circle left of a small blue square on a white '
             'background"',
         ),

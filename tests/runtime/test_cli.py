@@ -179,8 +179,10 @@ def test_a_bad_line_of_requests_is_one_sentence_that_names_it(
         (["--literal-prompt"], "literal_prompt"),
     ],
 )
-def test_a_field_comes_from_one_place(draw, capsys, flags, field):
-    status = draw(*flags, "--requests", "r.jsonl")
+def test_a_field_comes_from_one_place(draw, capsys, tmp_path, flags, field):
+    (tmp_path / "r.jsonl").write_text('{"prompt": "red"}')
+
+    status = draw(*flags, "--requests", str(tmp_path / "r.jsonl"))
 
     assert status == 2
     assert capsys.readouterr().err == (
@@ -488,13 +490,15 @@ def test_a_spoilt_bundle_is_one_sentence_and_exit_1(own_bundle, damage, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence_and_exit_1(draw, tmp_path, capsys):
+def test_a_folder_that_is_a_file_is_one_sentence_and_exit_2(draw, tmp_path, capsys):
     (tmp_path / "out").write_text("a file, not a folder")
 
     status = draw("red")
 
-    assert status == 1
-    assert capsys.readouterr().err == f"error: {tmp_path / 'out'}: File exists\n"
+    assert status == 2
+    assert capsys.readouterr().err == (
+        f"error: out_dir: {tmp_path / 'out'} is a file; give a folder, or -o FILE\n"
+    )
 
 
 def test_a_prompt_that_is_not_text_is_one_sentence(tiny_bundle, tmp_path):
@@ -623,9 +627,3 @@ def test_doctor_names_every_backend(capsys):
     assert f"onnxruntime {version}: can run" in capsys.readouterr().out.splitlines()
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["can_run"] is True
-
-
-def test_every_field_of_a_request_has_a_flag():
-    args = build_parser().parse_args(["generate", "red"])
-
-    assert set(GenerationRequest.__dataclass_fields__) <= set(vars(args))

@@ -1,0 +1,65 @@
+"""The request that an image's metadata records, to repeat it with some fields changed."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME
+from ldm_runtime.errors import LdmError
+from ldm_runtime.pipeline.png import read_metadata
+
+_LOGGER = logging.getLogger(__name__)
+
+#: Recorded fields that say nothing any more once another field is changed.
+_REPLACED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "sampler": ("eta", "schedule"),
+        "schedule": ("sigmas",),
+        "num_inference_steps": ("sigmas",),
+        "sigmas": ("num_inference_steps", "schedule"),
+        "image": ("height", "width"),
+        "mask_image": ("outpaint",),
+        "outpaint": ("mask_image", "height", "width"),
+    }
+)
+_CUSTOM_SCHEDULE = {"schedule": "custom"}
+
+
+def recorded_fields(path: Path, changes: Mapping[str, object], bundle: Path) -> dict[str, object]:
+    """Return the fields of the request that made an image, changed.
+
+    A recorded field that depends on a changed one is left out: another sampler gets its own eta and
+    schedule. Another bundle than the one that made the image is warned of.
+
+    Args:
+        path: The image.
+        changes: The fields to change.
+        bundle: The bundle that is to generate it again.
+
+    Raises:
+        LdmError: The image does not say how it was made.
+    """
+    metadata = read_metadata(path)
+    request = metadata.get("request")
+    if not isinstance(request, dict):
+        raise LdmError(f"{path}: its metadata has no request; `ldm generate` did not make it")
+    _compare_bundles(path, metadata, bundle)
+    recorded = {name: value for name, value in request.items() if value is not None}
+    for name in changes:
+        for replaced in _REPLACED.get(name, ()):
+            recorded.pop(replaced, None)
+    if "sigmas" not in recorded and recorded.items() >= _CUSTOM_SCHEDULE.items():
+        del recorded["schedule"]
+    return recorded | dict(changes)
+
+
+def _compare_bundles(path: Path, metadata: Mapping[str, Any], bundle: Path) -> None:
+    made_by, used = metadata.get("bundle_sha256"), sha256_of(bundle / MANIFEST_NAME)
+    if made_by != used:
+        _LOGGER.warning(
+            "%s was generated from another bundle (%.12s) than %s (%.12s); the image will differ",
+            *(path, made_by, bundle, used),
+        )
