@@ -2,19 +2,28 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ldm_export.engine_steps import engine_steps, expected_engines
 from ldm_export.errors import CheckpointError
 from ldm_export.estimate import Estimate, make_estimate
+from ldm_export.golden.prediction import confirmed
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import check_weights
 from ldm_export.source import ExportOptions, Source, open_source, versions
-from ldm_export.steps import make_steps
+from ldm_export.steps import make_steps, measured_prediction
 from ldm_export.workspace import ExportStep, StepRecord, Workspace
 from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import SCHEMA_VERSION, BuildRecord, Manifest
+from ldm_runtime.bundle.manifest import (
+    SCHEMA_VERSION,
+    BuildRecord,
+    Manifest,
+    PredictionRecord,
+    load_manifest,
+)
 from ldm_runtime.engines.records import ENGINES_FOLDER
+from ldm_runtime.errors import ManifestError
 from ldm_runtime.progress import Progress, Silent
 from ldm_runtime.specs.model import components_of
 
@@ -41,16 +50,19 @@ def export_bundle(
         CheckpointError: The file cannot be read.
         UnknownModelError: It does not belong to a known family.
         WeightsError: Weights are missing, or tensors belong to no component.
-        ExportError: A graph is wrong, or the bundle cannot go where it should.
+        ExportError: A graph is wrong, the bundle cannot go where it should, or the UNet predicts
+            something else than it is said to.
         EngineBuildError: An engine cannot be built as it was asked for.
     """
     started = time.monotonic()
     workspace = Workspace(options.out, on_write)
     with open_checkpoint(options.checkpoint) as checkpoint:
-        source = _open_source(options, checkpoint)
+        opened, listener = _open_source(options, checkpoint), progress or Silent()
+        prediction = _prediction(opened, listener)
+        source = opened.with_spec(confirmed(opened.spec, prediction))
         steps = make_steps(source)
         with workspace.locked():
-            records = _run_steps(source, steps.steps, workspace, progress or Silent())
+            records = _run_steps(source, steps.steps, workspace, listener)
             _check_unchanged(source)
             manifest = Manifest(
                 schema_version=SCHEMA_VERSION,
@@ -61,14 +73,10 @@ def export_bundle(
                 golden=steps.golden,
                 golden_key=steps.golden_key,
                 preview=steps.fit.preview,
+                prediction=prediction,
                 engines=_engine_paths(records),
                 files=workspace.files,
-                build=BuildRecord(
-                    checkpoint=options.checkpoint.name,
-                    checkpoint_sha256=source.sha256,
-                    versions=versions(),
-                    seconds=round(time.monotonic() - started, 1),
-                ),
+                build=_build_record(source, time.monotonic() - started),
             )
             workspace.publish(manifest)
     return manifest
@@ -97,12 +105,39 @@ def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool
     return source
 
 
+def _prediction(source: Source, progress: Progress) -> PredictionRecord | None:
+    """Measure what the UNet predicts, or take what was measured for the bundle in its place."""
+    if source.spec.unet is None:
+        return None
+    key, known = source.key("prediction"), None
+    with suppress(ManifestError):
+        known = load_manifest(source.options.out).prediction
+    progress.begin("prediction")
+    if known is not None and known.key == key:
+        progress.end("prediction", "reused")
+        return known
+    record = measured_prediction(source, key)
+    give_back_memory()
+    progress.end("prediction", "built")
+    return record
+
+
+def _build_record(source: Source, seconds: float) -> BuildRecord:
+    return BuildRecord(
+        checkpoint=source.options.checkpoint.name,
+        checkpoint_sha256=source.sha256,
+        versions=versions(),
+        seconds=round(seconds, 1),
+    )
+
+
 def _run_steps(
     source: Source, steps: Sequence[ExportStep], workspace: Workspace, progress: Progress
 ) -> list[StepRecord]:
     found = [record for step in steps if (record := workspace.find(step))]
     known = [*steps, *_engine_steps(source, found, progress)]
     seconds = dict(_estimate(source).step_seconds)
+    seconds.pop("prediction", None)  # measured already
     seconds |= {step.name: 0.0 for step in known if workspace.can_reuse(step)}
     progress.plan(seconds)
     records = [_run_step(step, workspace, progress) for step in steps]

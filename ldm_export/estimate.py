@@ -15,6 +15,8 @@ from ldm_runtime.specs.tasks import task_record
 _SECONDS_PER_PARAMETER = 90e-9
 _PREVIEW_SECONDS_PER_PARAMETER = 250e-9  # of the encoder, which encodes the images
 _GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
+# Twelve calls for a small image each, and reading all weights but the decoder's.
+_PREDICTION_SECONDS, _PREDICTION_SECONDS_PER_PARAMETER = 0.5, 10e-9
 _BASE_BYTES, _BYTES_PER_PARAMETER = 700_000_000, 5.7
 # Measured with TensorRT-RTX (benchmarks/engines_full_size.py); TensorRT takes minutes more.
 _ENGINE_SECONDS, _ENGINE_SECONDS_PER_PARAMETER = 3.0, 20e-9
@@ -81,13 +83,17 @@ def make_estimate(
         engines: The component of every engine to build, by the name of its step.
     """
     width = 2 if dtype == "float16" else 4
-    seconds = {"tokenizer": 0.1} if spec.task == "text-to-image" else {}
+    total = sum(parameters.values())
+    seconds = {}
+    if spec.unet is not None:
+        seconds["prediction"] = _PREDICTION_SECONDS + _PREDICTION_SECONDS_PER_PARAMETER * total
+    if spec.task == "text-to-image":
+        seconds["tokenizer"] = 0.1
     for name, count in parameters.items():
         seconds[name] = COMPONENTS[name].trace_seconds + _SECONDS_PER_PARAMETER * count
         if name == "vae_encoder":
             seconds[name] += _PREVIEW_SECONDS_PER_PARAMETER * count
     seconds["preview"] = 0.1  # a fit to the encoder's pairs
-    total = sum(parameters.values())
     seconds["golden"] = _GOLDEN_SECONDS + _GOLDEN_SECONDS_PER_PARAMETER * total
     for step, name in engines.items():
         seconds[step] = _ENGINE_SECONDS + _ENGINE_SECONDS_PER_PARAMETER * parameters[name]

@@ -5,9 +5,9 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ from ldm_runtime.specs.model import ModelSpec, components_of
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 _SAMPLING_FIELDS = ("defaults", "prediction_type")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -83,6 +83,10 @@ class Source:
         """The model."""
         return self.detection.spec
 
+    def with_spec(self, spec: ModelSpec) -> Self:
+        """Return it with another record of the model."""
+        return replace(self, detection=replace(self.detection, spec=spec))
+
     def weights(self, component: str) -> Mapping[str, LazyTensor]:
         """Return a component's tensors by parameter name of its network."""
         names = self.detection.weights[component]
@@ -105,7 +109,7 @@ class Source:
             *inputs: What it is made from in addition to the checkpoint.
         """
         spec = msgspec.to_builtins(self.spec, enc_hook=encode_networks)
-        is_network = step in components_of(self.spec)
+        is_network = step in {*components_of(self.spec), "prediction"}
         for name in ("assumptions", *(_SAMPLING_FIELDS if is_network else ())):
             del spec[name]
         known = [

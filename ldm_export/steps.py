@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ldm_export.golden.outputs import golden_folders, write_golden
+from ldm_export.golden.prediction import measure_prediction
 from ldm_export.golden.preview import PAIRS_FILE, fit_preview, write_pairs
 from ldm_export.golden.requests import golden_requests
 from ldm_export.graphs.onnx_export import WEIGHTS_FILE, round_stored, sample_inputs, write_graphs
@@ -21,7 +22,7 @@ from ldm_export.networks.loading import load_network
 from ldm_export.source import Source
 from ldm_export.workspace import ExportStep
 from ldm_runtime.backends.contract import Tensors
-from ldm_runtime.bundle.manifest import ComponentRecord, PreviewRecord
+from ldm_runtime.bundle.manifest import ComponentRecord, PredictionRecord, PreviewRecord
 from ldm_runtime.requests.request import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
@@ -108,6 +109,12 @@ def vocabulary_of(spec: ModelSpec) -> Path | None:
     return _VOCABULARIES / _VOCABULARY_FILES[encoder.kind]
 
 
+def measured_prediction(source: Source, key: str) -> PredictionRecord | None:
+    """Measure what a checkpoint's UNet predicts; see `golden.prediction`."""
+    open_reference = partial(_open_reference, source)
+    return measure_prediction(source.spec, vocabulary_of(source.spec), open_reference, key)
+
+
 def _copy_vocabulary(vocabulary: Path, file: str, folder: Path) -> None:
     target = folder / file
     target.parent.mkdir(exist_ok=True)
@@ -120,8 +127,12 @@ def _build_golden(source: Source, requests: tuple[ResolvedRequest, ...], folder:
         requests,
         source.spec,
         vocabulary_of(source.spec),
-        lambda name: TorchEngine(name, load_network(name, source.spec, source.weights(name))),
+        partial(_open_reference, source),
     )
+
+
+def _open_reference(source: Source, name: str) -> TorchEngine:
+    return TorchEngine(name, load_network(name, source.spec, source.weights(name)))
 
 
 def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord:

@@ -1,14 +1,14 @@
 """Golden outputs: torch's images from the runtime's own loop, which `ldm verify` compares with."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.backends.contract import Runner
+from ldm_export.golden.one_network import OneNetwork, OpenReference
 from ldm_runtime.backends.networks import FiniteOutputs
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.diagnostics.golden_requests import golden_latents, save_golden_request
@@ -21,9 +21,6 @@ from ldm_runtime.specs.tasks import task_record
 OUTPUTS_FILE = "golden.npz"
 
 Float32Array = npt.NDArray[np.float32]
-
-#: Opens a component in torch, float32, with the checkpoint's own weights.
-OpenReference = Callable[[str], Runner]
 
 
 def golden_folders(requests: Sequence[ResolvedRequest]) -> tuple[str, ...]:
@@ -51,7 +48,7 @@ def write_golden(
         vocabulary: Vocabulary of its tokenizer, or None without prompts.
         open_reference: Opens a component in torch.
     """
-    network = _OneNetwork(open_reference)
+    network = OneNetwork(lambda name: FiniteOutputs(name=name, runner=open_reference(name)))
     all_passes = _open_all_passes(network, requests, spec, vocabulary)
     latents = [_latents(network, passes) for passes in all_passes]
     for name, request, generated in zip(golden_folders(requests), requests, latents, strict=True):
@@ -63,24 +60,8 @@ def write_golden(
             image.save(place / f"{number}.png")
 
 
-class _OneNetwork:
-    """The networks of a model by name, of which one is in memory: the last one requested."""
-
-    def __init__(self, open_reference: OpenReference) -> None:
-        self._open = open_reference
-        self._name = ""
-        self._engine: Runner | None = None
-
-    def __call__(self, name: str) -> Runner:
-        if self._engine is None or self._name != name:
-            self._engine = None  # freed before the next one is loaded
-            self._engine = FiniteOutputs(name=name, runner=self._open(name))
-            self._name = name
-        return self._engine
-
-
 def _open_all_passes(
-    network: _OneNetwork,
+    network: OneNetwork,
     requests: Sequence[ResolvedRequest],
     spec: ModelSpec,
     vocabulary: Path | None,
@@ -91,7 +72,7 @@ def _open_all_passes(
         return [open_passes(network, tokenizer, request, spec) for request in requests]
 
 
-def _latents(network: _OneNetwork, passes: ImagePasses) -> Float32Array:
+def _latents(network: OneNetwork, passes: ImagePasses) -> Float32Array:
     """Sample every image of a request alone; an autoencoder only has the encoded latents."""
     if not task_record(passes.spec).samples:
         assert passes.start is not None, "an autoencoder has an image to encode"

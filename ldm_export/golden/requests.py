@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.golden.images import make_images
+from ldm_export.golden.images import Pixels, make_images
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject, max_objects, num_labels
@@ -54,6 +54,28 @@ def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[ResolvedRequ
         resolve(GenerationRequest(**{**common, **each, **fields}), spec)
         for each, fields in zip(varied, inputs, strict=False)
     )
+
+
+def unguided_request(spec: ModelSpec, image: Pixels) -> ResolvedRequest:
+    """Return a request without guidance whose condition is of an image, or says nothing about it.
+
+    Args:
+        spec: The model.
+        image: RGB (side, side, 3). What is concatenated to the latents is made from it.
+    """
+    side, factor = len(image), spec.autoencoder.factor
+    fields: dict[str, Any] = {"height": side, "width": side, "guidance_scale": 1.0, "seed": 0}
+    inputs = dict(next(_INPUTS[spec.task](spec, (side, side))))
+    match spec.task:
+        case "text-to-image":
+            inputs = {"prompt": ""}
+        case "inpainting":
+            inputs["image"] = InputImage(image)
+        case "super-resolution":
+            squares = image.reshape(side // factor, factor, side // factor, factor, 3)
+            inputs["image"] = InputImage(np.rint(squares.mean(axis=(1, 3))).astype(np.uint8))
+            del fields["height"], fields["width"]
+    return resolve(GenerationRequest(**fields, **inputs), spec)
 
 
 def _size(spec: ModelSpec, *, is_large: bool) -> Size:

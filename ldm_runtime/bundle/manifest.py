@@ -14,10 +14,10 @@ import msgspec
 
 from ldm_runtime.errors import BundleError, ManifestError
 from ldm_runtime.specs.components import NETWORK_RECORDS, TensorSignature
-from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.model import ModelSpec, PredictionType
 from ldm_runtime.specs.networks import Networks, TextEncoderSpec
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_NAME = "manifest.json"
 
 WeightsDType = Literal["float16", "float32"]
@@ -100,6 +100,22 @@ class PreviewRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictionRecord:
+    """Measurement of a UNet's prediction type, from how its output follows noise in its input.
+
+    Attributes:
+        key: Hash of everything it was measured from; equal keys mean equal measurements.
+        deviations: Difference of the slope from that of each prediction type, as a root mean square
+            over noise levels.
+        measured: The type that it is near to, or None where none is clear.
+    """
+
+    key: str
+    deviations: dict[PredictionType, float]
+    measured: PredictionType | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """One file of the bundle, by its path inside it."""
 
@@ -127,6 +143,7 @@ class Manifest:
         golden: Folders with a golden request, its latents and images.
         golden_key: Hash of everything the golden outputs were made from.
         preview: The map from latents to previews, or None if there is none.
+        prediction: Measurement of the prediction type, or None if there is none.
         engines: Paths of the records of TensorRT engines, each next to its engine file.
         files: Every file of the bundle but the manifest itself.
     """
@@ -139,6 +156,7 @@ class Manifest:
     golden: tuple[str, ...]
     golden_key: str
     preview: PreviewRecord | None
+    prediction: PredictionRecord | None
     engines: tuple[str, ...]
     files: tuple[FileRecord, ...]
     build: BuildRecord

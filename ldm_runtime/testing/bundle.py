@@ -65,6 +65,7 @@ def write_tiny_bundle(folder: Path, task: Task = "text-to-image") -> Manifest:
         golden=tuple(golden),
         golden_key="tiny",
         preview=_preview(spec, networks["vae_decoder"]),
+        prediction=None,
         engines=(),
         files=tuple(_file_records(folder)),
         build=BuildRecord(

@@ -169,6 +169,7 @@ def test_an_equal_export_reuses_everything(bundle_copy, small_checkpoint_path):
 
     assert {name for name, outcome in outcomes.of.items() if outcome == "reused"} == {
         *COMPONENTS_OF_SD,
+        "prediction",
         "golden",
     }
     assert sum(outcomes.planned.values()) < 1
@@ -190,7 +191,8 @@ def test_another_default_size_redraws_golden_outputs_but_keeps_the_networks(
     )
 
     assert {name for name, outcome in outcomes.of.items() if outcome == "reused"} == {
-        *COMPONENTS_OF_SD
+        *COMPONENTS_OF_SD,
+        "prediction",
     }
     assert manifest.spec.defaults.height == 32
     assert load_manifest(bundle_copy) == manifest

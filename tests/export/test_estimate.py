@@ -21,7 +21,8 @@ def test_the_size_of_a_bundle_is_that_of_its_weights(dtype, width):
 def test_every_step_is_estimated():
     estimate = make_estimate(SPEC, STABLE_DIFFUSION, "float16")
 
-    assert set(estimate.step_seconds) == {"tokenizer", *components_of(SPEC), "preview", "golden"}
+    networks = components_of(SPEC)
+    assert set(estimate.step_seconds) == {"prediction", "tokenizer", *networks, "preview", "golden"}
     assert all(seconds > 0 for seconds in estimate.step_seconds.values())
 
 

@@ -98,6 +98,7 @@ def export(out, *, version=None, on_write=never, built=None, exchange=exchange_f
             golden=("golden/0",),
             golden_key=records[-1].key,
             preview=None,
+            prediction=None,
             engines=(),
             files=workspace.files,
             build=BuildRecord(checkpoint="a.ckpt", checkpoint_sha256="", versions={}, seconds=0),

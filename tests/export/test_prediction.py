@@ -1,0 +1,194 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ldm_export import export
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.errors import ExportError
+from ldm_export.golden.prediction import NEAR, confirmed, measure_prediction
+from ldm_export.graphs.torch_engine import TorchEngine
+from ldm_export.networks.loading import build_network, load_network
+from ldm_export.source import ExportOptions, open_source
+from ldm_export.steps import vocabulary_of
+from ldm_runtime.bundle.manifest import PredictionRecord
+from ldm_runtime.specs.model import Assumption
+from ldm_runtime.testing import FakeEngine
+from tests.conftest import SHAPES_CHECKPOINT
+from tests.export.small_spec import SPEC
+from tests.export.small_systems import SMALL_SYSTEMS, small_system
+
+FOLDER = SHAPES_CHECKPOINT.parent
+TRAINED = sorted(path.stem for path in FOLDER.glob("*.ckpt"))
+
+
+class OtherTarget:
+    """A UNet that predicts v, turned into one of another target by arithmetic alone."""
+
+    def __init__(self, unet, spec, target):
+        self.unet, self.target = unet, target
+        self.signals = np.sqrt(np.array(spec.alphas_cumprod))
+        self.channels = spec.unet.out_channels
+
+    def run(self, inputs):
+        share = self.signals[inputs["timesteps"].astype(int)][:, None, None, None]
+        noise_share = np.sqrt(1 - share**2)
+        noisy, v = inputs["latents"][:, : self.channels], self.unet.run(inputs)["prediction"]
+        match self.target:
+            case "epsilon":  # noise = s * x + a * v, and v = a * noise - s * x0
+                return {"prediction": noise_share * noisy + share * v}
+            case "sample":
+                return {"prediction": share * noisy - noise_share * v}
+            case _:
+                return {"prediction": v}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Measure a model that comes along, as it is or with another target; each is loaded once."""
+    opened = {}
+
+    def measure(name, target="v_prediction"):
+        if name not in opened:
+            opened[name] = opened_model(FOLDER / f"{name}.ckpt")
+        spec, networks = opened[name]
+        known = {**networks, "unet": OtherTarget(networks["unet"], spec, target)}
+        return measure_prediction(spec, vocabulary_of(spec), known.__getitem__, "key")
+
+    return measure
+
+
+def opened_model(path):
+    with open_checkpoint(path) as checkpoint:
+        source = open_source(ExportOptions(checkpoint=path, out=path), checkpoint, hashed=False)
+        networks = {
+            name: TorchEngine(name, load_network(name, source.spec, source.weights(name)))
+            for name in source.detection.weights
+        }
+    return source.spec, networks
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_model_that_comes_along_is_measured_to_predict_v(name, trained):
+    record = trained(name)
+
+    assert record.measured == "v_prediction"
+    assert record.deviations["v_prediction"] < 0.7 * NEAR
+    assert record.deviations["epsilon"] > 2.5 * NEAR
+
+
+@pytest.mark.parametrize("name", ["semantic_synthesis", "shapes", "super_resolution"])
+def test_the_same_model_computing_noise_is_measured_to_predict_noise(name, trained):
+    record = trained(name, "epsilon")
+
+    assert record.measured == "epsilon"
+    assert record.deviations["epsilon"] < 0.5 * NEAR
+
+
+def test_the_same_model_computing_clean_latents_is_measured_to_predict_them(trained):
+    assert trained("shapes", "sample").measured == "sample"
+
+
+def random_networks(name, seed):
+    system = small_system(name, seed)
+
+    def network(component):
+        prefix = {
+            "unet": "model.diffusion_model.",
+            "vae_encoder": "first_stage_model.",
+        }.get(component, "cond_stage_model.")
+        built = build_network(component, system.spec)
+        state = {each: system.state[prefix + each] for each in built.state_dict()}
+        built.load_state_dict(state, assign=True)
+        return TorchEngine(component, built.requires_grad_(False))
+
+    return system.spec, network
+
+
+@pytest.mark.parametrize(
+    "name", [each for each in SMALL_SYSTEMS if not each.startswith("autoencoder")]
+)
+def test_random_weights_of_every_task_are_undecided(name):
+    spec, network = random_networks(name, seed=1)
+
+    record = measure_prediction(spec, vocabulary_of(spec), network, "key")
+
+    assert record.measured is None
+    assert min(record.deviations, key=record.deviations.get) == "sample"
+    assert confirmed(spec, record) is spec
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_outputs_that_say_nothing_or_are_no_numbers_are_undecided(value):
+    spec, network = random_networks("unconditional", seed=0)
+
+    def constant(component):
+        if component != "unet":
+            return network(component)
+        return FakeEngine(
+            lambda inputs: {"prediction": np.full_like(inputs["latents"], np.float32(value))}
+        )
+
+    record = measure_prediction(spec, None, constant, "key")
+
+    assert record is None or record.measured is None
+    assert confirmed(spec, record) is spec
+
+
+def test_an_autoencoder_predicts_nothing():
+    spec = small_system("autoencoder").spec
+
+    assert measure_prediction(spec, None, pytest.fail, "key") is None
+
+
+def measured(kind):
+    deviations = dict.fromkeys(("epsilon", "v_prediction", "sample"), 0.5) | {kind: 0.04}
+    return PredictionRecord(key="", deviations=deviations, measured=kind)
+
+
+def assuming(source):
+    assumption = Assumption(field="prediction_type", value=SPEC.prediction_type, source=source)
+    return replace(SPEC, assumptions=(assumption,))
+
+
+@pytest.mark.parametrize("source", ["config", "file", "family", "flag"])
+def test_what_a_measurement_confirms_is_recorded_as_measured(source):
+    spec = confirmed(assuming(source), measured("epsilon"))
+
+    assert [each.source for each in spec.assumptions] == [f"{source}, measured"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("config", "which the configuration says"),
+        ("file", "which the file says of itself"),
+        ("family", "which was assumed from its family"),
+    ],
+)
+def test_a_measurement_that_contradicts_names_both_errors_and_the_flag(source, words):
+    with pytest.raises(ExportError) as raised:
+        confirmed(assuming(source), measured("v_prediction"))
+
+    assert str(raised.value) == (
+        "the UNet predicts v_prediction: its output follows the noise in its input as that does up "
+        f"to 0.04, and up to 0.50 as epsilon, {words}; export with --prediction-type v_prediction, "
+        "or with --prediction-type epsilon to keep it"
+    )
+
+
+def test_a_flag_is_obeyed_with_a_warning(caplog):
+    spec = assuming("flag")
+
+    assert confirmed(spec, measured("v_prediction")) is spec
+    assert "and up to 0.50 as epsilon, which --prediction-type says and is used" in caplog.text
+
+
+def test_a_download_without_its_configuration_is_refused_before_anything_is_written(tmp_path):
+    checkpoint = shutil.copy(SHAPES_CHECKPOINT, tmp_path / "model.ckpt")
+
+    with pytest.raises(ExportError, match=r"predicts v_prediction: .* --prediction-type v_pred"):
+        export(checkpoint, tmp_path / "engines")
+
+    assert list(tmp_path.iterdir()) == [checkpoint]
