@@ -78,6 +78,12 @@ def build_parser() -> Parser:
         type=float,
         help="factor from the autoencoder's latents to the UNet's",
     )
+    features.add_argument(
+        "--label-names",
+        type=Path,
+        metavar="FILE",
+        help="names of labels 0, 1 and so on, one per line, to ask for classes by name",
+    )
     features.add_argument("--height", type=int, help="default height in pixels")
     features.add_argument("--width", type=int, help="default width in pixels")
     return parser
@@ -142,6 +148,16 @@ def _library_versions() -> dict[str, str]:
     return versions
 
 
+def _label_names(path: Path) -> tuple[str, ...]:
+    from ldm_export.errors import ExportError
+    from ldm_runtime.inputs.layouts import read_label_names
+
+    try:
+        return read_label_names(path)
+    except ValueError as error:
+        raise ExportError(f"--label-names: {error}") from error
+
+
 def _missing(error: ImportError) -> str:
     install = "install the extra 'export' of ldm-deploy"
     if isinstance(error, ModuleNotFoundError):
@@ -171,6 +187,7 @@ def _export(args: argparse.Namespace) -> None:
             latent_scale_factor=args.latent_scale_factor,
             height=args.height,
             width=args.width,
+            label_names=None if args.label_names is None else _label_names(args.label_names),
         ),
         weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
         engines=engine_options(args, args.engines),

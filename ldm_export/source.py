@@ -26,8 +26,8 @@ from ldm_runtime.specs.model import ModelSpec, components_of
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 9
-_SAMPLING_FIELDS = ("defaults", "prediction_type")
+CACHE_VERSION = 10
+_SAMPLING_FIELDS = ("defaults", "prediction_type", "label_names")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 

@@ -35,10 +35,12 @@ def as_spec(model: ReleasedModel) -> ModelSpec:
             height=side,
             width=side,
             sampler="ddim",
+            schedule=None,
             num_inference_steps=4,
             guidance_scale=1.0,
             eta=0.0,
         ),
+        label_names=(),
         assumptions=(),
         networks=model.networks,
     )

@@ -1,10 +1,11 @@
 """The features that a CompVis `config.yaml` adds to a checkpoint's weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ldm_export.detection.own_sections import SamplingFields, label_names, sampling_fields
 from ldm_export.detection.yaml_file import read_yaml
 from ldm_export.errors import ExportError, ForeignConfigError
 from ldm_export.families.records import WeightsChoice
@@ -55,6 +56,8 @@ class ConfigFields:
         num_classes: Classes of a class embedding.
         class_dropout: Share of labels that training replaced by the last class.
         num_downsampling_steps: Downsampling steps of a segmentation encoder.
+        sampling: Sampling defaults, of this project's own section.
+        label_names: Names of labels, of another.
     """
 
     weights: WeightsChoice | None = None
@@ -74,6 +77,8 @@ class ConfigFields:
     num_classes: int | None = None
     class_dropout: float | None = None
     num_downsampling_steps: int | None = None
+    sampling: SamplingFields = field(default_factory=SamplingFields)
+    label_names: tuple[str, ...] | None = None
 
 
 def read_config(path: Path) -> Config:
@@ -134,6 +139,8 @@ def config_fields(config: Config | None) -> ConfigFields:
         num_classes=_integer(params, "cond_stage_config.params.n_classes", _MAX_CLASSES),
         class_dropout=_share(params, "cond_stage_config.params.ucg_rate"),
         num_downsampling_steps=_integer(params, "cond_stage_config.params.n_stages", _MAX_STEPS),
+        sampling=sampling_fields(config),
+        label_names=label_names(config),
     )
 
 

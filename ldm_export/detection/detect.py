@@ -18,10 +18,13 @@ from ldm_export.detection.features import Tensors
 from ldm_export.detection.file_fields import file_fields
 from ldm_export.detection.match import match_family
 from ldm_export.detection.overrides import Overrides, Sources, first_stated
+from ldm_export.detection.own_sections import SamplingFields
 from ldm_export.detection.spec import read_spec
 from ldm_export.detection.weight_assignment import assigned_weights
 from ldm_export.errors import ExportError
 from ldm_export.families.records import FamilyDefaults
+from ldm_runtime.errors import RequestError
+from ldm_runtime.requests.resolution import check_defaults
 from ldm_runtime.specs.model import ModelSpec
 
 __all__ = ["Detection", "Overrides", "assigned_weights", "detect"]
@@ -81,6 +84,8 @@ def detect(
     spec = read_spec(sources, family.name, assignment)
     check_architecture(config, spec)
     check_consistent(spec)
+    if stated.sampling != SamplingFields():
+        _check_sampling(spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
     return Detection(spec=spec, weights=assignment.weights, unused=assignment.unused)
 
@@ -98,6 +103,13 @@ def _check_flags(flags: Overrides) -> None:
             raise ExportError(f"--{flag} is {value}; a positive number was expected")
 
 
+def _check_sampling(spec: ModelSpec) -> None:
+    try:
+        check_defaults(spec)
+    except RequestError as error:
+        raise ExportError(f"config: sampling.{error}") from error
+
+
 def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
     """Check that flags are about features that this checkpoint has."""
     unneeded = []
@@ -105,11 +117,14 @@ def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
         unneeded += ["num_heads", "num_head_channels", "prediction_type"]
     if family_defaults.task != "class-to-image":
         unneeded += ["null_class"]
+    if family_defaults.task not in ("class-to-image", "layout-to-image", "semantic-synthesis"):
+        unneeded += ["label_names"]
     for name in unneeded:
         value = getattr(flags, name)
         if value is not None:
             flag = name.replace("_", "-")
+            shown = f" {value}" if isinstance(value, int | str) else ""
             raise ExportError(
-                f"--{flag} {value} does not go with this checkpoint, which is for "
+                f"--{flag}{shown} does not go with this checkpoint, which is for "
                 f"{family_defaults.task}; leave it out"
             )

@@ -25,6 +25,7 @@ class Overrides:
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
         height: Default height in pixels.
         width: Default width in pixels.
+        label_names: Names of labels 0, 1, … of a model of classes, layouts or segmentation maps.
     """
 
     weights: WeightsChoice | None = None
@@ -35,6 +36,7 @@ class Overrides:
     latent_scale_factor: float | None = None
     height: int | None = None
     width: int | None = None
+    label_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

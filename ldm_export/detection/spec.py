@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
+from ldm_export.detection.labels import label_names_of
 from ldm_export.detection.noise_schedule import (
     ComputedSchedule,
     ListedBetas,
@@ -17,20 +18,24 @@ from ldm_export.detection.noise_schedule import (
     read_schedule,
 )
 from ldm_export.detection.overrides import Overrides, Sources, assumed, first_stated
+from ldm_export.detection.sampling_defaults import read_defaults
 from ldm_export.detection.weight_assignment import WeightAssignment, component_shapes
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.unet import read_unet
 from ldm_runtime.schedules import rescale_zero_terminal_snr
-from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType, SamplingDefaults
-from ldm_runtime.specs.networks import AutoencoderSpec, ClassEmbedderSpec, Networks, UNetSpec
+from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    Networks,
+    UNetSpec,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_AUTOENCODER_SIZE = 256  # pixels per side of the released autoencoders' training images
 
 
 class _Notes(list[Assumption]):
@@ -73,7 +78,8 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         networks=networks,
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources, prediction_type)),
         prediction_type=prediction_type,
-        defaults=_defaults(sources, autoencoder.factor, notes, has_null=has_null),
+        defaults=notes.keep(read_defaults(sources, autoencoder.factor, has_null=has_null)),
+        label_names=label_names_of(sources, networks),
         assumptions=tuple(notes),
     )
 
@@ -182,43 +188,3 @@ def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> 
         file=sources.file.prediction_type,
     )
     return stated[0] if unet is None else notes.keep(stated)
-
-
-def _defaults(sources: Sources, factor: int, notes: _Notes, *, has_null: bool) -> SamplingDefaults:
-    flags, file, family = sources.flags, sources.file, sources.family
-    native, usual = _native_sizes(sources, factor)
-    if family.other_latent_sizes and {native, file.height, flags.height, flags.width} == {None}:
-        _LOGGER.warning(
-            "models of this family have the same weights at %s pixels and at %d, and the file does "
-            "not say which; %d is taken, --height and --width state another",
-            ", ".join(str(size * factor) for size in family.other_latent_sizes),
-            usual,
-            usual,
-        )
-    defaults = SamplingDefaults(
-        height=notes.keep(
-            first_stated("defaults.height", flags.height, native, usual, file=file.height)
-        ),
-        width=notes.keep(
-            first_stated("defaults.width", flags.width, native, usual, file=file.width)
-        ),
-        sampler=family.sampler,
-        num_inference_steps=family.num_inference_steps,
-        guidance_scale=family.guidance_scale if has_null else 1.0,
-        eta=family.eta,
-    )
-    if family.task != "autoencoder":
-        notes += [
-            assumed(f"defaults.{name}", getattr(defaults, name), "family")
-            for name in ("sampler", "num_inference_steps", "guidance_scale", "eta")
-        ]
-    return defaults
-
-
-def _native_sizes(sources: Sources, factor: int) -> tuple[int | None, int]:
-    """Return the side in pixels that the configuration states, or None, and the family's."""
-    config, family = sources.config, sources.family
-    if family.latent_size is None:
-        return config.resolution, _AUTOENCODER_SIZE
-    native = None if config.latent_size is None else config.latent_size * factor
-    return native, family.latent_size * factor

@@ -96,6 +96,19 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
     )
 
 
+def check_defaults(spec: ModelSpec) -> None:
+    """Check that a model's sampling defaults go together: a request without fields has them.
+
+    Raises:
+        RequestError: There is no such sampler, schedule or number of steps, or guidance without a
+            null condition.
+    """
+    if task_record(spec).samples:
+        request = GenerationRequest(guidance_scale=spec.defaults.guidance_scale)
+        check_guidance(request, spec)
+        _sampling(request, spec)
+
+
 def sampler_of(request: ResolvedRequest) -> SamplerRecord:
     """Return the sampler of a request."""
     return SAMPLERS[request.sampler]
@@ -208,7 +221,8 @@ def _sigmas(
         return CUSTOM, _custom_sigmas(request, request.sigmas)
     if request.schedule == CUSTOM:
         raise RequestError("schedule", f"{CUSTOM!r} means those in sigmas; give sigmas")
-    schedule = _first(request.schedule, record.schedule)
+    own = spec.defaults.schedule if record is SAMPLERS[spec.defaults.sampler] else None
+    schedule = _first(request.schedule, _first(own, record.schedule))
     steps = _first(request.num_inference_steps, spec.defaults.num_inference_steps)
     try:
         return schedule, tuple(sampling_sigmas(table, steps, schedule, record.final_sigma))

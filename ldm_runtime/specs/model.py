@@ -25,11 +25,16 @@ _Record = TypeVar("_Record", bound=NetworkSpec)
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """Defaults of fields that a request leaves open. Sizes in pixels; eta is of `sampler`."""
+    """Defaults of fields that a request leaves open.
+
+    Sizes are in pixels. Schedule and eta are of `sampler`: a request with another one has the
+    defaults of that. A schedule of None is the sampler's own.
+    """
 
     height: int
     width: int
     sampler: str
+    schedule: str | None
     num_inference_steps: int
     guidance_scale: float
     eta: float
@@ -63,6 +68,8 @@ class ModelSpec:
         alphas_cumprod: Training noise schedule, one value per training timestep; empty
             without a UNet.
         prediction_type: Output that the UNet was trained for.
+        label_names: Names of the classes 0, 1, … of a class embedding, a layout encoder or a
+            segmentation encoder; empty if they are not known.
         assumptions: Values that the weights could not tell.
     """
 
@@ -73,6 +80,7 @@ class ModelSpec:
     alphas_cumprod: tuple[float, ...]
     prediction_type: PredictionType
     defaults: SamplingDefaults
+    label_names: tuple[str, ...]
     assumptions: tuple[Assumption, ...]
 
     @property

@@ -111,8 +111,15 @@ TINY_SPEC = ModelSpec(
     ),
     prediction_type="v_prediction",  # bounded, whatever the network says
     defaults=SamplingDefaults(
-        height=16, width=16, sampler="ddim", num_inference_steps=4, guidance_scale=3.0, eta=0.0
+        height=16,
+        width=16,
+        sampler="ddim",
+        schedule=None,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        eta=0.0,
     ),
+    label_names=(),
     assumptions=(),
 )
 

@@ -19,7 +19,7 @@ from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
 from models.shapes.catalog.models import MODELS
 
-_IMAGES, _STEPS = 200, 50
+_IMAGES = 200
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=MODELS, help="which model the bundle is of")
     parser.add_argument("--bundle", type=Path, default=Path("engines"))
     parser.add_argument("--images", type=int, default=_IMAGES, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=_STEPS, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument(
         "--short-captions",
         action="store_true",

@@ -31,7 +31,7 @@ from models.shapes.data.labels import box_of, class_colors, label_names, label_o
 from models.shapes.evaluation.scores import EvaluationPrompt, image_of, shrink
 
 HERE, ROOT = demo.HERE, demo.ROOT
-IMAGES, STEPS = 8, 50
+IMAGES = 8
 _SEED = 7  # of the scenes, the demo's
 _ZOOM, _GAP = 2, 4
 _PAPER, _MASKED = (255, 255, 255), (255, 0, 255)
@@ -134,7 +134,7 @@ def generate_sheet(model: TrainedModel, bundle: Path) -> Image.Image:
 
     prompts = held_out_prompts(model, IMAGES, _SEED)
     with Generator(bundle) as generator:
-        generated, _ = generate_all(generator, model, prompts, STEPS)
+        generated, _ = generate_all(generator, model, prompts, None)
     rows = [[Image.fromarray(image) for image in generated]]
     if model.task in INPUT_IMAGES:
         rows.insert(0, [INPUT_IMAGES[model.task](prompt) for prompt in prompts])

@@ -17,8 +17,15 @@ SPEC = ModelSpec(
     alphas_cumprod=tuple(schedule_buffers()["alphas_cumprod"].tolist()),
     prediction_type="epsilon",
     defaults=SamplingDefaults(
-        height=SIZE, width=SIZE, sampler="ddim", num_inference_steps=4, guidance_scale=7.5, eta=0.0
+        height=SIZE,
+        width=SIZE,
+        sampler="ddim",
+        schedule=None,
+        num_inference_steps=4,
+        guidance_scale=7.5,
+        eta=0.0,
     ),
+    label_names=(),
     assumptions=(),
     networks=Networks(unet=UNET, autoencoder=AUTOENCODER, text_encoder=TEXT_ENCODER),
 )

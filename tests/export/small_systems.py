@@ -70,10 +70,12 @@ _PLAIN = ModelSpec(
         height=SIZE,
         width=SIZE,
         sampler="ddim",
+        schedule=None,
         num_inference_steps=50,
         guidance_scale=1.0,
         eta=1.0,
     ),
+    label_names=(),
     assumptions=(),
     networks=Networks(unet=_QKV, autoencoder=_VQ),
 )

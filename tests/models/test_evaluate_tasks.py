@@ -9,6 +9,7 @@ from PIL import Image
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.errors import LdmError
 from ldm_runtime.inputs.layouts import read_layout
+from ldm_runtime.testing import tiny_spec
 from models.shapes.catalog.models import MODELS
 from models.shapes.data import scenes
 from models.shapes.evaluation import tasks
@@ -24,7 +25,7 @@ class Painter:
     backend = "paint"
 
     def __init__(self, model, bundle, images):
-        self.spec = SimpleNamespace(task=model.task)
+        self.spec = tiny_spec(model.task)
         self.bundle = bundle
         self.bundle_sha256 = sha256_of(bundle / "manifest.json")
         self.images = iter(images)
@@ -77,10 +78,17 @@ def test_an_image_with_a_mask_has_it_where_the_mask_is_white():
     np.testing.assert_array_equal(fields["image"], asked.truth)
 
 
-def test_guidance_is_asked_for_only_where_there_is_a_null_condition():
-    guided = {name for name in NAMES if "guidance_scale" in tasks.settings_of(MODELS[name], 9)}
+def test_settings_are_the_bundles_defaults_and_guidance_where_there_is_a_null_condition():
+    spec = tiny_spec("text-to-image")
 
-    assert guided == {"class_to_image", "text_to_image_bert", "layout_to_image"}
+    assert tasks.settings_of(spec, None) == {
+        "sampler": "ddim",
+        "num_inference_steps": 4,
+        "eta": 0.0,
+        "guidance_scale": 3.0,
+    }
+    assert tasks.settings_of(spec, 9)["num_inference_steps"] == 9
+    assert "guidance_scale" not in tasks.settings_of(tiny_spec("unconditional"), None)
 
 
 @pytest.mark.parametrize("model", ALL, ids=NAMES)

@@ -20,7 +20,7 @@ from ldm_runtime.specs.model import components_of
 from models.shapes.catalog.models import MODELS
 from models.shapes.evaluation import tasks
 from models.shapes.evaluation.scores import GOALS, score_all, scores
-from models.shapes.training.packing import MOST_BYTES
+from models.shapes.training.packing import MOST_BYTES, config_of
 from tests.generated import drawn_by
 
 FOLDER = Path(__file__).parents[2] / "models/shapes"
@@ -62,6 +62,8 @@ def test_it_is_what_the_catalog_says_and_small_enough_to_come_along(opened):
     assert spec.networks.get("text_encoder") == model.encoder
     assert spec.networks.get("class_embedder") == model.embedder
     assert spec.networks.get("segmentation_encoder") == model.segmentation_encoder
+    assert {name: getattr(spec.defaults, name) for name in model.sampling} == model.sampling
+    assert spec.label_names == config_of(model).label_names
 
 
 def test_it_generates_what_is_asked_for(opened):

@@ -387,6 +387,18 @@ def test_the_bundle_says_how_much_fresh_noise_its_own_sampler_adds():
     assert eta(sampler="euler_ancestral") == 1.0
 
 
+def test_a_schedule_among_the_defaults_goes_with_the_default_sampler_alone():
+    defaults = dataclasses.replace(TINY_SPEC.defaults, sampler="euler", schedule="karras")
+    spec = dataclasses.replace(TINY_SPEC, defaults=defaults)
+
+    def schedule_of(**fields):
+        return resolve(GenerationRequest(prompt="red", **fields), spec).schedule
+
+    assert schedule_of() == schedule_of(sampler="euler") == "karras"
+    assert schedule_of(schedule="exponential") == "exponential"
+    assert schedule_of(sampler="dpmpp_2m") == SAMPLERS["dpmpp_2m"].schedule != "karras"
+
+
 def test_eta_of_a_bundle_whose_sampler_has_none_changes_nothing():
     defaults = dataclasses.replace(TINY_SPEC.defaults, sampler="euler", eta=1.0)
 

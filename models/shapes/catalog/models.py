@@ -81,6 +81,7 @@ class TrainedModel:
         layout_steps: Ranges of steps in which high noise weighs more, which decides the
             layout; also after a restart, if the layout is still wrong.
         optimizer: Muon is for the matrices inside the UNet; AdamW takes the rest, or all.
+        num_inference_steps: Of the images by which it is evaluated.
         guidance_scale: Of the images by which it is watched and evaluated.
     """
 
@@ -98,7 +99,15 @@ class TrainedModel:
     cycles: tuple[Cycle, ...]
     layout_steps: tuple[range, ...]
     optimizer: Literal["muon", "adamw"] = "muon"
+    num_inference_steps: int = 50
     guidance_scale: float = 1.0
+
+    @property
+    def sampling(self) -> Mapping[str, str | float]:
+        """The sampling defaults of its bundle, as fields of a request."""
+        steps = {"num_inference_steps": self.num_inference_steps, "eta": 0.0}
+        guidance = {"guidance_scale": self.guidance_scale} if self.drops else {}
+        return {"sampler": "ddim", **steps, **guidance}
 
     @property
     def drops(self) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 
 from ldm_runtime import Generator
 from ldm_runtime.errors import LdmError
-from ldm_runtime.specs.model import Task
+from ldm_runtime.specs.model import ModelSpec, Task
+from ldm_runtime.specs.tasks import can_guide
 from measuring.rows import ROOT, Row, append_line, commit, machine
 from models.shapes.catalog.models import MODELS, TrainedModel
 from models.shapes.data import scenes
@@ -101,24 +102,33 @@ FIELDS: Mapping[Task, Callable[[EvaluationPrompt], dict[str, Any]]] = MappingPro
 )
 
 
-def settings_of(model: TrainedModel, steps: int) -> dict[str, Any]:
-    """Return how the images are sampled, as fields of requests."""
-    settings: dict[str, Any] = {"sampler": "ddim", "num_inference_steps": steps, "eta": 0.0}
-    return settings | ({"guidance_scale": model.guidance_scale} if model.drops else {})
+def settings_of(spec: ModelSpec, steps: int | None) -> dict[str, Any]:
+    """Return how the images are sampled: the bundle's defaults, in `steps` if it is not None."""
+    names = ("sampler", "num_inference_steps", "eta")
+    settings = {name: getattr(spec.defaults, name) for name in names}
+    settings |= {"guidance_scale": spec.defaults.guidance_scale} if can_guide(spec) else {}
+    return settings | _stated(steps)
+
+
+def _stated(steps: int | None) -> dict[str, int]:
+    return {} if steps is None else {"num_inference_steps": steps}
 
 
 def generate_all(
-    generator: Generator, model: TrainedModel, prompts: Sequence[EvaluationPrompt], steps: int
+    generator: Generator,
+    model: TrainedModel,
+    prompts: Sequence[EvaluationPrompt],
+    steps: int | None,
 ) -> tuple[list[InputImage], list[float]]:
-    """Return an image for each prompt and the seconds that each took.
+    """Return an image for each prompt and the seconds that each took, the bundle's steps or others.
 
     Raises:
         LdmError: A request is refused, or the bundle cannot generate it.
     """
-    images, seconds, settings = [], [], settings_of(model, steps)
+    images, seconds = [], []
     for index, prompt in enumerate(prompts):
         started = time.perf_counter()
-        fields = FIELDS[model.task](prompt) | settings
+        fields = FIELDS[model.task](prompt) | _stated(steps)
         image = generator(seed=SEED + index, **fields).images[0]
         seconds.append(time.perf_counter() - started)
         images.append(np.asarray(image))
@@ -148,7 +158,7 @@ def evaluate(
     generator: Generator,
     model: TrainedModel,
     count: int,
-    steps: int,
+    steps: int | None = None,
     wording: scenes.Wording = scenes.FULL,
 ) -> tuple[TaskRow, list[InputImage]]:
     """Generate and score; return the row and the images.
@@ -157,7 +167,7 @@ def evaluate(
         generator: An open bundle of the model.
         model: The model.
         count: Images.
-        steps: Of each.
+        steps: Of each; None takes the bundle's.
         wording: For models of captions, how much of a scene its caption tells.
 
     Raises:
@@ -178,7 +188,7 @@ def evaluate(
         commit=commit(),
         bundle_sha256=generator.bundle_sha256,
         device=machine(),
-        settings=settings_of(model, steps)
+        settings=settings_of(generator.spec, steps)
         | {"images": count, "seed": SEED}
         | ({} if wording == scenes.FULL else {"captions": "short"}),
         seconds=tuple(seconds),

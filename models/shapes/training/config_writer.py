@@ -5,8 +5,9 @@ compares the names and imports nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -21,6 +22,10 @@ from ldm_runtime.specs.networks import (
 )
 
 _ENCODERS = "ldm.modules.encoders.modules"
+#: Those of a model of captions that is not in the catalog: as it is evaluated.
+TEXT_SAMPLING: Mapping[str, str | float] = MappingProxyType(
+    {"sampler": "ddim", "num_inference_steps": 25, "eta": 0.0, "guidance_scale": 7.5}
+)
 _LEFT_OPEN = -1  # CompVis's way to say that the other of two numbers counts
 
 
@@ -39,6 +44,8 @@ class ModelConfig:
         schedule: First and last beta, and how many there are.
         latent_size: Height and width in latent pixels.
         use_ema: Whether the checkpoint holds moving averages, to sample with.
+        sampling: Sampling defaults, as fields of a request.
+        label_names: Names of the labels 0, 1, …, if they have any.
     """
 
     task: Task
@@ -51,6 +58,8 @@ class ModelConfig:
     schedule: tuple[float, float, int]
     latent_size: int
     use_ema: bool = False
+    sampling: Mapping[str, str | float] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
 
 
 def write_config(
@@ -73,13 +82,19 @@ def write_config(
             schedule=schedule,
             latent_size=latent_size,
             use_ema=True,
+            sampling=TEXT_SAMPLING,
         ),
     )
 
 
 def write_model_config(path: Path, model: ModelConfig) -> None:
-    """Write a configuration."""
-    path.write_text(yaml.safe_dump({"model": {"params": params_of(model)}}, sort_keys=False))
+    """Write a configuration; beyond CompVis' entries it has the sections that only we read."""
+    config: dict[str, Any] = {"model": {"params": params_of(model)}}
+    if model.sampling:
+        config["sampling"] = dict(model.sampling)
+    if model.label_names:
+        config["label_names"] = list(model.label_names)
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def params_of(model: ModelConfig) -> dict[str, Any]:

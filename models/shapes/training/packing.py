@@ -4,6 +4,7 @@ import torch
 
 from models.shapes.catalog.models import TrainedModel
 from models.shapes.data import scenes
+from models.shapes.data.labels import label_names
 from models.shapes.training.bert_text import load_words
 from models.shapes.training.checkpoint_writer import (
     averaged_state,
@@ -19,6 +20,8 @@ from models.shapes.training.trainer import HERE
 from models.shapes.training.velocity import alphas_cumprod
 from models.shapes.training.vq import halves_of, load_vq
 
+#: Tasks whose requests name the labels of things.
+_LABELLED = ("class-to-image", "layout-to-image")
 #: Bytes that a checkpoint may have, so that all of them can come along.
 MOST_BYTES = 12_000_000
 
@@ -59,4 +62,6 @@ def config_of(model: TrainedModel) -> ModelConfig:
         class_dropout=CAPTION_DROPOUT if model.embedder is not None else 0.0,
         schedule=model.noise.schedule,
         latent_size=scenes.SIZE // spec.factor,
+        sampling=model.sampling,
+        label_names=tuple(label_names()) if model.task in _LABELLED else (),
     )

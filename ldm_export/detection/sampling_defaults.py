@@ -1,0 +1,83 @@
+"""The sampling defaults of a model, each from the first source that states it."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from ldm_export.detection.overrides import Sources, assumed, first_stated
+from ldm_export.errors import ExportError
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.specs.model import Assumption, SamplingDefaults
+
+_LOGGER = logging.getLogger(__name__)
+
+_AUTOENCODER_SIZE = 256  # pixels per side of the released autoencoders' training images
+
+
+def read_defaults(
+    sources: Sources, factor: int, *, has_null: bool
+) -> tuple[SamplingDefaults, list[Assumption]]:
+    """Return the defaults of a model, and what they assume.
+
+    Args:
+        sources: Flags, configuration, the file's own words and family.
+        factor: The autoencoder's downsampling factor.
+        has_null: Whether the model has a null condition, which guidance needs.
+
+    Raises:
+        ExportError: The configuration states an eta for a sampler that has none.
+    """
+    size, notes = _size(sources, factor)
+    sampling, of_sampling = _sampling(sources, has_null=has_null)
+    if sources.family.task != "autoencoder":
+        notes += of_sampling
+    return SamplingDefaults(height=size[0], width=size[1], **sampling), notes
+
+
+def _sampling(sources: Sources, *, has_null: bool) -> tuple[dict[str, Any], list[Assumption]]:
+    config, family = sources.config.sampling, sources.family
+    sampler, of_sampler = first_stated("defaults.sampler", None, config.sampler, family.sampler)
+    record = SAMPLERS[sampler]
+    if config.eta is not None and not record.uses_eta:
+        raise ExportError(f"config: sampling.eta is {config.eta:g}, but {sampler} has none")
+    eta = family.eta if sampler == family.sampler else record.default_eta
+    stated = {
+        "num_inference_steps": family.num_inference_steps,
+        "guidance_scale": family.guidance_scale if has_null else 1.0,
+        "eta": eta,
+    }
+    values: dict[str, Any] = {"sampler": sampler, "schedule": config.schedule}
+    notes = [of_sampler]
+    if config.schedule is not None:
+        notes.append(assumed("defaults.schedule", config.schedule, "config"))
+    for name, usual in stated.items():
+        values[name], note = first_stated(f"defaults.{name}", None, asdict(config)[name], usual)
+        notes.append(note)
+    return values, notes
+
+
+def _size(sources: Sources, factor: int) -> tuple[tuple[int, int], list[Assumption]]:
+    flags, file, family = sources.flags, sources.file, sources.family
+    native, usual = _native_sizes(sources, factor)
+    if family.other_latent_sizes and {native, file.height, flags.height, flags.width} == {None}:
+        _LOGGER.warning(
+            "models of this family have the same weights at %s pixels and at %d, and the file does "
+            "not say which; %d is taken, --height and --width state another",
+            ", ".join(str(size * factor) for size in family.other_latent_sizes),
+            usual,
+            usual,
+        )
+    height, of_height = first_stated(
+        "defaults.height", flags.height, native, usual, file=file.height
+    )
+    width, of_width = first_stated("defaults.width", flags.width, native, usual, file=file.width)
+    return (height, width), [of_height, of_width]
+
+
+def _native_sizes(sources: Sources, factor: int) -> tuple[int | None, int]:
+    """Return the side in pixels that the configuration states, or None, and the family's."""
+    config, family = sources.config, sources.family
+    if family.latent_size is None:
+        return config.resolution, _AUTOENCODER_SIZE
+    native = None if config.latent_size is None else config.latent_size * factor
+    return native, family.latent_size * factor
