@@ -135,12 +135,12 @@ def choose_backend(
     """
     name = BACKEND_ALIASES.get(name, name)
     if name != "auto":
-        if reason := _why_not(name, manifest, bundle, entries):
+        if reason := why_not(name, manifest, bundle, entries):
             raise BackendError(reason)
         return name
     reasons: dict[str, str] = {}
     for candidate in (name for name, entry in entries.items() if entry.automatic):
-        reason = _why_not(candidate, manifest, bundle, entries)
+        reason = why_not(candidate, manifest, bundle, entries)
         if reason is None:
             for passed_over, why in reasons.items():
                 if _is_prepared(passed_over, manifest, entries):
@@ -150,12 +150,13 @@ def choose_backend(
     raise BackendError(f"no backend can run here: {'; '.join(reasons.values())}")
 
 
-def _why_not(
+def why_not(
     name: str,
     manifest: Manifest | None,
-    bundle: Path | None,
-    entries: Mapping[str, BackendEntry],
+    bundle: Path | None = None,
+    entries: Mapping[str, BackendEntry] = BACKENDS,
 ) -> str | None:
+    """Say why a backend cannot run a bundle (None: any bundle) here; None if it can."""
     try:
         return get_backend(name, entries).why_not(manifest, bundle)
     except BackendError as error:

@@ -33,6 +33,7 @@ def build_parser() -> Parser:
     verifying.set_defaults(run=verify)
     inspecting = commands.add_parser("inspect", help="describe an image, a bundle or a checkpoint")
     inspecting.add_argument("path", type=Path)
+    inspecting.add_argument("--full", action="store_true", help="say all that is known")
     inspecting.set_defaults(run=inspect)
     diagnosing = commands.add_parser("doctor", help="say which backends can run here, and why not")
     diagnosing.set_defaults(run=doctor)

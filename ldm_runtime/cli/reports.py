@@ -33,12 +33,13 @@ def verify(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Run `ldm inspect`."""
     from ldm_runtime.diagnostics import inspection
+    from ldm_runtime.diagnostics.summary import summary
 
     description = inspection.inspect(args.path)
     if args.json:
         _print_json(description)
     else:
-        print(inspection.readable(description))
+        print(inspection.readable(description) if args.full else summary(description))
     return 0
 
 

@@ -5,12 +5,14 @@ to a dictionary, or to None for a file of another format.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from ldm_runtime.backends import BACKENDS, why_not
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, encode_networks, load_manifest
 from ldm_runtime.engines.records import load_engine_records
@@ -55,10 +57,17 @@ def readable(description: Mapping[str, Any]) -> str:
             **description,
             "components": {each["name"]: _summary(each) for each in description["components"]},
             "engines": dict(map(_engine_summary, description.get("engines", ()))),
+            "backends": able_backends(description.get("backends", {})),
             "files": len(description["files"]),
             "preview": _preview_summary(description.get("preview")),
         }
     return "\n".join(_lines(description))
+
+
+def able_backends(reasons: Mapping[str, str | None]) -> str:
+    """Return which backends can run here, given why each of them cannot."""
+    able = [name for name, reason in reasons.items() if reason is None]
+    return f"{', '.join(able) or 'none'} can run here"
 
 
 def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -131,9 +140,17 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "kind": "bundle",
         "path": str(path),
         "sha256": sha256_of(path / MANIFEST_NAME),
+        "date": _date_of(path / MANIFEST_NAME),
+        "backends": {name: why_not(name, manifest, path) for name in BACKENDS},
         "size_bytes": sum(record.size_bytes for record in manifest.files),
         **_shortened(description | {"engines": engines}),
     }
+
+
+def _date_of(path: Path) -> str:
+    """Return when a file was last written, in UTC to the minute."""
+    written = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
+    return f"{written:%Y-%m-%d %H:%M} UTC"
 
 
 def _shortened(value: Any) -> Any:  # noqa: ANN401  (JSON)
