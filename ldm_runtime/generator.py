@@ -77,14 +77,16 @@ class Generator(Closing):
             how many were asked for to the last bit, which larger batches promise only as far as
             the backend is batch-invariant.
         check_hashes: Whether to compare the files with the manifest's hashes, not only sizes.
+        sha256: Hash that `manifest.json` must have, as `ldm inspect` prints it; since that file has
+            the hashes of all others, it pins the whole bundle. None takes any bundle.
         options: Options of the engines, where the backend has the choice.
 
     Raises:
-        BundleError: The bundle is incomplete or altered.
+        BundleError: The bundle is incomplete or altered, or not the one with that hash.
         BackendError: The backend cannot run here.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (options of the public constructor, all by name)
         self,
         bundle: str | Path,
         *,
@@ -92,12 +94,13 @@ class Generator(Closing):
         threads: int | None = None,
         batch_size: int | None = None,
         check_hashes: bool = True,
+        sha256: str | None = None,
         options: RunOptions | None = None,
     ) -> None:
         check_positive("threads", threads)
         check_positive("batch_size", batch_size)
         self.bundle = Path(bundle).resolve()  # some files are opened later, wherever that is
-        self.manifest = load_manifest(self.bundle)
+        self.manifest = load_manifest(self.bundle, sha256=sha256)
         self.spec = self.manifest.spec
         self.backend = choose_backend(backend, self.manifest, bundle=self.bundle)
         self._batch_size = batch_size or 1
@@ -402,7 +405,6 @@ class Generator(Closing):
             latents=np.concatenate([each.latents for each in generated]),
             timings=passes.timings.finish(),
             bundle_sha256=self.bundle_sha256,
-            build=self.manifest.build,
         )
 
 

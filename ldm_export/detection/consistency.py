@@ -3,6 +3,7 @@
 from ldm_export.errors import ExportError, WeightsError
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, size_step
 from ldm_runtime.specs.networks import SegmentationEncoderSpec, UNetSpec
+from ldm_runtime.specs.plausible import implausible_fields
 
 _NOT_ONE_MODEL = "they do not belong to one model"
 
@@ -11,9 +12,15 @@ def check_consistent(spec: ModelSpec) -> None:
     """Check widths and channels where components meet, and that the default size can be generated.
 
     Raises:
-        WeightsError: Two components cannot belong to one model.
+        WeightsError: Two components cannot belong to one model, or a value is one of no model, so
+            that the bundle could not be opened.
         ExportError: The default size is not a multiple of the model's size step.
     """
+    for field in implausible_fields(spec):
+        raise WeightsError(
+            f"the model's {field} cannot be what it is; are weights, flags and configuration of "
+            "one model?"
+        )
     if spec.unet is not None:
         _check_latents(spec, spec.unet)
         _check_context(spec, spec.unet)

@@ -1,10 +1,11 @@
 """Files of a bundle, compared with their records before they are opened."""
 
 import hashlib
+import stat
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from ldm_runtime.bundle.manifest import FileRecord, Manifest
+from ldm_runtime.bundle.manifest import FileRecord, Manifest, is_inside
 from ldm_runtime.errors import BundleError
 
 
@@ -12,11 +13,10 @@ def checked_file(bundle: Path, manifest: Manifest, path: str, *, hashed: bool = 
     """Compare a file of a bundle with its record, and return its full path.
 
     Raises:
-        BundleError: The path leaves the bundle, is not in the manifest, or the file is missing
-            or altered.
+        BundleError: The path leaves the bundle or is not in the manifest, or the file is missing,
+            altered, or a link that leads out of the bundle.
     """
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts:
+    if not is_inside(path):
         raise BundleError(f"the manifest of {bundle} names {path!r}, which lies outside the bundle")
     for record in manifest.files:
         if record.path == path:
@@ -34,13 +34,23 @@ def check_file(bundle: Path, record: FileRecord, *, hashed: bool = True) -> None
         hashed: Whether to compare the contents and not only the size.
 
     Raises:
-        BundleError: The file is missing, or its size or hash differs.
+        BundleError: The file is missing, its size or hash differs, or it is a link that leads out
+            of the bundle: no hash vouches for what it will lead to when it is opened.
     """
     path = bundle / record.path
     try:
-        size = path.stat().st_size
-    except OSError:
+        status = path.stat()
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL in the path; a link to itself
         raise BundleError(f"{path} is missing; export the bundle again") from None
+    if not target.is_relative_to(bundle.resolve()):
+        raise BundleError(
+            f"{path} is a link to {target}, outside the bundle; copy the bundle together with what "
+            f"its links lead to, with `cp -rL {bundle} NEW-FOLDER`, and open the copy"
+        )
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path} is not a file; export the bundle again")
     if size != record.size_bytes:
         raise BundleError(
             f"{path} has {size} bytes, the manifest says {record.size_bytes}; "

@@ -5,9 +5,11 @@ misspelt or missing key is always an error. `ldm_export` works on the same recor
 describes a checkpoint, everything else is derived from it.
 """
 
-import math
+import hashlib
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import msgspec
@@ -15,10 +17,12 @@ import msgspec
 from ldm_runtime.errors import BundleError, ManifestError
 from ldm_runtime.specs.components import NETWORK_RECORDS, TensorSignature
 from ldm_runtime.specs.model import ModelSpec, PredictionType
-from ldm_runtime.specs.networks import Networks, TextEncoderSpec
+from ldm_runtime.specs.networks import Networks
+from ldm_runtime.specs.plausible import implausible_fields
 
 SCHEMA_VERSION = 5
 MANIFEST_NAME = "manifest.json"
+_MAX_BYTES = 16 << 20
 
 WeightsDType = Literal["float16", "float32"]
 GraphVariant = Literal["fp16", "fp32"]
@@ -134,7 +138,7 @@ class BuildRecord:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a runtime needs to know about a bundle.
 
@@ -161,11 +165,6 @@ class Manifest:
     files: tuple[FileRecord, ...]
     build: BuildRecord
 
-    def __repr__(self) -> str:
-        components = ", ".join(record.name for record in self.components)
-        parts = f"{self.spec.task}, {self.weights_dtype} weights, {len(self.files)} files"
-        return f"Manifest(schema {self.schema_version}, {parts}; {components})"
-
     def component(self, name: str) -> ComponentRecord:
         """Return the record of component `name`.
 
@@ -179,34 +178,75 @@ class Manifest:
         raise BundleError(f"this bundle has no component {name!r}; it has {names}")
 
 
-def load_manifest(bundle: Path) -> Manifest:
+def load_manifest(bundle: Path, *, sha256: str | None = None) -> Manifest:
     """Read and check `bundle/manifest.json`.
 
+    Args:
+        bundle: The bundle's folder.
+        sha256: Hash that the file must have, in hexadecimal; since the manifest has the hashes of
+            all other files, it pins the whole bundle. None takes any.
+
     Raises:
-        ManifestError: The file is missing, does not match this schema, or was written by an
-            older or newer `ldm-export`.
+        ManifestError: The file is missing, damaged, or not the one with that hash; it does not
+            match this schema, or was written by an older or newer `ldm-export`.
     """
     path = bundle / MANIFEST_NAME
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    data = _read(bundle, path)
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256.lower():
         raise ManifestError(
-            f"{path} not found; is {bundle} a folder made by `ldm-export --out {bundle}`?"
-        ) from None
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
+            f"{path} has sha256 {found}, not {sha256[:64]} as it should; get the right bundle, or "
+            "ask for this one"
+        )
     try:
         _check_version(path, msgspec.json.decode(data, type=_Version).schema_version)
         manifest = msgspec.json.decode(data, type=Manifest, dec_hook=_decode_networks)
+        _check_digest(path, data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"{path}: {error}; export the bundle again") from error
     _check_sense(path, manifest)
     return manifest
 
 
+def manifest_digest(document: Mapping[str, object]) -> str:
+    """Return the digest of the JSON object of a manifest, which stands in it as `digest`.
+
+    It is the sha256 of the object without that field, with sorted keys and without white space. It
+    finds damage of the manifest, whose hashes find damage of the other files.
+    """
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(msgspec.json.encode(rest, order="sorted")).hexdigest()
+
+
+def _read(bundle: Path, path: Path) -> bytes:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ManifestError(f"{path} cannot be read: it is not a file")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ManifestError(
+            f"{path} not found; is {bundle} a folder made by `ldm-export --out {bundle}`?"
+        ) from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > _MAX_BYTES:
+        raise ManifestError(f"{path} has more than {_MAX_BYTES} bytes; export the bundle again")
+    return data
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a path of a manifest is one inside the bundle, however it is spelt."""
+    whole = PurePosixPath(path)
+    named = path.isprintable() and bool(whole.parts)
+    return named and not whole.is_absolute() and ".." not in whole.parts
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return the JSON text of `manifest`, one key per line."""
-    return msgspec.json.format(msgspec.json.encode(manifest, enc_hook=encode_networks), indent=1)
+    """Return the JSON text of `manifest` and its digest, one key per line."""
+    document = msgspec.json.decode(msgspec.json.encode(manifest, enc_hook=encode_networks))
+    document["digest"] = manifest_digest(document)
+    return msgspec.json.format(msgspec.json.encode(document), indent=1)
 
 
 def encode_networks(value: object) -> object:
@@ -237,9 +277,6 @@ def _decode_networks(kind: type, value: object) -> Networks:
     return Networks(**value)
 
 
-_LEAST_TOKENS = 3  # the first, the last and one between
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Version:
     schema_version: int
@@ -258,18 +295,37 @@ def _check_version(path: Path, version: int) -> None:
         )
 
 
+def _check_digest(path: Path, data: bytes) -> None:
+    document = msgspec.json.decode(data, type=dict[str, object])
+    stated, found = document.get("digest"), manifest_digest(document)
+    if stated != found:
+        raise ManifestError(
+            f"{path} was damaged or changed after it was written: its digest is "
+            f"{str(stated)[:12]}…, that of its text is {found[:12]}…; export the bundle again"
+        )
+
+
 def _check_sense(path: Path, manifest: Manifest) -> None:
-    """Check values that types cannot express; damage elsewhere is found by hashes."""
-    spec = manifest.spec
-    autoencoder, unet, text = spec.autoencoder, spec.unet, spec.find(TextEncoderSpec)
-    scale, networks = autoencoder.latent_scale_factor, "spec.networks"
-    wrong = {
-        f"{networks}.autoencoder.channel_mult": not autoencoder.channel_mult,
-        f"{networks}.autoencoder.latent_scale_factor": not 0 < scale < math.inf,
-        f"{networks}.unet.channel_mult": unet is not None and not unet.channel_mult,
-        f"{networks}.text_encoder.max_tokens": text is not None and text.max_tokens < _LEAST_TOKENS,
-        "tokenizer_file": spec.task == "text-to-image" and manifest.tokenizer_file is None,
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise ManifestError(f"{path}: {name} cannot be what it is; export the bundle again")
+    """Check what types cannot express: values, and that every path is that of a listed file."""
+    wrong = [f"spec.{field}" for field in implausible_fields(manifest.spec)]
+    if manifest.spec.task == "text-to-image" and manifest.tokenizer_file is None:
+        wrong.append("tokenizer_file")
+    if wrong:
+        raise ManifestError(f"{path}: {wrong[0]} cannot be what it is; export the bundle again")
+    listed = {file.path for file in manifest.files}
+    for name in (*sorted(listed), *_named_files(manifest)):
+        if not is_inside(name):
+            raise ManifestError(f"{path} names {name!r}, which lies outside the bundle")
+        if name not in listed:
+            raise ManifestError(f"{path} lists no file {name!r}; export the bundle again")
+
+
+def _named_files(manifest: Manifest) -> Iterator[str]:
+    """Yield every path that a manifest names beyond its list of files."""
+    if manifest.tokenizer_file is not None:
+        yield manifest.tokenizer_file
+    for component in manifest.components:
+        yield component.weights_file
+        yield from (graph.file for graph in component.graphs)
+    yield from manifest.engines
+    yield from (f"{folder}/request.json" for folder in manifest.golden)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_runtime.cli.backend_flags import add_backend_arguments
-from ldm_runtime.cli.bench import add_bench_arguments, bench
 from ldm_runtime.cli.build_engines import add_builder_arguments, build_engines
 from ldm_runtime.cli.generate import add_generate_arguments, generate
 from ldm_runtime.cli.messages import add_message_flags, print_any_text, say, show_messages
 from ldm_runtime.cli.parsing import USAGE, Parser, add_json_flag
 from ldm_runtime.cli.reports import doctor, inspect, verify
+from ldm_runtime.cli.trust_flags import add_trust_arguments
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError, RequestError
 
@@ -26,11 +26,14 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", dest="command", parser_class=Parser)
     generating = commands.add_parser("generate", help="generate images")
     add_generate_arguments(generating)
-    add_backend_arguments(generating.add_argument_group("Engine"))
+    engine = generating.add_argument_group("Engine")
+    add_backend_arguments(engine)
+    add_trust_arguments(engine)
     generating.set_defaults(run=generate)
     verifying = commands.add_parser("verify", help="compare this machine's images with torch's")
     verifying.add_argument("bundle", type=Path)
     add_backend_arguments(verifying)
+    add_trust_arguments(verifying)
     verifying.set_defaults(run=verify)
     inspecting = commands.add_parser("inspect", help="describe an image, a bundle or a checkpoint")
     inspecting.add_argument("path", type=Path)
@@ -38,16 +41,11 @@ def build_parser() -> Parser:
     inspecting.set_defaults(run=inspect)
     diagnosing = commands.add_parser("doctor", help="say which backends can run here, and why not")
     diagnosing.set_defaults(run=doctor)
-    measuring = commands.add_parser("bench", help="measure what an image costs on this machine")
-    measuring.add_argument("bundle", type=Path)
-    add_bench_arguments(measuring)
-    measuring.set_defaults(run=bench)
     building = commands.add_parser("build-engines", help="build TensorRT engines into a bundle")
     add_builder_arguments(building)
     building.set_defaults(run=build_engines)
     for command in (generating, verifying, inspecting, diagnosing, building):
         add_json_flag(command)
-    for command in commands.choices.values():
         add_message_flags(command)
     return parser
 

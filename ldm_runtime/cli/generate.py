@@ -49,9 +49,11 @@ def generate(args: argparse.Namespace) -> int:
         RequestError: A field is wrong, or is missing for the bundle's task.
     """
     # Requests and names are checked before the networks are opened, which takes time.
-    requests = read_requests(args, load_manifest(args.bundle).spec)
+    requests = read_requests(args, load_manifest(args.bundle, sha256=args.sha256).spec)
     write = image_writer(args, [seed for request in requests for seed in _seeds(request)])
-    with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
+    with Generator(
+        args.bundle, backend=args.backend, threads=args.threads, sha256=args.sha256
+    ) as generator:
         _LOGGER.info("%s: %s on %s", args.bundle, generator.spec.family, generator.backend)
         run = _generate_together if args.requests else _generate_one_by_one
         with reporting(args) as progress:

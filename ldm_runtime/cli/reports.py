@@ -17,7 +17,9 @@ def verify(args: argparse.Namespace) -> int:
     from ldm_runtime.diagnostics import verify as verification
 
     checks = []
-    for check in verification.verify(args.bundle, backend=args.backend, threads=args.threads):
+    for check in verification.verify(
+        args.bundle, backend=args.backend, threads=args.threads, sha256=args.sha256
+    ):
         checks.append(check)
         if not args.json:
             print(_check_line(check), flush=True)

@@ -95,7 +95,11 @@ class _Golden:
 
 
 def verify(
-    bundle: str | Path, *, backend: BackendName = "auto", threads: int | None = None
+    bundle: str | Path,
+    *,
+    backend: BackendName = "auto",
+    threads: int | None = None,
+    sha256: str | None = None,
 ) -> Iterator[Check]:
     """Check every file of a bundle, then rerun its golden outputs, one network at a time.
 
@@ -105,12 +109,19 @@ def verify(
     Where a backend of limited shapes does not take a network's golden inputs, that network is only
     compared as part of whole images, and a warning is logged.
 
+    Args:
+        bundle: Folder made by `ldm-export`.
+        backend: Backend that runs the networks.
+        threads: Threads that compute; None is one per physical core.
+        sha256: Hash that the manifest must have; None takes any.
+
     Raises:
-        BundleError: A file is missing or altered, or the bundle has no golden outputs.
+        BundleError: A file is missing or altered, the bundle is not the one with that hash, or has
+            no golden outputs.
         BackendError: The backend cannot run here.
     """
     bundle = Path(bundle).resolve()
-    manifest = load_manifest(bundle)
+    manifest = load_manifest(bundle, sha256=sha256)
     for record in manifest.files:
         checked_file(bundle, manifest, record.path)
     if not manifest.golden:
@@ -176,7 +187,10 @@ class _Verification:
         self, engines: Mapping[str, Runner], goldens: Sequence[_Golden]
     ) -> list[ImagePasses]:
         path, spec = self.manifest.tokenizer_file, self.manifest.spec
-        tokenizer = None if path is None else open_tokenizer(self.bundle / path, spec)
+        tokenizer = None
+        if path is not None:
+            file = checked_file(self.bundle, self.manifest, path, hashed=False)
+            tokenizer = open_tokenizer(file, spec)
         return [
             open_passes(engines.__getitem__, tokenizer, golden.request, spec) for golden in goldens
         ]

@@ -81,7 +81,7 @@ def steps(version, built=None):
             **{f"{name}__weights.bin": "weights", f"golden__components__{name}.npz": "arrays"},
         )
         for name in ("text_encoder", "unet")
-    ] + [step("golden", ("golden/0",), None, golden__0__golden="latents")]
+    ] + [step("golden", ("golden/0",), None, **{"golden__0__request.json": "latents"})]
 
 
 def export(out, *, version=None, on_write=never, built=None, exchange=exchange_folders):
@@ -94,7 +94,7 @@ def export(out, *, version=None, on_write=never, built=None, exchange=exchange_f
             spec=SPEC,
             weights_dtype="float16",
             components=tuple(each.component for each in records if each.component),
-            tokenizer_file="tokenizer/none",
+            tokenizer_file="golden/0/request.json",
             golden=("golden/0",),
             golden_key=records[-1].key,
             preview=None,
@@ -163,7 +163,7 @@ def test_an_export_leaves_a_sound_bundle_and_nothing_else(out):
 
     assert is_sound(out)
     assert sorted(contents(out)) == [
-        "golden/0/golden",
+        "golden/0/request.json",
         "golden/components/text_encoder.npz",
         "golden/components/unet.npz",
         "manifest.json",

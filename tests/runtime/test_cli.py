@@ -12,12 +12,12 @@ from PIL import Image
 
 import ldm_runtime
 from ldm_runtime.backends import get_backend
-from ldm_runtime.bundle.manifest import encode_manifest, load_manifest
+from ldm_runtime.bundle.manifest import encode_manifest, load_manifest, manifest_digest
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
-from ldm_runtime.pipeline.image_files import read_metadata
+from ldm_runtime.pipeline.png import read_metadata
 from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.testing import tiny_spec, write_tiny_bundle
 from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE
@@ -595,6 +595,7 @@ def make_missing_bundle():
             )
             data = path.read_bytes()
             record.update(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        manifest["digest"] = manifest_digest(manifest)
         (bundle / "manifest.json").write_text(json.dumps(manifest))
 
     return change

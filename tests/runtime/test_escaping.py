@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from ldm_runtime.bundle.manifest import MANIFEST_NAME
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, manifest_digest
 from ldm_runtime.cli import main
 from ldm_runtime.cli.messages import PrintableFormatter
 from ldm_runtime.escaping import printable
@@ -43,6 +43,7 @@ def test_no_path_in_a_manifest_can_steer_the_terminal(field, own_bundle, capsys)
         manifest[field] = [ESCAPES]
     else:
         manifest[field][0]["path"] = ESCAPES
+    manifest["digest"] = manifest_digest(manifest)
     (own_bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
 
     status = main(["verify", str(own_bundle)])

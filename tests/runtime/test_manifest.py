@@ -1,21 +1,34 @@
+import hashlib
 import json
+import os
+import random
+import re
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 
 from ldm_runtime.bundle.files import check_file, sha256_of
-from ldm_runtime.bundle.manifest import SCHEMA_VERSION, FileRecord, encode_manifest, load_manifest
+from ldm_runtime.bundle.manifest import (
+    SCHEMA_VERSION,
+    FileRecord,
+    encode_manifest,
+    load_manifest,
+    manifest_digest,
+)
 from ldm_runtime.errors import BundleError, ManifestError
 from ldm_runtime.specs.components import COMPONENTS, DYNAMIC_AXES
-from ldm_runtime.specs.model import components_of
+from ldm_runtime.specs.model import Task, components_of
 from ldm_runtime.specs.networks import ClassEmbedderSpec, Networks
-from ldm_runtime.testing import TINY_SPEC
+from ldm_runtime.specs.plausible import implausible_fields
+from ldm_runtime.testing import TINY_SPEC, tiny_spec
 
 
 def edit(bundle, change):
     path = bundle / "manifest.json"
     document = json.loads(path.read_bytes())
     change(document)
+    document["digest"] = manifest_digest(document)
     path.write_text(json.dumps(document))
 
 
@@ -38,7 +51,7 @@ def test_a_manifest_survives_its_file(tiny_bundle):
 
 def test_every_misspelt_key_is_an_error_that_names_it(own_bundle):
     original = (own_bundle / "manifest.json").read_bytes()
-    paths = list(all_keys(json.loads(original)))
+    paths = [path for path in all_keys(json.loads(original)) if path != ("digest",)]
 
     for path in paths:
         (own_bundle / "manifest.json").write_bytes(original)
@@ -214,3 +227,155 @@ def test_a_file_is_checked_by_size_and_then_by_content(tmp_path):
     path.unlink()
     with pytest.raises(BundleError, match="is missing"):
         check_file(tmp_path, record)
+
+
+def test_a_flipped_bit_of_a_manifest_is_found_or_means_nothing(own_bundle):
+    path, chance = own_bundle / "manifest.json", random.Random(0)
+    original, manifest = path.read_bytes(), load_manifest(own_bundle)
+    refused = 0
+
+    for _ in range(400):
+        changed = bytearray(original)
+        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        try:
+            assert load_manifest(own_bundle) == manifest
+        except ManifestError:
+            refused += 1
+
+    assert refused > 350
+
+
+def test_a_manifest_without_its_digest_or_with_another_is_refused(own_bundle):
+    path = own_bundle / "manifest.json"
+    document = json.loads(path.read_bytes())
+    for changed in (document | {"digest": "0" * 64}, document | {"digest": None}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ManifestError, match="was damaged or changed after it was written"):
+            load_manifest(own_bundle)
+    del document["digest"]
+    path.write_text(json.dumps(document))
+
+    with pytest.raises(ManifestError, match="was damaged or changed after it was written"):
+        load_manifest(own_bundle)
+
+
+def test_the_digest_is_the_sha256_of_the_sorted_text_without_it(tiny_bundle):
+    document = json.loads((tiny_bundle / "manifest.json").read_bytes())
+    stated = document.pop("digest")
+
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    assert stated == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_manifest_is_pinned_by_its_hash(tiny_bundle):
+    found = sha256_of(tiny_bundle / "manifest.json")
+
+    assert load_manifest(tiny_bundle, sha256=found.upper()) == load_manifest(tiny_bundle)
+    for wrong in ("0" * 64, found[:12], ""):
+        with pytest.raises(ManifestError, match=f"has sha256 {found}, not {wrong} as it should"):
+            load_manifest(tiny_bundle, sha256=wrong)
+
+
+def network(name, **values):
+    return lambda m: m["spec"]["networks"][name].update(values)
+
+
+def defaults(**values):
+    return lambda m: m["spec"]["defaults"].update(values)
+
+
+def schedule(change):
+    def edited(document):
+        alphas = document["spec"]["alphas_cumprod"]
+        document["spec"]["alphas_cumprod"] = change(alphas)
+
+    return edited
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (network("unet", channel_mult=[1] * 64), "unet.channel_mult"),
+        (network("unet", channel_mult=[1] * 100_000), "unet.channel_mult"),
+        (network("unet", channel_mult=[1, 0]), "unet.channel_mult"),
+        (network("unet", channel_mult=[1, -1]), "unet.channel_mult"),
+        (network("unet", in_channels=3), "unet.in_channels"),
+        (network("unet", num_heads=None, num_head_channels=None), "unet.num_heads"),
+        (network("unet", model_channels=2**31), "unet.model_channels"),
+        (network("autoencoder", channel_mult=[1] * 20_000), "autoencoder.channel_mult"),
+        (network("autoencoder", embed_dim=0), "autoencoder.embed_dim"),
+        (network("autoencoder", attention_levels=[-1]), "autoencoder.attention_levels"),
+        (network("autoencoder", latent_scale_factor=-0.5), "autoencoder.latent_scale_factor"),
+        (network("text_encoder", pad_token_id=10**18), "text_encoder.pad_token_id"),
+        (network("text_encoder", pad_token_id=-1), "text_encoder.pad_token_id"),
+        (network("text_encoder", max_tokens=10**6), "text_encoder.max_tokens"),
+        (defaults(height=0), "defaults.height"),
+        (defaults(width=10**6), "defaults.width"),
+        (defaults(num_inference_steps=10**5), "defaults.num_inference_steps"),
+        (schedule(lambda alphas: []), "alphas_cumprod"),
+        (schedule(lambda alphas: alphas[::-1]), "alphas_cumprod"),
+        (schedule(lambda alphas: alphas[:100]), "alphas_cumprod"),
+        (schedule(lambda alphas: alphas[500:]), "alphas_cumprod"),
+        (schedule(lambda alphas: [*alphas[:-1], -alphas[-1]]), "alphas_cumprod"),
+        (schedule(lambda alphas: [*alphas[:9], alphas[10], *alphas[10:]]), "alphas_cumprod"),
+        (schedule(lambda alphas: [1.0, *alphas]), "alphas_cumprod"),
+    ],
+)
+def test_a_value_that_no_model_has_is_an_error_that_names_it(own_bundle, change, field):
+    edit(own_bundle, change)
+
+    with pytest.raises(ManifestError, match=re.escape(f"{field} cannot be what it is")):
+        load_manifest(own_bundle)
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_the_models_of_all_tasks_are_plausible(task):
+    assert list(implausible_fields(tiny_spec(task))) == []
+
+
+def test_a_manifest_of_many_megabytes_and_one_that_is_no_file_are_errors(own_bundle):
+    path = own_bundle / "manifest.json"
+    path.write_bytes(path.read_bytes() + b" " * (16 << 20))
+    with pytest.raises(ManifestError, match="has more than 16777216 bytes"):
+        load_manifest(own_bundle)
+    path.unlink()
+    os.mkfifo(path)
+
+    with pytest.raises(ManifestError, match="it is not a file"):
+        load_manifest(own_bundle)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_link_out_of_the_bundle_and_what_is_no_file_are_refused(tmp_path, hashed):
+    bundle, secret = tmp_path / "engines", tmp_path / "secret"
+    (bundle / "unet").mkdir(parents=True)
+    secret.write_bytes(b"")
+    record = FileRecord(path="unet/a.bin", sha256=sha256_of(secret), size_bytes=0)
+    path = bundle / record.path
+
+    path.symlink_to(secret)
+    with pytest.raises(BundleError, match=r"is a link to .*secret, outside the .*`cp -rL "):
+        check_file(bundle, record, hashed=hashed)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(BundleError, match="is missing"):
+        check_file(bundle, record, hashed=hashed)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match="is not a file"):
+        check_file(bundle, record, hashed=hashed)
+    path.unlink()
+    (bundle / "elsewhere").write_bytes(b"")
+    path.symlink_to("../elsewhere")
+    check_file(bundle, record, hashed=hashed)
+
+
+def test_a_bundle_may_be_reached_through_a_link(tiny_bundle, tmp_path):
+    link = tmp_path / "engines"
+    link.symlink_to(tiny_bundle)
+    manifest = load_manifest(link)
+
+    for record in manifest.files:
+        check_file(link, record)

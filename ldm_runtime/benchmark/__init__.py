@@ -1,1 +1,0 @@
-"""Measurement of a bundle: time and memory of an image, part by part, on this machine."""

@@ -1,0 +1,116 @@
+"""Bounds of a model's specification that types cannot express.
+
+A specification comes from a checkpoint at export, and from a manifest, which anybody may have
+written, afterwards. Both are checked by the same function, so that what an export writes can be
+opened.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import pairwise
+
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ClassEmbedderSpec,
+    NetworkSpec,
+    SegmentationEncoderSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
+
+_MAX_SIDE = 16384  # pixels of an image
+_MAX_LEVELS = 10  # a factor of 512 between image and latents
+_MAX_LENGTH = 64
+_MAX_SIZE = 2**31 - 1
+_MAX_STEPS = 10_000
+_MAX_TIMESTEPS = 100_000
+_LEAST_TOKENS, _MAX_TOKENS = 3, 65536  # the first, the last and one between
+#: Share of the image in the first training timestep, at least, and in the last, at most; models of
+#: the papers go from 0.998 or more to 0.005 or less.
+_LEAST_FIRST, _MOST_LAST = 0.5, 0.5
+
+
+def implausible_fields(spec: ModelSpec) -> Iterator[str]:
+    """Yield the names of the fields of a specification whose values no model has."""
+    for name, network in spec.networks.items():
+        for field in (*_sizes(network), *_values(network)):
+            yield f"networks.{name}.{field}"
+    if spec.unet is not None and not _is_schedule(spec.alphas_cumprod):
+        yield "alphas_cumprod"
+    defaults = spec.defaults
+    for name, value, most in (
+        ("height", defaults.height, _MAX_SIDE),
+        ("width", defaults.width, _MAX_SIDE),
+        ("num_inference_steps", defaults.num_inference_steps, _MAX_STEPS),
+    ):
+        if not 1 <= value <= most:
+            yield f"defaults.{name}"
+
+
+def _sizes(network: NetworkSpec) -> Iterator[str]:
+    """Yield the fields of a network that are integers beyond every size, or too many."""
+    for field in fields(network):
+        value = getattr(network, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        integers = [each for each in numbers if isinstance(each, int)]
+        if len(numbers) > _MAX_LENGTH or not all(0 <= each <= _MAX_SIZE for each in integers):
+            yield field.name
+
+
+def _values(network: NetworkSpec) -> Iterator[str]:
+    """Yield the fields of a network that cannot be what they are, given the others."""
+    match network:
+        case AutoencoderSpec():
+            found = _autoencoder(network)
+        case UNetSpec():
+            found = _unet(network)
+        case TextEncoderSpec():
+            found = {
+                "width": network.width >= 1,
+                "max_tokens": _LEAST_TOKENS <= network.max_tokens <= _MAX_TOKENS,
+                "pad_token_id": network.pad_token_id < network.vocab_size,
+            }
+        case ClassEmbedderSpec():
+            null_class = network.null_class or 0
+            found = {"width": network.width >= 1, "null_class": null_class < network.num_classes}
+        case SegmentationEncoderSpec():
+            found = {
+                "num_classes": network.num_classes >= 1,
+                "out_channels": network.out_channels >= 1,
+                "num_downsampling_steps": network.num_downsampling_steps < _MAX_LEVELS,
+            }
+    yield from (name for name, holds in found.items() if not holds)
+
+
+def _autoencoder(network: AutoencoderSpec) -> dict[str, bool]:
+    return {
+        "image_channels": network.image_channels >= 1,
+        "embed_dim": network.embed_dim >= 1,
+        "channel_mult": _are_levels(network.channel_mult),
+        "latent_scale_factor": 0 < network.latent_scale_factor < float("inf"),
+    }
+
+
+def _unet(network: UNetSpec) -> dict[str, bool]:
+    heads = (network.num_heads, network.num_head_channels)
+    return {
+        "in_channels": network.in_channels >= network.out_channels,
+        "out_channels": network.out_channels >= 1,
+        "channel_mult": _are_levels(network.channel_mult),
+        "num_heads": any(heads),
+    }
+
+
+def _are_levels(channel_mult: tuple[int, ...]) -> bool:
+    return 1 <= len(channel_mult) <= _MAX_LEVELS and min(channel_mult) >= 1
+
+
+def _is_schedule(alphas: tuple[float, ...]) -> bool:
+    """Return whether the share of the image falls all the way, from most of it to little."""
+    return (
+        2 <= len(alphas) <= _MAX_TIMESTEPS
+        and _LEAST_FIRST <= alphas[0] < 1
+        and 0 < alphas[-1] <= _MOST_LAST
+        and all(later < earlier for earlier, later in pairwise(alphas))
+    )
