@@ -20,19 +20,21 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     overrides: "Overrides | None" = None,
     weights_dtype: "WeightsDType" = "float16",
     engines: "EngineOptions | None" = None,
+    replace: bool = False,
     progress: "Progress | None" = None,
 ) -> "Manifest":
     """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out … --engines none`.
 
     Args:
         ckpt: A `.ckpt`, `.pt` or `.safetensors` file. It is never unpickled.
-        out: Folder of the bundle. An existing bundle is replaced in one step; anything else there
-            is an error.
+        out: Folder of the bundle. An existing bundle of the same checkpoint is replaced in one
+            step; anything else there is an error.
         config: CompVis configuration for what weights cannot tell; by default `<ckpt>.yaml` or
             `config.yaml` next to the checkpoint, if there is one; "none" ignores what lies there.
         overrides: Features that the weights cannot tell, stated by hand.
         weights_dtype: How weights are stored: "float16" or "float32".
         engines: Which TensorRT engines to build; None builds none.
+        replace: Whether a bundle of another checkpoint at `out` may be replaced.
         progress: Told when steps begin and end.
 
     Raises:
@@ -52,5 +54,6 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         overrides=overrides or Overrides(),
         weights_dtype=weights_dtype,
         engines=engines or EngineOptions(builder="none"),
+        replace=replace,
     )
     return export_bundle(options, progress=progress)

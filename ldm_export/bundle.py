@@ -11,6 +11,7 @@ from ldm_export.estimate import Estimate, make_estimate
 from ldm_export.golden.prediction import confirmed
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import check_weights
+from ldm_export.replacement import check_replacement, origin_of
 from ldm_export.source import ExportOptions, Source, open_source, versions
 from ldm_export.steps import make_steps, measured_prediction
 from ldm_export.workspace import ExportStep, StepRecord, Workspace
@@ -38,7 +39,8 @@ def export_bundle(
 ) -> Manifest:
     """Export a checkpoint to a bundle at `options.out`.
 
-    An existing bundle is replaced in one step, and what of it is still valid is reused. An
+    An existing bundle of the same checkpoint (or of another, if `options.replace`) is replaced in
+    one step, and what of it is still valid is reused. An
     interrupted export leaves the old bundle, and its finished steps for the next export.
 
     Args:
@@ -58,6 +60,8 @@ def export_bundle(
     workspace = Workspace(options.out, on_write)
     with open_checkpoint(options.checkpoint) as checkpoint:
         opened, listener = _open_source(options, checkpoint), progress or Silent()
+        if not options.replace:
+            check_replacement(options.out, options.checkpoint, opened.sha256)
         prediction = _prediction(opened, listener)
         source = opened.with_spec(confirmed(opened.spec, prediction))
         steps = make_steps(source)
@@ -85,15 +89,25 @@ def export_bundle(
 def estimate_export(options: ExportOptions) -> Estimate:
     """Estimate what `export_bundle` would do and cost, and write nothing.
 
+    Where a bundle is already, the checkpoint is read whole, to tell whether it is of this one.
+
     Raises:
         CheckpointError: The file cannot be read.
         UnknownModelError: It does not belong to a known family.
         WeightsError: Weights are missing, or tensors belong to no component.
         ExportError: The bundle cannot go where it should.
     """
-    Workspace(options.out)  # checks the destination
+    workspace = Workspace(options.out)  # checks the destination
+    origin = origin_of(options.out)
     with open_checkpoint(options.checkpoint) as checkpoint:
-        return _estimate(_open_source(options, checkpoint, hashed=False))
+        source = _open_source(options, checkpoint, hashed=origin is not None)
+        estimate = _estimate(source)
+        if origin is None:
+            return estimate
+        if origin.checkpoint_sha256 != source.sha256:
+            return estimate.replacing(origin.checkpoint)
+        workspace.look()
+        return estimate.reusing(_reusable(source, make_steps(source).steps, workspace))
 
 
 def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
@@ -134,15 +148,19 @@ def _build_record(source: Source, seconds: float) -> BuildRecord:
 def _run_steps(
     source: Source, steps: Sequence[ExportStep], workspace: Workspace, progress: Progress
 ) -> list[StepRecord]:
-    found = [record for step in steps if (record := workspace.find(step))]
-    known = [*steps, *_engine_steps(source, found, progress)]
     seconds = dict(_estimate(source).step_seconds)
     seconds.pop("prediction", None)  # measured already
-    seconds |= {step.name: 0.0 for step in known if workspace.can_reuse(step)}
-    progress.plan(seconds)
+    progress.plan(seconds | dict.fromkeys(_reusable(source, steps, workspace), 0.0))
     records = [_run_step(step, workspace, progress) for step in steps]
     engines = _engine_steps(source, records, progress)
     return records + [_run_step(step, workspace, progress) for step in engines]
+
+
+def _reusable(source: Source, steps: Sequence[ExportStep], workspace: Workspace) -> list[str]:
+    """Return the names of the steps, those of engines included, that are done already."""
+    found = [record for step in steps if (record := workspace.find(step))]
+    known = [*steps, *_engine_steps(source, found, Silent())]
+    return [step.name for step in known if workspace.can_reuse(step)]
 
 
 def _run_step(step: ExportStep, workspace: Workspace, progress: Progress) -> StepRecord:

@@ -35,6 +35,11 @@ def build_parser() -> Parser:
         help="print what the export would do and cost, then stop",
     )
     parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace the bundle of another checkpoint, if there is one in the folder",
+    )
+    parser.add_argument(
         "--weights-dtype",
         choices=("fp16", "fp32"),
         default="fp16",
@@ -172,6 +177,7 @@ def _export(args: argparse.Namespace) -> None:
         pass
     from ldm_export.bundle import estimate_export, export_bundle
     from ldm_export.detection.overrides import Overrides
+    from ldm_export.next_command import next_command
     from ldm_export.source import ExportOptions
 
     options = ExportOptions(
@@ -191,6 +197,7 @@ def _export(args: argparse.Namespace) -> None:
         ),
         weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
         engines=engine_options(args, args.engines),
+        replace=args.replace,
     )
     if args.estimate:
         print(estimate_export(options).describe())
@@ -199,6 +206,8 @@ def _export(args: argparse.Namespace) -> None:
         manifest = export_bundle(options, progress=progress)
     for assumption in manifest.spec.assumptions:
         say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
+    say(f"the bundle is in {args.out}; to generate an image:")
+    say(f"  {next_command(manifest.spec.task, args.out)}")
     print(args.out)
 
 

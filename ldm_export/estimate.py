@@ -1,10 +1,11 @@
 """The estimates of an export: its steps, time, memory and size, from the number of parameters."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ldm_runtime.bundle.manifest import WeightsDType
+from ldm_runtime.escaping import printable
 from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
@@ -21,6 +22,8 @@ _BASE_BYTES, _BYTES_PER_PARAMETER = 700_000_000, 5.7
 # Measured with TensorRT-RTX (benchmarks/engines_full_size.py); TensorRT takes minutes more.
 _ENGINE_SECONDS, _ENGINE_SECONDS_PER_PARAMETER = 3.0, 20e-9
 _GRAPH_BYTES = 1_500_000
+#: Quick steps, which are repeated or looked up in the manifest and not reused as files.
+_QUICK = ("prediction", "preview", "tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class Estimate:
         step_seconds: Time per step on two cores.
         bundle_bytes: Size of the bundle.
         peak_bytes: Highest resident memory.
+        destination: What becomes of the bundle in its place, as a line of text; empty without one.
     """
 
     spec: ModelSpec
@@ -40,6 +44,23 @@ class Estimate:
     step_seconds: Mapping[str, float]
     bundle_bytes: int
     peak_bytes: int
+    destination: str = ""
+
+    def replacing(self, checkpoint: str) -> "Estimate":
+        """Return it with the note that the bundle of another checkpoint is in its place."""
+        name = printable(checkpoint)
+        line = f"replaces          the bundle of another checkpoint, {name}: add --replace"
+        return replace(self, destination=line)
+
+    def reusing(self, steps: Collection[str]) -> "Estimate":
+        """Return it without the time of steps that a bundle of the same checkpoint has done."""
+        seconds = {name: 0.0 if name in steps else each for name, each in self.step_seconds.items()}
+        work = [name for name, each in seconds.items() if each and name not in _QUICK]
+        line = f"replaces          the bundle of the same checkpoint; new: {', '.join(work)}"
+        if not work:
+            seconds = dict.fromkeys(seconds, 0.0)
+            line = "nothing to do     the bundle is up to date"
+        return replace(self, step_seconds=seconds, destination=line)
 
     def describe(self) -> str:
         """Return the estimates as lines of text."""
@@ -65,6 +86,8 @@ class Estimate:
             f"assumed           {each.field} = {each.value} (from {each.source})"
             for each in self.spec.assumptions
         ]
+        if self.destination:
+            lines.append(self.destination)
         return "\n".join(lines)
 
 

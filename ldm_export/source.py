@@ -43,6 +43,7 @@ class ExportOptions:
         overrides: Features that the user states.
         weights_dtype: How weights are stored.
         engines: Which TensorRT engines to build; none by default.
+        replace: Whether the bundle of another checkpoint at `out` may be replaced.
     """
 
     checkpoint: Path
@@ -51,6 +52,7 @@ class ExportOptions:
     overrides: Overrides = field(default_factory=Overrides)
     weights_dtype: WeightsDType = "float16"
     engines: EngineOptions = field(default_factory=lambda: EngineOptions(builder="none"))
+    replace: bool = False
 
     def __post_init__(self) -> None:
         if self.weights_dtype not in get_args(WeightsDType):

@@ -150,6 +150,10 @@ class Workspace:
         """Return the record of a step that is already done, with its files unchanged, or None."""
         return self._saved(step) or self._published(step)
 
+    def look(self) -> None:
+        """Take note of what the bundle in its place has, without locking or changing anything."""
+        self._previous = _published_steps(self.out)
+
     def can_reuse(self, step: ExportStep) -> bool:
         """Return whether a step is already done, with its files unchanged."""
         return self.find(step) is not None
@@ -200,7 +204,7 @@ class Workspace:
             old.rename(self.out)
         self._folder.mkdir(exist_ok=True)
         (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
-        self._previous = _published_steps(self.out)
+        self.look()
 
     def _swap(self) -> None:
         self._on_write("swap")

@@ -96,7 +96,7 @@ def shapes_bundle(checkpoint: Path = CHECKPOINT, cache: Path = CACHE) -> Path:
         )
     print(f"exporting {checkpoint.name} to {cache}, once", file=sys.stderr)
     command = ["-m", "ldm_export.cli", "--ckpt", str(checkpoint), "--out", str(cache)]
-    command += ["--engines", "none"]
+    command += ["--engines", "none", "--replace"]  # an older checkpoint of the same name
     if subprocess.run([sys.executable, *command], stdout=sys.stderr, cwd=ROOT).returncode:
         raise LdmError(f"exporting {checkpoint} failed; the reason is above")
     return cache

@@ -35,14 +35,19 @@ _CAPTION_LINES = 4
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
-def export_bundle(checkpoint: Path, bundle: Path) -> None:
+def export_bundle(checkpoint: Path, bundle: Path, *, replace: bool) -> None:
     """Run `ldm-export` in another process.
+
+    Args:
+        checkpoint: The checkpoint.
+        bundle: Folder of the bundle.
+        replace: Whether a bundle of another checkpoint there is replaced.
 
     Raises:
         CalledProcessError: It failed, and has said why.
     """
     command = ["-m", "ldm_export.cli", "--ckpt", str(checkpoint), "--out", str(bundle)]
-    command += ["--engines", "none"]
+    command += ["--engines", "none", *(["--replace"] if replace else [])]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -114,13 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ckpt", type=Path, default=HERE / "shapes.ckpt")
     parser.add_argument("--bundle", type=Path, default=ROOT / "engines", help="to export to")
+    parser.add_argument("--replace", action="store_true", help="another checkpoint's bundle, too")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the sheet")
     args = parser.parse_args(argv)
     bundle, sheet = args.bundle.resolve(), args.out.resolve() / "demo.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
-        export_bundle(args.ckpt.resolve(), bundle)
+        export_bundle(args.ckpt.resolve(), bundle, replace=args.replace)
         exported = time.perf_counter()
         tally = generate_sheet(bundle, sheet)
     except subprocess.CalledProcessError as error:

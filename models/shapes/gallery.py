@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_inputs(out / "inputs")
         for name in args.names or known:
             started = time.perf_counter()
-            demo.export_bundle(HERE / f"{name}.ckpt", out / name)
+            demo.export_bundle(HERE / f"{name}.ckpt", out / name, replace=True)
             exported = time.perf_counter()
             generate_sheet(MODELS[name], out / name).save(out / f"{name}.png")
             generated = time.perf_counter() - exported

@@ -198,6 +198,45 @@ def test_another_default_size_redraws_golden_outputs_but_keeps_the_networks(
     assert load_manifest(bundle_copy) == manifest
 
 
+class BegunError(Exception):
+    """Work on disk would begin."""
+
+
+def begin(label):
+    raise BegunError(label)
+
+
+@pytest.mark.slow
+def test_the_bundle_of_another_checkpoint_is_replaced_only_on_request(bundle_copy, tmp_path):
+    other = write_checkpoint(tmp_path / "tuned.ckpt", random_networks(seed=1))
+    words = r"another checkpoint, small\.ckpt .*, not of tuned\.ckpt .*; add --replace"
+
+    with pytest.raises(ExportError, match=words):
+        export_bundle(options(other, bundle_copy), on_write=begin)
+    with pytest.raises(ExportError, match=words):
+        export(other, bundle_copy, overrides=OVERRIDES)
+    with pytest.raises(BegunError):
+        export_bundle(options(other, bundle_copy, replace=True), on_write=begin)
+
+
+@pytest.mark.slow
+def test_an_estimate_says_what_becomes_of_the_bundle_in_its_place(
+    bundle_copy, small_checkpoint_path, tmp_path
+):
+    other = write_checkpoint(tmp_path / "tuned.ckpt", random_networks(seed=1))
+    smaller = Overrides(height=32, width=SIZE)
+
+    same = estimate_export(options(small_checkpoint_path, bundle_copy))
+    stale = estimate_export(options(small_checkpoint_path, bundle_copy, overrides=smaller))
+    foreign = estimate_export(options(other, bundle_copy))
+
+    assert same.describe().endswith("nothing to do     the bundle is up to date")
+    assert sum(same.step_seconds.values()) == 0
+    assert stale.describe().endswith("bundle of the same checkpoint; new: golden")
+    assert foreign.describe().endswith("another checkpoint, small.ckpt: add --replace")
+    assert sum(foreign.step_seconds.values()) > 30
+
+
 @pytest.mark.slow
 def test_one_altered_component_alone_is_built_again(bundle_copy, small_checkpoint_path):
     weights = bundle_copy / "text_encoder/weights.bin"
