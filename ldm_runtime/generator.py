@@ -6,6 +6,7 @@ can be in memory and the golden images of an export come from the same loop as t
 """
 
 import collections.abc
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -44,6 +45,7 @@ from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, batches, sample_latents
 from ldm_runtime.pipeline.step_reports import report_results, report_steps
 from ldm_runtime.progress import reporting_to
+from ldm_runtime.requests.advice import advice
 from ldm_runtime.requests.call_arguments import request_from, requests_from
 from ldm_runtime.requests.checks import check_positive, whole_number
 from ldm_runtime.requests.input_types import ImageInput, PromptFields, RequestFields
@@ -55,6 +57,8 @@ from ldm_runtime.specs.tasks import task_record
 from ldm_runtime.text import Tokenizer
 
 __all__ = ["Generator", "Result"]
+
+_LOGGER = logging.getLogger(__name__)
 
 Float32Array = npt.NDArray[np.float32]
 #: A prompt, a whole request, or None for a request without a prompt.
@@ -284,6 +288,11 @@ class Generator(Closing):
     def _resolved(self, request: GenerationRequest | ResolvedRequest) -> ResolvedRequest:
         return resolve(request, self.spec)
 
+    def _open_passes(self, request: ResolvedRequest) -> ImagePasses:
+        for sentence in advice(request, self.spec):
+            _LOGGER.warning("%s", sentence)
+        return open_passes(self._network, self._tokenizer, request, self.spec)
+
     def _open_tokenizer(self, check_hashes: bool) -> Tokenizer | None:
         path = self.manifest.tokenizer_file
         if path is None:
@@ -324,7 +333,7 @@ class Generator(Closing):
         self, request: ResolvedRequest, preview: PreviewRecord | None, deadline: Deadline
     ) -> collections.abc.Generator[Step | Result, None, None]:
         deadline.start()
-        passes = open_passes(self._network, self._tokenizer, request, self.spec)
+        passes = self._open_passes(request)
         generated = []
         for images in batches(request.num_images, self._batch_size):
             unet = partial(self._network, "unet")
@@ -344,7 +353,7 @@ class Generator(Closing):
             if number not in all_passes:  # loops take turns: no other is opening it
                 request = requests[number]
                 deadlines[number].start()
-                all_passes[number] = open_passes(self._network, self._tokenizer, request, self.spec)
+                all_passes[number] = self._open_passes(request)
             pass_run = all_passes[number].run(range(image, image + 1))
             for event in self._run_passes(pass_run, lambda: unet, all_passes[number].timings):
                 if isinstance(event, GeneratedImages):

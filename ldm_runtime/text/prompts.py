@@ -15,8 +15,9 @@ breaks inside brackets too (there it becomes a word of negative weight), `(a:1.2
 brackets (there it is a crash), and there are limits to nesting and weights.
 
 The web UI reads more before it reads this: prompt editing `[a:b:0.4]`, alternation `[a|b]`,
-composition with `AND`, `<lora:name:1>`. None of that is read here. Such text is no error and means
-what the rules above make of it: `[a:b:0.4]` is the text "a:b:0.4" with its weight divided by 1.1.
+composition with `AND`, `<lora:name:1>`. None of that is read here; `unread_syntax` finds it, for a
+warning. Such text is no error and means what the rules above make of it: `[a:b:0.4]` is the text
+"a:b:0.4" with its weight divided by 1.1.
 """
 
 import re
@@ -38,6 +39,12 @@ _SYMBOL = re.compile(
     """,
     re.VERBOSE,
 )
+_UNREAD = {
+    "an extra network": re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE),
+    "prompt editing": re.compile(r"(?<!\\)\[[^\[\]]*:\s*\d*\.?\d+\s*\]"),
+    "alternation": re.compile(r"(?<!\\)\[[^\[\]]*\|[^\[\]]*\]"),
+    "composition": re.compile(r"\bAND\b"),
+}
 _BREAK = re.compile(r"\bBREAK\b")
 _CLOSING = {")": ("(", 1.1), "]": ("[", 1 / 1.1)}
 
@@ -88,6 +95,13 @@ def parse_prompt(text: str) -> tuple[tuple[Fragment, ...], ...]:
         while opened[bracket]:
             close(bracket, factor)
     return tuple(_parts(texts, weights))
+
+
+def unread_syntax(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the first occurrence of each syntax that the web UI reads in addition."""
+    for name, pattern in _UNREAD.items():
+        if found := pattern.search(text):
+            yield name, found[0]
 
 
 def split_chunks(

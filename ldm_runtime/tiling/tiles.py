@@ -23,6 +23,8 @@ Decode = Callable[[Float32Array], Float32Array]
 
 #: Smallest tile in latent pixels; below it a tile is mostly border.
 MIN_TILE = 8
+#: Tiles of fewer latent pixels can be far from the image in one piece: 16 of them down to 16 dB.
+GOOD_TILE = 32
 
 
 class Piece(NamedTuple):
