@@ -21,6 +21,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     weights_dtype: "WeightsDType" = "float16",
     engines: "EngineOptions | None" = None,
     replace: bool = False,
+    fp16: bool = True,
     progress: "Progress | None" = None,
 ) -> "Manifest":
     """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out … --engines none`.
@@ -35,6 +36,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         weights_dtype: How weights are stored: "float16" or "float32".
         engines: Which TensorRT engines to build; None builds none.
         replace: Whether a bundle of another checkpoint at `out` may be replaced.
+        fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
         progress: Told when steps begin and end.
 
     Raises:
@@ -55,5 +57,6 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         weights_dtype=weights_dtype,
         engines=engines or EngineOptions(builder="none"),
         replace=replace,
+        fp16=fp16,
     )
     return export_bundle(options, progress=progress)

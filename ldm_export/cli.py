@@ -48,9 +48,14 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--engines",
         choices=("auto", "none", "tensorrt", "tensorrt-rtx"),
-        default="auto",
         help="builder of engines for NVIDIA GPUs (default: TensorRT if it and a GPU are here, "
         "else TensorRT-RTX if it is installed, else none)",
+    )
+    parser.add_argument(
+        "--no-fp16",
+        dest="fp16",
+        action="store_false",
+        help="leave out the graphs in half precision, which GPUs need and CPUs do not",
     )
     add_engine_arguments(parser)
     features = parser.add_argument_group(
@@ -196,8 +201,9 @@ def _export(args: argparse.Namespace) -> None:
             label_names=None if args.label_names is None else _label_names(args.label_names),
         ),
         weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
-        engines=engine_options(args, args.engines),
         replace=args.replace,
+        engines=engine_options(args, args.engines or ("auto" if args.fp16 else "none")),
+        fp16=args.fp16,
     )
     if args.estimate:
         print(estimate_export(options).describe())

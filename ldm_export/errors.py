@@ -5,6 +5,7 @@ ldm_runtime.errors.LdmError
 ├── UnknownModelError   the tensors are sound, but no family in the table matches them
 ├── WeightsError        a component misses a tensor, or a tensor belongs to no component
 └── ExportError         a component cannot be turned into a graph, or its graph differs from it
+    ├── PrecisionError      half precision cannot hold a network
     └── ForeignConfigError  a YAML file is sound, but not the configuration of a CompVis model
 
 Every message says what was found, in which file or component, and what to do about it.
@@ -39,6 +40,10 @@ class WeightsError(LdmError):
 
 class ExportError(LdmError):
     """A component could not be exported, or what was exported computes something else."""
+
+
+class PrecisionError(ExportError):
+    """The fp16 graph of a network overflows, or differs from torch by more than its bound."""
 
 
 class ForeignConfigError(ExportError):

@@ -26,7 +26,7 @@ from ldm_runtime.specs.model import ModelSpec, components_of
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 10
+CACHE_VERSION = 11
 _SAMPLING_FIELDS = ("defaults", "prediction_type", "label_names")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -44,6 +44,7 @@ class ExportOptions:
         weights_dtype: How weights are stored.
         engines: Which TensorRT engines to build; none by default.
         replace: Whether the bundle of another checkpoint at `out` may be replaced.
+        fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
     """
 
     checkpoint: Path
@@ -53,12 +54,18 @@ class ExportOptions:
     weights_dtype: WeightsDType = "float16"
     engines: EngineOptions = field(default_factory=lambda: EngineOptions(builder="none"))
     replace: bool = False
+    fp16: bool = True
 
     def __post_init__(self) -> None:
         if self.weights_dtype not in get_args(WeightsDType):
             raise ExportError(
                 f"weights_dtype is {self.weights_dtype!r}; use "
                 f"{' or '.join(map(repr, get_args(WeightsDType)))}"
+            )
+        if not self.fp16 and self.engines.builder != "none":
+            raise ExportError(
+                f"engines ({self.engines.builder}) are built from fp16 graphs, which --no-fp16 "
+                "leaves out; take --engines none with it, or leave it out"
             )
 
 
@@ -120,6 +127,7 @@ class Source:
             self.sha256,
             spec,
             self.options.weights_dtype,
+            self.options.fp16,
             versions(),
             *inputs,
         ]

@@ -13,9 +13,15 @@ from ldm_export.golden.outputs import golden_folders, write_golden
 from ldm_export.golden.prediction import measure_prediction
 from ldm_export.golden.preview import PAIRS_FILE, fit_preview, write_pairs
 from ldm_export.golden.requests import golden_requests
-from ldm_export.graphs.onnx_export import WEIGHTS_FILE, round_stored, sample_inputs, write_graphs
-from ldm_export.graphs.parity import Sample, measure
-from ldm_export.graphs.precision import FP32_ISLANDS
+from ldm_export.graphs.measured import measured_graphs
+from ldm_export.graphs.onnx_export import (
+    VARIANTS,
+    WEIGHTS_FILE,
+    round_stored,
+    sample_inputs,
+    write_graphs,
+)
+from ldm_export.graphs.parity import Sample
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import load_network
@@ -147,23 +153,25 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
         write_pairs(place / PAIRS_FILE, engine, source.spec)
     changed = round_stored(network, source.options.weights_dtype)
     stored = [engine.run(arrays) for _, arrays in inputs] if changed else expected
-    graphs = write_graphs(name, network, source.spec, place, source.options.weights_dtype)
+    options = source.options
+    variants = VARIANTS if options.fp16 else VARIANTS[:1]
+    graphs = write_graphs(name, network, source.spec, place, options.weights_dtype, variants)
     del network, engine
     give_back_memory()  # torch's copy of the weights goes before ONNX Runtime reads its own
     samples = [
         Sample(size=size, inputs=arrays, expected=wanted, stored=rounded)
         for (size, arrays), wanted, rounded in zip(inputs, expected, stored, strict=True)
     ]
-    parity = [record for graph in graphs for record in measure(name, graph, place, samples)]
+    measured = measured_graphs(name, graphs, place, samples)
     component = components_of(source.spec)[name]
     return ComponentRecord(
         name=name,
         inputs=component.inputs,
         outputs=component.outputs,
-        graphs=graphs,
+        graphs=measured.graphs,
         weights_file=f"{name}/{WEIGHTS_FILE}",
-        fp32_islands=FP32_ISLANDS,
-        parity=tuple(parity),
+        fp32_islands=measured.fp32_islands,
+        parity=measured.parity,
         key=source.key(name),
     )
 

@@ -6,7 +6,7 @@ loaded for checking: `sample_inputs` → torch's outputs → `write_graphs` → 
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +51,8 @@ WEIGHTS_FILE = "weights.bin"
 _FILES: Mapping[GraphVariant, str] = MappingProxyType(
     {"fp32": "model.cpu.onnx", "fp16": "model.onnx"}
 )
+#: Every variant of a graph; the one for the CPU engine comes first.
+VARIANTS: tuple[GraphVariant, ...] = tuple(_FILES)
 _IMAGE_STEP = 32  # pixels
 # Without torchvision, which nothing here needs, every export begins with four warnings.
 _TALKATIVE = "torch.onnx._internal.exporter._registration"
@@ -62,7 +64,8 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
     The first has batch size 1 and a context of one chunk (of a text encoder, else of one token),
     the second batch size 3, another width and a context of two chunks. The UNet gets the fewest
     pixels that its downsampling steps allow; the autoencoder, whose first level has all of an
-    image's pixels, gets 64x64 and 64x96 of those.
+    image's pixels, gets 64x64 and 64x96 of those. The decoder's latents are as large as those of an
+    image are: of variance 1 in the UNet's scale.
 
     Returns:
         Lengths of the dynamic axes, and arrays by input name.
@@ -73,6 +76,7 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
     encoder = spec.find(TextEncoderSpec)
     tokens = 1 if encoder is None else encoder.max_tokens
     axes = _axes(component)
+    spread = 1 / spec.autoencoder.latent_scale_factor if name == "vae_decoder" else 1.0
     samples: list[tuple[SampleSize, Tensors]] = []
     for batch, height, width, chunks in ((1, 2 * step, 2 * step, 1), (3, 2 * step, 3 * step, 2)):
         rng = np.random.default_rng(batch)
@@ -80,7 +84,8 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
         lengths["context_tokens"] = chunks * tokens
         sizes, counts = _sizes(name, spec, lengths), value_counts(spec, name)
         arrays = {
-            tensor.name: _sample(tensor, sizes, counts, spec, rng) for tensor in component.inputs
+            tensor.name: _sample(tensor, sizes, counts, spec, rng, spread)
+            for tensor in component.inputs
         }
         size = SampleSize(**{axis: length * (axis in axes) for axis, length in lengths.items()})
         samples.append((size, arrays))
@@ -109,7 +114,12 @@ def round_stored(network: nn.Module, dtype: WeightsDType) -> bool:
 
 
 def write_graphs(
-    name: str, network: nn.Module, spec: ModelSpec, folder: Path, dtype: WeightsDType
+    name: str,
+    network: nn.Module,
+    spec: ModelSpec,
+    folder: Path,
+    dtype: WeightsDType,
+    variants: Sequence[GraphVariant] = VARIANTS,
 ) -> tuple[GraphRecord, ...]:
     """Trace a network and write its graphs and weights.
 
@@ -119,6 +129,7 @@ def write_graphs(
         spec: The model.
         folder: Existing folder for the files.
         dtype: How weights are stored.
+        variants: Graphs to write.
 
     Raises:
         ExportError: Torch cannot trace the network, or a graph is not valid ONNX.
@@ -130,7 +141,8 @@ def write_graphs(
     light = ir.to_proto(model)
     del model  # and with it the last reference to torch's tensors but the caller's
     records = []
-    for variant, file in _FILES.items():
+    for variant in variants:
+        file = _FILES[variant]
         graph = ir.from_proto(light)
         AssignPrecision(_precision_policy(variant, graph.graph, spec))(graph)
         RemoveUnusedNodesPass()(graph)
@@ -258,6 +270,7 @@ def _sample(
     counts: Mapping[str, int],
     spec: ModelSpec,
     rng: np.random.Generator,
+    spread: float,
 ) -> npt.NDArray[np.generic]:
     shape = [sizes[axis] for axis in tensor.axes]
     if tensor.name in counts:
@@ -266,4 +279,4 @@ def _sample(
         return rng.uniform(0, len(spec.alphas_cumprod) - 1, size=shape).astype(np.float32)
     if tensor.name == "image":
         return rng.uniform(-1, 1, size=shape).astype(np.float32)
-    return rng.standard_normal(shape, dtype=np.float32)
+    return np.float32(spread) * rng.standard_normal(shape, dtype=np.float32)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ldm_export.errors import ExportError
+from ldm_export.errors import ExportError, PrecisionError
 from ldm_export.graphs.fp16_range import FP16_MAX, largest_value, watched_graph
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
@@ -63,10 +63,14 @@ def measure(
         samples: Inputs to run it on, and torch's outputs.
 
     Raises:
-        ExportError: The graph does not load or run, an error is above its bound, or a value of the
-            fp16 graph is beyond the range of half precision.
+        ExportError: The graph does not load or run, or an error of the fp32 graph is above its
+            bound.
+        PrecisionError: A value of the fp16 graph is beyond the range of half precision, or its
+            error is above its bound.
     """
     path = folder / Path(graph.file).name
+    if graph.variant == "fp16":
+        _check_range(name, path, samples)  # first: of infinities no error can be computed
     engine = _LeanSession(path)
     records = []
     for sample in samples:
@@ -76,9 +80,6 @@ def measure(
         records.append(_parity(graph.variant, "checkpoint", sample, outputs))
     for record in records:
         _check_bound(name, record)
-    if graph.variant == "fp16":
-        del engine  # frees its weights before the next session
-        _check_range(name, path, samples)
     return tuple(records)
 
 
@@ -105,12 +106,14 @@ def _check_bound(name: str, record: ParityRecord) -> None:
         advice = "these weights lose too much in fp16"
         if record.variant == "fp32":
             advice += "; store them with --weights-dtype fp32"
-    if not value <= bound:  # NaN is above every bound
-        raise ExportError(
-            f"the {record.variant} graph of {name} differs from torch: {measured} {value:.2e} at "
-            f"batch {record.batch}, latents {record.height}x{record.width}, context of "
-            f"{record.context_tokens} tokens, more than {bound:.0e}; {advice}"
-        )
+    if value <= bound:  # NaN is above every bound
+        return
+    kind = PrecisionError if record.variant == "fp16" else ExportError
+    raise kind(
+        f"the {record.variant} graph of {name} differs from torch: {measured} {value:.2e} at "
+        f"batch {record.batch}, latents {record.height}x{record.width}, context of "
+        f"{record.context_tokens} tokens, more than {bound:.0e}; {advice}"
+    )
 
 
 def _check_range(name: str, path: Path, samples: Sequence[Sample]) -> None:
@@ -119,10 +122,9 @@ def _check_range(name: str, path: Path, samples: Sequence[Sample]) -> None:
         for sample in samples:
             value, size = largest_value(engine.run(sample.inputs))
             if size > FP16_MAX:
-                raise ExportError(
-                    f"the fp16 graph of {name} would overflow: {value} reaches {size:.3g}, half "
-                    f"precision ends at {FP16_MAX:.0f}; it needs an fp32 island, see "
-                    "ldm_export/graphs/precision.py"
+                raise PrecisionError(
+                    f"the fp16 graph of {name} overflows: {value} reaches {size:.3g}, and half "
+                    f"precision ends at {FP16_MAX:.0f}"
                 )
 
 

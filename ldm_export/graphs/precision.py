@@ -35,6 +35,9 @@ FP32_ISLANDS = (
     *sorted(NORMALISATIONS),
 )
 
+#: The one island of a network that half precision cannot hold.
+WHOLE_NETWORK = "the whole network"
+
 #: Weights that are stored in fp32 in every bundle: rounded codes have other neighbours.
 FP32_WEIGHTS = frozenset({"quantize.embedding.weight"})
 

@@ -129,6 +129,15 @@ def check_input_names(component: ComponentRecord, inputs: Mapping[str, object]) 
         )
 
 
+def lacks_graph(name: str, variant: GraphVariant, manifest: Manifest | None) -> str | None:
+    """Say which component of a bundle lacks the graph that a backend needs; None if none does."""
+    for component in manifest.components if manifest else ():
+        if not any(graph.variant == variant for graph in component.graphs):
+            reason = f"{name} needs an {variant} graph, which {component.name} lacks"
+            return reason + ("; export without --no-fp16" if variant == "fp16" else "")
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Options of how engines run; backends without the choice ignore them.
@@ -194,7 +203,7 @@ class EngineSource:
                 return self._checked(record.file)
         raise BackendError(
             f"component {self.component.name!r} of {self.bundle} has no {variant} graph; "
-            "export the bundle again"
+            f"export the bundle again{', without --no-fp16' if variant == 'fp16' else ''}"
         )
 
     def _checked(self, path: str) -> Path:

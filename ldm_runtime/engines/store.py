@@ -81,7 +81,9 @@ def add_engines(
         store = _Store(bundle=bundle, manifest=load_manifest(bundle), on_write=on_write)
         files = component_files(store.manifest.components, store.manifest.files)
         if not files:
-            raise EngineBuildError(f"{bundle} has no fp16 graphs to build from; export it again")
+            raise EngineBuildError(
+                f"{bundle} has no fp16 graphs to build engines from; export it without --no-fp16"
+            )
         build_specs = make_build_specs(toolchain, options.sizes, store.manifest.spec, files)
         for record in store.manifest.files:
             if record.path.startswith(tuple(f"{name}/" for name in files)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from ldm_export.errors import ExportError
+from ldm_export.errors import PrecisionError
 from ldm_export.graphs.onnx_export import round_stored, sample_inputs, write_graphs
 from ldm_export.graphs.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, measure
 from ldm_export.graphs.torch_engine import TorchEngine
@@ -212,14 +212,14 @@ def test_bert_stays_a_number_in_fp16_when_its_stream_leaves_that_range(hot_bert)
     assert not np.isfinite(contexts["clip"]).all()
 
 
-def test_a_graph_that_would_overflow_stops_the_export_although_a_cpu_does_not_show_it(hot_bert):
+def test_a_graph_that_would_overflow_is_refused_although_a_cpu_does_not_show_it(hot_bert):
     network, graphs = hot_bert
     inputs = samples("text_encoder", network, LAYOUTS)
     folder, (_, half) = graphs["clip"]
     assert np.isfinite(run(folder / "model.onnx", inputs[0].inputs)).all()
 
     with pytest.raises(
-        ExportError, match=r"would overflow: .* reaches 1\.\d+e\+05, .* fp32 island"
+        PrecisionError, match=r"fp16 graph of text_encoder overflows: .* reaches 1\.\d+e\+05"
     ):
         measure("text_encoder", half, folder, inputs)
 

@@ -10,7 +10,7 @@ import pytest
 from ldm_runtime.backends import choose_backend, get_backend, tensorrt
 from ldm_runtime.backends.contract import EngineSource, RunOptions, SharedResources
 from ldm_runtime.backends.tensorrt.runtime import cache_path, read_cache, write_cache
-from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.bundle.manifest import GraphRecord, load_manifest
 from ldm_runtime.diagnostics.verify import BOUNDS, _bounds, _outputs, verify
 from ldm_runtime.engines.gpu import find_gpu
 from ldm_runtime.errors import BackendError, BundleError, ShapeError
@@ -413,8 +413,23 @@ def test_a_bundle_whose_engines_fit_can_run(bundle, machine):
 
 
 def test_a_bundle_without_engines_says_how_to_build_them(own_bundle, machine):
-    assert reason(own_bundle, machine) == (
+    manifest = load_manifest(own_bundle)
+    components = [
+        replace(
+            each, graphs=(*each.graphs, GraphRecord(variant="fp16", file=f"{each.name}/model.onnx"))
+        )
+        for each in manifest.components
+    ]
+    manifest = replace(manifest, components=tuple(components))
+
+    assert tensorrt.why_not(manifest, own_bundle, machine.vendor) == (
         f"{own_bundle} has no TensorRT engines; run `ldm build-engines {own_bundle}`"
+    )
+
+
+def test_a_bundle_that_engines_cannot_be_built_from_says_so(own_bundle, machine):
+    assert reason(own_bundle, machine) == (
+        "tensorrt needs an fp16 graph, which text_encoder lacks; export without --no-fp16"
     )
 
 

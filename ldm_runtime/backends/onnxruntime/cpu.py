@@ -14,6 +14,7 @@ from ldm_runtime.backends.contract import (
     Runner,
     Tensors,
     always_prepared,
+    lacks_graph,
 )
 from ldm_runtime.backends.host_memory import check_memory
 from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
@@ -24,7 +25,6 @@ from ldm_runtime.backends.onnxruntime.session import (
     check_inputs,
     check_names,
     describe,
-    lacks_graph,
 )
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.closing import Closing

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from ldm_runtime.backends.contract import Abilities, EngineSource
+from ldm_runtime.backends.contract import Abilities, EngineSource, lacks_graph
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.packages import installed_packages
@@ -16,7 +16,6 @@ from ldm_runtime.backends.onnxruntime.providers import (
     open_on,
     provider_fault,
 )
-from ldm_runtime.backends.onnxruntime.session import lacks_graph
 from ldm_runtime.bundle.manifest import Manifest
 
 _NAME = "cuda"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Tensors, check_input_names
 from ldm_runtime.backends.onnxruntime.library import native
-from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
+from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.errors import BackendError, ShapeError
 from ldm_runtime.specs.components import DYNAMIC_AXES, TensorSignature
 
@@ -51,14 +51,6 @@ def describe(error: Exception) -> str:
         if found := re.search(pattern, text, re.IGNORECASE):
             return f"{line}; {found.expand(advice)}"
     return line
-
-
-def lacks_graph(name: str, variant: GraphVariant, manifest: Manifest | None) -> str | None:
-    """Say which component of a bundle lacks the graph that a backend needs; None if none does."""
-    for component in manifest.components if manifest else ():
-        if not any(graph.variant == variant for graph in component.graphs):
-            return f"{name} needs an {variant} graph, which {component.name} lacks"
-    return None
 
 
 def check_names(path: Path, found: list[str], component: ComponentRecord) -> None:

@@ -1,17 +1,17 @@
 """ONNX Runtime's TensorRT provider: builds engines at load time, for minutes; by name only."""
 
 import contextlib
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
-from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared
+from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared, lacks_graph
 from ldm_runtime.backends.onnxruntime.cuda import CudaOptions, cuda_provider
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.providers import Provider, gpu_fault, open_on, provider_fault
-from ldm_runtime.backends.onnxruntime.session import lacks_graph
-from ldm_runtime.bundle.manifest import Manifest
+from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 
 _NAME = "tensorrt-ort"
 
@@ -34,7 +34,15 @@ def open_engine(source: EngineSource) -> DeviceEngine:
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
     with contextlib.suppress(ImportError):  # then the libraries may still be on the system's path
         import_module("tensorrt")  # loads the libraries that the provider links to
-    return open_on(PROVIDER, source)
+    return open_on(provider_for(source.component), source)
+
+
+def provider_for(component: ComponentRecord) -> Provider:
+    """Return the provider; a network that fp16 cannot hold has one graph, and computes in fp32."""
+    if len({graph.file for graph in component.graphs}) > 1:
+        return PROVIDER
+    options = {**PROVIDER.options, "trt_fp16_enable": "0"}
+    return replace(PROVIDER, options=MappingProxyType(options))
 
 
 def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:

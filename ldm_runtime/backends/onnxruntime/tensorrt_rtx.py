@@ -3,11 +3,11 @@
 from importlib import import_module
 from pathlib import Path
 
-from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared
+from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared, lacks_graph
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.providers import Provider, gpu_fault, open_on, plugin_devices
-from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, describe, lacks_graph
+from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, describe
 from ldm_runtime.bundle.manifest import Manifest
 from ldm_runtime.errors import BackendError
 

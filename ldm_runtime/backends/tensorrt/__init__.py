@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ldm_runtime.backends.contract import Abilities, EngineSource, RunOptions
+from ldm_runtime.backends.contract import Abilities, EngineSource, RunOptions, lacks_graph
 from ldm_runtime.backends.cuda_device import CudaDevice, Device
 from ldm_runtime.backends.tensorrt.engine import EngineFile, Session, TensorRTEngine
 from ldm_runtime.backends.tensorrt.runtime import LoadedEngine, cache_path, installed_versions
@@ -86,7 +86,8 @@ def why_not(
     """Say why a bundle cannot run; without its folder, only reasons that hold for any."""
     place = bundle or Path("engines")
     if manifest is not None and not manifest.engines:
-        return f"{place} has no TensorRT engines; run `ldm build-engines {place}`"
+        cannot_build = lacks_graph("tensorrt", "fp16", manifest)
+        return cannot_build or f"{place} has no TensorRT engines; run `ldm build-engines {place}`"
     try:
         if manifest is None or bundle is None:
             _machine(place, (), vendor)

@@ -1,0 +1,112 @@
+"""Networks that half precision cannot hold, and bundles that do without it."""
+
+import logging
+
+import pytest
+import torch
+
+from ldm_export import steps
+from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.detection.overrides import Overrides
+from ldm_export.errors import ExportError
+from ldm_export.graphs.parity import MAX_RELATIVE_L2
+from ldm_export.graphs.precision import FP32_ISLANDS, WHOLE_NETWORK
+from ldm_export.source import ExportOptions, open_source
+from ldm_runtime.backends.onnxruntime.tensorrt import PROVIDER, provider_for
+from ldm_runtime.engines.build_specs import EngineOptions
+from tests.export.small_checkpoint import SIZE, random_networks, write_checkpoint
+
+LOUD = 20_000.0
+
+
+@pytest.fixture
+def build(tmp_path, kept_traces):
+    """Export the decoder of a checkpoint alone; return its record and its folder."""
+
+    def run(networks, **options):
+        path = write_checkpoint(tmp_path / "small.ckpt", networks)
+        wanted = ExportOptions(
+            checkpoint=path,
+            out=tmp_path / "engines",
+            overrides=Overrides(height=SIZE, width=SIZE),
+            **options,
+        )
+        with open_checkpoint(path) as checkpoint:
+            source = open_source(wanted, checkpoint, hashed=False)
+            record = steps._build_component(source, "vae_decoder", tmp_path)
+        return record, tmp_path / "vae_decoder"
+
+    return run
+
+
+def louden(decoder):
+    """Multiply a decoder's residual stream, which its last normalisation divides again."""
+    endings = ("conv_in.", ".conv2.", ".proj_out.", ".nin_shortcut.bias", ".upsample.conv.bias")
+    for name, parameter in decoder.named_parameters():
+        if any(ending in f".{name}" for ending in endings) and "post_quant" not in name:
+            parameter.mul_(LOUD)
+
+
+def test_a_decoder_beyond_half_precision_is_exported_in_fp32_with_one_warning(build, caplog):
+    networks = random_networks()
+    latents = torch.randn(1, 4, 8, 8)
+    before = networks.vae_decoder(latents)
+    louden(networks.vae_decoder)
+    assert torch.allclose(networks.vae_decoder(latents), before, atol=1e-4)
+
+    with caplog.at_level(logging.WARNING):
+        record, folder = build(networks)
+
+    (warning,) = [
+        each.message for each in caplog.records if each.name == "ldm_export.graphs.measured"
+    ]
+    assert "the fp16 graph of vae_decoder overflows: " in warning
+    assert "--no-fp16" in warning
+    assert record.fp32_islands == (WHOLE_NETWORK,)
+    assert {graph.variant: graph.file for graph in record.graphs} == {
+        "fp32": "vae_decoder/model.cpu.onnx",
+        "fp16": "vae_decoder/model.cpu.onnx",
+    }
+    assert sorted(path.name for path in folder.iterdir()) == ["model.cpu.onnx", "weights.bin"]
+    of_gpus = [each.relative_l2 for each in record.parity if each.variant == "fp16"]
+    assert of_gpus
+    assert max(of_gpus) <= MAX_RELATIVE_L2
+    assert provider_for(record).options["trt_fp16_enable"] == "0"
+
+
+def test_a_decoder_within_half_precision_has_an_fp16_graph(build):
+    record, folder = build(random_networks())
+
+    assert record.fp32_islands == FP32_ISLANDS
+    assert len({graph.file for graph in record.graphs}) == 2
+    assert (folder / "model.onnx").exists()
+    assert provider_for(record) is PROVIDER
+
+
+def test_without_fp16_there_is_the_fp32_graph_alone(build):
+    record, folder = build(random_networks(), fp16=False)
+
+    assert [graph.variant for graph in record.graphs] == ["fp32"]
+    assert {each.variant for each in record.parity} == {"fp32"}
+    assert record.fp32_islands == ()
+    assert sorted(path.name for path in folder.iterdir()) == ["model.cpu.onnx", "weights.bin"]
+
+
+def test_a_bundle_for_cpus_shares_no_step_with_one_for_gpus(tmp_path, small_checkpoint_path):
+    def key(**options):
+        wanted = ExportOptions(checkpoint=small_checkpoint_path, out=tmp_path, **options)
+        with open_checkpoint(small_checkpoint_path) as checkpoint:
+            return open_source(wanted, checkpoint, hashed=False).key("unet")
+
+    assert key(fp16=False) != key()
+
+
+@pytest.mark.parametrize("builder", ["auto", "tensorrt", "tensorrt_rtx"])
+def test_engines_without_fp16_graphs_are_refused(tmp_path, builder):
+    with pytest.raises(ExportError, match=rf"engines \({builder}\) .* --no-fp16 leaves out"):
+        ExportOptions(
+            checkpoint=tmp_path / "model.ckpt",
+            out=tmp_path,
+            engines=EngineOptions(builder=builder),
+            fp16=False,
+        )
