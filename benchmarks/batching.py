@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ldm_runtime import GenerationRequest, Generator, LdmError, Result
+from ldm_runtime.benchmark.subject import PROMPT
 from measuring.opened import add_generator_arguments, generator_row, open_generator
 from measuring.rows import Row, as_line
-from measuring.runs import PROMPT
 
 #: Ways to generate the requests, and clocks to measure them with.
 WAYS, CLOCKS = ("alone", "together"), ("wall", "process")

@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ldm_runtime import GenerationRequest, Generator, LdmError
+from ldm_runtime.benchmark.subject import PROMPT
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from measuring.opened import add_generator_arguments, generator_row, open_generator
 from measuring.rows import as_line
-from measuring.runs import PROMPT
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from ldm_runtime import Generator, LdmError
 from ldm_runtime.backends.host_memory import least_bytes
 from ldm_runtime.diagnostics.measures import psnr
 from measuring.rows import machine
-from measuring.runs import shapes_bundle
+from measuring.shapes_bundle import shapes_bundle
 from released.full_size_probe import bytes_of_decoding
 
 if TYPE_CHECKING:

@@ -414,6 +414,7 @@ class Generator(Closing):
             latents=np.concatenate([each.latents for each in generated]),
             timings=passes.timings.finish(),
             bundle_sha256=self.bundle_sha256,
+            build=self.manifest.build,
         )
 
 

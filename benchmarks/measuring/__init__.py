@@ -1,1 +1,1 @@
-"""Measuring: rows, interleaved runs, peak memory, and the ceilings of a machine."""
+"""Shared parts of the benchmarks: rows, subjects, processes, and exports that are watched."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from ldm_runtime import Generator
 from ldm_runtime.backends import get_backend
 from measuring.rows import Row, commit, machine
-from measuring.runs import shapes_bundle
+from measuring.shapes_bundle import shapes_bundle
 
 
 def add_generator_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,11 +19,11 @@ from ldm_export.graphs.fp16_range import FP16_MAX, largest_value, watched_graph
 from ldm_export.memory import give_back_memory
 from ldm_runtime import Generator
 from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
+from ldm_runtime.benchmark.process import forget_peak, peak_bytes
 from ldm_runtime.bundle.manifest import Manifest, load_manifest
 from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, value_counts
 from ldm_runtime.specs.networks import TextEncoderSpec
-from measuring.measure import forget_peak, peak_bytes
 
 _MAX_PIXELS = 256  # per side, where a network works on pixels
 #: Factors of the latents and the timestep that goes with it: pure noise as the UNet gets

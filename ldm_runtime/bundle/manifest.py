@@ -138,7 +138,7 @@ class BuildRecord:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Manifest:
     """Everything a runtime needs to know about a bundle.
 
@@ -164,6 +164,11 @@ class Manifest:
     engines: tuple[str, ...]
     files: tuple[FileRecord, ...]
     build: BuildRecord
+
+    def __repr__(self) -> str:
+        components = ", ".join(record.name for record in self.components)
+        parts = f"{self.spec.task}, {self.weights_dtype} weights, {len(self.files)} files"
+        return f"Manifest(schema {self.schema_version}, {parts}; {components})"
 
     def component(self, name: str) -> ComponentRecord:
         """Return the record of component `name`.

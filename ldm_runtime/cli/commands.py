@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_runtime.cli.backend_flags import add_backend_arguments
+from ldm_runtime.cli.bench import add_bench_arguments, bench
 from ldm_runtime.cli.build_engines import add_builder_arguments, build_engines
 from ldm_runtime.cli.generate import add_generate_arguments, generate
 from ldm_runtime.cli.messages import add_message_flags, print_any_text, say, show_messages
@@ -41,11 +42,16 @@ def build_parser() -> Parser:
     inspecting.set_defaults(run=inspect)
     diagnosing = commands.add_parser("doctor", help="say which backends can run here, and why not")
     diagnosing.set_defaults(run=doctor)
+    measuring = commands.add_parser("bench", help="measure what an image costs on this machine")
+    measuring.add_argument("bundle", type=Path)
+    add_bench_arguments(measuring)
+    measuring.set_defaults(run=bench)
     building = commands.add_parser("build-engines", help="build TensorRT engines into a bundle")
     add_builder_arguments(building)
     building.set_defaults(run=build_engines)
     for command in (generating, verifying, inspecting, diagnosing, building):
         add_json_flag(command)
+    for command in commands.choices.values():
         add_message_flags(command)
     return parser
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
+from ldm_runtime.cli.parsing import image_size
 from ldm_runtime.cli.standard_input import STDIN, decoded, place_of, read_data
 from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.fields import FieldRecord, Group
@@ -38,7 +39,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
         help="repeat the request that an image records; other flags change it",
     )
     groups["Output"].add_argument(
-        "--size", type=_size, metavar="WIDTHxHEIGHT", help="--width and --height in one"
+        "--size", type=image_size, metavar="WIDTHxHEIGHT", help="--width and --height in one"
     )
     return groups
 
@@ -82,13 +83,6 @@ def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:
 def _label(text: str) -> int | str:
     """Read an integer as a number, anything else as a name; the request checks its range."""
     return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text.lower())
-    if found is None:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT pixels, got {text!r}")
-    return int(found[1]), int(found[2])
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """The parser of both commands: errors of one line with a suggestion, and no abbreviations."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -73,3 +74,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read "512x768" as width and height, and "512" as a square, as the type of an argument."""
+    found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT pixels, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])

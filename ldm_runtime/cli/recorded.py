@@ -9,7 +9,7 @@ from typing import Any
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
-from ldm_runtime.pipeline.png import read_metadata
+from ldm_runtime.pipeline.image_files import read_metadata
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ Packages add formats through the entry point group `ldm_runtime.inspectors`: fun
 to a dictionary, or to None for a file of another format.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
@@ -18,13 +19,15 @@ from ldm_runtime.bundle.manifest import MANIFEST_NAME, encode_networks, load_man
 from ldm_runtime.engines.records import load_engine_records
 from ldm_runtime.errors import LdmError
 from ldm_runtime.escaping import printable
-from ldm_runtime.pipeline.png import read_metadata
+from ldm_runtime.pipeline.image_files import read_metadata
 
 INSPECTORS_GROUP = "ldm_runtime.inspectors"
 
 Inspector = Callable[[Path], dict[str, Any] | None]
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Of PNG, JPEG and WebP; dots stand for the length of a WebP file.
+_IMAGE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
+_SIGNATURE_BYTES = 12
 _LONG = 16
 
 
@@ -42,7 +45,7 @@ def inspect(
     """
     if path.is_dir():
         return _inspect_bundle(path)
-    if _starts_like_png(path):
+    if _starts_like_image(path):
         return {"kind": "image", "path": str(path), **read_metadata(path)}
     return _ask_inspectors(path, _installed() if inspectors is None else inspectors)
 
@@ -124,10 +127,10 @@ def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _starts_like_png(path: Path) -> bool:
+def _starts_like_image(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+            return _IMAGE.match(file.read(_SIGNATURE_BYTES)) is not None
     except OSError as error:
         raise LdmError(f"{path} cannot be read: {error.strerror}") from error
 

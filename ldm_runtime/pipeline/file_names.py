@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
+from types import MappingProxyType
 
 from ldm_runtime.errors import RequestError
 
@@ -16,6 +17,10 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 
+#: Formats that are written, by suffix.
+_FORMATS: Mapping[str, str] = MappingProxyType(
+    {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+)
 _NUMBER = re.compile(r"(\d{4,})-")
 _PLACEHOLDERS = ("index", "seed")
 
@@ -32,6 +37,21 @@ def is_folder(target: str | os.PathLike[str]) -> bool:
     return "{" not in text and Path(text).suffix.lower() not in IMAGE_SUFFIXES
 
 
+def image_format(path: str | os.PathLike[str]) -> str:
+    """Return Pillow's name of the format that a file's suffix stands for.
+
+    Raises:
+        RequestError: No image is written in that format.
+    """
+    suffix = Path(path).suffix
+    if suffix.lower() not in _FORMATS:
+        found = f"the suffix {suffix!r}" if suffix else "no suffix"
+        raise RequestError(
+            "path", f"{os.fspath(path)!r} has {found}; images are saved as .png, .jpg or .webp"
+        )
+    return _FORMATS[suffix.lower()]
+
+
 def pattern_paths(pattern: str | os.PathLike[str], seeds: Sequence[int]) -> list[Path]:
     """Return the path of every image, such as `out/0003-42.png` for `out/{index:04d}-{seed}.png`.
 
@@ -41,8 +61,8 @@ def pattern_paths(pattern: str | os.PathLike[str], seeds: Sequence[int]) -> list
         seeds: The seed of every image.
 
     Raises:
-        RequestError: The pattern has another placeholder, is malformed, or gives two images one
-            path.
+        RequestError: The pattern has another placeholder, is malformed, gives two images one path,
+            or has the suffix of no format that is written.
     """
     text = os.fspath(pattern)
     _check_placeholders(text)
@@ -50,6 +70,8 @@ def pattern_paths(pattern: str | os.PathLike[str], seeds: Sequence[int]) -> list
         paths = [Path(text.format(index=index, seed=seed)) for index, seed in enumerate(seeds)]
     except ValueError as error:
         raise RequestError("path", f"{text!r} is not a valid pattern: {error}") from error
+    for path in paths:
+        image_format(path)
     if len(set(paths)) < len(paths):
         raise RequestError(
             "path", f"{text!r} gives several of {len(paths)} images one name; put {{index}} into it"

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.errors import RequestError
-from ldm_runtime.pipeline.file_names import is_folder, pattern_paths, save_numbered
-from ldm_runtime.pipeline.png import save_png
+from ldm_runtime.pipeline.file_names import image_format, is_folder, pattern_paths, save_numbered
+from ldm_runtime.pipeline.image_files import save_image
+from ldm_runtime.pipeline.infotext import write_infotext
 from ldm_runtime.requests.request import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.version import version
@@ -33,6 +35,7 @@ class Result:
             from start to end, a stream's consumer included. With `run_many` the time of a request
             includes waiting for others.
         bundle_sha256: Hash of the bundle's manifest.
+        build: Provenance of the bundle: its checkpoint and what it was made with.
     """
 
     images: list[Image.Image]
@@ -40,6 +43,7 @@ class Result:
     latents: npt.NDArray[np.float32]
     timings: Mapping[str, float]
     bundle_sha256: str
+    build: BuildRecord
 
     @property
     def image(self) -> Image.Image:
@@ -82,16 +86,16 @@ class Result:
         return file.getvalue()
 
     def save(self, path: str | Path, index: int | None = None) -> None:
-        """Write one image as PNG with its `metadata`, which `ldm inspect` shows.
+        """Write one image with its `metadata`, which `ldm inspect` shows, and as A1111 writes it.
 
         An existing file is replaced, in one step; missing folders are made.
 
         Args:
-            path: The file.
+            path: The file: PNG or WebP, which keep every pixel, or JPEG, by its suffix.
             index: Index of the image; may be left out if there is only one.
 
         Raises:
-            RequestError: There are several images, and no index.
+            RequestError: There are several images, and no index, or it is another format.
             OSError: The file cannot be written.
         """
         if index is None and len(self) > 1:
@@ -132,8 +136,15 @@ class Result:
         }
 
     def _write(self, index: int, path: Path, *, replace: bool = False) -> None:
+        infotext = write_infotext(
+            self.request.of_image(index),
+            checkpoint=Path(self.build.checkpoint).stem,
+            checkpoint_sha256=self.build.checkpoint_sha256,
+            version=version(),
+        )
+        image_format(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(self.images[index], path, self.metadata(index), replace=replace)
+        save_image(self.images[index], path, self.metadata(index), infotext, replace=replace)
 
 
 def _sheet(images: list[Image.Image]) -> Image.Image:

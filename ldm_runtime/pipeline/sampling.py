@@ -29,7 +29,7 @@ from ldm_runtime.tiling.patches import over_patches
 Float32Array = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Step:
     """One finished sampler step of one batch.
 
@@ -51,6 +51,12 @@ class Step:
     x0: Float32Array
     images: range
     previews: tuple[Image.Image, ...] = ()
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.latents.shape))
+        first, last = self.images[0], self.images[-1]
+        images = f"image {first}" if first == last else f"images {first} to {last}"
+        return f"Step({self.index} of {self.total}, {images}, sigma {self.sigma:.4g}, {shape})"
 
 
 def sample_latents(

@@ -331,19 +331,18 @@ class GenerationRequest:
                 raise RequestError(name, f"{seed} + num_images exceeds {MAX_SEED}; lower it")
 
     def __repr__(self) -> str:
-        changed = {
-            each.name: value
-            for each in fields(self)
-            if (value := getattr(self, each.name)) != each.default
-        }
-        return (
-            f"GenerationRequest({', '.join(f'{name}={each!r}' for name, each in changed.items())})"
-        )
+        return f"GenerationRequest({changed_fields(self)})"
 
     @property
     def is_variation(self) -> bool:
         """Whether the noise leans towards that of another seed."""
         return self.variation_strength > 0
+
+
+def changed_fields(request: GenerationRequest) -> str:
+    """Return the fields of a request that are not at their defaults, as keywords."""
+    values = ((each, getattr(request, each.name)) for each in fields(request))
+    return ", ".join(f"{each.name}={value!r}" for each, value in values if value != each.default)
 
 
 def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:

@@ -12,7 +12,7 @@ from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
-from ldm_runtime.requests.request import CUSTOM, MAX_SIGMA, GenerationRequest
+from ldm_runtime.requests.request import CUSTOM, MAX_SIGMA, GenerationRequest, changed_fields
 from ldm_runtime.specs.model import Task
 from ldm_runtime.specs.tasks import TASKS
 
@@ -140,7 +140,7 @@ class SamplingPass:
 _Condition = TypeVar("_Condition", bound=Condition)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ResolvedRequest:
     """A request to one model, down to the last number; see `resolution.resolve`.
 
@@ -188,6 +188,9 @@ class ResolvedRequest:
     variation_strength: float
     passes: tuple[SamplingPass, ...]
     tile_size: int
+
+    def __repr__(self) -> str:
+        return f"ResolvedRequest({self.task}: {changed_fields(self.as_request())})"
 
     @property
     def num_inference_steps(self) -> int:

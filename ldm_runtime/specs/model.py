@@ -56,7 +56,7 @@ class Assumption:
     source: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ModelSpec:
     """Specification of a model, from which everything downstream is derived.
 
@@ -82,6 +82,11 @@ class ModelSpec:
     defaults: SamplingDefaults
     label_names: tuple[str, ...]
     assumptions: tuple[Assumption, ...]
+
+    def __repr__(self) -> str:
+        size = f"{self.defaults.width}x{self.defaults.height}"
+        networks = ", ".join(self.networks)
+        return f"ModelSpec({self.family}, {self.task}, {size}, {self.prediction_type}; {networks})"
 
     @property
     def unet(self) -> UNetSpec | None:

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.networks.loading import build_network
-from measuring import flops
+from ldm_runtime.benchmark.work import network_work
 from released import random_checkpoints
 from released.narrow_models import narrowed
 from released.released_models import MODELS
@@ -47,7 +47,7 @@ def inputs_of(component, spec):
 def test_the_work_of_every_network_is_what_torch_counts(name):
     spec = random_checkpoints.as_spec(narrowed(MODELS[name]))
 
-    counted = flops.network_work(spec, HEIGHT, WIDTH, IMAGES, ROWS)
+    counted = network_work(spec, HEIGHT, WIDTH, IMAGES, ROWS)
 
     present = {
         "text_encoder": spec.networks.get("text_encoder"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_runtime.pipeline.png import read_metadata
+from ldm_runtime.pipeline.image_files import read_metadata
 from ldm_runtime.testing import write_tiny_bundle
 from models.shapes import gallery
 

@@ -197,6 +197,22 @@ def test_a_generator_is_shown_by_bundle_task_size_and_backend(tiny_bundle):
     assert repr(generator) == shown.replace(", text", ", closed, text")
 
 
+def test_what_a_session_shows_is_short(generator):
+    *steps, result = generator.stream("red", seed=7, num_images=2)
+
+    assert repr(steps[0]) == f"Step(1 of 4, image 0, sigma {steps[0].sigma:.4g}, 1x4x8x8)"
+    assert repr(generator.spec) == (
+        "ModelSpec(tiny, text-to-image, 16x16, v_prediction; autoencoder, text_encoder, unet)"
+    )
+    assert repr(result.request) == (
+        "ResolvedRequest(text-to-image: prompt='red', height=16, width=16, num_inference_steps=4, "
+        "guidance_scale=3.0, sampler='ddim', schedule='leading', eta=0.0, seed=7, num_images=2, "
+        "tile_size=0)"
+    )
+    assert len(repr(generator.manifest)) < 200
+    assert len(repr([*steps, result])) < 1000
+
+
 @pytest.mark.parametrize(
     ("name", "meant"), [("cpuu", "cpu"), ("gpu", "cuda"), ("tensorrtx", "tensorrt")]
 )

@@ -17,7 +17,7 @@ from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
-from ldm_runtime.pipeline.png import read_metadata
+from ldm_runtime.pipeline.image_files import read_metadata
 from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.testing import tiny_spec, write_tiny_bundle
 from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE

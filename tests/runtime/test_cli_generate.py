@@ -11,7 +11,7 @@ from PIL import Image
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.errors import RequestError
-from ldm_runtime.pipeline.png import read_metadata, save_png
+from ldm_runtime.pipeline.image_files import read_metadata, save_image
 from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.testing import TINY_SPEC
 from tests.runtime.task_cases import PICTURE
@@ -278,7 +278,7 @@ def test_what_depends_on_a_changed_field_is_not_repeated(
 
 def test_a_repetition_with_another_bundle_is_warned_of(tiny_bundle, tmp_path, caplog):
     metadata = {"request": {"prompt": "red", "seed": 4}, "bundle_sha256": "0123" * 16}
-    save_png(Image.new("RGB", (16, 16)), tmp_path / "a.png", metadata)
+    save_image(Image.new("RGB", (16, 16)), tmp_path / "a.png", metadata)
 
     (request,) = asked("--like", tmp_path / "a.png", "--bundle", tiny_bundle)
 
@@ -299,7 +299,7 @@ def test_an_image_to_start_from_is_given_again(generate, tmp_path, capsys):
 
 def test_an_image_without_a_record_cannot_be_repeated(generate, tmp_path, capsys):
     Image.new("RGB", (16, 16)).save(tmp_path / "plain.png")
-    save_png(Image.new("RGB", (16, 16)), tmp_path / "odd.png", {"request": 3})
+    save_image(Image.new("RGB", (16, 16)), tmp_path / "odd.png", {"request": 3})
 
     assert generate("--like", "plain.png") == 1
     assert generate("--like", "odd.png") == 1

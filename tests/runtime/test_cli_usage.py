@@ -13,7 +13,7 @@ from PIL import Image
 import ldm_runtime
 from ldm_runtime.backends import get_backend
 from ldm_runtime.cli.commands import build_parser, main
-from ldm_runtime.pipeline.png import save_png
+from ldm_runtime.pipeline.image_files import save_image
 from ldm_runtime.version import version
 
 COMMANDS = ("generate", "verify", "inspect", "doctor", "build-engines")
@@ -89,7 +89,7 @@ def test_help_is_plain_ascii(command, capsys):
 
 
 def test_what_an_encoding_lacks_is_escaped(tmp_path):
-    save_png(Image.new("RGB", (1, 1)), tmp_path / "a.png", {"prompt": "five €, señor"})
+    save_image(Image.new("RGB", (1, 1)), tmp_path / "a.png", {"prompt": "five €, señor"})
 
     done = run_module("inspect", str(tmp_path / "a.png"), PYTHONIOENCODING="latin-1")
 

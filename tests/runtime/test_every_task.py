@@ -13,8 +13,8 @@ from ldm_runtime.conditioning import conditioning_components
 from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.latents.codec import to_uint8
+from ldm_runtime.pipeline.image_files import read_metadata, save_image
 from ldm_runtime.pipeline.passes import open_passes
-from ldm_runtime.pipeline.png import read_metadata, save_png
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.specs.model import Task, components_of
 from ldm_runtime.testing import (
@@ -160,7 +160,7 @@ def test_timings_name_the_networks_that_a_request_takes(generator_of, task):
 def test_a_picture_says_how_it_was_made(generator_of, tmp_path, task):
     result = generator_of(task).generate(request_of(task))
 
-    save_png(result.images[0], tmp_path / "0.png", result.metadata(0))
+    save_image(result.images[0], tmp_path / "0.png", result.metadata(0))
 
     stored = read_metadata(tmp_path / "0.png")["request"]
     assert stored["seed"] == result.request.seed

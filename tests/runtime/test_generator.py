@@ -14,7 +14,7 @@ from ldm_runtime.conditioning import Conditioning, encode_conditioning, open_tok
 from ldm_runtime.errors import BackendError, BundleError, ManifestError, RequestError
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.noise import TorchCpuGenerator
-from ldm_runtime.pipeline.png import read_metadata
+from ldm_runtime.pipeline.image_files import read_metadata
 from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS

@@ -5,7 +5,7 @@ from PIL import Image, PngImagePlugin
 from ldm_runtime.errors import LdmError
 from ldm_runtime.inputs.images import InputImage, resize
 from ldm_runtime.latents.codec import decode_latents, encode_image, to_uint8
-from ldm_runtime.pipeline.png import read_metadata, save_png
+from ldm_runtime.pipeline.image_files import read_metadata, save_image
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
 
 RNG = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def test_a_picture_is_resized_to_width_and_height_with_a_smooth_filter():
 def test_metadata_of_any_text_survives_a_file(tmp_path):
     metadata = {"request": {"prompt": "ein Kreis, 赤い円 \0 \n 🟥", "seed": 2**64 - 1}}
 
-    save_png(PICTURE, tmp_path / "a.png", metadata)
+    save_image(PICTURE, tmp_path / "a.png", metadata)
 
     assert read_metadata(tmp_path / "a.png") == metadata
     with Image.open(tmp_path / "a.png") as image:
@@ -142,7 +142,7 @@ def test_a_file_is_never_replaced(tmp_path):
     path.write_text("mine")
 
     with pytest.raises(FileExistsError):
-        save_png(PICTURE, path, {})
+        save_image(PICTURE, path, {})
 
     assert path.read_text() == "mine"
     assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
@@ -155,7 +155,7 @@ def test_a_picture_that_fails_to_encode_leaves_nothing(tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        save_png(Unwritable(), tmp_path / "a.png", {})
+        save_image(Unwritable(), tmp_path / "a.png", {})
 
     assert not list(tmp_path.iterdir())
 
@@ -163,7 +163,7 @@ def test_a_picture_that_fails_to_encode_leaves_nothing(tmp_path):
 def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
 
-    save_png(PICTURE, tmp_path / "a.png", {})
+    save_image(PICTURE, tmp_path / "a.png", {})
 
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -174,7 +174,7 @@ def test_what_is_no_png_is_one_sentence(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
 
-    with pytest.raises(LdmError, match=r"a\.png cannot be read as a PNG"):
+    with pytest.raises(LdmError, match=r"a\.png cannot be read as PNG, JPEG or WebP"):
         read_metadata(path)
 
 

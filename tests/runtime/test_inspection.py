@@ -4,14 +4,14 @@ from ldm_runtime import Generator
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.diagnostics.inspection import inspect, readable
 from ldm_runtime.errors import LdmError, ManifestError
-from ldm_runtime.pipeline.png import save_png
+from ldm_runtime.pipeline.image_files import save_image
 
 
 @pytest.fixture
 def picture(tiny_bundle, tmp_path):
     with Generator(tiny_bundle) as generator:
         result = generator(prompt="a red circle", seed=7)
-    save_png(result.images[0], tmp_path / "a.png", result.metadata(0))
+    save_image(result.images[0], tmp_path / "a.png", result.metadata(0))
     return tmp_path / "a.png"
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from ldm_runtime import Generator
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import is_folder, pattern_paths, save_numbered
-from ldm_runtime.pipeline.png import read_metadata
+from ldm_runtime.pipeline.image_files import read_metadata
 
 
 @pytest.fixture(scope="module")

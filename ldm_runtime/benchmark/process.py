@@ -1,12 +1,11 @@
 """The measuring process: one backend, one bundle, its first image and its second.
 
-Started by `runs.py` with a job as JSON; answers with one line of JSON. Every call of a network is
+Started by `runs.find` with a job as JSON; answers with one line of JSON. Every call of a network is
 timed inside the image that needs it, so that the parts add up to the whole.
 """
 
 import contextlib
 import json
-import resource
 import statistics
 import sys
 import time
@@ -17,9 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 if TYPE_CHECKING:
-    from ldm_runtime import GenerationRequest, Generator
+    from ldm_runtime import Generator
     from ldm_runtime.backends import Backend, BackendName
     from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
+    from ldm_runtime.requests.resolved import ResolvedRequest
 
 #: Packages that a deployment must not need; one of them in the process would falsify its memory.
 HEAVY = ("torch", "transformers", "onnx", "diffusers", "ldm_export")
@@ -36,7 +36,7 @@ class Job:
     Attributes:
         bundle: The bundle's folder.
         backend: Name of a backend.
-        fields: Fields of the request.
+        fields: Fields of the request, for `subject.open_subject`.
         batch_size: Images in one call.
     """
 
@@ -134,9 +134,10 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
         backend: The job's backend.
         imported: Seconds it took to import.
     """
-    from ldm_runtime import GenerationRequest, Generator
+    from ldm_runtime import Generator
+    from ldm_runtime.benchmark.subject import open_subject
 
-    clock, request = Clock(), GenerationRequest(**job.fields)
+    clock, request = Clock(), open_subject(Path(job.bundle), job.fields).request
     plain_open = backend.open_engine
 
     def open_timed(source: "EngineSource") -> TimedEngine:
@@ -170,7 +171,7 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
 
 
 def _generate(
-    generator: "Generator", request: "GenerationRequest", clock: Clock
+    generator: "Generator", request: "ResolvedRequest", clock: Clock
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return the seconds of every call of every network, and those of the image and its rest."""
     started = time.perf_counter()
@@ -188,6 +189,8 @@ def peak_bytes() -> int:
     try:
         status = Path("/proc/self/status").read_text().splitlines()
     except OSError:
+        import resource  # which Windows does not have
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (line,) = (line for line in status if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
@@ -211,9 +214,9 @@ def main() -> int:
         backend = get_backend(job.backend)
         findings = measure(job, backend, imported=time.perf_counter() - started)
     except LdmError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 1
-    print(json.dumps(asdict(findings)))
+    sys.stdout.write(json.dumps(asdict(findings)) + "\n")
     return 0
 
 

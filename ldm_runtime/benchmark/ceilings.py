@@ -1,13 +1,12 @@
 """The ceilings of this machine, measured: float32 matrix products and copies in memory.
 
-    python -m measuring.ceilings    # from benchmarks/
+    python -m ldm_runtime.benchmark.ceilings
 
 `measure_apart` runs this file in its own process, because the library behind NumPy's products
 reads its number of threads from the environment when it is loaded.
 """
 
 import json
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from measuring.processes import script_environment
-from measuring.rows import usable_cpus
+from ldm_runtime.benchmark.children import run_child
+from ldm_runtime.benchmark.rows import usable_cpus
 
 _SIZE = 2048  # large enough that a product is bound by arithmetic
 _COPIED_BYTES = 256 * 1024 * 1024  # larger than caches
@@ -70,13 +69,14 @@ def measure(threads: int) -> Ceilings:
 
 
 def measure_apart() -> Ceilings:
-    """Measure in its own process, with one thread per usable CPU."""
-    environment = script_environment() | dict.fromkeys(_THREAD_VARIABLES, str(usable_cpus()))
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
-    )
-    return Ceilings(**json.loads(done.stdout))
+    """Measure in its own process, with one thread per usable CPU.
+
+    Raises:
+        LdmError: The process failed.
+    """
+    threads = dict.fromkeys(_THREAD_VARIABLES, str(usable_cpus()))
+    return Ceilings(**run_child("measuring the machine", __file__, environment=threads))
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(usable_cpus()))))
+    sys.stdout.write(json.dumps(asdict(measure(usable_cpus()))) + "\n")

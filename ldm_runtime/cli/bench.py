@@ -1,0 +1,124 @@
+"""`ldm bench`: what an image costs on this machine, part by part, on every backend."""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_runtime.cli.backend_flags import backend_name
+from ldm_runtime.cli.messages import reporting
+from ldm_runtime.cli.parsing import add_json_flag, image_size, positive
+from ldm_runtime.progress import Progress, Silent
+from ldm_runtime.version import version
+
+if TYPE_CHECKING:
+    from ldm_runtime.benchmark.process import Findings
+    from ldm_runtime.benchmark.subject import Subject
+
+_REPETITIONS = 10
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ldm bench`, but for the bundle."""
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="steps of the sampler (default: the bundle's)"
+    )
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        metavar="WIDTHxHEIGHT",
+        help="pixels of an image (default: the bundle's)",
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="images in one call (default: 1)"
+    )
+    parser.add_argument(
+        *("-b", "--backend", "--device"),
+        action="append",
+        type=backend_name,
+        metavar="NAME",
+        help="only this one; may be repeated (default: all that can run here)",
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=positive,
+        default=_REPETITIONS,
+        metavar="N",
+        help="processes per backend, each of which generates twice (default: %(default)s)",
+    )
+    add_json_flag(parser, "print one line of JSON, and nothing else")
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run `ldm bench`."""
+    measure_bundle(args.bundle, args, f"ldm-deploy {version()}")
+    return 0
+
+
+def measure_bundle(bundle: Path, args: argparse.Namespace, commit: str) -> None:
+    """Measure a bundle and print the report.
+
+    Args:
+        bundle: The bundle's folder.
+        args: The flags of `add_bench_arguments`.
+        commit: The code that is measured, as a row of the report says it.
+
+    Raises:
+        LdmError: There is no such bundle, it cannot do what the flags ask for, or a process failed.
+    """
+    from ldm_runtime.benchmark import report, runs
+    from ldm_runtime.benchmark.ceilings import measure_apart
+    from ldm_runtime.benchmark.rows import as_line
+    from ldm_runtime.benchmark.subject import open_subject
+
+    started = time.monotonic()
+    width, height = args.size or (None, None)
+    fields = {"height": height, "width": width, "num_inference_steps": args.steps}
+    if args.batch > 1:
+        fields["num_images"] = args.batch
+    subject = open_subject(bundle, fields)
+    backends, reasons = runs.runnable_backends(args.backend or [], subject)
+    ceilings = measure_apart()
+    show = _ignore if args.json else _show
+    show("\n".join(report.heading(subject, ceilings, reasons)))
+    found = _find(subject, fields, backends, args)
+    rows = runs.as_rows(subject, found, commit)
+    for backend in backends:
+        of_backend = [row for row in rows if row.backend == backend]
+        show("\n".join(report.table(of_backend, subject, ceilings)))
+    show("\n! slowest repetition more than 10 % above the median: something else was running")
+    show(f"measured in {time.monotonic() - started:.0f} s")
+    if args.json:
+        print(as_line(report.record(rows, subject, ceilings)))
+
+
+def _find(
+    subject: "Subject",
+    fields: dict[str, object],
+    backends: list[str],
+    args: argparse.Namespace,
+) -> list[tuple[str, "Findings"]]:
+    """Measure, with a bar on a terminal alone."""
+    from ldm_runtime.benchmark.runs import find
+
+    found = []
+    names = [f"process {number}" for number in range(1, len(backends) * args.repetitions + 1)]
+    silent: nullcontext[Progress] = nullcontext(Silent())
+    with reporting(args) if sys.stderr.isatty() else silent as progress:
+        progress.plan(dict.fromkeys(names))
+        measured = find(subject, fields, backends, args.repetitions)
+        for name in names:
+            progress.begin(name)
+            found.append(next(measured))
+            progress.end(name, "measured")
+    return found
+
+
+def _show(text: str) -> None:
+    print(text, flush=True)
+
+
+def _ignore(_: str) -> None:
+    """Print nothing."""

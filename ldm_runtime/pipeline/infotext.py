@@ -1,0 +1,261 @@
+"""The text in which AUTOMATIC1111's web UI says how an image was made, written and read.
+
+A prompt, a line "Negative prompt: …", and a line of names and values, such as
+"Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 965400086, Size: 512x512, Model hash: 45dee52b".
+A value with a comma, a colon or a line break is quoted as in JSON. Galleries and other programs
+read it as well. The format has no escape for a prompt whose own lines look like the last two.
+
+Source: AUTOMATIC1111/stable-diffusion-webui 1.10, `create_infotext` in `modules/processing.py`,
+`quote` and `parse_generation_parameters` in `modules/infotext_utils.py`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ldm_runtime.requests.resolved import NoImage, PromptCondition, ResolvedRequest
+from ldm_runtime.requests.sampler_names import known_sampler, known_schedule
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.schedules import SCHEDULES
+
+#: Most characters that are read: `read_infotext` looks at text from strangers.
+MAX_CHARACTERS = 100_000
+
+#: The web UI's names; those of samplers and schedules that it lacks stay as they are here.
+_SAMPLERS: Mapping[str, str] = MappingProxyType(
+    {
+        "ddim": "DDIM",
+        "plms": "PLMS",
+        "euler": "Euler",
+        "euler_ancestral": "Euler a",
+        "lms": "LMS",
+        "heun": "Heun",
+        "lcm": "LCM",
+        "unipc": "UniPC",
+        "dpm2": "DPM2",
+        "dpm2_ancestral": "DPM2 a",
+        "dpmpp_2s_ancestral": "DPM++ 2S a",
+        "dpmpp_2m": "DPM++ 2M",
+        "dpmpp_sde": "DPM++ SDE",
+        "dpmpp_2m_sde": "DPM++ 2M SDE",
+        "dpmpp_3m_sde": "DPM++ 3M SDE",
+    }
+)
+_SCHEDULES: Mapping[str, str] = MappingProxyType(
+    {
+        "linspace": "Uniform",
+        "karras": "Karras",
+        "exponential": "Exponential",
+        "polyexponential": "Polyexponential",
+        "sgm_uniform": "SGM Uniform",
+        "beta": "Beta",
+    }
+)
+#: Its random generators; without a name it takes the GPU's.
+_NOISES: Mapping[str, str] = MappingProxyType(
+    {"CPU": "torch-cpu", "GPU": "torch-cuda", "NV": "torch-cuda"}
+)
+_NEGATIVE = "Negative prompt:"
+_LEAST_PARAMETERS = 3
+_JSON = json.JSONDecoder()
+_SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infotext:
+    """The contents of such a text.
+
+    Attributes:
+        request: The fields of a request that it gives, checked no further.
+        others: The names and values that no field stands for.
+    """
+
+    request: Mapping[str, Any]
+    others: Mapping[str, str]
+
+
+def write_infotext(
+    request: ResolvedRequest, *, checkpoint: str, checkpoint_sha256: str, version: str
+) -> str | None:
+    """Return the text for the one image of a request, or None if the request has no prompt.
+
+    Args:
+        request: The request.
+        checkpoint: Name of the model's file, without its suffix.
+        checkpoint_sha256: Hash of that file, whose beginning is the web UI's "Model hash".
+        version: This program's.
+    """
+    condition = request.condition
+    if not isinstance(condition, PromptCondition):
+        return None
+    values = {
+        "Steps": request.num_inference_steps,
+        "Sampler": _SAMPLERS.get(request.sampler, request.sampler),
+        "Schedule type": _SCHEDULES.get(request.schedule),
+        "CFG scale": f"{request.guidance_scale:g}",
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": checkpoint_sha256[:10],
+        "Model": checkpoint.replace(",", "").replace(":", ""),
+        **_optional_values(request),
+        "Version": f"ldm-deploy {version}",
+    }
+    negative = f"\n{_NEGATIVE} {condition.negative_prompt}" if condition.negative_prompt else ""
+    listed = ", ".join(
+        f"{name}: {_quoted(str(value))}" for name, value in values.items() if value is not None
+    )
+    return f"{condition.prompt}{negative}\n{listed}".strip().replace("\0", " ")
+
+
+def read_infotext(text: str) -> Infotext | None:
+    """Return the contents of a text of the web UI, or None if it is not one.
+
+    The fields are not checked: `request.parse_request` does that.
+    """
+    if len(text) > MAX_CHARACTERS:
+        return None
+    *lines, last = text.strip().split("\n")
+    parameters = _parameters(last)
+    if len(parameters) < _LEAST_PARAMETERS or "Steps" not in parameters:
+        return None
+    prompt, negative = _prompts(lines)
+    request: dict[str, Any] = {"prompt": prompt}
+    if negative:
+        request["negative_prompt"] = negative
+    others = {}
+    for name, value in parameters.items():
+        if not _take(request, name, value):
+            others[name] = value
+    request.setdefault("noise", _NOISES["GPU"])
+    if "hires_scale" in request and "strength" in request:
+        request["hires_strength"] = request.pop("strength")
+    return Infotext(request=request, others=others)
+
+
+def _optional_values(request: ResolvedRequest) -> dict[str, object]:
+    """Return the values that the web UI leaves out where they are its defaults."""
+    values: dict[str, object] = {}
+    if request.is_variation:
+        values["Variation seed"] = request.variation_seed
+        values["Variation seed strength"] = f"{request.variation_strength:g}"
+    if len(request.passes) > 1:
+        values["Denoising strength"] = f"{request.passes[-1].strength:g}"
+        values["Hires upscale"] = f"{request.passes[-1].scale:g}"
+    elif not isinstance(request.source_image, NoImage):
+        values["Denoising strength"] = f"{request.passes[0].strength:g}"
+    if SAMPLERS[request.sampler].uses_eta:
+        values["Eta"] = f"{request.eta:g}"
+    labels = {name: label for label, name in _NOISES.items() if label != "NV"}
+    if request.noise != _NOISES["GPU"]:
+        values["RNG"] = labels.get(request.noise, request.noise)
+    return values
+
+
+def _parameters(line: str) -> dict[str, str]:
+    """Return the names and values of a line, which are separated by commas."""
+    found = {}
+    start = 0
+    while (colon := line.find(":", start)) >= 0:
+        name = line[start:colon].rpartition(",")[2].strip()
+        value, start = _value_at(line, colon + 1)
+        found[name] = value
+    return found
+
+
+def _value_at(line: str, start: int) -> tuple[str, int]:
+    """Return the value that begins at a place in a line, and where the next name begins."""
+    while line.startswith(" ", start):
+        start += 1
+    if line.startswith('"', start):
+        try:
+            value, end = _JSON.raw_decode(line, start)
+        except ValueError:
+            pass  # a quotation mark that quotes nothing
+        else:
+            return str(value), end
+    comma = line.find(",", start)
+    end = len(line) if comma < 0 else comma
+    return line[start:end].strip(), end
+
+
+def _prompts(lines: list[str]) -> tuple[str, str]:
+    """Split the lines above the last one into the prompt and the negative prompt."""
+    stripped = [line.strip() for line in lines]
+    starts = [index for index, line in enumerate(stripped) if line.startswith(_NEGATIVE)]
+    end = starts[0] if starts else len(stripped)
+    negative = [line.removeprefix(_NEGATIVE).strip() for line in stripped[end:]]
+    return "\n".join(stripped[:end]), "\n".join(negative)
+
+
+def _take(request: dict[str, Any], name: str, value: str) -> bool:
+    """Put a value into the field that it is for; return False if there is none, or it is no value.
+
+    The field of a schedule wins over the schedule in a sampler's name.
+    """
+    try:
+        fields = _READERS[name](value)
+    except (KeyError, ValueError):
+        return False
+    if name == "Sampler":
+        fields = {**fields, **request}
+    request.update(fields)
+    return True
+
+
+def _read_sampler(value: str) -> dict[str, Any]:
+    sampler, schedule = known_sampler(value)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"{value!r} is not a sampler here")
+    return {"sampler": sampler} | ({"schedule": schedule} if schedule else {})
+
+
+def _read_schedule(value: str) -> dict[str, Any]:
+    if value == "Automatic":
+        return {}
+    schedule = known_schedule(value)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"{value!r} is not a schedule here")
+    return {"schedule": schedule}
+
+
+def _read_size(value: str) -> dict[str, Any]:
+    found = _SIZE.fullmatch(value)
+    if found is None:
+        raise ValueError(f"{value!r} is not a size")
+    return {"width": int(found[1]), "height": int(found[2])}
+
+
+def _whole(field: str) -> Callable[[str], dict[str, Any]]:
+    return lambda value: {field: int(value)}
+
+
+def _number(field: str) -> Callable[[str], dict[str, Any]]:
+    return lambda value: {field: float(value)}
+
+
+#: From the name of a value to the fields of a request that it gives.
+_READERS: Mapping[str, Callable[[str], dict[str, Any]]] = MappingProxyType(
+    {
+        "Steps": _whole("num_inference_steps"),
+        "Sampler": _read_sampler,
+        "Schedule type": _read_schedule,
+        "CFG scale": _number("guidance_scale"),
+        "Seed": _whole("seed"),
+        "Size": _read_size,
+        "Variation seed": _whole("variation_seed"),
+        "Variation seed strength": _number("variation_strength"),
+        "Denoising strength": _number("strength"),
+        "Eta": _number("eta"),
+        "RNG": lambda value: {"noise": _NOISES[value]},
+        "Hires upscale": _number("hires_scale"),
+    }
+)
+
+
+def _quoted(value: str) -> str:
+    if not any(each in value for each in ",\n:"):
+        return value
+    return json.dumps(value, ensure_ascii=False)
