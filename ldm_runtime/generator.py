@@ -75,7 +75,7 @@ class Generator(Closing):
         bundle: Folder made by `ldm-export`.
         backend: Backend that runs the networks; "auto" takes the best that can run here, and "cpu"
             is "onnxruntime".
-        threads: Threads that compute; None is one per physical core.
+        threads: Threads that compute; None is one per physical core that this process may use.
         batch_size: Images in one network call; with guidance the UNet sees twice as many. The
             default of 1 bounds memory, costs a CPU little, and makes every image independent of
             how many were asked for to the last bit, which larger batches promise only as far as

@@ -7,6 +7,7 @@ cannot fit is therefore refused before its network runs.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ldm_runtime.backends.control_groups import ControlGroups
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import AutoencoderSpec, UNetSpec
@@ -14,7 +15,7 @@ from ldm_runtime.specs.tasks import task_record
 
 _FLOAT32_BYTES = 4
 _NEGLIGIBLE_BYTES = 100_000_000  # always available, and checking takes time
-_MEMINFO, _GROUP_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+_MEMINFO, _GROUPS = Path("/proc/meminfo"), ControlGroups()
 
 
 def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: int = 0) -> int:
@@ -66,8 +67,8 @@ def least_bytes(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> int:
 def available_bytes(*, swap: bool = True) -> float:
     """Return the bytes of memory that are available to a process; infinity where unknown.
 
-    Under a limit of Linux's control groups (version 2), as in containers, no more than that limit;
-    how much of it is in use already is not known here.
+    Under a limit of Linux's control groups, as in containers, no more than that limit; how much of
+    it is in use already is not known here.
 
     Args:
         swap: Whether free swap space counts.
@@ -83,15 +84,7 @@ def available_bytes(*, swap: bool = True) -> float:
     }
     free = 1024 * kilobytes.get("MemAvailable", float("inf"))
     spare = 1024 * kilobytes.get("SwapFree", 0) if swap else 0
-    return min(free, _group_limit()) + spare
-
-
-def _group_limit() -> float:
-    try:
-        text = _GROUP_LIMIT.read_text().strip()
-    except OSError:
-        return float("inf")
-    return float(text) if text.isdecimal() else float("inf")
+    return min(free, _GROUPS.memory_bytes()) + spare
 
 
 def _decodes_in_tiles(name: str, spec: ModelSpec) -> bool:

@@ -21,7 +21,7 @@ def add_backend_arguments(parser: argparse._ActionsContainer) -> None:
         *("-t", "--threads"),
         type=positive,
         metavar="N",
-        help="compute threads (default: one per physical core)",
+        help="compute threads (default: one per physical core that this process may use)",
     )
 
 

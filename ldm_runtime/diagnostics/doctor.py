@@ -1,6 +1,5 @@
 """Diagnosis of this machine: the backends that can run, and why the others cannot."""
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import numpy as np
 
 from ldm_runtime.backends import BACKENDS, BackendEntry, get_backend
 from ldm_runtime.backends.onnxruntime.packages import conflict, installed_packages
+from ldm_runtime.backends.processors import usable_processors
 from ldm_runtime.errors import BackendError
 
 
@@ -66,7 +66,7 @@ def diagnose(
         python=platform.python_version(),
         numpy=np.__version__,
         system=f"{platform.system()} {platform.machine()}",
-        processors=_processors(),
+        processors=usable_processors(),
         backends=tuple(_report(name, entries) for name in entries),
         problem=conflict(installed_packages() if packages is None else packages),
     )
@@ -78,9 +78,3 @@ def _report(name: str, entries: Mapping[str, BackendEntry]) -> BackendReport:
     except BackendError as error:
         return BackendReport(name=name, version=None, why_not=str(error))
     return BackendReport(name=name, version=backend.version(), why_not=backend.why_not(None))
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -112,7 +112,7 @@ def verify(
     Args:
         bundle: Folder made by `ldm-export`.
         backend: Backend that runs the networks.
-        threads: Threads that compute; None is one per physical core.
+        threads: Threads that compute; None is one per physical core that this process may use.
         sha256: Hash that the manifest must have; None takes any.
 
     Raises:

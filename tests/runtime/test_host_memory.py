@@ -7,6 +7,7 @@ import pytest
 
 from ldm_runtime import Generator
 from ldm_runtime.backends import host_memory
+from ldm_runtime.backends.control_groups import ControlGroups
 from ldm_runtime.errors import BackendError
 from ldm_runtime.testing import TINY_SPEC
 
@@ -17,8 +18,10 @@ GIGABYTE = 10**9
 def machine(tmp_path, monkeypatch):
     """Sets what the system says of its memory: kB, and the limit of a group of processes."""
     meminfo, cgroup = tmp_path / "meminfo", tmp_path / "memory.max"
+    (tmp_path / "cgroup").write_text("0::/\n")
+    groups = ControlGroups(root=tmp_path, membership=tmp_path / "cgroup")
     monkeypatch.setattr(host_memory, "_MEMINFO", meminfo)
-    monkeypatch.setattr(host_memory, "_GROUP_LIMIT", cgroup)
+    monkeypatch.setattr(host_memory, "_GROUPS", groups)
 
     def say(available=None, swap=0, limit=None):
         if available is not None:

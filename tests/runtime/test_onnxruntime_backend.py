@@ -9,6 +9,7 @@ import pytest
 
 import ldm_runtime
 from ldm_runtime.backends.onnxruntime.cpu import OnnxRuntimeEngine
+from ldm_runtime.backends.processors import default_threads
 from ldm_runtime.bundle.manifest import ComponentRecord, load_manifest
 from ldm_runtime.errors import BackendError, ShapeError
 from ldm_runtime.specs.components import COMPONENTS, TensorSignature
@@ -64,6 +65,20 @@ def squarer(tmp_path):
         key="",
     )
     return lambda: OnnxRuntimeEngine(path, record, {}, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "threads", "spinning"),
+    [({}, default_threads(), "0"), ({"threads": 3}, 3, "0"), ({"spinning": True}, None, "1")],
+)
+def test_threads_are_those_that_may_be_used_and_do_not_spin(
+    tiny_bundle, options, threads, spinning
+):
+    with open_component(tiny_bundle, "unet", **options) as engine:
+        found = engine._session.get_session_options()
+
+    assert found.intra_op_num_threads == (threads or default_threads())
+    assert found.get_session_config_entry("session.intra_op.allow_spinning") == spinning
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from ldm_runtime.backends.onnxruntime.session import (
     check_names,
     describe,
 )
+from ldm_runtime.backends.processors import default_threads
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
@@ -52,7 +53,9 @@ class OnnxRuntimeEngine(Closing):
         path: The graph, which names its weights file relative to itself.
         component: Its inputs and outputs.
         sizes: Lengths of the fixed axes, from `specs.model.axis_sizes`.
-        threads: Compute threads, the calling one included; None is one per physical core.
+        threads: Compute threads, the calling one included; None is one per physical core that this
+            process may use.
+        spinning: Whether idle threads wait by running in circles; see `RunOptions`.
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
 
     Raises:
@@ -66,13 +69,14 @@ class OnnxRuntimeEngine(Closing):
         sizes: Mapping[str, int],
         *,
         threads: int | None = None,
+        spinning: bool = False,
         spec: ModelSpec | None = None,
     ) -> None:
         self._component = component
         self._spec, self._held = spec, 0
         self._outputs = [signature.name for signature in component.outputs]
         self._sizes = sizes
-        self._session: Any = _open_session(path, threads)
+        self._session: Any = _open_session(path, threads or default_threads(), spinning=spinning)
         check_names(path, [each.name for each in self._session.get_inputs()], component)
 
     def run(self, inputs: Tensors) -> dict[str, npt.NDArray[Any]]:
@@ -114,6 +118,7 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
         source.component,
         axis_sizes(source.manifest.spec, source.component.name),
         threads=source.threads,
+        spinning=source.options.spinning,
         spec=source.manifest.spec,
     )
 
@@ -128,10 +133,11 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _open_session(path: Path, threads: int | None) -> Any:  # noqa: ANN401  (ships no types)
+def _open_session(path: Path, threads: int, *, spinning: bool) -> Any:  # noqa: ANN401  (ships no types)
     session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = SILENT
-    session_options.intra_op_num_threads = threads or 0
+    session_options.intra_op_num_threads = threads
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     session_options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
         with flushed_denormals():
