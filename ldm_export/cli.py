@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
 from ldm_runtime.cli.messages import PrintableFormatter, print_any_text, say
@@ -13,6 +14,10 @@ from ldm_runtime.cli.parsing import Parser
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError
 from ldm_runtime.progress import reporting_to
+
+if TYPE_CHECKING:
+    from ldm_export.source import ExportOptions
+    from ldm_runtime.specs.model import Task
 
 
 def build_parser() -> Parser:
@@ -181,11 +186,24 @@ def _export(args: argparse.Namespace) -> None:
     with open_checkpoint(args.ckpt):  # a file that cannot be read is reported before torch loads
         pass
     from ldm_export.bundle import estimate_export, export_bundle
+
+    options = _options(args)
+    if args.estimate:
+        print(estimate_export(options).describe())
+        return
+    with reporting_to(sys.stderr) as progress:
+        manifest = export_bundle(options, progress=progress)
+    for assumption in manifest.spec.assumptions:
+        say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
+    say_next(manifest.spec.task, args.out)
+    print(args.out)
+
+
+def _options(args: argparse.Namespace) -> "ExportOptions":
     from ldm_export.detection.overrides import Overrides
-    from ldm_export.next_command import next_command
     from ldm_export.source import ExportOptions
 
-    options = ExportOptions(
+    return ExportOptions(
         checkpoint=args.ckpt,
         out=args.out,
         config=args.config,
@@ -205,16 +223,15 @@ def _export(args: argparse.Namespace) -> None:
         engines=engine_options(args, args.engines or ("auto" if args.fp16 else "none")),
         fp16=args.fp16,
     )
-    if args.estimate:
-        print(estimate_export(options).describe())
-        return
-    with reporting_to(sys.stderr) as progress:
-        manifest = export_bundle(options, progress=progress)
-    for assumption in manifest.spec.assumptions:
-        say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
-    say(f"the bundle is in {args.out}; to generate an image:")
-    say(f"  {next_command(manifest.spec.task, args.out)}")
-    print(args.out)
+
+
+def say_next(task: "Task", bundle: Path) -> None:
+    """Say where a bundle is, what to look at, and what to type to generate an image from it."""
+    from ldm_export.next_command import next_command
+    from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
+
+    say(f"the bundle is in {bundle}; look at what torch generated for it: {bundle / SHEET_FILE}")
+    say(f"next: {next_command(task, bundle)}")
 
 
 if __name__ == "__main__":

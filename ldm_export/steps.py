@@ -29,6 +29,7 @@ from ldm_export.source import Source
 from ldm_export.workspace import ExportStep
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import ComponentRecord, PredictionRecord, PreviewRecord
+from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
 from ldm_runtime.requests.request import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
@@ -95,13 +96,13 @@ def make_steps(source: Source) -> ExportSteps:
     golden = ExportStep(
         name="golden",
         key=source.key("golden", *encoded),
-        paths=golden_folders(requests),
+        paths=(*golden_folders(requests), SHEET_FILE),
         build=partial(_build_golden, source, requests),
     )
     return ExportSteps(
         steps=(*steps, preview, golden),
         tokenizer_file=file,
-        golden=golden.paths,
+        golden=golden_folders(requests),
         golden_key=golden.key,
         fit=fit,
     )

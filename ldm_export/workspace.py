@@ -32,6 +32,7 @@ from ldm_runtime.bundle.manifest import (
     encode_manifest,
     load_manifest,
 )
+from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
 from ldm_runtime.durable import (
     exchange_folders,
     link_or_copy,
@@ -332,7 +333,7 @@ def _published_steps(out: Path) -> dict[str, StepRecord]:
         )
         for each in manifest.components
     }
-    golden = _listed(files, tuple(f"{folder}/" for folder in manifest.golden))
+    golden = _listed(files, (*(f"{folder}/" for folder in manifest.golden), SHEET_FILE))
     steps["golden"] = StepRecord(key=manifest.golden_key, files=golden, component=None)
     try:
         engines = load_engine_records(out, manifest)

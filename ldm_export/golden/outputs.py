@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.golden.one_network import OneNetwork, OpenReference
+from ldm_export.golden.sheet import contact_sheet
 from ldm_runtime.backends.networks import FiniteOutputs
 from ldm_runtime.conditioning import open_tokenizer
-from ldm_runtime.diagnostics.golden_requests import golden_latents, save_golden_request
+from ldm_runtime.diagnostics.golden_requests import SHEET_FILE, golden_latents, save_golden_request
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.pipeline.passes import ImagePasses, open_passes
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -42,7 +43,7 @@ def write_golden(
 
     Args:
         folder: The bundle; each request gets one of `golden_folders` with the request and its input
-            files, `golden.npz` (latents) and one PNG per image.
+            files, `golden.npz` (latents) and one PNG per image. A contact sheet shows them all.
         requests: The requests.
         spec: The model.
         vocabulary: Vocabulary of its tokenizer, or None without prompts.
@@ -51,6 +52,7 @@ def write_golden(
     network = OneNetwork(lambda name: FiniteOutputs(name=name, runner=open_reference(name)))
     all_passes = _open_all_passes(network, requests, spec, vocabulary)
     latents = [_latents(network, passes) for passes in all_passes]
+    images = []
     for name, request, generated in zip(golden_folders(requests), requests, latents, strict=True):
         place = folder / name
         save_golden_request(place, request.as_request())
@@ -58,6 +60,8 @@ def write_golden(
         for number, sample in enumerate(generated):
             (image,) = decode_latents(network("vae_decoder"), sample[None], spec)
             image.save(place / f"{number}.png")
+            images.append(image)
+    contact_sheet(images).save(folder / SHEET_FILE)
 
 
 def _open_all_passes(

@@ -24,6 +24,8 @@ from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
 
 REQUEST_FILE = "request.json"
+#: All golden images of a bundle in one.
+SHEET_FILE = "golden/sheet.png"
 
 
 class Attachment(NamedTuple):

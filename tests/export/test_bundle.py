@@ -73,6 +73,7 @@ def test_every_file_is_listed_with_its_hash_and_size(bundle):
     for record in manifest.files:
         check_file(folder, record)
     assert {record.path for record in manifest.files} == set(files_of(folder)) - {"manifest.json"}
+    assert "golden/sheet.png" in files_of(folder)
     assert not folder.with_name(folder.name + ".partial").exists()
 
 

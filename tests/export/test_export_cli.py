@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ldm_export.cli import build_parser, main
+from ldm_export.cli import build_parser, main, say_next
 from ldm_runtime.version import version
 from tests.export.archives import Entry, write_archive
 from tests.export.opcodes import call, pickled, text
@@ -237,6 +237,17 @@ def test_without_a_package_that_exporting_needs_the_command_says_which(
     assert f"the package '{package}' is not installed" in line
     assert line.endswith("install the extra 'export' of ldm-deploy")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_says_where_the_bundle_is_what_to_look_at_and_what_to_type(tmp_path, capsys):
+    bundle = tmp_path / "my bundle"
+
+    say_next("super-resolution", bundle)
+
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"the bundle is in {bundle}; ")
+    assert first.endswith(f": {bundle}/golden/sheet.png")
+    assert second == f"next: ldm generate --image small.png --bundle '{bundle}'"
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, small_checkpoint_path, monkeypatch):

@@ -9,10 +9,11 @@ from PIL import Image
 
 from ldm_export.golden.outputs import golden_folders, write_golden
 from ldm_export.golden.requests import golden_requests
+from ldm_export.golden.sheet import contact_sheet
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import build_network
 from ldm_export.steps import vocabulary_of
-from ldm_runtime.diagnostics.golden_requests import load_golden_request
+from ldm_runtime.diagnostics.golden_requests import SHEET_FILE, load_golden_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.requests.task_checks import check_needs
@@ -81,6 +82,38 @@ def released(request):
 def with_size(height, width):
     defaults = dataclasses.replace(SPEC.defaults, height=height, width=width)
     return dataclasses.replace(SPEC, defaults=defaults)
+
+
+def test_one_sheet_shows_every_golden_image_whole(golden, requests):
+    folder, places = golden
+    images = [
+        np.asarray(Image.open(folder / place / f"{number}.png"))
+        for place, request in zip(places, requests, strict=True)
+        for number in range(request.num_images)
+    ]
+
+    sheet = np.asarray(Image.open(folder / SHEET_FILE))
+
+    assert len(images) == 4
+    height, width = images[0].shape[:2]
+    cells = [
+        sheet[8 + row * (height + 8) :, 8 + column * (width + 8) :][:height, :width]
+        for row in range(2)
+        for column in range(2)
+    ]
+    assert sheet.shape == (2 * (height + 8) + 8, 2 * (width + 8) + 8, 3)
+    for cell, image in zip(cells, images, strict=True):
+        np.testing.assert_array_equal(cell, image)
+
+
+def test_a_sheet_has_room_for_the_largest_of_its_images():
+    small, large = Image.new("RGB", (3, 9)), Image.new("RGB", (10, 4))
+
+    one, two, five = (contact_sheet([*[small] * count, large]).size for count in (0, 1, 4))
+
+    assert one == (10 + 2 * 8, 4 + 2 * 8)
+    assert two == (2 * 10 + 3 * 8, 9 + 2 * 8)
+    assert five == (3 * 10 + 4 * 8, 2 * 9 + 3 * 8)
 
 
 def test_golden_requests_differ_in_what_can_go_wrong():
