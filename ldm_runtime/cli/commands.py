@@ -9,6 +9,7 @@ from pathlib import Path
 from ldm_runtime.cli.backend_flags import add_backend_arguments
 from ldm_runtime.cli.bench import add_bench_arguments, bench
 from ldm_runtime.cli.build_engines import add_builder_arguments, build_engines
+from ldm_runtime.cli.completion import SHELLS, completion_script
 from ldm_runtime.cli.generate import add_generate_arguments, generate
 from ldm_runtime.cli.messages import add_message_flags, print_any_text, say, show_messages
 from ldm_runtime.cli.parsing import USAGE, Parser, add_json_flag
@@ -49,6 +50,9 @@ def build_parser() -> Parser:
     building = commands.add_parser("build-engines", help="build TensorRT engines into a bundle")
     add_builder_arguments(building)
     building.set_defaults(run=build_engines)
+    completing = commands.add_parser("completion", help="print a script for a shell's completion")
+    completing.add_argument("shell", choices=SHELLS)
+    completing.set_defaults(run=_completion)
     for command in (generating, verifying, inspecting, diagnosing, building):
         add_json_flag(command)
     for command in commands.choices.values():
@@ -96,3 +100,8 @@ def _run(args: argparse.Namespace) -> int:
     status = int(args.run(args))
     sys.stdout.flush()  # so that a closed pipe is noticed here
     return status
+
+
+def _completion(args: argparse.Namespace) -> int:
+    print(completion_script(build_parser(), args.shell))
+    return 0

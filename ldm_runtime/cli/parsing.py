@@ -2,8 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 from ldm_runtime.escaping import printable
 from ldm_runtime.suggestions import did_you_mean
@@ -50,6 +50,15 @@ class Parser(argparse.ArgumentParser):
         if before and isinstance(before[-1], str):
             return f'unexpected "{words}"; put quotes around the words: "{before[-1]} {words}"'
         return f'unexpected "{words}"'
+
+    def subcommands(self) -> Mapping[str, "Parser"]:
+        """Return the parsers of the subcommands, by name."""
+        (action,) = (each for each in self._actions if each.nargs == argparse.PARSER)
+        return cast("Mapping[str, Parser]", action.choices)
+
+    def flags(self) -> list[argparse.Action]:
+        """Return the arguments that have a name, that of the help included."""
+        return [action for action in self._actions if action.option_strings]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:  # noqa: ANN401
         """Refuse a value that is not a choice, with those that are close to it."""

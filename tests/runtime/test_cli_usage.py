@@ -16,7 +16,7 @@ from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.pipeline.image_files import save_image
 from ldm_runtime.version import version
 
-COMMANDS = ("generate", "verify", "inspect", "doctor", "build-engines")
+COMMANDS = tuple(build_parser().subcommands())
 ROOT = Path(ldm_runtime.__file__).parents[1]
 
 
