@@ -38,6 +38,12 @@ _INTRODUCTION = """\
 A sampler carries noisy latents down a list of sigmas; a schedule makes the list. They are chosen
 apart: `ldm generate --sampler heun --schedule karras`.
 
+Names of other programs are understood, on the command line and in a `GenerationRequest`, and
+recorded as the names below: A1111's `"DPM++ 2M Karras"` (which sets the schedule too, unless one is
+given), k-diffusion's `sample_dpmpp_2m`, diffusers' `EulerAncestralDiscreteScheduler`. Such a name
+chooses the sampler alone: which timesteps a schedule visits, and where the last step ends, stays as
+it is here.
+
 ## Samplers
 
 * **order**: the error of a whole run without noise falls with this power of the number of steps,
