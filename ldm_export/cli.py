@@ -14,6 +14,7 @@ from ldm_runtime.cli.parsing import Parser
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError
 from ldm_runtime.progress import reporting_to
+from ldm_runtime.version import extra
 
 if TYPE_CHECKING:
     from ldm_export.source import ExportOptions
@@ -174,7 +175,7 @@ def _label_names(path: Path) -> tuple[str, ...]:
 
 
 def _missing(error: ImportError) -> str:
-    install = "install the extra 'export' of ldm-deploy"
+    install = f"install {extra('export')}"
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name!r} is not installed; {install}"
     return f"the package {error.name!r} does not load ({error}); {install}"

@@ -1,4 +1,4 @@
-"""The version of the installed distribution."""
+"""The version of the installed distribution, and how a message calls its extras."""
 
 
 def version() -> str:
@@ -11,3 +11,11 @@ def version() -> str:
         return installed_version("ldm-deploy")
     except PackageNotFoundError:
         return "0+unknown"
+
+
+def extra(name: str) -> str:
+    """Return how a message calls the extra that brings a package.
+
+    Not as a command of pip, which would take the extra from wherever a package of this name is.
+    """
+    return f"the extra {name!r} of ldm-deploy"

@@ -16,6 +16,7 @@ from ldm_runtime.backends.contract import Abilities, Engine, EngineSource
 from ldm_runtime.bundle.manifest import Manifest
 from ldm_runtime.errors import BackendError
 from ldm_runtime.suggestions import did_you_mean
+from ldm_runtime.version import extra
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def get_backend(name: str, entries: Mapping[str, BackendEntry] = BACKENDS) -> Ba
     except ModuleNotFoundError as error:
         raise BackendError(
             f"backend {name!r} needs the package {error.name!r}, which is not installed; "
-            f"run `pip install 'ldm-deploy[{entry.extra}]'`"
+            f"install {extra(entry.extra)}"
         ) from error
     except (ImportError, OSError) as error:
         raise BackendError(f"backend {name!r} is installed but does not load: {error}") from error

@@ -20,6 +20,7 @@ from ldm_runtime.engines.records import load_engine_records
 from ldm_runtime.errors import LdmError
 from ldm_runtime.escaping import printable
 from ldm_runtime.pipeline.image_files import read_metadata
+from ldm_runtime.version import extra
 
 INSPECTORS_GROUP = "ldm_runtime.inspectors"
 
@@ -184,8 +185,7 @@ def _ask_inspectors(
         if description is not None:
             return description
     hint = (
-        f"these inspectors do not load: {', '.join(missing)}; "
-        "install the extra 'export' of ldm-deploy"
+        f"these inspectors do not load: {', '.join(missing)}; install {extra('export')}"
         if missing
         else "it is not a bundle, nor an image or checkpoint of a known format"
     )

@@ -38,7 +38,7 @@ def _bundle_lines(bundle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", f"{defaults['width']}x{defaults['height']} pixels by default; {megabytes}"
     yield "backends", f"{able_backends(bundle['backends'])}, of {', '.join(bundle['backends'])}"
     yield "engines", ", ".join(map(_engine, bundle["engines"])) or "none"
-    yield "date", f"{bundle['date']} (of manifest.json)"
+    yield "date", f"{bundle['date']}; manifest.json has sha256 {bundle['sha256']}"
     yield "checkpoint", f"{build['checkpoint']}, sha256 {build['checkpoint_sha256'][:_DIGITS]}..."
     yield "verified", _parity(bundle["components"])
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ldm_runtime.engines.build import HARDWARE_COMPATIBLE
 from ldm_runtime.engines.gpu import Gpu, find_gpu
-from ldm_runtime.engines.library import PACKAGES, import_builder, why_not
+from ldm_runtime.engines.library import EXTRAS, import_builder, why_not
 from ldm_runtime.engines.profiles import (
     SizeRange,
     component_profiles,
@@ -155,9 +155,9 @@ def _auto(
         if gpu is not None and why_not("tensorrt") is None:
             return "tensorrt"
         reasons.append(
-            f"`pip install '{PACKAGES['tensorrt']}'` on a machine with an NVIDIA GPU"
+            f"{EXTRAS['tensorrt']} on a machine with an NVIDIA GPU"
             if gpu is None
-            else f"`pip install '{PACKAGES['tensorrt']}'` for this {gpu.name}"
+            else f"{EXTRAS['tensorrt']} for this {gpu.name}"
         )
     if not options.hardware_compatible:
         if gpu is not None and gpu.target not in TARGETS and not options.targets:
@@ -167,7 +167,7 @@ def _auto(
         elif why_not("tensorrt_rtx") is None:
             return "tensorrt_rtx"
         else:
-            reasons.append(f"`pip install '{PACKAGES['tensorrt_rtx']}'` on any machine")
+            reasons.append(f"{EXTRAS['tensorrt_rtx']} on any machine")
     return f"no TensorRT engines are built; they need {', or '.join(reasons)}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ldm_runtime.engines.records import BuilderName
 from ldm_runtime.errors import EngineBuildError
+from ldm_runtime.version import extra
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -21,9 +22,9 @@ _LOGGER = logging.getLogger(__name__)
 TITLES: Mapping[BuilderName, str] = MappingProxyType(
     {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 )
-#: Package to install for each, with its extra.
-PACKAGES: Mapping[BuilderName, str] = MappingProxyType(
-    {"tensorrt": "ldm-deploy[tensorrt]", "tensorrt_rtx": "ldm-deploy[tensorrt-rtx]"}
+#: The extra of this distribution that brings each.
+EXTRAS: Mapping[BuilderName, str] = MappingProxyType(
+    {"tensorrt": extra("tensorrt"), "tensorrt_rtx": extra("tensorrt-rtx")}
 )
 #: Module names; wheels without their umbrella package have only the second one.
 _MODULES: Mapping[BuilderName, tuple[str, ...]] = MappingProxyType(
@@ -45,7 +46,7 @@ def import_builder(name: BuilderName) -> ModuleType:
     Raises:
         EngineBuildError: It is not installed, does not load, or is too old.
     """
-    hint = f"run `pip install '{PACKAGES[name]}'`"
+    hint = f"install {EXTRAS[name]}"
     faults = []
     for module_name in _MODULES[name]:
         try:

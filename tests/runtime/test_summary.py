@@ -1,5 +1,6 @@
 """The first lines of `ldm inspect`."""
 
+import hashlib
 import re
 
 import pytest
@@ -24,7 +25,8 @@ def test_a_bundle_is_eight_lines(lines, tiny_bundle, capsys):
     assert lines["task"] == "text-to-image"
     assert lines["model"] == "tiny, predicts v_prediction, float32 weights"
     assert lines["size"].startswith("16x16 pixels by default; ")
-    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC \(of manifest\.json\)", lines["date"])
+    digest = hashlib.sha256((tiny_bundle / "manifest.json").read_bytes()).hexdigest()
+    assert re.fullmatch(rf"20\d\d-\d\d-\d\d \d\d:\d\d UTC; .* sha256 {digest}", lines["date"])
     assert main(["inspect", str(tiny_bundle)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
 
@@ -66,6 +68,7 @@ def test_the_largest_error_of_each_graph_is_shown():
         "size_bytes": 1,
         "backends": {"cuda": "no driver"},
         "engines": [{"component": "unet", "targets": ["sm80", "sm89"]}],
+        "sha256": "0" * 64,
         "date": "2026-01-01 00:00 UTC",
         "build": {"checkpoint": "a\x1b[2J", "checkpoint_sha256": "0" * 64},
         "components": [{"parity": parity}, {"parity": []}],

@@ -460,7 +460,7 @@ def test_the_machine_alone_can_be_asked_about(machine):
     assert tensorrt.why_not(None, None, machine.vendor) is None
     assert "no NVIDIA GPU" in tensorrt.why_not(None, None, FakeVendor(gpu=None).vendor)
     bare = FakeVendor(versions={}).vendor
-    assert "pip install 'ldm-deploy[tensorrt-rtx]'" in tensorrt.why_not(None, None, bare)
+    assert "the extra 'tensorrt-rtx' of ldm-deploy" in tensorrt.why_not(None, None, bare)
 
 
 def test_an_altered_record_is_a_reason(bundle, machine):

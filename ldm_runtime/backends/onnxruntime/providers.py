@@ -19,6 +19,7 @@ from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, chec
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import axis_sizes
+from ldm_runtime.version import extra
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -238,10 +239,10 @@ def provider_fault(
     if mixed := conflict(packages):
         return f"{backend} needs {provider}, which is missing: {mixed}"
     found = " and ".join(f"{name} {version}" for name, version in packages.items())
-    remedy = f"pip uninstall {' '.join(packages)}` and then `" if packages else ""
+    remedy = f"run `pip uninstall {' '.join(packages)}` and then " if packages else ""
     return (
         f"{backend} needs {provider}, which {found or 'this onnxruntime'} does not have; "
-        f"run `{remedy}pip install 'ldm-deploy[cuda]'`"
+        f"{remedy}install {extra('cuda')}"
     )
 
 

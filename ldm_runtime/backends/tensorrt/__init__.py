@@ -21,6 +21,7 @@ from ldm_runtime.bundle.manifest import GraphVariant as GraphVariant
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.engines.records import BuilderName, EngineRecord, load_engine_records
 from ldm_runtime.errors import BackendError, BundleError
+from ldm_runtime.version import extra
 
 _BUILDERS: tuple[BuilderName, ...] = get_args(BuilderName)
 
@@ -125,7 +126,7 @@ def _machine(bundle: Path, records: tuple[EngineRecord, ...], vendor: Vendor) ->
     versions = vendor.versions(builders)
     if not records and not versions:
         raise BackendError(
-            "neither TensorRT nor TensorRT-RTX is installed; run "
-            "`pip install 'ldm-deploy[tensorrt]'` or `pip install 'ldm-deploy[tensorrt-rtx]'`"
+            "neither TensorRT nor TensorRT-RTX is installed; install "
+            f"{extra('tensorrt')} or {extra('tensorrt-rtx')}"
         )
     return Machine(gpu=gpu, versions=versions)

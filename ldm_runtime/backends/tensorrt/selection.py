@@ -18,7 +18,7 @@ from ldm_runtime.backends.cuda_device import RecordedGraph
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.engines.build import HARDWARE_COMPATIBLE
 from ldm_runtime.engines.gpu import Gpu
-from ldm_runtime.engines.library import PACKAGES
+from ldm_runtime.engines.library import EXTRAS
 from ldm_runtime.engines.records import BuilderName, EngineRecord, ProfileRecord
 from ldm_runtime.errors import BackendError, ShapeError
 from ldm_runtime.specs.components import DYNAMIC_AXES, TensorSignature
@@ -113,8 +113,8 @@ def _library(record: EngineRecord, machine: Machine) -> str | None:
     found = machine.versions.get(record.builder)
     if found is None:
         return (
-            f"{built}, which is not installed; run `pip install '{PACKAGES[record.builder]}' "
-            f"{_DISTRIBUTIONS[record.builder]}=={record.builder_version}`"
+            f"{built}, which is not installed; install {EXTRAS[record.builder]} with "
+            f"{_DISTRIBUTIONS[record.builder]}=={record.builder_version}"
         )
     if found != record.builder_version:
         return f"{built}, this machine has {found}"
