@@ -1,16 +1,14 @@
 """Embeddings that requests carry: vectors of an encoder outside the bundle, such as CLIP's."""
 
-import io
 import os
-from tokenize import TokenError
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib import format as npy_format
 
 from ldm_runtime.inputs.frozen_array import FrozenArray
-from ldm_runtime.inputs.reading import FORMS, NamedBytes, read_bytes, shown
+from ldm_runtime.inputs.npy_files import MAX_HEADER, decode_npy
+from ldm_runtime.inputs.reading import FORMS, read_bytes, shown
 
 #: Most vectors, and most numbers of one.
 MAX_VECTORS = 1024
@@ -18,11 +16,7 @@ MAX_WIDTH = 16384
 
 Float32Array = npt.NDArray[np.float32]
 
-_MAX_HEADER = 10_000  # NumPy's own limit, beyond which parsing is not safe
-_MAX_BYTES = MAX_VECTORS * MAX_WIDTH * 8 + _MAX_HEADER
-_HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
-# Errors that damaged headers were seen to raise.
-_DAMAGE = (ValueError, TypeError, SyntaxError, TokenError, OverflowError, MemoryError)
+_MAX_BYTES = MAX_VECTORS * MAX_WIDTH * 8 + MAX_HEADER
 
 
 class Embeddings(FrozenArray):
@@ -70,7 +64,7 @@ class Embeddings(FrozenArray):
                 return cls(value)
             case bytes() | bytearray() | memoryview() | str() | os.PathLike():
                 named = read_bytes(value, _MAX_BYTES)
-                return cls(_decoded(named), named.source)
+                return cls(decode_npy(named, _check), named.source)
         raise ValueError(
             f"{shown(value)} holds no embeddings; give {FORMS} (.npy) or an array of vectors"
         )
@@ -79,26 +73,6 @@ class Embeddings(FrozenArray):
     def values(self) -> Float32Array:
         """One vector per row, (k, D), read-only."""
         return self._array
-
-
-def _decoded(named: NamedBytes) -> npt.NDArray[Any]:
-    """Read a `.npy` file; not with `np.load`, which allocates any size that a header gives."""
-    file = io.BytesIO(named.data)
-    try:
-        version = npy_format.read_magic(file)
-        shape, is_fortran, dtype = _HEADERS[version](file, max_header_size=_MAX_HEADER)
-    except (*_DAMAGE, KeyError) as error:
-        raise ValueError(
-            f"{named.name} is not a readable .npy file; write it with numpy.save"
-        ) from error
-    _check(dtype, shape, named.name)
-    data = named.data[file.tell() :]
-    if len(data) != shape[0] * shape[1] * dtype.itemsize:
-        raise ValueError(
-            f"{named.name} is damaged or cut off: {len(data)} bytes for {shape[0]}x{shape[1]} "
-            f"numbers of {dtype}"
-        )
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _check(dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> None:

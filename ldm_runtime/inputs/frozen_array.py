@@ -48,9 +48,9 @@ class FrozenArray:
         return self  # nothing in it can change; `dataclasses.asdict` asks for a copy
 
     @property
-    def _extent(self) -> tuple[int, int]:
-        """The two lengths by which `repr` tells it from others."""
-        return self._array.shape[0], self._array.shape[1]
+    def _extent(self) -> tuple[int, ...]:
+        """The lengths by which `repr` tells it from others."""
+        return self._array.shape
 
     def __repr__(self) -> str:
         source = f", {self._source!r}" if self._source else ""

@@ -20,7 +20,7 @@ from ldm_runtime.conditioning import Conditioning, OpenNetwork, encode_condition
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.latents.init_image import InitImage, Start, hires_start, init_image, start_from
 from ldm_runtime.requests.resolution import last_sigmas
-from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.requests.resolved import ResolvedRequest, SeededNoise
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
 from ldm_runtime.text import Tokenizer
@@ -128,6 +128,7 @@ class ImagePasses:
         decoded = self._decode(latents, self.request)
         for number, more in enumerate(self.request.passes[1:], start=1):
             large = replace(self.request, height=more.height, width=more.width)
+            large = replace(large, first_noise=SeededNoise())
             with self.timings.of("vae_encoder"):
                 start = hires_start(self.network("vae_encoder"), decoded, more, self.spec)
             latents = yield self._pass(number, large, images, start)

@@ -18,7 +18,7 @@ from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.requests.request import CUSTOM
 from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table
-from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.requests.resolved import GivenNoise, ResolvedRequest
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import Denoise, NoiseSampler
 from ldm_runtime.schedules import initial_scale
@@ -170,6 +170,8 @@ def _noise(
 def _first_noise(
     request: ResolvedRequest, generator: NoiseGenerator, shape: tuple[int, ...]
 ) -> Float32Array:
+    if isinstance(request.first_noise, GivenNoise):
+        return request.first_noise.latents.values
     noise = generator.randn(shape)
     if not request.is_variation:
         return noise

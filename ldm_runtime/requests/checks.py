@@ -10,6 +10,7 @@ import numpy as np
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject, read_layout
 from ldm_runtime.inputs.reading import shown as shown_text
 from ldm_runtime.inputs.segmentation import SegmentationMap
@@ -115,6 +116,11 @@ def segmentation(name: str, value: object) -> SegmentationMap:
 def embeddings(name: str, value: object) -> Embeddings:
     """Accept anything that `Embeddings.read` can read."""
     return _read(name, value, Embeddings.read, "array")
+
+
+def latents(name: str, value: object) -> InitialLatents:
+    """Accept anything that `InitialLatents.read` can read."""
+    return _read(name, value, InitialLatents.read, "array")
 
 
 def layout(name: str, value: object) -> tuple[LayoutObject, ...]:

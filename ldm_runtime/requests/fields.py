@@ -14,6 +14,7 @@ import msgspec
 
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests import checks
@@ -187,5 +188,6 @@ _CHECKS: Mapping[Any, Callable[..., object]] = MappingProxyType(
         InputImage: checks.image,
         SegmentationMap: checks.segmentation,
         Embeddings: checks.embeddings,
+        InitialLatents: checks.latents,
     }
 )

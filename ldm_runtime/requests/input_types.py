@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
 
@@ -58,6 +59,7 @@ FileInput: TypeAlias = str | os.PathLike[str] | bytes
 ImageInput: TypeAlias = FileInput | Image.Image | npt.NDArray[Any] | InputImage
 SegmentationInput: TypeAlias = FileInput | Image.Image | npt.NDArray[Any] | SegmentationMap
 EmbeddingsInput: TypeAlias = FileInput | npt.NDArray[Any] | Embeddings
+LatentsInput: TypeAlias = FileInput | npt.NDArray[Any] | InitialLatents
 #: Objects, each a `LayoutObject` or such as `{"label": 3, "box": [0.1, 0.2, 0.5, 0.9]}`.
 LayoutInput: TypeAlias = FileInput | Sequence[LayoutObject | Mapping[str, object]]
 NumbersInput: TypeAlias = Sequence[float] | npt.NDArray[Any]
@@ -87,6 +89,7 @@ class RequestFields(TypedDict, total=False):
     noise: NoiseName
     variation_seed: int | None
     variation_strength: float
+    latents: LatentsInput | None
     num_images: int
     image: ImageInput | None
     strength: float | None

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar, Unpack
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.inputs.segmentation import SegmentationMap
@@ -250,6 +251,15 @@ class GenerationRequest:
     variation_strength: Annotated[
         float, about("how far, 0 (not at all) to 1", "Sampling", low=0.0, high=1.0, metavar="S")
     ] = 0.0
+    latents: Annotated[
+        InitialLatents | None,
+        about(
+            ".npy: noise of unit variance (images, channels, height, width) to start from",
+            "Sampling",
+            metavar="FILE",
+            example="--latents noise.npy",
+        ),
+    ] = None
     num_images: Annotated[
         int,
         about("how many images", "Output", low=1, high=MAX_IMAGES, metavar="N", flags=("-n",)),
@@ -359,7 +369,7 @@ def parse_request(mapping: Mapping[str, object]) -> GenerationRequest:
 def request_to_json(request: GenerationRequest) -> dict[str, Any]:
     """Return the fields of a request as JSON values.
 
-    Images, segmentation maps and embeddings are given by their hash and size alone.
+    Images, segmentation maps, embeddings and latents are given by their hash and size alone.
     """
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     return {name: _description(value) for name, value in values.items()}
@@ -373,6 +383,8 @@ def _description(value: object) -> object:
         case Embeddings():
             count, width = value.values.shape
             return {"sha256": value.sha256, "count": count, "width": width}
+        case InitialLatents():
+            return {"sha256": value.sha256, "shape": list(value.values.shape)}
         case LayoutObject():
             return {"label": value.label, "box": list(value.box)}
         case tuple():

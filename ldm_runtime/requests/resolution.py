@@ -9,15 +9,18 @@ from ldm_runtime.requests.conditions import check_condition, condition_of
 from ldm_runtime.requests.request import CUSTOM, MAX_IMAGES, GenerationRequest
 from ldm_runtime.requests.resolved import (
     EVERY_SIGMA,
+    FirstNoise,
+    GivenNoise,
     MaskedImage,
     NoImage,
     OutpaintedImage,
     RequestImage,
     ResolvedRequest,
     SamplingPass,
+    SeededNoise,
     WholeImage,
 )
-from ldm_runtime.requests.sizes import Size, hires_size, image_size, tile_size
+from ldm_runtime.requests.sizes import Size, hires_size, image_size, latents_covering, tile_size
 from ldm_runtime.requests.task_checks import check_guidance, check_needs, check_unknown
 from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import (
@@ -91,6 +94,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         noise=request.noise,
         variation_seed=_variation_seed(request, seed),
         variation_strength=request.variation_strength,
+        first_noise=_first_noise(request, size, spec),
         passes=passes,
         tile_size=tile_size(request, _last_size(passes, size), spec),
     )
@@ -171,6 +175,8 @@ def _check_combinations(request: GenerationRequest) -> None:
         raise RequestError("hires_scale", "does not go with mask_image or outpaint; generate twice")
     if request.outpaint is not None and request.mask_image is not None:
         raise RequestError("outpaint", "does not go with mask_image; generate twice")
+    if request.latents is not None and request.is_variation:
+        raise RequestError("variation_strength", "does not go with latents; leave one of them out")
     if request.variation_seed is not None and not request.is_variation:
         raise RequestError("variation_seed", "changes nothing at variation_strength 0; raise that")
 
@@ -268,6 +274,24 @@ def _passes(
     height, width = hires_size(size, request.hires_scale, spec)
     second = SamplingPass(height=height, width=width, strength=strength, scale=request.hires_scale)
     return first, second
+
+
+def _first_noise(request: GenerationRequest, size: Size, spec: ModelSpec) -> FirstNoise:
+    """Return the noise to start from, checked against the latents that are sampled."""
+    if request.latents is None:
+        return SeededNoise()
+    found = request.latents.values.shape
+    wanted = request.num_images, spec.autoencoder.embed_dim, *latents_covering(size, spec)
+    if found[0] != wanted[0]:
+        raise RequestError(
+            "latents", f"are {found[0]}, but num_images is {wanted[0]}; give one for each image"
+        )
+    if found != wanted:
+        has, takes = ("x".join(map(str, shape)) for shape in (found, wanted))
+        raise RequestError(
+            "latents", f"have shape {has}; {size[1]}x{size[0]} pixels of this model take {takes}"
+        )
+    return GivenNoise(latents=request.latents)
 
 
 def _last_size(passes: tuple[SamplingPass, ...], size: Size) -> Size:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import CUSTOM, MAX_SIGMA, GenerationRequest, changed_fields
@@ -120,6 +121,29 @@ RequestImage = NoImage | WholeImage | MaskedImage | OutpaintedImage
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeededNoise:
+    """First noise from the seed of each image."""
+
+    def of_image(self, index: int) -> "SeededNoise":
+        """Return that of one image."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenNoise:
+    """First noise that the request brings, (num_images, C, h, w); later noise is the seed's."""
+
+    latents: InitialLatents
+
+    def of_image(self, index: int) -> "GivenNoise":
+        """Return that of one image."""
+        return GivenNoise(latents=self.latents.of_image(index))
+
+
+FirstNoise = SeededNoise | GivenNoise
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingPass:
     """One run of the sampler over the same noise levels.
 
@@ -164,6 +188,7 @@ class ResolvedRequest:
         noise: Name in `ldm_runtime.noise.NOISES`.
         variation_seed: Seed of the noise to go towards.
         variation_strength: How far, 0 (not at all) to 1.
+        first_noise: The noise that the first pass starts from.
         passes: Runs of the sampler, one after the other; none without sampling.
         tile_size: Decode in tiles of that many pixels; 0 decodes in one piece.
     """
@@ -186,6 +211,7 @@ class ResolvedRequest:
     noise: str
     variation_seed: int
     variation_strength: float
+    first_noise: FirstNoise
     passes: tuple[SamplingPass, ...]
     tile_size: int
 
@@ -219,10 +245,11 @@ class ResolvedRequest:
 
     def of_image(self, index: int) -> "ResolvedRequest":
         """Return the request that generates image `index` alone."""
+        alone = replace(self, num_images=1, first_noise=self.first_noise.of_image(index))
         if self.is_variation:
-            return replace(self, variation_seed=self.variation_seed + index, num_images=1)
+            return replace(alone, variation_seed=self.variation_seed + index)
         seed = self.seed + index
-        return replace(self, seed=seed, variation_seed=seed, num_images=1)
+        return replace(alone, seed=seed, variation_seed=seed)
 
     def as_request(self) -> GenerationRequest:
         """Return the request that resolves to this one, every field filled in that means something.
@@ -288,6 +315,8 @@ def _sampling_fields(request: ResolvedRequest) -> dict[str, object]:
     if request.is_variation:
         known["variation_seed"] = request.variation_seed
         known["variation_strength"] = request.variation_strength
+    if isinstance(request.first_noise, GivenNoise):
+        known["latents"] = request.first_noise.latents
     if not isinstance(request.source_image, NoImage) and TASKS[request.task].image == "start":
         known["strength"] = first.strength
     for second in more:

@@ -6,10 +6,11 @@ import msgspec
 
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import FIELDS, GenerationRequest
 
-_FILES = (InputImage, SegmentationMap, Embeddings)
+_FILES = (InputImage, SegmentationMap, Embeddings, InitialLatents)
 
 
 def request_schema() -> dict[str, Any]:

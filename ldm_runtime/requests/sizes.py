@@ -30,8 +30,13 @@ def latent_size(request: ResolvedRequest, spec: ModelSpec) -> Size:
     They cover the request's size and are what the UNet can take: images and maps that a request
     brings are padded to them on the right and at the bottom, and the result has to be cropped.
     """
+    return latents_covering((request.height, request.width), spec)
+
+
+def latents_covering(size: Size, spec: ModelSpec) -> Size:
+    """Return height and width of the smallest latents that a UNet can take for images of a size."""
     factor, step = spec.autoencoder.factor, latent_step(spec)
-    height, width = -(-request.height // factor), -(-request.width // factor)
+    height, width = -(-size[0] // factor), -(-size[1] // factor)
     return -(-height // step) * step, -(-width // step) * step
 
 

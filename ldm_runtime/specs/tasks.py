@@ -14,7 +14,7 @@ _SAMPLING = frozenset(
     {
         *("num_inference_steps", "sampler", "schedule", "sigmas", "eta", "zero_terminal_snr"),
         *("guidance_scale", "guidance_rescale", "guidance_interval"),
-        *("noise", "variation_seed", "variation_strength", "num_images"),
+        *("noise", "variation_seed", "variation_strength", "latents", "num_images"),
     }
 )
 _PROMPTS = frozenset({"prompt", "negative_prompt", "literal_prompt"})

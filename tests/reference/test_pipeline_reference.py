@@ -11,10 +11,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
 from ldm_runtime import Generator
 from tests.export.small_checkpoint import AUTOENCODER, UNET
-from tests.reference.twins import SCHEDULERS
+from tests.reference.twins import SCHEDULERS, TRAINED
 
 pytestmark = [
     pytest.mark.reference,
@@ -115,6 +116,25 @@ def test_bundle_of_half_precision_weights_draws_nearly_the_images_of_diffusers(
 
     assert_worth_comparing(expected)
     assert lowest_psnr(images, expected) >= 35  # measured: 62
+
+
+@pytest.mark.parametrize("sampler", [*SCHEDULERS, "euler_ancestral"])
+def test_given_latents_mean_what_they_mean_to_diffusers(pipeline, generator, sampler):
+    """Neither normal nor of unit variance, so that any other scale shows."""
+    shape = (1, UNET.in_channels, 64 // AUTOENCODER.factor, 96 // AUTOENCODER.factor)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(99))
+    latents = 0.8 * noise + 0.1 * noise.roll(1, dims=-1)
+    pipeline.scheduler = SCHEDULERS.get(sampler) or EulerAncestralDiscreteScheduler(**TRAINED)
+    size = {"height": 64, "width": 96}
+    expected = pipeline(
+        PROMPT, latents=latents, generator=torch.Generator().manual_seed(SEED), **size, **FIELDS
+    )
+
+    result = generator(PROMPT, latents=latents, sampler=sampler, seed=SEED, **size, **FIELDS)
+
+    assert lowest_psnr(as_arrays(result), as_arrays(expected.images)) >= 60
+    seeded = generator(PROMPT, sampler=sampler, seed=SEED, **size, **FIELDS)
+    assert lowest_psnr(as_arrays(seeded), as_arrays(expected.images)) < 40
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "seed", "guidance_scale"])

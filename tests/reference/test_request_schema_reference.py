@@ -34,7 +34,8 @@ def edges(record):
 
 
 def values():
-    files = {"image", "mask_image", "segmentation", "embeddings", "prompt", "negative_prompt"}
+    texts = {"prompt", "negative_prompt"}
+    files = {"image", "mask_image", "segmentation", "embeddings", "latents", *texts}
     for name, record in FIELDS.items():
         if name not in {*files, "layout", "outpaint", "sigmas", "guidance_interval"}:
             yield from ((name, value) for value in edges(record))

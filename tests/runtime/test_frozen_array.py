@@ -10,18 +10,21 @@ import pytest
 
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.segmentation import SegmentationMap
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(256, size=(4, 6, 3), dtype=np.uint8)
 IDS = RNG.integers(256, size=(6, 9), dtype=np.uint8)
 VECTORS = RNG.standard_normal((3, 8), dtype=np.float32)
+LATENTS = RNG.standard_normal((2, 4, 3, 5), dtype=np.float32)
 
 #: A class, values that it takes, and the attribute that gives them back.
 KINDS = [
     (InputImage, PIXELS, "pixels"),
     (SegmentationMap, IDS, "ids"),
     (Embeddings, VECTORS, "values"),
+    (InitialLatents, LATENTS, "values"),
 ]
 every_kind = pytest.mark.parametrize(
     ("kind", "values", "name"), KINDS, ids=[kind.__name__ for kind, *_ in KINDS]

@@ -1,6 +1,7 @@
 import dataclasses
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from ldm_runtime.errors import RequestError
@@ -33,6 +34,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "noise": "torch-cuda",
     "variation_seed": 3,
     "variation_strength": 0.5,
+    "latents": np.ones((1, 4, 8, 8), dtype=np.float32),
     "num_images": 2,
     "tile_size": 64,
 }

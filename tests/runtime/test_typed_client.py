@@ -12,12 +12,14 @@ from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.backends import BACKENDS, BackendName
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.noise import NOISES
 from ldm_runtime.requests.input_types import (
     EmbeddingsInput,
     ImageInput,
+    LatentsInput,
     LayoutInput,
     NoiseName,
     NumbersInput,
@@ -37,6 +39,7 @@ INPUTS = {
     InputImage: ImageInput,
     SegmentationMap: SegmentationInput,
     Embeddings: EmbeddingsInput,
+    InitialLatents: LatentsInput,
     tuple[LayoutObject, ...]: LayoutInput,
     tuple[float, ...]: NumbersInput,
     tuple[float, float]: NumbersInput,
