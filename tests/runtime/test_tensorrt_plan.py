@@ -52,7 +52,7 @@ def test_an_engine_that_fits_is_chosen(manifest):
         (
             {"builder": "tensorrt", "builder_version": "11.4.0.106"},
             "the unet engine was built by tensorrt 11.4.0.106, which is not installed; "
-            "install the extra 'tensorrt' of ldm-deploy with tensorrt-cu13==11.4.0.106",
+            "install the extra 'tensorrt' of ldm-deploy with `tensorrt-cu13==11.4.0.106`",
         ),
         (
             {"targets": ("sm86", "sm120")},

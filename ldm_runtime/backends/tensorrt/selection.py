@@ -114,7 +114,7 @@ def _library(record: EngineRecord, machine: Machine) -> str | None:
     if found is None:
         return (
             f"{built}, which is not installed; install {EXTRAS[record.builder]} with "
-            f"{_DISTRIBUTIONS[record.builder]}=={record.builder_version}"
+            f"`{_DISTRIBUTIONS[record.builder]}=={record.builder_version}`"
         )
     if found != record.builder_version:
         return f"{built}, this machine has {found}"
