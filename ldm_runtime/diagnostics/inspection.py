@@ -37,6 +37,8 @@ def inspect(
 ) -> dict[str, Any]:
     """Describe the file or folder at `path`; the key "kind" says what it is.
 
+    What an image says of itself is under "metadata": it may say anything.
+
     Args:
         path: A bundle, an image made by `ldm generate`, or a file that an inspector knows.
         inspectors: Loader of each inspector; None is those of the installed packages.
@@ -47,7 +49,7 @@ def inspect(
     if path.is_dir():
         return _inspect_bundle(path)
     if _starts_like_image(path):
-        return {"kind": "image", "path": str(path), **read_metadata(path)}
+        return {"kind": "image", "path": str(path), "metadata": read_metadata(path)}
     return _ask_inspectors(path, _installed() if inspectors is None else inspectors)
 
 
@@ -129,6 +131,8 @@ def _times(shape: Sequence[int]) -> str:
 
 
 def _starts_like_image(path: Path) -> bool:
+    if path.exists() and not path.is_file():  # a pipe, say, which reading would wait for
+        raise LdmError(f"{path} is neither a file nor a folder; give one of these")
     try:
         with path.open("rb") as file:
             return _IMAGE.match(file.read(_SIGNATURE_BYTES)) is not None

@@ -8,7 +8,7 @@ the text chunk `parameters`, or in the EXIF user comment.
 import html
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -29,6 +29,7 @@ INFOTEXT_KEY = "parameters"
 #: Quality of JPEG files, of 100. PNG and WebP files keep every pixel.
 JPEG_QUALITY = 95
 
+_MAX_DEPTH = 50  # of metadata; that of a request has 4
 _COMMENT_PREFIX = b"UNICODE\0"
 # Types of EXIF values; offset of the first directory from the byte order, and length of each.
 _LONG, _UNDEFINED = 4, 7
@@ -104,9 +105,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def _decoded(metadata: str, path: Path) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(metadata, type=dict[str, Any])
+        decoded = msgspec.json.decode(metadata, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
         raise LdmError(f"{path}: its {METADATA_KEY!r} metadata is damaged: {error}") from error
+    level: list[Any] = [decoded]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for each in level for inner in _inner(each)]
+    if level:
+        raise LdmError(f"{path}: its {METADATA_KEY!r} metadata nests more than {_MAX_DEPTH} deep")
+    return decoded
+
+
+def _inner(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _write_png(image: Image.Image, file: BinaryIO, metadata: str, infotext: str | None) -> None:

@@ -607,9 +607,9 @@ def test_inspect_shows_a_picture_to_people_and_to_programs(draw, tmp_path, capsy
     capsys.readouterr()
 
     assert main(["inspect", path]) == 0
-    assert "  prompt: ein roter Kreis" in capsys.readouterr().out.splitlines()
+    assert "    prompt: ein roter Kreis" in capsys.readouterr().out.splitlines()
     assert main(["inspect", "--json", path]) == 0
-    assert json.loads(capsys.readouterr().out)["request"]["seed"] == 3
+    assert json.loads(capsys.readouterr().out)["metadata"]["request"]["seed"] == 3
 
 
 def test_inspect_shows_a_bundle(tiny_bundle, capsys):

@@ -1,7 +1,14 @@
+import os
+import struct
+import tracemalloc
+import zlib
+
 import pytest
+from PIL import Image, PngImagePlugin
 
 from ldm_runtime import Generator
 from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.cli import main
 from ldm_runtime.diagnostics.inspection import inspect, readable
 from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.pipeline.image_files import save_image
@@ -33,9 +40,67 @@ def test_a_picture_is_described_by_its_request(picture, tiny_bundle):
     description = inspect(picture, {})
 
     assert description["kind"] == "image"
-    assert description["request"]["prompt"] == "a red circle"
-    assert description["request"]["seed"] == 7
-    assert description["bundle_sha256"] == inspect(tiny_bundle, {})["sha256"]
+    assert description["metadata"]["request"]["prompt"] == "a red circle"
+    assert description["metadata"]["request"]["seed"] == 7
+    assert description["metadata"]["bundle_sha256"] == inspect(tiny_bundle, {})["sha256"]
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        {"kind": "bundle"},
+        {"kind": "bundle", "components": [], "files": [], "spec": {}},
+        {"kind": "checkpoint", "family": "ldm-unconditional", "path": "/elsewhere"},
+    ],
+)
+def test_an_image_cannot_say_that_it_is_something_else(tmp_path, capsys, claimed):
+    path = tmp_path / "a.png"
+    save_image(Image.new("RGB", (2, 2)), path, claimed)
+
+    description = inspect(path, {})
+
+    assert description == {"kind": "image", "path": str(path), "metadata": claimed}
+    assert main(["inspect", str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"kind: image\npath: {path}\nmetadata:\n  kind: ")
+
+
+@pytest.mark.parametrize("inner", ['{"a":%s}', "[%s]"])
+@pytest.mark.parametrize("depth", [60, 500, 990, 5000])
+def test_deep_metadata_of_an_image_is_one_sentence(tmp_path, capsys, inner, depth):
+    before, after = inner.split("%s")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("ldm-deploy", f'{{"a": {before * depth}1{after * depth}}}', zip=True)
+    path = tmp_path / "a.png"
+    Image.new("RGB", (2, 2)).save(path, pnginfo=text)
+
+    assert main(["inspect", str(path)]) == 1
+    assert main(["inspect", str(path), "--json"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all("nests more than 50 deep" in line or "is damaged" in line for line in errors)
+
+
+def test_the_metadata_of_an_image_of_150_million_pixels_is_read_without_them(tmp_path):
+    path = tmp_path / "a.png"
+    save_image(Image.new("L", (2, 2)), path, {"request": {"seed": 3}})
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">2I", 15_000, 10_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+    tracemalloc.start()
+
+    assert inspect(path, {})["metadata"] == {"request": {"seed": 3}}
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(LdmError, match="pipe is neither a file nor a folder"):
+        inspect(tmp_path / "pipe", {})
 
 
 def test_a_picture_is_told_by_its_bytes_and_not_its_name(picture):
