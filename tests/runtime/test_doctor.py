@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 
 from ldm_runtime.backends import BACKENDS, BackendEntry
+from ldm_runtime.backends.onnxruntime.packages import conflict
 from ldm_runtime.diagnostics.doctor import diagnose
 
 
@@ -38,3 +41,14 @@ def test_two_packages_of_onnx_runtime_are_a_problem_with_a_remedy():
     assert "onnxruntime 1.31.0 and onnxruntime-gpu 1.31.1" in problem
     assert "overwrite each other's files" in problem
     assert "`pip install onnxruntime-gpu`" in problem
+
+
+def test_two_packages_of_onnx_runtime_in_different_folders_overwrite_nothing():
+    versions = {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.31.1"}
+    folders = {"onnxruntime": Path("/system"), "onnxruntime-gpu": Path("/venv")}
+
+    problem = str(conflict(versions, folders.get))
+
+    assert "onnxruntime 1.31.0 in /system and onnxruntime-gpu 1.31.1 in /venv" in problem
+    assert "Python imports the one that comes first on sys.path" in problem
+    assert "overwrite" not in problem

@@ -24,6 +24,7 @@ from ldm_runtime.backends.onnxruntime.providers import (
     check_placement,
     driver_fault,
     gpu_fault,
+    library_folders,
     open_on,
     preload_libraries,
     provider_fault,
@@ -652,6 +653,23 @@ def test_what_preloading_prints_is_not_printed(monkeypatch, capsys, caplog):
 
     assert capsys.readouterr().out == ""
     assert caplog.messages == ["onnxruntime.preload_dlls: Failed to load libmoon.so"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders of libraries are called otherwise")
+def test_libraries_of_nvidia_are_found_elsewhere_on_the_path(tmp_path, monkeypatch):
+    for folder in ("cu13/lib", "cudnn/lib", "cu13/include"):
+        (tmp_path / "nvidia" / folder).mkdir(parents=True)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    asked = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda directory=None: asked.append(directory))
+
+    preload_libraries()
+
+    assert asked == [str(tmp_path / "nvidia/cu13/lib"), str(tmp_path / "nvidia/cudnn/lib"), None]
+    assert library_folders(tmp_path) == []  # there, ONNX Runtime finds them itself
+    monkeypatch.setattr(sys, "path", [])
+    assert library_folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("prepared", [True, False])

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -257,14 +259,33 @@ def plugin_devices(name: str) -> list[Any]:
 
 
 def preload_libraries() -> None:
-    """Load CUDA and cuDNN from NVIDIA's packages, so that no search path need be set."""
+    """Load CUDA and cuDNN from NVIDIA's packages, so that no search path need be set.
+
+    ONNX Runtime itself only looks for them in the folder that it is installed in.
+    """
     if not hasattr(onnxruntime, "preload_dlls"):
         return
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
+        for folder in library_folders(Path(onnxruntime.__file__).parents[1]):
+            onnxruntime.preload_dlls(directory=str(folder))
         onnxruntime.preload_dlls()
     if said.getvalue():
         _LOGGER.debug("onnxruntime.preload_dlls: %s", said.getvalue().strip())
+
+
+def library_folders(searched: Path) -> list[Path]:
+    """Return the folders of libraries in NVIDIA's packages, if those lie elsewhere on `sys.path`.
+
+    Args:
+        searched: The folder where ONNX Runtime finds them by itself.
+    """
+    package = find_spec("nvidia")
+    places = [Path(place) for place in (package and package.submodule_search_locations) or ()]
+    if searched / "nvidia" in places:
+        return []
+    folders = ("bin", "bin/x86_64") if sys.platform == "win32" else ("lib",)
+    return sorted(each for place in places for name in folders for each in place.glob(f"*/{name}"))
 
 
 def _create(path: Path, provider: Provider, records_graphs: bool) -> Any:  # noqa: ANN401
