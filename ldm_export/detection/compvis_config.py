@@ -167,6 +167,12 @@ def autoencoder_config_of(params: Config) -> Config:
     return params if "ddconfig" in params else {}
 
 
+def takes_embeddings(config: Config | None) -> bool:
+    """Return whether a configuration says that the model is conditioned by its input as it is."""
+    target = ABSENT if config is None else lookup(config, "model.params.cond_stage_config.target")
+    return isinstance(target, str) and target.rpartition(".")[2] == "Identity"
+
+
 def lookup(config: Config, path: str) -> object:
     """Return the entry at a dotted path, or `ABSENT` if there is none or it is empty."""
     value: object = config

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ldm_export.detection.compvis_config import Config, config_fields
+from ldm_export.detection.compvis_config import Config, config_fields, takes_embeddings
 from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
 from ldm_export.detection.features import Tensors
@@ -69,7 +69,7 @@ def detect(
     """
     flags = overrides or Overrides()
     _check_flags(flags)
-    family, family_defaults = match_family(tensors)
+    family, family_defaults = match_family(tensors, takes_embeddings=takes_embeddings(config))
     _check_needed(flags, family_defaults)
     stated = config_fields(config)
     wanted, note = first_stated("weights", flags.weights, stated.weights, family_defaults.weights)

@@ -50,11 +50,16 @@ EXTRAS = (
 )
 
 
-def fingerprint(tensors: Tensors) -> Mapping[str, Feature]:
-    """Return the features that a checkpoint's names and shapes show, by name of the feature."""
+def fingerprint(tensors: Tensors, *, takes_embeddings: bool = False) -> Mapping[str, Feature]:
+    """Return the features of a checkpoint by name: those that its names and shapes show.
+
+    One is not in the tensors: whether the configuration says that the model takes embeddings.
+    """
     unet = {name: tensors[name].shape for name in tensors if name.startswith(UNET_PREFIX)}
     rest = {name: tensors[name].shape for name in tensors if name not in unet}
-    return unet_features(unet) | _autoencoder_features(rest) | _conditioner_features(unet, rest)
+    stated = Feature(value="embeddings", tensor="") if takes_embeddings else ABSENT
+    shown = unet_features(unet) | _autoencoder_features(rest) | _conditioner_features(unet, rest)
+    return shown | {"stated_condition": stated}
 
 
 def _autoencoder_features(tensors: Shapes) -> dict[str, Feature]:

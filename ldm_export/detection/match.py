@@ -16,14 +16,19 @@ _MAX_PREFIXES = 6
 
 
 def match_family(
-    tensors: Tensors, families: Sequence[Family] = FAMILIES
+    tensors: Tensors, families: Sequence[Family] = FAMILIES, *, takes_embeddings: bool = False
 ) -> tuple[Family, FamilyDefaults]:
     """Return the row that a checkpoint belongs to, and its family defaults.
+
+    Args:
+        tensors: The checkpoint's.
+        families: The table.
+        takes_embeddings: Whether the configuration says so.
 
     Raises:
         UnknownModelError: No row matches, or this version does not export the one that does.
     """
-    found = fingerprint(tensors)
+    found = fingerprint(tensors, takes_embeddings=takes_embeddings)
     family = recognise(found, families)
     if family is None:
         raise UnknownModelError(_unknown(tensors, found, families))
@@ -60,7 +65,7 @@ def _alternatives(expected: Expected) -> tuple[int | str, ...]:
 
 def _refusal(family: Family, found: Fingerprint, families: Sequence[Family]) -> str:
     if not family.is_whole:
-        return f"this is {family.name}; give the whole checkpoint. Found: {describe(found)}"
+        return f"this is {family.name}; {family.remedy}. Found: {describe(found)}"
     tasks = sorted({row.family_defaults.task for row in families if row.family_defaults})
     return (
         f"recognised but not supported yet by this version: {family.name} ({describe(found)}); "

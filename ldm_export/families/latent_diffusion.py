@@ -167,6 +167,18 @@ _INCOMPLETE = (
         "segmentation encoder (cond_stage_model.channel_mapper.*)",
         of="ldm-semantic-synthesis256 or -512",
     ),
+    # Of any size: models of texts, classes and layouts have 3 or 4 latent channels, the released
+    # retrieval model has 16. A retrieval model of so few is known by its configuration.
+    Family(
+        name="a latent diffusion model without its text encoder or other conditioner "
+        "(cond_stage_model.*)",
+        features=MappingProxyType(
+            {**_RETRIEVAL, "latent_channels": (3, 4), "stated_condition": "none"}
+        ),
+        is_whole=False,
+        remedy="give the whole checkpoint; or, if embeddings condition it (retrieval), its "
+        "config.yaml with --config, whose cond_stage_config is torch.nn.Identity",
+    ),
 )
 
 LDM_FAMILIES: tuple[Family, ...] = (

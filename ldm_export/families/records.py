@@ -100,6 +100,7 @@ class Family:
         averaged: Components of which training may have kept a moving average.
         copies: Beginnings of names whose tensors may repeat others, and of those others.
         is_whole: Whether a checkpoint with these features has all that the model needs.
+        remedy: What to do about a checkpoint that has not.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Family:
     averaged: tuple[str, ...] = ("unet",)
     copies: tuple[tuple[str, str], ...] = ()
     is_whole: bool = True
+    remedy: str = "give the whole checkpoint"
 
 
 #: Attention of an autoencoder as diffusers spells it, before version 0.17 and since; converters

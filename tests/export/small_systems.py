@@ -179,8 +179,9 @@ _SPECS: Mapping[str, ModelSpec] = {
         0.0,
         family="ldm-retrieval",
         task="retrieval",
-        unet=replace(_CROSS, in_channels=4, out_channels=4),
-        autoencoder=_KL,
+        # Few channels would be those of a model that lost its conditioner.
+        unet=replace(_CROSS, in_channels=5, out_channels=5),
+        autoencoder=replace(_KL, z_channels=5, embed_dim=5),
     ),
     "autoencoder": _spec(1, 1.0, 0.0, family="autoencoder-vq", task="autoencoder", unet=None),
     "autoencoder-kl": _spec(

@@ -29,7 +29,7 @@ from tests.export.ldm_layouts import (
     TEXT2IMG256,
     TXT2IMG_1P4B,
 )
-from tests.export.sd_layout import SD1, FakeTensor, autoencoder_shapes, checkpoint
+from tests.export.sd_layout import SD1, TINY, FakeTensor, autoencoder_shapes, checkpoint
 from tests.export.small_systems import SIZE, SMALL_SYSTEMS, small_system
 
 NAMES = {id(layout): name for name, layout in RELEASED.items()}
@@ -314,6 +314,25 @@ def test_a_released_model_without_its_conditioner_is_not_taken_for_another(layou
 
     with pytest.raises(UnknownModelError, match=message):
         detect(tensors)
+
+
+@pytest.mark.parametrize("layout", [TINY, replace(CIN256_V2, model_channels=64), LAYOUT2IMG])
+def test_a_small_model_without_its_conditioner_is_not_taken_for_a_retrieval_model(layout):
+    tensors = changed(checkpoint(replace(layout, model_channels=32)), without="cond_stage_model.")
+
+    with pytest.raises(UnknownModelError, match=r"without its text encoder or other conditioner"):
+        detect(tensors)
+
+
+def test_a_configuration_says_that_a_small_model_takes_embeddings():
+    tensors = changed(checkpoint(TINY), without="cond_stage_model.")
+    config = of_params(cond_stage_config={"target": "torch.nn.Identity"})
+
+    with pytest.raises(UnknownModelError, match=r"config\.yaml .* torch\.nn\.Identity"):
+        detect(tensors)
+    spec = detect(tensors, config=config).spec
+
+    assert (spec.family, spec.task) == ("ldm-retrieval", "retrieval")
 
 
 def test_extra_channels_that_are_neither_picture_nor_masked_latents_are_of_no_family():

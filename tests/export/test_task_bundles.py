@@ -120,6 +120,10 @@ NONE = EngineOptions(builder="none")
 def test_every_task_becomes_a_bundle_that_keeps_its_promises(model, dtype, tmp_path):
     checkpoint, bundle = tmp_path / "random.ckpt", tmp_path / "engines"
     random_checkpoints.write_checkpoint(checkpoint, model)
+    if model.task == "retrieval":  # of so few channels it is known by its configuration
+        checkpoint.with_suffix(".yaml").write_text(
+            "model: {params: {cond_stage_config: {target: torch.nn.Identity}}}"
+        )
     options = ExportOptions(
         checkpoint=checkpoint,
         out=bundle,
