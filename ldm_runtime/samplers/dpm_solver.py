@@ -20,9 +20,10 @@ def dpmpp_2m(
     """Second-order steps from one denoiser call each: `dpmpp_2m_sde` without noise.
 
     The first step, and one to sigma 0 (infinitely far in log sigma), are first order. This is also
-    what CompVis' and Stability's `DPMSolverSampler` runs (multistep, order 2, x0 prediction); they
-    end at the smallest training sigma, which Stability's reaches by a first-order step in runs of
-    fewer than 15 steps (its `lower_order_final`), and this, like CompVis', by a second-order one.
+    what CompVis' and Stability's `DPMSolverSampler` runs (multistep, order 2, x0 prediction) in 15
+    steps and more; they end at the smallest training sigma, which they reach by a first-order step
+    in runs of fewer than 15 steps (`lower_order_final=True`, CompVis/stable-diffusion 21f890f), and
+    this by a second-order one.
 
     Source: Lu et al. 2022 (arXiv:2211.01095), algorithm 2, DPM-Solver++(2M), with alpha 1;
     k-diffusion's `sample_dpmpp_2m`.
