@@ -12,7 +12,7 @@ _NEEDS: Mapping[Task, tuple[str, ...]] = MappingProxyType(
     {
         "unconditional": (),
         "class-to-image": ("--class-label", "1"),
-        "text-to-image": ("a red circle left of a blue square",),
+        "text-to-image": ("a large red circle left of a small blue square on a white background",),
         "layout-to-image": ("--layout", "boxes.json"),
         "semantic-synthesis": ("--segmentation", "map.png"),
         "super-resolution": ("--image", "small.png"),
