@@ -29,6 +29,7 @@ from ldm_export.source import Source
 from ldm_export.workspace import ExportStep
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import ComponentRecord, PredictionRecord, PreviewRecord
+from ldm_runtime.diagnostics.dependence import warn_of_ignored_inputs
 from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
 from ldm_runtime.requests.request import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -149,6 +150,7 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
     engine = TorchEngine(name, network)
     inputs = sample_inputs(name, source.spec)
     expected = [engine.run(arrays) for _, arrays in inputs]
+    warn_of_ignored_inputs(name, engine, inputs[0][1], expected[0], source.spec)
     _write_golden_component(folder / f"golden/components/{name}.npz", inputs[0][1], expected[0])
     if name == _ENCODER:
         write_pairs(place / PAIRS_FILE, engine, source.spec)

@@ -20,6 +20,7 @@ from ldm_runtime.backends.networks import FiniteOutputs
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import Manifest, WeightsDType, load_manifest
 from ldm_runtime.conditioning import conditioning_components, open_tokenizer
+from ldm_runtime.diagnostics.dependence import warn_of_ignored_inputs
 from ldm_runtime.diagnostics.golden_requests import (
     ATTACHMENTS,
     REQUEST_FILE,
@@ -200,6 +201,7 @@ class _Verification:
         outputs = _outputs(self.backend, engine, name, inputs)
         if outputs is None:
             return
+        warn_of_ignored_inputs(name, engine, inputs, outputs, self.manifest.spec)
         pairs = [(outputs[output], expected[output]) for output in expected]
         yield Check(
             subject=name,

@@ -47,6 +47,18 @@ def louden(decoder):
             parameter.mul_(LOUD)
 
 
+def test_a_decoder_that_says_nothing_is_exported_with_one_warning(build, caplog):
+    networks = random_networks()
+    networks.vae_decoder.decoder.conv_out.weight.zero_()
+
+    with caplog.at_level(logging.WARNING):
+        record, _ = build(networks)
+
+    assert all(each.relative_l2 < MAX_RELATIVE_L2 for each in record.parity)
+    (warning,) = caplog.records
+    assert "output of the vae_decoder does not depend on its latents" in warning.message
+
+
 def test_a_decoder_beyond_half_precision_is_exported_in_fp32_with_one_warning(build, caplog):
     networks = random_networks()
     latents = torch.randn(1, 4, 8, 8)

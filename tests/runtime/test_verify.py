@@ -39,9 +39,10 @@ def change_arrays(path: Path, **changes):
     np.savez(path, **arrays)
 
 
-def test_an_intact_bundle_keeps_every_promise(tiny_bundle):
+def test_an_intact_bundle_keeps_every_promise(tiny_bundle, caplog):
     checks = list(verify(tiny_bundle))
 
+    assert caplog.records == []
     assert all(check.passed for check in checks)
     assert {check.subject for check in checks} == {
         "text_encoder",
@@ -110,6 +111,22 @@ def test_fp16_weights_are_held_to_the_looser_bounds(own_bundle):
     assert [check.subject for check in checks if not check.passed] == ["vae_decoder"]
     assert {check.bound for check in checks if check.measure == "psnr"} == {35.0}
     assert {check.bound for check in checks if check.measure == "max_relative_error"} == {None}
+
+
+def test_a_network_that_ignores_its_inputs_is_a_warning_though_it_keeps_its_promises(
+    own_bundle, caplog
+):
+    weights = own_bundle / "unet/weights.bin"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    change_arrays(
+        own_bundle / "golden/components/unet.npz", **{"out.prediction": lambda array: 0 * array}
+    )
+    rewrite(own_bundle)
+
+    found = [check for check in verify(own_bundle) if check.subject == "unet"]
+
+    assert all(check.passed for check in found)
+    assert "output of the unet does not depend on its latents and timesteps and" in caplog.text
 
 
 def test_nan_keeps_no_promise(own_bundle):
