@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ldm_export.checkpoint.not_a_file import why_not_a_file, why_not_opened
 from ldm_export.checkpoint.safetensors_header import read_safetensors_header
 from ldm_export.checkpoint.tensor_extent import TensorExtent
 from ldm_export.checkpoint.torch_archive import read_torch_archive
@@ -26,6 +27,7 @@ _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 _MISTAKES: Mapping[bytes, str] = MappingProxyType(
     {
+        b"GGUF": "a GGUF file, whose weights are quantised; give the .ckpt or .safetensors",
         b"version https://git-lfs": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
         b"<": "a web page; the download went wrong, get the file again",
         b"PK\5\6": "an empty zip archive; get the file again",
@@ -49,13 +51,13 @@ class MappedFile:
         self.path = path
         try:
             if not stat.S_ISREG(path.stat().st_mode):
-                raise CheckpointError(path, "is not a file; give the checkpoint itself")
+                raise CheckpointError(path, why_not_a_file(path))
             if path.stat().st_size == 0:
                 raise CheckpointError(path, "is empty; get the file again")
             with path.open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise CheckpointError(path, f"cannot be opened: {error}") from error
+            raise CheckpointError(path, why_not_opened(path, error)) from error
         self._bytes: npt.NDArray[np.uint8] | None = np.frombuffer(mapping, dtype=np.uint8)
 
     @property

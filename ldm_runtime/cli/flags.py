@@ -35,7 +35,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     groups["Conditioning"].add_argument(
         "--like",
         type=Path,
-        metavar="PNG",
+        metavar="IMAGE",
         help="repeat the request that an image records; other flags change it",
     )
     groups["Output"].add_argument(

@@ -109,13 +109,11 @@ def _generate_together(
     args: argparse.Namespace,
     progress: Progress,
 ) -> Iterator[Result]:
-    if args.preview_file is not None or args.deadline_seconds is not None:
-        raise RequestError(
-            "requests", "cannot be combined with --preview-file or --deadline-seconds"
-        )
+    if args.preview_file is not None:
+        raise RequestError("requests", "cannot be combined with --preview-file")
     names = _names(len(requests))
     progress.plan(dict.fromkeys(names))
-    results = generator.run_many(requests)
+    results = generator.run_many(requests, deadline_seconds=args.deadline_seconds)
     for name in names:
         progress.begin(name)
         result = next(results)

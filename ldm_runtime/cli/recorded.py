@@ -58,7 +58,13 @@ def recorded_fields(path: Path, changes: Mapping[str, object], bundle: Path) -> 
 
 def _compare_bundles(path: Path, metadata: Mapping[str, Any], bundle: Path) -> None:
     made_by, used = metadata.get("bundle_sha256"), sha256_of(bundle / MANIFEST_NAME)
-    if made_by != used:
+    if made_by is None:
+        others = ", ".join(metadata.get("others", ())) or "none"
+        _LOGGER.warning(
+            "%s was made by another program; the image will differ. Settings not repeated: %s",
+            *(path, others),
+        )
+    elif made_by != used:
         _LOGGER.warning(
             "%s was generated from another bundle (%.12s) than %s (%.12s); the image will differ",
             *(path, made_by, bundle, used),

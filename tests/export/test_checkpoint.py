@@ -429,6 +429,15 @@ BAD_FILES = {
     "text": (with_bytes(b"hello, this is not a model"), "neither a torch archive nor"),
     "web page": (with_bytes(b"<!DOCTYPE html><html>"), "web page"),
     "git-lfs pointer": (with_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "lfs pull"),
+    "gguf": (with_bytes(b"GGUF\3\0\0\0"), "a GGUF file"),
+    "diffusers folder": (
+        lambda path: (path.mkdir(), (path / "model_index.json").write_text("{}")),
+        "a folder of diffusers",
+    ),
+    "bundle": (
+        lambda path: (path.mkdir(), (path / "manifest.json").write_text("{}")),
+        "a bundle already",
+    ),
     "bare pickle": (with_bytes(GOOD), "bare pickle"),
     "torch before 1.6": (legacy, "torch.save"),
     # archives
@@ -664,6 +673,23 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"secret\.ckpt: cannot be opened"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "remote"),
+    [
+        ("runwayml/stable-diffusion-v1-5", True),
+        ("https://host.example/model.ckpt", True),
+        ("models/absent.ckpt", False),
+        ("absent", False),
+    ],
+)
+def test_a_name_on_a_hub_is_not_fetched(name, remote):
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(Path(name))
+
+    assert str(caught.value).count("No such file or directory") == 1
+    assert ("nothing is fetched, so download the file first" in str(caught.value)) is remote
 
 
 HOSTILE = ["os.system", "posix.system", "subprocess.Popen", "builtins.eval", "os.path.join"]

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.cli.request_lines import read_requests
@@ -79,7 +79,10 @@ def test_a_size_is_width_times_height():
     (sized,) = asked("red", "--size", "32x24", "-s", 1)
     (apart,) = asked("red", "-W", 32, "-H", 24, "-s", 1)
 
+    (square,) = asked("red", "--size", 24)
+
     assert (sized.width, sized.height) == (32, 24)
+    assert (square.width, square.height) == (24, 24)
     assert sized == apart
 
 
@@ -148,7 +151,7 @@ def test_what_contradicts_itself_is_one_sentence_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", ["512", "8x", "ax8", "8x8x8"])
+@pytest.mark.parametrize("size", ["", "8x", "ax8", "8x8x8"])
 def test_a_size_that_is_none_is_wrong_usage(size, capsys):
     with pytest.raises(SystemExit):
         main(["generate", "red", "--size", size])
@@ -304,3 +307,27 @@ def test_an_image_without_a_record_cannot_be_repeated(generate, tmp_path, capsys
     assert generate("--like", "plain.png") == 1
     assert generate("--like", "odd.png") == 1
     assert "odd.png: its metadata has no request" in capsys.readouterr().err
+
+
+def test_the_settings_of_another_program_are_repeated_as_far_as_they_are_known(
+    tiny_bundle, tmp_path, caplog
+):
+    text = "a red circle\nSteps: 3, Sampler: Euler a, CFG scale: 2, Seed: 7, Model: other"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", pnginfo=info)
+
+    (request,) = asked("--like", tmp_path / "a.png", "--bundle", tiny_bundle)
+
+    assert (request.condition.prompt, request.seed, request.sampler) == (
+        *("a red circle", 7, "euler_ancestral"),
+    )
+    assert "was made by another program" in caplog.text
+    assert "Model" in caplog.text
+
+
+def test_requests_from_a_file_may_have_a_deadline(generate, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("red")
+
+    assert generate("--requests", "p.txt", "--deadline-seconds", "0.000001") == 1
+    assert "are over" in capsys.readouterr().err
