@@ -31,7 +31,7 @@ from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import ComponentRecord, PredictionRecord, PreviewRecord
 from ldm_runtime.diagnostics.dependence import warn_of_ignored_inputs
 from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
-from ldm_runtime.requests.request import request_to_json
+from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.networks import TextEncoderSpec

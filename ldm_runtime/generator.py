@@ -6,11 +6,9 @@ can be in memory and the golden images of an export come from the same loop as t
 """
 
 import collections.abc
-import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias, Unpack
@@ -20,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends import BackendName, choose_backend, get_backend
-from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, SharedResources
+from ldm_runtime.backends.contract import Engine, EngineSource, RunOptions, SharedResources
 from ldm_runtime.backends.networks import OpenNetworks
 from ldm_runtime.bundle.files import checked_file, sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, PreviewRecord, load_manifest
@@ -30,22 +28,12 @@ from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.latents.codec import decode_latents, encode_image
-from ldm_runtime.latents.previews import preview_image
-from ldm_runtime.pipeline.batching import in_order, run_together
 from ldm_runtime.pipeline.deadline import Deadline
-from ldm_runtime.pipeline.passes import (
-    GeneratedImages,
-    ImagePasses,
-    Pass,
-    PassRun,
-    Timings,
-    open_passes,
-)
+from ldm_runtime.pipeline.image_pipeline import ImagePipeline
 from ldm_runtime.pipeline.results import Result
-from ldm_runtime.pipeline.sampling import Step, batches, sample_latents
+from ldm_runtime.pipeline.sampling import Step, batches
 from ldm_runtime.pipeline.step_reports import report_results, report_steps
 from ldm_runtime.progress import reporting_to
-from ldm_runtime.requests.advice import advice
 from ldm_runtime.requests.call_arguments import request_from, requests_from
 from ldm_runtime.requests.checks import check_positive, whole_number
 from ldm_runtime.requests.input_types import ImageInput, PromptFields, RequestFields
@@ -57,8 +45,6 @@ from ldm_runtime.specs.tasks import task_record
 from ldm_runtime.text import Tokenizer
 
 __all__ = ["Generator", "Result"]
-
-_LOGGER = logging.getLogger(__name__)
 
 Float32Array = npt.NDArray[np.float32]
 #: A prompt, a whole request, or None for a request without a prompt.
@@ -109,7 +95,7 @@ class Generator(Closing):
         self.backend = choose_backend(backend, self.manifest, bundle=self.bundle)
         self._batch_size = batch_size or 1
         self.bundle_sha256 = sha256_of(self.bundle / MANIFEST_NAME)
-        self._tokenizer = self._open_tokenizer(check_hashes)
+        tokenizer = self._open_tokenizer(check_hashes)
         source = partial(
             EngineSource,
             bundle=self.bundle,
@@ -119,6 +105,13 @@ class Generator(Closing):
             shared=SharedResources(),
         )
         self._network = self._open_networks(source, check_hashes)
+        self._pipeline = ImagePipeline(
+            network=self._network,
+            tokenizer=tokenizer,
+            spec=self.spec,
+            bundle_sha256=self.bundle_sha256,
+            build=self.manifest.build,
+        )
 
     def __repr__(self) -> str:
         defaults = self.spec.defaults
@@ -195,7 +188,7 @@ class Generator(Closing):
             BundleError: There should be previews, and the bundle was exported without.
             DeadlineError: It takes longer than it may.
         """
-        request = self._resolved(request_from(prompt, fields))
+        request = resolve(request_from(prompt, fields), self.spec)
         with ExitStack() as stack:
             events: Iterable[Step | Result] = stack.enter_context(
                 closing(self.stream(request, previews=previews, deadline_seconds=deadline_seconds))
@@ -238,9 +231,10 @@ class Generator(Closing):
             BundleError: At once, if there should be previews and the bundle was exported without.
             DeadlineError: Between two steps, when time is up.
         """
-        request = self._resolved(request_from(prompt, fields))
+        request = resolve(request_from(prompt, fields), self.spec)
         record = self._preview_record() if previews else None
-        return self._generate(request, record, Deadline(deadline_seconds))
+        deadline = Deadline(deadline_seconds)
+        return self._pipeline.stream(request, record, deadline, batch_size=self._batch_size)
 
     @takes_fields
     def run_many(
@@ -273,25 +267,20 @@ class Generator(Closing):
             DeadlineError: Between two steps, when the time of a request is up.
         """
         check_positive("max_batch", max_batch)
-        resolved = [self._resolved(each) for each in requests_from(requests, fields)]
+        resolved = [resolve(each, self.spec) for each in requests_from(requests, fields)]
         deadlines = [Deadline(deadline_seconds) for _ in resolved]
         if self.spec.unet is None:
             results: Iterator[Result] = map(self.generate, resolved)
         else:
-            results = self._generate_together(resolved, deadlines, max_batch)
+            fewest = get_backend(self.backend).ABILITIES.min_shared_samples
+            results = self._pipeline.together(
+                resolved, deadlines, max_samples=2 * max_batch, min_samples=fewest
+            )
         return report_results(results, len(resolved), sys.stderr) if progress else results
 
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""
         self._network.close()
-
-    def _resolved(self, request: GenerationRequest | ResolvedRequest) -> ResolvedRequest:
-        return resolve(request, self.spec)
-
-    def _open_passes(self, request: ResolvedRequest) -> ImagePasses:
-        for sentence in advice(request, self.spec):
-            _LOGGER.warning("%s", sentence)
-        return open_passes(self._network, self._tokenizer, request, self.spec)
 
     def _open_tokenizer(self, check_hashes: bool) -> Tokenizer | None:
         path = self.manifest.tokenizer_file
@@ -328,100 +317,6 @@ class Generator(Closing):
         if self.manifest.preview is None:
             raise BundleError(f"{self.bundle} was exported without previews; export it again")
         return self.manifest.preview
-
-    def _generate(
-        self, request: ResolvedRequest, preview: PreviewRecord | None, deadline: Deadline
-    ) -> collections.abc.Generator[Step | Result, None, None]:
-        deadline.start()
-        passes = self._open_passes(request)
-        generated = []
-        for images in batches(request.num_images, self._batch_size):
-            unet = partial(self._network, "unet")
-            pass_run = self._run_passes(passes.run(images), unet, passes.timings)
-            while not isinstance(event := next(pass_run), GeneratedImages):
-                deadline.check(event)
-                yield _for_caller(event, preview)
-            generated.append(event)
-        yield self._result(passes, generated)
-
-    def _generate_together(
-        self, requests: Sequence[ResolvedRequest], deadlines: Sequence[Deadline], max_batch: int
-    ) -> Iterator[Result]:
-        all_passes: dict[int, ImagePasses] = {}
-
-        def generate_image(number: int, image: int, unet: Runner) -> Iterator[GeneratedImages]:
-            if number not in all_passes:  # loops take turns: no other is opening it
-                request = requests[number]
-                deadlines[number].start()
-                all_passes[number] = self._open_passes(request)
-            pass_run = all_passes[number].run(range(image, image + 1))
-            for event in self._run_passes(pass_run, lambda: unet, all_passes[number].timings):
-                if isinstance(event, GeneratedImages):
-                    yield event
-                else:
-                    deadlines[number].check(event)
-
-        loops = (
-            partial(generate_image, number, image)
-            for number, request in enumerate(requests)
-            for image in range(request.num_images)
-        )
-        generated = in_order(
-            run_together(
-                loops,
-                self._network("unet"),
-                max_samples=2 * max_batch,
-                min_samples=get_backend(self.backend).ABILITIES.min_shared_samples,
-            )
-        )
-        with closing(generated):
-            for number, request in enumerate(requests):
-                images = [next(generated) for _ in range(request.num_images)]
-                yield self._result(all_passes.pop(number), images)
-
-    def _run_passes(
-        self, pass_run: PassRun, unet: Callable[[], Runner], timings: Timings
-    ) -> Iterator[Step | GeneratedImages]:
-        """Run the passes of an image one after the other; the generated images come last."""
-        advance: Callable[[], Pass] = partial(next, pass_run)
-        while True:
-            try:
-                wanted = advance()
-            except StopIteration as end:
-                yield end.value
-                return
-            steps = self._sample(wanted, unet())
-            while True:
-                with timings.of("unet"):
-                    step = next(steps, None)
-                if step is None:
-                    break
-                last = step
-                yield step
-            advance = partial(pass_run.send, last.latents)
-
-    def _sample(self, wanted: Pass, unet: Runner) -> Iterator[Step]:
-        for step in sample_latents(
-            unet, wanted.conditioning, wanted.request, self.spec, wanted.images, wanted.start
-        ):
-            index = wanted.steps_before + step.index
-            yield replace(step, index=index, total=wanted.total_steps)
-
-    def _result(self, passes: ImagePasses, generated: Sequence[GeneratedImages]) -> Result:
-        return Result(
-            images=[image for each in generated for image in each.images],
-            request=passes.request,
-            latents=np.concatenate([each.latents for each in generated]),
-            timings=passes.timings.finish(),
-            bundle_sha256=self.bundle_sha256,
-            build=self.manifest.build,
-        )
-
-
-def _for_caller(step: Step, preview: PreviewRecord | None) -> Step:
-    """Return a copy of a step, which the caller may change."""
-    images = () if preview is None else tuple(preview_image(step.x0, preview))
-    return replace(step, latents=step.latents.copy(), x0=step.x0.copy(), previews=images)
 
 
 def _checked_latents(latents: object, spec: ModelSpec) -> Float32Array:

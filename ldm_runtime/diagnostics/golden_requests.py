@@ -21,7 +21,8 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.pipeline.passes import ImagePasses
 from ldm_runtime.pipeline.sampling import batches, sample_latents
-from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
+from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.requests.request_json import request_to_json
 
 REQUEST_FILE = "request.json"
 #: All golden images of a bundle in one.

@@ -17,7 +17,7 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import image_format, is_folder, pattern_paths, save_numbered
 from ldm_runtime.pipeline.image_files import save_image
 from ldm_runtime.pipeline.infotext import write_infotext
-from ldm_runtime.requests.request import request_to_json
+from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.version import version
 

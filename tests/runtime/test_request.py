@@ -9,7 +9,8 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.requests.aliases import ALIASES
 from ldm_runtime.requests.fields import MAX_SEED
-from ldm_runtime.requests.request import FIELDS, GenerationRequest, parse_request, request_to_json
+from ldm_runtime.requests.request import FIELDS, GenerationRequest, parse_request
+from ldm_runtime.requests.request_json import request_to_json
 
 PICTURE = np.zeros((8, 8, 3), dtype=np.uint8)
 BOX = {"label": 3, "box": [0.25, 0, 1, 0.5]}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.fields import MAX_SEED
-from ldm_runtime.requests.request import GenerationRequest, parse_request, request_to_json
+from ldm_runtime.requests.request import GenerationRequest, parse_request
+from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolution import last_sigmas, resolve, sigma_table
 from ldm_runtime.requests.resolved import ClassCondition
 from ldm_runtime.requests.sizes import TILE_LATENTS, latent_size, padded_size
