@@ -278,6 +278,13 @@ def test_of_as_many_calls_the_images_nearest_to_right_ones_win():
     assert quality.as_good_as_many_steps([far, near]) == [near, far]
 
 
+def test_of_as_many_calls_the_most_whole_images_win_before_the_distance():
+    near = cell("ddpm", 8, distance=0.28, **scored(images_right=48))
+    right = cell("euler", 8, distance=0.3, **scored(images_right=50))
+
+    assert quality.as_good_as_many_steps([near, right])[0] is right
+
+
 def test_a_lucky_cell_does_not_raise_the_standard():
     lucky = cell("euler", 12, **scored(objects_right=99))
     usual = [cell(name, 50) for name in ("ddim", "heun", "euler")]
@@ -423,7 +430,8 @@ def test_images_show_swapped_guidance_and_a_wrong_sigma(shapes_bundle):
 
     for fault in (dict, swapped_guidance, higher_sigma):
         with Generator(shapes_bundle, backend="onnxruntime") as generator:
-            generator._opened["unet"] = FaultyNetwork(generator._opened["unet"], fault)
+            networks = generator._network._opened
+            networks["unet"] = FaultyNetwork(networks["unet"], fault)
             images, _ = held_out.generate_all(
                 generator, prompt_set.wanted, {"num_inference_steps": 10}
             )

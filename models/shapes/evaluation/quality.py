@@ -69,8 +69,8 @@ def farthest_as_good(cells: Sequence[Cell]) -> float:
 def as_good_as_many_steps(cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells as good as the plateau in everything, those with the fewest calls first.
 
-    Of as many calls, those whose images are nearest to right ones come first. Samplers for other
-    models are left out.
+    Of as many calls, those with the most whole images right come first, and of as many of these,
+    those whose images are nearest to right ones. Samplers for other models are left out.
     """
     farthest = farthest_as_good(cells)
     lowest = {measure: lowest_as_good(cells, measure) for measure in MEASURES}
@@ -81,7 +81,9 @@ def as_good_as_many_steps(cells: Sequence[Cell]) -> list[Cell]:
         and cell.distance <= farthest
         and all(share_of(cell, measure) >= share for measure, share in lowest.items())
     ]
-    return sorted(good, key=lambda cell: (cell.calls, cell.distance))
+    return sorted(
+        good, key=lambda cell: (cell.calls, -share_of(cell, "whole_images"), cell.distance)
+    )
 
 
 def label(sampler: str) -> str:
