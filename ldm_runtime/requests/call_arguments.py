@@ -1,6 +1,6 @@
 """Requests from the arguments of a call: a prompt, a request, or a dictionary, and keywords."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ldm_runtime.errors import RequestError
@@ -31,10 +31,10 @@ def request_from(
             return parse_request({**given, **fields})
         case GenerationRequest() | ResolvedRequest():
             return _changed(given, fields)
-    raise RequestError(
-        "prompt",
-        f"is {type(given).__name__}; give text, a GenerationRequest, or the fields as keywords",
-    )
+    fix = "give text, a GenerationRequest, or the fields as keywords"
+    if isinstance(given, Sequence):
+        fix = "give one prompt, or all of them to run_many"
+    raise RequestError("prompt", f"is {type(given).__name__}; {fix}")
 
 
 def requests_from(

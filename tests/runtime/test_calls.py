@@ -68,6 +68,16 @@ def test_a_misspelt_field_is_said_by_every_call(generator, method):
         generator.run_many([{"prompt": "red", "seeed": 3}])
 
 
+def test_several_prompts_are_sent_to_the_call_that_takes_them(generator):
+    for call in (generator, generator.generate, generator.stream):
+        with pytest.raises(
+            RequestError, match=r"prompt: is list; give one .* all of them to run_m"
+        ):
+            call(["red", "blue"])
+        with pytest.raises(RequestError, match="prompt: is tuple; give one prompt"):
+            call(prompt=("red", "blue"))
+
+
 @pytest.mark.parametrize("seconds", ["5", 0, -1.0, True, float("nan")])
 def test_a_deadline_that_is_no_number_of_seconds_is_refused_by_every_call(generator, seconds):
     for call in (generator, generator.generate, generator.stream):
