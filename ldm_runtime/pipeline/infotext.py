@@ -173,8 +173,8 @@ def _value_at(line: str, start: int) -> tuple[str, int]:
         try:
             value, end = _JSON.raw_decode(line, start)
         except ValueError:
-            pass  # a quotation mark that quotes nothing
-        else:
+            end = start  # a quotation mark that quotes nothing
+        if end > start and line[end : end + 1] in ("", ","):
             return str(value), end
     comma = line.find(",", start)
     end = len(line) if comma < 0 else comma

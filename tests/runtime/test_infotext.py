@@ -116,7 +116,17 @@ def test_other_text_is_not_read(text):
     assert read_infotext(text) is None
 
 
-@pytest.mark.parametrize("line", ['a:"', "aa", "a:", '"\\', " ", ",", "Steps: 1, b: 2, c: 3,"])
+def test_a_quotation_mark_that_quotes_nothing_hides_no_value():
+    read = read_infotext('red\nBad: "x, Steps: 20, Other: "y: 1, z", Seed: 5, End: "half')
+
+    assert read.request["num_inference_steps"] == 20
+    assert read.request["seed"] == 5
+    assert read.others == {"Bad": '"x', "Other": "y: 1, z", "End": '"half'}
+
+
+@pytest.mark.parametrize(
+    "line", ['a:"', 'aa: "x,', "aa", "a:", '"\\', " ", ",", "Steps: 1, b: 2, c: 3,"]
+)
 def test_no_line_takes_long(line):
     started = time.process_time()
 
@@ -177,7 +187,7 @@ def test_every_format_says_how_its_image_was_made(tiny_bundle, tmp_path, suffix)
     result.save(path)
 
     assert read_metadata(path) == result.metadata()
-    assert inspect(path, {})["request"]["seed"] == 7
+    assert inspect(path, {})["metadata"]["request"]["seed"] == 7
     with Image.open(path) as image:
         assert image.format == {"jpg": "JPEG"}.get(suffix, suffix.upper())
         difference = np.asarray(image).astype(float) - np.asarray(result.image)
@@ -217,7 +227,7 @@ def test_an_image_of_the_web_ui_is_read_as_a_request(tmp_path, suffix):
         image.save(path, exif=exif)
 
     assert read_metadata(path)["request"] == dict(read_infotext(PLAIN).request)
-    assert inspect(path, {})["others"] == {"Model hash": "45dee52b"}
+    assert inspect(path, {})["metadata"]["others"] == {"Model hash": "45dee52b"}
 
 
 @pytest.mark.parametrize("suffix", ["tiff", "gif", "bmp", "avif", "txt", ""])
