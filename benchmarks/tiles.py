@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from models.shapes.data import scenes
 
 _SIDE = 8  # scenes per side of a large image
-_TILES = (32, 64, 96)  # latent pixels
+_TILES = (8, 16, 32, 64, 96)  # latent pixels
 _LARGE, _SMALL_TILE = 256, 64  # latent pixels, for the memory
 
 UInt8Array = npt.NDArray[np.uint8]

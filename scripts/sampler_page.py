@@ -50,7 +50,9 @@ it is here.
   as `tests/runtime/test_samplers_convergence.py` measures on a Gaussian. The first steps of a
   multistep sampler know no earlier ones and cost it the order of its formula: `lms` has 4 and
   `deis` 3 from a fine start. `plms` and `ipndm` take all steps for equally long, and where the
-  lengths of neighbouring steps differ much they fall to order 1.
+  lengths of neighbouring steps differ much they fall to order 1. `lms` in several hundred steps of
+  `karras` or `exponential` ends in a step so much longer than the others that float32's rounding
+  grows to hundredths, as in k-diffusion: make at most 100 steps, or take another sampler.
 * **calls per step**: denoiser calls, each of the size of the batch (twice with guidance). `plms`
   makes one call more in its first step; samplers with two calls make one in a step to sigma 0.
 * **eta**: whether the share of fresh noise can be chosen, and what it is unless given.

@@ -86,6 +86,11 @@ def lms(
 ) -> Iterator[Latents]:
     """Adams-Bashforth steps of order 4 for steps of any length, the polynomial in sigma.
 
+    In hundreds of steps of a schedule that narrows towards its end, such as `karras`, the last
+    one, to sigma 0, is a hundred times as long as those before it, and extrapolating a cubic so far
+    magnifies the rounding of float32: to about 0.02 in 1,000 steps, as in the source. In 100 steps
+    nothing of this is left.
+
     Source: k-diffusion's `sample_lms`, whose coefficients are integrated numerically.
     """
     known: list[_Slope] = []

@@ -6,10 +6,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from ldm_runtime.schedules import sampling_sigmas, training_sigmas
+from ldm_runtime.testing import TINY_SPEC
 from tests.runtime.sampler_cases import (
+    DATA_MEAN,
+    DATA_STD,
     UNEVEN,
     assert_same_steps,
     curved_denoise,
+    ideal_denoise,
     no_draw,
     run,
     some_latents,
@@ -172,3 +177,19 @@ def test_a_single_step_of_plms_calls_the_denoiser_once():
     run("plms", some_latents(), [4.0, 3.0], 0.0, no_draw, denoise)
 
     assert seen == [4.0]
+
+
+@pytest.mark.parametrize(("steps", "rounding"), [(100, 1e-4), (1000, 3e-3)])
+def test_the_long_last_step_of_lms_magnifies_rounding_only_in_many_steps(steps, rounding):
+    table = training_sigmas(TINY_SPEC.alphas_cumprod)
+    sigmas = sampling_sigmas(table, steps, "karras", "zero")
+    latents = np.random.default_rng(0).standard_normal((4, 8, 8)) * sigmas[0]
+
+    exact, rounded = (
+        run("lms", latents.astype(dtype), sigmas, 0.0, no_draw, ideal_denoise)[-1]
+        for dtype in (np.float64, np.float32)
+    )
+
+    wanted = DATA_MEAN + (latents - DATA_MEAN) * DATA_STD / math.hypot(DATA_STD, sigmas[0])
+    assert abs(exact - wanted).max() < 1e-4
+    assert (abs(rounded - wanted).max() < rounding) == (steps == 100)
