@@ -25,6 +25,7 @@ def build_parser() -> Parser:
     """Return the parser of `ldm-export`; nothing heavy is imported for `--help`."""
     parser = Parser(
         prog="ldm-export",
+        usage="%(prog)s [flags] CKPT FOLDER",
         description="Turn a latent-diffusion checkpoint into a bundle that runs without torch.",
         epilog="Both `ldm-export model.ckpt engines/` and "
         "`ldm-export --ckpt model.ckpt --out engines/` will do.",

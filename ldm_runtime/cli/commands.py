@@ -26,7 +26,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="ldm", description="Generate images from a bundle made by ldm-export.")
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     commands = parser.add_subparsers(title="commands", dest="command", parser_class=Parser)
-    generating = commands.add_parser("generate", help="generate images")
+    generating = commands.add_parser(
+        "generate", help="generate images", usage="%(prog)s [prompt] [flags]"
+    )
     add_generate_arguments(generating)
     engine = generating.add_argument_group("Engine")
     add_backend_arguments(engine)

@@ -77,7 +77,8 @@ def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:
     else:
         options["metavar"] = record.metavar
         options["type"] = _READERS.get(record.name) or _TYPES.get(record.kind, str)
-    group.add_argument(f"--{record.name.replace('_', '-')}", *record.flags, **options)
+    names = (f"--{record.name.replace('_', '-')}", *record.flags)
+    group.add_argument(*sorted(names, key=lambda name: name.startswith("--")), **options)
 
 
 def _label(text: str) -> int | str:
