@@ -1,8 +1,8 @@
 """Flags for the engines to build, for `ldm build-engines` and `ldm-export`."""
 
 import argparse
-import re
 
+from ldm_runtime.cli.parsing import image_size
 from ldm_runtime.engines.build_specs import TARGETS, BuilderChoice, EngineOptions
 from ldm_runtime.engines.profiles import Size, SizeRange
 
@@ -11,11 +11,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all flags but the one for the builder."""
     group = parser.add_argument_group("TensorRT engines")
     for name, text in (
-        ("min", "smallest image, N or HEIGHTxWIDTH pixels (default: 256 below the native size)"),
+        (
+            "min",
+            "smallest image, N or WIDTHxHEIGHT pixels (default: 256 below the native size)",
+        ),
         ("opt", "image size they are optimized for (default: the native size)"),
         ("max", "largest image (default: 1.5 times the native size)"),
     ):
-        group.add_argument(f"--{name}-size", type=_size, metavar="SIZE", help=text)
+        group.add_argument(f"--{name}-size", type=_height_and_width, metavar="SIZE", help=text)
     group.add_argument(
         "--max-batch",
         type=int,
@@ -69,11 +72,9 @@ def engine_options(args: argparse.Namespace, builder: str) -> EngineOptions:
     )
 
 
-def _size(text: str) -> Size:
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"must be N or HEIGHTxWIDTH pixels, got {text!r}")
-    return int(found[1]), int(found[2] or found[1])
+def _height_and_width(text: str) -> Size:
+    width, height = image_size(text)
+    return height, width
 
 
 def _targets(text: str) -> tuple[str, ...]:

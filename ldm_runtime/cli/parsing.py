@@ -86,7 +86,10 @@ def positive(text: str) -> int:
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """Read "512x768" as width and height, and "512" as a square, as the type of an argument."""
+    """Read "512x768" as width and height, and "512" as a square, as the type of an argument.
+
+    The width comes first in every flag and message of both commands.
+    """
     found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text.lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT pixels, got {text!r}")

@@ -179,4 +179,6 @@ def _check_multiple(name: str, size: Size | None, step: int) -> None:
 
 
 def _text(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
+    """Return a size as flags have it, the width first."""
+    height, width = size
+    return f"{width}x{height}"

@@ -617,7 +617,7 @@ def test_nested_phases_become_one_fraction_that_never_falls():
 
 
 def test_the_command_builds_and_inspect_describes(bundle, vendor, capsys):
-    flags = ["--builder", "tensorrt-rtx", "--target", "sm86,sm89", "--max-size", "24x32"]
+    flags = ["--builder", "tensorrt-rtx", "--target", "sm86,sm89", "--max-size", "32x24"]
 
     status = main(["build-engines", str(bundle), *flags, "--max-batch", "2"])
 
@@ -635,7 +635,7 @@ def test_a_size_that_is_none_is_bad_usage(flags, bundle, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["build-engines", str(bundle), *flags])
 
-    assert "HEIGHTxWIDTH" in capsys.readouterr().err
+    assert "WIDTHxHEIGHT" in capsys.readouterr().err
 
 
 def test_nothing_of_the_vendor_is_imported_before_it_is_asked_for():
