@@ -16,7 +16,7 @@ from ldm_runtime.specs.tasks import task_record
 _SECONDS_PER_PARAMETER = 90e-9
 _PREVIEW_SECONDS_PER_PARAMETER = 250e-9  # of the encoder, which encodes the images
 _GOLDEN_SECONDS, _GOLDEN_SECONDS_PER_PARAMETER = 3.0, 35e-9
-# Twelve calls for a small image each, and reading all weights but the decoder's.
+# Six samples of a small image, and reading all weights but the decoder's.
 _PREDICTION_SECONDS, _PREDICTION_SECONDS_PER_PARAMETER = 0.5, 10e-9
 _BASE_BYTES, _BYTES_PER_PARAMETER = 700_000_000, 5.7
 # Measured with TensorRT-RTX (benchmarks/engines_full_size.py); TensorRT takes minutes more.
