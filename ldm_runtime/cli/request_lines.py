@@ -1,9 +1,10 @@
 """Resolved requests, from the flags of `ldm generate` or a file with one request per line."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
@@ -22,8 +23,10 @@ from ldm_runtime.specs.model import ModelSpec
 _EXAMPLES: Mapping[str, str] = MappingProxyType(
     {name: record.example or name for name, record in FIELDS.items()}
 )
-
-
+#: Functions that put numbers in place of names, by the field that may have names.
+_NUMBERED: Mapping[str, Callable[[Any, Sequence[str]], object]] = MappingProxyType(
+    {"class_label": label_number, "layout": read_layout}
+)
 #: Suffixes of files with a JSON object on each line, and of those with a prompt on each.
 _JSON_SUFFIXES, _PROMPT_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt",)
 
@@ -110,20 +113,17 @@ def _label_names(path: Path) -> Sequence[str]:
 
 
 def _with_labels(values: Mapping[str, object], names: Sequence[str] | None) -> dict[str, object]:
-    """Return the fields of a request with class names replaced by their numbers."""
+    """Return the fields of a request with names of labels replaced by their numbers.
+
+    Without names they are left for the bundle's own.
+    """
     changed = dict(values)
-    for name, numbered in (("class_label", _class_number), ("layout", read_layout)):
+    if names is None:
+        return changed
+    for name, numbered in _NUMBERED.items():
         if values.get(name) is not None:
             try:
                 changed[name] = numbered(values[name], names)
             except ValueError as error:
                 raise RequestError(name, str(error)) from error
     return changed
-
-
-def _class_number(label: object, names: Sequence[str] | None) -> object:
-    if not isinstance(label, str):
-        return label
-    if names is None:
-        raise ValueError(f"{label!r} is a name; give --label-names FILE, or a number")
-    return label_number(label, names)

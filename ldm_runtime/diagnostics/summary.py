@@ -8,6 +8,7 @@ from ldm_runtime.escaping import printable
 
 _LABEL_WIDTH = 12
 _MOST_NAMED = 6  # entries of a property
+_MOST_LABELS = 3
 _DIGITS = 12  # of a hash, enough to tell bundles apart
 
 
@@ -34,6 +35,8 @@ def _bundle_lines(bundle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "model",
         f"{spec['family']}, predicts {spec['prediction_type']}, {bundle['weights_dtype']} weights",
     )
+    if names := spec["label_names"]:
+        yield "labels", f"{len(names)}, {', '.join(names[:_MOST_LABELS])}, ..."
     megabytes = f"{bundle['size_bytes'] / 1e6:.1f} MB on disk"
     yield "size", f"{defaults['width']}x{defaults['height']} pixels by default; {megabytes}"
     yield "backends", f"{able_backends(bundle['backends'])}, of {', '.join(bundle['backends'])}"

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ldm_runtime.inputs.reading import FORMS, read_bytes, shown, text_of
 from ldm_runtime.specs.networks import TextEncoderSpec
+from ldm_runtime.suggestions import did_you_mean
 
 #: Most bytes of a layout file, and of a file of label names.
 MAX_BYTES = 2**20
@@ -29,7 +30,7 @@ class LayoutObject:
     """An object to generate, and where.
 
     Attributes:
-        label: Number of its class, at least 0.
+        label: Number of its class, at least 0, or the name that a bundle has for it.
         box: Left, top, right and bottom edge, as shares of the image's width and height from its
             left and top edge.
 
@@ -37,12 +38,29 @@ class LayoutObject:
         ValueError: A value has the wrong type or lies out of range, or the box has no area.
     """
 
-    label: Annotated[int, msgspec.Meta(ge=0)]
+    label: Annotated[int, msgspec.Meta(ge=0)] | str
     box: Box
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", _checked_label(self.label))
         object.__setattr__(self, "box", _checked_box(self.box))
+
+    def numbered(self, names: Sequence[str]) -> "LayoutObject":
+        """Return the object with the number of its label, which `names` gives for a name.
+
+        Raises:
+            ValueError: No label is called so, or more than one.
+        """
+        return LayoutObject(label=label_number(self.label, names), box=self.box)
+
+    @property
+    def number(self) -> int:
+        """The number of its label.
+
+        Raises:
+            ValueError: The label is a name.
+        """
+        return label_number(self.label, ())
 
 
 def read_layout(value: object, names: Sequence[str] | None = None) -> tuple[LayoutObject, ...]:
@@ -55,7 +73,7 @@ def read_layout(value: object, names: Sequence[str] | None = None) -> tuple[Layo
             any such file that this process can; a server should only pass on text that starts
             with "data:".
         names: Names of the labels, in the order of their numbers, so that an entry may say
-            `"label": "dog"`; from `read_label_names`.
+            `"label": "dog"`; from `read_label_names`. None keeps names for `numbered`.
 
     Raises:
         ValueError: In one sentence, why it is not a layout; the sentence counts objects from 0.
@@ -90,18 +108,28 @@ def read_label_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return names
 
 
-def label_number(name: str, names: Sequence[str]) -> int:
-    """Return the number of the label that is called `name`: its place in `names`, from 0.
+def label_number(label: int | str, names: Sequence[str]) -> int:
+    """Return the number of a label: that of a name is its place in `names`, from 0.
 
     Raises:
         ValueError: No label is called so, or more than one.
     """
-    found = [number for number, each in enumerate(names) if each == name]
+    if not isinstance(label, str):
+        return label
+    if not names:
+        raise ValueError(
+            f"{_quoted(label)} is a name, and this bundle has no names of labels; give "
+            "--label-names FILE, or a number"
+        )
+    found = [number for number, each in enumerate(names) if each == label]
     if not found:
-        raise ValueError(f"no label is called {_quoted(name)}; see the file of label names")
+        raise ValueError(
+            f"no label is called {_quoted(label)}{did_you_mean(label, names)}; "
+            "`ldm inspect --full` shows the names in a bundle"
+        )
     if len(found) > 1:
         raise ValueError(
-            f"labels {', '.join(map(str, found))} are all called {_quoted(name)}; give the number"
+            f"labels {', '.join(map(str, found))} are all called {_quoted(label)}; give the number"
         )
     return found[0]
 
@@ -150,12 +178,12 @@ def layout_tokens(
     if len(objects) > most:
         raise ValueError(f"a layout of {len(objects)} objects is too long; give at most {most}")
     for index, each in enumerate(objects):
-        if each.label >= known:
+        if each.number >= known:
             raise ValueError(
-                f"object {index} has label {each.label}; labels lie between 0 and {known - 1}"
+                f"object {index} has label {each.number}; labels lie between 0 and {known - 1}"
             )
     side = isqrt(encoder.vocab_size)
-    tokens = [token for each in objects for token in (each.label, *_corners(each.box, side))]
+    tokens = [token for each in objects for token in (each.number, *_corners(each.box, side))]
     tokens += [none] * _OBJECT_TOKENS * (most - len(objects))
     tokens += _corners(_WHOLE, side)
     return np.array(tokens, dtype=np.int64)
@@ -186,24 +214,15 @@ def _object(index: int, entry: object, names: Sequence[str] | None) -> LayoutObj
         found = f"keys {', '.join(map(str, entry))}" if isinstance(entry, Mapping) else entry
         raise ValueError(f"object {index} must have a label and a box, got {shown(found)}")
     try:
-        label = entry["label"]
-        if isinstance(label, str):
-            label = _number_of(label, names)
-        return LayoutObject(label=label, box=entry["box"])
+        found = LayoutObject(label=entry["label"], box=entry["box"])
+        return found if names is None else found.numbered(names)
     except ValueError as error:
         raise ValueError(f"object {index}: {error}") from error
 
 
-def _number_of(name: str, names: Sequence[str] | None) -> int:
-    if names is None:
-        raise ValueError(
-            f"{_quoted(name)} is a name; give its number, or the names of the labels: "
-            "--label-names FILE, in Python read_layout(layout, read_label_names(FILE))"
-        )
-    return label_number(name, names)
-
-
-def _checked_label(label: object) -> int:
+def _checked_label(label: object) -> int | str:
+    if isinstance(label, str) and label.strip():
+        return label
     if isinstance(label, bool) or not isinstance(label, numbers.Integral):
         raise ValueError(f"label must be a whole number, got {_quoted(label)}")
     if label < 0:

@@ -50,6 +50,15 @@ def whole_number(name: str, value: object, *, low: int, high: int, hint: str = "
     return integer
 
 
+def label(name: str, value: object, *, low: int, high: int) -> int | str:
+    """Accept the number of a class within bounds, or its name."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise RequestError(name, "is empty text; give the number or the name of a class")
+        return text(name, value)
+    return whole_number(name, value, low=low, high=high)
+
+
 def number(name: str, value: object, *, low: float, high: float, hint: str = "") -> float:
     """Accept a finite number within bounds, but no bool."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

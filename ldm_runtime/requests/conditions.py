@@ -1,7 +1,9 @@
 """Conditions of requests, and their checks against the classes and limits of one model."""
 
+from collections.abc import Sequence
+
 from ldm_runtime.errors import RequestError
-from ldm_runtime.inputs.layouts import max_objects, num_labels
+from ldm_runtime.inputs.layouts import LayoutObject, label_number, max_objects, num_labels
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolved import (
     ClassCondition,
@@ -22,8 +24,12 @@ from ldm_runtime.specs.networks import (
 from ldm_runtime.text.prompts import parse_prompt
 
 
-def condition_of(request: GenerationRequest) -> Condition:
-    """Return the condition of a request whose fields fit its model's task."""
+def condition_of(request: GenerationRequest, spec: ModelSpec) -> Condition:
+    """Return the condition of a request whose fields fit its model's task.
+
+    Raises:
+        RequestError: The model has no label of that name.
+    """
     if request.prompt is not None:
         return PromptCondition(
             prompt=request.prompt,
@@ -31,9 +37,9 @@ def condition_of(request: GenerationRequest) -> Condition:
             literal=request.literal_prompt,
         )
     if request.class_label is not None:
-        return ClassCondition(label=request.class_label)
+        return ClassCondition(label=_class_number(request.class_label, spec.label_names))
     if request.layout is not None:
-        return LayoutCondition(objects=request.layout)
+        return LayoutCondition(objects=_numbered(request.layout, spec.label_names))
     if request.segmentation is not None:
         return SegmentationCondition(segmentation=request.segmentation)
     if request.embeddings is not None:
@@ -58,6 +64,23 @@ def check_condition(condition: Condition, spec: ModelSpec) -> None:
             _check_segmentation(condition, spec.network(SegmentationEncoderSpec))
         case EmbeddingsCondition():
             _check_embeddings(condition, spec.network(UNetSpec))
+
+
+def _class_number(label: int | str, names: Sequence[str]) -> int:
+    try:
+        return label_number(label, names)
+    except ValueError as error:
+        raise RequestError("class_label", str(error)) from error
+
+
+def _numbered(layout: Sequence[LayoutObject], names: Sequence[str]) -> tuple[LayoutObject, ...]:
+    numbered = []
+    for index, each in enumerate(layout):
+        try:
+            numbered.append(each.numbered(names))
+        except ValueError as error:
+            raise RequestError("layout", f"object {index}: {error}") from error
+    return tuple(numbered)
 
 
 def _check_prompts(condition: PromptCondition) -> None:
@@ -88,10 +111,10 @@ def _check_layout(condition: LayoutCondition, encoder: TextEncoderSpec) -> None:
             "layout", f"has {len(condition.objects)} objects; this bundle takes at most {most}"
         )
     for index, each in enumerate(condition.objects):
-        if each.label >= known:
+        if each.number >= known:
             raise RequestError(
                 "layout",
-                f"object {index} has label {each.label}; this bundle knows 0 to {known - 1}",
+                f"object {index} has label {each.number}; this bundle knows 0 to {known - 1}",
             )
 
 

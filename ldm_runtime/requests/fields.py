@@ -46,7 +46,8 @@ def about(
         high: Highest value.
         choices: All values there are.
         extra: `metavar`, `flags` in addition to its name, an `example` of its use, a `hint` for
-            values out of range, and `none_is_empty` for text that None leaves empty.
+            values out of range, `none_is_empty` for text that None leaves empty, and `or_name` for
+            numbers that have names.
     """
     null = {"type": ["string", "null"]} if extra.get("none_is_empty") else {}
     schema = _bounds_schema(low, high) | null
@@ -144,7 +145,7 @@ def _check_of(kind: Any, extra: Mapping[str, Any]) -> Check:  # noqa: ANN401  (a
     if extra.get("none_is_empty"):
         return checks.optional_text
     bounds = {name: extra[name] for name in ("low", "high", "hint") if extra.get(name) is not None}
-    return partial(_CHECKS[kind], **bounds)
+    return partial(checks.label if extra.get("or_name") else _CHECKS[kind], **bounds)
 
 
 def check_names(names: Iterable[object], records: Mapping[str, FieldRecord]) -> None:

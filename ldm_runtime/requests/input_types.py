@@ -68,7 +68,7 @@ NumbersInput: TypeAlias = Sequence[float] | npt.NDArray[Any]
 class RequestFields(TypedDict, total=False):
     """The fields of a request but its prompt, as keywords of a call."""
 
-    class_label: int | None
+    class_label: int | str | None
     layout: LayoutInput | None
     segmentation: SegmentationInput | None
     embeddings: EmbeddingsInput | None

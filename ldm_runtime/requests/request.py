@@ -70,14 +70,15 @@ class GenerationRequest:
         ),
     ] = None
     class_label: Annotated[
-        int | None,
+        int | str | None,
         about(
-            "a class, by its number (or by its name in --label-names)",
+            "a class, by its number or by its name (the bundle's, or that in --label-names)",
             "Conditioning",
             low=0,
             high=MAX_CLASS,
             metavar="LABEL",
             example="--class-label 3",
+            or_name=True,
         ),
     ] = None
     layout: Annotated[

@@ -65,7 +65,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         request = request.as_request()
     check_needs(request, spec)
     check_unknown(request, spec)
-    condition, image = condition_of(request), _image_of(request)
+    condition, image = condition_of(request, spec), _image_of(request)
     check_condition(condition, spec)
     _check_combinations(request)
     size = image_size(request, image, condition, spec)

@@ -363,7 +363,12 @@ def test_a_bad_layout_file_is_one_sentence(tmp_path, names, content, message):
 @pytest.mark.parametrize(
     ("label", "with_names", "message"),
     [
-        ("cat", False, "'cat' is a name; give --label-names FILE, or a number"),
+        (
+            "cat",
+            False,
+            "'cat' is a name, and this bundle has no names of labels; give --label-names FILE, or "
+            "a number",
+        ),
         ("dogs", True, "no label is called 'dogs'"),
         ("-1", False, "must lie between 0 and"),
         ("9", True, "9 is not a class of this bundle; give 0 to 3"),

@@ -60,6 +60,7 @@ def test_the_largest_error_of_each_graph_is_shown():
         "kind": "bundle",
         "spec": {
             "task": "unconditional",
+            "label_names": [],
             "family": "f",
             "prediction_type": "epsilon",
             "defaults": {"width": 8, "height": 4},

@@ -70,6 +70,7 @@ def test_the_typed_fields_are_those_of_a_request_with_everything_that_each_takes
         kind = INPUTS.get(record.kind, record.kind)
         expected[name] = kind if record.default is not None else kind | None
     expected["negative_prompt"] = str | None
+    expected["class_label"] = int | str | None
 
     assert get_type_hints(PromptFields) == expected
     assert get_type_hints(RequestFields).keys() == expected.keys() - {"prompt"}

@@ -101,7 +101,7 @@ def answers_of(layouts: Sequence[Sequence[LayoutObject]]) -> tuple[Tensor, Tenso
     boxes = torch.zeros(len(layouts), _SLOTS, 4)
     for row, layout in enumerate(layouts):
         for slot, each in enumerate(layout):
-            labels[row, slot] = each.label
+            labels[row, slot] = each.number
             boxes[row, slot] = torch.tensor(each.box)
     edges = torch.arange(_CELLS + 1) / _CELLS
     left, top, right, bottom = (side[..., None] for side in boxes.unbind(2))
