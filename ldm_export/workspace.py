@@ -41,8 +41,14 @@ from ldm_runtime.durable import (
     sync_folders,
     write_file,
 )
-from ldm_runtime.engines.records import ENGINES_FOLDER, engine_key, load_engine_records
+from ldm_runtime.engines.records import (
+    ENGINES_FOLDER,
+    EngineRecord,
+    engine_key,
+    load_engine_records,
+)
 from ldm_runtime.engines.store import engine_step
+from ldm_runtime.engines.trust import is_trusted_engine
 from ldm_runtime.errors import BundleError, ManifestError
 
 _STEPS, _BUNDLE, _OLD = "steps", "bundle", "old"
@@ -339,13 +345,17 @@ def _published_steps(out: Path) -> dict[str, StepRecord]:
         engines = load_engine_records(out, manifest)
     except BundleError:
         engines = ()
-    for engine in engines:
+    for engine in filter(_was_built_here, engines):
         steps[engine_step(engine)] = StepRecord(
             key=engine_key(engine),
             files=_listed(files, (engine.engine_path, engine.record_path)),
             component=None,
         )
     return steps
+
+
+def _was_built_here(engine: EngineRecord) -> bool:
+    return is_trusted_engine(engine.plan_sha256)
 
 
 def _listed(files: dict[str, FileRecord], prefixes: tuple[str, ...]) -> tuple[FileRecord, ...]:

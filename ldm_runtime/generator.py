@@ -9,6 +9,7 @@ import collections.abc
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias, Unpack
@@ -69,6 +70,8 @@ class Generator(Closing):
         check_hashes: Whether to compare the files with the manifest's hashes, not only sizes.
         sha256: Hash that `manifest.json` must have, as `ldm inspect` prints it; since that file has
             the hashes of all others, it pins the whole bundle. None takes any bundle.
+        trust_engines: Whether to run TensorRT engines that were not built on this machine. They
+            are code: say so only of a bundle from a source you trust.
         options: Options of the engines, where the backend has the choice.
 
     Raises:
@@ -85,6 +88,7 @@ class Generator(Closing):
         batch_size: int | None = None,
         check_hashes: bool = True,
         sha256: str | None = None,
+        trust_engines: bool = False,
         options: RunOptions | None = None,
     ) -> None:
         check_positive("threads", threads)
@@ -92,7 +96,9 @@ class Generator(Closing):
         self.bundle = Path(bundle).resolve()  # some files are opened later, wherever that is
         self.manifest = load_manifest(self.bundle, sha256=sha256)
         self.spec = self.manifest.spec
-        self.backend = choose_backend(backend, self.manifest, bundle=self.bundle)
+        options = options or RunOptions()
+        options = replace(options, trust_engines=trust_engines or options.trust_engines)
+        self.backend = choose_backend(backend, self.manifest, bundle=self.bundle, options=options)
         self._batch_size = batch_size or 1
         self.bundle_sha256 = sha256_of(self.bundle / MANIFEST_NAME)
         tokenizer = self._open_tokenizer(check_hashes)
@@ -101,7 +107,7 @@ class Generator(Closing):
             bundle=self.bundle,
             manifest=self.manifest,
             threads=threads,
-            options=options or RunOptions(),
+            options=options,
             shared=SharedResources(),
         )
         self._network = self._open_networks(source, check_hashes)

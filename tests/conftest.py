@@ -5,12 +5,17 @@ export takes half a minute; a test that asks for a bundle is slow.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 SHAPES_CHECKPOINT = Path(__file__).parents[1] / "models/shapes/shapes.ckpt"
 
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what the process that starts them has
+    # Engines that tests build are trusted by the tests alone.
+    _CACHE = tempfile.TemporaryDirectory(prefix="ldm-tests-")
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when a test module imports huggingface_hub
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when one imports onnxruntime
 

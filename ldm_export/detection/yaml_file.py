@@ -1,4 +1,4 @@
-"""A reader of YAML that lies next to somebody's checkpoint: plain data, at a bounded cost.
+"""A reader of YAML that lies next to a checkpoint: plain data, at a bounded cost.
 
 YAML is small to write and large to read: aliases let a file of a few hundred bytes stand for
 gigabytes, merge keys copy, tags name classes, and numbers may have any length. Configurations of

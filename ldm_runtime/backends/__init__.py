@@ -12,7 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, Protocol, cast
 
-from ldm_runtime.backends.contract import Abilities, Engine, EngineSource
+from ldm_runtime.backends.contract import (
+    DEFAULT_OPTIONS,
+    Abilities,
+    Engine,
+    EngineSource,
+    RunOptions,
+)
 from ldm_runtime.bundle.manifest import Manifest
 from ldm_runtime.errors import BackendError
 from ldm_runtime.suggestions import did_you_mean
@@ -38,12 +44,18 @@ class Backend(Protocol):
         """
         ...
 
-    def why_not(self, manifest: Manifest | None, bundle: Path | None = None) -> str | None:
+    def why_not(
+        self,
+        manifest: Manifest | None,
+        bundle: Path | None = None,
+        options: RunOptions = DEFAULT_OPTIONS,
+    ) -> str | None:
         """Say why this machine cannot run a bundle (None: any bundle); None if it can.
 
         Args:
             manifest: The bundle's.
             bundle: Its folder, for backends that run more than the manifest describes.
+            options: How its engines would run.
         """
         ...
 
@@ -125,6 +137,7 @@ def choose_backend(
     entries: Mapping[str, BackendEntry] = BACKENDS,
     *,
     bundle: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> str:
     """Return the name of the backend to use: that of `name`, or for "auto" the first that can run.
 
@@ -136,12 +149,12 @@ def choose_backend(
     """
     name = BACKEND_ALIASES.get(name, name)
     if name != "auto":
-        if reason := why_not(name, manifest, bundle, entries):
+        if reason := why_not(name, manifest, bundle, entries, options=options):
             raise BackendError(reason)
         return name
     reasons: dict[str, str] = {}
     for candidate in (name for name, entry in entries.items() if entry.automatic):
-        reason = why_not(candidate, manifest, bundle, entries)
+        reason = why_not(candidate, manifest, bundle, entries, options=options)
         if reason is None:
             for passed_over, why in reasons.items():
                 if _is_prepared(passed_over, manifest, entries):
@@ -156,10 +169,12 @@ def why_not(
     manifest: Manifest | None,
     bundle: Path | None = None,
     entries: Mapping[str, BackendEntry] = BACKENDS,
+    *,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> str | None:
     """Say why a backend cannot run a bundle (None: any bundle) here; None if it can."""
     try:
-        return get_backend(name, entries).why_not(manifest, bundle)
+        return get_backend(name, entries).why_not(manifest, bundle, options)
     except BackendError as error:
         return str(error)
 

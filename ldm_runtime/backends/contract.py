@@ -148,13 +148,19 @@ class RunOptions:
         spinning: Whether threads of the CPU wait for work by running in circles. That is up to a
             fifth faster for small networks on processors that nothing else uses, and takes two to
             twelve times as long on processors that others use too.
+        trust_engines: Whether TensorRT may run engine files that were not built on this machine.
+            They are code: say so only of a bundle from a source you trust.
         specialization: When TensorRT-RTX compiles kernels for the exact input shapes: "lazy" in
             the background while generic ones run, "eager" before the first result, "none" never.
     """
 
     cuda_graphs: bool = True
+    trust_engines: bool = False
     spinning: bool = False
     specialization: Literal["lazy", "eager", "none"] = "lazy"
+
+
+DEFAULT_OPTIONS = RunOptions()
 
 
 class SharedResources:

@@ -52,7 +52,11 @@ def generate(args: argparse.Namespace) -> int:
     requests = read_requests(args, load_manifest(args.bundle, sha256=args.sha256).spec)
     write = image_writer(args, [seed for request in requests for seed in _seeds(request)])
     with Generator(
-        args.bundle, backend=args.backend, threads=args.threads, sha256=args.sha256
+        args.bundle,
+        backend=args.backend,
+        threads=args.threads,
+        sha256=args.sha256,
+        trust_engines=args.trust_engines,
     ) as generator:
         _LOGGER.info("%s: %s on %s", args.bundle, generator.spec.family, generator.backend)
         run = _generate_together if args.requests else _generate_one_by_one

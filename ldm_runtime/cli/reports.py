@@ -18,7 +18,11 @@ def verify(args: argparse.Namespace) -> int:
 
     checks = []
     for check in verification.verify(
-        args.bundle, backend=args.backend, threads=args.threads, sha256=args.sha256
+        args.bundle,
+        backend=args.backend,
+        threads=args.threads,
+        sha256=args.sha256,
+        trust_engines=args.trust_engines,
     ):
         checks.append(check)
         if not args.json:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends import Backend, BackendName, choose_backend, get_backend
-from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
+from ldm_runtime.backends.contract import Engine, EngineSource, Runner, RunOptions, Tensors
 from ldm_runtime.backends.networks import FiniteOutputs
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import Manifest, WeightsDType, load_manifest
@@ -101,6 +101,7 @@ def verify(
     backend: BackendName = "auto",
     threads: int | None = None,
     sha256: str | None = None,
+    trust_engines: bool = False,
 ) -> Iterator[Check]:
     """Check every file of a bundle, then rerun its golden outputs, one network at a time.
 
@@ -115,6 +116,7 @@ def verify(
         backend: Backend that runs the networks.
         threads: Threads that compute; None is one per physical core that this process may use.
         sha256: Hash that the manifest must have; None takes any.
+        trust_engines: Whether to run TensorRT engines that were not built on this machine.
 
     Raises:
         BundleError: A file is missing or altered, the bundle is not the one with that hash, or has
@@ -127,13 +129,15 @@ def verify(
         checked_file(bundle, manifest, record.path)
     if not manifest.golden:
         raise BundleError(f"{bundle} has no golden outputs to compare with; export it again")
-    chosen = get_backend(choose_backend(backend, manifest, bundle=bundle))
+    options = RunOptions(trust_engines=trust_engines)
+    chosen = get_backend(choose_backend(backend, manifest, bundle=bundle, options=options))
     verification = _Verification(
         bundle=bundle,
         manifest=manifest,
         backend=chosen,
         bounds=_bounds(chosen, manifest),
         threads=threads,
+        options=options,
     )
     yield from verification.checks()
 
@@ -147,6 +151,7 @@ class _Verification:
     backend: Backend
     bounds: Bounds
     threads: int | None
+    options: RunOptions
 
     def checks(self) -> Iterator[Check]:
         """Check every component and every golden request, in the order of generation."""
@@ -181,6 +186,7 @@ class _Verification:
             component=self.manifest.component(name),
             threads=self.threads,
             check_hashes=False,
+            options=self.options,
         )
         return self.backend.open_engine(source)
 

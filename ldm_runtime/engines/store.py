@@ -39,6 +39,7 @@ from ldm_runtime.engines.records import (
     decode_engine_record,
     encode_engine_record,
 )
+from ldm_runtime.engines.trust import cache_folder, is_trusted_engine, trust_engine
 from ldm_runtime.errors import BundleError, EngineBuildError
 from ldm_runtime.progress import Progress, Silent
 
@@ -155,6 +156,7 @@ def write_engine(
         size_bytes=engine_file.stat().st_size,
     )
     write_file(folder / Path(build_spec.record_path).name, encode_engine_record(record))
+    trust_engine(record.plan_sha256)
     return record
 
 
@@ -208,7 +210,7 @@ def _timing_cache(build_spec: EngineBuildSpec) -> Path | None:
         return None
     gpu = re.sub(r"[^A-Za-z0-9]+", "-", build_spec.gpu_name or "unknown")
     name = f"tensorrt-{build_spec.builder_version}-{gpu}.timing"
-    return Path.home() / ".cache" / "ldm-deploy" / name
+    return cache_folder() / name
 
 
 def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
@@ -216,7 +218,7 @@ def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
     folders = sorted({each.folder for each in build_specs if not _is_published(store, each)})
     new = [build_spec for build_spec in build_specs if build_spec.folder in folders]
     for build_spec in new:
-        if not _holds(store.partial(build_spec), build_spec):
+        if _is_published(store, build_spec):
             for path in (build_spec.engine_path, build_spec.record_path):
                 store.on_write(f"link {path}")
                 _link(store.bundle / path, store.partial(build_spec))
@@ -307,12 +309,14 @@ def _is_published(store: _Store, build_spec: EngineBuildSpec) -> bool:
 
 
 def _holds(folder: Path, build_spec: EngineBuildSpec) -> bool:
-    """Tell whether a folder has the complete engine of a build spec."""
+    """Tell whether a folder has the complete engine of a build spec, and it was built here."""
     path = folder / Path(build_spec.record_path).name
     try:
         record = decode_engine_record(path.read_bytes(), path)
         engine_file = folder / record.plan
-        return record.build_spec == build_spec and sha256_of(engine_file) == record.plan_sha256
+        if record.build_spec != build_spec or not is_trusted_engine(record.plan_sha256):
+            return False
+        return sha256_of(engine_file) == record.plan_sha256
     except (OSError, BundleError):
         return False
 

@@ -179,7 +179,7 @@ class FakePlan:
 class FakeVendor:
     """A machine with one GPU and TensorRT-RTX; keeps what was opened and loaded."""
 
-    def __init__(self, gpu=GPU, versions=None, device=None):
+    def __init__(self, gpu=GPU, versions=None, device=None, is_trusted=lambda sha256: True):
         self.device = device or FakeDevice()
         self.plans, self.loaded, self.opened = {}, [], 0
         versions = {"tensorrt_rtx": VERSION} if versions is None else versions
@@ -187,6 +187,7 @@ class FakeVendor:
             find_gpu=lambda: gpu,
             versions=lambda builders: {k: v for k, v in versions.items() if k in builders},
             open_device=self._open,
+            is_trusted=is_trusted,
             load_engine_file=self._load,
         )
 

@@ -34,6 +34,7 @@ from ldm_runtime.engines.records import (
     load_engine_records,
 )
 from ldm_runtime.engines.store import add_engines
+from ldm_runtime.engines.trust import is_trusted_engine
 from ldm_runtime.errors import BundleError, EngineBuildError
 from tests.runtime.fake_tensorrt import GPU_NAME, FakeTensorRT
 
@@ -97,6 +98,7 @@ def vendor(monkeypatch, tmp_path):
         },
     )
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     return module
 
 
@@ -420,10 +422,26 @@ def test_tensorrt_builds_for_the_gpu_that_is_here(bundle, vendor):
 def test_kernel_times_are_kept_for_the_next_build_outside_the_bundle(bundle, vendor, tmp_path):
     add_engines(bundle, TENSORRT)
 
-    (path,) = (tmp_path / "home/.cache/ldm-deploy").iterdir()
+    (path,) = (tmp_path / "home/.cache/ldm-deploy").glob("*.timing")
     assert path.name == "tensorrt-11.4.0.106-NVIDIA-Fake-9000.timing"
     assert [config.cache.data for config in vendor.configs] == [b"", b"+", b"++", b"+++"]
     assert path.read_bytes() == b"++++"
+
+
+def test_an_engine_that_was_built_here_is_trusted_and_one_that_was_not_is_built_again(
+    bundle, vendor, tmp_path
+):
+    add_engines(bundle, TENSORRT)
+    hashes = [record.plan_sha256 for record in assert_whole(bundle)]
+    assert all(map(is_trusted_engine, hashes))
+    add_engines(bundle, TENSORRT)
+    assert len(vendor.configs) == len(NAMES)
+    shutil.rmtree(tmp_path / "home")  # as on another machine
+
+    add_engines(bundle, TENSORRT)
+
+    assert len(vendor.configs) == 2 * len(NAMES)
+    assert all(is_trusted_engine(record.plan_sha256) for record in assert_whole(bundle))
 
 
 def test_kernel_times_of_another_machine_are_not_used(bundle, vendor, tmp_path):

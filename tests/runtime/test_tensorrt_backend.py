@@ -1,18 +1,23 @@
 import logging
 import os
+import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from ldm_runtime.backends import choose_backend, get_backend, tensorrt
+from ldm_runtime.backends import BACKENDS, BackendEntry, choose_backend, get_backend, tensorrt
 from ldm_runtime.backends.contract import EngineSource, RunOptions, SharedResources
 from ldm_runtime.backends.tensorrt.runtime import cache_path, read_cache, write_cache
+from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import GraphRecord, load_manifest
 from ldm_runtime.diagnostics.verify import BOUNDS, _bounds, _outputs, verify
 from ldm_runtime.engines.gpu import find_gpu
+from ldm_runtime.engines.trust import cache_folder
 from ldm_runtime.errors import BackendError, BundleError, ShapeError
 from ldm_runtime.generator import Generator
 from ldm_runtime.testing import tiny_networks
@@ -396,16 +401,16 @@ def test_options_and_the_place_for_compiled_kernels_reach_the_library(bundle, ma
     ((path, record, received, cache),) = machine.loaded
     assert received is options
     assert record.component == "unet"
-    assert cache.parent == path.parent
-    assert "tensorrt" not in cache.suffix
-    assert cache.name == ".unet.nvidia-fake-4000.kernel-cache"
+    assert cache == cache_folder() / f"{record.plan_sha256[:32]}.nvidia-fake-4000.kernel-cache"
+    assert not cache.is_relative_to(bundle)
+    assert path.is_relative_to(bundle)
 
 
 # Whether it can run.
 
 
 def reason(bundle, machine):
-    return tensorrt.why_not(load_manifest(bundle), bundle, machine.vendor)
+    return tensorrt.why_not(load_manifest(bundle), bundle, vendor=machine.vendor)
 
 
 def test_a_bundle_whose_engines_fit_can_run(bundle, machine):
@@ -422,7 +427,7 @@ def test_a_bundle_without_engines_says_how_to_build_them(own_bundle, machine):
     ]
     manifest = replace(manifest, components=tuple(components))
 
-    assert tensorrt.why_not(manifest, own_bundle, machine.vendor) == (
+    assert tensorrt.why_not(manifest, own_bundle, vendor=machine.vendor) == (
         f"{own_bundle} has no TensorRT engines; run `ldm build-engines {own_bundle}`"
     )
 
@@ -433,13 +438,74 @@ def test_a_bundle_that_engines_cannot_be_built_from_says_so(own_bundle, machine)
     )
 
 
+def test_an_engine_that_was_not_built_here_is_neither_opened_nor_read(bundle):
+    machine = FakeVendor(is_trusted=lambda sha256: False)
+    sentence = (
+        "the text_encoder engine was not built on this machine, and an engine is code; run "
+        f"`ldm build-engines {bundle}` to build it here, or say --trust-engines "
+        "(trust_engines=True) if you trust who made the bundle"
+    )
+
+    assert reason(bundle, machine) == sentence
+    with pytest.raises(BackendError) as caught:
+        opened(bundle, machine, "text_encoder")
+    assert str(caught.value) == sentence
+    assert (machine.loaded, machine.opened) == ([], 0)
+
+
+def test_the_hash_that_is_trusted_is_that_of_the_file(bundle):
+    manifest, asked = load_manifest(bundle), []
+    machine = FakeVendor(is_trusted=lambda sha256: asked.append(sha256) or True)
+
+    opened(bundle, machine).close()
+
+    ((path, *_),) = machine.loaded
+    assert asked == [sha256_of(path)]
+    assert asked[0] in {each.sha256 for each in manifest.files}
+
+
+def test_a_caller_may_trust_the_engines_of_a_bundle(bundle):
+    machine = FakeVendor(is_trusted=lambda sha256: False)
+    options = RunOptions(trust_engines=True)
+
+    assert tensorrt.why_not(load_manifest(bundle), bundle, options, machine.vendor) is None
+    opened(bundle, machine, options=options).close()
+    assert len(machine.loaded) == 1
+
+
+def test_engines_of_another_machine_give_way_to_the_next_backend_in_one_warning(
+    bundle, monkeypatch, caplog
+):
+    module = types.ModuleType("tensorrt_of_a_fake_machine")
+    vendor = FakeVendor(is_trusted=lambda sha256: False).vendor
+    module.ABILITIES = tensorrt.ABILITIES
+    module.why_not = partial(tensorrt.why_not, vendor=vendor)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    fake = BackendEntry(module=module.__name__, extra="tensorrt")
+    entries = {"tensorrt": fake, "onnxruntime": BACKENDS["onnxruntime"]}
+    manifest = load_manifest(bundle)
+
+    with caplog.at_level(logging.WARNING):
+        assert choose_backend("auto", manifest, entries, bundle=bundle) == "onnxruntime"
+
+    (message,) = caplog.messages
+    assert "was not built on this machine" in message
+    assert message.endswith("; using onnxruntime")
+    with pytest.raises(BackendError, match="was not built on this machine"):
+        choose_backend("tensorrt", manifest, entries, bundle=bundle)
+    trusting = RunOptions(trust_engines=True)
+    for name in ("auto", "tensorrt"):
+        chosen = choose_backend(name, manifest, entries, bundle=bundle, options=trusting)
+        assert chosen == "tensorrt"
+
+
 def test_without_a_gpu_the_sentence_says_so_and_no_library_is_asked(bundle):
     def never(_):
         raise AssertionError("TensorRT is touched without a driver")
 
     vendor = replace(FakeVendor(gpu=None).vendor, versions=never)
 
-    assert tensorrt.why_not(load_manifest(bundle), bundle, vendor) == (
+    assert tensorrt.why_not(load_manifest(bundle), bundle, vendor=vendor) == (
         f"the engines of {bundle} (tensorrt_rtx {VERSION}) cannot run: "
         "this machine has no NVIDIA GPU, or no driver for it"
     )
@@ -457,10 +523,10 @@ def test_an_engine_for_another_gpu_is_a_reason(bundle):
 
 
 def test_the_machine_alone_can_be_asked_about(machine):
-    assert tensorrt.why_not(None, None, machine.vendor) is None
-    assert "no NVIDIA GPU" in tensorrt.why_not(None, None, FakeVendor(gpu=None).vendor)
+    assert tensorrt.why_not(None, None, vendor=machine.vendor) is None
+    assert "no NVIDIA GPU" in tensorrt.why_not(None, None, vendor=FakeVendor(gpu=None).vendor)
     bare = FakeVendor(versions={}).vendor
-    assert "the extra 'tensorrt-rtx' of ldm-deploy" in tensorrt.why_not(None, None, bare)
+    assert "the extra 'tensorrt-rtx' of ldm-deploy" in tensorrt.why_not(None, None, vendor=bare)
 
 
 def test_an_altered_record_is_a_reason(bundle, machine):
@@ -542,13 +608,12 @@ def test_compiled_kernels_are_kept_whole_or_not_at_all(tmp_path):
 
 
 def test_kernels_that_cannot_be_kept_are_one_logged_sentence(tmp_path, caplog):
-    path = tmp_path / "gone" / "unet.kernel-cache"
+    path = tmp_path / f"{'x' * 300}.kernel-cache"
 
     with caplog.at_level(logging.WARNING):
         write_cache(path, b"kernels")
 
-    (message,) = caplog.messages
-    assert message.startswith(f"{path} cannot be written (No such file or directory); ")
+    assert caplog.messages[-1].startswith(f"{path} cannot be written (File name too long); ")
 
 
 def test_a_cache_that_cannot_be_read_is_one_logged_sentence(tmp_path, caplog):
@@ -558,7 +623,8 @@ def test_a_cache_that_cannot_be_read_is_one_logged_sentence(tmp_path, caplog):
     assert "kernels are compiled again" in caplog.messages[0]
 
 
-def test_kernels_of_different_gpus_do_not_overwrite_each_other(tmp_path):
-    plan = tmp_path / "unet.plan"
+def test_kernels_of_different_gpus_and_engines_do_not_overwrite_each_other():
+    engine, other = "a" * 64, "b" * 64
 
-    assert cache_path(plan, GPU) != cache_path(plan, replace(GPU, name="NVIDIA Fake 4000 Ti"))
+    assert cache_path(engine, GPU) != cache_path(engine, replace(GPU, name="NVIDIA Fake 4000 Ti"))
+    assert cache_path(engine, GPU) != cache_path(other, GPU)

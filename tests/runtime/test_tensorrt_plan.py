@@ -6,6 +6,7 @@ import pytest
 
 from ldm_runtime.backends.tensorrt.selection import (
     Machine,
+    Place,
     Replay,
     check_inputs,
     choose_record,
@@ -19,6 +20,10 @@ BUNDLE = Path("engines")
 MACHINE = Machine(gpu=GPU, versions={"tensorrt_rtx": VERSION})
 
 
+def place(manifest, trusts=lambda sha256: True):
+    return Place(bundle=BUNDLE, manifest=manifest, trusts=trusts)
+
+
 @pytest.fixture(scope="module")
 def manifest(tiny_bundle):
     return load_manifest(tiny_bundle)
@@ -27,7 +32,7 @@ def manifest(tiny_bundle):
 def refusal(manifest, machine=MACHINE, **changes):
     """The sentence about an engine of the UNet with these changes to its record."""
     with pytest.raises(BackendError) as caught:
-        choose_record([make_record(manifest, "unet", **changes)], "unet", machine, BUNDLE, manifest)
+        choose_record([make_record(manifest, "unet", **changes)], "unet", machine, place(manifest))
     return str(caught.value)
 
 
@@ -35,7 +40,7 @@ def test_an_engine_that_fits_is_chosen(manifest):
     record = make_record(manifest, "unet")
 
     chosen = choose_record(
-        [make_record(manifest, "text_encoder"), record], "unet", MACHINE, BUNDLE, manifest
+        [make_record(manifest, "text_encoder"), record], "unet", MACHINE, place(manifest)
     )
 
     assert chosen is record
@@ -94,13 +99,13 @@ def test_an_engine_for_every_gpu_of_a_compute_capability_runs_on_another_model(m
         manifest, "unet", gpu_name="NVIDIA Fake 3000", flags=("SAME_COMPUTE_CAPABILITY",)
     )
 
-    assert choose_record([record], "unet", MACHINE, BUNDLE, manifest) is record
+    assert choose_record([record], "unet", MACHINE, place(manifest)) is record
 
 
 def test_a_newer_driver_runs_what_an_older_one_built(manifest):
     record = make_record(manifest, "unet", driver_version="12.9")
 
-    assert choose_record([record], "unet", MACHINE, BUNDLE, manifest) is record
+    assert choose_record([record], "unet", MACHINE, place(manifest)) is record
 
 
 def test_tensorrt_is_preferred_to_tensorrt_rtx(manifest):
@@ -108,7 +113,7 @@ def test_tensorrt_is_preferred_to_tensorrt_rtx(manifest):
     rtx = make_record(manifest, "unet")
     trt = make_record(manifest, "unet", builder="tensorrt", builder_version="11.4.0.106")
 
-    assert choose_record([rtx, trt], "unet", machine, BUNDLE, manifest) is trt
+    assert choose_record([rtx, trt], "unet", machine, place(manifest)) is trt
 
 
 def test_of_several_engines_the_sentence_is_about_the_one_that_comes_closest(manifest):
@@ -119,12 +124,12 @@ def test_of_several_engines_the_sentence_is_about_the_one_that_comes_closest(man
     ]
 
     with pytest.raises(BackendError, match="was built for sm120"):
-        choose_record(records, "unet", MACHINE, BUNDLE, manifest)
+        choose_record(records, "unet", MACHINE, place(manifest))
 
 
 def test_a_component_without_an_engine_names_the_command_that_builds_one(manifest):
     with pytest.raises(BackendError, match="no TensorRT engine for unet; run `ldm build-engines"):
-        choose_record([], "unet", MACHINE, BUNDLE, manifest)
+        choose_record([], "unet", MACHINE, place(manifest))
 
 
 def unet_inputs(*, batch=2, height=8, rows=None):

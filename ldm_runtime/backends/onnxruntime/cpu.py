@@ -12,6 +12,7 @@ from ldm_runtime.backends.contract import (
     BoundInputs,
     EngineSource,
     Runner,
+    RunOptions,
     Tensors,
     always_prepared,
     lacks_graph,
@@ -123,7 +124,9 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
     )
 
 
-def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
+def why_not(
+    manifest: Manifest | None, _bundle: Path | None = None, _options: RunOptions | None = None
+) -> str | None:
     """Say why a bundle cannot run: only one without graphs for the CPU cannot."""
     return lacks_graph("onnxruntime", "fp32", manifest)
 

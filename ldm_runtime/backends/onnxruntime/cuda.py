@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from ldm_runtime.backends.contract import Abilities, EngineSource, lacks_graph
+from ldm_runtime.backends.contract import Abilities, EngineSource, RunOptions, lacks_graph
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.packages import installed_packages
@@ -84,7 +84,9 @@ def open_engine(source: EngineSource, options: CudaOptions | None = None) -> Dev
     return open_on(cuda_provider(options or CudaOptions()), source)
 
 
-def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
+def why_not(
+    manifest: Manifest | None, _bundle: Path | None = None, _options: RunOptions | None = None
+) -> str | None:
     """Say why a bundle cannot run: no fp16 graph, no GPU, or another package of ONNX Runtime."""
     return (
         lacks_graph(_NAME, "fp16", manifest) or gpu_fault(_NAME) or provider_fault(_NAME, _PROVIDER)

@@ -6,7 +6,13 @@ from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
-from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared, lacks_graph
+from ldm_runtime.backends.contract import (
+    Abilities,
+    EngineSource,
+    RunOptions,
+    always_prepared,
+    lacks_graph,
+)
 from ldm_runtime.backends.onnxruntime.cuda import CudaOptions, cuda_provider
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
@@ -45,7 +51,9 @@ def provider_for(component: ComponentRecord) -> Provider:
     return replace(PROVIDER, options=MappingProxyType(options))
 
 
-def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
+def why_not(
+    manifest: Manifest | None, _bundle: Path | None = None, _options: RunOptions | None = None
+) -> str | None:
     """Say why a bundle cannot run; whether TensorRT itself loads shows when it is opened."""
     return (
         lacks_graph(_NAME, "fp16", manifest)

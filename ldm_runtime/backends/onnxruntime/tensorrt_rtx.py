@@ -3,7 +3,13 @@
 from importlib import import_module
 from pathlib import Path
 
-from ldm_runtime.backends.contract import Abilities, EngineSource, always_prepared, lacks_graph
+from ldm_runtime.backends.contract import (
+    Abilities,
+    EngineSource,
+    RunOptions,
+    always_prepared,
+    lacks_graph,
+)
 from ldm_runtime.backends.onnxruntime.device import DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.providers import Provider, gpu_fault, open_on, plugin_devices
@@ -28,7 +34,9 @@ def open_engine(source: EngineSource) -> DeviceEngine:
     return open_on(PROVIDER, source)
 
 
-def why_not(manifest: Manifest | None, _bundle: Path | None = None) -> str | None:
+def why_not(
+    manifest: Manifest | None, _bundle: Path | None = None, _options: RunOptions | None = None
+) -> str | None:
     """Say why a bundle cannot run."""
     if reason := lacks_graph(_NAME, "fp16", manifest) or gpu_fault(_NAME):
         return reason

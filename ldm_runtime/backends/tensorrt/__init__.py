@@ -1,8 +1,9 @@
 """TensorRT and TensorRT-RTX engines on an NVIDIA GPU, without torch.
 
-An engine is code. It is only opened if the bundle's manifest lists it with its hash, and if its
-record fits this machine: library and version, compute capability, driver. A mismatch is reported in
-one sentence with both values and what to do.
+An engine is code. It is only opened if the bundle's manifest lists it with its hash, if its record
+fits this machine (library and version, compute capability, driver), and if it was built on this
+machine or the caller trusts it. A mismatch is reported in one sentence with both values and what to
+do.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,16 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ldm_runtime.backends.contract import Abilities, EngineSource, RunOptions, lacks_graph
+from ldm_runtime.backends.contract import (
+    DEFAULT_OPTIONS,
+    Abilities,
+    EngineSource,
+    RunOptions,
+    lacks_graph,
+)
 from ldm_runtime.backends.cuda_device import CudaDevice, Device
 from ldm_runtime.backends.tensorrt.engine import EngineFile, Session, TensorRTEngine
 from ldm_runtime.backends.tensorrt.runtime import LoadedEngine, cache_path, installed_versions
-from ldm_runtime.backends.tensorrt.selection import Machine, choose_record
+from ldm_runtime.backends.tensorrt.selection import Machine, Place, choose_record
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.bundle.manifest import GraphVariant as GraphVariant
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.engines.records import BuilderName, EngineRecord, load_engine_records
+from ldm_runtime.engines.trust import is_trusted_engine
 from ldm_runtime.errors import BackendError, BundleError
 from ldm_runtime.version import extra
 
@@ -44,12 +52,14 @@ class Vendor:
         find_gpu: Asks the driver for the GPU.
         versions: Returns the versions of installed libraries.
         open_device: Opens the GPU.
+        is_trusted: Returns whether an engine file with that hash was built here.
         load_engine_file: Loads an engine file; see `LoadedEngine`.
     """
 
     find_gpu: Callable[[], Gpu | None] = find_gpu
     versions: Callable[[Iterable[BuilderName]], Mapping[BuilderName, str]] = installed_versions
     open_device: Callable[[], Device] = CudaDevice
+    is_trusted: Callable[[str], bool] = is_trusted_engine
     load_engine_file: Callable[
         [Path, EngineRecord, ComponentRecord, RunOptions, Path], EngineFile
     ] = LoadedEngine
@@ -66,14 +76,16 @@ def open_engine(source: EngineSource, vendor: Vendor = _NVIDIA) -> TensorRTEngin
     records = load_engine_records(source.bundle, source.manifest)
     machine = _machine(source.bundle, records, vendor)
     component = source.component
-    record = choose_record(records, component.name, machine, source.bundle, source.manifest)
+    trusts = _trusted(vendor, source.options)
+    place = Place(bundle=source.bundle, manifest=source.manifest, trusts=trusts)
+    record = choose_record(records, component.name, machine, place)
     # Hashed whatever `source.check_hashes` says: an engine file is code.
     engine_file = checked_file(source.bundle, source.manifest, record.engine_path)
     session = source.shared.obtain("tensorrt", lambda: Session(vendor.open_device))
     with session.lock:
         session.enter().make_current()
         try:
-            cache = cache_path(engine_file, machine.gpu)
+            cache = cache_path(record.plan_sha256, machine.gpu)
             loaded = vendor.load_engine_file(engine_file, record, component, source.options, cache)
         except BaseException:
             session.leave()
@@ -82,7 +94,10 @@ def open_engine(source: EngineSource, vendor: Vendor = _NVIDIA) -> TensorRTEngin
 
 
 def why_not(
-    manifest: Manifest | None, bundle: Path | None = None, vendor: Vendor = _NVIDIA
+    manifest: Manifest | None,
+    bundle: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
+    vendor: Vendor = _NVIDIA,
 ) -> str | None:
     """Say why a bundle cannot run; without its folder, only reasons that hold for any."""
     place = bundle or Path("engines")
@@ -93,7 +108,8 @@ def why_not(
         if manifest is None or bundle is None:
             _machine(place, (), vendor)
         else:
-            _choose_all(bundle, manifest, vendor)
+            trusts = _trusted(vendor, options)
+            _choose_all(Place(bundle=bundle, manifest=manifest, trusts=trusts), vendor)
     except (BackendError, BundleError) as error:
         return str(error)
     return None
@@ -105,12 +121,17 @@ def version() -> str:
     return ", ".join(f"{name} {each}" for name, each in found.items())
 
 
-def _choose_all(bundle: Path, manifest: Manifest, vendor: Vendor) -> None:
+def _choose_all(place: Place, vendor: Vendor) -> None:
     """Choose an engine for every component."""
-    records = load_engine_records(bundle, manifest)
-    machine = _machine(bundle, records, vendor)
-    for component in manifest.components:
-        choose_record(records, component.name, machine, bundle, manifest)
+    records = load_engine_records(place.bundle, place.manifest)
+    machine = _machine(place.bundle, records, vendor)
+    for component in place.manifest.components:
+        choose_record(records, component.name, machine, place)
+
+
+def _trusted(vendor: Vendor, options: RunOptions) -> Callable[[str], bool]:
+    """Return which engine files may run, by hash."""
+    return (lambda _: True) if options.trust_engines else vendor.is_trusted
 
 
 def _machine(bundle: Path, records: tuple[EngineRecord, ...], vendor: Vendor) -> Machine:

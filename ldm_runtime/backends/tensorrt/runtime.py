@@ -21,6 +21,7 @@ from ldm_runtime.durable import whole_file
 from ldm_runtime.engines.gpu import Gpu
 from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors, why_not
 from ldm_runtime.engines.records import BuilderName, EngineRecord
+from ldm_runtime.engines.trust import cache_folder
 from ldm_runtime.errors import BackendError
 
 _LOGGER = logging.getLogger(__name__)
@@ -168,10 +169,13 @@ class ShapedContext:
         self._context = None
 
 
-def cache_path(engine_file: Path, gpu: Gpu) -> Path:
-    """Return the path of the cache of kernels that this GPU compiled for an engine file."""
+def cache_path(engine_sha256: str, gpu: Gpu) -> Path:
+    """Return the path of the cache of kernels that this GPU compiled for an engine file.
+
+    It is this user's own: kernels are code, and no manifest could vouch for them.
+    """
     model = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
-    return engine_file.with_name(f".{engine_file.stem}.{model}.kernel-cache")
+    return cache_folder() / f"{engine_sha256[:32]}.{model}.kernel-cache"
 
 
 def read_cache(path: Path) -> bytes:
@@ -190,6 +194,7 @@ def write_cache(path: Path, data: bytes) -> None:
     if data == read_cache(path):
         return
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with whole_file(path, synced=False) as file:
             file.write(data)
     except OSError as error:

@@ -47,12 +47,23 @@ class Machine:
     versions: Mapping[BuilderName, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The bundle that engines are in, and which of them may run.
+
+    Attributes:
+        bundle: Its folder.
+        manifest: Its manifest.
+        trusts: Returns whether an engine file with that hash may run.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    trusts: Callable[[str], bool]
+
+
 def choose_record(
-    records: Iterable[EngineRecord],
-    component: str,
-    machine: Machine,
-    bundle: Path,
-    manifest: Manifest,
+    records: Iterable[EngineRecord], component: str, machine: Machine, place: Place
 ) -> EngineRecord:
     """Return the record of the engine to run for a component.
 
@@ -62,9 +73,10 @@ def choose_record(
     builders = list(_DISTRIBUTIONS)
     mine = [record for record in records if record.component == component]
     mine.sort(key=lambda record: builders.index(record.builder))
-    closest, sentence = -1, f"{bundle} has no TensorRT engine for {component}; {_rebuild(bundle)}"
+    sentence = f"{place.bundle} has no TensorRT engine for {component}; {_rebuild(place.bundle)}"
+    closest = -1
     for record in mine:
-        passed, problem = _check(record, machine, bundle, manifest)
+        passed, problem = _check(record, machine, place)
         if problem is None:
             return record
         if passed > closest:
@@ -72,20 +84,19 @@ def choose_record(
     raise BackendError(sentence)
 
 
-def _check(
-    record: EngineRecord, machine: Machine, bundle: Path, manifest: Manifest
-) -> tuple[int, str | None]:
+def _check(record: EngineRecord, machine: Machine, place: Place) -> tuple[int, str | None]:
     """Return how many checks a record passes, and a message about the first that fails."""
     problems = (
-        _stale(record, manifest),
+        _stale(record, place.manifest),
         _library(record, machine),
         _target(record, machine.gpu),
         _model(record, machine.gpu),
         _driver(record, machine.gpu),
+        _untrusted(record, place),
     )
     for passed, problem in enumerate(problems):
         if problem is not None:
-            fix = "" if "`" in problem else f"; {_rebuild(bundle)}"
+            fix = "" if "`" in problem else f"; {_rebuild(place.bundle)}"
             return passed, f"the {record.component} engine {problem}{fix}"
     return len(problems), None
 
@@ -139,6 +150,17 @@ def _driver(record: EngineRecord, gpu: Gpu) -> str | None:
     return (
         f"was built with a driver for CUDA {record.driver_version}, "
         f"the one here is for CUDA {gpu.driver_version}"
+    )
+
+
+def _untrusted(record: EngineRecord, place: Place) -> str | None:
+    """Refuse an engine file of another machine, by the hash that it will be compared with."""
+    hashes = {file.path: file.sha256 for file in place.manifest.files}
+    if place.trusts(hashes.get(record.engine_path, "")):
+        return None
+    return (
+        f"was not built on this machine, and an engine is code; {_rebuild(place.bundle)} to build "
+        "it here, or say --trust-engines (trust_engines=True) if you trust who made the bundle"
     )
 
 

@@ -1,0 +1,69 @@
+"""Engine files that this machine built: the only ones that run without being asked for.
+
+An engine file is code, and the author of a bundle writes the manifest that lists it. So the user's
+cache folder has a list of the engine files that were built here, by hash, one empty file for each:
+nothing is rewritten, so that builds at the same time need no lock and a crash loses nothing. A list
+and not a signature next to each engine: both are as safe as the folder that the list or the key
+would lie in, and a signature would have to name the machine, or bundles would carry it to others.
+
+The folder also has what libraries keep from run to run: kernel times and compiled kernels, which
+are code as well.
+"""
+
+import logging
+import os
+import re
+import stat
+from pathlib import Path
+
+from ldm_runtime.durable import sync
+
+_LOGGER = logging.getLogger(__name__)
+
+_FOLDER = "trusted-engines"
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def cache_folder() -> Path:
+    """Return the folder of this user's files, which may not exist yet.
+
+    It is `ldm-deploy` in `$XDG_CACHE_HOME`, by default in `~/.cache`.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # As the XDG base directory specification demands, a path that is not absolute is ignored.
+    parent = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return parent / "ldm-deploy"
+
+
+def trust_engine(sha256: str) -> None:
+    """Note that an engine file with this hash was built here; a failure is logged and ignored."""
+    folder = cache_folder() / _FOLDER
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(folder / sha256, os.O_WRONLY | os.O_CREAT, 0o600))
+        sync(folder)
+    except OSError as error:
+        _LOGGER.warning(
+            "%s cannot be written (%s), so that the engine built here will not be trusted; set "
+            "XDG_CACHE_HOME to a folder that can, or pass --trust-engines",
+            folder,
+            error.strerror,
+        )
+
+
+def is_trusted_engine(sha256: str) -> bool:
+    """Return whether an engine file with this hash was built here, by this user.
+
+    A folder that belongs to another user, or that others may write to, says nothing.
+    """
+    folder = cache_folder() / _FOLDER
+    try:
+        status = folder.stat()
+        is_own = status.st_uid == os.getuid() and not status.st_mode & _OTHERS_MAY_WRITE
+        return (
+            is_own
+            and re.fullmatch("[0-9a-f]{64}", sha256) is not None
+            and (stat.S_ISREG((folder / sha256).lstat().st_mode))
+        )
+    except OSError:
+        return False
