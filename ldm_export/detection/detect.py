@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ldm_export.detection.averages_only import lost_names
 from ldm_export.detection.compvis_config import Config, config_fields, takes_embeddings
 from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
@@ -21,8 +22,8 @@ from ldm_export.detection.overrides import Overrides, Sources, first_stated
 from ldm_export.detection.own_sections import SamplingFields
 from ldm_export.detection.spec import read_spec
 from ldm_export.detection.weight_assignment import assigned_weights
-from ldm_export.errors import ExportError
-from ldm_export.families.records import FamilyDefaults
+from ldm_export.errors import ExportError, WeightsError
+from ldm_export.families.records import FamilyDefaults, WeightsChoice
 from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.resolution import check_defaults
 from ldm_runtime.specs.model import ModelSpec
@@ -69,25 +70,41 @@ def detect(
     """
     flags = overrides or Overrides()
     _check_flags(flags)
-    family, family_defaults = match_family(tensors, takes_embeddings=takes_embeddings(config))
+    lost = lost_names(tensors)
+    known = {**tensors, **{weight: tensors[average] for weight, average in lost.items()}}
+    family, family_defaults = match_family(known, takes_embeddings=takes_embeddings(config))
     _check_needed(flags, family_defaults)
-    stated = config_fields(config)
-    wanted, note = first_stated("weights", flags.weights, stated.weights, family_defaults.weights)
-    assignment = assigned_weights(tensors, family, wanted, note.source)
     sources = Sources(
-        tensors=tensors,
+        tensors=known,
         flags=flags,
-        config=stated,
+        config=config_fields(config),
         file=file_fields(tensors, metadata),
         family=family_defaults,
     )
+    wanted, source = _wanted_weights(sources, has_only_averages=bool(lost))
+    assignment = assigned_weights(known, family, wanted, source)
     spec = read_spec(sources, family.name, assignment)
     check_architecture(config, spec)
     check_consistent(spec)
-    if stated.sampling != SamplingFields():
+    if sources.config.sampling != SamplingFields():
         _check_sampling(spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
-    return Detection(spec=spec, weights=assignment.weights, unused=assignment.unused)
+    unused = {name: reason for name, reason in assignment.unused.items() if name not in lost}
+    return Detection(spec=spec, weights=assignment.weights, unused=unused)
+
+
+def _wanted_weights(sources: Sources, *, has_only_averages: bool) -> tuple[WeightsChoice, str]:
+    """Return the set of weights to use, and who says so."""
+    flag = sources.flags.weights
+    if has_only_averages and flag == "model":
+        raise WeightsError(
+            "--weights model asks for the last weights of the UNet, but the checkpoint holds only "
+            "their moving averages; leave it out"
+        )
+    wanted, note = first_stated("weights", flag, sources.config.weights, sources.family.weights)
+    if has_only_averages and wanted == "model":
+        return "ema", "file"
+    return wanted, note.source
 
 
 def _check_flags(flags: Overrides) -> None:

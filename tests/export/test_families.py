@@ -242,6 +242,28 @@ def test_averages_that_are_not_there_are_replaced_by_the_last_weights_and_that_i
     assert sources(spec)["weights"] == ("model", "file")
 
 
+@pytest.mark.parametrize("layout", [TINY, SD1])
+def test_a_unet_of_which_only_averages_are_there_is_exported_from_them_and_that_is_said(layout):
+    whole = checkpoint(layout, ema=True)
+    averages = {
+        name: tensor
+        for name, tensor in whole.items()
+        if not name.startswith("model.diffusion_model.")
+    }
+
+    found = detect(averages)
+
+    expected = detect(whole, config=USE_EMA)
+    assert found.weights == expected.weights
+    assert replace(found.spec, assumptions=()) == replace(expected.spec, assumptions=())
+    assert sources(found.spec)["weights"] == ("ema", "file")
+    assert found.unused.keys() == averages.keys() - {
+        name for names in found.weights.values() for name in names.values()
+    }
+    with pytest.raises(WeightsError, match="only their moving averages; leave it out"):
+        detect(averages, overrides=Overrides(weights="model"))
+
+
 @pytest.mark.parametrize("value", ["no", 0, "yes please"])
 def test_a_use_of_averages_that_is_neither_true_nor_false_is_an_error(value):
     with pytest.raises(ExportError, match=r"use_ema is .*; true or false was expected"):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from ldm_export.detection.averages_only import lost_names
 from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
@@ -189,6 +190,27 @@ def test_moving_averages_of_every_released_unet_are_found():
 
         assert detection.spec.weights == "ema"
         assert all(name.startswith("model_ema.") for name in detection.weights["unet"].values())
+
+
+def test_names_of_every_released_unet_are_found_again_in_those_of_its_averages():
+    for layout in RELEASED.values():
+        whole = checkpoint(layout, ema=True)
+        unet = {name for name in whole if name.startswith("model.diffusion_model.")}
+
+        found = lost_names({name: whole[name] for name in whole.keys() - unet})
+
+        assert found.keys() == unet
+        assert all(
+            average == "model_ema." + name.removeprefix("model.").replace(".", "")
+            for name, average in found.items()
+        )
+        assert lost_names(whole) == {}
+
+
+def test_averages_of_something_else_than_a_unet_of_compvis_are_left_alone():
+    names = ("model_ema.diffusion_modelinput_blocks00weight", "model_ema.diffusion_modellayersx")
+
+    assert lost_names(dict.fromkeys(names, FakeTensor(shape=(1,)))) == {}
 
 
 @pytest.mark.parametrize("name", SMALL_SYSTEMS)
