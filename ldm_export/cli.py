@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
-from ldm_runtime.cli.messages import PrintableFormatter, print_any_text, say
+from ldm_runtime.cli.messages import (
+    add_message_flags,
+    print_any_text,
+    reporting,
+    say,
+    show_messages,
+)
 from ldm_runtime.cli.parsing import Parser
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError
-from ldm_runtime.progress import reporting_to
 from ldm_runtime.version import extra
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ def build_parser() -> Parser:
     parser.add_argument("--ckpt", type=Path, help=".ckpt, .pt or .safetensors file")
     parser.add_argument("--out", type=Path, help="folder of the bundle")
     parser.add_argument("--version", action="store_true", help="print versions and exit")
+    add_message_flags(parser)
     parser.add_argument(
         "--estimate",
         action="store_true",
@@ -114,11 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(version_line("ldm-export", _library_versions()))
         return 0
     _place_paths(args)
-    messages = logging.StreamHandler()
-    messages.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[messages])
-    for name in ("ldm_export", "ldm_runtime"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    show_messages(args, dict.fromkeys(("ldm_export", "ldm_runtime"), logging.INFO))
     try:
         _export(args)
     except LdmError as error:
@@ -193,11 +195,12 @@ def _export(args: argparse.Namespace) -> None:
     if args.estimate:
         print(estimate_export(options).describe())
         return
-    with reporting_to(sys.stderr) as progress:
+    with reporting(args) as progress:
         manifest = export_bundle(options, progress=progress)
-    for assumption in manifest.spec.assumptions:
-        say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
-    say_next(manifest.spec.task, args.out)
+    if not args.quiet:
+        for assumption in manifest.spec.assumptions:
+            say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
+        say_next(manifest.spec.task, args.out)
     print(args.out)
 
 

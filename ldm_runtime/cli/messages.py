@@ -4,11 +4,14 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from ldm_runtime.escaping import printable
 from ldm_runtime.progress import Progress, Silent, reporting_to
+
+_WARNINGS: Mapping[str, int] = MappingProxyType({"ldm_runtime": logging.WARNING})
 
 
 def say(line: str) -> None:
@@ -32,15 +35,20 @@ def add_message_flags(parser: argparse._ActionsContainer) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
 
 
-def show_messages(args: argparse.Namespace) -> None:
-    """Show warnings on stderr, each once; nothing if quiet, and more if verbose."""
+def show_messages(args: argparse.Namespace, usual: Mapping[str, int] = _WARNINGS) -> None:
+    """Show log messages on stderr, each once; errors alone if quiet, and all if verbose.
+
+    Args:
+        args: Arguments with the flags of `add_message_flags`.
+        usual: The level from which on messages of each package are shown otherwise.
+    """
     handler = logging.StreamHandler()
     handler.addFilter(_Once())
-    handler.setFormatter(_MessageFormatter())
+    handler.setFormatter(MessageFormatter())
     handler.setLevel(logging.ERROR if args.quiet else logging.DEBUG)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    if args.verbose:
-        logging.getLogger("ldm_runtime").setLevel(logging.DEBUG)
+    for package, level in usual.items():
+        logging.getLogger(package).setLevel(logging.DEBUG if args.verbose else level)
 
 
 @contextmanager
@@ -53,18 +61,11 @@ def reporting(args: argparse.Namespace) -> Iterator[Progress]:
         yield progress
 
 
-class PrintableFormatter(logging.Formatter):
-    """A formatter of log records whose messages are printable."""
+class MessageFormatter(logging.Formatter):
+    """A formatter of printable messages such as "warning: the prompt is too long"."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
         """Return the line of a record; a traceback after it is Python's own."""
-        return printable(super().formatMessage(record))
-
-
-class _MessageFormatter(PrintableFormatter):
-    """A formatter of messages such as "warning: the prompt is too long"."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
         return f"{record.levelname.lower()}: {printable(record.message)}"
 
 

@@ -648,6 +648,20 @@ def test_the_command_builds_and_inspect_describes(bundle, vendor, capsys):
     assert "latents 1x4x4x4 to 4x4x12x16" in readable(description)
 
 
+def test_the_command_in_json_names_the_engines(bundle, vendor, capsys):
+    flags = ["--builder", "tensorrt-rtx", "--target", "sm86", "--json", "--quiet"]
+
+    assert main(["build-engines", str(bundle), *flags]) == 0
+
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["bundle"], err) == (str(bundle), "")
+    assert [each["component"] for each in report["engines"]] == [
+        each["component"] for each in inspect(bundle, {})["engines"]
+    ]
+    assert all(each["targets"] == ["sm86"] for each in report["engines"])
+
+
 @pytest.mark.parametrize("flags", [["--min-size", "big"], ["--max-size", "64x"]])
 def test_a_size_that_is_none_is_bad_usage(flags, bundle, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -5,7 +5,7 @@ import pytest
 
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, manifest_digest
 from ldm_runtime.cli import main
-from ldm_runtime.cli.messages import PrintableFormatter
+from ldm_runtime.cli.messages import MessageFormatter
 from ldm_runtime.escaping import printable
 
 #: Sets the title of a window, rings, turns red, goes back to the start of the line, turns text.
@@ -57,7 +57,7 @@ def test_no_path_in_a_manifest_can_steer_the_terminal(field, own_bundle, capsys)
 def test_warnings_and_the_words_of_libraries_cannot_steer_the_terminal():
     record = logging.LogRecord("x", logging.WARNING, "", 0, "it says %s", (ESCAPES,), None)
 
-    line = PrintableFormatter("warning: %(message)s").format(record)
+    line = MessageFormatter().format(record)
 
     assert line == f"warning: it says {SHOWN}"
 
