@@ -19,7 +19,7 @@ SHOWN = "\\x1b]0;pwned\\x07\\x1b[31m\\rOK\\u202e"
         json.dumps({ESCAPES: 1}),
         json.dumps({"prompt": "red", "image": ESCAPES}),
         json.dumps({"prompt": "red", "sampler": ESCAPES}),
-        json.dumps({"prompt": "red", "class_label": ESCAPES}),
+        json.dumps({"prompt": "red", "schedule": ESCAPES}),
     ],
 )
 def test_nothing_in_a_file_of_requests_can_steer_the_terminal(line, tiny_bundle, tmp_path, capsys):
