@@ -125,14 +125,27 @@ def read_infotext(text: str) -> Infotext | None:
     request: dict[str, Any] = {"prompt": prompt}
     if negative:
         request["negative_prompt"] = negative
-    others = {}
-    for name, value in parameters.items():
-        if not _take(request, name, value):
-            others[name] = value
-    request.setdefault("noise", _NOISES["GPU"])
+    others = {name: value for name, value in parameters.items() if not _take(request, name, value)}
+    if "RNG" not in parameters:
+        request["noise"] = _NOISES["GPU"]
     if "hires_scale" in request and "strength" in request:
         request["hires_strength"] = request.pop("strength")
+    for name, field in _without_effect(request, others).items():
+        del request[field]
+        others[name] = parameters[name]
     return Infotext(request=request, others=others)
+
+
+def _without_effect(request: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:
+    """Return the names and fields of values that a request here would refuse."""
+    found = {}
+    sampler = request.get("sampler")
+    if "eta" in request and sampler is not None and not SAMPLERS[sampler].uses_eta:
+        found["Eta"] = "eta"
+    # Of a second pass whose size is given in pixels.
+    if "strength" in request and any(name.startswith("Hires") for name in others):
+        found["Denoising strength"] = "strength"
+    return found
 
 
 def _optional_values(request: ResolvedRequest) -> dict[str, object]:

@@ -89,10 +89,24 @@ def test_old_names_of_samplers_carry_their_schedule():
         "variation_seed": 9,
         "variation_strength": 0.2,
         "strength": 0.75,
-        "eta": 0.67,
         "noise": "torch-cuda",
     }
-    assert read.others == {"Clip skip": "2", "ENSD": "31337"}
+    assert read.others == {"Clip skip": "2", "ENSD": "31337", "Eta": "0.67"}  # DPM++ 2M has none
+    assert read_infotext(FROM_IMAGE.replace("DPM++ 2M Karras", "Euler a")).request["eta"] == 0.67
+
+
+def test_a_second_pass_with_a_size_in_pixels_is_not_read_as_the_strength_of_an_image():
+    read = read_infotext(PLAIN + ", Denoising strength: 0.7, Hires resize: 1024x1024, RNG: other")
+
+    assert read.request.keys().isdisjoint({"strength", "hires_strength", "noise"})
+    assert (
+        read.others.items()
+        >= {
+            "Denoising strength": "0.7",
+            "Hires resize": "1024x1024",
+            "RNG": "other",
+        }.items()
+    )
 
 
 def test_what_is_not_here_is_said_and_not_guessed():
