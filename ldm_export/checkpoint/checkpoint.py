@@ -19,6 +19,7 @@ from ldm_export.checkpoint.not_a_file import why_not_a_file, why_not_opened
 from ldm_export.checkpoint.safetensors_header import read_safetensors_header
 from ldm_export.checkpoint.tensor_extent import TensorExtent
 from ldm_export.checkpoint.torch_archive import read_torch_archive
+from ldm_export.checkpoint.usual_globals import unusual_globals
 from ldm_export.errors import CheckpointError, FormatError
 from ldm_runtime.closing import Closing
 
@@ -158,6 +159,8 @@ class Checkpoint(Closing):
         skipped: Names of entries next to the tensors that were not read.
         global_step: Training step, if the file says so.
         metadata: The file's own metadata: untrusted text, to be escaped before it is shown.
+        unusual_globals: Names in its pickle that torch does not write of its own accord: untrusted
+            text as well. Nothing here looks them up, but `torch.load` may.
     """
 
     path: Path
@@ -166,6 +169,7 @@ class Checkpoint(Closing):
     skipped: tuple[str, ...]
     global_step: int | None
     metadata: Mapping[str, str]
+    unusual_globals: tuple[str, ...] = ()
     _file: MappedFile = field(repr=False)
 
     def close(self) -> None:
@@ -202,6 +206,7 @@ def _read(file: MappedFile) -> Checkpoint:
             skipped=contents.skipped,
             global_step=contents.global_step,
             metadata=MappingProxyType({}),
+            unusual_globals=unusual_globals(contents.globals),
             _file=file,
         )
     if head[8:9] == b"{":

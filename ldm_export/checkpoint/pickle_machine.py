@@ -7,6 +7,7 @@ keep every read inside the pickle and every pop inside the innermost open collec
 from collections.abc import Container
 from dataclasses import dataclass
 
+from ldm_export.checkpoint.torch_records import Name
 from ldm_export.errors import FormatError
 
 MAX_LINE_BYTES = 1024  # names of globals, integers in decimal
@@ -25,6 +26,7 @@ class Limits:
         max_memo_index: Highest slot of the memo, the table of values to be referred to again.
         max_string_bytes: Length of one string.
         max_tensors: Tensors and parameters rebuilt.
+        max_globals: Different globals named.
     """
 
     max_bytes: int = 32 << 20
@@ -34,6 +36,7 @@ class Limits:
     max_memo_index: int = 1_000_000
     max_string_bytes: int = 16 << 20
     max_tensors: int = 50_000
+    max_globals: int = 1000
 
 
 class Machine:
@@ -41,6 +44,7 @@ class Machine:
 
     __slots__ = (
         "data",
+        "globals",
         "limits",
         "marks",
         "memo",
@@ -60,6 +64,7 @@ class Machine:
         self.marks: list[int] = []  # heights of the stack
         self.memo: list[object] = []  # values by slot; not a dict, whose keys could collide
         self.num_memoized = 0
+        self.globals: set[Name] = set()
         self.num_tensors = 0
         if len(data) > limits.max_bytes:
             raise self.fault(f"{len(data)} bytes, more than the {limits.max_bytes} allowed")

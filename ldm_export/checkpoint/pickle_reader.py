@@ -23,6 +23,7 @@ of CPython 3.11, which documents each of them.
 
 import struct
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from ldm_export.checkpoint.pickle_machine import MAX_LINE_BYTES, Limits, Machine
@@ -42,7 +43,29 @@ _MAX_INT_KEY = 2**8  # a chain of colliding keys is no longer than twice this
 _MAX_KEY_LENGTH = 4096  # equal keys are compared to the last character, every time one is set
 
 
+@dataclass(frozen=True, kw_only=True)
+class PickleContents:
+    """The contents of a pickle.
+
+    Attributes:
+        root: Its value: plain None, bool, int, float, str, bytes, tuple, list and dict, and the
+            inert records of `torch_records`. It may be nested very deeply or contain itself: do not
+            recurse into it.
+        globals: Every global that it names, called or not.
+    """
+
+    root: object
+    globals: frozenset[Name]
+
+
 def read_pickle(data: bytes, limits: Limits | None = None, refused: Container[str] = ()) -> object:
+    """Read one pickle and return the root of its contents; see `read_pickle_contents`."""
+    return read_pickle_contents(data, limits, refused).root
+
+
+def read_pickle_contents(
+    data: bytes, limits: Limits | None = None, refused: Container[str] = ()
+) -> PickleContents:
     """Read one pickle.
 
     Args:
@@ -50,10 +73,6 @@ def read_pickle(data: bytes, limits: Limits | None = None, refused: Container[st
         limits: Limits of its cost.
         refused: Names of globals, and of modules, that make it an error. They would be as inert as
             all others, but only an attacker writes them.
-
-    Returns:
-        Plain None, bool, int, float, str, bytes, tuple, list and dict, and the inert records of
-        `torch_records`. It may be nested very deeply or contain itself: do not recurse into it.
 
     Raises:
         FormatError: The pickle is malformed, exceeds `limits` or has a name that is `refused`, or
@@ -63,7 +82,7 @@ def read_pickle(data: bytes, limits: Limits | None = None, refused: Container[st
     for _ in range(machine.limits.max_opcodes):
         opcode = machine.number(1)
         if opcode == _STOP:
-            return machine.pop()
+            return PickleContents(root=machine.pop(), globals=frozenset(machine.globals))
         handler = _HANDLERS.get(opcode)
         if handler is None:
             raise machine.fault(f"opcode 0x{opcode:02x} has no place in a torch file")
@@ -307,7 +326,11 @@ def _push_name(machine: Machine, module: str, name: str) -> None:
             f"names {module}.{name}, which runs programs or touches files and is in no honest "
             "checkpoint; nothing was run, but do not trust where this file is from"
         )
-    machine.stack.append(Name(module=module, name=name))
+    value = Name(module=module, name=name)
+    machine.globals.add(value)
+    if len(machine.globals) > machine.limits.max_globals:
+        raise machine.fault(f"more than {machine.limits.max_globals} different globals")
+    machine.stack.append(value)
 
 
 def _reduce(machine: Machine) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ldm_export.checkpoint.pickle_machine import Limits
-from ldm_export.checkpoint.pickle_reader import read_pickle
+from ldm_export.checkpoint.pickle_reader import PickleContents, read_pickle_contents
 from ldm_export.checkpoint.tensor_extent import (
     DTYPE_BYTES,
     TensorExtent,
@@ -17,14 +17,15 @@ from ldm_export.checkpoint.tensor_extent import (
     check_name,
     is_size,
 )
-from ldm_export.checkpoint.torch_records import Stub, TensorRecord
+from ldm_export.checkpoint.torch_records import Name, Stub, TensorRecord
 from ldm_export.checkpoint.zip_directory import Member, read_zip_directory
 from ldm_export.errors import FormatError
 
 #: torch does not look at the case of a member's name.
 _PICKLE = re.compile(r"([^/]+)/data\.pkl", re.IGNORECASE)
 _MAX_LEVELS = 8
-#: Modules and names with which pickles attack the process that runs them.
+#: The bluntest of the modules and names with which pickles attack the process that runs them.
+#: There is no complete list of such names; `usual_globals` goes the other way.
 _REFUSED = frozenset(
     {
         *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "runpy"),
@@ -47,11 +48,13 @@ class TorchContents:
         tensors: The tensors of the state dict, by name.
         skipped: Names of the other entries next to them.
         global_step: Training step, if the file says so.
+        globals: Every global that its pickle names.
     """
 
     tensors: Mapping[str, TensorExtent]
     skipped: tuple[str, ...]
     global_step: int | None
+    globals: frozenset[Name]
 
 
 def read_torch_archive(data: memoryview) -> TorchContents:
@@ -64,7 +67,8 @@ def read_torch_archive(data: memoryview) -> TorchContents:
     members = read_zip_directory(data)
     root = _root_folder(members)
     _check_byte_order(data, members.get(f"{root}/byteorder"))
-    state_dict, global_step = _find_state_dict(_read_root(data, members[f"{root}/data.pkl"]))
+    contents = _read_pickle(data, members[f"{root}/data.pkl"])
+    state_dict, global_step = _find_state_dict(contents.root)
     storages = _Storages(members=members, folder=f"{root}/data/", file_size=len(data))
     tensors = {
         check_name(name): storages.extent_of(name, value)
@@ -78,7 +82,10 @@ def read_torch_archive(data: memoryview) -> TorchContents:
         )
     skipped = (name for name, value in state_dict.items() if not isinstance(value, TensorRecord))
     return TorchContents(
-        tensors=tensors, skipped=tuple(map(_shown, skipped)), global_step=global_step
+        tensors=tensors,
+        skipped=tuple(map(_shown, skipped)),
+        global_step=global_step,
+        globals=contents.globals,
     )
 
 
@@ -103,7 +110,7 @@ def _check_byte_order(data: memoryview, member: Member | None) -> None:
         )
 
 
-def _read_root(data: memoryview, member: Member) -> object:
+def _read_pickle(data: memoryview, member: Member) -> PickleContents:
     if member.size > _LIMITS.max_bytes:
         raise FormatError(
             f"data.pkl has {member.size} bytes, more than the {_LIMITS.max_bytes} allowed"
@@ -115,7 +122,7 @@ def _read_root(data: memoryview, member: Member) -> object:
             "again; or it was saved after `torch.serialization.set_crc32_options(False)`"
         )
     try:
-        return read_pickle(pickle, _LIMITS, _REFUSED)
+        return read_pickle_contents(pickle, _LIMITS, _REFUSED)
     except FormatError as error:
         raise FormatError(
             f"data.pkl: {error}; a file that torch.save did not write so may be meant to do harm: "

@@ -43,6 +43,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
             "tensors": len(tensors),
             "dtypes": _dtypes(tensors, tensors),
             "ema_present": has_ema(tensors),
+            "unusual_globals": list(checkpoint.unusual_globals),
             "metadata": _shortened(checkpoint.metadata),
         }
         return report | _describe(checkpoint)

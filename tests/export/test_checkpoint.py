@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import ldm_export
 import ldm_runtime
 from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.checkpoint.usual_globals import _USUAL
 from ldm_export.errors import CheckpointError
 from ldm_runtime.errors import LdmError
 from tests.export import opcodes as op
@@ -868,3 +869,54 @@ def test_a_tensor_of_nine_axes_is_refused(tmp_path):
 
     with pytest.raises(CheckpointError, match="its shape or its offsets are not sizes"):
         open_checkpoint(path)
+
+
+# --- Names in pickles ----------------------------------------------------------------------------
+
+
+def test_a_file_that_torch_wrote_for_tensors_alone_names_nothing_unusual(tmp_path):
+    module = torch.nn.BatchNorm2d(2).half()
+    tensors = {name: torch.zeros(2, dtype=dtype) for name, dtype in DTYPES.items()}
+    parts = {"parameter": torch.nn.Parameter(torch.zeros(2)), "complex": torch.zeros(2) * 1j}
+    settings = {"size": torch.Size([2]), "dtype": torch.float16, "device": torch.device("cpu")}
+    content = {"state_dict": tensors | parts | dict(module.state_dict()), "kept": {1, 2}}
+
+    for protocol in (2, 5):
+        path = saved(tmp_path, content | settings, pickle_protocol=protocol)
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.unusual_globals == ()
+
+
+def test_the_names_that_count_as_usual_are_a_part_of_those_that_torch_lets_its_own_reader_load():
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    assert len(_USUAL) > 40
+    assert _get_allowed_globals().keys() >= _USUAL - {"__builtin__.set"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pickle.loads", "marshal.loads", "io.open", "builtins.getattr", "operator.attrgetter"),
+        *("pip.main", "torch.load", "timeit.timeit", "cProfile.run", "types.CodeType"),
+        *("code.InteractiveInterpreter", "_io.FileIO", "numpy.testing.runstring"),
+        "torch.serialization.load",
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda name: op.call(name, op.text("x")),
+        op.global_of,
+        op.stack_global_of,
+        op.old_object,
+        op.old_instance,
+        op.new_object,
+    ],
+)
+def test_a_name_that_torch_does_not_write_is_listed_however_it_is_used(tmp_path, name, use):
+    weights = op.named({"weight": op.tensor(op.storage())})
+    path = archive(tmp_path / "model.ckpt", op.pickled(use(name), op.POP, weights))
+
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.unusual_globals == (name,)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ldm_export.detection.inspection import inspect_checkpoint
 from ldm_export.errors import CheckpointError
+from ldm_runtime.cli import main
 from tests.export.sd_layout import TINY, checkpoint, scaled_linear
 from tests.export.small_systems import small_system
 
@@ -210,3 +211,15 @@ def test_a_huge_directory_in_a_file_of_holes_takes_no_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_names_that_torch_does_not_write_are_listed_in_the_report(ckpt, tmp_path, capsys):
+    assert inspect_checkpoint(ckpt)["unusual_globals"] == []
+    content = torch.load(ckpt, weights_only=True)
+    torch.save(content | {"schedule": math.cos, "dims": replace}, tmp_path / "other.ckpt")
+
+    report = inspect_checkpoint(tmp_path / "other.ckpt")
+
+    assert report["unusual_globals"] == ["dataclasses.replace", "math.cos"]
+    assert main(["inspect", str(tmp_path / "other.ckpt")]) == 0
+    assert "dataclasses.replace, math.cos" in capsys.readouterr().out

@@ -547,3 +547,10 @@ def test_a_pickle_of_stable_diffusion_size_with_optimizer_states_is_within_the_l
     result = read_pickle(stream.getvalue())
 
     assert len(result["optimizer_states"][0]) == 4000
+
+
+def test_more_names_than_any_framework_has_are_an_error():
+    names = [op.global_of(f"a.b{index}") + op.POP for index in range(1001)]
+
+    with pytest.raises(FormatError, match="more than 1000 different globals"):
+        read_pickle(op.pickled(*names, op.NONE))
