@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
+from ldm_runtime.schedules import without_infinite_noise
 
 _EXACT_TYPES = frozenset({"float32", "float64"})
 #: Error of values near 1 after rounding to a type that is too coarse to be used itself.
@@ -103,6 +104,8 @@ def read_schedule(tensors: Tensors, formula: ComputedSchedule) -> NoiseSchedule:
         raise WeightsError(f"{name} is stored as {dtype}; floating-point numbers were expected")
     own = _own_values(name, tensors[name].numpy())
     if dtype in _EXACT_TYPES:
+        if own.size > 1 and own[-1] == 0:  # trained for zero terminal SNR
+            own = without_infinite_noise(own)
         _check(name, own)
         if formula.source == "config":
             _compare(name, own, formula, _SAME)

@@ -17,7 +17,12 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from ldm_runtime.schedules.ramps import exponential, karras, polyexponential
-from ldm_runtime.schedules.tables import SigmaTable, rescale_zero_terminal_snr, training_sigmas
+from ldm_runtime.schedules.tables import (
+    SigmaTable,
+    rescale_zero_terminal_snr,
+    training_sigmas,
+    without_infinite_noise,
+)
 from ldm_runtime.schedules.timesteps import (
     beta,
     ldm,
@@ -39,6 +44,7 @@ __all__ = [
     "rescale_zero_terminal_snr",
     "sampling_sigmas",
     "training_sigmas",
+    "without_infinite_noise",
 ]
 
 #: From the training sigmas and a number of steps to that many decreasing sigmas, without the end.

@@ -38,8 +38,17 @@ def rescale_zero_terminal_snr(alphas_cumprod: Sequence[float]) -> tuple[float, .
     signal = np.sqrt(_checked(alphas_cumprod))
     stretched = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
     alphas = stretched**2
+    return tuple(without_infinite_noise(alphas).tolist())
+
+
+def without_infinite_noise(alphas_cumprod: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return a schedule (T,), T > 1, that ends in 0 with a last value that has a finite sigma.
+
+    It is 2**-24, or half of the value before it where that is less.
+    """
+    alphas = alphas_cumprod.copy()
     alphas[-1] = min(_SMALLEST_ALPHA, alphas[-2] / 2)
-    return tuple(alphas.tolist())
+    return alphas
 
 
 def _checked(alphas_cumprod: Sequence[float]) -> npt.NDArray[np.float64]:

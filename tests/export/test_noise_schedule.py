@@ -3,6 +3,7 @@ import pytest
 
 from ldm_export.detection.noise_schedule import ListedBetas, ScheduleFormula, read_schedule
 from ldm_export.errors import WeightsError
+from ldm_runtime.schedules import rescale_zero_terminal_snr
 from tests.export.sd_layout import scaled_linear, with_values
 
 FORMULA = ScheduleFormula(
@@ -85,7 +86,7 @@ def test_a_configuration_that_agrees_leaves_the_checkpoints_own_values():
         ([0.5, 0.9], "decrease strictly"),
         ([0.9, 0.9], "decrease strictly"),
         ([1.0, 0.5], "decrease strictly"),
-        ([0.9, 0.0], "decrease strictly"),
+        ([0.9, -0.1], "decrease strictly"),
         ([0.9, float("nan")], "decrease strictly"),
         ([[0.9, 0.5]], r"shape \(1, 2\)"),
         ([], r"shape \(0,\)"),
@@ -119,3 +120,17 @@ def test_listed_betas_that_contradict_the_buffers_are_an_error():
 
     with pytest.raises(WeightsError, match=r"contradicts the config's schedule \(3 listed betas"):
         read_schedule({"betas": with_values(np.array([0.1, 0.2, 0.4]), "float64")}, listed)
+
+
+@pytest.mark.parametrize("name", ["alphas_cumprod", "betas"])
+def test_a_schedule_that_ends_in_nothing_but_noise_gets_the_finite_end_of_the_runtime(name):
+    signal = np.sqrt(scaled_linear())
+    alphas = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+    betas = 1 - alphas / np.concatenate([[1.0], alphas[:-1]])
+    stored = {"alphas_cumprod": alphas, "betas": betas}[name]
+
+    schedule = read_schedule({name: with_values(stored, "float64")}, FORMULA)
+
+    expected = rescale_zero_terminal_snr(scaled_linear().tolist())
+    np.testing.assert_allclose(schedule.alphas_cumprod, expected, rtol=1e-9)
+    assert schedule.alphas_cumprod[-1] == 2.0**-24
