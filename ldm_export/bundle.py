@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ldm_export.disk_space import full_disk_named
 from ldm_export.engine_steps import engine_steps, expected_engines
 from ldm_export.errors import CheckpointError
 from ldm_export.estimate import Estimate, make_estimate
@@ -65,7 +66,7 @@ def export_bundle(
         prediction = _prediction(opened, listener)
         source = opened.with_spec(confirmed(opened.spec, prediction))
         steps = make_steps(source)
-        with workspace.locked():
+        with workspace.locked(), full_disk_named(options.out, _estimate(source).bundle_bytes):
             records = _run_steps(source, steps.steps, workspace, listener)
             _check_unchanged(source)
             manifest = Manifest(

@@ -13,11 +13,12 @@ import msgspec
 import numpy as np
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, LazyTensor
+from ldm_export.checkpoint.mistaken_files import part_of_several
 from ldm_export.detection.averages import warn_of_averages
 from ldm_export.detection.chosen_config import StatedConfig, chosen_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.overrides import Overrides
-from ldm_export.errors import ExportError
+from ldm_export.errors import CheckpointError, ExportError
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import WeightsDType, encode_networks
 from ldm_runtime.engines.build_specs import EngineOptions, Toolchain, choose_toolchain
@@ -144,11 +145,14 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
             estimate can do without.
 
     Raises:
+        CheckpointError: It is one part of several.
         UnknownModelError: It does not belong to a known family.
         WeightsError: Weights are missing, or tensors belong to no component.
         ExportError: A stated feature is impossible.
         EngineBuildError: A builder was asked for that cannot be used here.
     """
+    if part := part_of_several(options.checkpoint):
+        raise CheckpointError(options.checkpoint, part)
     chosen = chosen_config(options.checkpoint, options.config)
     config = None if chosen is None else chosen.config
     toolchain = choose_toolchain(options.engines)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ldm_export.checkpoint.mistaken_files import HEAD_BYTES, is_safetensors, unreadable
 from ldm_export.checkpoint.not_a_file import why_not_a_file, why_not_opened
 from ldm_export.checkpoint.safetensors_header import read_safetensors_header
 from ldm_export.checkpoint.tensor_extent import TensorExtent
@@ -24,17 +25,6 @@ from ldm_export.errors import CheckpointError, FormatError
 from ldm_runtime.closing import Closing
 
 _ZIP_MAGIC = b"PK\3\4"
-# Protocol 2 and the 80-bit magic number of torch 0.1.10 to 1.5, whose files are bare pickles.
-_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
-_MISTAKES: Mapping[bytes, str] = MappingProxyType(
-    {
-        b"GGUF": "a GGUF file, whose weights are quantised; give the .ckpt or .safetensors",
-        b"version https://git-lfs": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
-        b"<": "a web page; the download went wrong, get the file again",
-        b"PK\5\6": "an empty zip archive; get the file again",
-        b"\x80": "a bare pickle, which only running it could read; save a state dict instead",
-    }
-)
 #: What DataParallel and DistributedDataParallel, torch.compile, and Lightning's Fabric put before
 #: the name of every tensor of the module that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
@@ -196,7 +186,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _read(file: MappedFile) -> Checkpoint:
     data = file.bytes.data
-    head = bytes(data[:64])
+    head = bytes(data[:HEAD_BYTES])
     if head.startswith(_ZIP_MAGIC):
         contents = read_torch_archive(data)
         return Checkpoint(
@@ -209,7 +199,7 @@ def _read(file: MappedFile) -> Checkpoint:
             unusual_globals=unusual_globals(contents.globals),
             _file=file,
         )
-    if head[8:9] == b"{":
+    if is_safetensors(head):
         extents, metadata = read_safetensors_header(data)
         return Checkpoint(
             path=file.path,
@@ -220,7 +210,7 @@ def _read(file: MappedFile) -> Checkpoint:
             metadata=metadata,
             _file=file,
         )
-    raise FormatError(_explain(head))
+    raise FormatError(unreadable(head))
 
 
 def _lazy(extents: Mapping[str, TensorExtent], file: MappedFile) -> Mapping[str, LazyTensor]:
@@ -239,20 +229,3 @@ def _wrappers_of(names: Iterable[str]) -> str:
     ):
         prefix, rests = prefix + wrapper, [name.removeprefix(wrapper) for name in rests]
     return prefix
-
-
-def _explain(head: bytes) -> str:
-    """Return what a file is that is not a checkpoint, and what to do about it."""
-    if head.startswith(_LEGACY_MAGIC):
-        return (
-            "is in the format of torch before 1.6, which cannot be read without running it; "
-            "convert it with `torch.save(torch.load(old, map_location='cpu', weights_only=True), "
-            "new)`, or with weights_only=False if torch refuses and you trust the file's source"
-        )
-    for start, explanation in _MISTAKES.items():
-        if head.startswith(start):
-            return f"is not a checkpoint but {explanation}"
-    return (
-        f"is neither a torch archive nor a safetensors file (it begins with {head[:8]!r}); "
-        "give a .ckpt, .pt or .safetensors file"
-    )

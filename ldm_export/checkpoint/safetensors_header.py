@@ -7,7 +7,7 @@ the header may have 16 MiB, room for a hundred thousand tensors, instead of 100 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from ldm_export.checkpoint.tensor_extent import (
@@ -71,6 +71,7 @@ def read_safetensors_header(
     header = _decode(bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + size]))
     metadata = _checked_metadata(header.pop(_METADATA, {}))
     begin = _LENGTH_BYTES + size
+    _check_end(header.values(), len(data) - begin)
     extents = {
         check_name(name): _extent_of(name, entry, begin, len(data))
         for name, entry in header.items()
@@ -115,6 +116,21 @@ def _checked_metadata(metadata: object) -> Mapping[str, str]:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise FormatError(f"{_METADATA} holds half a character (a lone surrogate)")
     return MappingProxyType(metadata)
+
+
+def _check_end(entries: Iterable[object], available: int) -> None:
+    """Check that the file has the bytes that its header promises."""
+    ends = (
+        last
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)
+        for last in entry["data_offsets"][1:2]
+        if is_size(last)
+    )
+    missing = max(ends, default=0) - available
+    if missing > 0:
+        lost = "1 byte" if missing == 1 else f"{missing} bytes"
+        raise FormatError(f"ends {lost} early: it is incomplete; download it again")
 
 
 def _extent_of(name: str, entry: object, begin: int, file_size: int) -> TensorExtent:

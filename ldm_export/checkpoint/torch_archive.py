@@ -76,6 +76,10 @@ def read_torch_archive(data: memoryview) -> TorchContents:
         if isinstance(value, TensorRecord)
     }
     if not tensors:
+        if "string_to_param" in state_dict:
+            raise FormatError(
+                "is a textual inversion embedding and not a model; give the model's checkpoint"
+            )
         raise FormatError(
             f"holds no tensors; its entries are {_listing(state_dict)}. Save a state dict "
             "with `torch.save(model.state_dict(), path)`"

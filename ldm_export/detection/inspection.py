@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, MappedFile, open_checkpoint
+from ldm_export.checkpoint.mistaken_files import part_of_several
 from ldm_export.checkpoint.zip_directory import read_zip_directory
 from ldm_export.detection.chosen_config import chosen_config
 from ldm_export.detection.detect import Detection, detect
@@ -19,19 +20,20 @@ _ZIP_MAGIC = b"PK\x03\x04"
 #: torch.save before version 1.6 began with this number as a pickle of protocol 2.
 _OLD_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _SAFETENSORS_LENGTH_BYTES = 8
+_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".gguf"})
 _LONG = 500  # characters of a value of metadata, which may be an image
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Describe a checkpoint file, or return None if its content is not that of a checkpoint.
+    """Describe a checkpoint file, or return None if it is not one by its content or its name.
 
     A configuration next to it is read as an export would. The result has `family` None and a
     `problem` if the tensors are sound but of no exported family, or contradict the configuration.
 
     Raises:
-        CheckpointError: The file is a checkpoint by its first bytes, but cannot be read.
+        CheckpointError: The file is a checkpoint by its content or its name, but cannot be read.
     """
-    if not _looks_like_checkpoint(path):
+    if not path.is_file() or not (_is_named_so(path) or _looks_like_checkpoint(path)):
         return None
     with open_checkpoint(path) as checkpoint:
         tensors = checkpoint.tensors
@@ -49,9 +51,12 @@ def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
         return report | _describe(checkpoint)
 
 
+def _is_named_so(path: Path) -> bool:
+    """Return whether the name is that of a checkpoint: then people want to know why it is none."""
+    return path.suffix.lower() in _SUFFIXES
+
+
 def _looks_like_checkpoint(path: Path) -> bool:
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         head = file.read(len(_OLD_TORCH_MAGIC))
     if head.startswith(_ZIP_MAGIC):
@@ -80,6 +85,8 @@ def _holds_pickle(path: Path) -> bool:
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Describe what an export would make of a checkpoint and the configuration next to it."""
     known: dict[str, Any] = {"config": None}
+    if part := part_of_several(checkpoint.path):
+        return known | {"family": None, "problem": part}
     try:
         chosen = chosen_config(checkpoint.path)
         known["config"] = None if chosen is None else str(chosen.path)

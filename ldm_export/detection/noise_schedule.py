@@ -79,10 +79,13 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: One value per training timestep.
         formula: The formula it was computed from, or None if the values are the checkpoint's own.
+        ends_in_noise: Whether the checkpoint's own values end at 0, in place of which a last value
+            above 0 is taken that samplers can divide by.
     """
 
     alphas_cumprod: tuple[float, ...]
     formula: ComputedSchedule | None
+    ends_in_noise: bool = False
 
 
 def read_schedule(tensors: Tensors, formula: ComputedSchedule) -> NoiseSchedule:
@@ -104,12 +107,14 @@ def read_schedule(tensors: Tensors, formula: ComputedSchedule) -> NoiseSchedule:
         raise WeightsError(f"{name} is stored as {dtype}; floating-point numbers were expected")
     own = _own_values(name, tensors[name].numpy())
     if dtype in _EXACT_TYPES:
-        if own.size > 1 and own[-1] == 0:  # trained for zero terminal SNR
+        ends_in_noise = own.size > 1 and own[-1] == 0  # trained for zero terminal SNR
+        if ends_in_noise:
             own = without_infinite_noise(own)
         _check(name, own)
-        if formula.source == "config":
+        if formula.source == "config" and not ends_in_noise:
             _compare(name, own, formula, _SAME)
-        return NoiseSchedule(alphas_cumprod=tuple(own.tolist()), formula=None)
+        alphas = tuple(own.tolist())
+        return NoiseSchedule(alphas_cumprod=alphas, formula=None, ends_in_noise=bool(ends_in_noise))
     _compare(name, own, formula, _ROUNDING[dtype])
     return NoiseSchedule(alphas_cumprod=tuple(computed.tolist()), formula=formula)
 
@@ -126,7 +131,7 @@ def _check(name: str, values: Float64Array) -> None:
     if not (np.all(np.diff(values) < 0) and 0 < values[-1] <= values[0] < 1):
         raise WeightsError(
             f"{name} is not a noise schedule: alphas_cumprod must decrease strictly between 1 and "
-            f"0, both excluded, but goes from {values[0]:g} to {values[-1]:g}"
+            f"0, but goes from {values[0]:g} to {values[-1]:g}"
         )
 
 

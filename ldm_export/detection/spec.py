@@ -153,6 +153,10 @@ def _schedule(
     notes = []
     if schedule.formula is not None:
         notes.append(assumed("alphas_cumprod", schedule.formula, schedule.formula.source))
+    if schedule.ends_in_noise:
+        _check_noise(prediction_type)
+        notes.append(assumed("alphas_cumprod", "ends at 2**-24 in place of 0", "file"))
+        return schedule.alphas_cumprod, notes
     if not sources.file.zero_terminal_snr:
         return schedule.alphas_cumprod, notes
     if prediction_type != "v_prediction":
@@ -164,6 +168,15 @@ def _schedule(
         return schedule.alphas_cumprod, notes
     notes.append(assumed("alphas_cumprod", "rescaled to zero terminal SNR", "file"))
     return rescale_zero_terminal_snr(schedule.alphas_cumprod), notes
+
+
+def _check_noise(prediction_type: PredictionType) -> None:
+    """Check that a model can denoise nothing but noise: from it, epsilon tells nothing of x0."""
+    if prediction_type == "epsilon":
+        raise WeightsError(
+            "alphas_cumprod ends at 0, nothing but noise, from which a UNet cannot predict "
+            "epsilon; models that end so predict v: give --prediction-type v_prediction"
+        )
 
 
 def _stated_schedule(sources: Sources) -> ComputedSchedule:

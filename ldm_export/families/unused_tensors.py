@@ -75,7 +75,7 @@ UNSUPPORTED_FORMATS: tuple[UnsupportedFormat, ...] = (
         advice="it is or contains a ControlNet, which this version does not export",
     ),
     UnsupportedFormat(
-        pattern=r"^(string_to_param|emb_params)",
+        pattern=r"^(string_to_param|emb_params|<[^.]*>$)",
         advice="it is a textual inversion embedding and not a model",
     ),
     UnsupportedFormat(

@@ -602,7 +602,7 @@ BAD_FILES = {
     "too many axes": (with_header({"a": entry(shape=(1,) * 65, offsets=(0, 4))}), "not sizes"),
     "size and shape differ": (with_header({"a": entry(shape=(5,))}), "24 bytes.*takes 20"),
     "offsets reversed": (with_header({"a": entry(offsets=(24, 0))}), "-24 bytes"),
-    "offsets outside": (with_header({"a": entry(offsets=(8, 32))}), "beyond"),
+    "offsets outside": (with_header({"a": entry(offsets=(8, 32))}), "ends 8 bytes early"),
     "tensors over each other": (
         with_header({"a": entry(), "b": entry(shape=(1,), offsets=(20, 24))}),
         "'b' overlaps",
@@ -612,7 +612,7 @@ BAD_FILES = {
         "'a' follows a gap",
     ),
     "hole at the end": (with_header({"a": entry(shape=(5,), offsets=(0, 20))}), "end at byte"),
-    "safetensors cut off": (with_header({"a": entry()}, FLOATS[:-1]), "beyond"),
+    "safetensors cut off": (with_header({"a": entry()}, FLOATS[:-1]), "ends 1 byte early"),
     "safetensors name of control characters": (
         with_header({"\x1b[2J": entry()}),
         r"control characters: '\\x1b",

@@ -578,6 +578,19 @@ def test_the_schedule_is_the_checkpoints_own():
     assert "alphas_cumprod" not in sources(spec)
 
 
+def test_a_schedule_that_ends_in_noise_is_for_models_that_predict_v():
+    tensors = checkpoint(TINY)
+    own = np.append(np.linspace(0.99, 0.01, 49), 0.0).astype(np.float32)
+    tensors["alphas_cumprod"] = with_values(own)
+
+    with pytest.raises(WeightsError, match=r"ends at 0, .* give --prediction-type v_prediction"):
+        detect(tensors)
+    spec = detect(tensors, overrides=Overrides(prediction_type="v_prediction")).spec
+
+    assert spec.alphas_cumprod[-1] == 2.0**-24
+    assert sources(spec)["alphas_cumprod"] == ("ends at 2**-24 in place of 0", "file")
+
+
 def test_detection_reads_no_weight_and_imports_nothing_heavy():
     code = "import sys, ldm_export.detection.detect; print(*sys.modules)"
 

