@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkabl
 import numpy.typing as npt
 
 from ldm_runtime.bundle.files import checked_file
+from ldm_runtime.bundle.graph_files import check_graph_files
 from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
 from ldm_runtime.errors import BackendError
 
@@ -205,12 +206,15 @@ class EngineSource:
 
         Raises:
             BackendError: The component has no such graph.
-            BundleError: A file is missing or altered.
+            BundleError: A file is missing or altered, or the graph names other files.
         """
         for record in self.component.graphs:
             if record.variant == variant:
-                self._checked(self.component.weights_file)
-                return self._checked(record.file)
+                weights = self.component.weights_file
+                self._checked(weights)
+                path = self._checked(record.file)
+                check_graph_files(self.bundle, record.file, weights)
+                return path
         raise BackendError(
             f"component {self.component.name!r} of {self.bundle} has no {variant} graph; "
             f"export the bundle again{', without --no-fp16' if variant == 'fp16' else ''}"

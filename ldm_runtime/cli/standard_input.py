@@ -1,6 +1,7 @@
 """Data from a file, or from standard input where the name of the file is "-"."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from ldm_runtime.errors import RequestError
@@ -8,6 +9,8 @@ from ldm_runtime.inputs.reading import without_byte_order_mark
 
 #: The name of standard input on a command line.
 STDIN = "-"
+#: Lines of requests may have images in them.
+_MAX_BYTES = 256 << 20
 
 
 def read_data(name: str, field: str) -> bytes:
@@ -18,10 +21,15 @@ def read_data(name: str, field: str) -> bytes:
         field: The field of a request that they are for.
 
     Raises:
-        RequestError: They are UTF-16.
+        RequestError: They are UTF-16, or more than a request can need.
         OSError: The file cannot be read.
     """
-    data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
+    with nullcontext(sys.stdin.buffer) if name == STDIN else Path(name).open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise RequestError(
+            field, f"{place_of(name)} has more than {_MAX_BYTES} bytes; split it into several files"
+        )
     try:
         return without_byte_order_mark(data, place_of(name))
     except ValueError as error:

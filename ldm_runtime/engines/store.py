@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm_runtime.bundle.files import check_file, sha256_of
+from ldm_runtime.bundle.graph_files import check_graph_files
 from ldm_runtime.bundle.manifest import (
     MANIFEST_NAME,
     ComponentRecord,
@@ -72,7 +73,7 @@ def add_engines(
 
     Raises:
         EngineBuildError: No builder can be used, or it fails.
-        BundleError: The bundle is not one, or a graph is altered.
+        BundleError: The bundle is not one, or a graph is altered or names other files.
     """
     load_manifest(bundle)  # raises if this is not a bundle
     toolchain = choose_toolchain(options)
@@ -89,6 +90,9 @@ def add_engines(
         for record in store.manifest.files:
             if record.path.startswith(tuple(f"{name}/" for name in files)):
                 check_file(bundle, record)
+        for component in store.manifest.components:
+            for graph in component.graphs:
+                check_graph_files(bundle, graph.file, component.weights_file)
         progress = progress or Silent()
         progress.plan(dict.fromkeys(map(engine_step, build_specs)))
         for build_spec in build_specs:

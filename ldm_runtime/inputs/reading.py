@@ -21,6 +21,8 @@ MAX_PIXELS = 2**26
 
 #: Errors that damaged image files were seen to raise (the first three), or running out of bytes.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+#: Most scans of a JPEG file. Cameras write one and editors ten; each costs a pass over the image.
+_MAX_SCANS = 100
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 _T = TypeVar("_T")
@@ -153,6 +155,9 @@ def decode_image(
         check_sides(named.name, *image.size)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(too_large)
+        # Compressed data never has these two bytes in a row: there, 0 follows every 255.
+        if image.format == "JPEG" and named.data.count(b"\xff\xda") > _MAX_SCANS:
+            raise ValueError(f"{named.name} has more than {_MAX_SCANS} scans; save it again")
         return take(image)
 
 

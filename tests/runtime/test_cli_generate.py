@@ -331,3 +331,14 @@ def test_requests_from_a_file_may_have_a_deadline(generate, tmp_path, capsys):
 
     assert generate("--requests", "p.txt", "--deadline-seconds", "0.000001") == 1
     assert "are over" in capsys.readouterr().err
+
+
+def test_requests_without_an_end_are_one_sentence(tiny_bundle, tmp_path, capsys):
+    file = tmp_path / "requests.jsonl"
+    with file.open("wb") as requests:
+        requests.truncate((256 << 20) + 1)  # a hole, which takes no room on the disk
+
+    assert main(["generate", "--bundle", str(tiny_bundle), "--requests", str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: requests: {file} has more than 268435456 bytes; split it into several files\n"
+    )

@@ -2,6 +2,7 @@ import base64
 import io
 import re
 import struct
+import time
 import warnings
 import zlib
 
@@ -355,3 +356,21 @@ def test_a_spoilt_file_is_a_picture_or_one_sentence(data):
             return
 
     assert picture.pixels.dtype == np.uint8
+
+
+def progressive(scans):
+    """A progressive JPEG of 8x8 gray pixels whose last scan is repeated up to that many."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8), 128).save(file, format="JPEG", progressive=True)
+    data = file.getvalue().removesuffix(b"\xff\xd9")
+    last = data[data.rindex(b"\xff\xda") :]
+    return data + last * (scans - data.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_more_scans_than_any_editor_writes_is_refused_before_it_is_decoded():
+    assert InputImage.read(progressive(100)).size == (8, 8)
+
+    start = time.process_time()
+    with pytest.raises(ValueError, match="has more than 100 scans; save it again"):
+        InputImage.read(progressive(20_000))
+    assert time.process_time() - start < 2

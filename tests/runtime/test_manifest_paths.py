@@ -3,11 +3,12 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
 from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import manifest_digest
+from ldm_runtime.bundle.manifest import encode_manifest, load_manifest, manifest_digest
 from ldm_runtime.cli import main
 from ldm_runtime.errors import ManifestError
 from ldm_runtime.generator import Generator
@@ -141,3 +142,23 @@ def test_a_generator_opens_a_bundle_under_its_hash_alone(tiny_bundle):
         assert generator.bundle_sha256 == found
     with pytest.raises(ManifestError, match=f"has sha256 {found}, not {'f' * 64} as it should"):
         Generator(tiny_bundle, sha256="f" * 64)
+
+
+@pytest.mark.parametrize("name", [b"Weights.bin", b"../weig.bin"])
+@pytest.mark.parametrize("command", ["generate", "verify", "build-engines"])
+def test_a_graph_that_names_another_file_is_refused(own_bundle, capsys, command, name):
+    graph = own_bundle / "unet/model.cpu.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"weights.bin", name))
+    (own_bundle / "unet" / name.decode()).write_bytes(
+        (own_bundle / "unet/weights.bin").read_bytes()
+    )
+    manifest = load_manifest(own_bundle)
+    files = tuple(
+        replace(each, sha256=sha256_of(own_bundle / each.path)) for each in manifest.files
+    )
+    (own_bundle / "manifest.json").write_bytes(encode_manifest(replace(manifest, files=files)))
+
+    assert main([*COMMANDS[command](str(own_bundle)), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    if command != "build-engines":  # which has no builder or no fp16 graph here
+        assert f"unet/model.cpu.onnx names the file '{name.decode()}', but the manifest" in error
