@@ -136,6 +136,23 @@ def test_outputs_that_say_nothing_or_are_no_numbers_are_undecided(value):
     assert confirmed(spec, record) is spec
 
 
+@pytest.mark.parametrize(("factor", "warned"), [(1, False), (0.2, True), (5.5, True)])
+def test_latents_far_from_unit_variance_are_a_warning_with_their_spread(factor, warned, caplog):
+    spec, networks = opened_model(FOLDER / "unconditional.ckpt")
+    scaled = replace(
+        spec.autoencoder, latent_scale_factor=factor * spec.autoencoder.latent_scale_factor
+    )
+
+    record = measure_prediction(
+        spec.with_networks(autoencoder=scaled), None, networks.__getitem__, "key"
+    )
+
+    assert record is not None
+    found = [each.getMessage() for each in caplog.records if "deviation" in each.getMessage()]
+    assert len(found) == warned
+    assert all(f"is the factor {scaled.latent_scale_factor:g} right?" in each for each in found)
+
+
 def test_an_autoencoder_predicts_nothing():
     spec = small_system("autoencoder").spec
 
