@@ -63,6 +63,7 @@ def options(arguments: argparse.Namespace) -> Any:  # noqa: ANN401  (ours, but i
 
 def build_one(arguments: argparse.Namespace) -> None:
     """Build engine number `--one` and write its plan below `--out`: the measured process."""
+    from ldm_runtime.bundle.manifest import load_manifest
     from ldm_runtime.engines.build_specs import choose_toolchain
     from ldm_runtime.engines.store import write_engine
 
@@ -70,8 +71,9 @@ def build_one(arguments: argparse.Namespace) -> None:
     toolchain = choose_toolchain(wanted)
     assert not isinstance(toolchain, str)  # only "auto" and "none" answer with a sentence
     build_spec = build_specs(arguments)[arguments.one]
-    graph = arguments.bundle / build_spec.component / "model.onnx"
-    record = write_engine(graph, build_spec, toolchain, arguments.out)
+    component = load_manifest(arguments.bundle).component(build_spec.component)
+    (graph,) = (each.file for each in component.graphs if each.variant == "fp16")
+    record = write_engine(arguments.bundle / graph, build_spec, toolchain, arguments.out)
     print(json.dumps({"build_seconds": record.seconds, "plan_bytes": record.size_bytes}))
 
 

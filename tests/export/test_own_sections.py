@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
@@ -32,6 +35,16 @@ def test_sampling_defaults_of_a_configuration_win_over_the_familys():
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (30, 4.0)
     sources = {each.field: each.source for each in spec.assumptions}
     assert {sources[f"defaults.{name}"] for name in sampling} == {"config"}
+
+
+def test_the_sections_in_the_documentation_are_read():
+    page = (Path(__file__).parents[2] / "docs/command-line.md").read_text()
+    (block,) = [part.split("```")[0] for part in page.split("```yaml\n")[1:]]
+
+    spec = detected(CIN256_V2, **yaml.safe_load(block))
+
+    assert spec.label_names == ("red circle", "green circle")
+    assert (spec.defaults.num_inference_steps, spec.defaults.guidance_scale) == (50, 1.5)
 
 
 def test_entries_that_a_configuration_leaves_out_are_the_familys():
