@@ -1,17 +1,17 @@
 """Measurement of a UNet's prediction target, which no shape tells and a wrong one ruins silently.
 
 Latents of procedural images are mixed with noise, x = a * x0 + s * noise with a² + s² = 1, and the
-output of the UNet is regressed on the noise and on x0. With e the noise that is left in the x0 that
-the model has in mind, noise is left out of its output with a slope of
+output of the UNet is regressed on the noise and on x0. If e is the slope on the noise of the x0
+that the model estimates, the slope of its output on the noise is
 
 * 1 - e * a / s  if it predicts the noise,
 * a - e / s      if it predicts v = a * noise - s * x0 (Salimans and Ho 2022, arXiv:2202.00512),
 * e              if it predicts x0,
 
 and e is small wherever noise prevails, whatever the model makes of images that it was not trained
-on. The distance of the output itself from each target tells less: of the shapes models, which all
-predict v, the output of two is nearer to the noise than to v on such images. The spread of the
-latents is looked at in passing.
+on. The distance of the output itself from each target tells less: the shapes models all predict v,
+and on such images the output of some is nearer to the noise. The spread of the latents is checked
+as well.
 """
 
 import logging
@@ -123,7 +123,9 @@ def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
                 f"--prediction-type {record.measured}, or with --prediction-type "
                 f"{spec.prediction_type} to keep it"
             )
-        _LOGGER.warning("%s, which --prediction-type says and is used", contradiction)
+        _LOGGER.warning(
+            "%s; --prediction-type %s is used as asked", contradiction, spec.prediction_type
+        )
         return spec
     measured = replace(assumption, source=f"{assumption.source}, measured")
     assumptions = (measured if each is assumption else each for each in spec.assumptions)
@@ -135,8 +137,8 @@ def _contradiction(
 ) -> str:
     near, far = (record.deviations[kind] for kind in (measured, stated))
     return (
-        f"the UNet predicts {measured}: its output follows the noise in its input as that does up "
-        f"to {near:.2f}, and up to {far:.2f} as {stated}"
+        f"the UNet was measured to predict {measured} (the slope of its output on noise is off by "
+        f"{near:.2f}) and not {stated} (off by {far:.2f})"
     )
 
 

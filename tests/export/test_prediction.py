@@ -189,9 +189,9 @@ def test_a_measurement_that_contradicts_names_both_errors_and_the_flag(source, w
         confirmed(assuming(source), measured("v_prediction"))
 
     assert str(raised.value) == (
-        "the UNet predicts v_prediction: its output follows the noise in its input as that does up "
-        f"to 0.04, and up to 0.50 as epsilon, {words}; export with --prediction-type v_prediction, "
-        "or with --prediction-type epsilon to keep it"
+        "the UNet was measured to predict v_prediction (the slope of its output on noise is off by "
+        f"0.04) and not epsilon (off by 0.50), {words}; export with --prediction-type "
+        "v_prediction, or with --prediction-type epsilon to keep it"
     )
 
 
@@ -199,13 +199,13 @@ def test_a_flag_is_obeyed_with_a_warning(caplog):
     spec = assuming("flag")
 
     assert confirmed(spec, measured("v_prediction")) is spec
-    assert "and up to 0.50 as epsilon, which --prediction-type says and is used" in caplog.text
+    assert "not epsilon (off by 0.50); --prediction-type epsilon is used as asked" in caplog.text
 
 
 def test_a_download_without_its_configuration_is_refused_before_anything_is_written(tmp_path):
     checkpoint = shutil.copy(SHAPES_CHECKPOINT, tmp_path / "model.ckpt")
 
-    with pytest.raises(ExportError, match=r"predicts v_prediction: .* --prediction-type v_pred"):
+    with pytest.raises(ExportError, match=r"to predict v_prediction .* --prediction-type v_pred"):
         export(checkpoint, tmp_path / "engines")
 
     assert list(tmp_path.iterdir()) == [checkpoint]
