@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(version_line("ldm-export", _library_versions()))
         return 0
     _place_paths(args)
-    show_messages(args, dict.fromkeys(("ldm_export", "ldm_runtime"), logging.INFO))
+    show_messages(args, logging.INFO)
     try:
         _export(args)
     except LdmError as error:

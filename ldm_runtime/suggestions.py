@@ -1,7 +1,6 @@
 """Suggestions for a misspelt name: the known names that are close to it."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 _MOST = 3
 _LEAST_LIKENESS = 0.65
@@ -9,6 +8,8 @@ _LEAST_LIKENESS = 0.65
 
 def close_names(name: str, names: Iterable[str]) -> list[str]:
     """Return the names that begin with `name`, or else resemble it, at most three."""
+    from difflib import get_close_matches  # deferred: only a misspelt name needs it
+
     known = list(dict.fromkeys(names))
     longer = [each for each in known if name.strip("-") and each.startswith(name)]
     return longer[:_MOST] or get_close_matches(name, known, _MOST, _LEAST_LIKENESS)

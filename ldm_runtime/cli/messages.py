@@ -4,14 +4,13 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MappingProxyType
 
 from ldm_runtime.escaping import printable
 from ldm_runtime.progress import Progress, Silent, reporting_to
 
-_WARNINGS: Mapping[str, int] = MappingProxyType({"ldm_runtime": logging.WARNING})
+_PACKAGES = ("ldm_runtime", "ldm_export")
 
 
 def say(line: str) -> None:
@@ -35,20 +34,23 @@ def add_message_flags(parser: argparse._ActionsContainer) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
 
 
-def show_messages(args: argparse.Namespace, usual: Mapping[str, int] = _WARNINGS) -> None:
+def show_messages(args: argparse.Namespace, usual: int | None = None) -> None:
     """Show log messages on stderr, each once; errors alone if quiet, and all if verbose.
 
     Args:
         args: Arguments with the flags of `add_message_flags`.
-        usual: The level from which on messages of each package are shown otherwise.
+        usual: The level from which on messages of our packages are shown otherwise; None is that of
+            all others, warnings.
     """
     handler = logging.StreamHandler()
     handler.addFilter(_Once())
     handler.setFormatter(MessageFormatter())
     handler.setLevel(logging.ERROR if args.quiet else logging.DEBUG)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for package, level in usual.items():
-        logging.getLogger(package).setLevel(logging.DEBUG if args.verbose else level)
+    level = logging.DEBUG if args.verbose else usual
+    if level is not None:
+        for package in _PACKAGES:
+            logging.getLogger(package).setLevel(level)
 
 
 @contextmanager
