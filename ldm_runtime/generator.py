@@ -107,10 +107,11 @@ class Generator(Closing):
             bundle=self.bundle,
             manifest=self.manifest,
             threads=threads,
+            check_hashes=check_hashes,
             options=options,
             shared=SharedResources(),
         )
-        self._network = self._open_networks(source, check_hashes)
+        self._network = self._open_networks(source)
         self._pipeline = ImagePipeline(
             network=self._network,
             tokenizer=tokenizer,
@@ -300,15 +301,12 @@ class Generator(Closing):
         waits = {"vae_encoder"}.difference(conditioning_components(self.spec))
         return [name for name in components_of(self.spec) if name not in waits]
 
-    def _open_networks(
-        self, source: Callable[..., EngineSource], check_hashes: bool
-    ) -> OpenNetworks:
+    def _open_networks(self, source: Callable[..., EngineSource]) -> OpenNetworks:
         """Open the networks that requests take."""
         backend = get_backend(self.backend)
 
-        def open_engine(name: str, checked_before: bool) -> Engine:
-            component, hashed = self.manifest.component(name), check_hashes and not checked_before
-            return backend.open_engine(source(component=component, check_hashes=hashed))
+        def open_engine(name: str) -> Engine:
+            return backend.open_engine(source(component=self.manifest.component(name)))
 
         owner = f"the generator of {self.bundle}"
         networks = OpenNetworks(open_engine, owner, survives_fork=backend.ABILITIES.survives_fork)

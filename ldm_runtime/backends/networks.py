@@ -55,13 +55,13 @@ class OpenNetworks(Closing):
     these threads or crashes.
 
     Args:
-        open_engine: Opens a component; told whether this bundle's files were checked before.
+        open_engine: Opens a component.
         owner: What holds the networks, for error messages.
         survives_fork: Whether a forked process can open engines; with CUDA it cannot.
     """
 
     def __init__(
-        self, open_engine: Callable[[str, bool], Engine], owner: str, *, survives_fork: bool
+        self, open_engine: Callable[[str], Engine], owner: str, *, survives_fork: bool
     ) -> None:
         self._open_engine = open_engine
         self._owner = owner
@@ -87,8 +87,7 @@ class OpenNetworks(Closing):
                     "follow a fork; open it in every process, or start them by spawning"
                 )
             if name not in self._opened:
-                engine = self._open_engine(name, self._is_forked)
-                self._opened[name] = self._engines.enter_context(engine)
+                self._opened[name] = self._engines.enter_context(self._open_engine(name))
             return FiniteOutputs(name=name, runner=self._opened[name])
 
     @property

@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from ldm_runtime.backends.networks import OpenNetworks
+from ldm_runtime.errors import BackendError
+from ldm_runtime.testing import FakeEngine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -34,8 +39,16 @@ generator.close()
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2, 0, 4])
-@pytest.mark.parametrize("ending", ["exit", "generate", "generate and close"])
+@pytest.mark.parametrize(
+    ("threads", "ending"),
+    [
+        (1, "generate and close"),
+        (2, "generate and close"),
+        (4, "generate and close"),
+        (4, "exit"),
+        (0, "generate"),
+    ],
+)
 def test_a_forked_process_generates_the_same_and_ends(tiny_bundle, threads, ending):
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tiny_bundle), str(threads), ending],
@@ -48,3 +61,46 @@ def test_a_forked_process_generates_the_same_and_ends(tiny_bundle, threads, endi
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == (["0"] if ending == "exit" else ["equal", "0"])
+
+
+def networks_over(engines, *, survives_fork):
+    """Open networks that note every engine."""
+
+    def open_engine(_name):
+        engines.append(FakeEngine(lambda _: {"x": np.zeros(1)}))
+        return engines[-1]
+
+    return OpenNetworks(open_engine, "the generator", survives_fork=survives_fork)
+
+
+def is_closed(engine):
+    try:
+        engine.run({})
+    except BackendError:
+        return True
+    return False
+
+
+def test_a_forked_process_opens_its_own_networks_and_closes_no_others():
+    engines = []
+    networks = networks_over(engines, survives_fork=True)
+    networks("unet")
+
+    networks.abandon()
+    networks("unet")
+    networks.close()
+
+    assert [is_closed(engine) for engine in engines] == [False, True]
+
+
+def test_on_a_gpu_a_forked_process_is_told_to_open_the_bundle_itself():
+    engines = []
+    networks = networks_over(engines, survives_fork=False)
+    networks("unet")
+
+    networks.abandon()
+    with pytest.raises(BackendError, match="a GPU does not follow a fork; open it in every"):
+        networks("unet")
+    networks.close()
+
+    assert not is_closed(engines[0])
