@@ -3,15 +3,23 @@
 import ctypes
 import errno
 import fcntl
+import logging
 import os
+import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_LOGGER = logging.getLogger(__name__)
+
+#: Names of files that `whole_file` is writing.
+_PART = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)
+_STALE_SECONDS = 3600
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The kernel, or the file system, cannot exchange; an overlay cannot for folders of its lower layer.
 _CANNOT_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EXDEV})
@@ -50,6 +58,22 @@ def whole_file(path: Path, *, replace: bool = True, synced: bool = True) -> Iter
             _rename_without_replacing(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_stale_parts(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote to a folder have left there.
+
+    Parts are hidden and an hour old at least: a file takes seconds.
+    """
+    before = time.time() - _STALE_SECONDS
+    try:
+        with os.scandir(folder) as entries:
+            parts = [entry for entry in entries if _PART.fullmatch(entry.name)]
+        for part in parts:
+            if part.stat(follow_symlinks=False).st_mtime < before:
+                os.unlink(part)
+    except OSError as error:
+        _LOGGER.debug("parts of files in %s stay: %s", folder, error.strerror)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ldm_runtime.durable import remove_stale_parts
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import IMAGE_SUFFIXES, is_folder, pattern_paths
 from ldm_runtime.pipeline.results import Result
@@ -50,7 +51,9 @@ def image_writer(args: argparse.Namespace, seeds: Sequence[int]) -> WriteImages:
         _check_alone(args, seeds)
         return _write_to_stdout
     if args.output is None or is_folder(args.output):
-        return partial(_write_numbered, _folder(args))
+        folder = _folder(args)
+        remove_stale_parts(folder)
+        return partial(_write_numbered, folder)
     return partial(_write_named, iter(pattern_paths(args.output, seeds)))
 
 

@@ -23,7 +23,7 @@ _MAX_SIDE = 16384  # pixels of an image
 _MAX_LEVELS = 10  # a factor of 512 between image and latents
 _MAX_LENGTH = 64
 _MAX_SIZE = 2**31 - 1
-_MAX_STEPS = 10_000
+_MAX_STEPS = 100_000
 _MAX_TIMESTEPS = 100_000
 _LEAST_TOKENS, _MAX_TOKENS = 3, 65536  # the first, the last and one between
 #: Share of the image in the first training timestep, at least, and in the last, at most; models of

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -342,3 +343,21 @@ def test_requests_without_an_end_are_one_sentence(tiny_bundle, tmp_path, capsys)
     assert capsys.readouterr().err == (
         f"error: requests: {file} has more than 268435456 bytes; split it into several files\n"
     )
+
+
+def test_parts_of_images_that_a_killed_process_left_are_removed_once_they_are_old(
+    tiny_bundle, tmp_path
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    old, young = out / ".0000-seed7.png.0123abcd.part", out / ".0001-seed8.png.0123abcd.part"
+    others = [out / name for name in ("a.part", ".a.png.part", ".a.png.0123abcd.partial")]
+    for path in (old, young, *others):
+        path.write_bytes(b"half")
+        if path != young:
+            os.utime(path, (0, 0))
+
+    main(["generate", "red", "--bundle", str(tiny_bundle), "--out-dir", str(out), "--seed", "7"])
+
+    left = {path.name for path in out.iterdir()}
+    assert left == {"0000-seed7.png", young.name, *(path.name for path in others)}

@@ -313,7 +313,7 @@ def schedule(change):
         (network("text_encoder", max_tokens=10**6), "text_encoder.max_tokens"),
         (defaults(height=0), "defaults.height"),
         (defaults(width=10**6), "defaults.width"),
-        (defaults(num_inference_steps=10**5), "defaults.num_inference_steps"),
+        (defaults(num_inference_steps=10**6), "defaults.num_inference_steps"),
         (schedule(lambda alphas: []), "alphas_cumprod"),
         (schedule(lambda alphas: alphas[::-1]), "alphas_cumprod"),
         (schedule(lambda alphas: alphas[:100]), "alphas_cumprod"),
