@@ -7,8 +7,8 @@ and with the commit in its rows. It prints the machine's own limits and a table;
 
     python benchmarks/latency.py --json >> benchmarks/results/latency.jsonl
 
-prints one line of JSON alone, to keep. Every repetition is its own process, which generates twice;
-backends take turns.
+prints one line of JSON, to keep, and the rest to standard error. Every repetition is its own
+process, which generates twice; backends take turns.
 """
 
 import sys

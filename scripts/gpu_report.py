@@ -22,7 +22,7 @@ _PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("graphics card", ("nvidia-smi",)),
     ("ldm doctor", (sys.executable, "-c", _DOCTOR)),
     ("tests", (sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "--tb=short", "--durations=10")),
-    ("latency", (sys.executable, "benchmarks/latency.py")),
+    ("latency", (sys.executable, "benchmarks/latency.py", "--json")),
 )
 
 

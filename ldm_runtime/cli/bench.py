@@ -3,7 +3,9 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +50,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes per backend, each of which generates twice (default: %(default)s)",
     )
-    add_json_flag(parser, "print one line of JSON, and nothing else")
+    add_json_flag(parser, "print one line of JSON, and the report to standard error")
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -81,7 +83,7 @@ def measure_bundle(bundle: Path, args: argparse.Namespace, commit: str) -> None:
     subject = open_subject(bundle, fields)
     backends, reasons = runs.runnable_backends(args.backend or [], subject)
     ceilings = measure_apart()
-    show = _ignore if args.json else _show
+    show = _shown(args)
     show("\n".join(report.heading(subject, ceilings, reasons)))
     found = _find(subject, fields, backends, args)
     rows = runs.as_rows(subject, found, commit)
@@ -116,9 +118,8 @@ def _find(
     return found
 
 
-def _show(text: str) -> None:
-    print(text, flush=True)
-
-
-def _ignore(_: str) -> None:
-    """Print nothing."""
+def _shown(args: argparse.Namespace) -> Callable[[str], None]:
+    """Return what shows a part of the report: on standard output, unless that is for JSON."""
+    if args.json and args.quiet:
+        return lambda _: None
+    return partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)

@@ -122,6 +122,7 @@ def test_the_parts_of_an_image_add_up_in_the_line_of_json(bundle):
     done = run_latency(*arguments, "--batch", 2, "--json")
 
     (line,) = done.stdout.splitlines()
+    assert "import + load + first image" in done.stderr
     kept = json.loads(line)
     assert kept["benchmark"] == "latency"
     assert kept["commit"] == commit()
