@@ -646,7 +646,7 @@ def test_what_preloading_prints_is_not_printed(monkeypatch, capsys, caplog):
         onnxruntime, "preload_dlls", lambda: sys.stdout.write("Failed to load libmoon.so\n")
     )
 
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="ldm_runtime"):  # a command may have raised it
         preload_libraries()
         monkeypatch.delattr(onnxruntime, "preload_dlls")
         preload_libraries()
