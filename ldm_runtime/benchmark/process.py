@@ -38,12 +38,14 @@ class Job:
         backend: Name of a backend.
         fields: Fields of the request, for `subject.open_subject`.
         batch_size: Images in one call.
+        trust_engines: Whether TensorRT may run engines that were not built on this machine.
     """
 
     bundle: str
     backend: str
     fields: dict[str, Any]
     batch_size: int
+    trust_engines: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,12 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
     def load() -> tuple[Generator, float]:
         started = time.perf_counter()
         name = cast("BackendName", job.backend)  # which `get_backend` has found
-        generator = Generator(job.bundle, backend=name, batch_size=job.batch_size)
+        generator = Generator(
+            job.bundle,
+            backend=name,
+            batch_size=job.batch_size,
+            trust_engines=job.trust_engines,
+        )
         return generator, time.perf_counter() - started
 
     cast("Any", backend).open_engine = open_timed  # for the rest of this process

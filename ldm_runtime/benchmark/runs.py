@@ -1,11 +1,12 @@
 """The measurements of a bundle: every backend in turn, one process after another."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
 from ldm_runtime.backends import BACKENDS, choose_backend
+from ldm_runtime.backends.contract import RunOptions
 from ldm_runtime.benchmark import process
 from ldm_runtime.benchmark.ceilings import Ceilings
 from ldm_runtime.benchmark.children import run_child
@@ -30,7 +31,10 @@ def runnable_backends(names: Sequence[str], subject: Subject) -> tuple[list[str]
     Raises:
         BackendError: One that was asked for cannot run, or there is none at all.
     """
-    choose = partial(choose_backend, manifest=subject.manifest, bundle=subject.bundle)
+    options = RunOptions(trust_engines=subject.trust_engines)
+    choose = partial(
+        choose_backend, manifest=subject.manifest, bundle=subject.bundle, options=options
+    )
     if names:
         return [choose(name) for name in dict.fromkeys(names)], []
     able, reasons = [], []
@@ -45,10 +49,7 @@ def runnable_backends(names: Sequence[str], subject: Subject) -> tuple[list[str]
 
 
 def find(
-    subject: Subject,
-    fields: Mapping[str, object],
-    backends: Sequence[str],
-    repetitions: int,
+    subject: Subject, backends: Sequence[str], repetitions: int
 ) -> Iterator[tuple[str, Findings]]:
     """Run every backend in its own process, in turns, and yield the findings of each process.
 
@@ -56,7 +57,6 @@ def find(
 
     Args:
         subject: The bundle and its request.
-        fields: The fields that `open_subject` made the request from.
         backends: The backends.
         repetitions: Processes per backend.
 
@@ -68,8 +68,9 @@ def find(
             job = Job(
                 bundle=str(subject.bundle),
                 backend=backend,
-                fields=dict(fields),
+                fields=dict(subject.fields),
                 batch_size=subject.request.num_images,
+                trust_engines=subject.trust_engines,
             )
             yield backend, _run(job)
 

@@ -36,11 +36,15 @@ class Subject:
         bundle: The bundle's folder.
         manifest: Its manifest.
         request: The request; its images are one batch.
+        fields: The fields that were asked for.
+        trust_engines: Whether TensorRT may run engines that were not built on this machine.
     """
 
     bundle: Path
     manifest: Manifest
     request: ResolvedRequest
+    fields: Mapping[str, object]
+    trust_engines: bool
 
     @property
     def rows(self) -> int:
@@ -65,20 +69,34 @@ class Subject:
         }
 
 
-def open_subject(bundle: Path, fields: Mapping[str, Any] = _DEFAULTS) -> Subject:
+def open_subject(
+    bundle: Path,
+    fields: Mapping[str, Any] = _DEFAULTS,
+    *,
+    sha256: str | None = None,
+    trust_engines: bool = False,
+) -> Subject:
     """Return a bundle with a request of its own task and the defaults of its model.
 
     Args:
         bundle: The bundle's folder.
         fields: Further fields of the request; None stands for the default.
+        sha256: Hash that the bundle's manifest must have; None is any.
+        trust_engines: Whether TensorRT may run engines that were not built on this machine.
 
     Raises:
         LdmError: There is no such bundle, or its model cannot do what the fields ask for.
     """
-    manifest = load_manifest(bundle)
+    manifest = load_manifest(bundle, sha256=sha256)
     given = {name: value for name, value in fields.items() if value is not None}
     request = parse_request({**_condition(bundle, manifest), **given, "seed": 0})
-    return Subject(bundle=bundle, manifest=manifest, request=resolve(request, manifest.spec))
+    return Subject(
+        bundle=bundle,
+        manifest=manifest,
+        request=resolve(request, manifest.spec),
+        fields=given,
+        trust_engines=trust_engines,
+    )
 
 
 def _condition(bundle: Path, manifest: Manifest) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ldm_runtime.cli.backend_flags import backend_name
 from ldm_runtime.cli.messages import reporting
 from ldm_runtime.cli.parsing import add_json_flag, image_size, positive
+from ldm_runtime.cli.trust_flags import add_trust_arguments
 from ldm_runtime.progress import Progress, Silent
 from ldm_runtime.version import version
 
@@ -50,6 +51,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes per backend, each of which generates twice (default: %(default)s)",
     )
+    add_trust_arguments(parser)
     add_json_flag(parser, "print one line of JSON, and the report to standard error")
 
 
@@ -80,12 +82,12 @@ def measure_bundle(bundle: Path, args: argparse.Namespace, commit: str) -> None:
     fields = {"height": height, "width": width, "num_inference_steps": args.steps}
     if args.batch > 1:
         fields["num_images"] = args.batch
-    subject = open_subject(bundle, fields)
+    subject = open_subject(bundle, fields, sha256=args.sha256, trust_engines=args.trust_engines)
     backends, reasons = runs.runnable_backends(args.backend or [], subject)
     ceilings = measure_apart()
     show = _shown(args)
     show("\n".join(report.heading(subject, ceilings, reasons)))
-    found = _find(subject, fields, backends, args)
+    found = _find(subject, backends, args)
     rows = runs.as_rows(subject, found, commit)
     for backend in backends:
         of_backend = [row for row in rows if row.backend == backend]
@@ -97,10 +99,7 @@ def measure_bundle(bundle: Path, args: argparse.Namespace, commit: str) -> None:
 
 
 def _find(
-    subject: "Subject",
-    fields: dict[str, object],
-    backends: list[str],
-    args: argparse.Namespace,
+    subject: "Subject", backends: list[str], args: argparse.Namespace
 ) -> list[tuple[str, "Findings"]]:
     """Measure, with a bar on a terminal alone."""
     from ldm_runtime.benchmark.runs import find
@@ -110,7 +109,7 @@ def _find(
     silent: nullcontext[Progress] = nullcontext(Silent())
     with reporting(args) if sys.stderr.isatty() else silent as progress:
         progress.plan(dict.fromkeys(names))
-        measured = find(subject, fields, backends, args.repetitions)
+        measured = find(subject, backends, args.repetitions)
         for name in names:
             progress.begin(name)
             found.append(next(measured))

@@ -196,14 +196,14 @@ def test_a_process_that_loads_torch_is_no_measurement(bundle, monkeypatch):
     )
 
     with pytest.raises(LdmError, match="loaded torch"):
-        list(runs.find(subject, {}, ["onnxruntime"], 1))
+        list(runs.find(subject, ["onnxruntime"], 1))
 
 
 def test_a_failing_process_gives_its_reason(bundle):
     subject = replace(open_subject(bundle), bundle=Path("/nowhere"))
 
     with pytest.raises(LdmError, match=r"onnxruntime failed: /nowhere/manifest\.json not"):
-        list(runs.find(subject, {}, ["onnxruntime"], 1))
+        list(runs.find(subject, ["onnxruntime"], 1))
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(bundle):

@@ -61,3 +61,8 @@ def test_a_bundle_is_measured_without_a_repository(bundles, tmp_path, monkeypatc
 def test_a_bundle_that_is_not_there_is_one_sentence(tmp_path, capsys):
     assert main(["bench", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bundle_with_another_hash_is_not_measured(bundles, capsys):
+    assert main(["bench", str(bundles / "text-to-image"), "--sha256", "0" * 64]) == 1
+    assert "sha256" in capsys.readouterr().err
