@@ -104,6 +104,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         **_records(spec),
         "num_train_timesteps": len(spec.alphas_cumprod),
         "defaults": asdict(spec.defaults),
+        "label_names": list(spec.label_names) or None,
         "assumptions": [asdict(assumption) for assumption in spec.assumptions],
         "unused": _counts(detection.unused.values()),
     }

@@ -114,6 +114,19 @@ def test_a_configuration_beside_a_checkpoint_is_read_as_an_export_reads_it(tmp_p
     assert "in_channels is 9" in contradicted["problem"]
 
 
+def test_sampling_defaults_and_label_names_next_to_a_checkpoint_are_described(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(small_system("class-guided").state, path)
+    path.with_suffix(".yaml").write_text(
+        "model: {params: {}}\nsampling: {num_inference_steps: 7}\nlabel_names: [cat, red cross]\n"
+    )
+
+    report = inspect_checkpoint(path)
+
+    assert report["defaults"]["num_inference_steps"] == 7
+    assert report["label_names"] == ["cat", "red cross"]
+
+
 def test_a_report_can_be_written_as_json(ckpt):
     report = inspect_checkpoint(ckpt)
 
