@@ -9,7 +9,7 @@ turns, so that a disturbance of the machine does not hit one alone.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -74,7 +74,7 @@ def record(generator: Generator, steps: int, repetitions: int) -> dict[str, Any]
     }
 
 
-def measure(ways: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+def measure(ways: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
     """Return the seconds of every repetition by way, after one of each to warm up."""
     for way in ways.values():
         way()

@@ -146,11 +146,9 @@ class RunOptions:
     Attributes:
         cuda_graphs: Whether a GPU replays a captured CUDA graph for shapes that it has seen, which
             saves the launch of every kernel; the results are the same.
-        spinning: Whether threads of the CPU wait for work by running in circles. That is up to a
-            fifth faster for small networks on processors that nothing else uses, and takes two to
-            twelve times as long on processors that others use too.
-        trust_engines: Whether TensorRT may run engine files that were not built on this machine.
-            They are code: say so only of a bundle from a source you trust.
+        spinning: Whether threads of the CPU wait for work by running in circles, ONNX Runtime's own
+            default. On processors that others use too, a step then takes 1.4 to 3 times as long
+            (`docs/deployment.md`).
         specialization: When TensorRT-RTX compiles kernels for the exact input shapes: "lazy" in
             the background while generic ones run, "eager" before the first result, "none" never.
     """
