@@ -104,6 +104,8 @@ def _summary(component: Mapping[str, Any]) -> str:
         ]
         measured = f" (max relative error {max(errors):.1e})" if errors else ""
         parts.append(f"{graph['variant']} graph{measured}")
+    if len({graph["file"] for graph in component["graphs"]}) < len(parts):
+        parts.append("both one file: half precision cannot hold this network")
     return ", ".join(parts)
 
 

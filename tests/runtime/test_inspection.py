@@ -195,7 +195,7 @@ def test_the_readable_form_shows_the_worst_parity_of_each_graph():
         {"variant": "fp16", "max_relative_error": 2e-3},
         {"variant": "fp32", "max_relative_error": 3e-5},
     ]
-    graphs = [{"variant": "fp16"}, {"variant": "fp32"}]
+    graphs = [{"variant": "fp16", "file": "a"}, {"variant": "fp32", "file": "b"}]
     component = {"name": "unet", "graphs": graphs, "parity": parity}
 
     text = readable({"kind": "bundle", "components": [component], "files": []})
@@ -204,6 +204,16 @@ def test_the_readable_form_shows_the_worst_parity_of_each_graph():
         "  unet: fp16 graph (max relative error 2.0e-03), fp32 graph (max relative error 3.0e-05)"
         in text.splitlines()
     )
+
+
+def test_the_readable_form_says_that_a_network_stays_in_fp32():
+    graphs = [{"variant": "fp32", "file": "a"}, {"variant": "fp16", "file": "a"}]
+    component = {"name": "vae_decoder", "graphs": graphs, "parity": []}
+
+    text = readable({"kind": "bundle", "components": [component], "files": []})
+
+    line = "fp32 graph, fp16 graph, both one file: half precision cannot hold this network"
+    assert f"  vae_decoder: {line}" in text.splitlines()
 
 
 def test_the_readable_form_cannot_steer_a_terminal():
