@@ -259,3 +259,37 @@ def test_weights_are_mapped_and_not_read(tmp_path):
 
     with OnnxRuntimeEngine(path, record, {}, threads=1):
         assert str(tmp_path / "weights.bin") in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    ("claimed", "sentence"),
+    [
+        (("batch", "width"), "gives y as float32 of shape 2x3x4, not float32 of 2xwidth"),
+        (("batch", "width", "channels"), "of shape 2x3x4, not float32 of 2xwidthx5"),
+        ((), "of shape 2x3x4, not float32 of "),
+    ],
+)
+def test_a_graph_that_gives_another_shape_than_its_manifest_says_is_one_sentence(
+    tmp_path, claimed, sentence
+):
+    axes = ("batch", "height", "width")
+    x, y = (TensorSignature(name=name, axes=axes, dtype="float32") for name in "xy")
+    path = tmp_path / "square.onnx"
+    node = Node(op="Mul", inputs=("x", "x"), output="y")
+    path.write_bytes(encode_model([node], [x], [y], {}, {}))
+    record = ComponentRecord(
+        name="square",
+        inputs=(TensorSignature(name="x", axes=("batch", "height", "depth"), dtype="float32"),),
+        outputs=(TensorSignature(name="y", axes=claimed, dtype="float32"),),
+        graphs=(),
+        weights_file="",
+        fp32_islands=(),
+        parity=(),
+        key="",
+    )
+
+    with (
+        OnnxRuntimeEngine(path, record, {"channels": 5, "depth": 4}) as engine,
+        pytest.raises(BackendError, match=sentence),
+    ):
+        engine.run({"x": np.zeros((2, 3, 4), dtype=np.float32)})

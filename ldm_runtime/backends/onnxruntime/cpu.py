@@ -25,6 +25,7 @@ from ldm_runtime.backends.onnxruntime.session import (
     SILENT,
     check_inputs,
     check_names,
+    check_outputs,
     describe,
 )
 from ldm_runtime.backends.processors import default_threads
@@ -101,7 +102,9 @@ class OnnxRuntimeEngine(Closing):
                 f"ONNX Runtime failed in {name} with {shapes}: {describe(error)}"
             ) from error
         self._held = max(self._held, held)
-        return dict(zip(self._outputs, outputs, strict=True))
+        named = dict(zip(self._outputs, outputs, strict=True))
+        check_outputs(self._component, lengths, named)
+        return named
 
     def bind(self, constants: Tensors) -> Runner:
         """Fix some inputs; on the CPU there is nothing to upload."""

@@ -91,6 +91,32 @@ def check_inputs(
     return lengths
 
 
+def check_outputs(component: ComponentRecord, lengths: Mapping[str, int], outputs: Tensors) -> None:
+    """Compare outputs with a component's signatures.
+
+    Args:
+        component: The component that gave them.
+        lengths: Lengths of axes that are known, such as those of its inputs.
+        outputs: All of them.
+
+    Raises:
+        BackendError: A type or a shape does not fit: the graph is not that of the component.
+    """
+    for signature in component.outputs:
+        array = outputs[signature.name]
+        expected = [lengths.get(axis, axis) for axis in signature.axes]
+        fits = array.dtype == signature.dtype and array.ndim == len(expected)
+        if not fits or any(
+            isinstance(want, int) and length != want
+            for length, want in zip(array.shape, expected, strict=True)
+        ):
+            raise BackendError(
+                f"the graph of {component.name} gives {signature.name} as {array.dtype} of shape "
+                f"{'x'.join(map(str, array.shape)) or 'none'}, not {signature.dtype} of "
+                f"{'x'.join(map(str, expected))}; export the bundle again"
+            )
+
+
 def _check_input(
     signature: TensorSignature, array: npt.NDArray[Any], lengths: dict[str, int]
 ) -> None:
