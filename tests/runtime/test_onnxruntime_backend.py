@@ -81,6 +81,13 @@ def test_threads_are_those_that_may_be_used_and_do_not_spin(
     assert found.get_session_config_entry("session.intra_op.allow_spinning") == spinning
 
 
+def test_more_threads_than_any_machine_has_cores_are_refused(tiny_bundle):
+    with pytest.raises(
+        BackendError, match="threads must be at most 1024, got 100000; one per core"
+    ):
+        open_component(tiny_bundle, "unet", threads=100_000)
+
+
 @pytest.mark.parametrize(
     ("task", "name"), [(task, name) for task in TASKS for name in components_of(tiny_spec(task))]
 )

@@ -42,6 +42,8 @@ ABILITIES = Abilities(
     survives_fork=True,
 )
 
+#: Most threads of an engine; no machine has more cores.
+MAX_THREADS = 1024
 _PROVIDERS = ("CPUExecutionProvider",)
 
 
@@ -61,7 +63,8 @@ class OnnxRuntimeEngine(Closing):
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
 
     Raises:
-        BackendError: ONNX Runtime cannot load the graph.
+        BackendError: ONNX Runtime cannot load the graph, or there are more threads than
+            `MAX_THREADS`.
     """
 
     def __init__(
@@ -140,6 +143,10 @@ def version() -> str:
 
 
 def _open_session(path: Path, threads: int, *, spinning: bool) -> Any:  # noqa: ANN401  (ships no types)
+    if threads > MAX_THREADS:  # ONNX Runtime would start them all, and the machine stand still
+        raise BackendError(
+            f"threads must be at most {MAX_THREADS}, got {threads}; one per core is enough"
+        )
     session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = SILENT
     session_options.intra_op_num_threads = threads
