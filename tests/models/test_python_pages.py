@@ -1,11 +1,10 @@
-"""Every block of Python of the pages about the API runs as it stands, one after the other."""
+"""The page on the Python API says what its blocks write and print."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from ldm_runtime.pipeline.image_files import read_metadata
 from ldm_runtime.requests.aliases import ALIASES
 from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.testing import write_tiny_bundle
@@ -23,17 +22,6 @@ def folder(tmp_path, monkeypatch):
     write_tiny_bundle(tmp_path / "engines")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.parametrize(("page", "count"), [("python.md", 6), ("steering.md", 2)])
-def test_the_blocks_of_a_page_run_one_after_the_other(page, count, folder, capsys):
-    names = {}
-
-    for block in blocks(page):
-        exec(compile(block, page, "exec"), names)  # noqa: S102
-
-    assert len(blocks(page)) == count
-    assert read_metadata(folder / "circle.png")["request"]["seed"] == 7
 
 
 def test_the_page_writes_the_files_and_prints_the_line_that_it_shows(folder, capsys):
