@@ -19,6 +19,7 @@ from ldm_runtime.cli.messages import (
 from ldm_runtime.cli.parsing import Parser
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError
+from ldm_runtime.escaping import printable_lines
 from ldm_runtime.version import extra
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _export(args: argparse.Namespace) -> None:
 
     options = _options(args)
     if args.estimate:
-        print(estimate_export(options).describe())
+        print(printable_lines(estimate_export(options).describe()))
         return
     with reporting(args) as progress:
         manifest = export_bundle(options, progress=progress)

@@ -11,5 +11,10 @@ def printable(value: object) -> str:
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
+def printable_lines(text: str) -> str:
+    """Return a text of several lines with every line `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _escaped(character: str) -> str:
     return character if character.isprintable() else ascii(character)[1:-1]

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from ldm_runtime.cli.backend_flags import backend_name
 from ldm_runtime.cli.messages import reporting
 from ldm_runtime.cli.parsing import add_json_flag, image_size, positive
 from ldm_runtime.cli.trust_flags import add_trust_arguments
+from ldm_runtime.escaping import printable_lines
 from ldm_runtime.progress import Progress, Silent
 from ldm_runtime.version import version
 
@@ -121,4 +121,5 @@ def _shown(args: argparse.Namespace) -> Callable[[str], None]:
     """Return what shows a part of the report: on standard output, unless that is for JSON."""
     if args.json and args.quiet:
         return lambda _: None
-    return partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
+    stream = sys.stderr if args.json else sys.stdout
+    return lambda text: print(printable_lines(text), file=stream, flush=True)

@@ -1,12 +1,13 @@
+import argparse
 import json
 import logging
 
 import pytest
 
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, manifest_digest
-from ldm_runtime.cli import main
+from ldm_runtime.cli import bench, main
 from ldm_runtime.cli.messages import MessageFormatter
-from ldm_runtime.escaping import printable
+from ldm_runtime.escaping import printable, printable_lines
 
 #: Sets the title of a window, rings, turns red, goes back to the start of the line, turns text.
 ESCAPES = "\x1b]0;pwned\x07\x1b[31m\rOK\u202e"
@@ -64,4 +65,19 @@ def test_warnings_and_the_words_of_libraries_cannot_steer_the_terminal():
 
 def test_text_that_can_be_printed_is_left_alone():
     assert printable("größer, 红色 · 𝄞") == "größer, 红色 · 𝄞"
+    assert printable_lines("a\n\x1bb\n") == "a\n\\x1bb\n"
     assert printable("a\nb\tc\ud800\u2028") == "a\\nb\\tc\\ud800\\u2028"
+
+
+def test_no_name_in_a_bundle_can_steer_the_terminal_of_a_report(own_bundle, capsys):
+    manifest = json.loads((own_bundle / MANIFEST_NAME).read_text())
+    manifest["spec"]["family"] = manifest["build"]["checkpoint"] = ESCAPES
+    manifest["digest"] = manifest_digest(manifest)
+    (own_bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+    for command in (["inspect"], ["inspect", "--full"], ["inspect", "--json"]):
+        assert main([*command, str(own_bundle)]) == 0
+    bench._shown(argparse.Namespace(json=False, quiet=False))(f"{ESCAPES}\n{ESCAPES}")
+
+    captured = capsys.readouterr()
+    assert all(line.isprintable() for line in (captured.out + captured.err).split("\n"))
