@@ -183,7 +183,7 @@ class Generator(Closing):
         Args:
             prompt: The prompt, or a whole request.
             previews: Whether steps carry small images of the predicted x0.
-            deadline_seconds: How long it may take.
+            deadline_seconds: How long it may take, which is looked at between two steps.
             on_step: Called after every step. What it raises ends the request and is passed on.
             progress: Whether to report to the standard error stream: a bar on a terminal, a line
                 per image elsewhere.
@@ -229,7 +229,7 @@ class Generator(Closing):
         Args:
             prompt: The prompt, or a whole request.
             previews: Whether steps carry small images of the predicted x0.
-            deadline_seconds: How long it may take from the first item on.
+            deadline_seconds: How long it may take from the first item on; no step is interrupted.
             **fields: The fields of a `GenerationRequest`; they replace those of a whole request.
 
         Raises:

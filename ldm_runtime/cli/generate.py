@@ -32,7 +32,10 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output_arguments(group)
     group.add_argument(
-        "--deadline-seconds", type=float, metavar="S", help="give up on an image after S seconds"
+        "--deadline-seconds",
+        type=float,
+        metavar="S",
+        help="give up on an image after the step in which S seconds are over",
     )
     group.add_argument(
         "--preview-file",

@@ -4,6 +4,7 @@ tests/reference/test_tokenizers_reference.py asks transformers itself.
 """
 
 import gzip
+import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -344,3 +345,19 @@ def test_a_file_is_opened_with_the_tokenizer_that_it_is_for(tmp_path):
     assert opened == [WordPieceTokenizer, ClipTokenizer]
     with pytest.raises(ValueError, match="words: the vocabulary lacks"):
         open_tokenizer_file(path)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_a_file_that_unpacks_to_more_than_any_vocabulary_is_refused_before_it_does(
+    tmp_path, compress
+):
+    path = tmp_path / "vocabulary"
+    path.write_bytes(compress(HEADER.encode() + b" " * (100 << 20)))
+    tracemalloc.start()
+
+    with pytest.raises(ValueError, match="has more than 8388608 bytes, which no vocabulary has"):
+        open_tokenizer_file(path)
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 << 20
