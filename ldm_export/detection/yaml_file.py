@@ -43,7 +43,8 @@ def read_yaml(path: Path) -> object:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: not UTF-8, no date
         raise ExportError(
-            f"{path} is not a valid YAML file: {' '.join(str(error).split())}"
+            f"{path} is not a valid YAML file: {' '.join(str(error).split())}; mend it, or "
+            "leave it out with --config none"
         ) from error
 
 
