@@ -43,6 +43,14 @@ def build_parser() -> Parser:
     parser.add_argument("--out", type=Path, help="folder of the bundle")
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     add_message_flags(parser)
+    _add_bundle_flags(parser)
+    add_engine_arguments(parser)
+    _add_model_flags(parser)
+    return parser
+
+
+def _add_bundle_flags(parser: Parser) -> None:
+    """Add the flags that say what is written."""
     parser.add_argument(
         "--estimate",
         action="store_true",
@@ -71,7 +79,10 @@ def build_parser() -> Parser:
         action="store_false",
         help="leave out the graphs in half precision, which GPUs need and CPUs do not",
     )
-    add_engine_arguments(parser)
+
+
+def _add_model_flags(parser: Parser) -> None:
+    """Add the flags about what the weights cannot tell."""
     features = parser.add_argument_group(
         "model configuration", "features that the weights cannot tell"
     )
@@ -110,7 +121,6 @@ def build_parser() -> Parser:
     )
     features.add_argument("--height", type=int, help="default height in pixels")
     features.add_argument("--width", type=int, help="default width in pixels")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
