@@ -17,7 +17,7 @@ LINES = [
     line
     for page in PAGES
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    for line in re.findall(r"^(?:.*\| )?(ldm(?:-export)? [^|<\n]*)", block, re.MULTILINE)
+    for line in re.findall(r"^(?:.*\| )?(ldm(?:-export)? [^|<>\n]*)", block, re.MULTILINE)
 ]
 PARSERS = {"ldm": build_parser(), "ldm-export": export_parser()} | {
     f"ldm {name}": parser for name, parser in build_parser().subcommands().items()
