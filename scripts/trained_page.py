@@ -50,10 +50,10 @@ _FROM: Mapping[str, str] = {
 }
 _SHORT = "a short caption, such as “a red circle”"
 _SCORES: Mapping[str, str] = {
-    "class": "exactly one thing, of the right kind and colour",
+    "class": "exactly one object, of the right kind and colour",
     "objects": "objects of the right kind and colour",
     "relations": "relations that hold",
-    "overlap": "overlap of found things with their boxes",
+    "overlap": "overlap of found objects with their boxes",
     "labels": "labels found",
     "pixels": "pixels of the re-read image with the right class",
     "thing_pixels": "the same on objects",
