@@ -5,23 +5,15 @@ measured by `evaluate_tasks.py`; that exporting changes nothing is shown elsewhe
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ldm_export.checkpoint.checkpoint import open_checkpoint
-from ldm_export.graphs.torch_engine import TorchEngine
-from ldm_export.networks.loading import load_network
-from ldm_export.source import ExportOptions, open_source
-from ldm_export.steps import vocabulary_of
-from ldm_runtime.conditioning import open_tokenizer
-from ldm_runtime.specs.model import components_of
 from models.shapes.catalog.models import MODELS
 from models.shapes.evaluation import tasks
 from models.shapes.evaluation.scores import GOALS, WHOLE, score_all, scores
 from models.shapes.training.packing import MOST_BYTES, config_of
-from tests.generated import drawn_by
+from tests.torch_generator import TorchGenerator
 
 FOLDER = Path(__file__).parents[2] / "models/shapes"
 IMAGES, STEPS = 8, 20
@@ -29,24 +21,6 @@ IMAGES, STEPS = 8, 20
 MISSED = {"text_to_image_bert": {WHOLE}, "unconditional": {WHOLE}}
 #: Share of a goal that this few images in this few steps must still reach.
 SHARE = 0.75
-
-
-class TorchGenerator:
-    """A checkpoint opened by torch, called as a `Generator` is."""
-
-    def __init__(self, path):
-        with open_checkpoint(path) as checkpoint:
-            source = open_source(ExportOptions(checkpoint=path, out=path), checkpoint, hashed=False)
-            self.spec = source.spec
-            self.networks = {
-                name: TorchEngine(name, load_network(name, source.spec, source.weights(name)))
-                for name in components_of(source.spec)
-            }
-        vocabulary = vocabulary_of(self.spec)
-        self.tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, self.spec)
-
-    def __call__(self, **fields):
-        return SimpleNamespace(images=drawn_by(self.networks, self.tokenizer, self.spec, **fields))
 
 
 @pytest.fixture(scope="module", params=MODELS.values(), ids=list(MODELS))
