@@ -50,8 +50,10 @@ generator.close()
     ],
 )
 def test_a_forked_process_generates_the_same_and_ends(tiny_bundle, threads, ending):
+    quiet = "ignore::DeprecationWarning"  # Python 3.12 warns of any fork of a process with threads
+
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(tiny_bundle), str(threads), ending],
+        [sys.executable, "-W", quiet, "-c", CODE, str(tiny_bundle), str(threads), ending],
         capture_output=True,
         text=True,
         check=False,
