@@ -22,7 +22,12 @@ from models.shapes.training.checkpoint_writer import (
     schedule_buffers,
     write_checkpoint,
 )
-from models.shapes.training.clip_text import TEXT_ENCODER, load_text_encoder, train_text
+from models.shapes.training.clip_text import (
+    TEXT_ENCODER,
+    load_text_encoder,
+    train_text,
+    unpacked_text,
+)
 from models.shapes.training.config_writer import write_config
 from models.shapes.training.diffusion import UNET, train_diffusion
 from models.shapes.training.trainer import HERE, WORK
@@ -67,12 +72,12 @@ def unpack() -> None:
         f"{'encoder' if name.startswith(encoders) else 'decoder'}.{name}": value
         for name, value in under("first_stage_model.", state).items()
     }
-    text = {f"text.{k}": v for k, v in under("cond_stage_model.transformer.", state).items()}
+    text = under("cond_stage_model.transformer.", state)
     unet = under("model.diffusion_model.", state)
     averages = {name: state[ema_name(f"model.diffusion_model.{name}")] for name in unet}
     WORK.mkdir(exist_ok=True)
     torch.save({"ema": autoencoder}, WORK / "autoencoder.pt")
-    torch.save({"ema": text}, WORK / "text.pt")
+    torch.save(unpacked_text(text), WORK / "text.pt")
     diffusion = {"model": unet, "ema": averages, "optimizer": None}
     torch.save(diffusion | {"step": packed["global_step"]}, WORK / "diffusion.pt")
 

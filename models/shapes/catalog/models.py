@@ -129,6 +129,7 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                 cycles=(
                     Cycle(end=3000, learning_rate=MUON_RATE),
                     Cycle(start=3000, end=5000, learning_rate=2e-3),
+                    Cycle(start=5000, end=10_000, learning_rate=2e-3),
                 ),
                 layout_steps=(range(1500),),
             ),
@@ -156,6 +157,7 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                 cycles=(
                     Cycle(end=3000, learning_rate=MUON_RATE),
                     Cycle(start=3000, end=5000, learning_rate=2e-3),
+                    Cycle(start=5000, end=10_000, learning_rate=2e-3),  # short captions, too
                 ),
                 layout_steps=(range(1500),),
                 guidance_scale=5.0,

@@ -113,6 +113,17 @@ def caption(scene: Scene, wording: Wording = FULL) -> str:
     return f"{objects} on a {scene.background}{gradient} background"
 
 
+def random_wording(rng: np.random.Generator) -> Wording:
+    """Sample a wording: half of them tell everything, a quarter nothing more than they must."""
+    style = rng.random()
+    if style < 0.5:
+        return FULL
+    if style < 0.75:
+        return SHORT
+    sizes, relations, background = (bool(flag) for flag in rng.random(3) < 0.5)
+    return Wording(sizes=sizes, relations=relations, background=background)
+
+
 def is_held_out(text: str) -> bool:
     """Tell whether a caption is kept for evaluation and never trained on."""
     return zlib.crc32(text.encode()) % _HELD_OUT_SHARE == 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_runtime.text import WordPieceTokenizer
+from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.models import BERT
 from models.shapes.data import scenes
 from models.shapes.training import caption_encoder
@@ -19,6 +20,7 @@ from models.shapes.training.caption_encoder import (
     load_trained,
     make_supervision,
     train_caption_encoder,
+    unpacked_state,
 )
 from models.shapes.training.trainer import HERE
 
@@ -43,7 +45,7 @@ _BERT = CaptionEncoder(
     build=BertTextEncoder,
     embeddings=_embeddings,
     end_of=lambda tokens: (tokens != BERT.pad_token_id).sum(1) - 1,
-    steps=1_500,
+    cycles=(Cycle(end=1_500), Cycle(start=1_500, end=2_500)),
     seed=4,
 )
 
@@ -64,6 +66,11 @@ def noun_places(caption: str) -> list[int]:
 def train_words() -> None:
     """Train the encoder of captions."""
     train_caption_encoder(_BERT, make_supervision(_BERT, noun_places))
+
+
+def unpacked_words(text: dict[str, Tensor]) -> dict[str, object]:
+    """Return the state that training goes on from, of the encoder's weights."""
+    return unpacked_state(_BERT, text)
 
 
 def load_words() -> BertTextEncoder:

@@ -36,6 +36,7 @@ from models.shapes.training.trainer import WORK, Trainer
 _Encoder = TypeVar("_Encoder", bound=nn.Module)
 
 _BATCH = 64
+_WORDINGS_SEED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class CaptionEncoder:
         build: Makes the network.
         embeddings: Returns its token and position embeddings, whose initial values are random.
         end_of: Returns the index of the end token of each row of token ids, (N,).
-        steps: Training steps.
+        cycles: Training steps, and their learning rates.
         seed: Of the captions.
     """
 
@@ -59,7 +60,7 @@ class CaptionEncoder:
     build: Callable[[TextEncoderSpec], nn.Module]
     embeddings: Callable[[nn.Module], tuple[nn.Embedding, nn.Embedding]]
     end_of: Callable[[Tensor], Tensor]
-    steps: int
+    cycles: tuple[Cycle, ...]
     seed: int
 
 
@@ -111,16 +112,19 @@ def make_supervision(
     """
     source = scenes.random_scenes(np.random.default_rng(kind.seed), held_out=False)
     sampled = list(islice(source, NUM_CAPTIONS))
-    captions = [scenes.caption(scene) for scene in sampled]
+    rng = np.random.default_rng((_WORDINGS_SEED, kind.seed))
+    wordings = [scenes.random_wording(rng) for _ in sampled]
+    captions = list(map(scenes.caption, sampled, wordings))
     tokens = caption_tokens(kind, captions)[:-1]
     nouns = torch.full((len(sampled), kind.record.max_tokens, len(ANSWERS)), NOT_ASKED)
-    for row, (scene, caption) in enumerate(zip(sampled, captions, strict=True)):
-        for place, thing in zip(noun_places(caption), about_things(scene), strict=True):
+    for row, (scene, wording) in enumerate(zip(sampled, wordings, strict=True)):
+        things = about_things(scene, wording)
+        for place, thing in zip(noun_places(captions[row]), things, strict=True):
             nouns[row, place] = torch.tensor(thing)
     return CaptionSupervision(
         tokens=tokens,
         ends=kind.end_of(tokens),
-        scenes=torch.tensor([about_scene(scene) for scene in sampled]),
+        scenes=torch.tensor(list(map(about_scene, sampled, wordings))),
         nouns=nouns,
     )
 
@@ -132,11 +136,23 @@ def load_trained(run: str, encoder: _Encoder) -> _Encoder:
     return encoder.eval().requires_grad_(False)
 
 
+def unpacked_state(kind: CaptionEncoder, text: dict[str, Tensor]) -> dict[str, object]:
+    """Return the state that training goes on from, of the weights (name -> value) of an encoder.
+
+    The two linear layers are not in a checkpoint: going on begins with new ones.
+    """
+    torch.manual_seed(0)
+    model = DescribingEncoder(kind)
+    model.text.load_state_dict(text)
+    weights = model.state_dict()
+    return {"model": weights, "ema": weights, "optimizer": None, "step": kind.cycles[0].end}
+
+
 def train_caption_encoder(kind: CaptionEncoder, supervision: CaptionSupervision) -> None:
     """Train an encoder; its weights are saved under the name of its run."""
     torch.manual_seed(0)
     model = DescribingEncoder(kind)
-    trainer = Trainer(kind.run, model, Cycle(end=kind.steps))
+    trainer = Trainer(kind.run, model, *kind.cycles)
     trained = len(supervision.tokens) - NUM_CHECKED
 
     def answers(rows: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,9 +170,10 @@ def train_caption_encoder(kind: CaptionEncoder, supervision: CaptionSupervision)
     def check() -> dict[str, float]:
         rows = torch.arange(trained, len(supervision.tokens))
         scene, _ = answers(rows, torch.ones(len(rows)))
+        asked = supervision.scenes[rows].unbind(1)
         right = [
-            part.argmax(1) == supervision.scenes[rows, index]
-            for index, part in enumerate(torch.split(scene, list(SCENE_ANSWERS), 1))
+            (part.argmax(1) == answers) | (answers == NOT_ASKED)
+            for part, answers in zip(torch.split(scene, list(SCENE_ANSWERS), 1), asked, strict=True)
         ]
         return {"scenes_right": torch.stack(right).all(0).float().mean().item()}
 

@@ -35,8 +35,10 @@ class CaptionSupervision:
     nouns: Tensor
 
 
-def about_things(scene: scenes.Scene) -> list[tuple[int, ...]]:
-    """Return the answers about each thing of a scene."""
+def about_things(
+    scene: scenes.Scene, wording: scenes.Wording = scenes.FULL
+) -> list[tuple[int, ...]]:
+    """Return the answers about each thing of a scene that its caption tells, or NOT_ASKED."""
     names = (scenes.SHAPES, scenes.COLORS, scenes.SIZES, scenes.RELATIONS)
     places = [{name: index for index, name in enumerate(each)} for each in names]
     relations = ("", *scene.relations)
@@ -44,20 +46,23 @@ def about_things(scene: scenes.Scene) -> list[tuple[int, ...]]:
         (
             places[0][thing.kind],
             places[1][thing.color],
-            places[2][thing.size],
-            places[3].get(relation, len(scenes.RELATIONS)),
+            places[2][thing.size] if wording.sizes else NOT_ASKED,
+            places[3].get(relation, len(scenes.RELATIONS))
+            if wording.relations or not relation
+            else NOT_ASKED,
         )
         for thing, relation in zip(scene.things, relations, strict=True)
     ]
 
 
-def about_scene(scene: scenes.Scene) -> list[int]:
+def about_scene(scene: scenes.Scene, wording: scenes.Wording = scenes.FULL) -> list[int]:
     """Return the answers about a whole scene, those about things that are not there included."""
     nothing = tuple(count - 1 for count in ANSWERS)
-    things = about_things(scene)
+    things = about_things(scene, wording)
     things += [nothing] * (_SLOTS - len(things))
-    background = list(scenes.BACKGROUNDS).index(scene.background)
-    return [*(answer for thing in things for answer in thing), background, int(scene.gradient)]
+    backdrop = (list(scenes.BACKGROUNDS).index(scene.background), int(scene.gradient))
+    told = backdrop if wording.background else (NOT_ASKED, NOT_ASKED)
+    return [*(answer for thing in things for answer in thing), *told]
 
 
 def answers_loss(logits: Tensor, sizes: Sequence[int], answers: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_runtime.testing import text_encoder_spec
 from ldm_runtime.text import ClipTokenizer
+from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
 from models.shapes.training.caption_encoder import (
     CaptionEncoder,
@@ -17,6 +18,7 @@ from models.shapes.training.caption_encoder import (
     load_trained,
     make_supervision,
     train_caption_encoder,
+    unpacked_state,
 )
 from models.shapes.training.trainer import HERE
 
@@ -46,7 +48,7 @@ _CLIP = CaptionEncoder(
     build=ClipTextEncoder,
     embeddings=_embeddings,
     end_of=lambda tokens: (tokens == END_TOKEN).int().argmax(1),
-    steps=2_500,
+    cycles=(Cycle(end=2_500), Cycle(start=2_500, end=3_500)),
     seed=2,
 )
 
@@ -59,6 +61,11 @@ def load_tokens(captions: Sequence[str]) -> Tensor:
 def train_text() -> None:
     """Train the text encoder."""
     train_caption_encoder(_CLIP, make_supervision(_CLIP, _noun_places))
+
+
+def unpacked_text(text: dict[str, Tensor]) -> dict[str, object]:
+    """Return the state that training goes on from, of the encoder's weights."""
+    return unpacked_state(_CLIP, text)
 
 
 def load_text_encoder() -> ClipTextEncoder:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_runtime.specs.model import Task
 from models.shapes.catalog.models import TrainedModel
-from models.shapes.data import scenes
 from models.shapes.data.labels import label_of, scene_map
 from models.shapes.evaluation.scores import shrink
 from models.shapes.training.bert_text import caption_tokens, load_words
@@ -61,7 +60,7 @@ def _classes(model: TrainedModel, corpus: Corpus) -> Conditions:
 
 
 def _captions(_: TrainedModel, corpus: Corpus) -> Conditions:
-    tokens = caption_tokens([scenes.caption(each.scene) for each in corpus.prompts])
+    tokens = caption_tokens([each.caption for each in corpus.prompts])
     return _encoded(load_words(), tokens)
 
 

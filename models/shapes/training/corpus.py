@@ -22,7 +22,7 @@ from models.shapes.training.autoencoder import NUM_SCENES, as_input, load_data
 from models.shapes.training.trainer import WORK
 from models.shapes.training.vq import load_vq
 
-_MASKS_SEED = 3
+_MASKS_SEED, _WORDINGS_SEED = 3, 9
 _BATCH = 64
 
 
@@ -63,7 +63,7 @@ def load_corpus(model: TrainedModel) -> Corpus:
     return Corpus(
         rows=torch.tensor(rows),
         prompts=[
-            EvaluationPrompt(scene=sampled[row], mask=mask)
+            EvaluationPrompt(scene=sampled[row], mask=mask, wording=wording_of(row))
             for row, mask in zip(rows, masks, strict=True)
         ],
         latents=latents[rows] * scale,
@@ -105,6 +105,11 @@ def load_scenes() -> list[scenes.Scene]:
 def mask_of(row: int) -> Mask:
     """Return the mask of a row of the data."""
     return random_mask(np.random.default_rng((_MASKS_SEED, row)))
+
+
+def wording_of(row: int) -> scenes.Wording:
+    """Return how much of its scene the caption of a row of the data tells."""
+    return scenes.random_wording(np.random.default_rng((_WORDINGS_SEED, row)))
 
 
 def latent_mask(mask: Mask) -> Tensor:

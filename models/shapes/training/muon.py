@@ -22,6 +22,17 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=_WEIGHT_DECAY, fused=True)
 
 
+def muon(network: nn.Module, ends: tuple[str, ...]) -> "MuonAndAdamW":
+    """Return Muon for the matrices of a network, but for those whose names begin with `ends`.
+
+    Those are its first and its last layer, and tables of embeddings.
+    """
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        parts[parameter.ndim > 1 and not name.startswith(ends)].append(parameter)
+    return MuonAndAdamW(matrices=parts[True], others=parts[False])
+
+
 class MuonAndAdamW:
     """The part of an optimizer that `trainer.Trainer` uses."""
 

@@ -18,7 +18,7 @@ from models.shapes.training.conditions import Conditions, guided, open_condition
 from models.shapes.training.corpus import Corpus, load_corpus
 from models.shapes.training.diffusion import BATCH, CAPTION_DROPOUT
 from models.shapes.training.layouts import label_contexts
-from models.shapes.training.muon import MuonAndAdamW
+from models.shapes.training.muon import MuonAndAdamW, muon
 from models.shapes.training.trainer import WORK, Trainer
 from models.shapes.training.velocity import ddim, velocity_loss
 from models.shapes.training.vq import Autoencoder, load_vq
@@ -61,11 +61,7 @@ class TaskModel(nn.Module):
 
     def optimizer(self) -> MuonAndAdamW:
         """Return Muon for the matrices between the UNet's first layer and its last."""
-        ends = ("unet.input_blocks.0.", "unet.out.", "conditioner.")
-        parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, parameter in self.named_parameters():
-            parts[parameter.ndim > 1 and not name.startswith(ends)].append(parameter)
-        return MuonAndAdamW(matrices=parts[True], others=parts[False])
+        return muon(self, ("unet.input_blocks.0.", "unet.out.", "conditioner."))
 
 
 def train_task(model: TrainedModel) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from models.shapes.catalog.autoencoders import AutoencoderConfig
 from models.shapes.catalog.models import TrainedModel
 from models.shapes.training.autoencoder import under
+from models.shapes.training.bert_text import unpacked_words
 from models.shapes.training.task_model import TaskModel
 from models.shapes.training.trainer import HERE, WORK
 from models.shapes.training.vq import Autoencoder
@@ -42,9 +43,11 @@ def unpack(model: TrainedModel, *, folder: Path = HERE, work: Path = WORK) -> in
     if TaskModel(model).conditioner is not None:
         trained |= {f"conditioner.{name}": value for name, value in conditioner.items()}
     elif model.encoder is not None:
-        run = "bert" if model.task == "text-to-image" else "layouts"
-        text = {f"text.{name}": value for name, value in conditioner.items()}
-        torch.save({"ema": text}, work / f"{run}.pt")
+        if model.task == "text-to-image":
+            torch.save(unpacked_words(conditioner), work / "bert.pt")
+        else:
+            text = {f"text.{name}": value for name, value in conditioner.items()}
+            torch.save({"ema": text}, work / "layouts.pt")
     _write(work / f"{model.name}.pt", trained, step)
     return step
 
