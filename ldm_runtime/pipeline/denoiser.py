@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from ldm_runtime.schedules import timestep_of
 from ldm_runtime.specs.model import PredictionType
 
 Float32Array = npt.NDArray[np.float32]
@@ -42,21 +43,6 @@ def to_x0(
             return latents / norm**2 - sigma / norm * prediction
         case "sample":
             return prediction
-
-
-def timestep_of(sigma: float, training_sigmas: npt.NDArray[np.float64]) -> float:
-    """Return the training timestep of a noise level.
-
-    A whole number for the values of `training_sigmas`, which increase; interpolated in log sigma
-    between them; the first or last outside them. Source: k-diffusion's `sigma_to_t`.
-    """
-    above = int(np.searchsorted(training_sigmas, sigma))
-    if above == len(training_sigmas):
-        return float(above - 1)
-    if above == 0 or training_sigmas[above] == sigma:
-        return float(above)
-    low, high = float(training_sigmas[above - 1]), float(training_sigmas[above])
-    return above - 1 + math.log(sigma / low) / math.log(high / low)
 
 
 def rescale_guidance(guided: Float32Array, cond: Float32Array, share: float) -> Float32Array:

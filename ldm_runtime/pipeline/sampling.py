@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table
 from ldm_runtime.requests.resolved import GivenNoise, ResolvedRequest
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import Denoise, NoiseSampler
-from ldm_runtime.schedules import initial_scale
+from ldm_runtime.schedules import earlier_sigma, initial_scale
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import runs_in_patches
 from ldm_runtime.tiling.patches import over_patches
@@ -92,7 +93,8 @@ def sample_latents(
     if start is not None and start.mask is not None:
         denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
     seen = _RecordingDenoiser(denoise)
-    sampler = sampler_of(request).function(
+    table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
+    sampler = sampler_of(request).of(partial(earlier_sigma, table))(
         seen, latents, sigmas, eta=request.eta, noise_sampler=noise_sampler
     )
     for index, (sigma, after) in enumerate(zip(sigmas[1:], sampler, strict=True), start=1):

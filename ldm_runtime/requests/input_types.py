@@ -23,6 +23,7 @@ SamplerName = Literal[
     "euler",
     "euler_ancestral",
     "lcm",
+    "tcd",
     "heun",
     "dpm2",
     "dpm2_ancestral",
@@ -50,6 +51,10 @@ ScheduleName = Literal[
     "polyexponential",
     "sgm_uniform",
     "beta",
+    "consistency",
+    "turbo",
+    "from_800",
+    "from_399",
     "custom",
 ]
 NoiseName = Literal["torch-cpu", "torch-cuda", "numpy"]

@@ -26,6 +26,7 @@ _SAMPLER_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "euler": ("EulerDiscreteScheduler",),
         "euler_ancestral": ("Euler a", "EulerAncestralDiscreteScheduler"),
         "lcm": ("LCMScheduler",),
+        "tcd": ("TCDScheduler",),
         "heun": ("HeunDiscreteScheduler",),
         "dpm2": ("KDPM2DiscreteScheduler",),
         "dpm2_ancestral": ("DPM2 a", "KDPM2AncestralDiscreteScheduler"),

@@ -13,6 +13,8 @@ Conventions of every sampler in this package:
            "brownian" gets increments of a Brownian path over sigma, divided by the root of the
            stretch's length, and may ask for stretches that overlap.
 
+A sampler whose steps go by training timesteps is made for a model first: see `ByTimestep`.
+
 A sampler yields the latents after each step and keeps no other state, so the caller owns progress
 bars, early stopping and timing. Arrays are only added, subtracted, multiplied and divided, never
 written to, so float32 and float64 both stay what they are.
@@ -29,6 +31,8 @@ import numpy.typing as npt
 Latents = npt.NDArray[np.float32]
 Denoise = Callable[[Latents, float], Latents]
 NoiseSampler = Callable[[float, float], Latents]
+#: Maps (sigma, share) to the sigma at that share, 0 to 1, of sigma's training timestep.
+EarlierSigma = Callable[[float, float], float]
 
 
 class Sampler(Protocol):
@@ -47,12 +51,23 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ByTimestep:
+    """A sampler that needs more of a model's training schedule than the sigmas of a run.
+
+    Attributes:
+        make: Returns the sampler from a function that says which sigma has an earlier timestep.
+    """
+
+    make: Callable[[EarlierSigma], Sampler]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerRecord:
     """A sampler and how it is used unless a request says otherwise.
 
     Attributes:
-        function: The sampler.
+        function: The sampler; `of` returns the one of a model.
         source: The paper or program it follows, in one line.
         order: Order of convergence of a whole run without noise, its start included.
         schedule: Name of its schedule in `ldm_runtime.schedules.SCHEDULES`.
@@ -63,7 +78,7 @@ class SamplerRecord:
         calls_per_step: Denoiser calls of a step in the middle of a run.
     """
 
-    function: Sampler
+    function: Sampler | ByTimestep
     source: str
     order: int = 1
     schedule: str = "leading"
@@ -72,6 +87,12 @@ class SamplerRecord:
     uses_eta: bool = False
     noise: Literal["fresh", "brownian"] = "fresh"
     calls_per_step: int = 1
+
+    def of(self, earlier_sigma: EarlierSigma) -> Sampler:
+        """Return the sampler of a model whose training schedule `earlier_sigma` knows."""
+        if isinstance(self.function, ByTimestep):
+            return self.function.make(earlier_sigma)
+        return self.function
 
 
 def split_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:

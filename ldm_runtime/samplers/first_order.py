@@ -65,30 +65,6 @@ def ddpm(
     return ddim(denoise, latents, sigmas, eta=1.0, noise_sampler=noise_sampler)
 
 
-def lcm(
-    denoise: Denoise,
-    latents: Latents,
-    sigmas: Sequence[float],
-    *,
-    eta: float,
-    noise_sampler: NoiseSampler,
-) -> Iterator[Latents]:
-    """Jump to x0 and add fresh noise in every step: for latent consistency models.
-
-    The scalings c_skip and c_out, which make a network a consistency function, are part of that
-    function and so of `denoise`. They differ from 0 and 1 by less than 1e-5 at the timesteps
-    that these models are distilled at.
-
-    Source: Luo et al. 2023 (arXiv:2310.04378), multistep sampling, divided by alpha; the
-    `sample_lcm` that programs built on k-diffusion share.
-    """
-    for sigma, sigma_next in pairwise(sigmas):
-        latents = denoise(latents, sigma)
-        if sigma_next > 0:
-            latents = latents + sigma_next * noise_sampler(sigma, sigma_next)
-        yield latents
-
-
 def slope_at(denoise: Denoise, latents: Latents, sigma: float) -> Latents:
     """Return d latents / d sigma of the probability-flow equation, which is the predicted noise.
 
@@ -117,11 +93,5 @@ RECORDS = {
         source="k-diffusion, sample_euler_ancestral",
         default_eta=1.0,
         uses_eta=True,
-    ),
-    "lcm": SamplerRecord(
-        function=lcm,
-        source="Luo et al. 2023 (arXiv:2310.04378), multistep sampling",
-        schedule="trailing",
-        default_eta=1.0,
     ),
 }

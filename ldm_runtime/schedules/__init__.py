@@ -6,7 +6,8 @@ get plain Python floats: since NumPy 2, a float32 array times an `np.float64` is
 float64, while times a Python float it stays float32.
 
 The sigmas of a run decrease strictly, except those of `ldm_quadratic`, which repeats some as LDM
-does; and there are as many as asked for, except with `ldm`, which makes more steps as LDM does.
+does; and there are as many as asked for, except with `ldm`, which makes more steps as LDM does. The
+schedules of distilled models (`consistency`, `turbo`, `from_800`, `from_399`) end at few.
 """
 
 import math
@@ -19,12 +20,17 @@ from typing import Literal, get_args
 from ldm_runtime.schedules.ramps import exponential, karras, polyexponential
 from ldm_runtime.schedules.tables import (
     SigmaTable,
+    earlier_sigma,
     rescale_zero_terminal_snr,
+    timestep_of,
     training_sigmas,
     without_infinite_noise,
 )
 from ldm_runtime.schedules.timesteps import (
     beta,
+    consistency,
+    from_399,
+    from_800,
     ldm,
     ldm_quadratic,
     leading,
@@ -32,6 +38,7 @@ from ldm_runtime.schedules.timesteps import (
     quadratic,
     sgm_uniform,
     trailing,
+    turbo,
 )
 
 __all__ = [
@@ -40,9 +47,11 @@ __all__ = [
     "Schedule",
     "SigmaTable",
     "custom_sigmas",
+    "earlier_sigma",
     "initial_scale",
     "rescale_zero_terminal_snr",
     "sampling_sigmas",
+    "timestep_of",
     "training_sigmas",
     "without_infinite_noise",
 ]
@@ -65,12 +74,19 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "polyexponential": polyexponential,
         "sgm_uniform": sgm_uniform,
         "beta": beta,
+        "consistency": consistency,
+        "turbo": turbo,
+        "from_800": from_800,
+        "from_399": from_399,
     }
 )
 
 _MAY_REPEAT = "ldm_quadratic"
 # Those whose source starts from noise of unit variance divided by the scale of the latents.
-_UNIT_VARIANCE = {"leading", "quadratic", "ldm", "ldm_quadratic", "sgm_uniform", "beta"}
+_UNIT_VARIANCE = {
+    *("leading", "quadratic", "ldm", "ldm_quadratic", "sgm_uniform", "beta"),
+    *("consistency", "turbo", "from_800", "from_399"),
+}
 
 
 def sampling_sigmas(
@@ -139,8 +155,9 @@ def initial_scale(sigmas: Sequence[float], schedule: str) -> float:
 
     "leading", "quadratic" and LDM's start below the last timestep, from latents that have unit
     variance once divided by sqrt(1 + sigma^2), as LDM and diffusers do; so do sgm and ComfyUI with
-    "sgm_uniform" and "beta". The others start at the largest sigma as k-diffusion and diffusers'
-    Euler do. (diffusers' DDIM and DPM-Solver use the former always.)
+    "sgm_uniform", "beta" and "turbo", and diffusers with the others of distilled models. The rest
+    start at the largest sigma as k-diffusion and diffusers' Euler do. (diffusers' DDIM and
+    DPM-Solver use the former always.)
 
     Args:
         sigmas: From `sampling_sigmas`.

@@ -1,5 +1,6 @@
-"""The training schedule: the noise level of every training timestep."""
+"""The training schedule: the noise level of every training timestep, and back."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,29 @@ def training_sigmas(alphas_cumprod: Sequence[float]) -> SigmaTable:
     """
     alphas = _checked(alphas_cumprod)
     return np.sqrt((1 - alphas) / alphas)
+
+
+def timestep_of(sigma: float, training_sigmas: SigmaTable) -> float:
+    """Return the training timestep of a noise level.
+
+    A whole number for the values of `training_sigmas`, which increase; interpolated in log sigma
+    between them; the first or last outside them. Source: k-diffusion's `sigma_to_t`.
+    """
+    above = int(np.searchsorted(training_sigmas, sigma))
+    if above == len(training_sigmas):
+        return float(above - 1)
+    if above == 0 or training_sigmas[above] == sigma:
+        return float(above)
+    low, high = float(training_sigmas[above - 1]), float(training_sigmas[above])
+    return above - 1 + math.log(sigma / low) / math.log(high / low)
+
+
+def earlier_sigma(training_sigmas: SigmaTable, sigma: float, share: float) -> float:
+    """Return the noise level at a share, 0 to 1, of a noise level's training timestep.
+
+    The product is cut off to a whole timestep. Source: diffusers' `TCDScheduler.step`.
+    """
+    return float(training_sigmas[math.floor(share * timestep_of(sigma, training_sigmas))])
 
 
 def rescale_zero_terminal_snr(alphas_cumprod: Sequence[float]) -> tuple[float, ...]:

@@ -14,6 +14,8 @@ from ldm_runtime.schedules.tables import SigmaTable
 
 _QUADRATIC_REACH = 0.8  # of the training schedule, as in LDM
 _BETA_SHAPE = 0.6
+_DISTILLED = 50  # timesteps of a consistency model
+_TURBO_PARTS = 10  # of the training schedule, one per step of a Turbo model
 
 
 def leading(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
@@ -119,6 +121,58 @@ def beta(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
     quantiles = beta_quantiles(probabilities, _BETA_SHAPE)
     timesteps = np.rint(quantiles * (len(training_sigmas) - 1)).astype(int)
     return [float(training_sigmas[timestep]) for timestep in timesteps]
+
+
+def consistency(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
+    """Visit an even choice of the 50 timesteps that consistency models are distilled at.
+
+    These are every k-th timestep from the last one down, k = len(training_sigmas) // 50: 999, 979,
+    ..., 19 of 1000, and all of fewer than 50.
+
+    Source: `LCMScheduler` and `TCDScheduler` of diffusers with 50 `original_inference_steps`; Luo
+    et al. 2023 (arXiv:2310.04378), section 4.3, for the 50.
+    """
+    last, count = len(training_sigmas) - 1, min(_DISTILLED, len(training_sigmas))
+    stride = len(training_sigmas) // count
+    return [
+        float(training_sigmas[last - stride * (i * count // num_steps)]) for i in range(num_steps)
+    ]
+
+
+def turbo(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
+    """Visit the first of ten timesteps that are a tenth of the training schedule apart.
+
+    So 1 to 4 steps of 1000 timesteps visit 999, 899, 799 and 699, and the last goes all the way.
+
+    Source: `SubstepSampler` in Stability's generative-models 0ad7de9,
+    scripts/demo/turbo.py; ComfyUI's `SDTurboScheduler`.
+    """
+    parts = [_TURBO_PARTS - min(i, _TURBO_PARTS - 1) for i in range(num_steps)]
+    length = len(training_sigmas)
+    return [float(training_sigmas[length * part // _TURBO_PARTS - 1]) for part in parts]
+
+
+def from_800(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
+    """Visit evenly spaced timesteps from 800 (of 1000) down: for a UNet that starts there.
+
+    Source: the model card of ByteDance/Hyper-SD, 1-step SDXL UNet.
+    """
+    return _trailing_from(training_sigmas, num_steps, 0.801)
+
+
+def from_399(training_sigmas: SigmaTable, num_steps: int) -> list[float]:
+    """Visit evenly spaced timesteps from 399 (of 1000) down: for a UNet that starts there.
+
+    Source: the model card of tianweiy/DMD2, 1-step UNet.
+    """
+    return _trailing_from(training_sigmas, num_steps, 0.4)
+
+
+def _trailing_from(table: SigmaTable, num_steps: int, share: float) -> list[float]:
+    """The sigmas at the ends of even steps over the lowest `share` of the training timesteps."""
+    count = round(share * len(table))
+    ends = [max(round(count * (num_steps - i) / num_steps), 1) for i in range(num_steps)]
+    return [float(table[end - 1]) for end in ends]
 
 
 def _squares(length: int, num_steps: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -11,10 +11,9 @@ from PIL import Image
 from ldm_runtime import Generator
 from ldm_runtime.conditioning import Conditioning
 from ldm_runtime.errors import LdmError, RequestError
-from ldm_runtime.pipeline.denoiser import timestep_of
 from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.schedules import training_sigmas
+from ldm_runtime.schedules import timestep_of, training_sigmas
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, write_tiny_bundle
 from models.shapes import evaluate, sweep
 from models.shapes.evaluation import (

@@ -21,6 +21,7 @@ from diffusers import (
     KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
 )
 from diffusers.schedulers import scheduling_lms_discrete
 
@@ -105,6 +106,17 @@ def lcm_twins():
     """A large `timestep_scaling` makes c_skip 0 and c_out 1: the sampler without the model."""
     options = {"timestep_scaling": 1e9, "original_inference_steps": 2}
     twin = Twin(name="lcm", scheduler=LCMScheduler, options=options)
+    return [
+        replace(twin, schedule="leading", given_timesteps=True),
+        replace(twin, schedule="trailing", given_timesteps=True),
+        *visiting(twin, "karras"),
+    ]
+
+
+def tcd_twins(eta):
+    """They step by the timesteps of the training schedule, visited ones alone on "karras"."""
+    options = {"original_inference_steps": 2}
+    twin = Twin(name="tcd", scheduler=TCDScheduler, options=options, eta=eta)
     return [
         replace(twin, schedule="leading", given_timesteps=True),
         replace(twin, schedule="trailing", given_timesteps=True),
@@ -208,6 +220,9 @@ TWINS = [
     *euler_twins(),
     *euler_ancestral_twins(),
     *lcm_twins(),
+    *tcd_twins(eta=0.3),
+    *tcd_twins(eta=1.0),
+    *tcd_twins(eta=0.0),
     *heun_twins(),
     *dpm2_twins(),
     *dpm2_ancestral_twins(),

@@ -14,16 +14,16 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import chain, pairwise
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, IPNDMScheduler
 
-from ldm_runtime.pipeline.denoiser import GuidedDenoiser, timestep_of
+from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.schedules import sampling_sigmas, training_sigmas
+from ldm_runtime.schedules import earlier_sigma, sampling_sigmas, timestep_of, training_sigmas
 
 TOLERANCE = 1e-6
 SHAPE = (2, 4, 6, 6)
@@ -267,7 +267,8 @@ def largest_difference(twin, num_steps, prediction_type, plant=lambda denoise: d
     )
     latents = noise * float(scheduler.init_noise_sigma) * twin.vp_scale(sigmas[0])
 
-    ours = SAMPLERS[twin.name].function(
+    sampler = SAMPLERS[twin.name].of(partial(earlier_sigma, their_table(scheduler, table)))
+    ours = sampler(
         plant(denoise), latents, sigmas, eta=twin.eta, noise_sampler=make_noise_sampler(1)
     )
 
@@ -277,6 +278,13 @@ def largest_difference(twin, num_steps, prediction_type, plant=lambda denoise: d
         wanted = other * twin.vp_scale(sigma)
         differences.append(np.abs(mine - wanted).max() / np.abs(wanted).max())
     return max(differences, default=0.0)
+
+
+def their_table(scheduler, table):
+    """The training sigmas that their scheduler steps over, which may be the visited ones alone."""
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        return table
+    return training_sigmas(scheduler.alphas_cumprod.tolist())
 
 
 def measured_difference(twins):

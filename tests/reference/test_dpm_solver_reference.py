@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from diffusers import DPMSolverSinglestepScheduler
 
-from ldm_runtime.pipeline.denoiser import timestep_of
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.samplers.dpm_solver import singlestep_orders
-from ldm_runtime.schedules import sampling_sigmas
+from ldm_runtime.schedules import sampling_sigmas, timestep_of
 from tests.reference.dpm_twin_table import (
     DPM_SOLVER,
     DPM_TWINS,

@@ -15,14 +15,23 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     IPNDMScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
 )
 
-from ldm_runtime.pipeline.denoiser import timestep_of, to_x0
-from ldm_runtime.schedules import SCHEDULES, sampling_sigmas, training_sigmas
+from ldm_runtime.pipeline.denoiser import to_x0
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.schedules import (
+    SCHEDULES,
+    earlier_sigma,
+    sampling_sigmas,
+    timestep_of,
+    training_sigmas,
+)
 from tests.reference.sampler_twin_table import (
     LDM_DDIM,
     LDM_PLMS,
@@ -33,12 +42,16 @@ from tests.reference.sampler_twin_table import (
     with_options,
 )
 from tests.reference.sampler_twins import (
+    CONTEXT,
     KARRAS,
     LEADING,
     STABLE_DIFFUSION,
     TOLERANCE,
     TRAILING,
+    Twin,
     largest_difference,
+    make_noise_sampler,
+    network,
 )
 
 pytestmark = [
@@ -133,6 +146,84 @@ def test_the_scalings_of_lcm_make_no_difference_at_the_timesteps_it_is_distilled
         c_skip, c_out = boundary_scalings(timestep)
         assert c_skip < 1e-5
         assert 1 - c_out < 1e-5
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
+def test_consistency_visits_the_timesteps_of_lcm_and_tcd_for_every_number_of_steps(scheduler):
+    theirs = scheduler(**STABLE_DIFFUSION)
+
+    for num_steps in range(1, 51):
+        theirs.set_timesteps(num_steps)
+        ours = [timestep_of(sigma, TABLE) for sigma in SCHEDULES["consistency"](TABLE, num_steps)]
+        assert ours == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 4, 8, 50])
+def test_tcd_is_that_of_diffusers_by_itself(num_steps, eta):
+    by_itself = Twin(name="tcd", scheduler=TCDScheduler, schedule="consistency", eta=eta)
+
+    assert largest_difference(by_itself, num_steps, "epsilon") <= TOLERANCE
+
+
+def test_every_share_of_a_timestep_is_cut_off_as_by_tcd_of_diffusers():
+    visited = torch.arange(999, 0, -20)
+    for eta in np.arange(0.0, 1.0, 0.05).tolist():
+        theirs = torch.floor((1 - eta) * visited).to(dtype=torch.long)
+
+        ours = [earlier_sigma(TABLE, float(TABLE[t]), 1 - eta) for t in visited.tolist()]
+
+        assert ours == TABLE[theirs.numpy()].tolist()
+
+
+EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+
+
+def edm_runs(num_steps, sigma_schedule):
+    """Latents after every step of `dpmpp_2m` and of the scheduler of Playground 2.5."""
+    theirs = EDMDPMSolverMultistepScheduler(**EDM, sigma_schedule=sigma_schedule)
+    theirs.set_timesteps(num_steps)
+    theirs.sigmas = theirs.sigmas.double()
+
+    def predict(latents, sigma):
+        noise_time = 1000 * (0.25 * math.log(sigma) + 1) / 3
+        return network(latents / math.hypot(sigma, 0.5), np.full(2, noise_time), CONTEXT[:2])
+
+    def denoise(latents, sigma):
+        """Karras et al. 2022 (arXiv:2206.00364), table 1, "Ours"."""
+        total = math.hypot(sigma, 0.5)
+        return (0.5 / total) ** 2 * latents + 0.5 * sigma / total * predict(latents, sigma)
+
+    sigmas = theirs.sigmas.tolist()
+    first = make_noise_sampler(0)() * sigmas[0]
+    mine = SAMPLERS["dpmpp_2m"].function(denoise, first, sigmas, eta=0.0, noise_sampler=None)
+    yield from zip(mine, edm_steps(theirs, predict, torch.from_numpy(first)), strict=True)
+
+
+def edm_steps(scheduler, predict, latents):
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
+        prediction = torch.from_numpy(predict(latents.numpy(), sigma))
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+        yield latents.numpy()
+
+
+@pytest.mark.parametrize("sigma_schedule", ["karras", "exponential"])
+@pytest.mark.parametrize("num_steps", [2, 7, 20])
+def test_dpmpp_2m_is_the_edm_solver_of_diffusers_with_the_preconditioning_in_the_denoiser(
+    num_steps, sigma_schedule
+):
+    for mine, theirs in edm_runs(num_steps, sigma_schedule):
+        assert np.abs(mine - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_the_grid_of_edm_is_a_schedule_here_of_a_table_with_its_ends(schedule):
+    theirs = EDMDPMSolverMultistepScheduler(**EDM, sigma_schedule=schedule)
+    theirs.set_timesteps(20)
+
+    ours = sampling_sigmas(np.geomspace(0.002, 80, 1000), 20, schedule, "zero")
+
+    np.testing.assert_allclose(ours, theirs.sigmas, rtol=3e-6)
 
 
 def test_karras_timesteps_are_rounded_by_dpm2_of_diffusers_but_not_those_in_between():

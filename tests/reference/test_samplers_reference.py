@@ -28,8 +28,13 @@ from diffusers import (
     EulerDiscreteScheduler,
 )
 
-from ldm_runtime.pipeline.denoiser import timestep_of
-from ldm_runtime.schedules import SCHEDULES, initial_scale, sampling_sigmas, training_sigmas
+from ldm_runtime.schedules import (
+    SCHEDULES,
+    initial_scale,
+    sampling_sigmas,
+    timestep_of,
+    training_sigmas,
+)
 from tests.reference.sampler_twin_table import LDM_DDIM, TWINS
 from tests.reference.sampler_twins import (
     CONTEXT,

@@ -5,7 +5,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from ldm_runtime.pipeline.denoiser import GuidedDenoiser, rescale_guidance, timestep_of, to_x0
+from ldm_runtime.pipeline.denoiser import GuidedDenoiser, rescale_guidance, to_x0
+from ldm_runtime.schedules import timestep_of
 from ldm_runtime.specs.model import PredictionType
 
 TABLE = np.geomspace(0.03, 15.0, 12)

@@ -9,6 +9,7 @@ from ldm_runtime.inputs.masks import binary_mask, composite, latent_mask, outpai
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.samplers import SAMPLERS
+from tests.runtime.sampler_cases import sampler_named
 
 RNG = np.random.default_rng(0)
 PICTURE = InputImage(RNG.integers(0, 256, (8, 16, 3), dtype=np.uint8))
@@ -156,7 +157,7 @@ def masked(dtype, denoise=smoothing):
 
 def run(name, denoise, latents, sigmas, noise_sampler=None):
     record = SAMPLERS[name]
-    sampler = record.function(
+    sampler = sampler_named(name)(
         denoise, latents, sigmas, eta=record.default_eta, noise_sampler=noise_sampler or Noise()
     )
     return list(sampler)

@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ldm_runtime.errors import BundleError, RequestError
@@ -18,6 +18,7 @@ from ldm_runtime.requests.sizes import TILE_LATENTS, latent_size, padded_size
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.specs.model import Task, size_step
 from ldm_runtime.testing import TINY_SPEC, tiny_requests, tiny_spec
+from tests.runtime.sampler_cases import sampler_named
 from tests.runtime.task_cases import BOX, MAP, NEEDED, PICTURE
 
 
@@ -66,6 +67,8 @@ def test_what_a_request_says_wins_over_the_defaults():
     scale=st.none() | st.floats(0, 100),
 )
 def test_a_resolved_request_survives_json_and_resolves_to_itself(sampler, seed, steps, scale):
+    assume(sampler != "tcd" or (steps or 0) <= 50)  # its schedule has no more
+
     request = resolved(sampler=sampler, seed=seed, num_inference_steps=steps, guidance_scale=scale)
 
     again = parse_request(json.loads(json.dumps(request_to_json(request.as_request()))))
@@ -287,7 +290,7 @@ def test_every_sampler_can_take_a_schedule_that_repeats_a_timestep(sampler):
     def denoise(latents, sigma):
         return latents / (1 + sigma)
 
-    *_, last = SAMPLERS[sampler].function(
+    *_, last = sampler_named(sampler)(
         denoise, latents, sigmas, eta=0.0, noise_sampler=lambda *_: 0 * latents
     )
 

@@ -17,6 +17,7 @@ from tests.runtime.sampler_cases import (
     no_draw,
     normal_draw,
     run,
+    sampler_named,
     some_latents,
 )
 
@@ -104,7 +105,7 @@ def test_no_array_is_written_to(name):
         array.flags.writeable = False
         return array
 
-    results = SAMPLERS[name].function(
+    results = sampler_named(name)(
         lambda latents, sigma: frozen(curved_denoise(frozen(latents), sigma)),
         frozen(some_latents()),
         UNEVEN,
@@ -153,7 +154,7 @@ def test_the_denoiser_is_called_as_the_record_says_and_only_for_the_steps_asked_
         seen.append(sigma)
         return 0.5 * latents
 
-    steps = SAMPLERS[name].function(
+    steps = sampler_named(name)(
         denoise, some_latents(), UNEVEN, eta=0.0, noise_sampler=normal_draw(SHAPE)
     )
 
@@ -187,6 +188,7 @@ def test_the_registry_names_the_samplers_and_says_which_take_eta():
         "deis": plain,
         "ipndm": plain,
         "lcm": (False, 1.0),
+        "tcd": (True, 0.3),
         "dpm_solver": plain,
     }
 
@@ -198,4 +200,4 @@ def test_every_record_names_a_schedule_that_exists():
 def test_only_samplers_that_do_so_in_their_source_end_at_the_smallest_training_sigma():
     ends = {name for name, record in SAMPLERS.items() if record.final_sigma == "smallest"}
 
-    assert ends == {"ddim", "plms", "deis"}
+    assert ends == {"ddim", "plms", "deis", "tcd"}

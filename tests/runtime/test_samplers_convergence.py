@@ -1,16 +1,19 @@
 """Where samplers end on a Gaussian, whose ideal denoiser and exact solution are known."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.schedules import earlier_sigma
 from tests.runtime.sampler_cases import (
     DATA_MEAN,
     DATA_STD,
     DETERMINISTIC,
     STOCHASTIC,
+    TABLE,
     UNEVEN,
     draw_for,
     ideal_denoise,
@@ -88,7 +91,9 @@ def test_a_single_step_is_one_of_euler_or_better(name):
 
 
 @pytest.mark.parametrize("final_sigma", [0.0, 0.3])
-@pytest.mark.parametrize(("name", "eta"), [case for case in STOCHASTIC if case[0] != "lcm"])
+@pytest.mark.parametrize(
+    ("name", "eta"), [case for case in STOCHASTIC if case[0] not in ("lcm", "tcd")]
+)
 def test_a_stochastic_sampler_reaches_the_mean_and_variance_of_the_data(name, eta, final_sigma):
     shape, num_steps = (40_000,), 150 if SAMPLERS[name].order == 1 else 40
     sigmas = np.geomspace(10.0, 0.3, num_steps).tolist()
@@ -123,9 +128,40 @@ def test_lcm_reaches_the_mean_and_variance_of_the_data_with_a_consistency_model(
     assert result.var() == pytest.approx(variance, rel=0.025)
 
 
+def ideal_trajectory(sigmas, eta):
+    """A model whose steps with TCD end on the trajectory of the probability-flow equation."""
+    ends = {sigma: earlier_sigma(TABLE, end, 1 - eta) for sigma, end in pairwise(sigmas)}
+
+    def denoise(latents, sigma):
+        share = ends[sigma] / sigma
+        on_trajectory = np.hypot(DATA_STD, ends[sigma]) / np.hypot(DATA_STD, sigma)
+        return DATA_MEAN + (latents - DATA_MEAN) * (on_trajectory - share) / (1 - share)
+
+    return denoise
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_tcd_reaches_the_mean_and_variance_with_a_trajectory_consistency_model(eta):
+    shape, sigmas = (40_000,), [10.0, 2.0, 0.5, 0.3]
+    noise_sampler = normal_draw(shape, seed=7)
+    latents = DATA_MEAN + math.hypot(DATA_STD, sigmas[0]) * noise_sampler(math.inf, sigmas[0])
+
+    *_, result = run("tcd", latents, sigmas, eta, noise_sampler, ideal_trajectory(sigmas, eta))
+
+    variance = DATA_STD**2 + sigmas[-1] ** 2
+    assert result.mean() == pytest.approx(DATA_MEAN, abs=5 * math.sqrt(variance / shape[0]))
+    assert result.var() == pytest.approx(variance, rel=0.025)
+
+
 def test_ddim_with_eta_zero_equals_euler_to_rounding():
     from_ddim = run("ddim", some_latents(), UNEVEN, 0.0, no_draw)
 
     from_euler = run("euler", some_latents(), UNEVEN, 0.0, no_draw)
 
     np.testing.assert_allclose(from_ddim, from_euler, rtol=1e-14)
+
+
+def test_tcd_with_eta_zero_is_ddim_without_noise_to_the_last_bit():
+    from_tcd = run("tcd", some_latents(), UNEVEN, 0.0, no_draw)
+
+    np.testing.assert_array_equal(from_tcd, run("ddim", some_latents(), UNEVEN, 0.0, no_draw))

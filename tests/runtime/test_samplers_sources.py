@@ -8,6 +8,7 @@ import pytest
 
 from tests.runtime.sampler_cases import (
     SHAPE,
+    TABLE,
     UNEVEN,
     assert_same_steps,
     curved_denoise,
@@ -95,6 +96,33 @@ def test_lcm_is_the_paper_s_multistep_sampling():
     results = run("lcm", some_latents(), UNEVEN, 1.0, normal_draw(SHAPE))
 
     assert_same_steps(results, lcm_as_in_the_paper(some_latents(), UNEVEN, normal_draw(SHAPE)))
+
+
+def tcd_as_in_the_paper(latents, timesteps, gamma, noise_sampler):
+    """Algorithm 4 of arXiv:2402.19159 in its own coordinates, down to timestep 0."""
+    alphas = [to_alpha(sigma) for sigma in TABLE]
+    x = latents * alphas[timesteps[0]]
+    for t, t_next in pairwise([*timesteps, 0]):
+        s = math.floor((1 - gamma) * t_next)
+        x0 = curved_denoise(x / alphas[t], TABLE[t])
+        noise = (x - alphas[t] * x0) / math.sqrt(1 - alphas[t] ** 2)
+        x = alphas[s] * x0 + math.sqrt(1 - alphas[s] ** 2) * noise
+        if t_next > s:
+            ratio = alphas[t_next] / alphas[s]
+            x = ratio * x + math.sqrt(1 - ratio**2) * noise_sampler(TABLE[t], TABLE[t_next])
+        yield x / alphas[t_next]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_tcd_is_the_paper_s_strategic_stochastic_sampling(gamma):
+    timesteps = [999, 759, 499, 259]
+    sigmas = TABLE[[*timesteps, 0]].tolist()
+
+    results = run("tcd", some_latents(), sigmas, gamma, normal_draw(SHAPE))
+
+    expected = tcd_as_in_the_paper(some_latents(), timesteps, gamma, normal_draw(SHAPE))
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=1e-9, atol=1e-11)
 
 
 def heun_as_in_the_paper(x, sigmas):

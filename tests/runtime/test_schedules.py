@@ -20,7 +20,9 @@ LENGTH = 1000
 STEPS = [*range(1, 151), 250, 333, 334, 500, 501, 800, 801, 802, 998, 999, 1000]
 #: Numbers of steps out of 1000 timesteps for which LDM's formula asks for timestep 1000.
 OFF_THE_TABLE = {3, 9, 27, 36, 37, *range(101, 112), *range(251, 334), *range(501, 1001)}
-ORDINARY = sorted(SCHEDULES.keys() - {"ldm", "ldm_quadratic", "beta"})
+#: The most steps of the schedules of distilled models, out of 1000 timesteps.
+MOST_STEPS = {"consistency": 50, "turbo": 10, "from_800": 801, "from_399": 400}
+ORDINARY = sorted(SCHEDULES.keys() - {"ldm", "ldm_quadratic", "beta", *MOST_STEPS})
 
 
 def stable_diffusion_alphas_cumprod():
@@ -107,6 +109,16 @@ def test_an_impossible_training_schedule_is_refused_with_the_value(alphas_cumpro
         ("sgm_uniform", 3, [999, 666, 333]),
         ("sgm_uniform", 999, [*range(999, 0, -1)]),
         ("beta", 1, [999]),
+        ("consistency", 1, [999]),
+        ("consistency", 4, [999, 759, 499, 259]),
+        ("consistency", 50, [*range(999, 0, -20)]),
+        ("turbo", 1, [999]),
+        ("turbo", 4, [999, 899, 799, 699]),
+        ("turbo", 10, [*range(999, 0, -100)]),
+        ("from_800", 1, [800]),
+        ("from_800", 3, [800, 533, 266]),
+        ("from_399", 1, [399]),
+        ("from_399", 4, [399, 299, 199, 99]),
     ],
 )
 def test_a_schedule_visits_exact_entries_of_the_table(table, schedule, num_steps, expected):
@@ -292,7 +304,25 @@ def test_float32_latents_stay_float32_times_a_sigma(table, schedule):
     assert {product.dtype for product in products} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES.keys() - {"ldm", "ldm_quadratic"}))
+@pytest.mark.parametrize(("schedule", "most"), MOST_STEPS.items())
+def test_a_schedule_of_distilled_models_makes_few_steps_and_says_how_many(table, schedule, most):
+    sigmas = sampling_sigmas(table, most, schedule, "zero")
+
+    assert all(sigma > sigma_next for sigma, sigma_next in pairwise(sigmas))
+    for num_steps in (most + 1, 1000):
+        with pytest.raises(ValueError, match=f"twice in {num_steps} steps; .* up to {most}$"):
+            sampling_sigmas(table, num_steps, schedule, "zero")
+
+
+def test_a_consistency_model_of_few_timesteps_visits_all_of_them():
+    table = np.arange(1.0, 31.0)
+
+    assert SCHEDULES["consistency"](table, 30) == table[::-1].tolist()
+
+
+@pytest.mark.parametrize(
+    "schedule", sorted(SCHEDULES.keys() - {"ldm", "ldm_quadratic", "from_399"})
+)
 def test_the_shortest_training_schedule_works_up_to_its_length(schedule):
     table = training_sigmas([0.8, 0.2])
 
@@ -329,7 +359,8 @@ def test_first_latents_have_unit_variance_where_the_source_scales_them_so():
     scales = {schedule: initial_scale(sigmas, schedule) for schedule in SCHEDULES}
 
     assert {schedule for schedule, scale in scales.items() if scale == math.sqrt(5)} == {
-        *("leading", "quadratic", "ldm", "ldm_quadratic", "sgm_uniform", "beta")
+        *("leading", "quadratic", "ldm", "ldm_quadratic", "sgm_uniform", "beta"),
+        *MOST_STEPS,
     }
     assert set(scales.values()) == {math.sqrt(5), 2.0}
 

@@ -95,7 +95,7 @@ def count_calls(request: ResolvedRequest) -> int:
         calls += 1
         return latents
 
-    run = sampler_of(request).function
+    run = sampler_of(request).of(lambda sigma, _: sigma)
     for _ in run(
         denoise, nothing, request.sigmas, eta=request.eta, noise_sampler=lambda *_: nothing
     ):
