@@ -56,3 +56,7 @@ class FormatError(ValueError):
     The parsers of such bytes raise it without knowing the file; it never leaves this package,
     because `checkpoint.py` turns it into a `CheckpointError` that names the file.
     """
+
+
+class CutOffError(FormatError):
+    """Bytes from outside end before what they announce does."""

@@ -1,7 +1,8 @@
 """Checkpoints as named, lazy, memory-mapped tensors: nothing in them is trusted, nothing is run.
 
-Both formats are read by this package's own parsers, which only compare numbers: no `torch.load`,
-no `pickle`, no fallback to either. Opening a file touches its directory, not its tensors.
+All three formats are read by this package's own parsers, which only compare numbers: no
+`torch.load`, no `pickle`, no fallback to either. Opening a file touches its directory, not its
+tensors.
 """
 
 import mmap
@@ -20,6 +21,8 @@ from ldm_export.checkpoint.not_a_file import why_not_a_file, why_not_opened
 from ldm_export.checkpoint.safetensors_header import read_safetensors_header
 from ldm_export.checkpoint.tensor_extent import TensorExtent
 from ldm_export.checkpoint.torch_archive import read_torch_archive
+from ldm_export.checkpoint.torch_legacy import is_torch_legacy, read_torch_legacy
+from ldm_export.checkpoint.torch_state_dict import TorchContents
 from ldm_export.checkpoint.usual_globals import unusual_globals
 from ldm_export.errors import CheckpointError, FormatError
 from ldm_runtime.closing import Closing
@@ -100,8 +103,8 @@ class LazyTensor:
     def numpy(self) -> npt.NDArray[Any]:
         """Return its values.
 
-        The array is a read-only view of the mapped file, which it keeps mapped. Only bfloat16,
-        which NumPy lacks, is widened into a fresh float32 array.
+        The array is a read-only view of the mapped file, which it keeps mapped, and may be
+        unaligned there. Only bfloat16, which NumPy lacks, is widened into a fresh float32 array.
 
         Raises:
             CheckpointError: NumPy has no counterpart of its type.
@@ -144,7 +147,7 @@ class Checkpoint(Closing):
 
     Attributes:
         path: The file.
-        format: How it is written.
+        format: How it is written; "torch-legacy" is the format of torch before 1.6.
         tensors: Its tensors, by their names in the state dict.
         skipped: Names of entries next to the tensors that were not read.
         global_step: Training step, if the file says so.
@@ -154,7 +157,7 @@ class Checkpoint(Closing):
     """
 
     path: Path
-    format: Literal["torch", "safetensors"]
+    format: Literal["torch", "torch-legacy", "safetensors"]
     tensors: Mapping[str, LazyTensor]
     skipped: tuple[str, ...]
     global_step: int | None
@@ -168,7 +171,7 @@ class Checkpoint(Closing):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint in torch's archive format (.ckpt, .pt, .pth, .bin) or in safetensors.
+    """Open a checkpoint in one of torch's two formats (.ckpt, .pt, .pth, .bin) or in safetensors.
 
     The format is told by the content, not by the name. State dicts inside state dicts are entered,
     and what a wrapper of the whole model put before every name is left out.
@@ -188,17 +191,9 @@ def _read(file: MappedFile) -> Checkpoint:
     data = file.bytes.data
     head = bytes(data[:HEAD_BYTES])
     if head.startswith(_ZIP_MAGIC):
-        contents = read_torch_archive(data)
-        return Checkpoint(
-            path=file.path,
-            format="torch",
-            tensors=_lazy(contents.tensors, file),
-            skipped=contents.skipped,
-            global_step=contents.global_step,
-            metadata=MappingProxyType({}),
-            unusual_globals=unusual_globals(contents.globals),
-            _file=file,
-        )
+        return _of_torch("torch", read_torch_archive(data), file)
+    if is_torch_legacy(head):
+        return _of_torch("torch-legacy", read_torch_legacy(data), file)
     if is_safetensors(head):
         extents, metadata = read_safetensors_header(data)
         return Checkpoint(
@@ -211,6 +206,21 @@ def _read(file: MappedFile) -> Checkpoint:
             _file=file,
         )
     raise FormatError(unreadable(head))
+
+
+def _of_torch(
+    format_: Literal["torch", "torch-legacy"], contents: TorchContents, file: MappedFile
+) -> Checkpoint:
+    return Checkpoint(
+        path=file.path,
+        format=format_,
+        tensors=_lazy(contents.tensors, file),
+        skipped=contents.skipped,
+        global_step=contents.global_step,
+        metadata=MappingProxyType({}),
+        unusual_globals=unusual_globals(contents.globals),
+        _file=file,
+    )
 
 
 def _lazy(extents: Mapping[str, TensorExtent], file: MappedFile) -> Mapping[str, LazyTensor]:

@@ -6,10 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 #: Bytes at the beginning of a file that tell what it is.
-HEAD_BYTES = 256
+HEAD_BYTES = 512
 
-# Protocol 2 and the 80-bit magic number of torch 0.1.10 to 1.5, whose files are bare pickles.
-_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 _AGAIN = "the download went wrong, get the file again"
 #: What a file is by its first bytes, after a byte order mark and blanks.
 _MISTAKES: Mapping[bytes, str] = MappingProxyType(
@@ -37,16 +36,16 @@ def is_safetensors(head: bytes) -> bool:
 
 
 def unreadable(head: bytes) -> str:
-    """Return what a file is that is neither a torch archive nor safetensors, and what to do.
+    """Return what a file is that is neither torch's nor safetensors, and what to do.
 
     Args:
         head: Its first `HEAD_BYTES`.
     """
-    if head.startswith(_LEGACY_MAGIC):
+    if head.startswith(_TAR_MAGIC, _TAR_MAGIC_AT):
         return (
-            "is in the format of torch before 1.6, which cannot be read without running it; "
-            "convert it with `torch.save(torch.load(old, map_location='cpu', weights_only=True), "
-            "new)`, or with weights_only=False if torch refuses and you trust the file's source"
+            "is a tar archive, which torch before 0.1.10 wrote; convert it with "
+            "`torch.save(torch.load(old, weights_only=False), new)` if you trust its source, or, "
+            "if it is a packed folder, unpack it and give the checkpoint in it"
         )
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     for magic, explanation in _MISTAKES.items():
@@ -58,11 +57,11 @@ def unreadable(head: bytes) -> str:
         return f"is not a checkpoint but JSON ({text!r}), such as a server's error; {_AGAIN}"
     if text:
         return (
-            f"is neither a torch archive nor a safetensors file but text ({text!r}); if a server "
+            f"is neither a torch nor a safetensors file but text ({text!r}); if a server "
             f"sent it instead of the file, {_AGAIN}"
         )
     return (
-        f"is neither a torch archive nor a safetensors file (it begins with {head[:8]!r}); "
+        f"is neither a torch nor a safetensors file (it begins with {head[:8]!r}); "
         "give a .ckpt, .pt or .safetensors file"
     )
 

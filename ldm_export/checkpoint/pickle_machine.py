@@ -7,8 +7,8 @@ keep every read inside the pickle and every pop inside the innermost open collec
 from collections.abc import Container
 from dataclasses import dataclass
 
-from ldm_export.checkpoint.torch_records import Name
-from ldm_export.errors import FormatError
+from ldm_export.checkpoint.torch_records import Name, StorageRecord
+from ldm_export.errors import CutOffError, FormatError
 
 MAX_LINE_BYTES = 1024  # names of globals, integers in decimal
 _EMPTY = object()  # a slot of the memo in which nothing was kept
@@ -53,6 +53,7 @@ class Machine:
         "position",
         "refused",
         "stack",
+        "storages",
     )
 
     def __init__(self, data: bytes, limits: Limits, refused: Container[str] = ()) -> None:
@@ -65,6 +66,7 @@ class Machine:
         self.memo: list[object] = []  # values by slot; not a dict, whose keys could collide
         self.num_memoized = 0
         self.globals: set[Name] = set()
+        self.storages: dict[str, StorageRecord] = {}
         self.num_tensors = 0
         if len(data) > limits.max_bytes:
             raise self.fault(f"{len(data)} bytes, more than the {limits.max_bytes} allowed")
@@ -73,11 +75,16 @@ class Machine:
         """An error that says where in the pickle it arose."""
         return FormatError(f"{text} (at byte {self.position} of the pickle)")
 
+    def cut_off(self, text: str) -> CutOffError:
+        """The error of a pickle that ends before its last opcode."""
+        return CutOffError(str(self.fault(text)))
+
     def take(self, count: int) -> bytes:
         """The next `count` bytes of the pickle."""
         start = self.position
-        if count > len(self.data) - start:
-            raise self.fault(f"an opcode wants {count} bytes and {len(self.data) - start} are left")
+        left = len(self.data) - start
+        if count > left:
+            raise self.cut_off(f"an opcode wants {count} bytes and {left} are left")
         self.position = start + count
         return self.data[start : self.position]
 
@@ -96,7 +103,8 @@ class Machine:
         """The text up to the next newline, which is skipped."""
         end = self.data.find(b"\n", self.position, self.position + MAX_LINE_BYTES)
         if end < 0:
-            raise self.fault("a line of text has no end")
+            is_cut = len(self.data) - self.position < MAX_LINE_BYTES
+            raise (self.cut_off if is_cut else self.fault)("a line of text has no end")
         text = self.take(end - self.position)
         self.position = end + 1
         return self.text(text)

@@ -52,10 +52,14 @@ class PickleContents:
             inert records of `torch_records`. It may be nested very deeply or contain itself: do not
             recurse into it.
         globals: Every global that it names, called or not.
+        storages: The first reference to every storage, by the storage's key.
+        size: Bytes up to its end; others may follow.
     """
 
     root: object
     globals: frozenset[Name]
+    storages: Mapping[str, StorageRecord]
+    size: int
 
 
 def read_pickle(data: bytes, limits: Limits | None = None, refused: Container[str] = ()) -> object:
@@ -69,12 +73,13 @@ def read_pickle_contents(
     """Read one pickle.
 
     Args:
-        data: The pickle.
+        data: The pickle, and perhaps more behind it.
         limits: Limits of its cost.
         refused: Names of globals, and of modules, that make it an error. They would be as inert as
             all others, but only an attacker writes them.
 
     Raises:
+        CutOffError: `data` ends before the pickle does.
         FormatError: The pickle is malformed, exceeds `limits` or has a name that is `refused`, or
             torch would not have written it.
     """
@@ -82,7 +87,12 @@ def read_pickle_contents(
     for _ in range(machine.limits.max_opcodes):
         opcode = machine.number(1)
         if opcode == _STOP:
-            return PickleContents(root=machine.pop(), globals=frozenset(machine.globals))
+            return PickleContents(
+                root=machine.pop(),
+                globals=frozenset(machine.globals),
+                storages=MappingProxyType(machine.storages),
+                size=machine.position,
+            )
         handler = _HANDLERS.get(opcode)
         if handler is None:
             raise machine.fault(f"opcode 0x{opcode:02x} has no place in a torch file")
@@ -351,9 +361,12 @@ def _reduce(machine: Machine) -> None:
 
 def _persistent_id(machine: Machine) -> None:
     try:
-        machine.stack.append(record_of_reference(machine.pop()))
+        record = record_of_reference(machine.pop())
     except FormatError as error:
         raise machine.fault(str(error)) from error
+    if isinstance(record, StorageRecord):
+        machine.storages.setdefault(record.key, record)
+    machine.stack.append(record)
 
 
 def _new_object(machine: Machine) -> None:

@@ -20,18 +20,19 @@ _MAX_KEY_LENGTH = 64  # torch numbers the storages of a file
 
 _STORAGE_DTYPES: Mapping[str, str] = MappingProxyType(
     {
-        "DoubleStorage": "float64",
-        "FloatStorage": "float32",
-        "HalfStorage": "float16",
-        "BFloat16Storage": "bfloat16",
-        "LongStorage": "int64",
-        "IntStorage": "int32",
-        "ShortStorage": "int16",
-        "CharStorage": "int8",
-        "ByteStorage": "uint8",
-        "BoolStorage": "bool",
-        "ComplexFloatStorage": "complex64",
-        "ComplexDoubleStorage": "complex128",
+        "torch.DoubleStorage": "float64",
+        "torch.FloatStorage": "float32",
+        "torch.HalfStorage": "float16",
+        "torch.BFloat16Storage": "bfloat16",
+        "torch.LongStorage": "int64",
+        "torch.IntStorage": "int32",
+        "torch.ShortStorage": "int16",
+        "torch.CharStorage": "int8",
+        "torch.ByteStorage": "uint8",
+        "torch.BoolStorage": "bool",
+        "torch.ComplexFloatStorage": "complex64",
+        "torch.ComplexDoubleStorage": "complex128",
+        "torch.storage.UntypedStorage": "uint8",
     }
 )
 
@@ -60,7 +61,7 @@ class StorageRecord:
 
     Attributes:
         key: Its name in the archive.
-        dtype: Type of its elements, or None if it holds bytes or a type unknown here.
+        dtype: Type of its elements, uint8 if it holds bytes, or None if the type is unknown here.
         numel: Number of elements it declares.
     """
 
@@ -92,19 +93,28 @@ SET = Name(module="builtins", name="set")
 ORDERED_DICT = Name(module="collections", name="OrderedDict")
 
 
-def record_of_reference(reference: object) -> StorageRecord:
-    """Understand the one kind of reference that torch lets out of a pickle: to a storage.
+def record_of_reference(reference: object) -> StorageRecord | Name:
+    """Understand a reference that torch lets out of a pickle.
+
+    It is to a storage. The legacy format also has views of storages, and refers so to classes of
+    modules, with the text of their source, which is not looked at.
 
     Raises:
-        FormatError: It is anything else.
+        FormatError: It is anything else, or to a view.
     """
     match reference:
-        case ("storage", Name() as kind, str() as key, str(), numel):
-            dtype = _STORAGE_DTYPES.get(kind.name) if kind.module == "torch" else None
+        case ("storage", Name() as kind, str() as key, str(), numel, *view):
+            if view not in ([], [None]):
+                raise FormatError(
+                    "a storage is a view of another one, as only the oldest versions of torch "
+                    "wrote it; load the file with torch and save its tensors again"
+                )
             (numel,) = _sizes((numel,), "number of elements")
             if len(key) > _MAX_KEY_LENGTH:
                 raise FormatError(f"a storage has a name of {len(key)} characters")
-            return StorageRecord(key=key, dtype=dtype, numel=numel)
+            return StorageRecord(key=key, dtype=_STORAGE_DTYPES.get(str(kind)), numel=numel)
+        case ("module", Name() as module, _, _):
+            return module
         case _:
             raise FormatError("a reference out of the pickle is not to a storage")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, MappedFile, open_checkpoint
-from ldm_export.checkpoint.mistaken_files import part_of_several
+from ldm_export.checkpoint.mistaken_files import HEAD_BYTES, part_of_several
+from ldm_export.checkpoint.torch_legacy import is_torch_legacy
 from ldm_export.checkpoint.zip_directory import read_zip_directory
 from ldm_export.detection.chosen_config import chosen_config
 from ldm_export.detection.detect import Detection, detect
@@ -17,8 +18,6 @@ from ldm_export.errors import ExportError, FormatError, UnknownModelError, Weigh
 from ldm_runtime.specs.model import ModelSpec
 
 _ZIP_MAGIC = b"PK\x03\x04"
-#: torch.save before version 1.6 began with this number as a pickle of protocol 2.
-_OLD_TORCH_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _SAFETENSORS_LENGTH_BYTES = 8
 _SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".gguf"})
 _LONG = 500  # characters of a value of metadata, which may be an image
@@ -58,10 +57,10 @@ def _is_named_so(path: Path) -> bool:
 
 def _looks_like_checkpoint(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(len(_OLD_TORCH_MAGIC))
+        head = file.read(HEAD_BYTES)
     if head.startswith(_ZIP_MAGIC):
         return _holds_pickle(path)
-    return head == _OLD_TORCH_MAGIC or _is_safetensors(head)
+    return is_torch_legacy(head) or _is_safetensors(head)
 
 
 def _is_safetensors(head: bytes) -> bool:

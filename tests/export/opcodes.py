@@ -114,3 +114,10 @@ def tensor(storage, offset=0, shape=(2, 3), stride=(3, 1), metadata=b""):
         call("collections.OrderedDict"),
         *([metadata] if metadata else []),
     )
+
+
+def legacy_header(version=1001, system=None):
+    """Return the pickles with which torch's legacy format begins."""
+    little_endian = named({"little_endian": boolean(True)})
+    magic = integer(0x1950A86A20F9469CFC6C)
+    return pickled(magic) + pickled(integer(version)) + pickled(system or little_endian)

@@ -52,6 +52,10 @@ def saved(folder, content, **options):
     return path
 
 
+def save_legacy(content, path, **options):
+    torch.save(content, path, _use_new_zipfile_serialization=False, **options)
+
+
 def values(tensor):
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
 
@@ -71,7 +75,7 @@ def assert_same_tensors(checkpoint, state_dict):
 
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2, 3, 4)])
-@pytest.mark.parametrize("save", [torch.save, safetensors.torch.save_file])
+@pytest.mark.parametrize("save", [torch.save, save_legacy, safetensors.torch.save_file])
 def test_every_type_and_shape_reads_as_torch_wrote_it(tmp_path, save, name, shape):
     state_dict = {"weight": torch.randn(shape).mul(100).to(DTYPES[name])}
     save(state_dict, tmp_path / "model")
@@ -326,6 +330,23 @@ def write_sparse_archive(path, num_tensors, tensor_bytes):
     write_archive(path, [pickled, *holes], zip64=True)
 
 
+def write_sparse_legacy(path, num_tensors, tensor_bytes):
+    keys = [f"{index:04d}" for index in range(num_tensors)]
+    records = {
+        f"model.diffusion_model.input_blocks.{key}.weight": op.tensor(
+            op.storage(key, numel=tensor_bytes // 4), shape=(tensor_bytes // 4,), stride=(1,)
+        )
+        for key in keys
+    }
+    with path.open("wb") as file:
+        file.write(op.legacy_header() + op.pickled(op.named({"state_dict": op.named(records)})))
+        file.write(op.pickled(op.list_of(*map(op.text, keys))))
+        for _ in keys:
+            file.write(struct.pack("<q", tensor_bytes // 4))
+            file.seek(tensor_bytes, 1)
+        file.truncate()
+
+
 MEASURE = """
 import re, sys
 from pathlib import Path
@@ -340,7 +361,9 @@ with open_checkpoint(Path(sys.argv[1])) as checkpoint:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("write", [write_sparse_safetensors, write_sparse_archive])
+@pytest.mark.parametrize(
+    "write", [write_sparse_safetensors, write_sparse_archive, write_sparse_legacy]
+)
 def test_opening_five_gigabytes_takes_less_than_300_megabytes_of_memory(tmp_path, write):
     path = tmp_path / "large"
     write(path, 2000, 2_700_000)
@@ -409,10 +432,6 @@ def cut(count):
     return write
 
 
-def legacy(path):
-    torch.save({"weight": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
-
-
 def compressed(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/data.pkl", GOOD)
@@ -426,8 +445,8 @@ BAD_FILES = {
     "folder": (lambda path: path.mkdir(), "not a file"),
     "pipe": (os.mkfifo, "not a file"),
     "empty": (with_bytes(b""), "is empty"),
-    "one byte": (with_bytes(b"P"), "neither a torch archive nor"),
-    "text": (with_bytes(b"hello, this is not a model"), "neither a torch archive nor"),
+    "one byte": (with_bytes(b"P"), "neither a torch nor a"),
+    "text": (with_bytes(b"hello, this is not a model"), "neither a torch nor a"),
     "web page": (with_bytes(b"<!DOCTYPE html><html>"), "web page"),
     "git-lfs pointer": (with_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "lfs pull"),
     "gguf": (with_bytes(b"GGUF\3\0\0\0"), "a GGUF file"),
@@ -440,7 +459,6 @@ BAD_FILES = {
         "a bundle already",
     ),
     "bare pickle": (with_bytes(GOOD), "bare pickle"),
-    "torch before 1.6": (legacy, "torch.save"),
     # archives
     "only a zip signature": (with_bytes(b"PK\3\4"), "cut off or missing"),
     "truncated by a byte": (cut(1), "no end record"),
@@ -714,6 +732,7 @@ def test_a_checkpoint_that_names_what_runs_programs_is_refused_and_runs_nothing(
 def good_files(folder):
     state_dict = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
     torch.save(lightning_content(state_dict), folder / "torch")
+    save_legacy(lightning_content(state_dict), folder / "legacy")
     safetensors.torch.save_file(state_dict, folder / "safetensors", metadata={"x": "y"})
     write_archive(
         folder / "zip64",
@@ -754,7 +773,7 @@ def test_changed_files_only_ever_raise_the_checkpoint_error(tmp_path, good_conte
     _open_or_refuse(tmp_path / "fuzz", bytes(content))
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_a_file_cut_anywhere_is_refused(tmp_path, good_contents, which):
     content = good_contents[which]
 

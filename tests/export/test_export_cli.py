@@ -49,7 +49,7 @@ def test_a_missing_checkpoint_is_one_line(command, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"hello, world", "neither a torch archive"), (b"", "is empty"), (b"PK\3\4junk", "")],
+    [(b"hello, world", "neither a torch nor"), (b"", "is empty"), (b"PK\3\4junk", "")],
 )
 def test_what_is_not_a_checkpoint_is_one_line(command, tmp_path, content, words):
     path = tmp_path / "model.ckpt"

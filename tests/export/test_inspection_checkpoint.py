@@ -189,12 +189,15 @@ def test_a_checkpoint_that_was_cut_short_is_an_error_and_not_something_else(ckpt
         inspect_checkpoint(ckpt)
 
 
-def test_a_checkpoint_in_the_format_before_zip_is_an_error_and_not_something_else(tmp_path):
-    path = tmp_path / "old.ckpt"
-    torch.save({"state_dict": {}}, path, _use_new_zipfile_serialization=False)
+def test_a_checkpoint_in_the_legacy_format_is_described_whatever_its_name(tmp_path):
+    path = tmp_path / "download"
+    content = {"global_step": 12, "state_dict": tensors_of(SMALL)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
 
-    with pytest.raises(CheckpointError, match=r"old\.ckpt"):
-        inspect_checkpoint(path)
+    report = inspect_checkpoint(path)
+
+    assert (report["format"], report["global_step"]) == ("torch-legacy", 12)
+    assert report["family"] == "stable-diffusion-1"
 
 
 def test_inspecting_needs_no_torch(ckpt):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.export import opcodes as op
-from tests.export.archives import Entry, write_archive
 
 ROOT = Path(__file__).parents[2]
 #: The peak is that of `/proc`: `ru_maxrss` begins with what the parent had.
@@ -54,9 +53,10 @@ def many_lists(path):
 
 
 def many_opcodes(path):
-    """Two million opcodes, all of which make something."""
+    """Two million opcodes, all of which make something, and a list of storages of its limit."""
     values = op.EMPTY_TUPLE + (op.DUP + op.TUPLE2) * 999_990
-    write_archive(path, [Entry(name="x/data.pkl", data=op.pickled(values))])
+    keys = op.list_of(*[op.text("0")] * 199_990)
+    path.write_bytes(op.legacy_header() + op.pickled(values) + op.pickled(keys))
 
 
 def long_yaml(path):
