@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ldm_export.detection.ignored_tensors import check_not_needed
 from ldm_export.disk_space import full_disk_named
 from ldm_export.engine_steps import engine_steps, expected_engines
 from ldm_export.errors import CheckpointError
 from ldm_export.estimate import Estimate, make_estimate
 from ldm_export.golden.prediction import confirmed
 from ldm_export.memory import give_back_memory
-from ldm_export.networks.loading import check_weights
+from ldm_export.networks.loading import check_weights, parameter_names
 from ldm_export.replacement import check_replacement, origin_of
 from ldm_export.source import ExportOptions, Source, open_source, versions
 from ldm_export.steps import make_steps, measured_prediction
@@ -114,7 +115,12 @@ def estimate_export(options: ExportOptions) -> Estimate:
 def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
     """Open a checkpoint, and check all that can be checked before anything is built."""
     source = open_source(options, checkpoint, hashed=hashed)
+    detection = source.detection
     for component in components_of(source.spec):
+        if detection.ignored:
+            parameters = parameter_names(component, source.spec)
+            weights = detection.weights[component]
+            check_not_needed(component, weights, parameters, detection.ignored)
         check_weights(component, source.spec, source.weights(component))
     _expected_engines(source)  # raises for impossible sizes
     return source

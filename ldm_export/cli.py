@@ -119,6 +119,14 @@ def _add_model_flags(parser: Parser) -> None:
         metavar="FILE",
         help="names of labels 0, 1 and so on, one per line, to ask for classes by name",
     )
+    features.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out tensors that no network needs, by a shell pattern over whole names, such "
+        "as 'adapter.*'; may be repeated",
+    )
     features.add_argument("--height", type=int, help="default height in pixels")
     features.add_argument("--width", type=int, help="default width in pixels")
 
@@ -233,6 +241,7 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
             height=args.height,
             width=args.width,
             label_names=None if args.label_names is None else _label_names(args.label_names),
+            ignore=tuple(args.ignore),
         ),
         weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
         replace=args.replace,

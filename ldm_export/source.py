@@ -100,7 +100,11 @@ class Source:
     def weights(self, component: str) -> Mapping[str, LazyTensor]:
         """Return a component's tensors by parameter name of its network."""
         names = self.detection.weights[component]
-        return {name: self.checkpoint.tensors[stored] for name, stored in names.items()}
+        return {
+            name: self.checkpoint.tensors[stored]
+            for name, stored in names.items()
+            if stored not in self.detection.ignored
+        }
 
     def parameters(self) -> dict[str, int]:
         """Return the number of weights of every component."""

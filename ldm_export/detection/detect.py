@@ -8,7 +8,7 @@ that it all fits together.
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ldm_export.detection.averages_only import lost_names
@@ -17,6 +17,7 @@ from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.file_fields import file_fields
+from ldm_export.detection.ignored_tensors import Ignored, ignored_by, ignored_notes
 from ldm_export.detection.match import match_family
 from ldm_export.detection.overrides import Overrides, Sources, first_stated
 from ldm_export.detection.own_sections import SamplingFields
@@ -41,11 +42,13 @@ class Detection:
         spec: The model.
         weights: Per component, checkpoint tensor name by network parameter name.
         unused: Reason why a tensor is in no component, by its name.
+        ignored: The tensors that the user leaves out.
     """
 
     spec: ModelSpec
     weights: Mapping[str, Mapping[str, str]]
     unused: Mapping[str, str]
+    ignored: Ignored
 
 
 def detect(
@@ -82,15 +85,18 @@ def detect(
         family=family_defaults,
     )
     wanted, source = _wanted_weights(sources, has_only_averages=bool(lost))
-    assignment = assigned_weights(known, family, wanted, source)
+    ignored = ignored_by(flags.ignore, tensors)
+    assignment = assigned_weights(known, family, wanted, source, ignored)
     spec = read_spec(sources, family.name, assignment)
+    notes = ignored_notes(ignored, assignment.unused)
+    spec = replace(spec, assumptions=(*spec.assumptions, *notes))
     check_architecture(config, spec)
     check_consistent(spec)
     if sources.config.sampling != SamplingFields():
         _check_sampling(spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
     unused = {name: reason for name, reason in assignment.unused.items() if name not in lost}
-    return Detection(spec=spec, weights=assignment.weights, unused=unused)
+    return Detection(spec=spec, weights=assignment.weights, unused=unused, ignored=ignored)
 
 
 def _wanted_weights(sources: Sources, *, has_only_averages: bool) -> tuple[WeightsChoice, str]:

@@ -1,6 +1,8 @@
 """The noise schedule of a checkpoint's training: its own buffers, or its family's formula."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,16 @@ class ListedBetas:
         return np.cumprod(1.0 - np.array(self.betas), dtype=np.float64)
 
 
+#: Buffers that hold a schedule, the first of which counts, and alphas_cumprod from each. The last
+#: is of Stability's generative-models, and of files merged with one of theirs.
+_BUFFERS: Mapping[str, Callable[[Float64Array], Float64Array]] = MappingProxyType(
+    {
+        "alphas_cumprod": lambda values: values,
+        "betas": lambda values: np.cumprod(1.0 - values, dtype=np.float64),
+        "denoiser.sigmas": lambda values: 1.0 / (1.0 + values**2),
+    }
+)
+
 #: A schedule that is computed and not stored in the checkpoint.
 ComputedSchedule = ScheduleFormula | ListedBetas
 
@@ -98,9 +110,9 @@ def read_schedule(tensors: Tensors, formula: ComputedSchedule) -> NoiseSchedule:
         WeightsError: The buffers are not a decreasing schedule, or contradict a formula that comes
             from a configuration or that has to replace them.
     """
-    name = "alphas_cumprod" if "alphas_cumprod" in tensors else "betas"
+    name = next((name for name in _BUFFERS if name in tensors), None)
     computed = formula.alphas_cumprod()
-    if name not in tensors:
+    if name is None:
         return NoiseSchedule(alphas_cumprod=tuple(computed.tolist()), formula=formula)
     dtype = tensors[name].dtype
     if dtype not in _EXACT_TYPES | _ROUNDING.keys():
@@ -123,7 +135,7 @@ def _own_values(name: str, stored: npt.NDArray[Any]) -> Float64Array:
     if stored.ndim != 1 or not stored.size:
         raise WeightsError(f"{name} has shape {stored.shape}; one value per timestep was expected")
     values = stored.astype(np.float64)
-    return np.cumprod(1.0 - values, dtype=np.float64) if name == "betas" else values
+    return _BUFFERS[name](values)
 
 
 def _check(name: str, values: Float64Array) -> None:

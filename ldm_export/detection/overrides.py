@@ -26,6 +26,7 @@ class Overrides:
         height: Default height in pixels.
         width: Default width in pixels.
         label_names: Names of labels 0, 1, … of a model of classes, layouts or segmentation maps.
+        ignore: Shell patterns over the names of tensors that are left out.
     """
 
     weights: WeightsChoice | None = None
@@ -37,6 +38,7 @@ class Overrides:
     height: int | None = None
     width: int | None = None
     label_names: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ldm_export.detection.features import Tensors
+from ldm_export.detection.ignored_tensors import Ignored, ignored_reason
 from ldm_export.errors import WeightsError
 from ldm_export.families.records import Family, WeightsChoice
 from ldm_export.families.unused_tensors import IGNORED_TENSORS
@@ -39,7 +40,11 @@ class WeightAssignment:
 
 
 def assigned_weights(
-    tensors: Tensors, family: Family, wanted: WeightsChoice, source: str
+    tensors: Tensors,
+    family: Family,
+    wanted: WeightsChoice,
+    source: str,
+    ignored: Ignored = MappingProxyType({}),
 ) -> WeightAssignment:
     """Assign every tensor of a checkpoint to a component of `family` or to the ignored tensors.
 
@@ -51,6 +56,8 @@ def assigned_weights(
         family: Its family.
         wanted: The set of trained weights to use.
         source: Who wants it: "flag", "config" or "family".
+        ignored: Tensors that the user leaves out. One that is named like a component's stays with
+            it, and has no average.
 
     Raises:
         WeightsError: A tensor is neither assigned nor known to be ignored, a component has none,
@@ -58,23 +65,30 @@ def assigned_weights(
             a flag asks for averages that are incomplete.
     """
     weights = _assign(tensors, family)
-    raw = [name for component in family.averaged for name in weights[component].values()]
+    raw = [
+        name
+        for component in family.averaged
+        for name in weights[component].values()
+        if name not in ignored
+    ]
     chosen = _choose(tensors, raw, wanted, asked=source == "flag")
     replaced: frozenset[str] = frozenset()
     if chosen == "ema":
         replaced = frozenset(raw)
         for component in family.averaged:
             names = weights[component].items()
-            weights[component] = {parameter: ema_name(name) for parameter, name in names}
+            weights[component] = {
+                parameter: ema_name(name) if name in replaced else name for parameter, name in names
+            }
     assigned = frozenset(name for names in weights.values() for name in names.values())
-    _check_types(tensors, assigned)
+    _check_types(tensors, assigned - ignored.keys())
     return WeightAssignment(
         weights=MappingProxyType(
             {component: MappingProxyType(names) for component, names in weights.items()}
         ),
         chosen=chosen,
         source=source if chosen == wanted else "file",
-        unused=MappingProxyType(_ignored_tensors(tensors, family, assigned, replaced)),
+        unused=MappingProxyType(_unused_tensors(tensors, family, assigned, replaced, ignored)),
     )
 
 
@@ -178,8 +192,12 @@ def _check_types(tensors: Tensors, assigned: frozenset[str]) -> None:
         )
 
 
-def _ignored_tensors(
-    tensors: Tensors, family: Family, assigned: frozenset[str], replaced: frozenset[str]
+def _unused_tensors(
+    tensors: Tensors,
+    family: Family,
+    assigned: frozenset[str],
+    replaced: frozenset[str],
+    ignored: Ignored,
 ) -> dict[str, str]:
     unused, unassigned = {}, []
     for name in tensors:
@@ -189,7 +207,7 @@ def _ignored_tensors(
             "training weights, their moving average is used"
             if name in replaced
             else _ignored_reason(name) or _copy_reason(tensors, family, name)
-        )
+        ) or ignored_reason(ignored, name)
         if reason:
             unused[name] = reason
         else:
@@ -197,8 +215,8 @@ def _ignored_tensors(
     if unassigned:
         raise WeightsError(
             f"{len(unassigned)} tensors belong to no component and are not known to be ignored: "
-            f"{listed(unassigned)}; an export without them could be wrong, so remove them from the "
-            "checkpoint if they do not matter"
+            f"{listed(unassigned)}; an export without them could be wrong. If they do not matter, "
+            "leave them out with --ignore 'PATTERN', a shell pattern over their names"
         )
     return unused
 

@@ -22,7 +22,8 @@ class UnsupportedFormat:
 _SCHEDULE_BUFFERS = (
     "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|"
     "log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|"
-    "posterior_variance|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2"
+    "posterior_variance|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|"
+    r"denoiser\.sigmas"
 )
 
 IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
@@ -32,12 +33,21 @@ IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
         reason="buffers of a sampler",
     ),
     IgnoredTensor(pattern="scale_factor", reason="latent scale factor, recorded in the bundle"),
-    IgnoredTensor(pattern="logvar", reason="used in training only"),
+    IgnoredTensor(pattern="logvar|lvlb_weights", reason="used in training only"),
     IgnoredTensor(
         pattern=r"((first_stage|cond_stage)_model\.)?loss\..*", reason="used in training only"
     ),
     IgnoredTensor(pattern=r"model_ema\.(decay|num_updates)", reason="state of the moving average"),
     IgnoredTensor(pattern=r"model_ema\..*", reason="moving average, not used"),
+    IgnoredTensor(
+        pattern=r"first_stage_model\.model_ema\..*",
+        reason="moving average of the autoencoder, which no model samples with",
+    ),
+    IgnoredTensor(
+        pattern=r"embedding_manager\..*", reason="embeddings of a textual inversion, not applied"
+    ),
+    IgnoredTensor(pattern=r"lora_te_text_model.*", reason="a LoRA, not applied"),
+    IgnoredTensor(pattern=r"safety_checker\..*", reason="a classifier of images, not exported"),
     IgnoredTensor(pattern="v_pred", reason="a mark of the prediction type, recorded in the bundle"),
     IgnoredTensor(pattern="ztsnr", reason="a mark of the noise schedule, recorded in the bundle"),
     IgnoredTensor(pattern=r".*\.position_ids", reason="the numbers 0, 1, 2, …"),

@@ -73,6 +73,11 @@ def build_network(component: str, spec: ModelSpec) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def parameter_names(component: str, spec: ModelSpec) -> frozenset[str]:
+    """Return the names of all parameters of the network of `component`, which the model has."""
+    return frozenset(name for name, _ in build_network(component, spec).named_parameters())
+
+
 def check_weights(component: str, spec: ModelSpec, weights: Mapping[str, Weight]) -> None:
     """Check that a checkpoint has every weight of a component in its shape, and no other.
 
@@ -146,6 +151,8 @@ def _check_same(component: str, network: nn.Module, weights: Mapping[str, Weight
         ],
     }
     sentences = [f"{kind}: {_listed(names)}" for kind, names in faults.items() if names]
+    if faults["not part of it"]:
+        sentences.append("--ignore '*NAME' leaves out what does not matter")
     if sentences:
         raise WeightsError(
             f"the checkpoint's weights do not fit the {component}; {'; '.join(sentences)}"

@@ -42,10 +42,24 @@ def test_betas_do_where_there_are_no_cumulative_products():
     assert schedule.alphas_cumprod == pytest.approx((0.9, 0.72, 0.36), rel=1e-15)
 
 
-@pytest.mark.parametrize("name", ["alphas_cumprod", "betas"])
+def test_noise_levels_do_where_there_is_nothing_else():
+    alphas = np.array([0.9, 0.72, 0.36])
+    sigmas = with_values(np.sqrt((1 - alphas) / alphas), "float64")
+
+    schedule = read_schedule({"denoiser.sigmas": sigmas}, FORMULA)
+
+    assert schedule.formula is None
+    assert schedule.alphas_cumprod == pytest.approx(alphas, rel=1e-15)
+
+
+@pytest.mark.parametrize("name", ["alphas_cumprod", "betas", "denoiser.sigmas"])
 def test_half_precision_only_confirms_the_formula(name):
     alphas = scaled_linear()
-    exact = {"alphas_cumprod": alphas, "betas": 1 - alphas / np.concatenate([[1], alphas[:-1]])}
+    exact = {
+        "alphas_cumprod": alphas,
+        "betas": 1 - alphas / np.concatenate([[1], alphas[:-1]]),
+        "denoiser.sigmas": np.sqrt((1 - alphas) / alphas),
+    }
     rounded = exact[name].astype(np.float16)
     tensors = {name: with_values(rounded, "float16")}
 
