@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from ldm_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ldm_export.checkpoint.checkpoint import Checkpoint
 from ldm_export.detection.ignored_tensors import check_not_needed
 from ldm_export.disk_space import full_disk_named
 from ldm_export.engine_steps import engine_steps, expected_engines
@@ -14,13 +14,18 @@ from ldm_export.golden.prediction import confirmed
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import check_weights, parameter_names
 from ldm_export.replacement import check_replacement, origin_of
-from ldm_export.source import ExportOptions, Source, open_source, versions
+from ldm_export.source import (
+    ExportOptions,
+    Source,
+    build_record,
+    checkpoint_sha256,
+    open_checkpoint_of,
+    open_source,
+)
 from ldm_export.steps import make_steps, measured_prediction
 from ldm_export.workspace import ExportStep, StepRecord, Workspace
-from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import (
     SCHEMA_VERSION,
-    BuildRecord,
     Manifest,
     PredictionRecord,
     load_manifest,
@@ -60,7 +65,7 @@ def export_bundle(
     """
     started = time.monotonic()
     workspace = Workspace(options.out, on_write)
-    with open_checkpoint(options.checkpoint) as checkpoint:
+    with open_checkpoint_of(options) as checkpoint:
         opened, listener = _open_source(options, checkpoint), progress or Silent()
         if not options.replace:
             check_replacement(options.out, options.checkpoint, opened.sha256)
@@ -82,7 +87,7 @@ def export_bundle(
                 prediction=prediction,
                 engines=_engine_paths(records),
                 files=workspace.files,
-                build=_build_record(source, time.monotonic() - started),
+                build=build_record(source, time.monotonic() - started),
             )
             workspace.publish(manifest)
     return manifest
@@ -101,7 +106,7 @@ def estimate_export(options: ExportOptions) -> Estimate:
     """
     workspace = Workspace(options.out)  # checks the destination
     origin = origin_of(options.out)
-    with open_checkpoint(options.checkpoint) as checkpoint:
+    with open_checkpoint_of(options) as checkpoint:
         source = _open_source(options, checkpoint, hashed=origin is not None)
         estimate = _estimate(source)
         if origin is None:
@@ -141,15 +146,6 @@ def _prediction(source: Source, progress: Progress) -> PredictionRecord | None:
     give_back_memory()
     progress.end("prediction", "built")
     return record
-
-
-def _build_record(source: Source, seconds: float) -> BuildRecord:
-    return BuildRecord(
-        checkpoint=source.options.checkpoint.name,
-        checkpoint_sha256=source.sha256,
-        versions=versions(),
-        seconds=round(seconds, 1),
-    )
 
 
 def _run_steps(
@@ -195,9 +191,11 @@ def _engine_paths(records: Sequence[StepRecord]) -> tuple[str, ...]:
 
 
 def _check_unchanged(source: Source) -> None:
-    path = source.options.checkpoint
-    if sha256_of(path) != source.sha256:  # cached, unless the file was written to
-        raise CheckpointError(path, "changed while it was being exported; export it again")
+    # The hash of every file is cached, unless it was written to.
+    if checkpoint_sha256(source.checkpoint) != source.sha256:
+        raise CheckpointError(
+            source.options.checkpoint, "changed while it was being exported; export it again"
+        )
 
 
 def _estimate(source: Source) -> Estimate:

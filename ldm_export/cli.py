@@ -24,7 +24,11 @@ from ldm_runtime.version import extra
 
 if TYPE_CHECKING:
     from ldm_export.source import ExportOptions
+    from ldm_runtime.bundle.manifest import Manifest
     from ldm_runtime.specs.model import Task
+
+
+_DIGITS = 12  # of a hash, in messages
 
 
 def build_parser() -> Parser:
@@ -39,7 +43,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "paths", type=Path, nargs="*", metavar="PATH", help="--ckpt and --out without their names"
     )
-    parser.add_argument("--ckpt", type=Path, help=".ckpt, .pt or .safetensors file")
+    parser.add_argument(
+        "--ckpt", type=Path, help=".ckpt, .pt or .safetensors file, or a folder of diffusers"
+    )
     parser.add_argument("--out", type=Path, help="folder of the bundle")
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     add_message_flags(parser)
@@ -91,6 +97,18 @@ def _add_model_flags(parser: Parser) -> None:
         type=lambda text: text if text == "none" else Path(text),
         metavar="FILE",
         help="CompVis yaml, or none (default: <ckpt>.yaml or config.yaml next to it)",
+    )
+    features.add_argument(
+        "--vae",
+        type=Path,
+        metavar="FILE",
+        help="autoencoder to take in place of the checkpoint's, a file or a folder of diffusers",
+    )
+    features.add_argument(
+        "--text-encoder",
+        type=Path,
+        metavar="FILE",
+        help="CLIP text encoder to take in place of the checkpoint's, likewise",
     )
     features.add_argument(
         "--weights",
@@ -204,9 +222,10 @@ def _missing(error: ImportError) -> str:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ldm_export.checkpoint.checkpoint import open_checkpoint
+    from ldm_export.intake.opening import open_model
 
-    with open_checkpoint(args.ckpt):  # a file that cannot be read is reported before torch loads
+    # A file that cannot be read is reported before torch loads.
+    with open_model(args.ckpt, vae=args.vae, text_encoder=args.text_encoder):
         pass
     from ldm_export.bundle import estimate_export, export_bundle
 
@@ -217,8 +236,7 @@ def _export(args: argparse.Namespace) -> None:
     with reporting(args) as progress:
         manifest = export_bundle(options, progress=progress)
     if not args.quiet:
-        for assumption in manifest.spec.assumptions:
-            say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
+        say_sources(manifest)
         say_next(manifest.spec.task, args.out)
     print(args.out)
 
@@ -247,7 +265,17 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
         replace=args.replace,
         engines=engine_options(args, args.engines or ("auto" if args.fp16 else "none")),
         fp16=args.fp16,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
     )
+
+
+def say_sources(manifest: "Manifest") -> None:
+    """Say what the weights could not tell, and which components have files of their own."""
+    for assumption in manifest.spec.assumptions:
+        say(f"assumed {assumption.field} = {assumption.value} (from {assumption.source})")
+    for part in manifest.build.components:
+        say(f"took the {part.component} from {part.file} (sha256 {part.sha256[:_DIGITS]}...)")
 
 
 def say_next(task: "Task", bundle: Path) -> None:

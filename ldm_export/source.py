@@ -12,15 +12,22 @@ from typing import Any, Self, get_args
 import msgspec
 import numpy as np
 
-from ldm_export.checkpoint.checkpoint import Checkpoint, LazyTensor
+from ldm_export.checkpoint.checkpoint import Checkpoint
 from ldm_export.checkpoint.mistaken_files import part_of_several
+from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.detection.averages import warn_of_averages
 from ldm_export.detection.chosen_config import StatedConfig, chosen_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import CheckpointError, ExportError
+from ldm_export.intake.opening import open_model
 from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import WeightsDType, encode_networks
+from ldm_runtime.bundle.manifest import (
+    BuildRecord,
+    SourceRecord,
+    WeightsDType,
+    encode_networks,
+)
 from ldm_runtime.engines.build_specs import EngineOptions, Toolchain, choose_toolchain
 from ldm_runtime.specs.model import ModelSpec, components_of
 
@@ -37,7 +44,7 @@ class ExportOptions:
     """The options of an export: checkpoint, destination, and what the checkpoint does not say.
 
     Attributes:
-        checkpoint: The `.ckpt`, `.pt` or `.safetensors` file.
+        checkpoint: The `.ckpt`, `.pt` or `.safetensors` file, or a diffusers folder.
         out: Folder of the bundle.
         config: CompVis configuration; None takes `<checkpoint>.yaml` or `config.yaml` next to the
             checkpoint if there is one, and "none" ignores what lies there.
@@ -46,6 +53,8 @@ class ExportOptions:
         engines: Which TensorRT engines to build; none by default.
         replace: Whether the bundle of another checkpoint at `out` may be replaced.
         fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
+        vae: File or folder of an autoencoder that takes the place of the checkpoint's.
+        text_encoder: File or folder of a CLIP text encoder that does likewise.
     """
 
     checkpoint: Path
@@ -56,6 +65,8 @@ class ExportOptions:
     engines: EngineOptions = field(default_factory=lambda: EngineOptions(builder="none"))
     replace: bool = False
     fp16: bool = True
+    vae: Path | None = None
+    text_encoder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.weights_dtype not in get_args(WeightsDType):
@@ -76,9 +87,9 @@ class Source:
 
     Attributes:
         options: The options of the export.
-        checkpoint: The opened file.
+        checkpoint: The opened checkpoint.
         detection: The model, and where its weights go.
-        sha256: Of the file; empty if nothing will be written.
+        sha256: Of the checkpoint, see `checkpoint_sha256`; empty if nothing will be written.
         toolchain: Builder of engines and its targets, or None without engines.
     """
 
@@ -97,7 +108,7 @@ class Source:
         """Return it with another record of the model."""
         return replace(self, detection=replace(self.detection, spec=spec))
 
-    def weights(self, component: str) -> Mapping[str, LazyTensor]:
+    def weights(self, component: str) -> Mapping[str, StoredTensor]:
         """Return a component's tensors by parameter name of its network."""
         names = self.detection.weights[component]
         return {
@@ -144,7 +155,7 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
 
     Args:
         options: The options of the export.
-        checkpoint: The opened file.
+        checkpoint: The opened checkpoint.
         hashed: Whether to read it whole, for its hash and to check its averages, which only an
             estimate can do without.
 
@@ -167,6 +178,7 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
         config=config,
         overrides=options.overrides,
         metadata=checkpoint.metadata,
+        stated=checkpoint.stated,
     )
     if hashed:
         warn_of_averages(checkpoint.tensors, detection.weights)
@@ -174,9 +186,53 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
         options=options,
         checkpoint=checkpoint,
         detection=detection,
-        sha256=sha256_of(options.checkpoint) if hashed else "",
+        sha256=checkpoint_sha256(checkpoint) if hashed else "",
         toolchain=None if isinstance(toolchain, str) else toolchain,
     )
+
+
+def open_checkpoint_of(options: ExportOptions) -> Checkpoint:
+    """Open the checkpoint of an export, with the components that have files of their own.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+        UnknownModelError: It is a folder with a pipeline that is not exported.
+    """
+    return open_model(options.checkpoint, vae=options.vae, text_encoder=options.text_encoder)
+
+
+def checkpoint_sha256(checkpoint: Checkpoint) -> str:
+    """Return the hash of a checkpoint's only file, or of the names and hashes of all of them."""
+    files = dict(checkpoint.files)
+    for each in checkpoint.components:
+        files |= {f"{each.component}: {name}": path for name, path in each.files.items()}
+    return _sha256_of_all(files)
+
+
+def build_record(source: Source, seconds: float) -> BuildRecord:
+    """Return the provenance of a bundle that took `seconds` to build."""
+    components = tuple(
+        SourceRecord(
+            component=each.component,
+            file=each.path.resolve().name,
+            sha256=_sha256_of_all(each.files),
+        )
+        for each in source.checkpoint.components
+    )
+    return BuildRecord(
+        checkpoint=source.options.checkpoint.resolve().name,
+        checkpoint_sha256=source.sha256,
+        components=components,
+        versions=versions(),
+        seconds=round(seconds, 1),
+    )
+
+
+def _sha256_of_all(files: Mapping[str, Path]) -> str:
+    if len(files) == 1:
+        return sha256_of(*files.values())
+    hashes = sorted((name, sha256_of(path)) for name, path in files.items())
+    return hashlib.sha256(msgspec.json.encode(hashes)).hexdigest()
 
 
 def versions() -> dict[str, str]:

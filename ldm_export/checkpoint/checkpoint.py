@@ -16,9 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.checkpoint.mistaken_files import HEAD_BYTES, is_safetensors, unreadable
 from ldm_export.checkpoint.not_a_file import why_not_a_file, why_not_opened
 from ldm_export.checkpoint.safetensors_header import read_safetensors_header
+from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.checkpoint.tensor_extent import TensorExtent
 from ldm_export.checkpoint.torch_archive import read_torch_archive
 from ldm_export.checkpoint.torch_legacy import is_torch_legacy, read_torch_legacy
@@ -142,32 +144,56 @@ def _widened(bfloat16: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComponentFiles:
+    """The files that a component is read from in place of the checkpoint's.
+
+    Attributes:
+        component: "autoencoder" or "text encoder".
+        path: The file or folder that the user gave.
+        files: Every file that was read, by its name within `path`.
+    """
+
+    component: str
+    path: Path
+    files: Mapping[str, Path]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint(Closing):
     """An open checkpoint. Close it, or use it in a `with` statement.
 
     Attributes:
-        path: The file.
+        path: The file, or the folder.
         format: How it is written; "torch-legacy" is the format of torch before 1.6.
-        tensors: Its tensors, by their names in the state dict.
+        tensors: Its tensors, by their names in the state dict; those of a diffusers folder by the
+            names that a single file has for them.
         skipped: Names of entries next to the tensors that were not read.
         global_step: Training step, if the file says so.
         metadata: The file's own metadata: untrusted text, to be escaped before it is shown.
         unusual_globals: Names in its pickle that torch does not write of its own accord: untrusted
             text as well. Nothing here looks them up, but `torch.load` may.
+        files: Every file that it was read from, by its name within the checkpoint.
+        components: Components that were read from files of their own.
+        stated: What its configuration files say of the model.
+        opened: What `close` gives up.
     """
 
     path: Path
-    format: Literal["torch", "torch-legacy", "safetensors"]
-    tensors: Mapping[str, LazyTensor]
+    format: Literal["torch", "torch-legacy", "safetensors", "diffusers"]
+    tensors: Mapping[str, StoredTensor]
     skipped: tuple[str, ...]
     global_step: int | None
     metadata: Mapping[str, str]
     unusual_globals: tuple[str, ...] = ()
-    _file: MappedFile = field(repr=False)
+    files: Mapping[str, Path]
+    components: tuple[ComponentFiles, ...] = ()
+    stated: FileFields = field(default_factory=FileFields)
+    opened: tuple[Closing | MappedFile, ...] = field(repr=False)
 
     def close(self) -> None:
-        """Give up the file. Arrays that were read stay valid; further reading is an error."""
-        self._file.close()
+        """Give up its files. Arrays that were read stay valid; further reading is an error."""
+        for each in self.opened:
+            each.close()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -203,7 +229,8 @@ def _read(file: MappedFile) -> Checkpoint:
             skipped=(),
             global_step=None,
             metadata=metadata,
-            _file=file,
+            files=MappingProxyType({file.path.name: file.path}),
+            opened=(file,),
         )
     raise FormatError(unreadable(head))
 
@@ -219,7 +246,8 @@ def _of_torch(
         global_step=contents.global_step,
         metadata=MappingProxyType({}),
         unusual_globals=unusual_globals(contents.globals),
-        _file=file,
+        files=MappingProxyType({file.path.name: file.path}),
+        opened=(file,),
     )
 
 

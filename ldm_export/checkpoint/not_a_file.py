@@ -8,8 +8,9 @@ from types import MappingProxyType
 #: What a folder is, by a file in it.
 _FOLDERS: Mapping[str, str] = MappingProxyType(
     {
-        "model_index.json": "is a folder of diffusers, which is not read; give the model as one "
-        "file, a .ckpt or .safetensors",
+        "model_index.json": "is a folder of diffusers, where one file was expected",
+        "config.json": "is a folder of one component; give the folder of diffusers that it is in, "
+        "which has a model_index.json",
         "manifest.json": "is a bundle already; give the checkpoint that it is to be made of",
     }
 )
@@ -21,7 +22,11 @@ _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 def why_not_a_file(path: Path) -> str:
     """Return what to give instead of a folder or a device."""
     found = (fault for name, fault in _FOLDERS.items() if (path / name).is_file())
-    return next(found, "is not a file; give the checkpoint itself")
+    return next(
+        found,
+        "is not a file, nor a folder of diffusers, which has a model_index.json; "
+        "give the checkpoint itself",
+    )
 
 
 def why_not_opened(path: Path, error: OSError | ValueError) -> str:

@@ -29,7 +29,7 @@ def chosen_config(checkpoint: Path, stated: StatedConfig = None) -> ChosenConfig
 
     A file next to the checkpoint, or next to what a link leads to, is named after it, or
     `config.yaml`. One of another program (trainers leave a `config.yaml` too) is ignored with a
-    warning; a stated one is an error.
+    warning; a stated one is an error. A folder of diffusers has configurations inside.
 
     Args:
         checkpoint: The checkpoint's path.
@@ -43,7 +43,7 @@ def chosen_config(checkpoint: Path, stated: StatedConfig = None) -> ChosenConfig
         return None
     if stated is not None:
         return ChosenConfig(path=stated, config=read_config(stated))
-    for path in _next_to(checkpoint):
+    for path in () if checkpoint.is_dir() else _next_to(checkpoint):
         try:
             config = read_config(path)
         except ForeignConfigError as error:

@@ -110,10 +110,11 @@ def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assum
         None,
         sources.config.text_num_heads,
         1 if clip.width % _CLIP_HEAD_CHANNELS else clip.width // _CLIP_HEAD_CHANNELS,
+        file=sources.file.text_num_heads,
     )
     if clip.width % num_heads:
         raise ExportError(
-            f"config: cond_stage_config.params.num_attention_heads is {num_heads}, which does not "
+            f"num_attention_heads is {num_heads}, from the {of_heads.source}, which does not "
             f"divide the text encoder's width {clip.width}"
         )
     activation, of_activation = first_stated(
@@ -121,6 +122,7 @@ def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assum
         None,
         sources.config.text_activation,
         sources.family.clip_activation,
+        file=sources.file.text_activation,
     )
     # Rows beyond CLIP's vocabulary are tokens that were added after the end token.
     end_token = min(clip.vocab_size, _CLIP_VOCAB_SIZE) - 1

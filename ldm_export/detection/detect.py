@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.averages_only import lost_names
 from ldm_export.detection.compvis_config import Config, config_fields, takes_embeddings
 from ldm_export.detection.config_check import check_architecture
@@ -57,6 +58,7 @@ def detect(
     config: Config | None = None,
     overrides: Overrides | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
+    stated: FileFields | None = None,
 ) -> Detection:
     """Recognise a checkpoint.
 
@@ -65,6 +67,7 @@ def detect(
         config: A parsed CompVis configuration, see `detection.compvis_config.read_config`.
         overrides: Features that the user states.
         metadata: The file's own.
+        stated: What the configuration files next to its weights say.
 
     Raises:
         UnknownModelError: It does not belong to a family that is exported.
@@ -81,7 +84,7 @@ def detect(
         tensors=known,
         flags=flags,
         config=config_fields(config),
-        file=file_fields(tensors, metadata),
+        file=file_fields(tensors, metadata, stated),
         family=family_defaults,
     )
     wanted, source = _wanted_weights(sources, has_only_averages=bool(lost))

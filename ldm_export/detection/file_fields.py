@@ -1,4 +1,4 @@
-"""The features that a checkpoint file states about itself, in marker tensors and in metadata.
+"""The features that a checkpoint states about itself: markers, metadata, and its folder's files.
 
 Sources: the ModelSpec standard (Stability-AI/ModelSpec, 02f6279) for the metadata of safetensors
 files; `v_pred` and `ztsnr` are empty tensors that trainers add, and that ComfyUI, among others,
@@ -8,9 +8,10 @@ reads so (comfy/supported_models.py).
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from types import MappingProxyType
 
+from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.features import Tensors
 from ldm_runtime.specs.model import PredictionType
 
@@ -24,35 +25,27 @@ _V_MARKER, _ZERO_SNR_MARKER = "v_pred", "ztsnr"
 _SHOWN = 40  # characters of an untrusted value
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileFields:
-    """The features that a file states; None where it says nothing.
-
-    Attributes:
-        prediction_type: Prediction target of the UNet.
-        zero_terminal_snr: Whether the last training timestep was nothing but noise.
-        height: Height in pixels that the model is meant for.
-        width: Width in pixels that the model is meant for.
-    """
-
-    prediction_type: PredictionType | None = None
-    zero_terminal_snr: bool = False
-    height: int | None = None
-    width: int | None = None
-
-
-def file_fields(tensors: Tensors, metadata: Mapping[str, str]) -> FileFields:
-    """Return what the marker tensors and the metadata of a checkpoint say.
+def file_fields(
+    tensors: Tensors, metadata: Mapping[str, str], stated: FileFields | None = None
+) -> FileFields:
+    """Return what the marker tensors and the metadata of a checkpoint say, and its other files.
 
     Metadata is untrusted text; a value that the standard does not know is a warning, and so is one
     that a marker contradicts, since tools copy metadata from model to model.
+
+    Args:
+        tensors: The checkpoint's.
+        metadata: Its own.
+        stated: What the configuration files next to its weights say.
     """
+    stated = stated or FileFields()
     width, height = _size(metadata)
-    return FileFields(
-        prediction_type=_prediction_type(tensors, metadata),
-        zero_terminal_snr=_ZERO_SNR_MARKER in tensors,
-        height=height,
-        width=width,
+    return replace(
+        stated,
+        prediction_type=_prediction_type(tensors, metadata) or stated.prediction_type,
+        zero_terminal_snr=_ZERO_SNR_MARKER in tensors or stated.zero_terminal_snr,
+        height=height or stated.height,
+        width=width or stated.width,
     )
 
 

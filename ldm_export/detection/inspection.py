@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ldm_export.checkpoint.checkpoint import Checkpoint, MappedFile, open_checkpoint
+from ldm_export.checkpoint.checkpoint import Checkpoint, MappedFile
 from ldm_export.checkpoint.mistaken_files import HEAD_BYTES, part_of_several
 from ldm_export.checkpoint.torch_legacy import is_torch_legacy
 from ldm_export.checkpoint.zip_directory import read_zip_directory
@@ -15,6 +15,8 @@ from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.weight_assignment import has_ema
 from ldm_export.errors import ExportError, FormatError, UnknownModelError, WeightsError
+from ldm_export.intake.folder import is_diffusers_folder
+from ldm_export.intake.opening import open_model
 from ldm_runtime.specs.model import ModelSpec
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -24,17 +26,23 @@ _LONG = 500  # characters of a value of metadata, which may be an image
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Describe a checkpoint file, or return None if it is not one by its content or its name.
+    """Describe a checkpoint, or return None if it is not one by its content or its name.
 
     A configuration next to it is read as an export would. The result has `family` None and a
     `problem` if the tensors are sound but of no exported family, or contradict the configuration.
 
+    Args:
+        path: A file, or a folder, which is a checkpoint if it is one of diffusers.
+
     Raises:
         CheckpointError: The file is a checkpoint by its content or its name, but cannot be read.
+        UnknownModelError: The folder holds a pipeline that is not exported.
     """
-    if not path.is_file() or not (_is_named_so(path) or _looks_like_checkpoint(path)):
+    if not is_diffusers_folder(path) and not (
+        path.is_file() and (_is_named_so(path) or _looks_like_checkpoint(path))
+    ):
         return None
-    with open_checkpoint(path) as checkpoint:
+    with open_model(path) as checkpoint:
         tensors = checkpoint.tensors
         report: dict[str, Any] = {
             "kind": "checkpoint",
@@ -90,7 +98,12 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         chosen = chosen_config(checkpoint.path)
         known["config"] = None if chosen is None else str(chosen.path)
         config = None if chosen is None else chosen.config
-        detection = detect(checkpoint.tensors, config=config, metadata=checkpoint.metadata)
+        detection = detect(
+            checkpoint.tensors,
+            config=config,
+            metadata=checkpoint.metadata,
+            stated=checkpoint.stated,
+        )
     except (UnknownModelError, WeightsError, ExportError) as error:
         return known | {"family": None, "problem": str(error)}
     spec = detection.spec

@@ -28,7 +28,7 @@ class ScheduleFormula:
         linear_start: First beta.
         linear_end: Last beta.
         num_train_timesteps: Number of betas.
-        source: "config" or "family".
+        source: "config", "file" or "family".
     """
 
     linear_start: float
@@ -52,11 +52,11 @@ class ScheduleFormula:
 
 @dataclass(frozen=True, kw_only=True)
 class ListedBetas:
-    """Betas that a configuration lists one by one.
+    """Betas that a configuration lists one by one, or a scheduler that is not scaled-linear.
 
     Attributes:
         betas: One value between 0 and 1 per training timestep.
-        source: "config".
+        source: "config" or "file".
     """
 
     betas: tuple[float, ...]

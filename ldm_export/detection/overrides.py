@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.features import Tensors
-from ldm_export.detection.file_fields import FileFields
 from ldm_export.families.records import FamilyDefaults, WeightsChoice
 from ldm_runtime.specs.model import Assumption, PredictionType
 

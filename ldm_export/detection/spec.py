@@ -8,6 +8,7 @@ import logging
 import math
 from typing import TypeVar
 
+from ldm_export.checkpoint.file_fields import FileFields, StatedSchedule
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
 from ldm_export.detection.labels import label_names_of
@@ -96,9 +97,10 @@ def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpe
 
 def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
     """Return (num_heads, num_head_channels), exactly one of them not None, and the source."""
-    candidates: tuple[tuple[str, Overrides | ConfigFields], ...] = (
+    candidates: tuple[tuple[str, Overrides | ConfigFields | FileFields], ...] = (
         ("flag", sources.flags),
         ("config", sources.config),
+        ("file", sources.file),
     )
     for source, stated in candidates:
         # A CompVis UNet ignores num_heads where both are given.
@@ -124,6 +126,7 @@ def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> Autoencoder
             flag,
             sources.config.latent_scale_factor,
             sources.family.latent_scale_factor,
+            file=sources.file.latent_scale_factor,
         )
     )
     return read_autoencoder(shapes, latent_scale_factor=factor)
@@ -161,8 +164,8 @@ def _schedule(
         return schedule.alphas_cumprod, notes
     if prediction_type != "v_prediction":
         _LOGGER.warning(
-            "the file is marked ztsnr, trained down to nothing but noise, which only v_prediction "
-            "can be; its prediction_type is %s, so the mark is ignored",
+            "the file is marked ztsnr (rescale_betas_zero_snr), trained down to nothing but noise, "
+            "which only v_prediction can be; its prediction_type is %s, so the mark is ignored",
             prediction_type,
         )
         return schedule.alphas_cumprod, notes
@@ -184,11 +187,24 @@ def _stated_schedule(sources: Sources) -> ComputedSchedule:
     if config.given_betas is not None:
         return ListedBetas(betas=config.given_betas)
     given = (config.linear_start, config.linear_end, config.num_train_timesteps)
+    if given == (None, None, None) and sources.file.schedule is not None:
+        return _schedule_of_file(sources.file.schedule)
     return ScheduleFormula(
         linear_start=config.linear_start or family.linear_start,
         linear_end=config.linear_end or family.linear_end,
         num_train_timesteps=config.num_train_timesteps or family.num_train_timesteps,
         source="family" if given == (None, None, None) else "config",
+    )
+
+
+def _schedule_of_file(stated: StatedSchedule) -> ComputedSchedule:
+    if stated.betas is not None:
+        return ListedBetas(betas=stated.betas, source="file")
+    return ScheduleFormula(
+        linear_start=stated.linear_start,
+        linear_end=stated.linear_end,
+        num_train_timesteps=stated.num_train_timesteps,
+        source="file",
     )
 
 

@@ -115,7 +115,7 @@ class Family:
 
 #: Attention of an autoencoder as diffusers spells it, before version 0.17 and since; converters
 #: of fine-tuned models leave these names behind (huggingface/diffusers issue 4790).
-_VAE_ATTENTION = tuple(
+VAE_ATTENTION = tuple(
     (rf"(\.attn(?:_1|\.\d+)\.){theirs}\.", rf"\1{ours}.")
     for theirs, ours in (
         (r"(?:to_q|query)", "q"),
@@ -151,7 +151,7 @@ def autoencoder_assignments(prefix: str) -> tuple[Assignment, ...]:
         "quant_conv": "vae_encoder",
     }
     return tuple(
-        replace(assignment(parts[part], f"{prefix}{part}.", f"{part}."), spellings=_VAE_ATTENTION)
+        replace(assignment(parts[part], f"{prefix}{part}.", f"{part}."), spellings=VAE_ATTENTION)
         for part in parts
     )
 

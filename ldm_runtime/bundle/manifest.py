@@ -129,11 +129,36 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """A component that does not come from a bundle's checkpoint.
+
+    Attributes:
+        component: "autoencoder" or "text encoder".
+        file: Name of its file, or of its folder.
+        sha256: Hash of the file; of several, of their names and hashes.
+    """
+
+    component: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildRecord:
-    """Provenance of a bundle: its checkpoint, the versions of packages, and the build time."""
+    """Provenance of a bundle: its checkpoint, the versions of packages, and the build time.
+
+    Attributes:
+        checkpoint: Name of its file or folder.
+        checkpoint_sha256: Hash of the file; of a folder, or of a checkpoint with components from
+            files of their own, of the names and hashes of all files that were read.
+        components: Components from files of their own.
+        versions: Versions of packages, by name.
+        seconds: Build time.
+    """
 
     checkpoint: str
     checkpoint_sha256: str
+    components: tuple[SourceRecord, ...]
     versions: dict[str, str]
     seconds: float
 

@@ -40,17 +40,28 @@ def inspect(
     What an image says of itself is under "metadata": it may say anything.
 
     Args:
-        path: A bundle, an image made by `ldm generate`, or a file that an inspector knows.
+        path: A bundle, an image made by `ldm generate`, or what an inspector knows.
         inspectors: Loader of each inspector; None is those of the installed packages.
 
     Raises:
         LdmError: Nothing is there, its format is unknown, or it is damaged.
     """
+    known = _installed() if inspectors is None else inspectors
     if path.is_dir():
-        return _inspect_bundle(path)
+        is_bundle = (path / MANIFEST_NAME).is_file()
+        found = None if is_bundle else _ask_inspectors(path, known)[0]
+        return found or _inspect_bundle(path)
     if _starts_like_image(path):
         return {"kind": "image", "path": str(path), "metadata": read_metadata(path)}
-    return _ask_inspectors(path, _installed() if inspectors is None else inspectors)
+    found, missing = _ask_inspectors(path, known)
+    if found is not None:
+        return found
+    hint = (
+        f"these inspectors do not load: {', '.join(missing)}; install {extra('export')}"
+        if missing
+        else "it is not a bundle, nor an image or checkpoint of a known format"
+    )
+    raise LdmError(f"cannot tell what {path} is: {hint}")
 
 
 def readable(description: Mapping[str, Any]) -> str:
@@ -180,8 +191,9 @@ def _installed() -> dict[str, Callable[[], Inspector]]:
 
 def _ask_inspectors(
     path: Path, inspectors: Mapping[str, Callable[[], Inspector]]
-) -> dict[str, Any]:
-    missing = []
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the first description, or None, and the inspectors that do not load."""
+    missing: list[str] = []
     for name, load in inspectors.items():
         try:
             description = load()(path)
@@ -189,10 +201,5 @@ def _ask_inspectors(
             missing.append(f"{name} ({error})")
             continue
         if description is not None:
-            return description
-    hint = (
-        f"these inspectors do not load: {', '.join(missing)}; install {extra('export')}"
-        if missing
-        else "it is not a bundle, nor an image or checkpoint of a known format"
-    )
-    raise LdmError(f"cannot tell what {path} is: {hint}")
+            return description, missing
+    return None, missing

@@ -43,6 +43,9 @@ def _bundle_lines(bundle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "engines", ", ".join(map(_engine, bundle["engines"])) or "none"
     yield "date", f"{bundle['date']}; manifest.json has sha256 {bundle['sha256']}"
     yield "checkpoint", f"{build['checkpoint']}, sha256 {build['checkpoint_sha256'][:_DIGITS]}..."
+    for part in build["components"]:
+        sha256 = part["sha256"][:_DIGITS]
+        yield "components", f"{part['component']} from {part['file']}, sha256 {sha256}..."
     yield "verified", _parity(bundle["components"])
 
 

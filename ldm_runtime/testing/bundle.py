@@ -71,6 +71,7 @@ def write_tiny_bundle(folder: Path, task: Task = "text-to-image") -> Manifest:
         build=BuildRecord(
             checkpoint="tiny",
             checkpoint_sha256=hashlib.sha256(b"tiny").hexdigest(),
+            components=(),
             versions={"numpy": np.__version__},
             seconds=0.0,
         ),

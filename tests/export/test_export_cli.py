@@ -2,13 +2,12 @@ import os
 import platform
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm_export.cli import build_parser, main, say_next
-from ldm_runtime.testing import tiny_spec
+from ldm_runtime.testing import write_tiny_bundle
 from ldm_runtime.version import version
 from tests.export.archives import Entry, write_archive
 from tests.export.opcodes import call, pickled, text
@@ -298,7 +297,7 @@ def test_too_little_memory_is_one_line(tmp_path, capsys, small_checkpoint_path, 
 def test_quiet_prints_the_folder_alone(tmp_path, capsys, monkeypatch, flags, says):
     checkpoint = tmp_path / "model.ckpt"
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, checkpoint)
-    manifest = SimpleNamespace(spec=tiny_spec("unconditional"))
+    manifest = write_tiny_bundle(tmp_path / "tiny")
     monkeypatch.setattr("ldm_export.bundle.export_bundle", lambda *_, **__: manifest)
 
     assert main([str(checkpoint), str(tmp_path / "engines"), *flags]) == 0

@@ -101,7 +101,9 @@ def export(out, *, version=None, on_write=never, built=None, exchange=exchange_f
             prediction=None,
             engines=(),
             files=workspace.files,
-            build=BuildRecord(checkpoint="a.ckpt", checkpoint_sha256="", versions={}, seconds=0),
+            build=BuildRecord(
+                checkpoint="a.ckpt", checkpoint_sha256="", components=(), versions={}, seconds=0
+            ),
         )
         workspace.publish(manifest)
 

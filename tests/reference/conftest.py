@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
+from tests.reference.diffusers_folder import small_pipeline
 from tests.reference.twins import (
     SCHEDULERS,
     clip_tokenizer,
@@ -31,3 +34,27 @@ def pipeline(small_checkpoint_path, tmp_path_factory):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="package")
+def other_pipeline(tmp_path_factory):
+    """A small pipeline that diffusers built itself, of other sizes than the checkpoint's."""
+    return small_pipeline(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="package")
+def saved_folder(other_pipeline, tmp_path_factory):
+    """The folder that it saves by default; do not change it."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    other_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved_folder, tmp_path):
+    """A copy of it to change. Its weights are links to files elsewhere, as in the hub's cache."""
+    copy = tmp_path / "copy"
+    shutil.copytree(saved_folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    for weights in saved_folder.glob("*/*.safetensors"):
+        (copy / weights.parent.name / weights.name).symlink_to(weights)
+    return copy

@@ -47,7 +47,7 @@ def test_the_full_description_and_the_summary_tell_the_same(tiny_bundle, capsys)
 
     assert "kind: bundle" in full
     assert re.search(r"^backends: .*onnxruntime.* can run here$", "\n".join(full), re.MULTILINE)
-    assert 30 < len(full) < 80
+    assert 30 < len(full) < 90
 
 
 def test_the_largest_error_of_each_graph_is_shown():
@@ -71,7 +71,11 @@ def test_the_largest_error_of_each_graph_is_shown():
         "engines": [{"component": "unet", "targets": ["sm80", "sm89"]}],
         "sha256": "0" * 64,
         "date": "2026-01-01 00:00 UTC",
-        "build": {"checkpoint": "a\x1b[2J", "checkpoint_sha256": "0" * 64},
+        "build": {
+            "checkpoint": "a\x1b[2J",
+            "checkpoint_sha256": "0" * 64,
+            "components": [{"component": "autoencoder", "file": "v\x1b", "sha256": "1" * 64}],
+        },
         "components": [{"parity": parity}, {"parity": []}],
     }
 
@@ -81,6 +85,7 @@ def test_the_largest_error_of_each_graph_is_shown():
     assert "engines     unet for sm80/sm89" in text
     assert "backends    none can run here, of cuda" in text
     assert r"a\x1b[2J" in text
+    assert rf"components  autoencoder from v\x1b, sha256 {'1' * 12}..." in text
 
 
 def test_other_files_are_a_line_per_property():

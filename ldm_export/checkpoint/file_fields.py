@@ -1,0 +1,57 @@
+"""The features that a checkpoint's own files state about the model, next to its weights."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ldm_runtime.specs.model import PredictionType
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedSchedule:
+    """The noise schedule of training, as the scheduler of a diffusers folder states it.
+
+    Attributes:
+        linear_start: First beta …
+        linear_end: … and the last, of a schedule linear in the square roots of beta.
+        num_train_timesteps: Number of betas.
+        betas: The betas one by one where they are of another kind, and None of that kind.
+    """
+
+    linear_start: float
+    linear_end: float
+    num_train_timesteps: int
+    betas: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFields:
+    """The features that a checkpoint's files state; None where they say nothing.
+
+    Attributes:
+        prediction_type: Prediction target of the UNet.
+        zero_terminal_snr: Whether the last training timestep was nothing but noise.
+        height: Height in pixels that the model is meant for.
+        width: Width in pixels that the model is meant for.
+        schedule: Noise schedule of training.
+        latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+        num_heads: Attention heads of the UNet.
+        num_head_channels: Channels per head of the UNet, instead of `num_heads`.
+        text_num_heads: Attention heads of the text encoder.
+        text_activation: Feed-forward activation of the text encoder.
+        text_layers_trimmed: Whether the layers that the model does not run are left out of the
+            text encoder. Stable Diffusion 2 reads OpenCLIP one layer before its end: single files
+            hold all 24 layers, a diffusers folder the 23 that are run, after the last of which the
+            final LayerNorm follows.
+    """
+
+    prediction_type: PredictionType | None = None
+    zero_terminal_snr: bool = False
+    height: int | None = None
+    width: int | None = None
+    schedule: StatedSchedule | None = None
+    latent_scale_factor: float | None = None
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    text_num_heads: int | None = None
+    text_activation: Literal["quick_gelu", "gelu"] | None = None
+    text_layers_trimmed: bool = False

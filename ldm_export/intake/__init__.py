@@ -1,0 +1,1 @@
+"""Intake of models that lie in several files: their tensors under the names of a single file."""

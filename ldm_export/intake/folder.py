@@ -1,0 +1,233 @@
+"""A diffusers folder as one checkpoint: its tensors under the names that a single file has.
+
+Source: `DiffusionPipeline.save_pretrained` of diffusers 0.42.1. Nothing behind this module knows of
+diffusers: names and what the configurations state are translated here.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ldm_export.checkpoint.checkpoint import Checkpoint
+from ldm_export.checkpoint.file_fields import FileFields
+from ldm_export.checkpoint.stored_tensors import StoredTensor
+from ldm_export.errors import CheckpointError, UnknownModelError
+from ldm_export.families.unused_tensors import LATENT_CONSISTENCY
+from ldm_export.intake.autoencoder_names import autoencoder_names
+from ldm_export.intake.component import StoredComponent, open_component
+from ldm_export.intake.json_files import Entries, read_json
+from ldm_export.intake.statements import (
+    autoencoder_fields,
+    downsampling_factor,
+    scheduler_fields,
+    text_encoder_fields,
+    unet_fields,
+)
+from ldm_export.intake.text_encoders import Kind, kind_of, placed, text_tensors, unknown_tensors
+from ldm_export.intake.unet_names import unet_names
+
+INDEX = "model_index.json"
+_SCHEDULER = "scheduler/scheduler_config.json"
+_CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+#: Components that are exported, or decide what is, and the classes that they may be of.
+_READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": _CLIP,
+        "text_encoder_2": _CLIP,
+        "tokenizer": _TOKENIZERS,
+        "tokenizer_2": _TOKENIZERS,
+    }
+)
+#: Components next to the model, which images do not depend on.
+_IGNORED = frozenset({"scheduler", "safety_checker", "feature_extractor", "image_encoder"})
+#: Places of text encoders in single files: of the only one, and of the first and the second of two.
+ONLY_ENCODER = "cond_stage_model."
+FIRST_ENCODER, SECOND_ENCODER = "conditioner.embedders.0.", "conditioner.embedders.1."
+
+
+@dataclass
+class _Intake:
+    """What was read of a folder so far."""
+
+    folder: Path
+    stack: ExitStack
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    stated: dict[str, Any] = field(default_factory=dict)
+    opened: list[Checkpoint] = field(default_factory=list)
+
+    def component(self, name: str) -> StoredComponent:
+        """Open a component of the folder."""
+        if not (self.folder / name).is_dir():
+            raise CheckpointError(
+                self.folder, f"has no folder {name}, which its {INDEX} names; get it again"
+            )
+        component = open_component(self.folder / name)
+        for each in component.opened:
+            self.stack.enter_context(each)
+        self.opened += component.opened
+        self.files |= {f"{name}/{file}": path for file, path in component.files.items()}
+        return component
+
+
+def is_diffusers_folder(path: Path) -> bool:
+    """Return whether a path is a folder with a pipeline of diffusers."""
+    return (path / INDEX).is_file()
+
+
+def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Checkpoint:
+    """Open a diffusers folder.
+
+    Args:
+        folder: The one with `model_index.json`.
+        without: Components that are not read because others take their place.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or says what is not exported.
+        UnknownModelError: The pipeline is not Stable Diffusion.
+    """
+    names = _components(folder, read_json(folder / INDEX))
+    with ExitStack() as stack:
+        intake = _Intake(folder=folder, stack=stack, files={INDEX: folder / INDEX})
+        factor = _read_autoencoder(intake) if "vae" in names - without else None
+        _read_unet(intake, factor)
+        _read_text_encoders(intake, names, without)
+        _read_scheduler(intake)
+        stack.pop_all()
+    unusual = (name for each in intake.opened for name in each.unusual_globals)
+    return Checkpoint(
+        path=folder,
+        format="diffusers",
+        tensors=MappingProxyType(intake.tensors),
+        skipped=(),
+        global_step=None,
+        metadata=MappingProxyType({}),
+        unusual_globals=tuple(dict.fromkeys(unusual)),
+        files=MappingProxyType(intake.files),
+        stated=FileFields(**intake.stated),
+        opened=tuple(intake.opened),
+    )
+
+
+def _components(folder: Path, index: Entries) -> frozenset[str]:
+    """Return the components of a pipeline that are read."""
+    pipeline = f"{index.get('_class_name')!a}"[:60]
+    # Every other entry is a setting of the pipeline.
+    classes = {
+        name: value[1]
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None
+    }
+    faults = [
+        f"its {name} is {classes[name]!a:.60}"
+        for name in classes
+        if name not in _IGNORED and classes[name] not in _READ.get(name, ())
+    ]
+    if "unet" not in classes:
+        faults.insert(0, "it has no unet")
+    if faults:
+        raise UnknownModelError(
+            f"{folder} is the pipeline {pipeline}, which is not exported: {', '.join(faults)}; "
+            "pipelines of Stable Diffusion are, with a UNet2DConditionModel, an AutoencoderKL and "
+            "CLIP text encoders"
+        )
+    return frozenset(name for name in classes if name in _READ)
+
+
+def _read_autoencoder(intake: _Intake) -> int:
+    """Read the autoencoder, and return its downsampling factor."""
+    component = intake.component("vae")
+    tensors, fields = autoencoder_of(component)
+    intake.tensors |= tensors
+    intake.stated |= fields
+    return downsampling_factor(component.path / "config.json", component.config or {})
+
+
+def autoencoder_of(component: StoredComponent) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Return an autoencoder under its names in a single file, and what its configuration states.
+
+    Raises:
+        CheckpointError: It has tensors that are not known, or is not one that is exported.
+    """
+    names = autoencoder_names(component.tensors)
+    if unknown := [name for name, ours in names.items() if ours is None]:
+        raise unknown_tensors(component, "autoencoder", unknown)
+    tensors = {ours: component.tensors[name] for name, ours in names.items() if ours}
+    if component.config is None:
+        return tensors, {}
+    return tensors, autoencoder_fields(component.path / "config.json", component.config)
+
+
+def _read_unet(intake: _Intake, factor: int | None) -> None:
+    component = intake.component("unet")
+    intake.tensors |= unet_of(component)
+    if component.config is not None:
+        intake.stated |= unet_fields(component.path / "config.json", component.config, factor)
+
+
+def unet_of(component: StoredComponent) -> dict[str, StoredTensor]:
+    """Return a UNet under its names in a single file.
+
+    Raises:
+        CheckpointError: It has tensors that are not known.
+        UnknownModelError: It is a latent consistency model.
+    """
+    names = unet_names(component.tensors)
+    unknown = [name for name, ours in names.items() if ours is None]
+    if any(re.search(LATENT_CONSISTENCY.pattern, name) for name in unknown):
+        raise UnknownModelError(
+            f"{component.path} is not of a known family: {LATENT_CONSISTENCY.advice}"
+        )
+    if unknown:
+        raise unknown_tensors(component, "UNet", unknown)
+    return {ours: component.tensors[name] for name, ours in names.items() if ours}
+
+
+def _read_text_encoders(intake: _Intake, names: frozenset[str], without: frozenset[str]) -> None:
+    """Read the text encoders: the first, of one or of two, and the second."""
+    both = {"text_encoder", "text_encoder_2"} <= names
+    if "text_encoder" in names - without:
+        place = FIRST_ENCODER if both else ONLY_ENCODER
+        tensors, fields = text_encoder_of(intake.component("text_encoder"), place)
+        intake.tensors |= tensors
+        intake.stated |= fields
+    if "text_encoder_2" in names:
+        place = SECOND_ENCODER if both else FIRST_ENCODER
+        component = intake.component("text_encoder_2")
+        intake.tensors |= text_encoder_of(component, place, kind="openclip")[0]
+
+
+def text_encoder_of(
+    component: StoredComponent, place: str, *, kind: Kind | None = None
+) -> tuple[Mapping[str, StoredTensor], dict[str, Any]]:
+    """Return a text encoder under its names in a single file, and what is known of it.
+
+    Args:
+        component: The text encoder.
+        place: Its place in a single file, such as "cond_stage_model.".
+        kind: Its kind; None tells it by its width and its activation.
+
+    Raises:
+        CheckpointError: It has tensors that are not known, or is not one that is exported.
+    """
+    tensors = text_tensors(component)
+    kind = kind or kind_of(component, tensors)
+    fields: dict[str, Any] = {"text_layers_trimmed": kind == "openclip"}
+    if component.config is not None:
+        config = component.path / "config.json"
+        fields |= text_encoder_fields(config, component.config, openclip=kind == "openclip")
+    return placed(component, tensors, kind, place), fields
+
+
+def _read_scheduler(intake: _Intake) -> None:
+    path = intake.folder / _SCHEDULER
+    if path.is_file():
+        intake.stated |= scheduler_fields(path, read_json(path))
+        intake.files[_SCHEDULER] = path

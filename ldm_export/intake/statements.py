@@ -1,0 +1,240 @@
+"""The features that the configuration files of a diffusers folder state, as `FileFields` has them.
+
+Sources: `SchedulerMixin` classes, `UNet2DConditionModel` and `AutoencoderKL` of diffusers 0.42.1,
+and `CLIPTextConfig` of transformers 5. What is not stated has the default of those classes. The
+entries that change what a network computes without a trace in its shapes are compared with those
+of Stable Diffusion.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+
+import numpy as np
+
+from ldm_export.checkpoint.file_fields import StatedSchedule
+from ldm_export.errors import CheckpointError
+from ldm_export.intake.json_files import Entries
+from ldm_runtime.specs.model import PredictionType
+
+_MAX_TIMESTEPS = 100_000
+_DEFAULTS: Entries = MappingProxyType(
+    {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+    }
+)
+_DISTILLED: Entries = MappingProxyType(
+    {**_DEFAULTS, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+)
+_OTHER_DEFAULTS: Mapping[object, Entries] = MappingProxyType(
+    {"LCMScheduler": _DISTILLED, "TCDScheduler": _DISTILLED}
+)
+#: Schedulers whose models were trained with noise of another kind.
+_CONTINUOUS = ("EDM", "FlowMatch")
+
+_UNET: Entries = MappingProxyType(
+    {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "dual_cross_attention": False,
+        "attention_type": "default",
+        "time_embedding_type": "positional",
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "cross_attention_norm": None,
+        "num_attention_heads": None,
+    }
+)
+_AUTOENCODER: Entries = MappingProxyType(
+    {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+)
+_TEXT_ENCODER: Entries = MappingProxyType({"layer_norm_eps": 1e-5})
+
+
+def scheduler_fields(path: Path, entries: Entries) -> dict[str, Any]:
+    """Return what a scheduler's configuration states of the noise in training.
+
+    Args:
+        path: Its file, for errors.
+        entries: Its entries.
+
+    Raises:
+        CheckpointError: The scheduler is of a kind that is not exported, or a value is impossible.
+    """
+    name = entries.get("_class_name")
+    if isinstance(name, str) and name.startswith(_CONTINUOUS):
+        raise CheckpointError(
+            path,
+            f"is of {name!a:.60}, whose models are trained without betas; models with a noise "
+            "schedule of betas are exported",
+        )
+    stated = {**_OTHER_DEFAULTS.get(name, _DEFAULTS), **entries}
+    prediction_type = stated["prediction_type"]
+    if prediction_type not in get_args(PredictionType):
+        raise _unexpected(path, "prediction_type", prediction_type, get_args(PredictionType))
+    return {
+        "prediction_type": prediction_type,
+        "zero_terminal_snr": stated.get("rescale_betas_zero_snr") is True,
+        "schedule": _schedule(path, stated),
+    }
+
+
+def unet_fields(path: Path, entries: Entries, factor: int | None) -> dict[str, Any]:
+    """Return what a UNet's configuration states: heads, and the size of images.
+
+    Args:
+        path: Its file, for errors.
+        entries: Its entries.
+        factor: Pixels per latent pixel in each direction, or None if that is not known.
+
+    Raises:
+        CheckpointError: It is not a UNet of Stable Diffusion, or a value is impossible.
+    """
+    _check(path, entries, _UNET)
+    fields = _heads(path, entries)
+    if factor is None or entries.get("sample_size") is None:
+        return fields
+    size = _integers(path, "sample_size", entries["sample_size"])
+    return {**fields, "height": size[0] * factor, "width": size[-1] * factor}
+
+
+def autoencoder_fields(path: Path, entries: Entries) -> dict[str, Any]:
+    """Return what an autoencoder's configuration states: its scale factor.
+
+    Raises:
+        CheckpointError: It is not an autoencoder of Stable Diffusion, or a value is impossible.
+    """
+    _check(path, entries, _AUTOENCODER)
+    factor = entries.get("scaling_factor")
+    if factor is None:
+        return {}
+    return {"latent_scale_factor": _positive(path, "scaling_factor", factor)}
+
+
+def downsampling_factor(path: Path, entries: Entries) -> int:
+    """Return the pixels per latent pixel of an autoencoder: a step between two of its levels."""
+    channels = entries.get("block_out_channels", [1])
+    return int(2 ** (len(_integers(path, "block_out_channels", channels)) - 1))
+
+
+def text_encoder_fields(path: Path, entries: Entries, *, openclip: bool) -> dict[str, Any]:
+    """Return what a text encoder's configuration states: heads and activation.
+
+    Args:
+        path: Its file, for errors.
+        entries: Its entries.
+        openclip: Whether it is of OpenCLIP, whose activation is the usual GELU.
+
+    Raises:
+        CheckpointError: It is not one that is exported, or a value is impossible.
+    """
+    _check(path, entries, _TEXT_ENCODER)
+    activation = entries.get("hidden_act", "quick_gelu")
+    expected = ("gelu",) if openclip else ("quick_gelu", "gelu")
+    if activation not in expected:
+        raise _unexpected(path, "hidden_act", activation, expected)
+    heads = _integers(path, "num_attention_heads", entries.get("num_attention_heads", 8))
+    return {"text_num_heads": heads[0], "text_activation": activation}
+
+
+def _schedule(path: Path, stated: Entries) -> StatedSchedule:
+    trained = stated.get("trained_betas")
+    if trained is not None:
+        return _listed_betas(path, trained)
+    number = _integers(path, "num_train_timesteps", stated["num_train_timesteps"])[0]
+    if number > _MAX_TIMESTEPS:
+        raise _unexpected(path, "num_train_timesteps", number, (f"1 to {_MAX_TIMESTEPS}",))
+    start, end = (_positive(path, name, stated[name]) for name in ("beta_start", "beta_end"))
+    kind, betas = stated["beta_schedule"], None
+    if kind == "linear":
+        betas = tuple(np.linspace(start, end, number, dtype=np.float64).tolist())
+    elif kind == "squaredcos_cap_v2":
+        betas = _cosine_betas(number)
+    elif kind != "scaled_linear":
+        kinds = ("scaled_linear", "linear", "squaredcos_cap_v2")
+        raise _unexpected(path, "beta_schedule", kind, kinds)
+    return StatedSchedule(
+        linear_start=start, linear_end=end, num_train_timesteps=number, betas=betas
+    )
+
+
+def _listed_betas(path: Path, trained: object) -> StatedSchedule:
+    values = trained if isinstance(trained, list) else []
+    betas = tuple(_positive(path, "trained_betas", value) for value in values)
+    if not 0 < len(betas) <= _MAX_TIMESTEPS or max(betas) >= 1:
+        raise _unexpected(path, "trained_betas", trained, ("numbers between 0 and 1",))
+    return StatedSchedule(
+        linear_start=betas[0], linear_end=betas[-1], num_train_timesteps=len(betas), betas=betas
+    )
+
+
+def _cosine_betas(number: int) -> tuple[float, ...]:
+    """Return the betas of Nichol and Dhariwal 2021 (arXiv:2102.09672), equation 17, up to 0.999."""
+    times = np.arange(number + 1, dtype=np.float64) / number
+    alphas = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+    return tuple(np.minimum(1 - alphas[1:] / alphas[:-1], 0.999).tolist())
+
+
+def _heads(path: Path, entries: Entries) -> dict[str, Any]:
+    """Return heads or their channels: diffusers calls the number of heads `attention_head_dim`."""
+    heads = _integers(path, "attention_head_dim", entries.get("attention_head_dim", 8))
+    if len(set(heads)) == 1:
+        return {"num_heads": heads[0]}
+    channels = _integers(path, "block_out_channels", entries.get("block_out_channels", [1]))
+    sizes = {width / count for width, count in zip(channels, heads, strict=False)}
+    if len(channels) != len(heads) or len(sizes) != 1 or not (size := sizes.pop()).is_integer():
+        expected = ("one number of heads", "one number of channels per head")
+        raise _unexpected(path, "attention_head_dim", list(heads), expected)
+    return {"num_head_channels": int(size)}
+
+
+def _check(path: Path, entries: Entries, expected: Entries) -> None:
+    for name, value in expected.items():
+        if name in entries and entries[name] != value:
+            raise _unexpected(path, name, entries[name], (str(value),))
+
+
+def _integers(path: Path, name: str, value: object) -> tuple[int, ...]:
+    """Return a number that may be listed per level."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(type(each) is int and 0 < each < 1 << 20 for each in values):
+        raise _unexpected(path, name, value, ("a positive number", "a list of them"))
+    return tuple(values)
+
+
+def _positive(path: Path, name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise _unexpected(path, name, value, ("a positive number",))
+    return float(value)
+
+
+def _unexpected(path: Path, name: str, value: object, expected: tuple[str, ...]) -> CheckpointError:
+    shown = f"{value!a}"[:60]
+    return CheckpointError(
+        path, f"says {name} = {shown}, which is not exported; expected {' or '.join(expected)}"
+    )

@@ -1,0 +1,113 @@
+"""Names of a text encoder's tensors in transformers, and in the checkpoints of CompVis and sgm.
+
+CLIP of OpenAI has the same names there after a prefix. OpenCLIP has its own, one matrix for the
+projections of queries, keys and values, and the transpose of the text projection.
+
+Sources: `CLIPTextModel` of transformers 4 and 5, whose names begin with `text_model.` only in
+version 4, and src/open_clip/transformer.py in mlfoundations/open_clip (89fb801).
+"""
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ldm_export.checkpoint.stored_tensors import JoinedTensor, StoredTensor, TransposedTensor
+
+_TEXT_MODEL = "text_model."
+_PREFIXES = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+_PROJECTION = "text_projection.weight"
+_POSITIONS = "embeddings.position_ids"
+
+_OPENCLIP: Mapping[str, str] = MappingProxyType(
+    {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.weight": "ln_final.weight",
+        "final_layer_norm.bias": "ln_final.bias",
+    }
+)
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_OPENCLIP_LAYER: Mapping[str, str] = MappingProxyType(
+    {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn.out_proj": "attn.out_proj",
+    }
+)
+_JOINED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+Tensors = Mapping[str, StoredTensor]
+
+
+def plain_names(tensors: Tensors) -> Tensors:
+    """Return the tensors of a text model as transformers 5 names them, without any prefix.
+
+    The numbers of positions, 0, 1, 2 and so on, which old versions store, are left out.
+    """
+    plain = {}
+    for name, tensor in tensors.items():
+        for prefix in (*_PREFIXES, _TEXT_MODEL):
+            name = name.removeprefix(prefix)
+        if name != _POSITIONS:
+            plain[name] = tensor
+    return plain
+
+
+def clip_tensors(tensors: Tensors, prefix: str) -> dict[str, StoredTensor]:
+    """Return a CLIP text encoder under its names in a single file.
+
+    Args:
+        tensors: By the names of `plain_names`.
+        prefix: Beginning of the names, such as "cond_stage_model.transformer.".
+    """
+    return {
+        f"{prefix}{'' if name == _PROJECTION else _TEXT_MODEL}{name}": tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def openclip_tensors(tensors: Tensors, prefix: str) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Return an OpenCLIP text encoder under its names in a single file, and unknown names.
+
+    Args:
+        tensors: By the names of `plain_names`.
+        prefix: Beginning of the names, such as "cond_stage_model.model.".
+    """
+    renamed: dict[str, StoredTensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        found = _renamed(name, tensor, tensors)
+        if found is None:
+            unknown.append(name)
+        else:
+            renamed[prefix + found[0]] = found[1]
+    return renamed, unknown
+
+
+def _renamed(name: str, tensor: StoredTensor, tensors: Tensors) -> tuple[str, StoredTensor] | None:
+    """Return the name and the tensor that a tensor becomes, or None if it is not known."""
+    if name in _OPENCLIP:
+        return _OPENCLIP[name], tensor
+    if name == _PROJECTION:
+        return "text_projection", TransposedTensor(tensor=tensor)
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return None
+    layer, place, kind = match.groups()
+    block = f"transformer.resblocks.{layer}."
+    if place in _OPENCLIP_LAYER:
+        return f"{block}{_OPENCLIP_LAYER[place]}.{kind}", tensor
+    if place in _JOINED and (joined := _joined(layer, kind, tensors)):
+        return f"{block}attn.in_proj_{kind}", joined
+    return None
+
+
+def _joined(layer: str, kind: str, tensors: Tensors) -> JoinedTensor | None:
+    """Return the projections of queries, keys and values as one, or None if they do not fit."""
+    names = [f"encoder.layers.{layer}.{place}.{kind}" for place in _JOINED]
+    if not all(name in tensors for name in names):
+        return None
+    joined = JoinedTensor(parts=tuple(tensors[name] for name in names))
+    return joined if joined.can_be_joined else None

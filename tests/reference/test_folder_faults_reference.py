@@ -1,0 +1,209 @@
+"""Folders that are not exported, damaged, or made to do harm: one clear sentence each."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm_export.errors import CheckpointError, UnknownModelError
+from ldm_export.intake.opening import open_model
+from tests.reference.diffusers_folder import edit_json
+
+pytestmark = pytest.mark.reference
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def with_entries(file, **entries):
+    return lambda folder: edit_json(folder / file, **entries)
+
+
+def with_index(text):
+    """Put an index in the place of the UNet's weights."""
+
+    def change(folder):
+        (folder / UNET).unlink()
+        (folder / f"{UNET}.index.json").write_text(text)
+
+    return change
+
+
+def with_tensor(name):
+    """Add a tensor to the UNet."""
+
+    def change(folder):
+        tensors = load_file(folder / UNET) | {name: torch.ones(2)}
+        (folder / UNET).unlink()
+        save_file(tensors, folder / UNET)
+
+    return change
+
+
+def with_variants(*variants):
+    """Give the UNet's weights the names of variants."""
+
+    def change(folder):
+        weights = (folder / UNET).read_bytes()
+        (folder / UNET).unlink()
+        for variant in variants:
+            name = f"unet/diffusion_pytorch_model.{variant}.safetensors"
+            (folder / name).write_bytes(weights)
+
+    return change
+
+
+def without(file):
+    return lambda folder: (folder / file).unlink()
+
+
+FLUX = {
+    "_class_name": "FluxPipeline",
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "unet": [None, None],
+}
+INDEX, TEXT = "model_index.json", "text_encoder/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+FAULTS = {
+    "flux": (with_entries(INDEX, **FLUX), "'FluxPipeline', .*no unet.*FluxTransformer2DModel"),
+    "stable diffusion 3": (
+        with_entries(INDEX, text_encoder_3=["transformers", "T5EncoderModel"]),
+        "text_encoder_3 is 'T5EncoderModel'.*pipelines of Stable Diffusion are",
+    ),
+    "video": (
+        with_entries(INDEX, unet=["diffusers", "UNet3DConditionModel"]),
+        "unet is 'UNet3DConditionModel'",
+    ),
+    "another tokenizer": (
+        with_entries(INDEX, tokenizer=["transformers", "BertTokenizer"]),
+        "tokenizer is 'BertTokenizer'",
+    ),
+    "a control network": (
+        with_entries(INDEX, controlnet=["diffusers", "ControlNetModel"]),
+        "controlnet is 'ControlNetModel'",
+    ),
+    "another autoencoder": (
+        with_entries("vae/config.json", _class_name="AsymmetricAutoencoderKL"),
+        "_class_name = 'AsymmetricAutoencoderKL'.*expected AutoencoderKL",
+    ),
+    "latent consistency": (
+        with_tensor("time_embedding.cond_proj.weight"),
+        "it is a latent consistency model",
+    ),
+    "an unknown tensor": (
+        with_tensor("down_blocks.0.motion_modules.0.weight"),
+        r"1 tensors that are not of a known UNet.*down_blocks\.0\.motion_modules",
+    ),
+    "continuous noise": (
+        with_entries(SCHEDULER, _class_name="EDMEulerScheduler"),
+        "'EDMEulerScheduler', whose models are trained without betas",
+    ),
+    "another kind of betas": (
+        with_entries(SCHEDULER, beta_schedule="sigmoid"),
+        "beta_schedule = 'sigmoid', which is not exported; expected scaled_linear or linear",
+    ),
+    "another prediction type": (
+        with_entries(SCHEDULER, prediction_type="flow"),
+        "prediction_type = 'flow'",
+    ),
+    "impossible betas": (with_entries(SCHEDULER, beta_end=-1), "beta_end = -1"),
+    "too many timesteps": (with_entries(SCHEDULER, num_train_timesteps=10**6), "1000000"),
+    "betas that are no numbers": (with_entries(SCHEDULER, trained_betas=["a"]), "trained_betas"),
+    "other normalisation": (
+        with_entries("unet/config.json", norm_num_groups=16),
+        "norm_num_groups = 16, which is not exported; expected 32",
+    ),
+    "heads of two sizes": (
+        with_entries("unet/config.json", attention_head_dim=[4, 4, 8]),
+        "attention_head_dim",
+    ),
+    "latents of another mean": (
+        with_entries("vae/config.json", latents_mean=[1, 2, 3, 4]),
+        "latents_mean",
+    ),
+    "another activation": (with_entries(TEXT, hidden_act="relu"), "hidden_act = 'relu'"),
+    "a missing component": (
+        lambda folder: (folder / "vae").rename(folder / "elsewhere"),
+        "no folder vae, which its model_index.json names",
+    ),
+    "no weights": (without(UNET), "unet: holds no weights that can be read"),
+    "variants of which none is obvious": (
+        with_variants("ema", "non_ema"),
+        "the variants ema, non_ema and none without",
+    ),
+    "an index that leaves the folder": (
+        with_index('{"weight_map": {"conv_in.weight": "../vae/model.safetensors"}}'),
+        r"names '\.\./vae/model.safetensors', which is not a file next to it",
+    ),
+    "an index with an absolute path": (
+        with_index('{"weight_map": {"conv_in.weight": "/etc/passwd"}}'),
+        "names '/etc/passwd'",
+    ),
+    "an index of a folder": (
+        with_index('{"weight_map": {"conv_in.weight": ".."}}'),
+        r"names '\.\.'",
+    ),
+    "an index of numbers": (with_index('{"weight_map": {"conv_in.weight": 3}}'), "names 3"),
+    "an index without a map": (with_index('{"metadata": {}}'), "has no weight_map"),
+    "an index of missing parts": (
+        with_index('{"weight_map": {"conv_in.weight": "part.safetensors"}}'),
+        r"part.safetensors: cannot be opened: No such file",
+    ),
+    "an index that is not JSON": (with_index("{"), "is not the JSON it should be"),
+    "a key twice": (with_index('{"weight_map": {"a": "b", "a": "c"}}'), "a key appears twice"),
+    "a list": (lambda folder: (folder / INDEX).write_text("[]"), "does not hold a JSON object"),
+    "not a number": (lambda folder: (folder / TEXT).write_text('{"a": NaN}'), "NaN is not valid"),
+    "not text": (lambda folder: (folder / SCHEDULER).write_bytes(b"\xff"), "is not the JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_that_is_not_exported_is_one_sentence(folder, fault):
+    change, words = FAULTS[fault]
+    change(folder)
+
+    with pytest.raises((CheckpointError, UnknownModelError), match=words) as found:
+        open_model(folder)
+
+    assert "\n" not in str(found.value)
+    assert str(folder) in str(found.value)
+
+
+@pytest.mark.parametrize("lost", ["index", "part"])
+def test_an_index_and_its_parts_must_hold_the_same_tensors(other_pipeline, tmp_path, lost):
+    other_pipeline.unet.save_pretrained(tmp_path / "unet", max_shard_size="200KB")
+    (tmp_path / "model_index.json").write_text(
+        '{"unet": ["diffusers", "UNet2DConditionModel"], "_class_name": "StableDiffusionPipeline"}'
+    )
+    with open_model(tmp_path) as whole:
+        assert "model.diffusion_model.out.2.bias" in whole.tensors
+    index = tmp_path / "unet/diffusion_pytorch_model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    part = index.parent / entries["weight_map"]["conv_out.bias"]
+    if lost == "index":
+        del entries["weight_map"]["conv_out.bias"]
+        index.write_text(json.dumps(entries))
+    else:
+        tensors = load_file(part)
+        del tensors["conv_out.bias"]
+        save_file(tensors, part)
+
+    with pytest.raises(CheckpointError, match=r"do not hold the same tensors .conv_out"):
+        open_model(tmp_path)
+
+
+def test_components_that_images_do_not_depend_on_are_not_read(folder, saved_folder):
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker/model.safetensors").write_bytes(b"damaged")
+    edit_json(
+        folder / INDEX,
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+    )
+
+    with open_model(folder) as checkpoint, open_model(saved_folder) as plain:
+        assert checkpoint.tensors.keys() == plain.tensors.keys()
+        name = "model.diffusion_model.out.2.bias"
+        np.testing.assert_array_equal(checkpoint.tensors[name].numpy(), plain.tensors[name].numpy())
