@@ -20,6 +20,7 @@ from ldm_runtime.cli.parsing import Parser
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError
 from ldm_runtime.escaping import printable_lines
+from ldm_runtime.requests.presets import PRESETS
 from ldm_runtime.version import extra
 
 if TYPE_CHECKING:
@@ -125,6 +126,13 @@ def _add_model_flags(parser: Parser) -> None:
         "--prediction-type",
         choices=("epsilon", "v_prediction", "sample"),
         help="prediction target of the UNet",
+    )
+    features.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        metavar="NAME",
+        help="how a distilled model is sampled unless a request says otherwise, and what it "
+        f"predicts: {', '.join(PRESETS)}",
     )
     features.add_argument(
         "--latent-scale-factor",
@@ -255,6 +263,7 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
             num_head_channels=args.num_head_channels,
             null_class=args.null_class,
             prediction_type=args.prediction_type,
+            preset=args.preset,
             latent_scale_factor=args.latent_scale_factor,
             height=args.height,
             width=args.width,

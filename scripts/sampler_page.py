@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm_runtime.requests.presets import PRESETS, Preset
 from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import SCHEDULES, training_sigmas
 
@@ -72,6 +73,17 @@ _SCHEDULES = """
 
 """
 
+_PRESETS = """
+## Presets
+
+The settings that distilled models were released with: `ldm-export --preset NAME` makes them the
+defaults of a bundle, `ldm generate --preset NAME` and `preset="NAME"` those of one request. All are
+without guidance: `guidance_scale` is 1, which diffusers calls 0. The column "predicts" says where
+the UNet predicts something else than its base. `tests/reference/test_presets_reference.py` compares
+every step with the scheduler that the source names.
+
+"""
+
 _LDM_STEPS = """
 ## The number of steps in LDM
 
@@ -102,7 +114,8 @@ def page(difference_of: Callable[[str], float]) -> str:
         f"* `{name}`: {(schedule.__doc__ or '').splitlines()[0]}\n"
         for name, schedule in SCHEDULES.items()
     ]
-    return "".join([_INTRODUCTION, "\n", *table, _SCHEDULES, *schedules, _LDM_STEPS, *_ldm_steps()])
+    parts = [_INTRODUCTION, "\n", *table, _SCHEDULES, *schedules, _PRESETS, *_presets()]
+    return "".join([*parts, _LDM_STEPS, *_ldm_steps()])
 
 
 def largest_difference(name: str) -> float:
@@ -137,6 +150,28 @@ def _eta(record: SamplerRecord) -> str:
     if record.uses_eta:
         return f"yes, {record.default_eta:g}"
     return "no, always noise" if record.default_eta else "no"
+
+
+def _presets() -> list[str]:
+    columns = ("name", "for", "sampler", "schedule", "steps", "eta", "predicts", "source")
+    rows = [
+        (
+            f"`{row.name}`",
+            row.models,
+            f"`{row.sampler}`",
+            f"`{row.schedule}`",
+            str(row.num_inference_steps),
+            _eta_of(row),
+            row.prediction_type or "as its base",
+            f"[{row.source.split('/', 3)[-1]}]({row.source})",
+        )
+        for row in PRESETS.values()
+    ]
+    return [_line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
+
+
+def _eta_of(preset: Preset) -> str:
+    return f"{preset.eta:g}" if SAMPLERS[preset.sampler].uses_eta else "–"
 
 
 def _ldm_steps() -> list[str]:

@@ -27,6 +27,7 @@ from ldm_export.detection.weight_assignment import assigned_weights
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.families.records import FamilyDefaults, WeightsChoice
 from ldm_runtime.errors import RequestError
+from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.requests.resolution import check_defaults
 from ldm_runtime.specs.model import ModelSpec
 
@@ -95,8 +96,7 @@ def detect(
     spec = replace(spec, assumptions=(*spec.assumptions, *notes))
     check_architecture(config, spec)
     check_consistent(spec)
-    if sources.config.sampling != SamplingFields():
-        _check_sampling(spec)
+    _check_sampling(sources, spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
     unused = {name: reason for name, reason in assignment.unused.items() if name not in lost}
     return Detection(spec=spec, weights=assignment.weights, unused=unused, ignored=ignored)
@@ -127,20 +127,29 @@ def _check_flags(flags: Overrides) -> None:
         if value is not None and not 0 < value < math.inf:
             flag = name.replace("_", "-")
             raise ExportError(f"--{flag} is {value}; a positive number was expected")
+    if flags.preset is not None:
+        try:
+            FIELDS["preset"].check("preset", flags.preset)
+        except RequestError as error:
+            raise ExportError(f"--{error}") from error
 
 
-def _check_sampling(spec: ModelSpec) -> None:
+def _check_sampling(sources: Sources, spec: ModelSpec) -> None:
+    preset = sources.flags.preset
+    if preset is None and sources.config.sampling == SamplingFields():
+        return
+    stated = "config: sampling." if preset is None else f"--preset {preset}: "
     try:
         check_defaults(spec)
     except RequestError as error:
-        raise ExportError(f"config: sampling.{error}") from error
+        raise ExportError(f"{stated}{error}") from error
 
 
 def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
     """Check that flags are about features that this checkpoint has."""
     unneeded = []
     if family_defaults.task == "autoencoder":
-        unneeded += ["num_heads", "num_head_channels", "prediction_type"]
+        unneeded += ["num_heads", "num_head_channels", "prediction_type", "preset"]
     if family_defaults.task != "class-to-image":
         unneeded += ["null_class"]
     if family_defaults.task not in ("class-to-image", "layout-to-image", "semantic-synthesis"):

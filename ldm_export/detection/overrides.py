@@ -25,6 +25,7 @@ class Overrides:
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
         height: Default height in pixels.
         width: Default width in pixels.
+        preset: Name of the settings of a distilled model, in `ldm_runtime.requests.presets`.
         label_names: Names of labels 0, 1, … of a model of classes, layouts or segmentation maps.
         ignore: Shell patterns over the names of tensors that are left out.
     """
@@ -37,6 +38,7 @@ class Overrides:
     latent_scale_factor: float | None = None
     height: int | None = None
     width: int | None = None
+    preset: str | None = None
     label_names: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
 

@@ -5,7 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ldm_export.detection.overrides import Sources, assumed, first_stated
+from ldm_export.detection.own_sections import SamplingFields
 from ldm_export.errors import ExportError
+from ldm_runtime.requests.presets import PRESET_FIELDS, PRESETS
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.specs.model import Assumption, SamplingDefaults
 
@@ -20,7 +22,7 @@ def read_defaults(
     """Return the defaults of a model, and what they assume.
 
     Args:
-        sources: Flags, configuration, the file's own words and family.
+        sources: Flags, configuration, the file's own words and family. A preset comes first.
         factor: The autoencoder's downsampling factor.
         has_null: Whether the model has a null condition, which guidance needs.
 
@@ -35,25 +37,36 @@ def read_defaults(
 
 
 def _sampling(sources: Sources, *, has_null: bool) -> tuple[dict[str, Any], list[Assumption]]:
-    config, family = sources.config.sampling, sources.family
-    sampler, of_sampler = first_stated("defaults.sampler", None, config.sampler, family.sampler)
-    record = SAMPLERS[sampler]
-    if config.eta is not None and not record.uses_eta:
-        raise ExportError(f"config: sampling.eta is {config.eta:g}, but {sampler} has none")
-    eta = family.eta if sampler == family.sampler else record.default_eta
-    stated = {
+    (stated, source), family = _stated_sampling(sources), sources.family
+    sampler = stated.sampler or family.sampler
+    eta = family.eta if sampler == family.sampler else SAMPLERS[sampler].default_eta
+    usual = {
+        "sampler": family.sampler,
+        "schedule": None,
         "num_inference_steps": family.num_inference_steps,
         "guidance_scale": family.guidance_scale if has_null else 1.0,
         "eta": eta,
     }
-    values: dict[str, Any] = {"sampler": sampler, "schedule": config.schedule}
-    notes = [of_sampler]
-    if config.schedule is not None:
-        notes.append(assumed("defaults.schedule", config.schedule, "config"))
-    for name, usual in stated.items():
-        values[name], note = first_stated(f"defaults.{name}", None, asdict(config)[name], usual)
-        notes.append(note)
+    values, notes = {}, []
+    for name, own in asdict(stated).items():
+        values[name] = usual[name] if own is None else own
+        if values[name] is not None:
+            who = "family" if own is None else source
+            notes.append(assumed(f"defaults.{name}", values[name], who))
     return values, notes
+
+
+def _stated_sampling(sources: Sources) -> tuple[SamplingFields, str]:
+    """Return the sampling that the flag --preset or the configuration states, and which of them."""
+    if sources.flags.preset is not None:
+        preset = PRESETS[sources.flags.preset]
+        fields = {name: getattr(preset, name) for name in PRESET_FIELDS}
+        return SamplingFields(**fields), f"preset {preset.name}"
+    config = sources.config.sampling
+    sampler = config.sampler or sources.family.sampler
+    if config.eta is not None and not SAMPLERS[sampler].uses_eta:
+        raise ExportError(f"config: sampling.eta is {config.eta:g}, but {sampler} has none")
+    return config, "config"
 
 
 def _size(sources: Sources, factor: int) -> tuple[tuple[int, int], list[Assumption]]:

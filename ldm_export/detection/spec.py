@@ -25,6 +25,7 @@ from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.unet import read_unet
+from ldm_runtime.requests.presets import PRESETS
 from ldm_runtime.schedules import rescale_zero_terminal_snr
 from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType
 from ldm_runtime.specs.networks import (
@@ -209,6 +210,10 @@ def _schedule_of_file(stated: StatedSchedule) -> ComputedSchedule:
 
 
 def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> PredictionType:
+    preset = None if sources.flags.preset is None else PRESETS[sources.flags.preset]
+    if sources.flags.prediction_type is None and preset and preset.prediction_type:
+        own = preset.prediction_type
+        return notes.keep((own, assumed("prediction_type", own, f"preset {preset.name}")))
     stated = first_stated(
         "prediction_type",
         sources.flags.prediction_type,

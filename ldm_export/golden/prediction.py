@@ -110,7 +110,8 @@ def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
     obeyed with a warning, whatever was measured.
 
     Raises:
-        ExportError: The measurement contradicts the configuration, the file or the family.
+        ExportError: The measurement contradicts a preset, the configuration, the file or the
+            family.
     """
     if record is None or record.measured is None:
         return spec
@@ -119,7 +120,7 @@ def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
         contradiction = _contradiction(record, record.measured, spec.prediction_type)
         if assumption.source != "flag":
             raise ExportError(
-                f"{contradiction}, which {_STATED_BY[assumption.source]}; export with "
+                f"{contradiction}, which {_stated_by(assumption.source)}; export with "
                 f"--prediction-type {record.measured}, or with --prediction-type "
                 f"{spec.prediction_type} to keep it"
             )
@@ -130,6 +131,10 @@ def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
     measured = replace(assumption, source=f"{assumption.source}, measured")
     assumptions = (measured if each is assumption else each for each in spec.assumptions)
     return replace(spec, assumptions=tuple(assumptions))
+
+
+def _stated_by(source: str) -> str:
+    return _STATED_BY.get(source) or f"the {source} says"
 
 
 def _contradiction(

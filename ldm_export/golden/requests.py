@@ -13,8 +13,9 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject, max_objects, num_labels
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import GenerationRequest
-from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolution import resolve, sigma_table
 from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.schedules import most_steps
 from ldm_runtime.specs.model import ModelSpec, Task, size_step
 from ldm_runtime.specs.networks import (
     ClassEmbedderSpec,
@@ -43,7 +44,7 @@ def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[ResolvedRequ
     """Return the golden requests of a model; large models get small images in few steps."""
     is_large = unet_parameters > _MANY_PARAMETERS
     height, width = _size(spec, is_large=is_large)
-    common: Inputs = {"num_inference_steps": _FEW_STEPS if is_large else _STEPS}
+    common: Inputs = {"num_inference_steps": _steps(spec, _FEW_STEPS if is_large else _STEPS)}
     varied = _VARIED
     if spec.task not in ("super-resolution", "autoencoder"):  # whose size is that of the image
         common = {**common, "height": height, "width": width}
@@ -76,6 +77,14 @@ def unguided_request(spec: ModelSpec, image: Pixels) -> ResolvedRequest:
             inputs["image"] = InputImage(np.rint(squares.mean(axis=(1, 3))).astype(np.uint8))
             del fields["height"], fields["width"]
     return resolve(GenerationRequest(**fields, **inputs), spec)
+
+
+def _steps(spec: ModelSpec, wanted: int) -> int:
+    """Return the number of steps: fewer where the schedule of a distilled model has no more."""
+    if spec.unet is None or spec.defaults.schedule is None:
+        return wanted
+    table = sigma_table(spec, zero_terminal_snr=False)
+    return most_steps(table, wanted, spec.defaults.schedule)
 
 
 def _size(spec: ModelSpec, *, is_large: bool) -> Size:

@@ -10,12 +10,14 @@ from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
 from ldm_runtime.pipeline.image_files import read_metadata
+from ldm_runtime.requests.presets import PRESET_FIELDS
 
 _LOGGER = logging.getLogger(__name__)
 
 #: Recorded fields that say nothing any more once another field is changed.
 _REPLACED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
+        "preset": (*PRESET_FIELDS, "sigmas"),
         "sampler": ("eta", "schedule"),
         "schedule": ("sigmas",),
         "num_inference_steps": ("sigmas",),
@@ -32,7 +34,8 @@ def recorded_fields(path: Path, changes: Mapping[str, object], bundle: Path) -> 
     """Return the fields of the request that made an image, changed.
 
     A recorded field that depends on a changed one is left out: another sampler gets its own eta and
-    schedule. Another bundle than the one that made the image is warned of.
+    schedule, and a preset all that it sets. Another bundle than the one that made the image is
+    warned of.
 
     Args:
         path: The image.

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.fields import check_names
+from ldm_runtime.requests.presets import PRESET_FIELDS
 from ldm_runtime.requests.request import FIELDS, GenerationRequest, parse_request
 from ldm_runtime.requests.resolved import ResolvedRequest
 
@@ -56,5 +57,8 @@ def _changed(
     if not fields:
         return request
     check_names(fields, FIELDS)
-    known = request.as_request() if isinstance(request, ResolvedRequest) else request
-    return replace(known, **fields)  # type: ignore[arg-type]
+    if not isinstance(request, ResolvedRequest):
+        return replace(request, **fields)  # type: ignore[arg-type]
+    # In a resolved request nothing is open that a preset could set.
+    opened = dict.fromkeys((*PRESET_FIELDS, "sigmas")) if fields.get("preset") else {}
+    return replace(request.as_request(), **{**opened, **fields})  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Types of what may be given for the fields of a request, for type checkers and editors.
 
 `GenerationRequest` says what a request holds; `RequestFields` says what it is made from. A test
-holds the two equal, and the names of samplers, schedules and noise equal to their tables.
+holds the two equal, and the names of samplers, schedules, presets and noise equal to their tables.
 """
 
 import os
@@ -57,6 +57,21 @@ ScheduleName = Literal[
     "from_399",
     "custom",
 ]
+PresetName = Literal[
+    "turbo",
+    "lightning-1",
+    "lightning-2",
+    "lightning-4",
+    "lightning-8",
+    "hyper-1",
+    "hyper-2",
+    "hyper-4",
+    "hyper-8",
+    "lcm",
+    "tcd",
+    "dmd2",
+    "dmd2-1",
+]
 NoiseName = Literal["torch-cpu", "torch-cuda", "numpy"]
 
 #: A path, a `data:` URL, or the bytes of a file.
@@ -81,6 +96,7 @@ class RequestFields(TypedDict, total=False):
     literal_prompt: bool
     height: int | None
     width: int | None
+    preset: PresetName | None
     num_inference_steps: int | None
     guidance_scale: float | None
     guidance_rescale: float

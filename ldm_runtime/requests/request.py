@@ -21,7 +21,14 @@ from ldm_runtime.requests.fields import (
     checked_fields,
     field_records,
 )
-from ldm_runtime.requests.input_types import NoiseName, RequestFields, SamplerName, ScheduleName
+from ldm_runtime.requests.input_types import (
+    NoiseName,
+    PresetName,
+    RequestFields,
+    SamplerName,
+    ScheduleName,
+)
+from ldm_runtime.requests.presets import PRESETS
 from ldm_runtime.requests.sampler_names import with_known_names
 from ldm_runtime.requests.signatures import list_fields
 from ldm_runtime.samplers import SAMPLERS
@@ -144,6 +151,14 @@ class GenerationRequest:
             high=MAX_SIDE,
             metavar="PIXELS",
             flags=("-W",),
+        ),
+    ] = None
+    preset: Annotated[
+        PresetName | None,
+        about(
+            "sampler, schedule, steps, eta and guidance of a distilled model, where not given",
+            "Sampling",
+            choices=tuple(PRESETS),
         ),
     ] = None
     num_inference_steps: Annotated[

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.conditions import check_condition, condition_of
+from ldm_runtime.requests.preset_fields import with_preset_fields
 from ldm_runtime.requests.request import CUSTOM, MAX_IMAGES, GenerationRequest
 from ldm_runtime.requests.resolved import (
     EVERY_SIGMA,
@@ -65,6 +66,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         request = request.as_request()
     check_needs(request, spec)
     check_unknown(request, spec)
+    request = with_preset_fields(request, spec)
     condition, image = condition_of(request, spec), _image_of(request)
     check_condition(condition, spec)
     _check_combinations(request)

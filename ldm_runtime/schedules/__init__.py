@@ -49,6 +49,7 @@ __all__ = [
     "custom_sigmas",
     "earlier_sigma",
     "initial_scale",
+    "most_steps",
     "rescale_zero_terminal_snr",
     "sampling_sigmas",
     "timestep_of",
@@ -113,15 +114,36 @@ def sampling_sigmas(
         raise ValueError(
             f"{num_steps} steps are impossible; this model can make 1 to {len(training_sigmas)}"
         )
-    sigmas = SCHEDULES[schedule](training_sigmas, num_steps)
-    if schedule != _MAY_REPEAT and _repeats(sigmas):
+    if (most := most_steps(training_sigmas, num_steps, schedule)) < num_steps:
         raise ValueError(
             f"the schedule {schedule} would visit a timestep twice in {num_steps} steps; with "
-            f"this model it can make up to {_most_steps(training_sigmas, num_steps, schedule)}"
+            f"this model it can make up to {most}"
         )
+    sigmas = SCHEDULES[schedule](training_sigmas, num_steps)
     smallest = float(training_sigmas[0])
     ends_above = final_sigma == "smallest" and sigmas[-1] > smallest
     return [*sigmas, smallest if ends_above else 0.0]
+
+
+def most_steps(training_sigmas: SigmaTable, num_steps: int, schedule: str) -> int:
+    """Return `num_steps`, or the most below it in which a schedule visits no timestep twice.
+
+    Args:
+        training_sigmas: From the function of that name.
+        num_steps: Steps, from 1 to the length of the training schedule.
+        schedule: Name in `SCHEDULES`.
+
+    Raises:
+        ValueError: There is no such schedule, or it cannot make that many steps.
+    """
+    _check_schedule(schedule)
+
+    def is_too_many(steps: int) -> bool:
+        return _repeats(SCHEDULES[schedule](training_sigmas, steps))
+
+    if schedule == _MAY_REPEAT or not is_too_many(num_steps):
+        return num_steps
+    return bisect_left(range(1, num_steps), True, key=is_too_many)  # more steps repeat more
 
 
 def custom_sigmas(values: Sequence[float]) -> list[float]:
@@ -177,10 +199,3 @@ def _check_schedule(schedule: str) -> None:
 
 def _repeats(sigmas: Sequence[float]) -> bool:
     return any(sigma <= sigma_next for sigma, sigma_next in pairwise(sigmas))
-
-
-def _most_steps(table: SigmaTable, num_steps: int, schedule: str) -> int:
-    """The most steps below `num_steps` that repeat nothing; more of them repeat more."""
-    return bisect_left(
-        range(1, num_steps), True, key=lambda steps: _repeats(SCHEDULES[schedule](table, steps))
-    )

@@ -47,7 +47,7 @@ class Assumption:
     Attributes:
         field: Name of a field of `ModelSpec`, or of a network and one of its hyperparameters.
         value: Its value, as text.
-        source: "flag", "config", "file" (the checkpoint says it itself) or "family",
+        source: "flag", "preset NAME", "config", "file" (the checkpoint says it itself) or "family",
             followed by ", measured" if a measurement confirmed it.
     """
 

@@ -12,7 +12,15 @@ _ANY = frozenset({"height", "width", "seed"})
 _TILES = frozenset({"tile_size"})
 _SAMPLING = frozenset(
     {
-        *("num_inference_steps", "sampler", "schedule", "sigmas", "eta", "zero_terminal_snr"),
+        *(
+            "preset",
+            "num_inference_steps",
+            "sampler",
+            "schedule",
+            "sigmas",
+            "eta",
+            "zero_terminal_snr",
+        ),
         *("guidance_scale", "guidance_rescale", "guidance_interval"),
         *("noise", "variation_seed", "variation_strength", "latents", "num_images"),
     }

@@ -266,6 +266,8 @@ def test_flags_change_the_repetition(generate, tmp_path):
         (["--sigmas", "9,3,1"], ["--steps", 2], {"schedule": "leading", "num_inference_steps": 2}),
         (["--sigmas", "9,3"], ["--sampler", "heun"], {"schedule": "custom", "sigmas": (9, 3, 0)}),
         (["--steps", 4], ["--sigmas", "9,3,1"], {"num_inference_steps": 3}),
+        (["--steps", 3], ["--preset", "tcd"], {"sampler": "tcd", "num_inference_steps": 4}),
+        (["--sigmas", "9,3"], ["--preset", "lcm", "--steps", 2], {"num_inference_steps": 2}),
         (["--guidance-rescale", 0.5], ["--guidance-rescale", 0], {"guidance_rescale": 0.0}),
     ],
 )

@@ -49,7 +49,7 @@ def usage_error(arguments, capsys):
         ([], "say what to do, such as `ldm generate`"),
         (["generatee"], "unknown command 'generatee' (did you mean generate?); choose generate, "),
         (["verify"], "the following arguments are required: bundle"),
-        (["generate", "red", "--stpes", "5"], "unknown option --stpes (did you mean --steps?)"),
+        (["generate", "red", "--stpes", "5"], "unknown option --stpes (did you mean --steps or "),
         (["generate", "red", "--step=5"], "unknown option --step (did you mean --steps?)"),
         (["generate", "red", "--frobnicate"], "unknown option --frobnicate"),
         (

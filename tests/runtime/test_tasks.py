@@ -22,6 +22,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "outpaint": (4, 0, 0, 0),
     "hires_scale": 1.5,
     "hires_strength": 0.5,
+    "preset": "lcm",
     "num_inference_steps": 3,
     "sampler": "euler",
     "schedule": "trailing",

@@ -8,7 +8,7 @@ from models.shapes.evaluation import scoring
 from models.shapes.evaluation.results import read_rows
 
 #: Samplers for models that were distilled for them, which the bundle's need not be.
-FOR_OTHER_MODELS = frozenset({"lcm"})
+FOR_OTHER_MODELS = frozenset({"lcm", "tcd"})
 
 
 @dataclass(frozen=True, kw_only=True)
