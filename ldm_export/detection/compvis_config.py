@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ldm_export.detection.own_sections import SamplingFields, label_names, sampling_fields
-from ldm_export.detection.yaml_file import read_yaml
+from ldm_export.detection.yaml_file import UnplainYamlError, read_yaml
 from ldm_export.errors import ExportError, ForeignConfigError
 from ldm_export.families.records import WeightsChoice
 from ldm_export.hyperparameters.shapes import listed
@@ -27,6 +27,16 @@ _AUTOENCODER_ONLY: Mapping[str, object] = {
     "ddconfig.give_pre_end": False,
     "ddconfig.resamp_with_conv": True,
 }
+#: Entries of `model: params:`, of which every configuration of CompVis or Stability has one.
+_ENTRIES = frozenset(
+    {
+        *("unet_config", "first_stage_config", "cond_stage_config", "ddconfig"),
+        *("network_config", "conditioner_config", "denoiser_config"),
+        *("beta_schedule", "given_betas", "linear_start", "linear_end", "timesteps"),
+        *("parameterization", "conditioning_key", "use_ema", "scale_factor", "scale_by_std"),
+        *("image_size", "embed_dim", "n_embed"),
+    }
+)
 #: The result of `lookup` for an entry that is not there.
 ABSENT = object()
 
@@ -89,19 +99,30 @@ def read_config(path: Path) -> Config:
             that no configuration needs.
         ForeignConfigError: It is YAML, but not a CompVis configuration.
     """
-    config = read_yaml(path)
-    if not isinstance(config, dict) or not isinstance(lookup(config, "model.params"), dict):
-        raise ForeignConfigError(
-            f"{path} is not the configuration of a CompVis model: it has no `model: params:` "
-            f"mapping ({_entries(config)}); give the checkpoint's own with --config FILE, or "
-            "--config none and the features by flags"
-        )
+    try:
+        config = read_yaml(path, wanted=("model", "params"))
+    except UnplainYamlError as error:
+        if error.has_wanted:
+            raise
+        raise _foreign(path, f"it has no `model: params:` mapping, and {error.fault}") from error
+    if not isinstance(config, dict):
+        raise _foreign(path, f"it holds {type(config).__name__}")
+    params = lookup(config, "model.params")
+    if not isinstance(params, dict):
+        raise _foreign(path, f"it has no `model: params:` mapping; {_entries(config)}")
+    if params and _ENTRIES.isdisjoint(params):
+        raise _foreign(path, f"nothing under `model: params:` is CompVis'; {_entries(params)}")
     return config
 
 
-def _entries(config: object) -> str:
-    if not isinstance(config, dict):
-        return f"it holds {type(config).__name__}"
+def _foreign(path: Path, fault: str) -> ForeignConfigError:
+    return ForeignConfigError(
+        f"{path} is not the configuration of a CompVis model ({fault}); give the checkpoint's own "
+        "with --config FILE, or --config none and the features by flags"
+    )
+
+
+def _entries(config: Config) -> str:
     return f"its entries are {listed(map(shown, config), limit=5)}"
 
 

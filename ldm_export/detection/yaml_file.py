@@ -19,12 +19,30 @@ _MAX_NUMBER_LENGTH = 40
 _NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 
-def read_yaml(path: Path) -> object:
+class UnplainYamlError(ExportError):
+    """A YAML file uses a part of YAML that no configuration of a model needs.
+
+    Attributes:
+        fault: That part.
+        has_wanted: Whether the file has the mapping that it is read for.
+    """
+
+    def __init__(self, path: Path, fault: str, *, has_wanted: bool) -> None:
+        self.fault = fault
+        self.has_wanted = has_wanted
+        super().__init__(_invalid(path, fault))
+
+
+def read_yaml(path: Path, wanted: tuple[str, ...] = ()) -> object:
     """Return the mappings, lists and plain values in a YAML file.
 
+    Args:
+        path: The file.
+        wanted: Keys that lead to the mapping that the file is read for.
+
     Raises:
-        ExportError: The file cannot be read or is too large, is not YAML, or uses a part of YAML
-            that no configuration needs.
+        ExportError: The file cannot be read or is too large, or is not YAML.
+        UnplainYamlError: It uses a part of YAML that no configuration needs.
     """
     import yaml  # deferred: only a configuration needs it
 
@@ -33,43 +51,59 @@ def read_yaml(path: Path) -> object:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise ExportError(
-                f"{path} has more than {_MAX_BYTES} bytes; the configuration of a model is smaller"
+                f"{path} has more than {_MAX_BYTES} bytes, and the configuration of a model is "
+                "smaller; give another with --config FILE, or --config none"
             )
         text = data.decode("utf-8")
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        _check_plain(yaml, loader, text)
+        if fault := _unplain_fault(yaml, loader, text):
+            is_there = _has_mapping(yaml, yaml.compose(text, loader), wanted)
+            raise UnplainYamlError(path, fault, has_wanted=is_there)
         return yaml.load(text, loader)
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: not UTF-8, no date
-        raise ExportError(
-            f"{path} is not a valid YAML file: {' '.join(str(error).split())}; mend it, or "
-            "leave it out with --config none"
-        ) from error
+        raise ExportError(_invalid(path, " ".join(str(error).split()))) from error
 
 
-def _check_plain(yaml: Any, loader: Any, text: str) -> None:  # noqa: ANN401  (an untyped module)
-    """Check that a text is mappings, lists and scalars, before anything is made of it."""
-    depth, resolver = 0, yaml.resolver.Resolver()
+def _invalid(path: Path, fault: str) -> str:
+    return f"{path} is not a valid YAML file: {fault}; mend it, or leave it out with --config none"
+
+
+def _unplain_fault(yaml: Any, loader: Any, text: str) -> str:  # noqa: ANN401  (an untyped module)
+    """Return what in a text is neither mapping, list nor scalar, before anything is made of it.
+
+    Raises:
+        ValueError: It nests so deeply that nothing should be made of it.
+    """
+    depth, fault, resolver = 0, "", yaml.resolver.Resolver()
     for event in yaml.parse(text, loader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise ValueError("anchors and aliases (& and *) are not read; write the values out")
-        if getattr(event, "tag", None) is not None:
-            raise ValueError(f"the tag {shown(event.tag)} is not read; remove it")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise ValueError(f"it nests more than {_MAX_DEPTH} deep")
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
-            _check_scalar(
-                event.value, resolver.resolve(yaml.ScalarNode, event.value, (True, False))
-            )
+        fault = fault or _fault_of(yaml, resolver, event)
+    return fault
 
 
-def _check_scalar(text: str, tag: str) -> None:
+def _fault_of(yaml: Any, resolver: Any, event: Any) -> str:  # noqa: ANN401  (an untyped module)
+    if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+        return "anchors and aliases (& and *) are not read; write the values out"
+    if getattr(event, "tag", None) is not None:
+        return f"the tag {shown(event.tag)} is not read; remove it"
+    if not isinstance(event, yaml.ScalarEvent) or not event.implicit[0]:
+        return ""
+    tag = resolver.resolve(yaml.ScalarNode, event.value, (True, False))
     if tag == "tag:yaml.org,2002:merge":
-        raise ValueError("merge keys (<<) are not read; write the entries out")
-    if tag in _NUMBERS and len(text) > _MAX_NUMBER_LENGTH:
-        raise ValueError(f"it has a number of {len(text)} characters: {shown(text)}")
+        return "merge keys (<<) are not read; write the entries out"
+    if tag in _NUMBERS and len(event.value) > _MAX_NUMBER_LENGTH:
+        return f"it has a number of {len(event.value)} characters: {shown(event.value)}"
+    return ""
+
+
+def _has_mapping(yaml: Any, node: Any, path: tuple[str, ...]) -> bool:  # noqa: ANN401  (likewise)
+    """Return whether keys lead to a mapping, without making anything of the nodes of a text."""
+    for key in path:
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for name, value in entries if name.value == key), None)
+    return isinstance(node, yaml.MappingNode)
