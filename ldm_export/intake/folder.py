@@ -93,11 +93,12 @@ def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Check
         CheckpointError: A file is missing, damaged, or says what is not exported.
         UnknownModelError: The pipeline is not Stable Diffusion.
     """
-    names = _components(folder, read_json(folder / INDEX))
+    names = _components(folder, read_json(folder / INDEX), without)
     with ExitStack() as stack:
         intake = _Intake(folder=folder, stack=stack, files={INDEX: folder / INDEX})
-        factor = _read_autoencoder(intake) if "vae" in names - without else None
-        _read_unet(intake, factor)
+        if "vae" in names - without:
+            intake.tensors |= autoencoder_of(intake.component("vae"))[0]
+        _read_unet(intake, _read_autoencoder_config(intake) if "vae" in names else None)
         _read_text_encoders(intake, names, without)
         _read_scheduler(intake)
         stack.pop_all()
@@ -116,8 +117,8 @@ def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Check
     )
 
 
-def _components(folder: Path, index: Entries) -> frozenset[str]:
-    """Return the components of a pipeline that are read."""
+def _components(folder: Path, index: Entries, without: frozenset[str]) -> frozenset[str]:
+    """Return the components of a pipeline that are exported, or would be but for others."""
     pipeline = f"{index.get('_class_name')!a}"[:60]
     # Every other entry is a setting of the pipeline.
     classes = {
@@ -128,7 +129,7 @@ def _components(folder: Path, index: Entries) -> frozenset[str]:
     faults = [
         f"its {name} is {classes[name]!a:.60}"
         for name in classes
-        if name not in _IGNORED and classes[name] not in _READ.get(name, ())
+        if name not in _IGNORED | without and classes[name] not in _READ.get(name, ())
     ]
     if "unet" not in classes:
         faults.insert(0, "it has no unet")
@@ -138,16 +139,21 @@ def _components(folder: Path, index: Entries) -> frozenset[str]:
             "pipelines of Stable Diffusion are, with a UNet2DConditionModel, an AutoencoderKL and "
             "CLIP text encoders"
         )
-    return frozenset(name for name in classes if name in _READ)
+    return frozenset(name for name in classes if classes[name] in _READ.get(name, ()))
 
 
-def _read_autoencoder(intake: _Intake) -> int:
-    """Read the autoencoder, and return its downsampling factor."""
-    component = intake.component("vae")
-    tensors, fields = autoencoder_of(component)
-    intake.tensors |= tensors
-    intake.stated |= fields
-    return downsampling_factor(component.path / "config.json", component.config or {})
+def _read_autoencoder_config(intake: _Intake) -> int | None:
+    """Read what is stated of the autoencoder, and return its downsampling factor if it is.
+
+    It holds of an autoencoder in its place as well: the UNet's latents are the same.
+    """
+    path = intake.folder / "vae/config.json"
+    if not path.is_file():
+        return None
+    entries = read_json(path)
+    intake.files["vae/config.json"] = path
+    intake.stated |= autoencoder_fields(path, entries)
+    return downsampling_factor(path, entries)
 
 
 def autoencoder_of(component: StoredComponent) -> tuple[dict[str, StoredTensor], dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.detection.chosen_config import chosen_config
@@ -325,6 +325,66 @@ def test_a_second_text_encoder_alone_is_in_the_place_of_the_refiners(folder):
 
     assert "conditioner.embedders.0.model.text_projection" in names
     assert not any(name.startswith("conditioner.embedders.1.") for name in names)
+
+
+def test_an_openclip_text_encoder_alone_is_in_the_place_of_stable_diffusion_2s(folder):
+    config = CLIPTextConfig(**{**TEXT_ENCODER, "hidden_act": "gelu"})
+    randomised(CLIPTextModel(config)).save_pretrained(folder / "text_encoder")
+
+    with open_model(folder) as checkpoint:
+        names = checkpoint.tensors.keys()
+
+    assert "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias" in names
+    assert "cond_stage_model.model.ln_final.weight" in names
+    assert not any(name.startswith("cond_stage_model.transformer.") for name in names)
+    assert checkpoint.stated.text_layers_trimmed
+
+
+def test_components_of_a_folder_are_a_whole_checkpoint_when_each_is_given(saved_folder):
+    unet = saved_folder / "unet/diffusion_pytorch_model.safetensors"
+    vae = saved_folder / "vae/diffusion_pytorch_model.safetensors"
+
+    with (
+        open_model(saved_folder) as whole,
+        open_model(unet, vae=vae, text_encoder=saved_folder / "text_encoder") as parts,
+    ):
+        assert parts.tensors.keys() == whole.tensors.keys()
+        for name, tensor in parts.tensors.items():
+            np.testing.assert_array_equal(tensor.numpy(), whole.tensors[name].numpy())
+        assert parts.stated.text_activation == "quick_gelu"
+
+
+def test_components_of_a_folder_are_replaced_by_those_of_another(folder, pipeline, tmp_path):
+    other = tmp_path / "other"
+    pipeline.save_pretrained(other)
+    for weights in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        (folder / weights).unlink()
+    edit_json(folder / "model_index.json", text_encoder=["transformers", "Unknown"])
+
+    with (
+        open_model(other) as expected,
+        open_model(folder, vae=other, text_encoder=other / "text_encoder") as checkpoint,
+    ):
+        for name, tensor in expected.tensors.items():
+            if not name.startswith("model.diffusion_model."):
+                assert np.array_equal(checkpoint.tensors[name].numpy(), tensor.numpy())
+        spec = detected(checkpoint).spec
+        of_other = pipeline.text_encoder.config.num_attention_heads
+
+    assert spec.networks["text_encoder"].num_heads == of_other
+    assert (spec.defaults.height, spec.defaults.width) == (32, 32)
+
+
+def test_a_single_file_in_the_place_of_an_autoencoder_keeps_what_the_folder_states(
+    folder, saved_folder
+):
+    file = saved_folder / "vae/diffusion_pytorch_model.safetensors"
+
+    with open_model(folder, vae=file) as checkpoint:
+        stated = checkpoint.stated
+
+    assert stated.latent_scale_factor == AUTOENCODER["scaling_factor"]
+    assert (stated.height, stated.width) == (32, 32)
 
 
 def two_text_encoders(folder):
