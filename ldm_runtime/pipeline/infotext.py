@@ -77,6 +77,18 @@ class Infotext:
     others: Mapping[str, str]
 
 
+#: Suffixes of checkpoint files; what follows a dot in the name of a folder is a part of its name.
+_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+
+
+def model_name(checkpoint: str) -> str:
+    """Return the name of a model by that of its checkpoint, a file or a folder."""
+    return next(
+        (checkpoint.removesuffix(each) for each in _SUFFIXES if checkpoint.endswith(each)),
+        checkpoint,
+    )
+
+
 def write_infotext(
     request: ResolvedRequest, *, checkpoint: str, checkpoint_sha256: str, version: str
 ) -> str | None:
@@ -84,8 +96,8 @@ def write_infotext(
 
     Args:
         request: The request.
-        checkpoint: Name of the model's file, without its suffix.
-        checkpoint_sha256: Hash of that file, whose beginning is the web UI's "Model hash".
+        checkpoint: The model's name, see `model_name`.
+        checkpoint_sha256: Hash of its checkpoint, whose beginning is the web UI's "Model hash".
         version: This program's.
     """
     condition = request.condition

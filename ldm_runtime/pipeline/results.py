@@ -16,7 +16,7 @@ from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import image_format, is_folder, pattern_paths, save_numbered
 from ldm_runtime.pipeline.image_files import save_image
-from ldm_runtime.pipeline.infotext import write_infotext
+from ldm_runtime.pipeline.infotext import model_name, write_infotext
 from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.version import version
@@ -138,7 +138,7 @@ class Result:
     def _write(self, index: int, path: Path, *, replace: bool = False) -> None:
         infotext = write_infotext(
             self.request.of_image(index),
-            checkpoint=Path(self.build.checkpoint).stem,
+            checkpoint=model_name(self.build.checkpoint),
             checkpoint_sha256=self.build.checkpoint_sha256,
             version=version(),
         )

@@ -10,7 +10,12 @@ from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.diagnostics.inspection import inspect
 from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.pipeline.image_files import read_metadata, save_image
-from ldm_runtime.pipeline.infotext import MAX_CHARACTERS, read_infotext, write_infotext
+from ldm_runtime.pipeline.infotext import (
+    MAX_CHARACTERS,
+    model_name,
+    read_infotext,
+    write_infotext,
+)
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
@@ -41,6 +46,18 @@ def text_of(**fields):
     return write_infotext(
         request, checkpoint="model, v1: a", checkpoint_sha256="0123456789abcdef", version="1.0"
     )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("v1-5-pruned.safetensors", "v1-5-pruned"),
+        ("model.v2.ckpt", "model.v2"),
+        ("stable-diffusion-v1.5", "stable-diffusion-v1.5"),
+    ],
+)
+def test_a_models_name_is_that_of_its_file_or_its_folder(checkpoint, name):
+    assert model_name(checkpoint) == name
 
 
 def test_a_plain_text_is_read():
