@@ -108,7 +108,8 @@ def test_a_place_that_cannot_be_written_is_one_line(command, tmp_path, small_che
 
 def test_a_plan_names_everything_and_writes_nothing(command, small_checkpoint_path):
     status, out, _, written = command(
-        small_checkpoint_path, "--estimate", "--height", "64", "--width", "64"
+        *(small_checkpoint_path, "--estimate", "--height", "64", "--width", "64"),
+        *("--preset", "lcm"),
     )
 
     assert status == 0
@@ -116,6 +117,8 @@ def test_a_plan_names_everything_and_writes_nothing(command, small_checkpoint_pa
     for word in (*words, "vae_decoder", "memory", "time"):
         assert word in out
     assert "defaults.height = 64 (from flag)" in out
+    assert "defaults.sampler = lcm (from preset lcm)" in out
+    assert "defaults.num_inference_steps = 4 (from preset lcm)" in out
     assert written == set()
 
 
