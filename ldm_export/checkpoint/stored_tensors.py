@@ -1,6 +1,6 @@
 """Tensors of a checkpoint that are read when their values are asked for, and views of them."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,7 +59,7 @@ class TransposedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedTensor:
-    """Tensors one after another along their first axis, joined when they are read.
+    """Tensors one after another along their first axis, joined when they are read; see `joined`.
 
     Attributes:
         parts: At least one; equal in type and in every axis but the first.
@@ -87,8 +87,10 @@ class JoinedTensor:
         """Return its values in a fresh array."""
         return np.concatenate([part.numpy() for part in self.parts])
 
-    @property
-    def can_be_joined(self) -> bool:
-        """Whether the parts are equal in type and in every axis but the first."""
-        kinds = {(part.dtype, len(part.shape), part.shape[1:]) for part in self.parts}
-        return len(kinds) == 1 and math.prod(self.parts[0].shape) > 0
+
+def joined(parts: Sequence[StoredTensor]) -> JoinedTensor | None:
+    """Return tensors as one, or None if they differ in type or in an axis but the first."""
+    kinds = {(part.dtype, len(part.shape), part.shape[1:]) for part in parts}
+    if len(kinds) != 1 or parts[0].shape == ():
+        return None
+    return JoinedTensor(parts=tuple(parts))

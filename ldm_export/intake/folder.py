@@ -20,6 +20,7 @@ from ldm_export.families.unused_tensors import LATENT_CONSISTENCY
 from ldm_export.intake.autoencoder_names import autoencoder_names
 from ldm_export.intake.component import StoredComponent, open_component
 from ldm_export.intake.json_files import Entries, read_json
+from ldm_export.intake.renaming import renamed
 from ldm_export.intake.statements import (
     autoencoder_fields,
     downsampling_factor,
@@ -27,7 +28,7 @@ from ldm_export.intake.statements import (
     text_encoder_fields,
     unet_fields,
 )
-from ldm_export.intake.text_encoders import Kind, kind_of, placed, text_tensors, unknown_tensors
+from ldm_export.intake.text_encoders import Kind, kind_of, placed, text_tensors
 from ldm_export.intake.unet_names import unet_names
 
 INDEX = "model_index.json"
@@ -160,12 +161,11 @@ def autoencoder_of(component: StoredComponent) -> tuple[dict[str, StoredTensor],
     """Return an autoencoder under its names in a single file, and what its configuration states.
 
     Raises:
-        CheckpointError: It has tensors that are not known, or is not one that is exported.
+        CheckpointError: It has tensors that are not known, or two for one, or is not one that is
+            exported.
     """
     names = autoencoder_names(component.tensors)
-    if unknown := [name for name, ours in names.items() if ours is None]:
-        raise unknown_tensors(component, "autoencoder", unknown)
-    tensors = {ours: component.tensors[name] for name, ours in names.items() if ours}
+    tensors = renamed(component, "autoencoder", names)
     if component.config is None:
         return tensors, {}
     return tensors, autoencoder_fields(component.path / "config.json", component.config)
@@ -186,14 +186,11 @@ def unet_of(component: StoredComponent) -> dict[str, StoredTensor]:
         UnknownModelError: It is a latent consistency model.
     """
     names = unet_names(component.tensors)
-    unknown = [name for name, ours in names.items() if ours is None]
-    if any(re.search(LATENT_CONSISTENCY.pattern, name) for name in unknown):
+    if any(re.search(LATENT_CONSISTENCY.pattern, name) for name in names):
         raise UnknownModelError(
             f"{component.path} is not of a known family: {LATENT_CONSISTENCY.advice}"
         )
-    if unknown:
-        raise unknown_tensors(component, "UNet", unknown)
-    return {ours: component.tensors[name] for name, ours in names.items() if ours}
+    return renamed(component, "UNet", names)
 
 
 def _read_text_encoders(intake: _Intake, names: frozenset[str], without: frozenset[str]) -> None:
@@ -221,7 +218,8 @@ def text_encoder_of(
         kind: Its kind; None tells it by its width and its activation.
 
     Raises:
-        CheckpointError: It has tensors that are not known, or is not one that is exported.
+        CheckpointError: It has tensors that are not known, or two for one, or is not one that is
+            exported.
     """
     tensors = text_tensors(component)
     kind = kind or kind_of(component, tensors)

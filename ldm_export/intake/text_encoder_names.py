@@ -8,13 +8,20 @@ version 4, and src/open_clip/transformer.py in mlfoundations/open_clip (89fb801)
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from ldm_export.checkpoint.stored_tensors import JoinedTensor, StoredTensor, TransposedTensor
+from ldm_export.checkpoint.stored_tensors import (
+    JoinedTensor,
+    StoredTensor,
+    TransposedTensor,
+    joined,
+)
 
 _TEXT_MODEL = "text_model."
-_PREFIXES = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+_PREFIX = re.compile(
+    r"^(cond_stage_model\.transformer\.|conditioner\.embedders\.0\.transformer\.)?(text_model\.)?"
+)
 _PROJECTION = "text_projection.weight"
 _POSITIONS = "embeddings.position_ids"
 
@@ -41,18 +48,13 @@ _JOINED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 Tensors = Mapping[str, StoredTensor]
 
 
-def plain_names(tensors: Tensors) -> Tensors:
-    """Return the tensors of a text model as transformers 5 names them, without any prefix.
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of a text model's tensors in transformers 5, without any prefix.
 
     The numbers of positions, 0, 1, 2 and so on, which old versions store, are left out.
     """
-    plain = {}
-    for name, tensor in tensors.items():
-        for prefix in (*_PREFIXES, _TEXT_MODEL):
-            name = name.removeprefix(prefix)
-        if name != _POSITIONS:
-            plain[name] = tensor
-    return plain
+    plain = {name: _PREFIX.sub("", name) for name in names}
+    return {name: rest for name, rest in plain.items() if rest != _POSITIONS}
 
 
 def clip_tensors(tensors: Tensors, prefix: str) -> dict[str, StoredTensor]:
@@ -99,8 +101,8 @@ def _renamed(name: str, tensor: StoredTensor, tensors: Tensors) -> tuple[str, St
     block = f"transformer.resblocks.{layer}."
     if place in _OPENCLIP_LAYER:
         return f"{block}{_OPENCLIP_LAYER[place]}.{kind}", tensor
-    if place in _JOINED and (joined := _joined(layer, kind, tensors)):
-        return f"{block}attn.in_proj_{kind}", joined
+    if place in _JOINED and (one := _joined(layer, kind, tensors)):
+        return f"{block}attn.in_proj_{kind}", one
     return None
 
 
@@ -109,5 +111,4 @@ def _joined(layer: str, kind: str, tensors: Tensors) -> JoinedTensor | None:
     names = [f"encoder.layers.{layer}.{place}.{kind}" for place in _JOINED]
     if not all(name in tensors for name in names):
         return None
-    joined = JoinedTensor(parts=tuple(tensors[name] for name in names))
-    return joined if joined.can_be_joined else None
+    return joined([tensors[name] for name in names])

@@ -8,6 +8,7 @@ from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.errors import CheckpointError
 from ldm_export.hyperparameters.shapes import listed
 from ldm_export.intake.component import StoredComponent
+from ldm_export.intake.renaming import renamed
 from ldm_export.intake.text_encoder_names import clip_tensors, openclip_tensors, plain_names
 
 Tensors = Mapping[str, StoredTensor]
@@ -17,6 +18,7 @@ _TOKENS = "embeddings.token_embedding.weight"
 _CLIP_WIDTH = 768  # of ViT-L/14, the only CLIP text encoder of OpenAI in released models
 _OPENCLIP_WIDTHS = frozenset({1024, 1280})  # of ViT-H/14 and of ViT-bigG/14
 _PART = re.compile(r"(embeddings|encoder|final_layer_norm|text_projection)\.")
+_KIND = "text encoder"
 _PLACES: Mapping[Kind, str] = {"clip": "transformer.", "openclip": "model."}
 
 
@@ -38,19 +40,19 @@ def text_tensors(component: StoredComponent) -> Tensors:
     """Return a text encoder's tensors by the names of transformers 5, without a prefix.
 
     Raises:
-        CheckpointError: They are of something else.
+        CheckpointError: They are of something else, or two are one tensor.
     """
-    tensors = plain_names(component.tensors)
-    if _TOKENS not in tensors or len(tensors[_TOKENS].shape) != 2:
+    names = plain_names(component.tensors)
+    tokens = [name for name, plain in names.items() if plain == _TOKENS]
+    if not tokens or len(component.tensors[tokens[0]].shape) != 2:
         raise CheckpointError(
             component.path,
             "holds no CLIP text encoder in the names of transformers "
             "(text_model.embeddings.token_embedding.weight); its tensors are "
             f"{listed(component.tensors)}",
         )
-    if unknown := [name for name in tensors if not _PART.match(name)]:
-        raise unknown_tensors(component, "text encoder", unknown)
-    return tensors
+    known = {name: plain if _PART.match(plain) else None for name, plain in names.items()}
+    return renamed(component, _KIND, known)
 
 
 def placed(component: StoredComponent, tensors: Tensors, kind: Kind, place: str) -> Tensors:
@@ -69,16 +71,6 @@ def placed(component: StoredComponent, tensors: Tensors, kind: Kind, place: str)
     prefix = place + _PLACES[kind]
     if kind == "clip":
         return clip_tensors(tensors, prefix)
-    renamed, unknown = openclip_tensors(tensors, prefix)
-    if unknown:
-        raise unknown_tensors(component, "text encoder", unknown)
-    return renamed
-
-
-def unknown_tensors(component: StoredComponent, kind: str, names: list[str]) -> CheckpointError:
-    """Return the error about tensors that are not a component's."""
-    return CheckpointError(
-        component.path,
-        f"has {len(names)} tensors that are not of a known {kind} ({listed(names)}); "
-        "an export without them could be wrong",
-    )
+    found, unknown = openclip_tensors(tensors, prefix)
+    renamed(component, _KIND, dict.fromkeys(unknown))
+    return found

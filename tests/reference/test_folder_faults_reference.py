@@ -41,6 +41,18 @@ def with_tensor(name):
     return change
 
 
+def with_copy(file, name, copy):
+    """Add a tensor under a second name."""
+
+    def change(folder):
+        tensors = load_file(folder / file)
+        tensors[copy] = tensors[name].clone()
+        (folder / file).unlink()
+        save_file(tensors, folder / file)
+
+    return change
+
+
 def with_variants(*variants):
     """Give the UNet's weights the names of variants."""
 
@@ -94,6 +106,22 @@ FAULTS = {
     "an unknown tensor": (
         with_tensor("down_blocks.0.motion_modules.0.weight"),
         r"1 tensors that are not of a known UNet.*down_blocks\.0\.motion_modules",
+    ),
+    "one tensor of the autoencoder twice": (
+        with_copy(
+            "vae/diffusion_pytorch_model.safetensors",
+            "decoder.mid_block.attentions.0.to_q.bias",
+            "decoder.mid_block.attentions.0.query.bias",
+        ),
+        r"has both .*attentions\.0\.query\.bias.*one tensor of the autoencoder",
+    ),
+    "one tensor of the text encoder twice": (
+        with_copy(
+            "text_encoder/model.safetensors",
+            "final_layer_norm.bias",
+            "text_model.final_layer_norm.bias",
+        ),
+        r"has both .*final_layer_norm\.bias.*one tensor of the text encoder",
     ),
     "continuous noise": (
         with_entries(SCHEDULER, _class_name="EDMEulerScheduler"),

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.detection.chosen_config import chosen_config
 from ldm_export.detection.detect import Overrides, detect
+from ldm_export.errors import CheckpointError
 from ldm_export.intake.autoencoder_names import autoencoder_names
 from ldm_export.intake.component import open_component
 from ldm_export.intake.folder import text_encoder_of
@@ -292,7 +293,8 @@ def test_an_openclip_text_encoder_of_full_size_has_the_names_and_shapes_of_a_sin
         name: FakeTensor(shape=tuple(each.shape)) for name, each in model.state_dict().items()
     }
 
-    tensors, unknown = openclip_tensors(plain_names(stored), "")
+    plain = {name: stored[old] for old, name in plain_names(stored).items()}
+    tensors, unknown = openclip_tensors(plain, "")
 
     block = "transformer.resblocks.31."
     assert unknown == []
@@ -301,6 +303,22 @@ def test_an_openclip_text_encoder_of_full_size_has_the_names_and_shapes_of_a_sin
     assert {name for name in tensors if name.startswith(block)} == {
         name for name in OPENCLIP_BLOCK if name.startswith(block)
     }
+
+
+@pytest.mark.parametrize("change", ["missing", "another width", "another type"])
+def test_projections_that_do_not_go_together_are_named(tmp_path, change):
+    config = CLIPTextConfig(**{**TEXT_ENCODER, "hidden_act": "gelu"})
+    randomised(CLIPTextModel(config)).save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "encoder.layers.1.self_attn.k_proj.weight"
+    tensors = load_file(path)
+    key = tensors.pop(name)
+    changed = {"another width": {name: key[:, :32].clone()}, "another type": {name: key.half()}}
+    save_file(tensors | changed.get(change, {}), path)
+
+    with pytest.raises(
+        CheckpointError, match=r"not of a known text encoder .*layers\.1\.self_attn"
+    ):
+        text_encoder_of(open_component(tmp_path), "cond_stage_model.")
 
 
 def test_names_of_two_text_encoders_are_those_of_stable_diffusion_xl(folder, tmp_path):
