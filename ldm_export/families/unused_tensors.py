@@ -74,8 +74,8 @@ UNSUPPORTED_FORMATS: tuple[UnsupportedFormat, ...] = (
     ),
     UnsupportedFormat(
         pattern=r"(^|\.)(down_blocks|up_blocks)\.\d",
-        advice="it has the layout of diffusers (down_blocks, up_blocks); use the single-file "
-        "checkpoint of the same model, or convert it to the original layout",
+        advice="it has the layout of diffusers (down_blocks, up_blocks); give the folder that it "
+        "is from, with its model_index.json, or, with a UNet, the rest by --vae and --text-encoder",
     ),
     UnsupportedFormat(
         pattern=r"(^|\.)(joint_blocks|double_blocks|transformer_blocks\.0\.norm1_context)\.",
@@ -92,7 +92,7 @@ UNSUPPORTED_FORMATS: tuple[UnsupportedFormat, ...] = (
     UnsupportedFormat(
         pattern=r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$",
         advice="it is a UNet only; a whole checkpoint also holds first_stage_model.* and what "
-        "conditions the UNet, cond_stage_model.*",
+        "conditions the UNet, cond_stage_model.*; give them by --vae and --text-encoder",
     ),
     UnsupportedFormat(
         pattern=r"^(encoder|decoder)\.conv_in\.weight$",
