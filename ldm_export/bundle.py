@@ -70,7 +70,7 @@ def export_bundle(
         if not options.replace:
             check_replacement(options.out, options.checkpoint, opened.sha256)
         prediction = _prediction(opened, listener)
-        source = opened.with_spec(confirmed(opened.spec, prediction))
+        source = _settled(opened, prediction)
         steps = make_steps(source)
         with workspace.locked(), full_disk_named(options.out, _estimate(source).bundle_bytes):
             records = _run_steps(source, steps.steps, workspace, listener)
@@ -146,6 +146,17 @@ def _prediction(source: Source, progress: Progress) -> PredictionRecord | None:
     give_back_memory()
     progress.end("prediction", "built")
     return record
+
+
+def _settled(source: Source, record: PredictionRecord | None) -> Source:
+    """Return a source whose prediction type the measurement confirms.
+
+    Where only the family says what its UNet predicts, and the family has models of both kinds, the
+    measurement decides.
+    """
+    if record is not None and record.measured in source.detection.siblings:
+        return source.measured_as(record.measured)
+    return source.with_spec(confirmed(source.spec, record))
 
 
 def _run_steps(

@@ -4,8 +4,9 @@ import hashlib
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -29,12 +30,12 @@ from ldm_runtime.bundle.manifest import (
     encode_networks,
 )
 from ldm_runtime.engines.build_specs import EngineOptions, Toolchain, choose_toolchain
-from ldm_runtime.specs.model import ModelSpec, components_of
+from ldm_runtime.specs.model import ModelSpec, PredictionType, components_of
 
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 12
+CACHE_VERSION = 13
 _SAMPLING_FIELDS = ("defaults", "prediction_type", "label_names")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -91,6 +92,7 @@ class Source:
         detection: The model, and where its weights go.
         sha256: Of the checkpoint, see `checkpoint_sha256`; empty if nothing will be written.
         toolchain: Builder of engines and its targets, or None without engines.
+        detect_again: Detects the same, with what its UNet was `measured` to predict.
     """
 
     options: ExportOptions
@@ -98,11 +100,16 @@ class Source:
     detection: Detection
     sha256: str
     toolchain: Toolchain | None
+    detect_again: Callable[..., Detection]
 
     @property
     def spec(self) -> ModelSpec:
         """The model."""
         return self.detection.spec
+
+    def measured_as(self, prediction_type: PredictionType) -> Self:
+        """Return it detected again, as one of its family that predicts what was measured."""
+        return replace(self, detection=self.detect_again(measured=prediction_type))
 
     def with_spec(self, spec: ModelSpec) -> Self:
         """Return it with another record of the model."""
@@ -169,17 +176,18 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
     if part := part_of_several(options.checkpoint):
         raise CheckpointError(options.checkpoint, part)
     chosen = chosen_config(options.checkpoint, options.config)
-    config = None if chosen is None else chosen.config
     toolchain = choose_toolchain(options.engines)
     if isinstance(toolchain, str) and options.engines.builder == "auto":
         _LOGGER.warning("%s", toolchain)
-    detection = detect(
+    detect_again = partial(
+        detect,
         checkpoint.tensors,
-        config=config,
+        config=None if chosen is None else chosen.config,
         overrides=options.overrides,
         metadata=checkpoint.metadata,
         stated=checkpoint.stated,
     )
+    detection = detect_again()
     if hashed:
         warn_of_averages(checkpoint.tensors, detection.weights)
     return Source(
@@ -188,6 +196,7 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
         detection=detection,
         sha256=checkpoint_sha256(checkpoint) if hashed else "",
         toolchain=None if isinstance(toolchain, str) else toolchain,
+        detect_again=detect_again,
     )
 
 

@@ -39,7 +39,11 @@ from ldm_runtime.specs.networks import TextEncoderSpec
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 #: The vocabulary of each kind of text encoder.
 _VOCABULARY_FILES: Mapping[str, str] = MappingProxyType(
-    {"clip": "clip_bpe_simple_vocab_16e6.txt.gz", "bert": "bert_base_uncased_vocab.txt"}
+    {
+        "clip": "clip_bpe_simple_vocab_16e6.txt.gz",
+        "openclip": "clip_bpe_simple_vocab_16e6.txt.gz",
+        "bert": "bert_base_uncased_vocab.txt",
+    }
 )
 _ENCODER = "vae_encoder"
 

@@ -1,13 +1,20 @@
 """The hyperparameters of conditioners: text encoder, class embedder, segmentation encoder."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Literal
 
 from ldm_export.detection.overrides import Sources, assumed, first_stated
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
 from ldm_export.hyperparameters.shapes import Shapes
-from ldm_export.hyperparameters.text_encoders import read_bert, read_clip
+from ldm_export.hyperparameters.text_encoders import (
+    ClipShapes,
+    read_bert,
+    read_clip,
+    read_openclip,
+)
 from ldm_runtime.specs.model import Assumption
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
@@ -17,9 +24,11 @@ from ldm_runtime.specs.networks import (
     TextEncoderSpec,
 )
 
-_CLIP_VOCAB_SIZE = 49408
 _CLIP_HEAD_CHANNELS = 64
 _WORDPIECE_PADDING = 0
+#: open_clip fills prompts up with zeros, and its encoders here have the exact GELU
+#: (`model_configs/ViT-H-14.json` and `ViT-bigG-14.json` of mlfoundations/open_clip, 89fb801).
+_OPENCLIP_PADDING = 0
 
 
 def text_encoder_record(
@@ -31,6 +40,8 @@ def text_encoder_record(
         WeightsError: Tensors are missing or contradict each other.
         ExportError: The configuration has an impossible number of heads.
     """
+    if "transformer.resblocks.0.ln_1.weight" in shapes:
+        return _openclip(sources, shapes)
     if "transformer.token_emb.weight" not in shapes:
         return _clip(sources, shapes)
     # Layouts are filled up with the last token, prompts with the first word piece.
@@ -97,6 +108,7 @@ CONDITIONER_READERS: Mapping[
 ] = MappingProxyType(
     {
         "text_encoder": text_encoder_record,
+        "text_encoder_2": text_encoder_record,
         "class_embedder": class_embedder_record,
         "segmentation_encoder": segmentation_encoder_record,
     }
@@ -124,21 +136,51 @@ def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assum
         sources.family.clip_activation,
         file=sources.file.text_activation,
     )
-    # Rows beyond CLIP's vocabulary are tokens that were added after the end token.
-    end_token = min(clip.vocab_size, _CLIP_VOCAB_SIZE) - 1
-    spec = TextEncoderSpec(
-        kind="clip",
+    spec = _text_encoder(sources, clip, "clip", num_heads=num_heads, activation=activation)
+    spec = replace(spec, pad_token_id=spec.end_token_id)
+    return spec, [of_heads, of_activation, *_of_text(spec)]
+
+
+def _openclip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assumption]]:
+    clip = read_openclip(shapes)
+    num_heads = 1 if clip.width % _CLIP_HEAD_CHANNELS else clip.width // _CLIP_HEAD_CHANNELS
+    spec = _text_encoder(sources, clip, "openclip", num_heads=num_heads, activation="gelu")
+    return spec, [
+        assumed("text_encoder.num_heads", num_heads, "family"),
+        assumed("text_encoder.activation", "gelu", "family"),
+        *_of_text(spec),
+    ]
+
+
+def _text_encoder(
+    sources: Sources,
+    clip: ClipShapes,
+    kind: Literal["clip", "openclip"],
+    *,
+    num_heads: int,
+    activation: Literal["quick_gelu", "gelu"],
+) -> TextEncoderSpec:
+    return TextEncoderSpec(
+        kind=kind,
         width=clip.width,
         num_layers=clip.num_layers,
+        context_layers=max(1, clip.num_layers - sources.family.text_layers_left_out),
+        final_norm=sources.family.text_final_norm,
+        pooled_dim=clip.projected_dim,
         num_heads=num_heads,
         feed_forward_dim=clip.feed_forward_dim,
         vocab_size=clip.vocab_size,
         max_tokens=clip.max_tokens,
         activation=activation,
-        pad_token_id=end_token,
+        pad_token_id=_OPENCLIP_PADDING,
     )
-    of_padding = assumed("text_encoder.pad_token_id", end_token, "family")
-    return spec, [of_heads, of_activation, of_padding]
+
+
+def _of_text(spec: TextEncoderSpec) -> list[Assumption]:
+    return [
+        assumed("text_encoder.pad_token_id", spec.pad_token_id, "family"),
+        assumed("text_encoder.context_layers", spec.context_layers, "family"),
+    ]
 
 
 def _null_class(sources: Sources, rows: int) -> tuple[int | None, str]:

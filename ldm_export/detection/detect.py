@@ -29,7 +29,7 @@ from ldm_export.families.records import FamilyDefaults, WeightsChoice
 from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.requests.resolution import check_defaults
-from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.model import ModelSpec, PredictionType
 
 __all__ = ["Detection", "Overrides", "assigned_weights", "detect"]
 
@@ -45,12 +45,14 @@ class Detection:
         weights: Per component, checkpoint tensor name by network parameter name.
         unused: Reason why a tensor is in no component, by its name.
         ignored: The tensors that the user leaves out.
+        siblings: What else models of these shapes predict, if nothing but the family says it.
     """
 
     spec: ModelSpec
     weights: Mapping[str, Mapping[str, str]]
     unused: Mapping[str, str]
     ignored: Ignored
+    siblings: frozenset[PredictionType] = frozenset()
 
 
 def detect(
@@ -60,6 +62,7 @@ def detect(
     overrides: Overrides | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
     stated: FileFields | None = None,
+    measured: PredictionType | None = None,
 ) -> Detection:
     """Recognise a checkpoint.
 
@@ -69,6 +72,7 @@ def detect(
         overrides: Features that the user states.
         metadata: The file's own.
         stated: What the configuration files next to its weights say.
+        measured: What its UNet was measured to predict, for families with models of both kinds.
 
     Raises:
         UnknownModelError: It does not belong to a family that is exported.
@@ -87,6 +91,7 @@ def detect(
         config=config_fields(config),
         file=file_fields(tensors, metadata, stated),
         family=family_defaults,
+        measured=measured,
     )
     wanted, source = _wanted_weights(sources, has_only_averages=bool(lost))
     ignored = ignored_by(flags.ignore, tensors)
@@ -99,7 +104,21 @@ def detect(
     _check_sampling(sources, spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
     unused = {name: reason for name, reason in assignment.unused.items() if name not in lost}
-    return Detection(spec=spec, weights=assignment.weights, unused=unused, ignored=ignored)
+    siblings = frozenset(family_defaults.siblings) if _is_open(spec) else frozenset()
+    return Detection(
+        spec=spec,
+        weights=assignment.weights,
+        unused=unused,
+        ignored=ignored,
+        siblings=siblings,
+    )
+
+
+def _is_open(spec: ModelSpec) -> bool:
+    """Return whether nothing but the family says what the UNet predicts."""
+    return any(
+        each.field == "prediction_type" and each.source == "family" for each in spec.assumptions
+    )
 
 
 def _wanted_weights(sources: Sources, *, has_only_averages: bool) -> tuple[WeightsChoice, str]:

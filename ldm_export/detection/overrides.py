@@ -45,20 +45,28 @@ class Overrides:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The sources of a feature, and the tensors."""
+    """The sources of a feature, and the tensors; `measured` is what the UNet predicts."""
 
     tensors: Tensors
     flags: Overrides
     config: ConfigFields
     file: FileFields
     family: FamilyDefaults
+    measured: PredictionType | None = None
 
 
 def first_stated(
-    field: str, flag: T | None, config: T | None, family: T, *, file: T | None = None
+    field: str,
+    flag: T | None,
+    config: T | None,
+    family: T,
+    *,
+    file: T | None = None,
+    measured: T | None = None,
 ) -> tuple[T, Assumption]:
     """Return the value of the first source that has one, and the record of it."""
-    for source, value in (("flag", flag), ("config", config), ("file", file)):
+    stated = {"flag": flag, "config": config, "file": file, "measured": measured}
+    for source, value in stated.items():
         if value is not None:
             return value, assumed(field, value, source)
     return family, assumed(field, family, "family")

@@ -9,7 +9,7 @@ from ldm_export.detection.own_sections import SamplingFields
 from ldm_export.errors import ExportError
 from ldm_runtime.requests.presets import PRESET_FIELDS, PRESETS
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.specs.model import Assumption, SamplingDefaults
+from ldm_runtime.specs.model import Assumption, PredictionType, SamplingDefaults
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -17,19 +17,20 @@ _AUTOENCODER_SIZE = 256  # pixels per side of the released autoencoders' trainin
 
 
 def read_defaults(
-    sources: Sources, factor: int, *, has_null: bool
+    sources: Sources, factor: int, prediction_type: PredictionType, *, has_null: bool
 ) -> tuple[SamplingDefaults, list[Assumption]]:
     """Return the defaults of a model, and what they assume.
 
     Args:
         sources: Flags, configuration, the file's own words and family. A preset comes first.
         factor: The autoencoder's downsampling factor.
+        prediction_type: What the UNet predicts, on which its native size may depend.
         has_null: Whether the model has a null condition, which guidance needs.
 
     Raises:
         ExportError: The configuration states an eta for a sampler that has none.
     """
-    size, notes = _size(sources, factor)
+    size, notes = _size(sources, factor, sources.family.latent_size_of(prediction_type))
     sampling, of_sampling = _sampling(sources, has_null=has_null)
     if sources.family.task != "autoencoder":
         notes += of_sampling
@@ -69,9 +70,11 @@ def _stated_sampling(sources: Sources) -> tuple[SamplingFields, str]:
     return config, "config"
 
 
-def _size(sources: Sources, factor: int) -> tuple[tuple[int, int], list[Assumption]]:
+def _size(
+    sources: Sources, factor: int, latent_size: int | None
+) -> tuple[tuple[int, int], list[Assumption]]:
     flags, file, family = sources.flags, sources.file, sources.family
-    native, usual = _native_sizes(sources, factor)
+    native, usual = _native_sizes(sources, factor, latent_size)
     if family.other_latent_sizes and {native, file.height, flags.height, flags.width} == {None}:
         _LOGGER.warning(
             "models of this family have the same weights at %s pixels and at %d, and the file does "
@@ -87,10 +90,10 @@ def _size(sources: Sources, factor: int) -> tuple[tuple[int, int], list[Assumpti
     return (height, width), [of_height, of_width]
 
 
-def _native_sizes(sources: Sources, factor: int) -> tuple[int | None, int]:
+def _native_sizes(sources: Sources, factor: int, latent_size: int | None) -> tuple[int | None, int]:
     """Return the side in pixels that the configuration states, or None, and the family's."""
-    config, family = sources.config, sources.family
-    if family.latent_size is None:
+    config = sources.config
+    if latent_size is None:
         return config.resolution, _AUTOENCODER_SIZE
     native = None if config.latent_size is None else config.latent_size * factor
-    return native, family.latent_size * factor
+    return native, latent_size * factor

@@ -80,7 +80,9 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         networks=networks,
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources, prediction_type)),
         prediction_type=prediction_type,
-        defaults=notes.keep(read_defaults(sources, autoencoder.factor, has_null=has_null)),
+        defaults=notes.keep(
+            read_defaults(sources, autoencoder.factor, prediction_type, has_null=has_null)
+        ),
         label_names=label_names_of(sources, networks),
         assumptions=tuple(notes),
     )
@@ -220,5 +222,6 @@ def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> 
         sources.config.prediction_type,
         sources.family.prediction_type,
         file=sources.file.prediction_type,
+        measured=sources.measured,
     )
     return stated[0] if unet is None else notes.keep(stated)

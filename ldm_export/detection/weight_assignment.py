@@ -117,7 +117,7 @@ def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
         assignment.component: {} for assignment in family.assignments
     }
     for name in tensors:
-        if _ignored_reason(name):
+        if _ignored_reason(name, family):
             continue
         for assignment in family.assignments:
             parameter = assignment.parameter_of(name)
@@ -206,7 +206,7 @@ def _unused_tensors(
         reason = (
             "training weights, their moving average is used"
             if name in replaced
-            else _ignored_reason(name) or _copy_reason(tensors, family, name)
+            else _ignored_reason(name, family) or _copy_reason(tensors, family, name)
         ) or ignored_reason(ignored, name)
         if reason:
             unused[name] = reason
@@ -221,11 +221,9 @@ def _unused_tensors(
     return unused
 
 
-def _ignored_reason(name: str) -> str:
-    return next(
-        (ignored.reason for ignored in IGNORED_TENSORS if re.fullmatch(ignored.pattern, name)),
-        "",
-    )
+def _ignored_reason(name: str, family: Family) -> str:
+    known = [*family.unused, *((each.pattern, each.reason) for each in IGNORED_TENSORS)]
+    return next((reason for pattern, reason in known if re.fullmatch(pattern, name)), "")
 
 
 def _copy_reason(tensors: Tensors, family: Family, name: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -58,6 +58,8 @@ class FamilyDefaults:
         linear_end: … and the last, after …
         num_train_timesteps: … this number of steps.
         clip_activation: Feed-forward activation of a CLIP text encoder.
+        text_layers_left_out: Last layers of a CLIP text encoder that context does not pass …
+        text_final_norm: … and whether it passes the final LayerNorm.
         null_class: The null class, or None if there is none.
         latent_size: Native height and width in latent pixels, or None for 256 image pixels.
         sampler: Default sampler.
@@ -65,6 +67,9 @@ class FamilyDefaults:
         guidance_scale: Default guidance scale, where there is a null condition.
         eta: Default share of fresh noise in a step of `sampler`.
         other_latent_sizes: Native sizes of released models that have the same shapes.
+        siblings: Released models of the same shapes that predict something else, by what that is,
+            with their native size in latent pixels. Where nothing else says what a UNet predicts,
+            a measurement decides between them.
     """
 
     task: Task
@@ -84,6 +89,13 @@ class FamilyDefaults:
     guidance_scale: float
     eta: float
     other_latent_sizes: tuple[int, ...] = ()
+    text_layers_left_out: int = 0
+    text_final_norm: bool = True
+    siblings: Mapping[PredictionType, int] = field(default_factory=dict)
+
+    def latent_size_of(self, prediction_type: PredictionType) -> int | None:
+        """Return the native size of a model of these shapes that predicts this."""
+        return self.siblings.get(prediction_type, self.latent_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +113,8 @@ class Family:
         copies: Beginnings of names whose tensors may repeat others, and of those others.
         is_whole: Whether a checkpoint with these features has all that the model needs.
         remedy: What to do about a checkpoint that has not.
+        unused: Tensors of its released files that no component needs: regular expressions over
+            whole names, and reasons.
     """
 
     name: str
@@ -111,6 +125,7 @@ class Family:
     copies: tuple[tuple[str, str], ...] = ()
     is_whole: bool = True
     remedy: str = "give the whole checkpoint"
+    unused: tuple[tuple[str, str], ...] = ()
 
 
 #: Attention of an autoencoder as diffusers spells it, before version 0.17 and since; converters
@@ -166,6 +181,16 @@ CLIP = (
         for part in ("embeddings", "encoder", "final_layer_norm")
     ),
 )
+
+
+def openclip(prefix: str, component: str = "text_encoder") -> tuple[Assignment, ...]:
+    """Return the assignments of an OpenCLIP text tower with names after `prefix`."""
+    parts = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.")
+    return tuple(
+        assignment(component, f"{prefix}{part}", part) for part in (*parts, "text_projection")
+    )
+
+
 BERT = (assignment("text_encoder", "cond_stage_model.transformer.", "transformer."),)
 CLASS_EMBEDDER = (assignment("class_embedder", "cond_stage_model.embedding.", "embedding."),)
 SEGMENTATION_ENCODER = (

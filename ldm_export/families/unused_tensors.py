@@ -19,6 +19,8 @@ class UnsupportedFormat:
     advice: str
 
 
+FOR_COMPARING = "for comparing text with images only"
+
 _SCHEDULE_BUFFERS = (
     "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|"
     "log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|"
@@ -53,7 +55,11 @@ IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
     IgnoredTensor(pattern=r".*\.position_ids", reason="the numbers 0, 1, 2, …"),
     IgnoredTensor(
         pattern=r"cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)",
-        reason="for comparing text with images only",
+        reason=FOR_COMPARING,
+    ),
+    IgnoredTensor(
+        pattern=r"(cond_stage_model|conditioner\.embedders\.[0-9])\.model\.logit_scale",
+        reason=FOR_COMPARING,
     ),
     IgnoredTensor(
         pattern=r"cond_stage_model\.transformer\.to_logits\.(weight|bias)",

@@ -13,23 +13,25 @@ class TorchEngine(Closing):
 
     Args:
         component: Name in `ldm_runtime.specs.components.COMPONENTS`.
-        network: Takes those of the component's inputs that the model has, in order, and returns its
-            one output.
+        network: Takes the component's inputs in order, None for one that the model does not have
+            between others, and returns its outputs in order: a tensor, or several.
     """
 
     def __init__(self, component: str, network: nn.Module) -> None:
         self.network = network
         self._inputs = [signature.name for signature in COMPONENTS[component].inputs]
-        (output,) = COMPONENTS[component].outputs
-        self._output = output.name
+        self._outputs = [signature.name for signature in COMPONENTS[component].outputs]
 
     def run(self, inputs: Tensors) -> Tensors:
         """Run once; see `ldm_runtime.backends.contract.Runner`."""
         # A copy, because torch warns of arrays that it might write to but must not.
-        arguments = [torch.tensor(inputs[name]) for name in self._inputs if name in inputs]
+        known = [torch.tensor(inputs[name]) if name in inputs else None for name in self._inputs]
+        while known[-1] is None:
+            known.pop()
         with torch.inference_mode():
-            output: torch.Tensor = self.network(*arguments)
-        return {self._output: output.numpy()}
+            found: torch.Tensor | tuple[torch.Tensor, ...] = self.network(*known)
+        outputs = found if isinstance(found, tuple) else (found,)
+        return {name: each.numpy() for name, each in zip(self._outputs, outputs, strict=False)}
 
     def bind(self, constants: Tensors) -> Runner:
         """Return this network with some inputs fixed."""

@@ -1,6 +1,6 @@
-"""Hyperparameters of text encoders, CLIP and latent diffusion's BERT, read from tensor shapes."""
+"""Hyperparameters of text encoders read from shapes: CLIP, OpenCLIP, latent diffusion's BERT."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.shapes import Shapes, indices, same, shape_of
@@ -38,6 +38,9 @@ def read_bert(shapes: Shapes, *, pad_token_id: int | None) -> TextEncoderSpec:
         kind="bert",
         width=same(widths),
         num_layers=len(inner),
+        context_layers=len(inner),
+        final_norm=True,
+        pooled_dim=None,
         num_heads=_num_heads(same(inner)),
         feed_forward_dim=same(feed_forward),
         vocab_size=vocab_size,
@@ -77,6 +80,7 @@ class ClipShapes:
         feed_forward_dim: Inner width of the feed-forward layers.
         vocab_size: Rows of the token embedding.
         max_tokens: Rows of the position embedding.
+        projected_dim: Columns of the projection of the pooled output, or None without one.
     """
 
     width: int
@@ -84,6 +88,30 @@ class ClipShapes:
     feed_forward_dim: int
     vocab_size: int
     max_tokens: int
+    projected_dim: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ClipNames:
+    tokens: str
+    positions: str
+    layers: str
+    feed_forward: str
+
+
+_TRANSFORMERS = _ClipNames(
+    tokens="text_model.embeddings.token_embedding.weight",
+    positions="text_model.embeddings.position_embedding.weight",
+    layers="text_model.encoder.layers",
+    feed_forward="mlp.fc1.weight",
+)
+_OPENCLIP = _ClipNames(
+    tokens="token_embedding.weight",
+    positions="positional_embedding",
+    layers="transformer.resblocks",
+    feed_forward="mlp.c_fc.weight",
+)
+_PROJECTION = "text_projection"
 
 
 def read_clip(shapes: Shapes) -> ClipShapes:
@@ -92,18 +120,34 @@ def read_clip(shapes: Shapes) -> ClipShapes:
     Raises:
         WeightsError: A decisive tensor is missing, or the shapes contradict each other.
     """
-    tokens, positions = (
-        f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")
-    )
-    vocab_size, width = shape_of(shapes, tokens, 2)
-    max_tokens, position_width = shape_of(shapes, positions, 2)
-    layers = indices(shapes, "text_model.encoder.layers")
+    return _read(shapes, _TRANSFORMERS)
+
+
+def read_openclip(shapes: Shapes) -> ClipShapes:
+    """Return what shapes tell (parameter names as in open_clip's text tower).
+
+    Raises:
+        WeightsError: A decisive tensor is missing, or the shapes contradict each other.
+    """
+    found = _read(shapes, _OPENCLIP)
+    if _PROJECTION not in shapes:
+        return found
+    rows, columns = shape_of(shapes, _PROJECTION, 2)
+    same({f"the width of {_OPENCLIP.tokens}": found.width, f"rows of {_PROJECTION}": rows})
+    return replace(found, projected_dim=columns)
+
+
+def _read(shapes: Shapes, names: _ClipNames) -> ClipShapes:
+    vocab_size, width = shape_of(shapes, names.tokens, 2)
+    max_tokens, position_width = shape_of(shapes, names.positions, 2)
+    layers = indices(shapes, names.layers)
     if not layers:
-        raise WeightsError("the text encoder has no layer (text_model.encoder.layers.0.*)")
-    widths = {f"the width of {tokens}": width, f"the width of {positions}": position_width}
+        raise WeightsError(f"the text encoder has no layer ({names.layers}.0.*)")
+    widths = {f"the width of {names.tokens}": width}
+    widths[f"the width of {names.positions}"] = position_width
     inner = {}
     for layer in layers:
-        name = f"text_model.encoder.layers.{layer}.mlp.fc1.weight"
+        name = f"{names.layers}.{layer}.{names.feed_forward}"
         inner[f"rows of {name}"], widths[f"columns of {name}"] = shape_of(shapes, name, 2)
     return ClipShapes(
         width=same(widths),

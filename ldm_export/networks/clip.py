@@ -1,8 +1,9 @@
-"""The CLIP text transformer that Stable Diffusion 1 is conditioned on.
+"""The CLIP text transformer that Stable Diffusion 1 and SDXL are conditioned on.
 
 Architecture: Radford et al. 2021 (arXiv:2103.00020), section 2.4: causal, pre-normalised. The
-output is every token after the final LayerNorm. Parameter names are those of
-`transformers.CLIPTextModel`, which checkpoints hold under `cond_stage_model.transformer.`.
+output is every token after as many layers as the model says, with or without the final LayerNorm.
+Parameter names are those of `transformers.CLIPTextModel`, which checkpoints hold under
+`cond_stage_model.transformer.`.
 """
 
 import torch
@@ -10,6 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_runtime.specs.networks import TextEncoderSpec
+
+
+class QuickGelu(nn.Module):
+    """OpenAI's fast approximation of the GELU."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map an array to the same shape."""
+        return hidden * torch.sigmoid(1.702 * hidden)
+
+
+def end_of_text(hidden: Tensor, tokens: Tensor, end_token: int) -> Tensor:
+    """Return the hidden state (B, width) of the first end token of each row of (B, T, width)."""
+    ends = (tokens == end_token).int().argmax(1)
+    return hidden.gather(1, ends[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
 
 
 class Embeddings(nn.Module):
@@ -54,15 +69,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, spec: TextEncoderSpec) -> None:
         super().__init__()
-        self.quick = spec.activation == "quick_gelu"
+        self.activation = QuickGelu() if spec.activation == "quick_gelu" else nn.GELU()
         self.fc1 = nn.Linear(spec.width, spec.feed_forward_dim)
         self.fc2 = nn.Linear(spec.feed_forward_dim, spec.width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (B, T, width) to the same shape."""
-        inner = self.fc1(hidden)
-        inner = inner * torch.sigmoid(1.702 * inner) if self.quick else F.gelu(inner)
-        out: Tensor = self.fc2(inner)
+        out: Tensor = self.fc2(self.activation(self.fc1(hidden)))
         return out
 
 
@@ -88,11 +101,12 @@ class Layers(nn.Module):
 
     def __init__(self, spec: TextEncoderSpec) -> None:
         super().__init__()
+        self.context_layers = spec.context_layers
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map (B, T, width) to the same shape."""
-        for layer in self.layers:
+        """Map (B, T, width) to the same shape, through the layers that context needs."""
+        for layer in self.layers[: self.context_layers]:
             hidden = layer(hidden)
         return hidden
 
@@ -102,14 +116,15 @@ class TextModel(nn.Module):
 
     def __init__(self, spec: TextEncoderSpec) -> None:
         super().__init__()
+        self.final_norm = spec.final_norm
         self.embeddings = Embeddings(spec)
         self.encoder = Layers(spec)
         self.final_layer_norm = nn.LayerNorm(spec.width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, T) to (B, T, width)."""
-        out: Tensor = self.final_layer_norm(self.encoder(self.embeddings(tokens)))
-        return out
+        out: Tensor = self.encoder(self.embeddings(tokens))
+        return self.final_layer_norm(out) if self.final_norm else out
 
 
 class ClipTextEncoder(nn.Module):

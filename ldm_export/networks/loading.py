@@ -15,6 +15,7 @@ from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
+from ldm_export.networks.openclip import OpenClipTextEncoder
 from ldm_export.networks.unet import UNet
 from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
@@ -53,7 +54,7 @@ _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyT
     }
 )
 _TEXT_ENCODERS: Mapping[str, Callable[[TextEncoderSpec], nn.Module]] = MappingProxyType(
-    {"clip": ClipTextEncoder, "bert": BertTextEncoder}
+    {"clip": ClipTextEncoder, "openclip": OpenClipTextEncoder, "bert": BertTextEncoder}
 )
 #: The modules of the autoencoder's two halves, by role.
 _HALVES: Mapping[str, Callable[[AutoencoderSpec], nn.Module]] = MappingProxyType(

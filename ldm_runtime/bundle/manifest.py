@@ -20,7 +20,7 @@ from ldm_runtime.specs.model import ModelSpec, PredictionType
 from ldm_runtime.specs.networks import Networks
 from ldm_runtime.specs.plausible import implausible_fields
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST_NAME = "manifest.json"
 _MAX_BYTES = 16 << 20
 

@@ -42,7 +42,11 @@ class Chunk:
 
 #: Readers of the vocabulary of each kind of text encoder.
 _TOKENIZERS: Mapping[str, Callable[[Path], Tokenizer]] = MappingProxyType(
-    {"clip": ClipTokenizer.from_file, "bert": WordPieceTokenizer.from_file}
+    {
+        "clip": ClipTokenizer.from_file,
+        "openclip": ClipTokenizer.from_file,
+        "bert": WordPieceTokenizer.from_file,
+    }
 )
 
 

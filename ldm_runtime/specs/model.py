@@ -48,7 +48,8 @@ class Assumption:
         field: Name of a field of `ModelSpec`, or of a network and one of its hyperparameters.
         value: Its value, as text.
         source: "flag", "preset NAME", "config", "file" (the checkpoint says it itself) or "family",
-            followed by ", measured" if a measurement confirmed it.
+            followed by ", measured" if a measurement confirmed it; "measured" if that alone
+            decided.
     """
 
     field: str

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+_CLIP_VOCAB_SIZE = 49408
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetSpec:
@@ -109,10 +111,17 @@ class TextEncoderSpec:
     """Hyperparameters of a transformer over tokens, those of a prompt or of a layout.
 
     Attributes:
-        kind: "clip": causal; "bert": every token sees every other, heads of 64 channels whatever
-            the width. Both are pre-normalised, with the output after the final LayerNorm.
-        width: Channels of a token, which is the UNet's `context_dim`.
+        kind: "clip" and "openclip": causal, of OpenAI and of OpenCLIP, whose parameters have other
+            names; "bert": every token sees every other, heads of 64 channels whatever the width.
+            All are pre-normalised.
+        width: Channels of a token, which are the UNet's `context_dim` or, of two text encoders,
+            a part of it.
         num_layers: Transformer layers.
+        context_layers: Layers that a token has passed where it becomes context: all of them, or
+            all but the last.
+        final_norm: Whether context passes the final LayerNorm.
+        pooled_dim: Channels of the pooled output: the end token after all layers and the final
+            LayerNorm, projected; None without.
         num_heads: Attention heads.
         feed_forward_dim: Inner width of the feed-forward layers.
         vocab_size: Rows of the token embedding.
@@ -122,15 +131,23 @@ class TextEncoderSpec:
         pad_token_id: Padding token of short prompts.
     """
 
-    kind: Literal["clip", "bert"]
+    kind: Literal["clip", "openclip", "bert"]
     width: int
     num_layers: int
+    context_layers: int
+    final_norm: bool
+    pooled_dim: int | None
     num_heads: int
     feed_forward_dim: int
     vocab_size: int
     max_tokens: int
     activation: Literal["quick_gelu", "gelu"]
     pad_token_id: int
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends a prompt of CLIP; those after it were added to the vocabulary."""
+        return min(self.vocab_size, _CLIP_VOCAB_SIZE) - 1
 
 
 @dataclass(frozen=True, kw_only=True)

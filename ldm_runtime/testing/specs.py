@@ -51,6 +51,9 @@ _TEXT_ENCODER = TextEncoderSpec(
     kind="clip",
     width=768,
     num_layers=12,
+    context_layers=12,
+    final_norm=True,
+    pooled_dim=None,
     num_heads=12,
     feed_forward_dim=3072,
     vocab_size=49408,
@@ -71,8 +74,12 @@ def autoencoder_spec(**changes: Any) -> AutoencoderSpec:  # noqa: ANN401
 
 
 def text_encoder_spec(**changes: Any) -> TextEncoderSpec:  # noqa: ANN401
-    """Return the hyperparameters of CLIP ViT-L/14's text encoder, with some changed."""
-    return replace(_TEXT_ENCODER, **changes)
+    """Return the hyperparameters of CLIP ViT-L/14's text encoder, with some changed.
+
+    Context is taken after the last layer unless `context_layers` says otherwise.
+    """
+    layers = changes.get("num_layers", _TEXT_ENCODER.num_layers)
+    return replace(_TEXT_ENCODER, **{"context_layers": layers, **changes})
 
 
 MERGES = ("r e", "re d</w>", "c i", "ci r", "cir c", "circ l", "circl e</w>")

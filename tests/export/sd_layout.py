@@ -4,7 +4,7 @@ Written from the description of the layout and from nothing in `ldm_export`, so 
 disagree.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,6 +82,16 @@ TINY = Layout(
     text_inner=200,
     vocab_size=600,
     max_tokens=24,
+)
+
+
+SD2 = replace(
+    SD1,
+    context_dim=1024,
+    linear_projection=True,
+    conditioner="openclip",
+    text_width=1024,
+    text_layers=24,
 )
 
 
@@ -268,6 +278,26 @@ def text_shapes(layout):
     return shapes
 
 
+def openclip_shapes(width, layers, *, vocab_size=49408, max_tokens=77):
+    """Return the tensors of open_clip's text tower, those that no network needs included."""
+    shapes = _Shapes()
+    shapes["token_embedding.weight"] = (vocab_size, width)
+    shapes["positional_embedding"] = (max_tokens, width)
+    for index in range(layers):
+        block = f"transformer.resblocks.{index}"
+        shapes.norm(f"{block}.ln_1", width)
+        shapes[f"{block}.attn.in_proj_weight"] = (3 * width, width)
+        shapes[f"{block}.attn.in_proj_bias"] = (3 * width,)
+        shapes.linear(f"{block}.attn.out_proj", width, width)
+        shapes.norm(f"{block}.ln_2", width)
+        shapes.linear(f"{block}.mlp.c_fc", width, 4 * width)
+        shapes.linear(f"{block}.mlp.c_proj", 4 * width, width)
+    shapes.norm("ln_final", width)
+    shapes["text_projection"] = (width, width)
+    shapes["logit_scale"] = ()
+    return shapes
+
+
 def bert_shapes(layout):
     width, inner, shapes = layout.text_width, layout.bert_inner, _Shapes()
     shapes["transformer.token_emb.weight"] = (layout.vocab_size, width)
@@ -293,6 +323,9 @@ def conditioner_shapes(layout):
         case "clip":
             named = {f"transformer.{name}": shape for name, shape in text_shapes(layout).items()}
             return named | {"transformer.text_model.embeddings.position_ids": (1, 77)}
+        case "openclip":
+            openclip = openclip_shapes(layout.text_width, layout.text_layers)
+            return {f"model.{name}": shape for name, shape in openclip.items()}
         case "bert":
             logits = _Shapes()
             logits.linear("transformer.to_logits", layout.text_width, layout.vocab_size)

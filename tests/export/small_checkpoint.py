@@ -49,14 +49,19 @@ def random_networks(seed: int = 0) -> Networks:
         vae_encoder=LatentEncoder(AUTOENCODER),
     )
     for network in vars(networks).values():
-        for name, parameter in network.eval().requires_grad_(False).named_parameters():
-            if parameter.ndim > 1:
-                spread = 0.5 if "embedding" in name else parameter[0].numel() ** -0.5
-                parameter.normal_(std=spread)
-            else:
-                center = 1.0 if name.endswith("weight") else 0.0
-                parameter.normal_(mean=center, std=0.1)
+        randomise(network)
     return networks
+
+
+def randomise(network: nn.Module) -> None:
+    """Give a network, which is not to be trained, weights from torch's generator."""
+    for name, parameter in network.eval().requires_grad_(False).named_parameters():
+        if parameter.ndim > 1:
+            spread = 0.5 if "embedding" in name else parameter[0].numel() ** -0.5
+            parameter.normal_(std=spread)
+        else:
+            center = 1.0 if name.endswith("weight") else 0.0
+            parameter.normal_(mean=center, std=0.1)
 
 
 def schedule_buffers() -> dict[str, torch.Tensor]:

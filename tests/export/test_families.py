@@ -14,6 +14,7 @@ from ldm_export.hyperparameters.unet import read_unet
 from ldm_export.networks.loading import check_weights
 from tests.export.sd_layout import (
     SD1,
+    SD2,
     TINY,
     FakeTensor,
     autoencoder_shapes,
@@ -68,6 +69,57 @@ def test_the_components_of_stable_diffusion_1_have_the_published_sizes():
         "vae_encoder": 34.16,
         "text_encoder": 123.06,
     }
+
+
+def as_sgm(tensors):
+    """Return a checkpoint with the names that SDXL's code gives a text encoder."""
+    return {
+        name.replace("cond_stage_model.", "conditioner.embedders.0."): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("renamed", [dict, as_sgm])
+def test_stable_diffusion_2_is_read_from_its_shapes(renamed):
+    tensors = renamed(checkpoint(SD2))
+
+    detection = detect(tensors)
+
+    spec, text = detection.spec, detection.spec.networks["text_encoder"]
+    assert spec.family.startswith("stable-diffusion-2")
+    assert (spec.unet.num_heads, spec.unet.num_head_channels) == (None, 64)
+    assert spec.unet.linear_projection
+    assert (text.kind, text.num_layers, text.context_layers) == ("openclip", 24, 23)
+    assert (text.num_heads, text.activation, text.pad_token_id) == (16, "gelu", 0)
+    assert text.final_norm
+    assert text.pooled_dim is None
+    millions = {
+        component: round(parameter_count(tensors, names.values()) / 1e6, 2)
+        for component, names in detection.weights.items()
+    }
+    assert millions["unet"] == 865.91
+    assert millions["text_encoder"] == 352.98  # 354.03 with the projection, which nothing needs
+    assert sorted(detection.unused.values())[:2] == 2 * ["for comparing text with images only"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "measured", "expected"),
+    [
+        (None, None, ("v_prediction", "family", 768)),
+        (None, "epsilon", ("epsilon", "measured", 512)),
+        (None, "v_prediction", ("v_prediction", "measured", 768)),
+        ("epsilon", None, ("epsilon", "flag", 512)),
+        ("v_prediction", "epsilon", ("v_prediction", "flag", 768)),
+    ],
+)
+def test_the_size_of_stable_diffusion_2_follows_from_what_it_predicts(stated, measured, expected):
+    overrides = Overrides(prediction_type=stated)
+
+    detection = detect(checkpoint(SD2), overrides=overrides, measured=measured)
+
+    value, source = sources(detection.spec)["prediction_type"]
+    assert (value, source, detection.spec.defaults.height) == expected
+    assert detection.siblings == ({"epsilon"} if source == "family" else set())
 
 
 def test_every_hyperparameter_of_a_small_sibling_is_read_from_its_shapes():
@@ -487,6 +539,7 @@ def test_what_the_weights_cannot_tell_is_recorded_with_its_source():
         "defaults.width": ("512", "family"),
         "defaults.sampler": ("ddim", "family"),
         "defaults.num_inference_steps": ("25", "family"),
+        "text_encoder.context_layers": ("12", "family"),
         "defaults.guidance_scale": ("7.5", "family"),
         "defaults.eta": ("0.0", "family"),
     }

@@ -7,7 +7,7 @@ from ldm_export.detection.fingerprint import fingerprint
 from ldm_export.detection.match import match_family, recognise
 from ldm_export.errors import UnknownModelError
 from ldm_export.families.table import FAMILIES
-from tests.export.sd_layout import SD1, TINY, FakeTensor, checkpoint
+from tests.export.sd_layout import SD1, SD2, TINY, FakeTensor, checkpoint
 
 CLIP = "cond_stage_model.transformer.text_model."
 TOKENS = f"{CLIP}embeddings.token_embedding.weight"
@@ -19,25 +19,23 @@ def changed(tensors, *, without=(), **added):
     return kept | extra
 
 
-def openclip(layout, **added):
-    names = {"cond_stage_model.model.ln_final.weight": (1024,)} | added
-    return changed(checkpoint(layout), without=["cond_stage_model."], **names)
-
-
-SD2 = replace(SD1, context_dim=1024, linear_projection=True)
 LABELS = "model.diffusion_model.label_emb"
 
 RECOGNISED = {
     "stable-diffusion-1-inpainting": checkpoint(replace(SD1, in_channels=9)),
     "instruct-pix2pix": checkpoint(replace(SD1, in_channels=8)),
-    "stable-diffusion-2": openclip(SD2),
-    "stable-diffusion-2-inpainting": openclip(replace(SD2, in_channels=9)),
-    "stable-diffusion-2-depth": openclip(replace(SD2, in_channels=5)),
-    "stable-diffusion-x4-upscaler": openclip(
-        replace(SD2, in_channels=7, model_channels=256), **{f"{LABELS}.weight": (1000, 1024)}
+    "stable-diffusion-2-inpainting": checkpoint(replace(SD2, in_channels=9)),
+    "stable-diffusion-2-depth": checkpoint(replace(SD2, in_channels=5)),
+    "stable-diffusion-x4-upscaler": changed(
+        checkpoint(replace(SD2, in_channels=7, model_channels=256)),
+        **{f"{LABELS}.weight": (1000, 1024)},
     ),
-    "stable-diffusion-2-unclip-h": openclip(SD2, **{f"{LABELS}.0.0.weight": (1280, 2048)}),
-    "stable-diffusion-2-unclip-l": openclip(SD2, **{f"{LABELS}.0.0.weight": (1280, 1536)}),
+    "stable-diffusion-2-unclip-h": changed(
+        checkpoint(SD2), **{f"{LABELS}.0.0.weight": (1280, 2048)}
+    ),
+    "stable-diffusion-2-unclip-l": changed(
+        checkpoint(SD2), **{f"{LABELS}.0.0.weight": (1280, 1536)}
+    ),
     "stable-diffusion-xl": changed(
         checkpoint(replace(SD2, context_dim=2048)),
         without=["cond_stage_model."],

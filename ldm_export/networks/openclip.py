@@ -1,0 +1,102 @@
+"""The OpenCLIP text transformers that Stable Diffusion 2 and SDXL are conditioned on.
+
+Architecture: that of `clip` (Radford et al. 2021, arXiv:2103.00020, section 2.4). Parameter names
+are those of open_clip's text tower, in which query, key and value are one matrix and the projection
+of the pooled output is applied from the right.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_export.networks.clip import QuickGelu, end_of_text
+from ldm_runtime.specs.networks import TextEncoderSpec
+
+
+class PackedAttention(nn.Module):
+    """Causal multi-head self-attention; query, key and value are rows of one matrix."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (B, T, width) to the same shape; token i attends to tokens 0 to i."""
+        packed = F.linear(hidden, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = (
+            torch.unflatten(part, 2, (self.num_heads, -1)).transpose(1, 2)
+            for part in packed.chunk(3, 2)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each pre-normalised and residual."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(spec.width)
+        self.attn = PackedAttention(spec.width, spec.num_heads)
+        self.ln_2 = nn.LayerNorm(spec.width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(spec.width, spec.feed_forward_dim),
+                gelu=QuickGelu() if spec.activation == "quick_gelu" else nn.GELU(),
+                c_proj=nn.Linear(spec.feed_forward_dim, spec.width),
+            )
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (B, T, width) to the same shape."""
+        hidden = hidden + self.attn(self.ln_1(hidden))
+        out: Tensor = hidden + self.mlp(self.ln_2(hidden))
+        return out
+
+
+class Blocks(nn.Module):
+    """The stack, one level deeper because the checkpoint's names are."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+
+
+class OpenClipTextEncoder(nn.Module):
+    """Token ids to the UNet's context, or to a part of it, and perhaps a pooled output."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.token_embedding = nn.Embedding(spec.vocab_size, spec.width)
+        self.positional_embedding = nn.Parameter(torch.empty(spec.max_tokens, spec.width))
+        self.transformer = Blocks(spec)
+        self.ln_final = nn.LayerNorm(spec.width)
+        if spec.pooled_dim is not None:
+            self.text_projection = nn.Parameter(torch.empty(spec.width, spec.pooled_dim))
+
+    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Map token ids (B, T) int64 to context (B, T, width), and pooled (B, pooled_dim)."""
+        hidden = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        context: Tensor = hidden
+        for index, block in enumerate(self.transformer.resblocks, start=1):
+            if index > self.spec.context_layers and self.spec.pooled_dim is None:
+                break
+            hidden = block(hidden)
+            if index == self.spec.context_layers:
+                context = hidden
+        if self.spec.final_norm:
+            context = self.ln_final(context)
+        if self.spec.pooled_dim is None:
+            return context
+        pooled = (
+            end_of_text(self.ln_final(hidden), tokens, self.spec.end_token_id)
+            @ self.text_projection
+        )
+        return context, pooled

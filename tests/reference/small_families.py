@@ -1,0 +1,112 @@
+"""Small checkpoints of the families of Stable Diffusion with random weights, and their pipelines.
+
+The checkpoints are written in the layout of the released single files. Our networks run in torch,
+behind the runtime's own loop, so that no graph has to be traced.
+"""
+
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from ldm_export.detection.detect import detect
+from ldm_export.graphs.torch_engine import TorchEngine
+from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
+from ldm_export.networks.clip import ClipTextEncoder
+from ldm_export.networks.loading import load_network
+from ldm_export.networks.openclip import OpenClipTextEncoder
+from ldm_export.networks.unet import UNet
+from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.testing import text_encoder_spec
+from tests.export.small_checkpoint import AUTOENCODER, UNET, randomise, schedule_buffers
+
+_MODULES = {"clip": ClipTextEncoder, "openclip": OpenClipTextEncoder}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallFamily:
+    """One family, small.
+
+    Attributes:
+        unet: Of its UNet.
+        autoencoder: Of its autoencoder.
+        text_encoders: By the beginning of their names in the checkpoint.
+        extra: Further tensors of its files.
+    """
+
+    unet: UNetSpec
+    autoencoder: AutoencoderSpec = AUTOENCODER
+    text_encoders: dict[str, TextEncoderSpec]
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+#: A width of 128 makes two heads of 64 channels, as the families have them.
+_OPENCLIP = text_encoder_spec(
+    kind="openclip",
+    width=128,
+    num_layers=3,
+    context_layers=2,
+    num_heads=2,
+    feed_forward_dim=512,
+    activation="gelu",
+    pad_token_id=0,
+)
+_LINEAR = {
+    "model_channels": 64,
+    "num_heads": None,
+    "num_head_channels": 64,
+    "linear_projection": True,
+    "context_dim": 128,
+}
+
+
+def state_dict(family: SmallFamily, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return the tensors of a random checkpoint."""
+    torch.manual_seed(seed)
+    parts: list[tuple[str, nn.Module]] = [
+        ("model.diffusion_model.", UNet(family.unet)),
+        ("first_stage_model.", LatentEncoder(family.autoencoder)),
+        ("first_stage_model.", LatentDecoder(family.autoencoder)),
+        *((prefix, _MODULES[spec.kind](spec)) for prefix, spec in family.text_encoders.items()),
+    ]
+    state = {**schedule_buffers(), **family.extra}
+    for prefix, network in parts:
+        randomise(network)
+        state |= {prefix + name: value for name, value in network.state_dict().items()}
+    return state
+
+
+@dataclass(frozen=True)
+class _Stored:
+    value: torch.Tensor
+
+    @property
+    def shape(self):
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self):
+        return str(self.value.dtype).removeprefix("torch.")
+
+    def numpy(self):
+        return self.value.numpy()
+
+
+def open_networks(state: dict[str, torch.Tensor], **arguments):
+    """Detect a checkpoint: its specification, and its networks in torch by component."""
+    tensors = {name: _Stored(value) for name, value in state.items()}
+    detection = detect(tensors, **arguments)
+
+    def network(component):
+        names = detection.weights[component]
+        weights = {name: tensors[stored] for name, stored in names.items()}
+        return TorchEngine(component, load_network(component, detection.spec, weights))
+
+    return SimpleNamespace(spec=detection.spec, unused=detection.unused, network=network)
+
+
+SD_2 = SmallFamily(
+    unet=replace(UNET, **_LINEAR),
+    text_encoders={"cond_stage_model.model.": _OPENCLIP},
+)
