@@ -8,7 +8,7 @@ from ldm_runtime.bundle.manifest import WeightsDType
 from ldm_runtime.escaping import printable
 from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
-from ldm_runtime.specs.tasks import task_record
+from ldm_runtime.specs.tasks import takes_prompts, task_record
 
 # Fitted, like the `trace_seconds` of each component, to exports of the shapes model and of Stable
 # Diffusion 1.5 on a 2-core machine (benchmarks/export_full_size.py). Tracing costs much the same
@@ -110,7 +110,7 @@ def make_estimate(
     seconds = {}
     if spec.unet is not None:
         seconds["prediction"] = _PREDICTION_SECONDS + _PREDICTION_SECONDS_PER_PARAMETER * total
-    if spec.task == "text-to-image":
+    if takes_prompts(spec):
         seconds["tokenizer"] = 0.1
     for name, count in parameters.items():
         seconds[name] = COMPONENTS[name].trace_seconds + _SECONDS_PER_PARAMETER * count

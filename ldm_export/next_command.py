@@ -17,6 +17,7 @@ _NEEDS: Mapping[Task, tuple[str, ...]] = MappingProxyType(
         "semantic-synthesis": ("--segmentation", "map.png"),
         "super-resolution": ("--image", "small.png"),
         "inpainting": ("--image", "photo.png", "--mask-image", "mask.png"),
+        "text-inpainting": ("a red circle", "--image", "photo.png", "--mask-image", "mask.png"),
         "retrieval": ("--embeddings", "vectors.npy"),
         "autoencoder": ("--image", "photo.png"),
     }

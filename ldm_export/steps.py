@@ -35,6 +35,7 @@ from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.networks import TextEncoderSpec
+from ldm_runtime.specs.tasks import takes_prompts
 
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 #: The vocabulary of each kind of text encoder.
@@ -116,7 +117,7 @@ def make_steps(source: Source) -> ExportSteps:
 def vocabulary_of(spec: ModelSpec) -> Path | None:
     """Return the vocabulary of a model's prompts, or None if it takes none."""
     encoder = spec.find(TextEncoderSpec)
-    if spec.task != "text-to-image" or encoder is None:
+    if not takes_prompts(spec) or encoder is None:
         return None
     return _VOCABULARIES / _VOCABULARY_FILES[encoder.kind]
 

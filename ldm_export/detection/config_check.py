@@ -30,7 +30,8 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "ClassEmbedder": ("class-to-image",),
     "BERTEmbedder": ("text-to-image", "layout-to-image"),
     "SpatialRescaler": ("semantic-synthesis",),
-    "FrozenCLIPEmbedder": ("text-to-image",),
+    "FrozenCLIPEmbedder": ("text-to-image", "text-inpainting"),
+    "FrozenOpenCLIPEmbedder": ("text-to-image", "text-inpainting"),
 }
 #: Kind of each autoencoder of CompVis, likewise. Under a UNet, `VQModel` would decode without its
 #: codebook; as in all released models, only `VQModelInterface` is exported there.

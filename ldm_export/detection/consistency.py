@@ -53,7 +53,7 @@ def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:
     segmentation_encoder = spec.find(SegmentationEncoderSpec)
     if segmentation_encoder is not None:
         expected, what = segmentation_encoder.out_channels, "a segmentation map"
-    elif spec.task == "inpainting":
+    elif spec.task in ("inpainting", "text-inpainting"):
         expected, what = autoencoder.embed_dim + 1, "latents of the masked image and the mask"
     elif spec.task == "super-resolution":
         expected, what = autoencoder.image_channels, "the low-resolution image"

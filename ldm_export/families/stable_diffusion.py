@@ -54,6 +54,10 @@ _SD_2 = replace(
     siblings=MappingProxyType({"epsilon": 64}),
 )
 
+_SD_2_INPAINTING = replace(
+    _SD_2, task="text-inpainting", prediction_type="epsilon", latent_size=64, siblings={}
+)
+
 _TEXT_TO_IMAGE: Mapping[str, Expected] = {
     "attention": "transformer",
     "conditioning_channels": 0,
@@ -63,15 +67,20 @@ _TEXT_TO_IMAGE: Mapping[str, Expected] = {
 }
 
 
-def _stable_diffusion_2(name: str, conditioner: str, prefix: str) -> Family:
+def _stable_diffusion_2(
+    name: str,
+    conditioner: str,
+    prefix: str,
+    family_defaults: FamilyDefaults = _SD_2,
+    **features: Expected,
+) -> Family:
     """Return a row of Stable Diffusion 2 whose text encoder has names after `prefix`."""
     return _family(
         name,
-        _SD_2,
+        family_defaults,
         openclip(prefix),
         unused=((rf"{re.escape(prefix)}text_projection", FOR_COMPARING),),
-        projection="linear",
-        conditioner=conditioner,
+        **{"projection": "linear", "conditioner": conditioner, **features},
     )
 
 
@@ -93,12 +102,13 @@ def _family(
 
 SD_FAMILIES: tuple[Family, ...] = (
     _family("stable-diffusion-1", _SD_1, CLIP, projection="convolution", conditioner="clip"),
-    recognised(
+    _family(
         "stable-diffusion-1-inpainting",
+        replace(_SD_1, task="text-inpainting"),
+        CLIP,
         projection="convolution",
-        conditioning_channels=5,
-        autoencoder="kl",
         conditioner="clip",
+        conditioning_channels=5,
     ),
     recognised(
         "instruct-pix2pix",
@@ -111,11 +121,12 @@ SD_FAMILIES: tuple[Family, ...] = (
     _stable_diffusion_2(
         "stable-diffusion-2-sgm", "openclip (sgm)", "conditioner.embedders.0.model."
     ),
-    recognised(
+    _stable_diffusion_2(
         "stable-diffusion-2-inpainting",
-        projection="linear",
+        "openclip",
+        "cond_stage_model.model.",
+        _SD_2_INPAINTING,
         conditioning_channels=5,
-        conditioner="openclip",
     ),
     recognised(
         "stable-diffusion-2-depth",

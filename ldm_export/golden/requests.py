@@ -70,6 +70,8 @@ def unguided_request(spec: ModelSpec, image: Pixels) -> ResolvedRequest:
     match spec.task:
         case "text-to-image":
             inputs = {"prompt": ""}
+        case "text-inpainting":
+            inputs |= {"prompt": "", "image": InputImage(image)}
         case "inpainting":
             inputs["image"] = InputImage(image)
         case "super-resolution":
@@ -176,6 +178,11 @@ def _masked_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     yield {"image": image, "outpaint": (0, 0, margin, 0)}
 
 
+def _prompts_and_masked_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    for prompts, images in zip(_prompts(spec, size), _masked_images(spec, size), strict=True):
+        yield {**prompts, **images}
+
+
 def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield one, two and four vectors, of the length that CLIP's have in practice."""
     del size
@@ -212,6 +219,7 @@ _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingP
         "semantic-synthesis": _segmentation_maps,
         "super-resolution": _low_resolution,
         "inpainting": _masked_images,
+        "text-inpainting": _prompts_and_masked_images,
         "retrieval": _neighbours,
         "autoencoder": _whole_images,
     }

@@ -19,6 +19,7 @@ from ldm_runtime.specs.components import NETWORK_RECORDS, TensorSignature
 from ldm_runtime.specs.model import ModelSpec, PredictionType
 from ldm_runtime.specs.networks import Networks
 from ldm_runtime.specs.plausible import implausible_fields
+from ldm_runtime.specs.tasks import takes_prompts
 
 SCHEMA_VERSION = 6
 MANIFEST_NAME = "manifest.json"
@@ -338,7 +339,7 @@ def _check_digest(path: Path, data: bytes) -> None:
 def _check_sense(path: Path, manifest: Manifest) -> None:
     """Check what types cannot express: values, and that every path is that of a listed file."""
     wrong = [f"spec.{field}" for field in implausible_fields(manifest.spec)]
-    if manifest.spec.task == "text-to-image" and manifest.tokenizer_file is None:
+    if takes_prompts(manifest.spec) and manifest.tokenizer_file is None:
         wrong.append("tokenizer_file")
     if wrong:
         raise ManifestError(f"{path}: {wrong[0]} cannot be what it is; export the bundle again")

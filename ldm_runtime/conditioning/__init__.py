@@ -8,7 +8,11 @@ from types import MappingProxyType
 
 from ldm_runtime.conditioning.class_labels import encode_class_label
 from ldm_runtime.conditioning.contract import Conditioner, Conditioning, OpenNetwork
-from ldm_runtime.conditioning.images import encode_low_resolution, encode_masked_image
+from ldm_runtime.conditioning.images import (
+    encode_low_resolution,
+    encode_masked_image,
+    encode_text_and_masked_image,
+)
 from ldm_runtime.conditioning.layout import encode_layout
 from ldm_runtime.conditioning.retrieval import encode_embeddings
 from ldm_runtime.conditioning.semantic import encode_segmentation
@@ -40,6 +44,7 @@ CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
         "semantic-synthesis": Conditioner(encode_segmentation),
         "super-resolution": Conditioner(encode_low_resolution),
         "inpainting": Conditioner(encode_masked_image, ("vae_encoder",)),
+        "text-inpainting": Conditioner(encode_text_and_masked_image, ("vae_encoder",)),
         "retrieval": Conditioner(encode_embeddings),
         "autoencoder": _NO_CONDITIONING,
     }

@@ -1,8 +1,11 @@
 """Images concatenated to the latents: one to upscale, or one with a masked region to fill."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork
+from ldm_runtime.conditioning.text import encode_text
 from ldm_runtime.latents.codec import encode_pixels, to_float
 from ldm_runtime.latents.init_image import init_image
 from ldm_runtime.requests.resolved import ResolvedRequest, WholeImage
@@ -47,13 +50,47 @@ def encode_masked_image(
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
+    pixels, region = _masked_pixels(request, spec)
+    masked = np.where(region > 0, np.float32(-1), pixels)
+    latents = encode_pixels(network("vae_encoder"), masked, spec)
+    mask = 2 * _first_pixels(region, spec) - 1
+    return Conditioning(concat=np.concatenate([latents, mask], axis=1))
+
+
+def encode_text_and_masked_image(
+    network: OpenNetwork,
+    tokenizer: Tokenizer | None,
+    request: ResolvedRequest,
+    spec: ModelSpec,
+) -> Conditioning:
+    """Return the context of the prompts, and concat (1, 1 + C, h, w): mask, then masked latents.
+
+    Unlike in `encode_masked_image`, latents are in the UNet's scale, the masked region is 0, gray,
+    in the image, and the mask is 1 there and 0 elsewhere. Source: `inpaint_st.py` of
+    runwayml/stable-diffusion, commit 08ab4d3, which samples the latents of the masked image where
+    these are their mean.
+
+    See `ldm_runtime.conditioning.encode_conditioning`.
+    """
+    pixels, region = _masked_pixels(request, spec)
+    masked = np.where(region > 0, np.float32(0), pixels)
+    scale = np.float32(spec.autoencoder.latent_scale_factor)
+    latents = encode_pixels(network("vae_encoder"), masked, spec) * scale
+    concat = np.concatenate([_first_pixels(region, spec), latents], axis=1)
+    return replace(encode_text(network, tokenizer, request, spec), concat=concat)
+
+
+def _masked_pixels(request: ResolvedRequest, spec: ModelSpec) -> tuple[Float32Array, Float32Array]:
+    """Return an image (1, 3, H, W) from -1 to 1, padded, and its region (H, W), 1 where masked."""
     source = init_image(request, spec)
     assert source is not None, "a request to inpaint has an image"
     init = source.padded(*padded_size(request, spec))
     assert init.mask is not None, "and a mask, or margins"
     region: Float32Array = (init.mask.gray() > 0).astype(np.float32)  # its mask has two colours
-    masked = np.where(region > 0, np.float32(-1), to_float(init.image.pixels[None]))
-    latents = encode_pixels(network("vae_encoder"), masked, spec)
+    return to_float(init.image.pixels[None]), region
+
+
+def _first_pixels(region: Float32Array, spec: ModelSpec) -> Float32Array:
+    """Return the first pixel of every latent pixel of a region (H, W): (1, 1, h, w)."""
     factor = spec.autoencoder.factor
-    mask = 2 * region[None, None, ::factor, ::factor] - 1
-    return Conditioning(concat=np.concatenate([latents, mask], axis=1))
+    return region[None, None, ::factor, ::factor]

@@ -26,7 +26,9 @@ from ldm_runtime.tiling.patches import PATCH
 
 _BELOW_PIXELS, _ABOVE, _MAX_BATCH = 256, 1.5, 4
 #: Longest context, in units of the shortest: chunks of a prompt, embeddings.
-_LONGEST_CONTEXT: Mapping[Task, int] = MappingProxyType({"text-to-image": 4, "retrieval": 21})
+_LONGEST_CONTEXT: Mapping[Task, int] = MappingProxyType(
+    {"text-to-image": 4, "text-inpainting": 4, "retrieval": 21}
+)
 
 #: Height and width in pixels.
 Size = tuple[int, int]

@@ -16,6 +16,7 @@ Task = Literal[
     "semantic-synthesis",
     "super-resolution",
     "inpainting",
+    "text-inpainting",
     "retrieval",
     "autoencoder",
 ]

@@ -26,6 +26,7 @@ _SAMPLING = frozenset(
     }
 )
 _PROMPTS = frozenset({"prompt", "negative_prompt", "literal_prompt"})
+_MASKS = ("mask_image", "outpaint")
 _START = frozenset({"image", "strength", "mask_image", "outpaint"})
 _HIRES = frozenset({"hires_scale", "hires_strength"})
 #: Fields of every model that samples from noise and decodes at any size.
@@ -81,9 +82,13 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             needs=(("image",),), permits=_SAMPLING, image="condition", size="enlarged"
         ),
         "inpainting": TaskRecord(
-            needs=(("image",), ("mask_image", "outpaint")),
-            permits=_SAMPLING | _TILES,
+            needs=(("image",), _MASKS), permits=_SAMPLING | _TILES, image="condition"
+        ),
+        "text-inpainting": TaskRecord(
+            needs=(("prompt",), ("image",), _MASKS),
+            permits=_SAMPLING | _TILES | _PROMPTS,
             image="condition",
+            has_null=True,
         ),
         "retrieval": TaskRecord(needs=(("embeddings",),), permits=_GENERATION, has_null=True),
         "autoencoder": TaskRecord(needs=(("image",),), permits=_TILES, image="condition"),
@@ -94,6 +99,11 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
 def task_record(spec: ModelSpec) -> TaskRecord:
     """Return the row of a model's task."""
     return TASKS[spec.task]
+
+
+def takes_prompts(spec: ModelSpec) -> bool:
+    """Return whether the requests of a model have a prompt, which needs a tokenizer."""
+    return "prompt" in task_record(spec).takes
 
 
 def can_guide(spec: ModelSpec) -> bool:

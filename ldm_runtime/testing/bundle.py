@@ -32,6 +32,7 @@ from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.components import Component
 from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of
+from ldm_runtime.specs.tasks import takes_prompts
 from ldm_runtime.testing.engine import FakeEngine, Function
 from ldm_runtime.testing.networks import Float32Array, tiny_network, tiny_networks, tiny_weights
 from ldm_runtime.testing.onnx_bytes import encode_model, pack_weights
@@ -51,7 +52,7 @@ def write_tiny_bundle(folder: Path, task: Task = "text-to-image") -> Manifest:
     for path, data in _bundle_files(spec).items():
         _write(folder / path, data)
     _write_golden_components(folder / "golden/components", spec, networks)
-    tokenizer_file = _VOCABULARY if task == "text-to-image" else None
+    tokenizer_file = _VOCABULARY if takes_prompts(tiny_spec(task)) else None
     vocabulary = None if tokenizer_file is None else folder / tokenizer_file
     golden = {f"golden/{index}": each for index, each in enumerate(tiny_requests(task))}
     for path, request in golden.items():
@@ -83,7 +84,7 @@ def write_tiny_bundle(folder: Path, task: Task = "text-to-image") -> Manifest:
 def _bundle_files(spec: ModelSpec) -> dict[str, bytes]:
     """Return the files of a bundle by path, without golden outputs and manifest."""
     files, weights = {}, tiny_weights(spec)
-    if spec.task == "text-to-image":
+    if takes_prompts(spec):
         files[_VOCABULARY] = "\n".join(("#version: 0.2", *MERGES, "")).encode()
     for name, component in components_of(spec).items():
         network = tiny_network(name, spec)

@@ -42,6 +42,10 @@ _GOLDEN: Mapping[Task, tuple[Mapping[str, object], ...]] = MappingProxyType(
             {"image": _IMAGE, "mask_image": _MASK, **_GUIDED},
             {"image": _IMAGE, "outpaint": (8, 0, 0, 4), **_ANCESTRAL},
         ),
+        "text-inpainting": (
+            {"prompt": "red", "image": _IMAGE, "mask_image": _MASK, **_GUIDED},
+            {"prompt": "a circle", "image": _IMAGE, "outpaint": (8, 0, 0, 4), **_UNGUIDED},
+        ),
         "retrieval": (
             {"embeddings": np.eye(2, 8, dtype=np.float32) + 0.5, **_GUIDED},
             {"embeddings": np.ones((1, 8), dtype=np.float32), **_UNGUIDED},

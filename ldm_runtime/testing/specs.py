@@ -174,6 +174,12 @@ def _spec(task: Task, *, concat: int = 0, **conditioner: NetworkSpec) -> ModelSp
     return replace(spec, networks=Networks(unet=unet, autoencoder=_VQ, **conditioner))
 
 
+def _with_unet(spec: ModelSpec, task: Task, **changes: Any) -> ModelSpec:  # noqa: ANN401
+    """Return another task's model with the same networks but for changes to the UNet."""
+    unet = replace(spec.network(UNetSpec), **changes)
+    return replace(spec.with_networks(unet=unet), task=task)
+
+
 _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
     {
         "unconditional": _spec("unconditional"),
@@ -183,6 +189,7 @@ _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
         "semantic-synthesis": _spec("semantic-synthesis", concat=3, segmentation_encoder=_MAPS),
         "super-resolution": _spec("super-resolution", concat=3),
         "inpainting": _spec("inpainting", concat=4),
+        "text-inpainting": _with_unet(TINY_SPEC, "text-inpainting", in_channels=9),
         "retrieval": _spec("retrieval"),
         "autoencoder": replace(
             _spec("unconditional").with_networks(unet=None), task="autoencoder", alphas_cumprod=()

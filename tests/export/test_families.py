@@ -102,6 +102,15 @@ def test_stable_diffusion_2_is_read_from_its_shapes(renamed):
     assert sorted(detection.unused.values())[:2] == 2 * ["for comparing text with images only"]
 
 
+@pytest.mark.parametrize(("layout", "family"), [(SD1, "1"), (SD2, "2")])
+def test_nine_channels_are_an_inpainting_model_that_predicts_noise(layout, family):
+    spec = detect(checkpoint(replace(layout, in_channels=9))).spec
+
+    assert spec.family == f"stable-diffusion-{family}-inpainting"
+    assert (spec.task, spec.prediction_type) == ("text-inpainting", "epsilon")
+    assert (spec.unet.concat_channels, spec.defaults.height) == (5, 512)
+
+
 @pytest.mark.parametrize(
     ("stated", "measured", "expected"),
     [

@@ -22,9 +22,7 @@ def changed(tensors, *, without=(), **added):
 LABELS = "model.diffusion_model.label_emb"
 
 RECOGNISED = {
-    "stable-diffusion-1-inpainting": checkpoint(replace(SD1, in_channels=9)),
     "instruct-pix2pix": checkpoint(replace(SD1, in_channels=8)),
-    "stable-diffusion-2-inpainting": checkpoint(replace(SD2, in_channels=9)),
     "stable-diffusion-2-depth": checkpoint(replace(SD2, in_channels=5)),
     "stable-diffusion-x4-upscaler": changed(
         checkpoint(replace(SD2, in_channels=7, model_channels=256)),

@@ -19,7 +19,13 @@ from ldm_export.networks.openclip import OpenClipTextEncoder
 from ldm_export.networks.unet import UNet
 from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
 from ldm_runtime.testing import text_encoder_spec
-from tests.export.small_checkpoint import AUTOENCODER, UNET, randomise, schedule_buffers
+from tests.export.small_checkpoint import (
+    AUTOENCODER,
+    TEXT_ENCODER,
+    UNET,
+    randomise,
+    schedule_buffers,
+)
 
 _MODULES = {"clip": ClipTextEncoder, "openclip": OpenClipTextEncoder}
 
@@ -106,6 +112,13 @@ def open_networks(state: dict[str, torch.Tensor], **arguments):
     return SimpleNamespace(spec=detection.spec, unused=detection.unused, network=network)
 
 
+SD_1_INPAINTING = SmallFamily(
+    unet=replace(UNET, in_channels=9), text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER}
+)
+SD_2_INPAINTING = SmallFamily(
+    unet=replace(UNET, in_channels=9, **_LINEAR),
+    text_encoders={"cond_stage_model.model.": _OPENCLIP},
+)
 SD_2 = SmallFamily(
     unet=replace(UNET, **_LINEAR),
     text_encoders={"cond_stage_model.model.": _OPENCLIP},

@@ -11,15 +11,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.image_pipeline import ImagePipeline
-from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
-from tests.reference.small_families import SD_2, open_networks, state_dict
+from tests.reference.small_families import (
+    SD_1_INPAINTING,
+    SD_2,
+    SD_2_INPAINTING,
+    open_networks,
+    state_dict,
+)
 from tests.reference.twins import (
     TRAINED,
     VOCABULARY,
@@ -53,11 +61,6 @@ def ddim(prediction_type):
     )
 
 
-def without_safety(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def noise(model, count=1):
     shape = (1, model.spec.autoencoder.embed_dim, *2 * [SIDE // model.spec.autoencoder.factor])
     return torch.cat(
@@ -70,7 +73,7 @@ def noise(model, count=1):
 
 def generate(model, **fields):
     """Return the images of ours as arrays (N, H, W, 3) of whole numbers, 0 to 255."""
-    request = resolve(GenerationRequest(sampler="ddim", seed=SEED, **fields), model.spec)
+    request = resolve(parse_request({"sampler": "ddim", "seed": SEED, **fields}), model.spec)
     pipeline = ImagePipeline(
         network=model.network,
         tokenizer=open_tokenizer(VOCABULARY, model.spec),
@@ -94,36 +97,32 @@ def lowest_psnr(ours, theirs):
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-@pytest.fixture
-def tokenizer(tmp_path):
-    (tmp_path / "tokenizer").mkdir()
-    return clip_tokenizer(tmp_path / "tokenizer")
-
-
-def stable_diffusion_2(family, state, tokenizer, folder, prediction_type):
+def diffusers_pipeline(kind, family, state, folder, prediction_type="epsilon"):
+    """Return a pipeline of diffusers over a checkpoint with one text encoder."""
     config = compvis_config(family.unet, family.autoencoder)
     (text,) = family.text_encoders.values()
-    tokenizer.pad_token = "!"
-    return without_safety(
-        StableDiffusionPipeline(
-            vae=load_autoencoder(state, config),
-            text_encoder=load_text_encoder(
-                state, replace(text, num_layers=text.context_layers), folder
-            ),
-            tokenizer=tokenizer,
-            unet=load_unet(state, config),
-            scheduler=ddim(prediction_type),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+    tokenizer = clip_tokenizer(folder)
+    if text.pad_token_id == 0:
+        tokenizer.pad_token = "!"
+    run_layers = replace(text, num_layers=text.context_layers)
+    pipeline = kind(
+        vae=load_autoencoder(state, config),
+        text_encoder=load_text_encoder(state, run_layers, folder),
+        tokenizer=tokenizer,
+        unet=load_unet(state, config),
+        scheduler=ddim(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-def test_stable_diffusion_2_draws_the_images_of_diffusers(tmp_path, tokenizer, prediction_type):
+def test_stable_diffusion_2_generates_the_images_of_diffusers(tmp_path, prediction_type):
     state = state_dict(SD_2)
-    theirs = stable_diffusion_2(SD_2, state, tokenizer, tmp_path, prediction_type)
+    theirs = diffusers_pipeline(StableDiffusionPipeline, SD_2, state, tmp_path, prediction_type)
     ours = open_networks(state, measured=prediction_type)
     expected = theirs(PROMPT, latents=noise(ours, 2), num_images_per_prompt=2, **COMMON)
 
@@ -131,3 +130,36 @@ def test_stable_diffusion_2_draws_the_images_of_diffusers(tmp_path, tokenizer, p
 
     assert ours.spec.family == "stable-diffusion-2"
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+def photo():
+    """Return an image, and a mask of an ellipse a little off its centre."""
+    y, x = np.mgrid[:SIDE, :SIDE]
+    pixels = np.stack([x * 4, y * 4, (x * y) % 256], axis=2).astype(np.uint8)
+    mask = np.where(np.hypot(x - 36, y - 28) < 20, 255, 0).astype(np.uint8)
+    return Image.fromarray(pixels), Image.fromarray(mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("stable-diffusion-1-inpainting", SD_1_INPAINTING),
+        ("stable-diffusion-2-inpainting", SD_2_INPAINTING),
+    ],
+)
+def test_inpainting_models_fill_the_mask_as_diffusers_does(tmp_path, monkeypatch, name, family):
+    """diffusers samples the latents of the masked image, where ours are their mean."""
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+    state = state_dict(family)
+    theirs = diffusers_pipeline(StableDiffusionInpaintPipeline, family, state, tmp_path)
+    ours, (image, mask) = open_networks(state), photo()
+    expected = theirs(PROMPT, image=image, mask_image=mask, latents=noise(ours), **COMMON)
+    inside = np.asarray(mask) > 127
+
+    images = generate(ours, prompt=PROMPT, image=image, mask_image=mask, **COMMON)
+
+    assert (ours.spec.family, ours.spec.task) == (name, "text-inpainting")
+    expected = np.where(inside[..., None], as_arrays(expected.images), np.asarray(image))
+    assert lowest_psnr(images, expected) >= 60

@@ -15,6 +15,7 @@ NEEDED = {
     "semantic-synthesis": {"segmentation": MAP},
     "super-resolution": {"image": PICTURE},
     "inpainting": {"image": PICTURE, "mask_image": PICTURE},
+    "text-inpainting": {"prompt": "red", "image": PICTURE, "mask_image": PICTURE},
     "retrieval": {"embeddings": np.eye(3, 8, dtype=np.float32)},
     "autoencoder": {"image": PICTURE},
 }

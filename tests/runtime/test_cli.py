@@ -270,6 +270,7 @@ COMMANDS = {
     "semantic-synthesis": (["--segmentation", "map.png"], (32, 24)),
     "super-resolution": (["--image", "photo.png"], (64, 48)),
     "inpainting": (["--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
+    "text-inpainting": (["red", "--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
     "retrieval": (["--embeddings", "vectors.npy"], (16, 16)),
     "autoencoder": (["--image", "photo.png"], (32, 24)),
 }

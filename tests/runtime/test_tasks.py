@@ -133,6 +133,7 @@ def test_what_is_missing_is_said_before_what_is_too_much():
         ("semantic-synthesis", False),
         ("super-resolution", False),
         ("inpainting", False),
+        ("text-inpainting", True),
         ("retrieval", True),
         ("autoencoder", False),
     ],
