@@ -5,6 +5,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
+from ldm_export.checkpoint.file_fields import FileFields
+from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.overrides import Sources, assumed, first_stated
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
@@ -41,13 +43,27 @@ def text_encoder_record(
         ExportError: The configuration has an impossible number of heads.
     """
     if "transformer.resblocks.0.ln_1.weight" in shapes:
-        return _openclip(sources, shapes)
+        return _openclip(sources, shapes, is_first=True)
     if "transformer.token_emb.weight" not in shapes:
         return _clip(sources, shapes)
     # Layouts are filled up with the last token, prompts with the first word piece.
     is_text = sources.family.task == "text-to-image"
     bert = read_bert(shapes, pad_token_id=_WORDPIECE_PADDING if is_text else None)
     return bert, [assumed("text_encoder.pad_token_id", bert.pad_token_id, "family")]
+
+
+def second_text_encoder_record(
+    sources: Sources, shapes: Shapes, _autoencoder: AutoencoderSpec
+) -> tuple[TextEncoderSpec, list[Assumption]]:
+    """Return the record of a second text encoder, which is OpenCLIP's, and its assumptions.
+
+    Raises:
+        WeightsError: Tensors are missing or contradict each other.
+    """
+    spec, notes = _openclip(sources, shapes, is_first=False)
+    return spec, [
+        replace(each, field=each.field.replace("text_encoder", "text_encoder_2")) for each in notes
+    ]
 
 
 def class_embedder_record(
@@ -108,7 +124,7 @@ CONDITIONER_READERS: Mapping[
 ] = MappingProxyType(
     {
         "text_encoder": text_encoder_record,
-        "text_encoder_2": text_encoder_record,
+        "text_encoder_2": second_text_encoder_record,
         "class_embedder": class_embedder_record,
         "segmentation_encoder": segmentation_encoder_record,
     }
@@ -116,13 +132,38 @@ CONDITIONER_READERS: Mapping[
 
 
 def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assumption]]:
-    clip = read_clip(shapes)
+    spec, notes = _text_encoder(
+        sources, read_clip(shapes), "clip", sources.family.clip_activation, is_first=True
+    )
+    spec = replace(spec, pad_token_id=spec.end_token_id)
+    return spec, [*notes, *_of_text(spec)]
+
+
+def _openclip(
+    sources: Sources, shapes: Shapes, *, is_first: bool
+) -> tuple[TextEncoderSpec, list[Assumption]]:
+    spec, notes = _text_encoder(
+        sources, read_openclip(shapes), "openclip", "gelu", is_first=is_first
+    )
+    return spec, [*notes, *_of_text(spec)]
+
+
+def _text_encoder(
+    sources: Sources,
+    clip: ClipShapes,
+    kind: Literal["clip", "openclip"],
+    activation: Literal["quick_gelu", "gelu"],
+    *,
+    is_first: bool,
+) -> tuple[TextEncoderSpec, list[Assumption]]:
+    """Return the record of a text encoder; configurations and files speak of the first alone."""
+    config, file = (sources.config, sources.file) if is_first else (ConfigFields(), FileFields())
     num_heads, of_heads = first_stated(
         "text_encoder.num_heads",
         None,
-        sources.config.text_num_heads,
+        config.text_num_heads,
         1 if clip.width % _CLIP_HEAD_CHANNELS else clip.width // _CLIP_HEAD_CHANNELS,
-        file=sources.file.text_num_heads,
+        file=file.text_num_heads,
     )
     if clip.width % num_heads:
         raise ExportError(
@@ -132,39 +173,16 @@ def _clip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assum
     activation, of_activation = first_stated(
         "text_encoder.activation",
         None,
-        sources.config.text_activation,
-        sources.family.clip_activation,
-        file=sources.file.text_activation,
+        config.text_activation,
+        activation,
+        file=file.text_activation,
     )
-    spec = _text_encoder(sources, clip, "clip", num_heads=num_heads, activation=activation)
-    spec = replace(spec, pad_token_id=spec.end_token_id)
-    return spec, [of_heads, of_activation, *_of_text(spec)]
-
-
-def _openclip(sources: Sources, shapes: Shapes) -> tuple[TextEncoderSpec, list[Assumption]]:
-    clip = read_openclip(shapes)
-    num_heads = 1 if clip.width % _CLIP_HEAD_CHANNELS else clip.width // _CLIP_HEAD_CHANNELS
-    spec = _text_encoder(sources, clip, "openclip", num_heads=num_heads, activation="gelu")
-    return spec, [
-        assumed("text_encoder.num_heads", num_heads, "family"),
-        assumed("text_encoder.activation", "gelu", "family"),
-        *_of_text(spec),
-    ]
-
-
-def _text_encoder(
-    sources: Sources,
-    clip: ClipShapes,
-    kind: Literal["clip", "openclip"],
-    *,
-    num_heads: int,
-    activation: Literal["quick_gelu", "gelu"],
-) -> TextEncoderSpec:
-    return TextEncoderSpec(
+    left_out = 0 if file.text_layers_trimmed else sources.family.text_layers_left_out
+    spec = TextEncoderSpec(
         kind=kind,
         width=clip.width,
         num_layers=clip.num_layers,
-        context_layers=max(1, clip.num_layers - sources.family.text_layers_left_out),
+        context_layers=max(1, clip.num_layers - left_out),
         final_norm=sources.family.text_final_norm,
         pooled_dim=clip.projected_dim,
         num_heads=num_heads,
@@ -174,6 +192,7 @@ def _text_encoder(
         activation=activation,
         pad_token_id=_OPENCLIP_PADDING,
     )
+    return spec, [of_heads, of_activation]
 
 
 def _of_text(spec: TextEncoderSpec) -> list[Assumption]:
