@@ -31,6 +31,7 @@ def as_spec(model: ReleasedModel) -> ModelSpec:
         weights="model",
         alphas_cumprod=tuple(alphas),
         prediction_type="epsilon",
+        null_prompt="encoded",
         defaults=SamplingDefaults(
             height=side,
             width=side,

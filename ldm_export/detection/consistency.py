@@ -1,6 +1,12 @@
 """The checks that the components of a model fit each other, task by task."""
 
 from ldm_export.errors import ExportError, WeightsError
+from ldm_runtime.conditioning.micro_conditioning import (
+    NUM_SIZES,
+    NUM_SIZES_AND_SCORE,
+    num_features,
+    pooled_length,
+)
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, size_step
 from ldm_runtime.specs.networks import SegmentationEncoderSpec, UNetSpec
 from ldm_runtime.specs.plausible import implausible_fields
@@ -24,6 +30,7 @@ def check_consistent(spec: ModelSpec) -> None:
     if spec.unet is not None:
         _check_latents(spec, spec.unet)
         _check_context(spec, spec.unet)
+        _check_vector(spec, spec.unet)
         _check_concat(spec, spec.unet)
     _check_size(spec)
 
@@ -37,13 +44,31 @@ def _check_latents(spec: ModelSpec, unet: UNetSpec) -> None:
 
 
 def _check_context(spec: ModelSpec, unet: UNetSpec) -> None:
-    for name, component in components_of(spec).items():
-        width = axis_sizes(spec, name).get("context_dim")
-        if component.role == "conditioner" and width not in (None, unet.context_dim):
-            raise WeightsError(
-                f"the {name.replace('_', ' ')} is {width} wide, but the UNet attends to a context "
-                f"of width {unet.context_dim}; {_NOT_ONE_MODEL}"
-            )
+    widths = {
+        name: axis_sizes(spec, name)["context_dim"]
+        for name, component in components_of(spec).items()
+        if component.role == "conditioner" and "context_dim" in axis_sizes(spec, name)
+    }
+    if widths and sum(widths.values()) != unet.context_dim:
+        names = " and the ".join(name.replace("_", " ") for name in widths)
+        found = " and ".join(map(str, widths.values()))
+        verb = "is" if len(widths) == 1 else "are"
+        raise WeightsError(
+            f"the {names} {verb} {found} wide, but the UNet attends to a context "
+            f"of width {unet.context_dim}; {_NOT_ONE_MODEL}"
+        )
+
+
+def _check_vector(spec: ModelSpec, unet: UNetSpec) -> None:
+    """Check that the UNet takes a vector as long as pooled prompt and sizes make it."""
+    pooled = pooled_length(spec)
+    known = [pooled + num_features(count) for count in (NUM_SIZES, NUM_SIZES_AND_SCORE)]
+    if unet.vector_dim is not None and unet.vector_dim not in known:
+        raise WeightsError(
+            f"the UNet takes a vector of {unet.vector_dim} numbers (label_emb.0.0.weight), but a "
+            f"pooled prompt of {pooled} and the sizes of an image are "
+            f"{' or '.join(map(str, known))}; {_NOT_ONE_MODEL}"
+        )
 
 
 def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:

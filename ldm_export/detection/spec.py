@@ -80,6 +80,7 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         networks=networks,
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources, prediction_type)),
         prediction_type=prediction_type,
+        null_prompt=sources.family.null_prompt,
         defaults=notes.keep(
             read_defaults(sources, autoencoder.factor, prediction_type, has_null=has_null)
         ),

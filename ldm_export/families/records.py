@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from ldm_runtime.specs.model import PredictionType, Task
+from ldm_runtime.specs.model import NullPrompt, PredictionType, Task
 
 #: A value of `detection.fingerprint.fingerprint`, or the values of which one must be found.
 Expected = int | str | tuple[int | str, ...]
@@ -67,6 +67,7 @@ class FamilyDefaults:
         guidance_scale: Default guidance scale, where there is a null condition.
         eta: Default share of fresh noise in a step of `sampler`.
         other_latent_sizes: Native sizes of released models that have the same shapes.
+        null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
         siblings: Released models of the same shapes that predict something else, by what that is,
             with their native size in latent pixels. Where nothing else says what a UNet predicts,
             a measurement decides between them.
@@ -91,6 +92,7 @@ class FamilyDefaults:
     other_latent_sizes: tuple[int, ...] = ()
     text_layers_left_out: int = 0
     text_final_norm: bool = True
+    null_prompt: NullPrompt = "encoded"
     siblings: Mapping[PredictionType, int] = field(default_factory=dict)
 
     def latent_size_of(self, prediction_type: PredictionType) -> int | None:

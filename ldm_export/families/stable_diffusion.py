@@ -17,6 +17,7 @@ from ldm_export.families.records import (
     Expected,
     Family,
     FamilyDefaults,
+    assignment,
     openclip,
     recognised,
 )
@@ -58,6 +59,26 @@ _SD_2_INPAINTING = replace(
     _SD_2, task="text-inpainting", prediction_type="epsilon", latent_size=64, siblings={}
 )
 
+#: Context of both text encoders is the output of the last layer but one, without LayerNorm. An
+#: empty negative prompt is zeros (`force_uc_zero_embeddings`), but not in the refiner.
+_SDXL = replace(
+    _SD_1,
+    num_heads=None,
+    num_head_channels=64,
+    latent_scale_factor=0.13025,
+    latent_size=128,
+    sampler="euler",
+    num_inference_steps=30,
+    guidance_scale=5.0,
+    text_layers_left_out=1,
+    text_final_norm=False,
+    null_prompt="zeros",
+)
+_SDXL_TEXT = (
+    assignment("text_encoder", "conditioner.embedders.0.transformer.text_model.", "text_model."),
+    *openclip("conditioner.embedders.1.model.", "text_encoder_2"),
+)
+
 _TEXT_TO_IMAGE: Mapping[str, Expected] = {
     "attention": "transformer",
     "conditioning_channels": 0,
@@ -81,6 +102,18 @@ def _stable_diffusion_2(
         openclip(prefix),
         unused=((rf"{re.escape(prefix)}text_projection", FOR_COMPARING),),
         **{"projection": "linear", "conditioner": conditioner, **features},
+    )
+
+
+def _sdxl(
+    name: str,
+    family_defaults: FamilyDefaults,
+    text_encoders: tuple[Assignment, ...],
+    **features: Expected,
+) -> Family:
+    """Return a row of SDXL, whose UNet takes a vector."""
+    return _family(
+        name, family_defaults, text_encoders, (), projection="linear", vector="mlp", **features
     )
 
 
@@ -143,19 +176,20 @@ SD_FAMILIES: tuple[Family, ...] = (
     ),
     recognised("stable-diffusion-2-unclip-h", projection="linear", vector="mlp", vector_width=2048),
     recognised("stable-diffusion-2-unclip-l", projection="linear", vector="mlp", vector_width=1536),
-    recognised(
-        "stable-diffusion-xl",
-        projection="linear",
-        conditioning_channels=0,
-        conditioner="clip + openclip",
-    ),
-    recognised(
+    _sdxl("stable-diffusion-xl", _SDXL, _SDXL_TEXT, conditioner="clip + openclip"),
+    _sdxl(
         "stable-diffusion-xl-inpainting",
-        projection="linear",
-        conditioning_channels=5,
+        replace(_SDXL, task="text-inpainting"),
+        _SDXL_TEXT,
         conditioner="clip + openclip",
+        conditioning_channels=5,
     ),
-    recognised("stable-diffusion-xl-refiner", projection="linear", vector="mlp", vector_width=2560),
+    _sdxl(
+        "stable-diffusion-xl-refiner",
+        replace(_SDXL, null_prompt="encoded"),
+        openclip("conditioner.embedders.0.model."),
+        conditioner="openclip (sgm)",
+    ),
     # What is left of a kind, whatever its size.
     recognised("a latent diffusion model with label embeddings", vector="embedding"),
     recognised("a latent diffusion model with vector conditioning", vector="mlp"),

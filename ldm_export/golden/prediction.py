@@ -175,6 +175,8 @@ def _response(
     }
     for context in _joined([each.context for each in conditioning]):
         inputs["context"] = context
+    for vector in _joined([each.vector for each in conditioning]):
+        inputs["vector"] = vector
     prediction = unet.run(inputs)["prediction"].ravel().astype(np.float64)
     if not (np.isfinite(prediction).all() and np.isfinite(latents).all()):
         return np.full(2, math.nan)

@@ -65,9 +65,15 @@ def read_unet(shapes: Shapes, *, num_heads: int | None, num_head_channels: int |
         num_head_channels=num_head_channels,
         context_dim=context_dim(shapes) if kind == "transformer" else None,
         linear_projection=kind == "transformer" and linear_projection(shapes),
+        vector_dim=_vector_dim(shapes),
         scale_shift_norm=_scale_shift_norm(shapes),
         resblock_updown=resampling == "residual blocks",
     )
+
+
+def _vector_dim(shapes: Shapes) -> int | None:
+    name = "label_emb.0.0.weight"
+    return shape_of(shapes, name, 2)[1] if name in shapes else None
 
 
 def _check_entry(shapes: Shapes, model_channels: int) -> None:

@@ -24,6 +24,15 @@ from ldm_runtime.specs.networks import UNetSpec
 _GROUPS = 32
 
 
+def _embedding(channels: int, embedding_dim: int) -> nn.Sequential:
+    """Return the two layers that a timestep's features, or a vector, pass."""
+    return nn.Sequential(
+        nn.Linear(channels, embedding_dim),
+        nn.SiLU(),
+        nn.Linear(embedding_dim, embedding_dim),
+    )
+
+
 class UNet(nn.Module):
     """Predicts the noise (or v, or x0) in latents, given a timestep and perhaps a context."""
 
@@ -31,11 +40,9 @@ class UNet(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding_dim = 4 * spec.model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(spec.model_channels, self.embedding_dim),
-            nn.SiLU(),
-            nn.Linear(self.embedding_dim, self.embedding_dim),
-        )
+        self.time_embed = _embedding(spec.model_channels, self.embedding_dim)
+        if spec.vector_dim is not None:
+            self.label_emb = nn.Sequential(_embedding(spec.vector_dim, self.embedding_dim))
         self.input_blocks, widths = self._encoder()
         channels = widths[-1]
         self.middle_block = UNetBlock(
@@ -50,7 +57,13 @@ class UNet(nn.Module):
             nn.Conv2d(spec.model_channels, spec.out_channels, 3, padding=1),
         )
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
         """Predict from noisy latents.
 
         Args:
@@ -58,13 +71,17 @@ class UNet(nn.Module):
                 concatenated conditioning follow those of the latents.
             timesteps: (B,) float32, 0 to the length of the training schedule, may be fractional.
             context: (B, T, context_dim), or None for a UNet without cross-attention.
+            vector: (B, vector_dim), or None for a UNet without.
 
         Returns:
             Prediction (B, out_channels, h, w).
         """
         assert (context is None) == (self.spec.context_dim is None)
+        assert (vector is None) == (self.spec.vector_dim is None)
         features = timestep_embedding(timesteps, self.spec.model_channels)
         embedding = self.time_embed(features.to(latents.dtype))
+        if vector is not None:
+            embedding = embedding + self.label_emb(vector)
         hidden, skips = latents, []
         for block in self.input_blocks:
             hidden = block(hidden, embedding, context)

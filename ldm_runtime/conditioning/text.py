@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
+from ldm_runtime.conditioning.micro_conditioning import embed_image_facts, pooled_length
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.resolved import PromptCondition, ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
@@ -81,39 +82,84 @@ def encode_text(
     the other is filled up with empty chunks. Each chunk is encoded alone, then weighted. A
     literal prompt has one chunk without weights; the text that is cut off is logged as a warning.
 
+    Two text encoders encode the same chunks, and their contexts are side by side in D. A model with
+    a vector (2, V) gets it from the pooled output of the first chunk and from the sizes of the
+    image. Where the model's null prompt is zeros, an empty negative prompt is.
+
     See `ldm_runtime.conditioning.encode_conditioning`.
 
     Raises:
         RequestError: A prompt takes too many chunks, or its weights are invalid.
     """
     assert tokenizer is not None, "the bundle has no tokenizer"
-    record = spec.network(TextEncoderSpec)
     condition = request.condition_as(PromptCondition)
     texts = {"prompt": condition.prompt}
     if request.is_guided:
         texts = {"negative_prompt": condition.negative_prompt, **texts}
-    read = _literal_chunk if condition.literal else _weighted_chunks
+    encoded = [
+        _encode(network(name), _chunks_of(tokenizer, texts, record, literal=condition.literal))
+        for name, record in spec.networks.items()
+        if isinstance(record, TextEncoderSpec)
+    ]
+    context = np.concatenate([each.context for each in encoded], axis=2)
+    vector = _vector(encoded, request, spec)
+    if request.is_guided and spec.null_prompt == "zeros" and not condition.negative_prompt:
+        context[0] = 0
+        if vector is not None:
+            vector[0, : pooled_length(spec)] = 0
+    return Conditioning(context=context, vector=vector)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Encoded:
+    """The prompts of a request, encoded by one text encoder, in the order of their fields.
+
+    Attributes:
+        context: (number of prompts, T, D).
+        pooled: (number of prompts, P), or None.
+    """
+
+    context: Float32Array
+    pooled: Float32Array | None
+
+
+def _chunks_of(
+    tokenizer: Tokenizer, texts: Mapping[str, str], record: TextEncoderSpec, *, literal: bool
+) -> list[dict[str, Chunk]]:
+    """Return the chunks of all prompts by field, first the first of each."""
+    read = _literal_chunk if literal else _weighted_chunks
     prompts = {field: read(tokenizer, field, text, record) for field, text in texts.items()}
     empty = _chunk((), tokenizer, record)
-    engine = network("text_encoder")
-    # One call per chunk keeps the batch size independent of the length of the prompts.
-    contexts = [
-        _encode(engine, dict(zip(prompts, chunks, strict=True)))
+    return [
+        dict(zip(prompts, chunks, strict=True))
         for chunks in zip_longest(*prompts.values(), fillvalue=empty)
     ]
-    return Conditioning(context=np.concatenate(contexts, axis=1))
 
 
-def _encode(engine: Runner, chunks: Mapping[str, Chunk]) -> Float32Array:
-    """Encode one chunk of every prompt: (number of prompts, max_tokens, D)."""
-    tokens = np.stack([chunk.ids for chunk in chunks.values()])
-    context: Float32Array = engine.run({"tokens": tokens})["context"]
-    return np.stack(
-        [
-            _weighted(field, each, chunk.weights)
-            for each, (field, chunk) in zip(context, chunks.items(), strict=True)
-        ]
-    )
+def _encode(engine: Runner, chunks: Sequence[Mapping[str, Chunk]]) -> _Encoded:
+    """Encode chunks; one call for each keeps the batch size independent of the prompts' length."""
+    outputs = [
+        engine.run({"tokens": np.stack([chunk.ids for chunk in each.values()])}) for each in chunks
+    ]
+    contexts = [
+        np.stack(
+            [
+                _weighted(field, context, chunk.weights)
+                for context, (field, chunk) in zip(output["context"], each.items(), strict=True)
+            ]
+        )
+        for output, each in zip(outputs, chunks, strict=True)
+    ]
+    return _Encoded(context=np.concatenate(contexts, axis=1), pooled=outputs[0].get("pooled"))
+
+
+def _vector(
+    encoded: Sequence[_Encoded], request: ResolvedRequest, spec: ModelSpec
+) -> Float32Array | None:
+    if spec.unet is None or spec.unet.vector_dim is None:
+        return None
+    pooled = [each.pooled for each in encoded if each.pooled is not None]
+    return np.concatenate([*pooled, embed_image_facts(request, spec)], axis=1)
 
 
 def _weighted(field: str, context: Float32Array, weights: Float32Array) -> Float32Array:

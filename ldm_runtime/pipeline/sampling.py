@@ -201,9 +201,13 @@ class _RecordingDenoiser:
 class _UNet:
     """The UNet as a `Network`: context is bound once, channels are concatenated at every call."""
 
-    def __init__(self, engine: Runner, concat: Float32Array | None, *, in_patches: bool) -> None:
+    def __init__(
+        self, engine: Runner, conditioning: Conditioning, batch_size: int, *, in_patches: bool
+    ) -> None:
         self._engine = engine
-        self._concat = concat
+        self._batch_size = batch_size
+        self._concat = conditioning.concat
+        self._vector = conditioning.vector
         self._in_patches = in_patches
         self._bound: list[tuple[Float32Array, Runner]] = []
 
@@ -230,7 +234,12 @@ class _UNet:
         for known, runner in self._bound:
             if known is context:
                 return runner
-        runner = bind_constants(self._engine, {"context": context})
+        constants = {"context": context}
+        if self._vector is not None:
+            # One row for each half of the batch; without guidance the conditional one, the last.
+            rows = self._vector if len(context) > self._batch_size else self._vector[-1:]
+            constants["vector"] = np.repeat(rows, len(context) // len(rows), axis=0)
+        runner = bind_constants(self._engine, constants)
         self._bound.append((context, runner))
         return runner
 
@@ -244,7 +253,7 @@ def _denoiser(
 ) -> GuidedDenoiser:
     context = conditioning.context
     return GuidedDenoiser(
-        network=_UNet(engine, conditioning.concat, in_patches=runs_in_patches(spec)),
+        network=_UNet(engine, conditioning, batch_size, in_patches=runs_in_patches(spec)),
         training_sigmas=sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr),
         context=None if context is None else np.repeat(context, batch_size, axis=0),
         guidance_scale=request.guidance_scale,

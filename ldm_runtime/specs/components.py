@@ -80,19 +80,26 @@ def _tensor(name: str, axes: tuple[str, ...], dtype: DType = "float32") -> Tenso
     return TensorSignature(name=name, axes=axes, dtype=dtype)
 
 
-_ROWS = (
+_TEXT_ENCODERS = tuple(
     Component(
-        name="text_encoder",
-        network="text_encoder",
+        name=name,
+        network=name,
         record=TextEncoderSpec,
         role="conditioner",
         inputs=(_tensor("tokens", ("batch", "tokens"), "int64"),),
-        outputs=(_tensor("context", ("batch", "tokens", "context_dim")),),
-        lengths={"tokens": "max_tokens", "context_dim": "width"},
+        outputs=(
+            _tensor("context", ("batch", "tokens", "context_dim")),
+            _tensor("pooled", ("batch", "pooled_dim")),
+        ),
+        lengths={"tokens": "max_tokens", "context_dim": "width", "pooled_dim": "pooled_dim"},
         counts={"tokens": "vocab_size"},
         samples_per_image=2,
         trace_seconds=5.0,
-    ),
+    )
+    for name in ("text_encoder", "text_encoder_2")
+)
+_ROWS = (
+    *_TEXT_ENCODERS,
     Component(
         name="class_embedder",
         network="class_embedder",
@@ -126,12 +133,14 @@ _ROWS = (
             _tensor("latents", ("batch", "unet_channels", "height", "width")),
             _tensor("timesteps", ("batch",)),
             _tensor("context", ("batch", "context_tokens", "context_dim")),
+            _tensor("vector", ("batch", "vector_dim")),
         ),
         outputs=(_tensor("prediction", _LATENTS),),
         lengths={
             "unet_channels": "in_channels",
             "latent_channels": "out_channels",
             "context_dim": "context_dim",
+            "vector_dim": "vector_dim",
         },
         samples_per_image=2,
         trace_seconds=18.0,

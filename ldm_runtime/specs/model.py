@@ -8,6 +8,7 @@ from ldm_runtime.specs.components import COMPONENTS, Component, TensorSignature
 from ldm_runtime.specs.networks import AutoencoderSpec, Networks, NetworkSpec, UNetSpec
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+NullPrompt = Literal["encoded", "zeros"]
 Task = Literal[
     "unconditional",
     "class-to-image",
@@ -70,6 +71,7 @@ class ModelSpec:
         alphas_cumprod: Training noise schedule, one value per training timestep; empty
             without a UNet.
         prediction_type: Output that the UNet was trained for.
+        null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
         label_names: Names of the classes 0, 1, … of a class embedding, a layout encoder or a
             segmentation encoder; empty if they are not known.
         assumptions: Values that the weights could not tell.
@@ -81,6 +83,7 @@ class ModelSpec:
     networks: Networks
     alphas_cumprod: tuple[float, ...]
     prediction_type: PredictionType
+    null_prompt: NullPrompt
     defaults: SamplingDefaults
     label_names: tuple[str, ...]
     assumptions: tuple[Assumption, ...]

@@ -27,6 +27,8 @@ class UNetSpec:
         context_dim: Width of the context of cross-attention, or None without cross-attention.
         linear_projection: Whether a transformer is entered and left by linear layers (SD 2) and
             not by 1x1 convolutions (LDM, SD 1).
+        vector_dim: Width of the vector that is embedded like the timestep and added to it, or None
+            without one.
         scale_shift_norm: Whether the time embedding scales and shifts, and is not added.
         resblock_updown: Whether residual blocks change the resolution, and not convolutions.
     """
@@ -43,6 +45,7 @@ class UNetSpec:
     num_head_channels: int | None
     context_dim: int | None
     linear_projection: bool
+    vector_dim: int | None
     scale_shift_norm: bool
     resblock_updown: bool
 

@@ -31,6 +31,7 @@ _UNET = UNetSpec(
     num_head_channels=None,
     context_dim=768,
     linear_projection=False,
+    vector_dim=None,
     scale_shift_norm=False,
     resblock_updown=False,
 )
@@ -117,6 +118,7 @@ TINY_SPEC = ModelSpec(
         float(value) for value in np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     ),
     prediction_type="v_prediction",  # bounded, whatever the network says
+    null_prompt="encoded",
     defaults=SamplingDefaults(
         height=16,
         width=16,

@@ -16,6 +16,7 @@ SPEC = ModelSpec(
     weights="model",
     alphas_cumprod=tuple(schedule_buffers()["alphas_cumprod"].tolist()),
     prediction_type="epsilon",
+    null_prompt="encoded",
     defaults=SamplingDefaults(
         height=SIZE,
         width=SIZE,

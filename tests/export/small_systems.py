@@ -66,6 +66,7 @@ _PLAIN = ModelSpec(
     weights="model",
     alphas_cumprod=(),
     prediction_type="epsilon",
+    null_prompt="encoded",
     defaults=SamplingDefaults(
         height=SIZE,
         width=SIZE,

@@ -112,6 +112,34 @@ def open_networks(state: dict[str, torch.Tensor], **arguments):
     return SimpleNamespace(spec=detection.spec, unused=detection.unused, network=network)
 
 
+#: The widths of both text encoders together are 1280: diffusers knows SDXL's UNets by it.
+_CLIP_OF_SDXL = text_encoder_spec(
+    width=256,
+    num_layers=3,
+    context_layers=2,
+    final_norm=False,
+    num_heads=4,
+    feed_forward_dim=512,
+)
+_OPENCLIP_OF_SDXL = replace(
+    _OPENCLIP, width=1024, num_heads=16, feed_forward_dim=1024, final_norm=False, pooled_dim=1024
+)
+_UNET_OF_SDXL = replace(
+    UNET,
+    **_LINEAR | {"context_dim": 1280},
+    transformer_depth=(0, 2),
+    middle_depth=2,
+    vector_dim=1024 + 6 * 256,
+)
+_TEXT_OF_SDXL = {
+    "conditioner.embedders.0.transformer.": _CLIP_OF_SDXL,
+    "conditioner.embedders.1.model.": _OPENCLIP_OF_SDXL,
+}
+SDXL = SmallFamily(
+    unet=_UNET_OF_SDXL,
+    autoencoder=replace(AUTOENCODER, latent_scale_factor=0.13025),
+    text_encoders=_TEXT_OF_SDXL,
+)
 SD_1_INPAINTING = SmallFamily(
     unet=replace(UNET, in_channels=9), text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER}
 )

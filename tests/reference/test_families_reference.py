@@ -11,9 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
+from transformers import CLIPTextModelWithProjection
 
 from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.conditioning import open_tokenizer
@@ -25,6 +31,7 @@ from tests.reference.small_families import (
     SD_1_INPAINTING,
     SD_2,
     SD_2_INPAINTING,
+    SDXL,
     open_networks,
     state_dict,
 )
@@ -79,7 +86,9 @@ def generate(model, **fields):
         tokenizer=open_tokenizer(VOCABULARY, model.spec),
         spec=model.spec,
         bundle_sha256="",
-        build=BuildRecord(checkpoint="", checkpoint_sha256="", versions={}, seconds=0.0),
+        build=BuildRecord(
+            checkpoint="", checkpoint_sha256="", components=(), versions={}, seconds=0.0
+        ),
     )
     *_, result = pipeline.stream(request, None, Deadline(None), batch_size=request.num_images)
     return as_arrays(result.images)
@@ -129,6 +138,41 @@ def test_stable_diffusion_2_generates_the_images_of_diffusers(tmp_path, predicti
     images = generate(ours, prompt=PROMPT, num_images=2, **COMMON)
 
     assert ours.spec.family == "stable-diffusion-2"
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+def diffusers_xl_pipeline(kind, family, state, folder):
+    """Return a pipeline of diffusers over a checkpoint with two text encoders."""
+    config = compvis_config(family.unet, family.autoencoder)
+    first, second = family.text_encoders.values()
+    tokenizers = [clip_tokenizer(folder) for _ in range(2)]
+    tokenizers[1].pad_token = "!"
+    pipeline = kind(
+        vae=load_autoencoder(state, config),
+        text_encoder=load_text_encoder(state, first, folder),
+        text_encoder_2=load_text_encoder(state, second, folder, CLIPTextModelWithProjection),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=load_unet(state, config),
+        scheduler=ddim("epsilon"),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "blurry, a dog"])
+def test_sdxl_generates_the_images_of_diffusers(tmp_path, negative_prompt):
+    """Without a negative prompt guidance steers away from zeros, with one from that."""
+    state = state_dict(SDXL)
+    theirs = diffusers_xl_pipeline(StableDiffusionXLPipeline, SDXL, state, tmp_path)
+    ours = open_networks(state)
+    fields = COMMON | {"negative_prompt": negative_prompt}
+    expected = theirs(PROMPT, latents=noise(ours, 2), num_images_per_prompt=2, **fields)
+
+    images = generate(ours, prompt=PROMPT, num_images=2, **fields)
+
+    assert ours.spec.family == "stable-diffusion-xl"
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 

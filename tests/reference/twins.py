@@ -57,6 +57,8 @@ def compvis_config(unet, autoencoder):
         "context_dim": unet.context_dim,
         **{name: value for name, value in heads.items() if value is not None},
     }
+    if unet.vector_dim is not None:
+        unet_params |= {"num_classes": "sequential", "adm_in_channels": unet.vector_dim}
     ddconfig = {
         "z_channels": autoencoder.z_channels,
         "in_channels": autoencoder.image_channels,
@@ -87,7 +89,7 @@ def load_autoencoder(checkpoint, config):
     return _loaded(AutoencoderKL, checkpoint, config)
 
 
-def load_text_encoder(state, spec, folder):
+def load_text_encoder(state, spec, folder, kind=CLIPTextModel):
     """Return transformers' text encoder for a state dict; `folder` takes its configuration."""
     config = CLIPTextConfig(
         vocab_size=spec.vocab_size,
@@ -100,10 +102,11 @@ def load_text_encoder(state, spec, folder):
         bos_token_id=49406,
         eos_token_id=49407,
         pad_token_id=spec.pad_token_id,
+        projection_dim=spec.pooled_dim or spec.width,
     )
     config.save_pretrained(folder)
     twin = create_diffusers_clip_model_from_ldm(
-        CLIPTextModel, state, config=str(folder), torch_dtype=torch.float32, local_files_only=True
+        kind, state, config=str(folder), torch_dtype=torch.float32, local_files_only=True
     )
     return twin.requires_grad_(False)
 
