@@ -43,6 +43,7 @@ class Layout:
     middle_depth: int = 1
     context_dim: int = 768
     linear_projection: bool = False
+    vector_dim: int | None = None
     image_channels: int = 3
     vae_channels: int = 128
     vae_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -114,6 +115,9 @@ def unet_shapes(layout):
     mc, shapes = layout.model_channels, _Shapes()
     shapes.linear("time_embed.0", mc, 4 * mc)
     shapes.linear("time_embed.2", 4 * mc, 4 * mc)
+    if layout.vector_dim is not None:
+        shapes.linear("label_emb.0.0", layout.vector_dim, 4 * mc)
+        shapes.linear("label_emb.0.2", 4 * mc, 4 * mc)
     shapes.conv("input_blocks.0.0", layout.in_channels, mc)
     stack, channels, index = [mc], mc, 1
     for level, mult in enumerate(layout.channel_mult):
@@ -344,6 +348,41 @@ def conditioner_shapes(layout):
 def scaled_linear(start=0.00085, end=0.012, steps=1000):
     betas = np.linspace(start**0.5, end**0.5, steps) ** 2
     return np.cumprod(1.0 - betas)
+
+
+SDXL = replace(
+    SD1,
+    channel_mult=(1, 2, 4),
+    depth=(0, 2, 10),
+    middle_depth=10,
+    context_dim=2048,
+    linear_projection=True,
+    vector_dim=2816,
+    conditioner="none",
+)
+REFINER = replace(
+    SDXL,
+    model_channels=384,
+    channel_mult=(1, 2, 4, 4),
+    depth=(0, 4, 4, 0),
+    middle_depth=4,
+    context_dim=1280,
+    vector_dim=2560,
+)
+
+
+def sdxl_checkpoint(layout=SDXL):
+    """Return the tensors of SDXL's base model or of its refiner by name, as fakes."""
+    big = {f"model.{name}": shape for name, shape in openclip_shapes(1280, 32).items()}
+    texts = {"conditioner.embedders.0.": big}
+    if layout.context_dim == 2048:
+        small = {f"transformer.{name}": shape for name, shape in text_shapes(SD1).items()}
+        texts = {"conditioner.embedders.0.": small, "conditioner.embedders.1.": big}
+    return checkpoint(layout) | {
+        prefix + name: FakeTensor(shape=shape)
+        for prefix, shapes in texts.items()
+        for name, shape in shapes.items()
+    }
 
 
 def checkpoint(layout=SD1, *, ema=False, schedule=True, dtype="float32"):

@@ -13,12 +13,15 @@ from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.unet import read_unet
 from ldm_export.networks.loading import check_weights
 from tests.export.sd_layout import (
+    REFINER,
     SD1,
     SD2,
+    SDXL,
     TINY,
     FakeTensor,
     autoencoder_shapes,
     checkpoint,
+    sdxl_checkpoint,
     text_shapes,
     unet_shapes,
     with_values,
@@ -100,6 +103,71 @@ def test_stable_diffusion_2_is_read_from_its_shapes(renamed):
     assert millions["unet"] == 865.91
     assert millions["text_encoder"] == 352.98  # 354.03 with the projection, which nothing needs
     assert sorted(detection.unused.values())[:2] == 2 * ["for comparing text with images only"]
+
+
+def millions(tensors, detection):
+    return {
+        component: round(parameter_count(tensors, names.values()) / 1e6, 2)
+        for component, names in detection.weights.items()
+    }
+
+
+def test_sdxl_is_read_from_its_shapes():
+    tensors = sdxl_checkpoint()
+
+    detection = detect(tensors)
+
+    spec = detection.spec
+    assert (spec.family, spec.task, spec.null_prompt) == (
+        "stable-diffusion-xl",
+        "text-to-image",
+        "zeros",
+    )
+    assert spec.unet.transformer_depth == (0, 2, 10)
+    assert (spec.unet.vector_dim, spec.unet.num_head_channels) == (2816, 64)
+    assert (spec.autoencoder.latent_scale_factor, spec.defaults.height) == (0.13025, 1024)
+    first, second = (spec.networks[name] for name in ("text_encoder", "text_encoder_2"))
+    assert (first.width, first.num_layers, first.context_layers) == (768, 12, 11)
+    assert (second.width, second.num_layers, second.context_layers) == (1280, 32, 31)
+    assert (first.pooled_dim, second.pooled_dim) == (None, 1280)
+    assert (first.pad_token_id, second.pad_token_id) == (49407, 0)
+    assert not first.final_norm
+    assert not second.final_norm
+    assert millions(tensors, detection) == {
+        "unet": 2567.46,
+        "vae_decoder": 49.49,
+        "vae_encoder": 34.16,
+        "text_encoder": 123.06,
+        "text_encoder_2": 694.66,
+    }
+
+
+def test_the_refiner_of_sdxl_has_one_text_encoder_and_is_told_a_score():
+    tensors = sdxl_checkpoint(REFINER)
+
+    detection = detect(tensors)
+
+    assert detection.spec.family == "stable-diffusion-xl-refiner"
+    assert detection.spec.null_prompt == "encoded"
+    assert (detection.spec.unet.vector_dim, detection.spec.unet.transformer_depth) == (
+        2560,
+        (0, 4, 4, 0),
+    )
+    assert millions(tensors, detection)["unet"] == 2259.53
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (replace(SDXL, vector_dim=2800), r"vector of 2800 .* 2816 or 2560"),
+        (replace(SDXL, context_dim=2000), r"are 768 and 1280 wide, .* width 2000"),
+    ],
+)
+def test_parts_of_sdxl_that_do_not_fit_are_an_error(layout, message):
+    tensors = sdxl_checkpoint(SDXL) | checkpoint(layout)
+
+    with pytest.raises(WeightsError, match=message):
+        detect(tensors)
 
 
 @pytest.mark.parametrize(("layout", "family"), [(SD1, "1"), (SD2, "2")])

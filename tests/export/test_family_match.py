@@ -34,17 +34,6 @@ RECOGNISED = {
     "stable-diffusion-2-unclip-l": changed(
         checkpoint(SD2), **{f"{LABELS}.0.0.weight": (1280, 1536)}
     ),
-    "stable-diffusion-xl": changed(
-        checkpoint(replace(SD2, context_dim=2048)),
-        without=["cond_stage_model."],
-        **{
-            f"{LABELS}.0.0.weight": (1280, 2816),
-            "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (
-                49408,
-                768,
-            ),
-        },
-    ),
     "a latent diffusion model with vector conditioning": changed(
         checkpoint(TINY), **{f"{LABELS}.0.0.weight": (128, 77)}
     ),
