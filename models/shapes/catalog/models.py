@@ -83,6 +83,8 @@ class TrainedModel:
         optimizer: Muon is for the matrices inside the UNet; AdamW takes the rest, or all.
         num_inference_steps: Of the images by which it is evaluated.
         guidance_scale: Of the images by which it is watched and evaluated.
+        eta: Share of fresh noise in each of their steps. With it, many steps correct what the
+            first ones put in the wrong place.
     """
 
     name: str
@@ -101,11 +103,12 @@ class TrainedModel:
     optimizer: Literal["muon", "adamw"] = "muon"
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
+    eta: float = 0.0
 
     @property
     def sampling(self) -> Mapping[str, str | float]:
         """The sampling defaults of its bundle, as fields of a request."""
-        steps = {"num_inference_steps": self.num_inference_steps, "eta": 0.0}
+        steps = {"num_inference_steps": self.num_inference_steps, "eta": self.eta}
         guidance = {"guidance_scale": self.guidance_scale} if self.drops else {}
         return {"sampler": "ddim", **steps, **guidance}
 
@@ -129,9 +132,10 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                 cycles=(
                     Cycle(end=3000, learning_rate=MUON_RATE),
                     Cycle(start=3000, end=5000, learning_rate=2e-3),
-                    Cycle(start=5000, end=10_000, learning_rate=2e-3),
+                    Cycle(start=5000, end=7500, learning_rate=2e-3),
                 ),
                 layout_steps=(range(1500),),
+                eta=1.0,
             ),
             TrainedModel(
                 name="class_to_image",
@@ -147,6 +151,7 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                 ),
                 layout_steps=(),
                 guidance_scale=1.5,
+                eta=1.0,
             ),
             TrainedModel(
                 name="text_to_image_bert",
@@ -160,7 +165,8 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                     Cycle(start=5000, end=10_000, learning_rate=2e-3),  # short captions, too
                 ),
                 layout_steps=(range(1500),),
-                guidance_scale=5.0,
+                guidance_scale=3.0,
+                eta=1.0,
             ),
             TrainedModel(
                 name="layout_to_image",
@@ -213,7 +219,7 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                 cycles=(
                     Cycle(end=3500, learning_rate=MUON_RATE),
                     Cycle(start=3500, end=5000, learning_rate=2e-3),
-                    Cycle(start=5000, end=8000, learning_rate=2e-3),
+                    Cycle(start=5000, end=7500, learning_rate=2e-3),
                     Cycle(start=8000, end=12_000, learning_rate=2e-3),
                     Cycle(start=12_000, end=16_000, learning_rate=2e-3),
                 ),

@@ -11,6 +11,7 @@ from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_runtime.testing import autoencoder_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.data import scenes
+from models.shapes.training.precision import autocast
 from models.shapes.training.trainer import WORK, Trainer
 
 NUM_SCENES = 40_000
@@ -74,7 +75,7 @@ def train_autoencoder() -> None:
 
     def loss_at(step: int) -> Tensor:
         image = as_input(_crops(images[:-NUM_CHECKED], step))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             mean, log_variance = model["encoder"](image).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
             noise = torch.exp(0.5 * log_variance) * torch.randn_like(mean)
@@ -128,7 +129,7 @@ def load_latents() -> tuple[Tensor, float]:
         images, _ = load_data()
         state = torch.load(WORK / "autoencoder.pt", weights_only=True)
         encoder, _ = load_autoencoder(state["ema"])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             means = [encoder(as_input(part)).chunk(2, dim=1)[0] for part in torch.split(images, 64)]
         torch.save(torch.cat(means).float(), path)
     latents: Tensor = torch.load(path, weights_only=True)

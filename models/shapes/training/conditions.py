@@ -20,6 +20,7 @@ from models.shapes.evaluation.scores import shrink
 from models.shapes.training.bert_text import caption_tokens, load_words
 from models.shapes.training.corpus import Corpus
 from models.shapes.training.layouts import load_layouts, shuffled_layouts, tokens_of
+from models.shapes.training.precision import autocast
 
 _ORDERS_SEED = 6
 _BATCH = 256
@@ -77,7 +78,8 @@ def _encoded(encoder: BertTextEncoder, tokens: Tensor) -> Conditions:
         contexts = torch.cat([encoder(part).bfloat16() for part in parts])
 
     def conditions(_: nn.Module | None, rows: Tensor, dropped: Tensor) -> Condition:
-        return Condition(context=contexts[torch.where(dropped, len(contexts) - 1, rows)])
+        chosen = torch.where(dropped, len(contexts) - 1, rows)
+        return Condition(context=contexts[chosen].float())
 
     return conditions
 
@@ -130,7 +132,7 @@ def predict_with(unet: nn.Module, condition: Condition) -> Callable[[Tensor, Ten
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         inputs = [noisy] if condition.concat is None else [noisy, condition.concat]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             prediction: Tensor = unet(torch.cat(inputs, dim=1), timesteps, condition.context)
         return prediction.float()
 

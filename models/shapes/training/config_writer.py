@@ -24,7 +24,7 @@ from ldm_runtime.specs.networks import (
 _ENCODERS = "ldm.modules.encoders.modules"
 #: Those of a model of captions that is not in the catalog: as it is evaluated.
 TEXT_SAMPLING: Mapping[str, str | float] = MappingProxyType(
-    {"sampler": "ddim", "num_inference_steps": 25, "eta": 0.0, "guidance_scale": 7.5}
+    {"sampler": "ddim", "num_inference_steps": 50, "eta": 1.0, "guidance_scale": 3.0}
 )
 _LEFT_OPEN = -1  # CompVis's way to say that the other of two numbers counts
 

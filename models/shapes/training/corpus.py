@@ -19,6 +19,7 @@ from models.shapes.data import scenes
 from models.shapes.data.masks import Mask, random_mask
 from models.shapes.evaluation.scores import EvaluationPrompt
 from models.shapes.training.autoencoder import NUM_SCENES, as_input, load_data
+from models.shapes.training.precision import autocast
 from models.shapes.training.trainer import WORK
 from models.shapes.training.vq import load_vq
 
@@ -143,7 +144,7 @@ def _encode_masked(config: AutoencoderConfig, count: int) -> Tensor:
 def _latents(
     encoder: LatentEncoder, prepare: Callable[[Tensor], Tensor], parts: Sequence[Tensor]
 ) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         return torch.cat([encoder(prepare(part)).float() for part in parts])
 
 

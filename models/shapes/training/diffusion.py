@@ -16,6 +16,7 @@ from models.shapes.training.autoencoder import NUM_CHECKED, load_latents
 from models.shapes.training.clip_text import load_text_encoder, load_tokens
 from models.shapes.training.corpus import load_scenes, wording_of
 from models.shapes.training.muon import muon
+from models.shapes.training.precision import autocast
 from models.shapes.training.trainer import Trainer
 from models.shapes.training.velocity import velocity_loss
 
@@ -32,7 +33,7 @@ UNET = unet_spec(
 CYCLES = (
     Cycle(end=12_000),
     Cycle(start=10_500, end=18_500, learning_rate=7e-4),
-    Cycle(start=18_500, end=23_500, learning_rate=2e-3),
+    Cycle(start=18_500, end=22_000, learning_rate=2e-3),
 )
 BATCH = 32
 CAPTION_DROPOUT = 0.1
@@ -58,8 +59,8 @@ class CaptionLoss:
         """Return the loss on some rows of the data, in the first part of training or later."""
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                context = self.contexts[self._captions(rows)]
+            with autocast():
+                context = self.contexts[self._captions(rows)].float()
                 prediction: Tensor = self.unet(noisy, timesteps, context)
             return prediction
 

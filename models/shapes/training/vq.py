@@ -29,6 +29,7 @@ from models.shapes.training.autoencoder import (
     under,
 )
 from models.shapes.training.codebook import Codes, codes_for, nearest, spread
+from models.shapes.training.precision import autocast
 from models.shapes.training.reconstruction import reconstruction_scores
 from models.shapes.training.trainer import WORK, Trainer
 
@@ -141,7 +142,7 @@ def vq_loss(model: Autoencoder, config: AutoencoderConfig, images: Tensor, step:
     if step == config.quantised_from > 0:
         model.lay_out(_latents_of(model, images[torch.randint(len(images), (256,))]))
     image = as_input(_crops(images, *config.batch_at(step)))
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         latents = model.encoder(image).float()
     commitment = torch.zeros(())
     passed = latents
@@ -154,7 +155,7 @@ def vq_loss(model: Autoencoder, config: AutoencoderConfig, images: Tensor, step:
         model.follow(flat, chosen)
         if step % REVIVED_EVERY == 0 and step < config.revived_until:
             model.revive(flat, chosen)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         error = model.decode_continuous(passed).float() - image
     squares = SQUARE_WEIGHT if step >= config.whole_from else 1.0
     weight = 1 + SATURATION_WEIGHT * (image.amax(1, keepdim=True) - image.amin(1, keepdim=True))
