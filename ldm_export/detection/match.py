@@ -69,7 +69,8 @@ def _refusal(family: Family, found: Fingerprint, families: Sequence[Family]) -> 
     tasks = sorted({row.family_defaults.task for row in families if row.family_defaults})
     return (
         f"recognised but not supported yet by this version: {family.name} ({describe(found)}); "
-        f"latent diffusion models for {', '.join(tasks)} and Stable Diffusion 1 are exported"
+        f"latent diffusion models for {', '.join(tasks)} and Stable Diffusion 1, 2 and XL are "
+        "exported"
     )
 
 

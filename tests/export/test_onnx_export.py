@@ -398,3 +398,29 @@ def test_the_unet_takes_sizes_it_was_never_traced_with(
     assert relative_l2(prediction, expected) <= MAX_RELATIVE_L2
     if variant == "fp32":
         assert max_relative_error(prediction, expected) <= MAX_RELATIVE_ERROR
+
+
+def test_of_two_outputs_each_is_compared(tmp_path):
+    """The pooled prompt of SDXL: no error of it may hide behind the context's."""
+    pooling = dataclasses.replace(
+        QUICK.networks["text_encoder"],
+        kind="openclip",
+        num_layers=2,
+        context_layers=1,
+        final_norm=False,
+        pooled_dim=16,
+    )
+    spec = QUICK.with_networks(text_encoder=pooling)
+    network = random_network("text_encoder", spec)
+    (graph,) = write_graphs("text_encoder", network, spec, tmp_path, "float32", ("fp32",))
+    compared = samples("text_encoder", network, spec)
+    assert {*compared[0].expected} == {"context", "pooled"}
+
+    records = measure("text_encoder", graph, tmp_path, compared)
+
+    assert max(record.max_relative_error for record in records) <= MAX_RELATIVE_ERROR
+    for name in ("context", "pooled"):
+        other = {**compared[0].stored, name: compared[0].stored[name] * 1.01}
+        planted = dataclasses.replace(compared[0], stored=other)
+        with pytest.raises(ExportError, match="differs from torch"):
+            measure("text_encoder", graph, tmp_path, [planted])
