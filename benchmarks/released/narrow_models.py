@@ -47,4 +47,10 @@ def _unet(spec: UNetSpec) -> UNetSpec:
 
 
 def _encoder(spec: TextEncoderSpec) -> TextEncoderSpec:
-    return replace(spec, width=_WIDTH, num_layers=_LAYERS, feed_forward_dim=4 * _WIDTH)
+    return replace(
+        spec,
+        width=_WIDTH,
+        num_layers=_LAYERS,
+        context_layers=_LAYERS,
+        feed_forward_dim=4 * _WIDTH,
+    )

@@ -218,6 +218,7 @@ _MODELS = (
                 _BERT,
                 width=512,
                 num_layers=16,
+                context_layers=16,
                 feed_forward_dim=2048,
                 vocab_size=8192,
                 max_tokens=92,

@@ -75,7 +75,9 @@ AUTOENCODERS = {
 }
 TEXT_ENCODERS = {
     "quick_gelu": replace(TEXT_ENCODER, num_heads=4, vocab_size=600),
-    "gelu": replace(TEXT_ENCODER, num_heads=2, vocab_size=600, num_layers=3, activation="gelu"),
+    "gelu": replace(
+        TEXT_ENCODER, num_heads=2, vocab_size=600, num_layers=3, context_layers=3, activation="gelu"
+    ),
 }
 
 

@@ -51,7 +51,9 @@ BERT = text_encoder_spec(
     pad_token_id=0,
 )
 #: Thirty objects of three tokens, and the crop.
-LAYOUT = replace(BERT, num_layers=2, vocab_size=8192, max_tokens=92, pad_token_id=8191)
+LAYOUT = replace(
+    BERT, num_layers=2, context_layers=2, vocab_size=8192, max_tokens=92, pad_token_id=8191
+)
 #: The last class is none.
 CLASSES = ClassEmbedderSpec(num_classes=NUM_LABELS + 1, width=CONTEXT_DIM, null_class=NUM_LABELS)
 SEGMENTATION_ENCODER = SegmentationEncoderSpec(
