@@ -19,9 +19,10 @@ _LOGGER = logging.getLogger(__name__)
 #: Relative distance from which averages are not of these weights. An average with decay 0.9999
 #: follows 10,000 steps late: a weight that Adam with learning rate 1e-4 moves at random is then
 #: 1e-4 * sqrt(5000) = 0.007 away, a quarter of the 0.03 that weights of a UNet measure, and less
-#: once training has slowed down (a hundredth in the shapes model). Zeros are 1 away, differences of
-#: two models about 1, another model's weights 1.4. The averages that a light fine-tuning leaves of
-#: its base are as near as its own would be; no distance tells these two apart.
+#: once training has slowed down (less than a tenth in the shapes model, after Muon). Zeros are 1
+#: away, differences of two models about 1, another model's weights 1.4. The averages that a light
+#: fine-tuning leaves of its base are as near as its own would be; no distance tells these two
+#: apart.
 FAR = 0.5
 
 

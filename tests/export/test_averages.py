@@ -125,4 +125,4 @@ def test_the_shapes_model_samples_from_its_averages_as_its_configuration_says():
 
     assert source.spec.weights == "ema"
     assert Assumption(field="weights", value="ema", source="config") in source.spec.assumptions
-    assert 0 < found.distance < 0.02
+    assert 0 < found.distance < 0.1

@@ -40,8 +40,9 @@ def test_every_model_has_as_many_weights_as_its_sources_say(name):
     assert millions(model) == pytest.approx(model.parameters_millions, abs=0.006)
 
 
-def test_every_task_is_measured():
-    assert {model.task for model in MODELS.values()} == {*get_args(Task)}
+def test_every_task_of_the_paper_is_measured():
+    of_stable_diffusion = {"text-inpainting"}
+    assert {model.task for model in MODELS.values()} == {*get_args(Task)} - of_stable_diffusion
     assert len(MODELS) == 20
 
 
