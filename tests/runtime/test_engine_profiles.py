@@ -10,7 +10,6 @@ from ldm_runtime.engines.profiles import (
     resolve_shapes,
 )
 from ldm_runtime.errors import EngineBuildError
-from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import components_of, size_step
 from ldm_runtime.testing import TINY_SPEC, tiny_spec
 
@@ -108,10 +107,10 @@ def test_every_profile_is_ordered_and_has_the_axes_of_the_component_table(native
     spec = sized(native[0] * step, native[1] * step)
     shapes = resolve_shapes(spec, SizeRange(max_batch=batch, static=static))
 
-    for name in components_of(spec):
+    for name, component in components_of(spec).items():
         profiles = component_profiles(name, spec, shapes)
-        assert [each.input for each in profiles] == [each.name for each in COMPONENTS[name].inputs]
-        for each, tensor in zip(profiles, COMPONENTS[name].inputs, strict=True):
+        assert [each.input for each in profiles] == [each.name for each in component.inputs]
+        for each, tensor in zip(profiles, component.inputs, strict=True):
             axes = list(zip(tensor.axes, each.min, each.opt, each.max, strict=True))
             assert all(0 < low <= opt <= high for _, low, opt, high in axes)
             lengths = [ends for axis, *ends in axes if axis in ("height", "width")]

@@ -12,7 +12,7 @@ from ldm_runtime.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from ldm_runtime.backends.processors import default_threads
 from ldm_runtime.bundle.manifest import ComponentRecord, load_manifest
 from ldm_runtime.errors import BackendError, ShapeError
-from ldm_runtime.specs.components import COMPONENTS, TensorSignature
+from ldm_runtime.specs.components import TensorSignature
 from ldm_runtime.specs.model import Task, axis_sizes, components_of
 from ldm_runtime.testing import TINY_SPEC, tiny_networks, tiny_spec
 from ldm_runtime.testing.onnx_bytes import Node, encode_model
@@ -98,7 +98,7 @@ def test_a_component_computes_what_its_numpy_twin_does_at_any_size(bundle_of, ta
         outputs = engine.run(inputs)
 
     expected = tiny_networks(task)[name](inputs)
-    assert list(outputs) == [each.name for each in COMPONENTS[name].outputs]
+    assert list(outputs) == [each.name for each in components_of(tiny_spec(task))[name].outputs]
     for key, array in expected.items():
         assert outputs[key].dtype == np.float32
         np.testing.assert_allclose(outputs[key], array, rtol=1e-4, atol=1e-6)

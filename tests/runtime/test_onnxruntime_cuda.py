@@ -33,7 +33,6 @@ from ldm_runtime.backends.onnxruntime.session import describe
 from ldm_runtime.bundle.manifest import GraphRecord, load_manifest
 from ldm_runtime.engines.gpu import Gpu
 from ldm_runtime.errors import BackendError, ShapeError
-from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import Task, axis_sizes, components_of
 from ldm_runtime.testing import TINY_SPEC, tiny_networks, tiny_spec
 
@@ -179,7 +178,7 @@ def test_every_input_and_output_has_a_buffer_of_its_shape(bundle_of, task, name,
         with engine:
             outputs = engine.run(inputs)
 
-        assert list(outputs) == [each.name for each in COMPONENTS[name].outputs]
+        assert list(outputs) == [each.name for each in components_of(spec)[name].outputs]
         for key, array in expected.items():
             assert outputs[key].dtype == np.float32
             np.testing.assert_allclose(outputs[key], array, rtol=1e-4, atol=1e-6)
