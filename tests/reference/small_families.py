@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm_export.detection.detect import detect
 from ldm_export.graphs.torch_engine import TorchEngine
+from ldm_export.intake.opening import open_model
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.loading import load_network
@@ -101,7 +102,16 @@ class _Stored:
 
 def open_networks(state: dict[str, torch.Tensor], **arguments):
     """Detect a checkpoint: its specification, and its networks in torch by component."""
-    tensors = {name: _Stored(value) for name, value in state.items()}
+    return _opened({name: _Stored(value) for name, value in state.items()}, **arguments)
+
+
+def open_folder_networks(folder):
+    """Detect a diffusers folder likewise, by what its files say."""
+    checkpoint = open_model(folder)
+    return _opened(checkpoint.tensors, stated=checkpoint.stated)
+
+
+def _opened(tensors, **arguments):
     detection = detect(tensors, **arguments)
 
     def network(component):

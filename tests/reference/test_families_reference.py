@@ -32,6 +32,7 @@ from tests.reference.small_families import (
     SD_2,
     SD_2_INPAINTING,
     SDXL,
+    open_folder_networks,
     open_networks,
     state_dict,
 )
@@ -207,3 +208,29 @@ def test_inpainting_models_fill_the_mask_as_diffusers_does(tmp_path, monkeypatch
     assert (ours.spec.family, ours.spec.task) == (name, "text-inpainting")
     expected = np.where(inside[..., None], as_arrays(expected.images), np.asarray(image))
     assert lowest_psnr(images, expected) >= 60
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "opened", "name"),
+    [
+        (StableDiffusionPipeline, SD_2, diffusers_pipeline, "stable-diffusion-2"),
+        (StableDiffusionXLPipeline, SDXL, diffusers_xl_pipeline, "stable-diffusion-xl"),
+    ],
+)
+def test_a_folder_that_diffusers_saved_generates_its_images(tmp_path, kind, family, opened, name):
+    """Of Stable Diffusion 2 the folder has only the layers that context passes."""
+    theirs = opened(kind, family, state_dict(family), tmp_path)
+    folder = tmp_path / "folder"
+    theirs.save_pretrained(folder)
+    ours = open_folder_networks(folder)
+    expected = theirs(PROMPT, latents=noise(ours), **COMMON)
+
+    images = generate(ours, prompt=PROMPT, **COMMON)
+
+    assert ours.spec.family == name
+    assert sources_of(ours.spec)["prediction_type"] == "file"
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+def sources_of(spec):
+    return {each.field: each.source for each in spec.assumptions}
