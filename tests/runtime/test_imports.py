@@ -50,13 +50,16 @@ def test_importing_the_runtime_takes_at_most_150_ms_beyond_numpy(tmp_path):
     # As an installed package has it, whatever the environment says: compiled once.
     bytecode = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     python("-c", code, **bytecode)
-    seconds = []
+    seconds = {"numpy": [], "ldm_runtime": []}
     for _ in range(5):
         report = python("-X", "importtime", "-c", code, **bytecode).stderr
-        (cumulative,) = re.findall(r"\| +(\d+) \| ldm_runtime$", report, re.MULTILINE)
-        seconds.append(int(cumulative) / 1e6)
+        for name, measured in seconds.items():
+            (cumulative,) = re.findall(rf"\| +(\d+) \| {name}$", report, re.MULTILINE)
+            measured.append(int(cumulative) / 1e6)
 
-    assert min(seconds) <= 0.150  # anything beyond the least is the machine's other work
+    # Anything beyond the least is the machine's other work; NumPy says how fast the machine is.
+    least = {name: min(measured) for name, measured in seconds.items()}
+    assert least["ldm_runtime"] <= max(0.150, 3 * least["numpy"]), least
 
 
 def test_everything_promised_is_there():
