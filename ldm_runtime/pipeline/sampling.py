@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table
 from ldm_runtime.requests.resolved import GivenNoise, ResolvedRequest
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import Denoise, NoiseSampler
-from ldm_runtime.schedules import earlier_sigma, initial_scale
+from ldm_runtime.schedules import SigmaTable, earlier_sigma, initial_scale
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import runs_in_patches
 from ldm_runtime.tiling.patches import over_patches
@@ -88,12 +88,12 @@ def sample_latents(
     if start is not None:
         sigmas = last_sigmas(sigmas, start.strength)
     noise, noise_sampler = _noise(request, spec, images)
-    denoise: Denoise = _denoiser(engine, conditioning, request, spec, len(images))
+    table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
+    denoise: Denoise = _denoiser(engine, _repeated(conditioning, len(images)), request, spec, table)
     latents = _first_latents(noise, sigmas, request, start)
     if start is not None and start.mask is not None:
         denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
     seen = _RecordingDenoiser(denoise)
-    table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
     sampler = sampler_of(request).of(partial(earlier_sigma, table))(
         seen, latents, sigmas, eta=request.eta, noise_sampler=noise_sampler
     )
@@ -201,11 +201,8 @@ class _RecordingDenoiser:
 class _UNet:
     """The UNet as a `Network`: context is bound once, channels are concatenated at every call."""
 
-    def __init__(
-        self, engine: Runner, conditioning: Conditioning, batch_size: int, *, in_patches: bool
-    ) -> None:
+    def __init__(self, engine: Runner, conditioning: Conditioning, *, in_patches: bool) -> None:
         self._engine = engine
-        self._batch_size = batch_size
         self._concat = conditioning.concat
         self._vector = conditioning.vector
         self._in_patches = in_patches
@@ -236,12 +233,20 @@ class _UNet:
                 return runner
         constants = {"context": context}
         if self._vector is not None:
-            # One row for each half of the batch; without guidance the conditional one, the last.
-            rows = self._vector if len(context) > self._batch_size else self._vector[-1:]
-            constants["vector"] = np.repeat(rows, len(context) // len(rows), axis=0)
+            # Without guidance the context is the conditional half, the last, and so is the vector.
+            constants["vector"] = self._vector[-len(context) :]
         runner = bind_constants(self._engine, constants)
         self._bound.append((context, runner))
         return runner
+
+
+def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
+    """Return the conditioning of a batch: each row of context and vector `count` times."""
+    context, vector = (
+        None if rows is None else np.repeat(rows, count, axis=0)
+        for rows in (conditioning.context, conditioning.vector)
+    )
+    return replace(conditioning, context=context, vector=vector)
 
 
 def _denoiser(
@@ -249,13 +254,12 @@ def _denoiser(
     conditioning: Conditioning,
     request: ResolvedRequest,
     spec: ModelSpec,
-    batch_size: int,
+    table: SigmaTable,
 ) -> GuidedDenoiser:
-    context = conditioning.context
     return GuidedDenoiser(
-        network=_UNet(engine, conditioning, batch_size, in_patches=runs_in_patches(spec)),
-        training_sigmas=sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr),
-        context=None if context is None else np.repeat(context, batch_size, axis=0),
+        network=_UNet(engine, conditioning, in_patches=runs_in_patches(spec)),
+        training_sigmas=table,
+        context=conditioning.context,
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
         guidance_interval=request.guidance_interval,
