@@ -28,12 +28,16 @@ MAX_CHUNKS = 16
 Float32Array = npt.NDArray[np.float32]
 
 
+_PADDING = -1
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """One sequence of tokens for the text encoder.
 
     Attributes:
-        ids: (max_tokens,) int64: start token, text, end token, padding.
+        ids: (max_tokens,) int64: start token, text, end token, and `_PADDING`, for which each text
+            encoder has a token of its own.
         weights: (max_tokens,) float32: 1 for all but the text.
     """
 
@@ -96,8 +100,10 @@ def encode_text(
     texts = {"prompt": condition.prompt}
     if request.is_guided:
         texts = {"negative_prompt": condition.negative_prompt, **texts}
+    max_tokens = spec.network(TextEncoderSpec).max_tokens
+    chunks = _chunks_of(tokenizer, texts, max_tokens, literal=condition.literal)
     encoded = [
-        _encode(network(name), _chunks_of(tokenizer, texts, record, literal=condition.literal))
+        _encode(network(name), chunks, record.pad_token_id)
         for name, record in spec.networks.items()
         if isinstance(record, TextEncoderSpec)
     ]
@@ -124,22 +130,23 @@ class _Encoded:
 
 
 def _chunks_of(
-    tokenizer: Tokenizer, texts: Mapping[str, str], record: TextEncoderSpec, *, literal: bool
+    tokenizer: Tokenizer, texts: Mapping[str, str], max_tokens: int, *, literal: bool
 ) -> list[dict[str, Chunk]]:
     """Return the chunks of all prompts by field, first the first of each."""
     read = _literal_chunk if literal else _weighted_chunks
-    prompts = {field: read(tokenizer, field, text, record) for field, text in texts.items()}
-    empty = _chunk((), tokenizer, record)
+    prompts = {field: read(tokenizer, field, text, max_tokens) for field, text in texts.items()}
+    empty = _chunk((), tokenizer, max_tokens)
     return [
         dict(zip(prompts, chunks, strict=True))
         for chunks in zip_longest(*prompts.values(), fillvalue=empty)
     ]
 
 
-def _encode(engine: Runner, chunks: Sequence[Mapping[str, Chunk]]) -> _Encoded:
+def _encode(engine: Runner, chunks: Sequence[Mapping[str, Chunk]], pad_token_id: int) -> _Encoded:
     """Encode chunks; one call for each keeps the batch size independent of the prompts' length."""
+    ids = [np.stack([chunk.ids for chunk in each.values()]) for each in chunks]
     outputs = [
-        engine.run({"tokens": np.stack([chunk.ids for chunk in each.values()])}) for each in chunks
+        engine.run({"tokens": np.where(each == _PADDING, pad_token_id, each)}) for each in ids
     ]
     contexts = [
         np.stack(
@@ -176,24 +183,20 @@ def _weighted(field: str, context: Float32Array, weights: Float32Array) -> Float
     return weighted * (float(context.mean(dtype=np.float64)) / mean)
 
 
-def _literal_chunk(
-    tokenizer: Tokenizer, field: str, text: str, record: TextEncoderSpec
-) -> list[Chunk]:
-    encoding = tokenizer.encode(text, record.max_tokens, pad_token_id=record.pad_token_id)
+def _literal_chunk(tokenizer: Tokenizer, field: str, text: str, max_tokens: int) -> list[Chunk]:
+    encoding = tokenizer.encode(text, max_tokens, pad_token_id=_PADDING)
     if encoding.cut:
         _LOGGER.warning(
             "%s is longer than %d tokens; left out: %r",
             field,
-            record.max_tokens - 2,
+            max_tokens - 2,
             encoding.cut,
         )
-    return [Chunk(np.array(encoding.ids), np.ones(record.max_tokens, dtype=np.float32))]
+    return [Chunk(np.array(encoding.ids), np.ones(max_tokens, dtype=np.float32))]
 
 
-def _weighted_chunks(
-    tokenizer: Tokenizer, field: str, text: str, record: TextEncoderSpec
-) -> list[Chunk]:
-    room = record.max_tokens - 2
+def _weighted_chunks(tokenizer: Tokenizer, field: str, text: str, max_tokens: int) -> list[Chunk]:
+    room = max_tokens - 2
     try:
         parts = [
             [
@@ -212,13 +215,13 @@ def _weighted_chunks(
             field,
             f"takes {len(chunks)} chunks of {room} tokens, more than {MAX_CHUNKS}; shorten it",
         )
-    return [_chunk(chunk, tokenizer, record) for chunk in chunks]
+    return [_chunk(chunk, tokenizer, max_tokens) for chunk in chunks]
 
 
-def _chunk(tokens: Sequence[Token], tokenizer: Tokenizer, record: TextEncoderSpec) -> Chunk:
+def _chunk(tokens: Sequence[Token], tokenizer: Tokenizer, max_tokens: int) -> Chunk:
     """Add start token, end token and padding, all of weight 1."""
-    ids = np.full(record.max_tokens, record.pad_token_id, dtype=np.int64)
-    weights = np.ones(record.max_tokens, dtype=np.float32)
+    ids = np.full(max_tokens, _PADDING, dtype=np.int64)
+    weights = np.ones(max_tokens, dtype=np.float32)
     end = len(tokens) + 1
     ids[0], ids[1:end], ids[end] = (
         tokenizer.start_id,
