@@ -93,12 +93,11 @@ def _inside(name: str, blocks: Mapping[str, str]) -> str | None:
 
 def _down_blocks(names: Iterable[str]) -> dict[str, str]:
     """Return the place of every layer of the first half; place 0 is the first convolution."""
-    layers, places, place = _layers(names, "down_blocks"), {}, 1
+    layers, place = _layers(names, "down_blocks"), 1
+    places: dict[str, str] = {}
     for block, resnets in _resnets(layers):
-        for index in resnets:
-            places[f"{block}.resnets.{index}"] = f"input_blocks.{place}.0"
-            places[f"{block}.attentions.{index}"] = f"input_blocks.{place}.1"
-            place += 1
+        places |= _numbered(block, resnets, "input_blocks", place)
+        place += len(resnets)
         if f"{block}.downsamplers.0" in layers:
             places[f"{block}.downsamplers.0"] = f"input_blocks.{place}.0.op"
             place += 1
@@ -107,14 +106,22 @@ def _down_blocks(names: Iterable[str]) -> dict[str, str]:
 
 def _up_blocks(names: Iterable[str]) -> dict[str, str]:
     """Return the place of every layer of the second half; upsampling ends a level's last place."""
-    layers, places, place = _layers(names, "up_blocks"), {}, 0
+    layers, place = _layers(names, "up_blocks"), 0
+    places: dict[str, str] = {}
     for block, resnets in _resnets(layers):
-        for index in resnets:
-            places[f"{block}.resnets.{index}"] = f"output_blocks.{place}.0"
-            places[f"{block}.attentions.{index}"] = f"output_blocks.{place}.1"
-            place += 1
+        places |= _numbered(block, resnets, "output_blocks", place)
+        place += len(resnets)
         last = 2 if f"{block}.attentions.{resnets[-1]}" in layers else 1
         places[f"{block}.upsamplers.0"] = f"output_blocks.{place - 1}.{last}.conv"
+    return places
+
+
+def _numbered(block: str, resnets: Iterable[int], half: str, first: int) -> dict[str, str]:
+    """Return the places of a block's ResNet blocks, and of the attention after each."""
+    places = {}
+    for place, index in enumerate(resnets, start=first):
+        places[f"{block}.resnets.{index}"] = f"{half}.{place}.0"
+        places[f"{block}.attentions.{index}"] = f"{half}.{place}.1"
     return places
 
 
