@@ -48,15 +48,3 @@ class PrecisionError(ExportError):
 
 class ForeignConfigError(ExportError):
     """A YAML file is sound, but not the configuration of a CompVis model."""
-
-
-class FormatError(ValueError):
-    """Bytes from outside are not what their format demands.
-
-    The parsers of such bytes raise it without knowing the file; it never leaves this package,
-    because `checkpoint.py` turns it into a `CheckpointError` that names the file.
-    """
-
-
-class CutOffError(FormatError):
-    """Bytes from outside end before what they announce does."""

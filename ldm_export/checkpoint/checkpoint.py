@@ -17,23 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.checkpoint.file_fields import FileFields
-from ldm_export.checkpoint.mistaken_files import HEAD_BYTES, is_safetensors, unreadable
+from ldm_export.checkpoint.mistaken_files import HEAD_BYTES, unreadable
 from ldm_export.checkpoint.not_a_file import why_not_a_file, why_not_opened
-from ldm_export.checkpoint.safetensors_header import read_safetensors_header
 from ldm_export.checkpoint.stored_tensors import StoredTensor
-from ldm_export.checkpoint.tensor_extent import TensorExtent
-from ldm_export.checkpoint.torch_archive import read_torch_archive
-from ldm_export.checkpoint.torch_legacy import is_torch_legacy, read_torch_legacy
-from ldm_export.checkpoint.torch_state_dict import TorchContents
 from ldm_export.checkpoint.usual_globals import unusual_globals
-from ldm_export.errors import CheckpointError, FormatError
+from ldm_export.errors import CheckpointError
 from ldm_runtime.closing import Closing
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.safetensors_header import is_safetensors, read_safetensors_header
+from ldm_runtime.tensor_files.tensor_extent import TensorExtent
+from ldm_runtime.tensor_files.tensor_values import tensor_values
+from ldm_runtime.tensor_files.torch_archive import ZIP_MAGIC, read_torch_archive
+from ldm_runtime.tensor_files.torch_legacy import is_torch_legacy, read_torch_legacy
+from ldm_runtime.tensor_files.torch_state_dict import TorchContents
 
-_ZIP_MAGIC = b"PK\3\4"
 #: What DataParallel and DistributedDataParallel, torch.compile, and Lightning's Fabric put before
 #: the name of every tensor of the module that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
-_UNREADABLE = frozenset({"float8_e4m3fn", "float8_e5m2"})  # NumPy has no such types
 
 
 class MappedFile:
@@ -112,35 +112,10 @@ class LazyTensor:
             CheckpointError: NumPy has no counterpart of its type.
             ValueError: The checkpoint is closed.
         """
-        if self.dtype in _UNREADABLE:
-            raise CheckpointError(
-                self.file.path,
-                f"tensor {self.name!r} has type {self.dtype}, which cannot be read; "
-                "convert the checkpoint to float16",
-            )
-        if self.dtype == "bfloat16":
-            return _widened(self._view(np.dtype("<u2")))
-        return self._view(np.dtype(self.dtype).newbyteorder("<"))
-
-    def _view(self, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        buffer = self.file.bytes
-        if 0 in self.shape:
-            return np.empty(self.shape, dtype)
-        # The stride of an axis of length 1 is never used, and may be too large for NumPy.
-        strides = tuple(
-            dtype.itemsize * (step if length > 1 else 1)
-            for length, step in zip(self.shape, self.stride, strict=True)
-        )
-        return np.ndarray(
-            self.shape, dtype, buffer=buffer, offset=self.extent.start, strides=strides
-        )
-
-
-def _widened(bfloat16: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """Widen the bits of bfloat16 values to float32, of which they are the upper half."""
-    bits = bfloat16.astype(np.uint32)
-    np.left_shift(bits, 16, out=bits)
-    return bits.view(np.float32)
+        try:
+            return tensor_values(self.extent, self.file.bytes)
+        except FormatError as error:
+            raise CheckpointError(self.file.path, f"tensor {self.name!r} {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +191,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _read(file: MappedFile) -> Checkpoint:
     data = file.bytes.data
     head = bytes(data[:HEAD_BYTES])
-    if head.startswith(_ZIP_MAGIC):
+    if head.startswith(ZIP_MAGIC):
         return _of_torch("torch", read_torch_archive(data), file)
     if is_torch_legacy(head):
         return _of_torch("torch-legacy", read_torch_legacy(data), file)

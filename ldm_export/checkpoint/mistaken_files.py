@@ -30,11 +30,6 @@ _JOIN = (
 _SHOWN = 60
 
 
-def is_safetensors(head: bytes) -> bool:
-    """Return whether a JSON object follows eight bytes of length, the last of which are 0."""
-    return head[8:9] == b"{" and b"\0" in head[:8]
-
-
 def unreadable(head: bytes) -> str:
     """Return what a file is that is neither torch's nor safetensors, and what to do.
 

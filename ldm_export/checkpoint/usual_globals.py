@@ -9,7 +9,7 @@ Source: torch/_tensor.py, torch/_utils.py and torch/serialization.py of torch 2.
 
 from collections.abc import Iterable
 
-from ldm_export.checkpoint.torch_records import Name
+from ldm_runtime.tensor_files.torch_records import Name
 
 _STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _TYPES = (

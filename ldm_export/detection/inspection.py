@@ -8,16 +8,17 @@ from typing import Any
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, MappedFile
 from ldm_export.checkpoint.mistaken_files import HEAD_BYTES, part_of_several
-from ldm_export.checkpoint.torch_legacy import is_torch_legacy
-from ldm_export.checkpoint.zip_directory import read_zip_directory
 from ldm_export.detection.chosen_config import chosen_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.weight_assignment import has_ema
-from ldm_export.errors import ExportError, FormatError, UnknownModelError, WeightsError
+from ldm_export.errors import ExportError, UnknownModelError, WeightsError
 from ldm_export.intake.folder import is_diffusers_folder
 from ldm_export.intake.opening import open_model
 from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.torch_legacy import is_torch_legacy
+from ldm_runtime.tensor_files.zip_directory import read_zip_directory
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAFETENSORS_LENGTH_BYTES = 8

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ldm_export.checkpoint.not_a_file import why_not_opened
-from ldm_export.errors import CheckpointError, FormatError
+from ldm_export.errors import CheckpointError
+from ldm_runtime.tensor_files.errors import FormatError
 
 #: An index of a hundred thousand tensors has fewer bytes.
 _MAX_BYTES = 16 << 20

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_export.checkpoint.pickle_machine import Limits
-from ldm_export.checkpoint.pickle_reader import read_pickle
-from ldm_export.checkpoint.torch_records import Name, Stub, TensorRecord
-from ldm_export.errors import FormatError
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.pickle_machine import Limits
+from ldm_runtime.tensor_files.pickle_reader import read_pickle
+from ldm_runtime.tensor_files.torch_records import Name, Stub, TensorRecord
 from tests.export import opcodes as op
 
 SECONDS = 20  # what a hostile pickle may take on a busy 2-core machine; the usual is below 3

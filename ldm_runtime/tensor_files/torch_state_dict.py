@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ldm_export.checkpoint.pickle_machine import Limits
-from ldm_export.checkpoint.pickle_reader import PickleContents, read_pickle_contents
-from ldm_export.checkpoint.tensor_extent import (
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.pickle_machine import Limits
+from ldm_runtime.tensor_files.pickle_reader import PickleContents, read_pickle_contents
+from ldm_runtime.tensor_files.tensor_extent import (
     DTYPE_BYTES,
     TensorExtent,
     check_inside,
     check_name,
     is_size,
 )
-from ldm_export.checkpoint.torch_records import Name, Stub, TensorRecord
-from ldm_export.errors import FormatError
+from ldm_runtime.tensor_files.torch_records import Name, Stub, TensorRecord
+
+#: Proves that a tensor lies inside its storage, and says where in the file; or a `FormatError`.
+FindTensor = Callable[[TensorRecord], TensorExtent]
 
 _MAX_LEVELS = 8
 #: The bluntest of the modules and names with which pickles attack the process that runs them.
@@ -106,9 +109,7 @@ def read_untrusted_pickle(pickle: bytes, what: str, limits: Limits) -> PickleCon
         ) from error
 
 
-def state_dict_of(
-    pickled: PickleContents, extent_of: Callable[[TensorRecord], TensorExtent]
-) -> TorchContents:
+def state_dict_of(pickled: PickleContents, extent_of: FindTensor) -> TorchContents:
     """Find the state dict in the contents of a pickle, and its tensors in the file.
 
     Args:
@@ -135,9 +136,7 @@ def state_dict_of(
     )
 
 
-def _extent_of(
-    name: object, record: TensorRecord, extent_of: Callable[[TensorRecord], TensorExtent]
-) -> TensorExtent:
+def _extent_of(name: object, record: TensorRecord, extent_of: FindTensor) -> TensorExtent:
     try:
         return extent_of(record)
     except FormatError as error:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ldm_export.checkpoint.tensor_extent import DTYPE_BYTES, MAX_DIMS, is_size
-from ldm_export.errors import FormatError
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.tensor_extent import DTYPE_BYTES, MAX_DIMS, is_size
 
 _MAX_ARGUMENTS = 8
 _MAX_KEY_LENGTH = 64  # torch numbers the storages of a file

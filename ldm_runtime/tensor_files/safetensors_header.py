@@ -1,4 +1,4 @@
-"""Checkpoints in the safetensors format: a JSON header followed by one buffer of tensors.
+"""Files in the safetensors format: a JSON header followed by one buffer of tensors.
 
 Source: the format section of the safetensors README at version 0.6, whose rules are kept here in
 full: no gaps, no overlaps, no duplicate keys, little-endian and contiguous. One bound is tighter:
@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from ldm_export.checkpoint.tensor_extent import (
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.tensor_extent import (
     DTYPE_BYTES,
     MAX_DIMS,
     TensorExtent,
@@ -19,7 +20,6 @@ from ldm_export.checkpoint.tensor_extent import (
     contiguous_stride,
     is_size,
 )
-from ldm_export.errors import FormatError
 
 # A header of many small values takes some 30 times its size in memory while it is decoded.
 _MAX_HEADER_BYTES = 16 << 20
@@ -47,6 +47,11 @@ _DTYPES: Mapping[str, str] = MappingProxyType(
         "C64": "complex64",
     }
 )
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Return whether a JSON object follows eight bytes of length, the last of which are 0."""
+    return head[8:9] == b"{" and b"\0" in head[:8]
 
 
 def read_safetensors_header(

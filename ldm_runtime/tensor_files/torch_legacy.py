@@ -1,4 +1,4 @@
-"""Checkpoints in torch's legacy format: five pickles one after another, then the storages.
+"""Files in torch's legacy format: five pickles one after another, then the storages.
 
 torch 0.1.10 to 1.5 wrote it, and later ones do with `_use_new_zipfile_serialization=False`. The
 pickles are a magic number, the version of the format, the sizes of the writer's types, the object,
@@ -13,17 +13,18 @@ torch/csrc/serialization.cpp of torch 2.13.
 import re
 from collections.abc import Mapping
 
-from ldm_export.checkpoint.pickle_machine import Limits
-from ldm_export.checkpoint.pickle_reader import PickleContents
-from ldm_export.checkpoint.tensor_extent import DTYPE_BYTES, TensorExtent
-from ldm_export.checkpoint.torch_records import StorageRecord, TensorRecord
-from ldm_export.checkpoint.torch_state_dict import (
+from ldm_runtime.tensor_files.errors import CutOffError, FormatError
+from ldm_runtime.tensor_files.pickle_machine import Limits
+from ldm_runtime.tensor_files.pickle_reader import PickleContents
+from ldm_runtime.tensor_files.tensor_extent import DTYPE_BYTES, TensorExtent
+from ldm_runtime.tensor_files.torch_records import StorageRecord, TensorRecord
+from ldm_runtime.tensor_files.torch_state_dict import (
+    FindTensor,
     StoragePlace,
     TorchContents,
     read_untrusted_pickle,
     state_dict_of,
 )
-from ldm_export.errors import CutOffError, FormatError
 
 _NUMBER = 0x1950A86A20F9469CFC6C
 #: The number as a pickle of protocol 1, of 2 or 3, and of 4 or 5, which begins with a frame.
@@ -51,6 +52,15 @@ def read_torch_legacy(data: memoryview) -> TorchContents:
         FormatError: A pickle, a storage or a tensor is not what torch writes, or is cut off, or
             there is no state dict.
     """
+    return state_dict_of(*open_torch_legacy(data))
+
+
+def open_torch_legacy(data: memoryview) -> tuple[PickleContents, FindTensor]:
+    """Read the pickle of the object in the file `data`, and find the tensors that it names.
+
+    Raises:
+        FormatError: A pickle or a storage is not what torch writes, or is cut off.
+    """
     position = _skip_header(data)
     pickled = _read_pickle(data, position, "its pickle", _LIMITS)
     position += pickled.size
@@ -64,7 +74,7 @@ def read_torch_legacy(data: memoryview) -> TorchContents:
         _check_same(pickled.storages[storage.key], storage)
         return places[storage.key].extent_of(record)
 
-    return state_dict_of(pickled, extent_of)
+    return pickled, extent_of
 
 
 def _skip_header(data: memoryview) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints in torch's archive format: a zip of one pickle and the storages it refers to.
+"""Files in torch's archive format: a zip of one pickle and the storages it refers to.
 
 Source: torch/serialization.py and caffe2/serialize/inline_container.cc of torch 2.13.
 """
@@ -7,19 +7,22 @@ import re
 import zlib
 from collections.abc import Mapping
 
-from ldm_export.checkpoint.pickle_machine import Limits
-from ldm_export.checkpoint.pickle_reader import PickleContents
-from ldm_export.checkpoint.tensor_extent import TensorExtent
-from ldm_export.checkpoint.torch_records import TensorRecord
-from ldm_export.checkpoint.torch_state_dict import (
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.pickle_machine import Limits
+from ldm_runtime.tensor_files.pickle_reader import PickleContents
+from ldm_runtime.tensor_files.tensor_extent import TensorExtent
+from ldm_runtime.tensor_files.torch_records import TensorRecord
+from ldm_runtime.tensor_files.torch_state_dict import (
+    FindTensor,
     StoragePlace,
     TorchContents,
     read_untrusted_pickle,
     state_dict_of,
 )
-from ldm_export.checkpoint.zip_directory import Member, read_zip_directory
-from ldm_export.errors import FormatError
+from ldm_runtime.tensor_files.zip_directory import Member, read_zip_directory
 
+#: The first bytes of an archive.
+ZIP_MAGIC = b"PK\3\4"
 #: torch does not look at the case of a member's name.
 _PICKLE = re.compile(r"([^/]+)/data\.pkl", re.IGNORECASE)
 _LIMITS = Limits()
@@ -31,6 +34,15 @@ def read_torch_archive(data: memoryview) -> TorchContents:
     Raises:
         FormatError: The archive, its pickle or one of its tensors is not what torch writes, or
             there is no state dict in it.
+    """
+    return state_dict_of(*open_torch_archive(data))
+
+
+def open_torch_archive(data: memoryview) -> tuple[PickleContents, FindTensor]:
+    """Read the pickle in the archive `data`, and find the tensors that it names.
+
+    Raises:
+        FormatError: The archive or its pickle is not what torch writes.
     """
     members = read_zip_directory(data)
     root = _root_folder(members)
@@ -45,7 +57,7 @@ def read_torch_archive(data: memoryview) -> TorchContents:
         place = StoragePlace(start=member.start, size=member.size, file_size=len(data))
         return place.extent_of(record)
 
-    return state_dict_of(pickled, extent_of)
+    return pickled, extent_of
 
 
 def _root_folder(members: Mapping[str, Member]) -> str:

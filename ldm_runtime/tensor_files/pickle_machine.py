@@ -7,8 +7,8 @@ keep every read inside the pickle and every pop inside the innermost open collec
 from collections.abc import Container
 from dataclasses import dataclass
 
-from ldm_export.checkpoint.torch_records import Name, StorageRecord
-from ldm_export.errors import CutOffError, FormatError
+from ldm_runtime.tensor_files.errors import CutOffError, FormatError
+from ldm_runtime.tensor_files.torch_records import Name, StorageRecord
 
 MAX_LINE_BYTES = 1024  # names of globals, integers in decimal
 _EMPTY = object()  # a slot of the memo in which nothing was kept

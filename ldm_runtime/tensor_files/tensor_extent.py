@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeGuard
 
-from ldm_export.errors import FormatError
+from ldm_runtime.tensor_files.errors import FormatError
 
 MAX_DIMS = 8  # torch allows 64; no layer has weights of more than 5
 _MAX_NAME_LENGTH = 512

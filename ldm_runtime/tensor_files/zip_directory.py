@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ldm_export.errors import FormatError
+from ldm_runtime.tensor_files.errors import FormatError
 
 _MAX_DIRECTORY_BYTES = 32 << 20
 _MAX_MEMBERS = 100_000

@@ -26,8 +26,9 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ldm_export.checkpoint.pickle_machine import MAX_LINE_BYTES, Limits, Machine
-from ldm_export.checkpoint.torch_records import (
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.pickle_machine import MAX_LINE_BYTES, Limits, Machine
+from ldm_runtime.tensor_files.torch_records import (
     SET,
     Name,
     StorageRecord,
@@ -36,7 +37,6 @@ from ldm_export.checkpoint.torch_records import (
     record_of_call,
     record_of_reference,
 )
-from ldm_export.errors import FormatError
 
 _MAX_INT_BYTES = 1024
 _MAX_INT_KEY = 2**8  # a chain of colliding keys is no longer than twice this

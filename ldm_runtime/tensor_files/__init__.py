@@ -1,0 +1,1 @@
+"""Files of tensors: safetensors and the formats of torch, read without torch and without trust."""
