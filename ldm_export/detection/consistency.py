@@ -1,12 +1,7 @@
 """The checks that the components of a model fit each other, task by task."""
 
 from ldm_export.errors import ExportError, WeightsError
-from ldm_runtime.conditioning.micro_conditioning import (
-    NUM_SIZES,
-    NUM_SIZES_AND_SCORE,
-    num_features,
-    pooled_length,
-)
+from ldm_runtime.specs.micro_conditioning import pooled_length, vector_lengths
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, size_step
 from ldm_runtime.specs.networks import SegmentationEncoderSpec, UNetSpec
 from ldm_runtime.specs.plausible import implausible_fields
@@ -61,12 +56,11 @@ def _check_context(spec: ModelSpec, unet: UNetSpec) -> None:
 
 def _check_vector(spec: ModelSpec, unet: UNetSpec) -> None:
     """Check that the UNet takes a vector as long as pooled prompt and sizes make it."""
-    pooled = pooled_length(spec)
-    known = [pooled + num_features(count) for count in (NUM_SIZES, NUM_SIZES_AND_SCORE)]
+    known = vector_lengths(spec).values()
     if unet.vector_dim is not None and unet.vector_dim not in known:
         raise WeightsError(
             f"the UNet takes a vector of {unet.vector_dim} numbers (label_emb.0.0.weight), but a "
-            f"pooled prompt of {pooled} and the sizes of an image are "
+            f"pooled prompt of {pooled_length(spec)} and the sizes of an image are "
             f"{' or '.join(map(str, known))}; {_NOT_ONE_MODEL}"
         )
 

@@ -95,6 +95,11 @@ def _numbers(text: str) -> tuple[float, ...]:
         ) from None
 
 
+def _height_and_width(text: str) -> tuple[int, int]:
+    width, height = image_size(text)
+    return height, width
+
+
 def _whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -111,7 +116,14 @@ _TYPES: Mapping[Any, Callable[[str], object]] = MappingProxyType(
         float: float,
         tuple[float, ...]: _numbers,
         tuple[float, float]: _numbers,
+        tuple[int, int]: _whole_numbers,
         tuple[int, int, int, int]: _whole_numbers,
     }
 )
-_READERS: Mapping[str, Callable[[str], object]] = MappingProxyType({"class_label": _label})
+_READERS: Mapping[str, Callable[[str], object]] = MappingProxyType(
+    {
+        "class_label": _label,
+        "original_size": _height_and_width,
+        "target_size": _height_and_width,
+    }
+)

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
-from ldm_runtime.conditioning.micro_conditioning import embed_image_facts, pooled_length
+from ldm_runtime.conditioning.micro_conditioning import embed_micro_conditioning
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.resolved import PromptCondition, ResolvedRequest
+from ldm_runtime.specs.micro_conditioning import micro_conditioning_kind, pooled_length
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.text import ClipTokenizer, Tokenizer, WordPieceTokenizer
@@ -87,8 +88,8 @@ def encode_text(
     literal prompt has one chunk without weights; the text that is cut off is logged as a warning.
 
     Two text encoders encode the same chunks, and their contexts are side by side in D. A model with
-    a vector (2, V) gets it from the pooled output of the first chunk and from the sizes of the
-    image. Where the model's null prompt is zeros, an empty negative prompt is.
+    a vector (2, V) gets it from the pooled output of the first chunk and from micro-conditioning.
+    Where the model's null prompt is zeros, an empty negative prompt is.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
 
@@ -163,10 +164,11 @@ def _encode(engine: Runner, chunks: Sequence[Mapping[str, Chunk]], pad_token_id:
 def _vector(
     encoded: Sequence[_Encoded], request: ResolvedRequest, spec: ModelSpec
 ) -> Float32Array | None:
-    if spec.unet is None or spec.unet.vector_dim is None:
+    kind = micro_conditioning_kind(spec)
+    if kind is None:
         return None
     pooled = [each.pooled for each in encoded if each.pooled is not None]
-    return np.concatenate([*pooled, embed_image_facts(request, spec)], axis=1)
+    return np.concatenate([*pooled, embed_micro_conditioning(request, kind)], axis=1)
 
 
 def _weighted(field: str, context: Float32Array, weights: Float32Array) -> Float32Array:

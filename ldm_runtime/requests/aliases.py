@@ -54,6 +54,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "denoising_strength": "strength",
         "hr_scale": "hires_scale",
         "vae_tile_size": "tile_size",
+        "crops_coords_top_left": "crop_top_left",
         "label": "class_label",
         "class_labels": "class_label",
         "boxes": "layout",

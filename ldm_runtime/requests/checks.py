@@ -102,6 +102,14 @@ def interval(name: str, value: object, *, low: float, high: float) -> tuple[floa
     return ends[0], ends[1]
 
 
+def whole_pair(name: str, value: object, *, low: int, high: int, hint: str) -> tuple[int, int]:
+    """Accept a pair of whole numbers within bounds."""
+    pair = tuple(whole_number(name, each, low=low, high=high) for each in _items(name, value))
+    if len(pair) != _PAIR:
+        raise RequestError(name, f"must be two whole numbers, got {shown(value)}; {hint}")
+    return pair[0], pair[1]
+
+
 def margins(name: str, value: object, *, low: int, high: int) -> tuple[int, int, int, int]:
     """Accept pixels to the left, top, right and bottom, not all zero."""
     sides = tuple(whole_number(name, each, low=low, high=high) for each in _items(name, value))

@@ -184,6 +184,7 @@ _CHECKS: Mapping[Any, Callable[..., object]] = MappingProxyType(
         bool: checks.switch,
         tuple[float, ...]: checks.numbers_list,
         tuple[float, float]: checks.interval,
+        tuple[int, int]: checks.whole_pair,
         tuple[int, int, int, int]: checks.margins,
         tuple[LayoutObject, ...]: checks.layout,
         InputImage: checks.image,

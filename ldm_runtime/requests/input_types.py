@@ -94,6 +94,11 @@ class RequestFields(TypedDict, total=False):
     embeddings: EmbeddingsInput | None
     negative_prompt: str | None
     literal_prompt: bool
+    original_size: Sequence[int] | None
+    crop_top_left: Sequence[int] | None
+    target_size: Sequence[int] | None
+    aesthetic_score: float | None
+    negative_aesthetic_score: float | None
     height: int | None
     width: int | None
     preset: PresetName | None

@@ -131,6 +131,59 @@ class GenerationRequest:
             "Conditioning",
         ),
     ] = False
+    original_size: Annotated[
+        tuple[int, int] | None,
+        about_items(
+            "size that SDXL is told the image had before it was resized; default: the image's",
+            "Conditioning",
+            low=1,
+            high=MAX_SIDE,
+            metavar="WIDTHxHEIGHT",
+            hint="give height and width in pixels",
+        ),
+    ] = None
+    crop_top_left: Annotated[
+        tuple[int, int] | None,
+        about_items(
+            "pixels that SDXL is told were cropped above the image and left of it; default: none",
+            "Conditioning",
+            low=0,
+            high=MAX_SIDE,
+            metavar="TOP,LEFT",
+            hint="give top and left in pixels",
+        ),
+    ] = None
+    target_size: Annotated[
+        tuple[int, int] | None,
+        about_items(
+            "size that SDXL is told the image has; default: its own",
+            "Conditioning",
+            low=1,
+            high=MAX_SIDE,
+            metavar="WIDTHxHEIGHT",
+            hint="give height and width in pixels",
+        ),
+    ] = None
+    aesthetic_score: Annotated[
+        float | None,
+        about(
+            "score that SDXL's refiner is told the image has, 0 to 10; default: 6",
+            "Conditioning",
+            low=0.0,
+            high=10.0,
+            metavar="SCORE",
+        ),
+    ] = None
+    negative_aesthetic_score: Annotated[
+        float | None,
+        about(
+            "score that it is told with the negative prompt; default: 2.5",
+            "Conditioning",
+            low=0.0,
+            high=10.0,
+            metavar="SCORE",
+        ),
+    ] = None
     height: Annotated[
         int | None,
         about(

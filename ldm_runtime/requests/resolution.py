@@ -6,6 +6,10 @@ from typing import TypeVar
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.conditions import check_condition, condition_of
+from ldm_runtime.requests.micro_conditioning import (
+    check_micro_conditioning,
+    micro_conditioning_of,
+)
 from ldm_runtime.requests.preset_fields import with_preset_fields
 from ldm_runtime.requests.request import CUSTOM, MAX_IMAGES, GenerationRequest
 from ldm_runtime.requests.resolved import (
@@ -69,6 +73,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
     request = with_preset_fields(request, spec)
     condition, image = condition_of(request, spec), _image_of(request)
     check_condition(condition, spec)
+    check_micro_conditioning(request, spec)
     _check_combinations(request)
     size = image_size(request, image, condition, spec)
     samples = task_record(spec).samples
@@ -83,6 +88,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         source_image=image,
         height=size[0],
         width=size[1],
+        micro_conditioning=micro_conditioning_of(request, size),
         num_images=request.num_images,
         sampler=sampling.sampler,
         schedule=sampling.schedule,

@@ -13,6 +13,7 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
+from ldm_runtime.requests.micro_conditioning import MicroConditioning
 from ldm_runtime.requests.request import CUSTOM, MAX_SIGMA, GenerationRequest, changed_fields
 from ldm_runtime.specs.model import Task
 from ldm_runtime.specs.tasks import TASKS
@@ -174,6 +175,7 @@ class ResolvedRequest:
         source_image: The image that the request brings, to start from, to enlarge or to encode.
         height: Of the images, in pixels; those of the first pass, if there is a second.
         width: Likewise.
+        micro_conditioning: What the UNet is told about the image, if it takes that.
         num_images: How many images.
         sampler: Name in `ldm_runtime.samplers.SAMPLERS`; empty for a model that only encodes and
             decodes, like all fields that say how to sample.
@@ -198,6 +200,7 @@ class ResolvedRequest:
     source_image: RequestImage
     height: int
     width: int
+    micro_conditioning: MicroConditioning
     num_images: int
     sampler: str
     schedule: str
@@ -258,6 +261,7 @@ class ResolvedRequest:
         """
         known = {**_condition_fields(self.condition), **_image_fields(self.source_image)}
         known |= {"height": self.height, "width": self.width, "seed": self.seed}
+        known |= self.micro_conditioning.changed_fields((self.height, self.width))
         if self.passes:
             known |= _sampling_fields(self)
         if "tile_size" in TASKS[self.task].takes:

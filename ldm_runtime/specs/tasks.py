@@ -25,7 +25,14 @@ _SAMPLING = frozenset(
         *("noise", "variation_seed", "variation_strength", "latents", "num_images"),
     }
 )
-_PROMPTS = frozenset({"prompt", "negative_prompt", "literal_prompt"})
+_PROMPTS = frozenset(
+    {
+        *("prompt", "negative_prompt", "literal_prompt"),
+        # Of these a model takes those of its micro-conditioning, if it has one.
+        *("original_size", "crop_top_left", "target_size"),
+        *("aesthetic_score", "negative_aesthetic_score"),
+    }
+)
 _MASKS = ("mask_image", "outpaint")
 _START = frozenset({"image", "strength", "mask_image", "outpaint"})
 _HIRES = frozenset({"hires_scale", "hires_strength"})

@@ -150,6 +150,16 @@ SDXL = SmallFamily(
     autoencoder=replace(AUTOENCODER, latent_scale_factor=0.13025),
     text_encoders=_TEXT_OF_SDXL,
 )
+#: diffusers knows the refiner's UNet by a context of width 1280 and the length of its vector.
+SDXL_REFINER = SmallFamily(
+    unet=replace(_UNET_OF_SDXL, vector_dim=1280 + 5 * 256),
+    autoencoder=SDXL.autoencoder,
+    text_encoders={
+        "conditioner.embedders.0.model.": replace(
+            _OPENCLIP_OF_SDXL, width=1280, num_heads=20, pooled_dim=1280
+        )
+    },
+)
 SD_1_INPAINTING = SmallFamily(
     unet=replace(UNET, in_channels=9), text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER}
 )

@@ -15,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -32,6 +33,7 @@ from tests.reference.small_families import (
     SD_2,
     SD_2_INPAINTING,
     SDXL,
+    SDXL_REFINER,
     open_folder_networks,
     open_networks,
     state_dict,
@@ -142,21 +144,22 @@ def test_stable_diffusion_2_generates_the_images_of_diffusers(tmp_path, predicti
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 
-def diffusers_xl_pipeline(kind, family, state, folder):
-    """Return a pipeline of diffusers over a checkpoint with two text encoders."""
+def diffusers_xl_pipeline(kind, family, state, folder, **options):
+    """Return a pipeline of diffusers over a checkpoint of SDXL; its refiner has no first CLIP."""
     config = compvis_config(family.unet, family.autoencoder)
-    first, second = family.text_encoders.values()
+    *first, second = family.text_encoders.values()
     tokenizers = [clip_tokenizer(folder) for _ in range(2)]
     tokenizers[1].pad_token = "!"
     pipeline = kind(
         vae=load_autoencoder(state, config),
-        text_encoder=load_text_encoder(state, first, folder),
+        text_encoder=load_text_encoder(state, first[0], folder) if first else None,
         text_encoder_2=load_text_encoder(state, second, folder, CLIPTextModelWithProjection),
-        tokenizer=tokenizers[0],
+        tokenizer=tokenizers[0] if first else None,
         tokenizer_2=tokenizers[1],
         unet=load_unet(state, config),
         scheduler=ddim("epsilon"),
         add_watermarker=False,
+        **options,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -175,6 +178,49 @@ def test_sdxl_generates_the_images_of_diffusers(tmp_path, negative_prompt):
 
     assert ours.spec.family == "stable-diffusion-xl"
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+def test_sdxl_generates_the_images_of_diffusers_that_it_is_told_are_cropped(tmp_path):
+    state = state_dict(SDXL)
+    theirs = diffusers_xl_pipeline(StableDiffusionXLPipeline, SDXL, state, tmp_path)
+    ours = open_networks(state)
+    sizes = {"original_size": (300, 500), "target_size": (96, 80)}
+    expected = theirs(PROMPT, latents=noise(ours), crops_coords_top_left=(40, 7), **sizes, **COMMON)
+
+    images = generate(ours, prompt=PROMPT, crop_top_left=(40, 7), **sizes, **COMMON)
+
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    assert lowest_psnr(generate(ours, prompt=PROMPT, **COMMON), as_arrays(expected.images)) < 60
+
+
+@pytest.mark.parametrize("scores", [{}, {"aesthetic_score": 9.0, "negative_aesthetic_score": 0.5}])
+def test_the_refiner_changes_an_image_as_diffusers_does(tmp_path, monkeypatch, scores):
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+    state = state_dict(SDXL_REFINER)
+    theirs = diffusers_refiner_pipeline(state, tmp_path)
+    ours, (image, _) = open_networks(state), photo()
+    common = {name: value for name, value in COMMON.items() if name not in ("height", "width")}
+    fields = {"image": image, "strength": 0.7, **scores, **common}
+    expected = theirs(PROMPT, generator=torch.Generator().manual_seed(SEED), **fields)
+
+    images = generate(ours, prompt=PROMPT, **fields)
+
+    assert (ours.spec.family, ours.spec.unet.vector_dim) == ("stable-diffusion-xl-refiner", 2560)
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+def diffusers_refiner_pipeline(state, folder):
+    """Return diffusers' pipeline for SDXL's refiner."""
+    return diffusers_xl_pipeline(
+        StableDiffusionXLImg2ImgPipeline,
+        SDXL_REFINER,
+        state,
+        folder,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
 
 
 def photo():

@@ -1,6 +1,7 @@
 """The JSON schema of a request, judged by the `jsonschema` package: it accepts what we accept."""
 
 import json
+from itertools import product
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -35,14 +36,16 @@ def edges(record):
 
 def values():
     texts = {"prompt", "negative_prompt"}
+    pairs = ("original_size", "crop_top_left", "target_size")
     files = {"image", "mask_image", "segmentation", "embeddings", "latents", *texts}
     for name, record in FIELDS.items():
-        if name not in {*files, "layout", "outpaint", "sigmas", "guidance_interval"}:
+        if name not in {*files, *pairs, "layout", "outpaint", "sigmas", "guidance_interval"}:
             yield from ((name, value) for value in edges(record))
     for value in ([1.0, 2.0], [1.0], [1.0, 2.0, 3.0], [-1.0, 2.0], [1.0, 1e9], "1,2", None):
         yield "guidance_interval", value
     for value in ([3.0, 1.0], [3.0, -1.0], [1e9], ["3"], 3.0, None):
         yield "sigmas", value
+    yield from product(pairs, ([8, 16], [8], [8, 16, 8], [-1, 8], [0.5, 8], "8", 8, None))
     for value in ([0, 0, 8, 0], [0, 0, 8], [0.5, 0, 8, 0], [-1, 0, 8, 0], None):
         yield "outpaint", value
     for value in ([BOX], [], [{"label": 3}], [{**BOX, "label": -1}], "boxes", None):

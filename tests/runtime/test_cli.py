@@ -110,6 +110,7 @@ def test_pictures_and_lists_reach_the_request_too(draw, tmp_path):
     ("flags", "message"),
     [
         (["--sigmas", "9;3"], "must be numbers separated by commas, got '9;3'"),
+        (["--original-size", "1024,1024"], "must be WIDTHxHEIGHT pixels, got '1024,1024'"),
         (["--outpaint", "1,2,x,4"], "must be whole numbers separated by commas, got '1,2,x,4'"),
     ],
 )

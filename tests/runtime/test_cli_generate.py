@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ldm_runtime.cli.commands import build_parser, main
+from ldm_runtime.cli.flags import given_fields
 from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.image_files import read_metadata, save_image
@@ -85,6 +86,16 @@ def test_a_size_is_width_times_height():
     assert (sized.width, sized.height) == (32, 24)
     assert (square.width, square.height) == (24, 24)
     assert sized == apart
+
+
+def test_sizes_that_a_model_is_told_are_width_times_height_too():
+    parser = build_parser()
+    flags = ["--original-size", "768x512", "--target-size", "64", "--crop-top-left", "3,5"]
+
+    given = given_fields(parser.parse_args(["generate", "red", *flags]))
+
+    assert (given["original_size"], given["target_size"]) == ((512, 768), (64, 64))
+    assert given["crop_top_left"] == (3, 5)
 
 
 def test_an_image_gets_the_name_that_is_asked_for(generate, tmp_path, capsys):

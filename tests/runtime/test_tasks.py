@@ -18,6 +18,11 @@ NAMES = {field.name for field in dataclasses.fields(GenerationRequest)}
 VALUES = {name: value for fields in NEEDED.values() for name, value in fields.items()} | {
     "negative_prompt": "blue",
     "literal_prompt": True,
+    "original_size": (32, 48),
+    "crop_top_left": (0, 8),
+    "target_size": (16, 24),
+    "aesthetic_score": 7.0,
+    "negative_aesthetic_score": 2.0,
     "strength": 0.5,
     "outpaint": (4, 0, 0, 0),
     "hires_scale": 1.5,

@@ -43,6 +43,7 @@ INPUTS = {
     tuple[LayoutObject, ...]: LayoutInput,
     tuple[float, ...]: NumbersInput,
     tuple[float, float]: NumbersInput,
+    tuple[int, int]: Sequence[int],
     tuple[int, int, int, int]: Sequence[int],
 }
 
