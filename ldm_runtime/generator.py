@@ -42,7 +42,7 @@ from ldm_runtime.requests.request import GenerationRequest, takes_fields
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, components_of
-from ldm_runtime.specs.tasks import task_record
+from ldm_runtime.specs.tasks import samples_per_image, task_record
 from ldm_runtime.text import Tokenizer
 
 __all__ = ["Generator", "Result"]
@@ -279,9 +279,10 @@ class Generator(Closing):
         if self.spec.unet is None:
             results: Iterator[Result] = map(self.generate, resolved)
         else:
+            most = samples_per_image(self.spec, "unet") * max_batch
             fewest = get_backend(self.backend).ABILITIES.min_shared_samples
             results = self._pipeline.together(
-                resolved, deadlines, max_samples=2 * max_batch, min_samples=fewest
+                resolved, deadlines, max_samples=most, min_samples=fewest
             )
         return report_results(results, len(resolved), sys.stderr) if progress else results
 

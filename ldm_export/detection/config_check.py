@@ -30,7 +30,7 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "ClassEmbedder": ("class-to-image",),
     "BERTEmbedder": ("text-to-image", "layout-to-image"),
     "SpatialRescaler": ("semantic-synthesis",),
-    "FrozenCLIPEmbedder": ("text-to-image", "text-inpainting"),
+    "FrozenCLIPEmbedder": ("text-to-image", "text-inpainting", "image-editing"),
     "FrozenOpenCLIPEmbedder": ("text-to-image", "text-inpainting"),
 }
 #: Kind of each autoencoder of CompVis, likewise. Under a UNet, `VQModel` would decode without its

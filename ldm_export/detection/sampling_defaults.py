@@ -40,10 +40,11 @@ def read_defaults(
 def _sampling(sources: Sources, *, has_null: bool) -> tuple[dict[str, Any], list[Assumption]]:
     (stated, source), family = _stated_sampling(sources), sources.family
     sampler = stated.sampler or family.sampler
-    eta = family.eta if sampler == family.sampler else SAMPLERS[sampler].default_eta
+    is_family_sampler = sampler == family.sampler
+    eta = family.eta if is_family_sampler else SAMPLERS[sampler].default_eta
     usual = {
         "sampler": family.sampler,
-        "schedule": None,
+        "schedule": family.schedule if is_family_sampler else None,
         "num_inference_steps": family.num_inference_steps,
         "guidance_scale": family.guidance_scale if has_null else 1.0,
         "eta": eta,

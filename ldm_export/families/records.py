@@ -63,6 +63,7 @@ class FamilyDefaults:
         null_class: The null class, or None if there is none.
         latent_size: Native height and width in latent pixels, or None for 256 image pixels.
         sampler: Default sampler.
+        schedule: Default schedule, or None for the sampler's own.
         num_inference_steps: Default number of steps.
         guidance_scale: Default guidance scale, where there is a null condition.
         eta: Default share of fresh noise in a step of `sampler`.
@@ -89,6 +90,7 @@ class FamilyDefaults:
     num_inference_steps: int
     guidance_scale: float
     eta: float
+    schedule: str | None = None
     other_latent_sizes: tuple[int, ...] = ()
     text_layers_left_out: int = 0
     text_final_norm: bool = True

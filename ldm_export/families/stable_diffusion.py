@@ -1,7 +1,8 @@
 """Rows of the family table: Stable Diffusion and its descendants.
 
 Sources: the released configurations of CompVis/stable-diffusion (21f890f9),
-Stability-AI/stablediffusion (cf1d67a) and Stability-AI/generative-models (0ad7de9).
+Stability-AI/stablediffusion (cf1d67a), Stability-AI/generative-models (0ad7de9) and
+timothybrooks/instruct-pix2pix (0dffd1e).
 """
 
 import re
@@ -41,6 +42,17 @@ _SD_1 = FamilyDefaults(
     num_inference_steps=25,
     guidance_scale=7.5,
     eta=0.0,
+)
+#: `edit_cli.py` samples with the moving averages, at 512 pixels, down the sigmas of equally spaced
+#: timesteps.
+_INSTRUCT_PIX2PIX = replace(
+    _SD_1,
+    task="image-editing",
+    weights="ema",
+    sampler="euler_ancestral",
+    schedule="linspace",
+    num_inference_steps=100,
+    eta=1.0,
 )
 #: Version 2.0 and 2.1 at 768 pixels predict v, their base models at 512 pixels the noise. Context
 #: is the output of the last layer but one (`layer: "penultimate"`), after the final LayerNorm.
@@ -143,12 +155,13 @@ SD_FAMILIES: tuple[Family, ...] = (
         conditioner="clip",
         conditioning_channels=5,
     ),
-    recognised(
+    _family(
         "instruct-pix2pix",
+        _INSTRUCT_PIX2PIX,
+        CLIP,
         projection="convolution",
-        conditioning_channels=4,
-        autoencoder="kl",
         conditioner="clip",
+        conditioning_channels=4,
     ),
     _stable_diffusion_2("stable-diffusion-2", "openclip", "cond_stage_model.model."),
     _stable_diffusion_2(

@@ -72,6 +72,8 @@ def unguided_request(spec: ModelSpec, image: Pixels) -> ResolvedRequest:
             inputs = {"prompt": ""}
         case "text-inpainting":
             inputs |= {"prompt": "", "image": InputImage(image)}
+        case "image-editing":
+            inputs |= {"prompt": "", "image": InputImage(image), "image_guidance_scale": 1.0}
         case "inpainting":
             inputs["image"] = InputImage(image)
         case "super-resolution":
@@ -183,6 +185,17 @@ def _prompts_and_masked_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
         yield {**prompts, **images}
 
 
+def _prompts_and_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield images to edit: guided by prompt and image, more by the image, and unguided."""
+    scales: tuple[Inputs, ...] = (
+        {},
+        {"image_guidance_scale": 2.0},
+        {"image_guidance_scale": 1.0},
+    )
+    for seed, (prompts, scale) in enumerate(zip(_prompts(spec, size), scales, strict=True)):
+        yield {**prompts, "image": _image(seed, size), **scale}
+
+
 def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield one, two and four vectors, of the length that CLIP's have in practice."""
     del size
@@ -220,6 +233,7 @@ _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingP
         "super-resolution": _low_resolution,
         "inpainting": _masked_images,
         "text-inpainting": _prompts_and_masked_images,
+        "image-editing": _prompts_and_images,
         "retrieval": _neighbours,
         "autoencoder": _whole_images,
     }

@@ -49,7 +49,7 @@ class Subject:
     @property
     def rows(self) -> int:
         """Rows in a call of the UNet."""
-        return self.request.num_images * (1 if self.request.guidance_scale == 1 else 2)
+        return self.request.num_images * len(self.request.guidance.samples)
 
     @property
     def work(self) -> Mapping[str, Work]:

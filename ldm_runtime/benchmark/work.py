@@ -7,6 +7,7 @@ layers and attention; biases, normalisations and activations count nothing.
 from dataclasses import dataclass
 from functools import reduce
 
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
 
@@ -43,13 +44,14 @@ def network_work(
         height: Of the latents.
         width: Of the latents.
         images: Images in a call of the decoder.
-        rows: Rows in a call of the UNet: twice the images with guidance.
+        rows: Rows in a call of the UNet: a multiple of the images with guidance.
     """
     work = {}
     encoder = spec.find(TextEncoderSpec)
     tokens = 1 if encoder is None else encoder.max_tokens
     if encoder is not None:
-        work["text_encoder"] = text_encoder_work(encoder).rows(rows // images)
+        prompts = min(rows // images, COMPONENTS["text_encoder"].samples_per_image)
+        work["text_encoder"] = text_encoder_work(encoder).rows(prompts)
     if spec.unet is not None:
         work["unet"] = unet_work(spec.unet, height, width, tokens).rows(rows)
     work["vae_decoder"] = decoder_work(spec.autoencoder, height, width).rows(images)

@@ -11,6 +11,7 @@ from ldm_runtime.conditioning.contract import Conditioner, Conditioning, OpenNet
 from ldm_runtime.conditioning.images import (
     encode_low_resolution,
     encode_masked_image,
+    encode_text_and_image,
     encode_text_and_masked_image,
 )
 from ldm_runtime.conditioning.layout import encode_layout
@@ -45,6 +46,7 @@ CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
         "super-resolution": Conditioner(encode_low_resolution),
         "inpainting": Conditioner(encode_masked_image, ("vae_encoder",)),
         "text-inpainting": Conditioner(encode_text_and_masked_image, ("vae_encoder",)),
+        "image-editing": Conditioner(encode_text_and_image, ("vae_encoder",)),
         "retrieval": Conditioner(encode_embeddings),
         "autoencoder": _NO_CONDITIONING,
     }

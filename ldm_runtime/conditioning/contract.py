@@ -23,11 +23,11 @@ class Conditioning:
 
     Attributes:
         context: Keys and values of cross-attention: (2, T, D), unconditional first, with guidance,
-            or (1, T, D) without; None for a model without cross-attention.
-        vector: Added to the time embedding, (2, V) or (1, V) like the context; None for a model
-            without.
-        concat: Channels concatenated to the latents: (1, c, h, w), or None. With guidance both
-            halves of the batch have them.
+            or (1, T, D) without, or a row for each of `ResolvedRequest.guidance.samples`; None for
+            a model without cross-attention.
+        vector: Added to the time embedding, with rows like the context; None for a model without.
+        concat: Channels concatenated to the latents: (1, c, h, w) for all samples, or with rows
+            like the context; None for a model without.
     """
 
     context: Float32Array | None = None

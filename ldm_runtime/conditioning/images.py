@@ -1,4 +1,4 @@
-"""Images concatenated to the latents: one to upscale, or one with a masked region to fill."""
+"""Images concatenated to the latents: to upscale, to edit, or with a masked region to fill."""
 
 from dataclasses import replace
 
@@ -78,6 +78,39 @@ def encode_text_and_masked_image(
     latents = encode_pixels(network("vae_encoder"), masked, spec) * scale
     concat = np.concatenate([_first_pixels(region, spec), latents], axis=1)
     return replace(encode_text(network, tokenizer, request, spec), concat=concat)
+
+
+def encode_text_and_image(
+    network: OpenNetwork,
+    tokenizer: Tokenizer | None,
+    request: ResolvedRequest,
+    spec: ModelSpec,
+) -> Conditioning:
+    """Return context (K, T, D) of the prompts, and concat (K, C, h, w): the image to edit.
+
+    K is the number of samples that guidance asks for, see `requests.guidance`. Only the last one
+    sees the prompt, the others the negative prompt; one that sees nothing has zeros in place of the
+    image. Latents are unscaled, as the autoencoder has them. The image is padded to their size by
+    repeating its right and lower edge. Source: `edit_cli.py` of timothybrooks/instruct-pix2pix,
+    commit 0dffd1e.
+
+    See `ldm_runtime.conditioning.encode_conditioning`.
+    """
+    source = init_image(request, spec)
+    assert source is not None, "a request to edit has an image"
+    pixels = source.padded(*padded_size(request, spec)).image.pixels
+    latents = encode_pixels(network("vae_encoder"), to_float(pixels[None]), spec)
+    text = encode_text(network, tokenizer, request, spec)
+    samples = request.guidance.samples
+    rows = [-1 if seen == "everything" else 0 for seen in samples]
+    assert text.context is not None, "a model with prompts has cross-attention"
+    return Conditioning(
+        context=text.context[rows],
+        vector=None if text.vector is None else text.vector[rows],
+        concat=np.concatenate(
+            [np.zeros_like(latents) if seen == "nothing" else latents for seen in samples]
+        ),
+    )
 
 
 def _masked_pixels(request: ResolvedRequest, spec: ModelSpec) -> tuple[Float32Array, Float32Array]:

@@ -2,8 +2,9 @@
 
 Guidance needs two samples per image from the UNet and from the encoders of prompts, layouts and
 classes, one with and one without the condition, so that their profiles are optimized for a batch
-size of twice the number of images. A batch size of 1 stays possible, for a guidance scale of 1,
-unless the shapes are static. Models that cannot be guided need one sample per image.
+size of twice the number of images; of a UNet that an image guides as well, three times. A batch
+size of 1 stays possible, for a guidance scale of 1, unless the shapes are static. Models that
+cannot be guided need one sample per image.
 
 The UNet is optimized for prompts of one chunk of the text encoder and serves longer ones, of up to
 four chunks; with retrieval, for one embedding, and serves up to 21, a text's and those of 20
@@ -18,16 +19,15 @@ from types import MappingProxyType
 
 from ldm_runtime.engines.records import ProfileRecord
 from ldm_runtime.errors import EngineBuildError
-from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of, size_step
 from ldm_runtime.specs.networks import TextEncoderSpec
-from ldm_runtime.specs.tasks import can_guide, runs_in_patches
+from ldm_runtime.specs.tasks import runs_in_patches, samples_per_image
 from ldm_runtime.tiling.patches import PATCH
 
 _BELOW_PIXELS, _ABOVE, _MAX_BATCH = 256, 1.5, 4
 #: Longest context, in units of the shortest: chunks of a prompt, embeddings.
 _LONGEST_CONTEXT: Mapping[Task, int] = MappingProxyType(
-    {"text-to-image": 4, "text-inpainting": 4, "retrieval": 21}
+    {"text-to-image": 4, "text-inpainting": 4, "image-editing": 4, "retrieval": 21}
 )
 
 #: Height and width in pixels.
@@ -113,7 +113,7 @@ def component_profiles(
     name: str, spec: ModelSpec, shapes: EngineShapes
 ) -> tuple[ProfileRecord, ...]:
     """Return the shapes that the engine of component `name` takes, one record per input."""
-    samples = COMPONENTS[name].samples_per_image if can_guide(spec) else 1
+    samples = samples_per_image(spec, name)
     most = samples * shapes.max_batch
     longest = 1 if shapes.static else _LONGEST_CONTEXT.get(spec.task, 1)
     sizes = {

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from ldm_runtime.requests.guidance import GuidanceChain, guidance_chain
 from ldm_runtime.schedules import timestep_of
 from ldm_runtime.specs.model import PredictionType
 
@@ -67,22 +69,24 @@ def rescale_guidance(guided: Float32Array, cond: Float32Array, share: float) -> 
 class GuidedDenoiser:
     """A network as a denoiser, with classifier-free guidance in one batched call.
 
-    Source: Ho and Salimans 2022 (arXiv:2207.12598), equation 6 with w = guidance_scale - 1,
-    on the raw prediction.
+    Guidance acts on the raw prediction; `requests.guidance` has its equation and sources.
 
     Attributes:
         network: Maps latents (N, C, h, w) of unit variance, timesteps (N,) and context (N, T, D)
             or None to the prediction, shaped like the latents; all float32. Its context is always
             one and the same array where guidance is on, and one other where it is off.
         training_sigmas: Noise level of every training timestep.
-        context: Keys and values of cross-attention, shape (B, T, D) if `guidance_scale` is 1 and
-            else (2B, T, D), the unconditional half first. None for a model without context, which
-            cannot be guided.
-        guidance_scale: 1 is the unguided conditional model, in a call of half the batch size.
+        context: Keys and values of cross-attention, shape (KB, T, D), where K is the number of
+            samples that guidance asks for, the unconditional ones first: 2, or 1 without guidance,
+            or 3 if an image guides as well. None for a model without context, which cannot be
+            guided.
+        guidance_scale: 1 is the unguided conditional model, in a call of one sample per image.
         prediction_type: The quantity that the network was trained to predict.
+        image_guidance_scale: Guidance by an image that only the first of three samples lacks; 1 is
+            none.
         guidance_rescale: Share of `rescale_guidance`.
         guidance_interval: Lowest and highest noise level with guidance, both included; outside it
-            the model is unguided, in a call of half the batch size. None is everywhere.
+            the model is unguided, in a call of one sample per image. None is everywhere.
             Source: Kynkäänniemi et al. 2024 (arXiv:2404.07724).
     """
 
@@ -91,6 +95,7 @@ class GuidedDenoiser:
     context: Float32Array | None
     guidance_scale: float
     prediction_type: PredictionType
+    image_guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
 
@@ -108,17 +113,20 @@ class GuidedDenoiser:
         return to_x0(predict(batch, timestep), latents, sigma, self.prediction_type)
 
     def is_guided(self, sigma: float) -> bool:
-        """Whether guidance is on at a noise level, which doubles the batch size."""
+        """Whether guidance is on at a noise level, which multiplies the batch size."""
         low, high = self.guidance_interval or (0.0, math.inf)
-        return self.guidance_scale != 1 and low <= sigma <= high
+        return bool(self._chain.scales) and low <= sigma <= high
 
     def _guided(self, batch: Float32Array, timestep: float) -> Float32Array:
-        pair = self._run(np.concatenate([batch, batch]), timestep, self.context)
-        uncond, cond = np.split(pair, 2)
-        guided = uncond + self.guidance_scale * (cond - uncond)
+        count = len(self._chain.samples)
+        joined = self._run(np.concatenate([batch] * count), timestep, self.context)
+        predictions = np.split(joined, count)
+        guided = predictions[0]
+        for scale, (less, more) in zip(self._chain.scales, pairwise(predictions), strict=True):
+            guided = guided + scale * (more - less)
         if self.guidance_rescale == 0:
             return guided
-        return rescale_guidance(guided, cond, self.guidance_rescale)
+        return rescale_guidance(guided, predictions[-1], self.guidance_rescale)
 
     def _conditional(self, batch: Float32Array, timestep: float) -> Float32Array:
         return self._run(batch, timestep, self._conditional_context)
@@ -130,19 +138,23 @@ class GuidedDenoiser:
 
     @cached_property
     def _conditional_context(self) -> Float32Array | None:
-        if self.context is None or self.guidance_scale == 1:
+        if self.context is None or not self._chain.scales:
             return self.context
-        return np.split(self.context, 2)[1]
+        return np.split(self.context, len(self._chain.samples))[-1]
+
+    @cached_property
+    def _chain(self) -> GuidanceChain:
+        return guidance_chain(self.guidance_scale, self.image_guidance_scale)
 
     def _check_context(self, images: int) -> None:
         if self.context is None:
-            if self.guidance_scale != 1:
+            if self._chain.scales:
                 raise ValueError(
                     f"guidance scale {self.guidance_scale} needs a context to steer away from, "
                     "and there is none; make it 1"
                 )
             return
-        expected = images if self.guidance_scale == 1 else 2 * images
+        expected = len(self._chain.samples) * images
         if len(self.context) != expected:
             raise ValueError(
                 f"context has batch size {len(self.context)}, but {images} latents at guidance "

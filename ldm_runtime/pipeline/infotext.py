@@ -20,6 +20,7 @@ from ldm_runtime.requests.resolved import NoImage, PromptCondition, ResolvedRequ
 from ldm_runtime.requests.sampler_names import known_sampler, known_schedule
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
+from ldm_runtime.specs.tasks import TASKS
 
 #: Most characters that are read: `read_infotext` looks at text from strangers.
 MAX_CHARACTERS = 100_000
@@ -171,6 +172,8 @@ def _optional_values(request: ResolvedRequest) -> dict[str, object]:
         values["Hires upscale"] = f"{request.passes[-1].scale:g}"
     elif not isinstance(request.source_image, NoImage):
         values["Denoising strength"] = f"{request.passes[0].strength:g}"
+    if TASKS[request.task].guides_by_image:
+        values["Image CFG scale"] = f"{request.image_guidance_scale:g}"
     if SAMPLERS[request.sampler].uses_eta:
         values["Eta"] = f"{request.eta:g}"
     labels = {name: label for label, name in _NOISES.items() if label != "NV"}
@@ -268,6 +271,7 @@ _READERS: Mapping[str, Callable[[str], dict[str, Any]]] = MappingProxyType(
         "Sampler": _read_sampler,
         "Schedule type": _read_schedule,
         "CFG scale": _number("guidance_scale"),
+        "Image CFG scale": _number("image_guidance_scale"),
         "Seed": _whole("seed"),
         "Size": _read_size,
         "Variation seed": _whole("variation_seed"),

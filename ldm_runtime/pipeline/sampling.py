@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -199,7 +199,10 @@ class _RecordingDenoiser:
 
 
 class _UNet:
-    """The UNet as a `Network`: context is bound once, channels are concatenated at every call."""
+    """The UNet as a `Network`: context is bound once, channels are concatenated at every call.
+
+    Without guidance the context has the conditional rows, the last, and so have the others.
+    """
 
     def __init__(self, engine: Runner, conditioning: Conditioning, *, in_patches: bool) -> None:
         self._engine = engine
@@ -224,8 +227,7 @@ class _UNet:
         """Concatenate the conditioning channels to every sample of the latents."""
         if self._concat is None:
             return latents
-        concat = np.repeat(self._concat, len(latents), axis=0)
-        return np.concatenate([latents, concat], axis=1)
+        return np.concatenate([latents, self._concat[-len(latents) :]], axis=1)
 
     def _runner(self, context: Float32Array) -> Runner:
         for known, runner in self._bound:
@@ -233,7 +235,6 @@ class _UNet:
                 return runner
         constants = {"context": context}
         if self._vector is not None:
-            # Without guidance the context is the conditional half, the last, and so is the vector.
             constants["vector"] = self._vector[-len(context) :]
         runner = bind_constants(self._engine, constants)
         self._bound.append((context, runner))
@@ -241,12 +242,14 @@ class _UNet:
 
 
 def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
-    """Return the conditioning of a batch: each row of context and vector `count` times."""
-    context, vector = (
-        None if rows is None else np.repeat(rows, count, axis=0)
-        for rows in (conditioning.context, conditioning.vector)
+    """Return the conditioning of a batch of `count` images, with a row for each of its samples."""
+    parts = conditioning.context, conditioning.vector, conditioning.concat
+    samples = max(len(rows) for rows in (*parts, ()) if rows is not None)
+    context, vector, concat = (
+        None if rows is None else np.repeat(rows, count * samples // len(rows), axis=0)
+        for rows in parts
     )
-    return replace(conditioning, context=context, vector=vector)
+    return Conditioning(context=context, vector=vector, concat=concat)
 
 
 def _denoiser(
@@ -261,6 +264,7 @@ def _denoiser(
         training_sigmas=table,
         context=conditioning.context,
         guidance_scale=request.guidance_scale,
+        image_guidance_scale=request.image_guidance_scale,
         guidance_rescale=request.guidance_rescale,
         guidance_interval=request.guidance_interval,
         prediction_type=spec.prediction_type,

@@ -104,6 +104,7 @@ class RequestFields(TypedDict, total=False):
     preset: PresetName | None
     num_inference_steps: int | None
     guidance_scale: float | None
+    image_guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: NumbersInput | None
     sampler: SamplerName | None

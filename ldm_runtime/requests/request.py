@@ -57,9 +57,10 @@ class GenerationRequest:
     its flag; `FIELDS` has the record of each. `sampler` and `schedule` may have the names of other
     programs, see `sampler_names`, and hold this program's afterwards.
 
-    Sources: classifier-free guidance is Ho and Salimans 2022 (arXiv:2207.12598), its rescaling
-    Lin et al. 2023 (arXiv:2305.08891) section 3.4, its interval Kynkäänniemi et al. 2024
-    (arXiv:2404.07724), and zero terminal SNR Lin et al. 2023 algorithm 1.
+    Sources: classifier-free guidance is Ho and Salimans 2022 (arXiv:2207.12598), guidance by an
+    image Brooks et al. 2023 (arXiv:2211.09800), the rescaling of guidance Lin et al. 2023
+    (arXiv:2305.08891) section 3.4, its interval Kynkäänniemi et al. 2024 (arXiv:2404.07724), and
+    zero terminal SNR Lin et al. 2023 algorithm 1.
 
     Raises:
         RequestError: A field is unknown, has the wrong type or lies out of range.
@@ -238,6 +239,16 @@ class GenerationRequest:
             flags=("--cfg-scale",),
         ),
     ] = None
+    image_guidance_scale: Annotated[
+        float | None,
+        about(
+            "guidance by the image to edit: more keeps more of it, 1 is none; default: 1.5",
+            "Guidance",
+            low=0.0,
+            high=100.0,
+            metavar="W",
+        ),
+    ] = None
     guidance_rescale: Annotated[
         float,
         about(
@@ -336,7 +347,7 @@ class GenerationRequest:
     image: Annotated[
         InputImage | None,
         about(
-            "image to start from; to enlarge, inpaint or encode, if that is the bundle's task",
+            "image to start from; to enlarge, inpaint, edit or encode, if that is the task",
             "Input image",
             metavar="FILE",
             example="--image photo.png",

@@ -41,6 +41,8 @@ from ldm_runtime.specs.tasks import can_guide, task_record
 #: Default `strength` without and with a mask, and that of the second pass at high resolution: the
 #: share of an image that is forgotten.
 IMAGE_STRENGTH, MASK_STRENGTH, HIRES_STRENGTH = 0.8, 1.0, 0.6
+#: Default `image_guidance_scale` of models that edit images: that of both InstructPix2Pix models.
+IMAGE_GUIDANCE_SCALE = 1.5
 
 _T = TypeVar("_T")
 
@@ -54,6 +56,7 @@ class _Sampling:
     sigmas: tuple[float, ...] = ()
     eta: float = 0.0
     guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.0
 
 
 def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> ResolvedRequest:
@@ -96,6 +99,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         eta=sampling.eta,
         zero_terminal_snr=request.zero_terminal_snr,
         guidance_scale=sampling.guidance_scale,
+        image_guidance_scale=sampling.image_guidance_scale,
         guidance_rescale=request.guidance_rescale,
         guidance_interval=_first(request.guidance_interval, EVERY_SIGMA),
         seed=seed,
@@ -216,6 +220,7 @@ def _sampling(request: GenerationRequest, spec: ModelSpec) -> _Sampling:
             f"sampler {name!r} has none, got {eta}; leave it out or choose one of {users}",
         )
     scale = defaults.guidance_scale if can_guide(spec) else 1.0
+    image_scale = IMAGE_GUIDANCE_SCALE if task_record(spec).guides_by_image else 1.0
     schedule, sigmas = _sigmas(request, record, spec)
     return _Sampling(
         sampler=name,
@@ -223,6 +228,7 @@ def _sampling(request: GenerationRequest, spec: ModelSpec) -> _Sampling:
         sigmas=sigmas,
         eta=eta,
         guidance_scale=_first(request.guidance_scale, scale),
+        image_guidance_scale=_first(request.image_guidance_scale, image_scale),
     )
 
 

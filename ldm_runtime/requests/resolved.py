@@ -13,6 +13,7 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
+from ldm_runtime.requests.guidance import GuidanceChain, guidance_chain
 from ldm_runtime.requests.micro_conditioning import MicroConditioning
 from ldm_runtime.requests.request import CUSTOM, MAX_SIGMA, GenerationRequest, changed_fields
 from ldm_runtime.specs.model import Task
@@ -184,6 +185,7 @@ class ResolvedRequest:
         eta: Share of fresh noise per step.
         zero_terminal_snr: Whether the training schedule is rescaled to end in pure noise.
         guidance_scale: Classifier-free guidance; 1 is the unguided model.
+        image_guidance_scale: Guidance by the image to edit; 1 is none, as in every other task.
         guidance_rescale: How far guided predictions get the contrast of unguided ones, 0 to 1.
         guidance_interval: Lowest and highest sigma with guidance.
         seed: Image i samples its noise from seed + i.
@@ -208,6 +210,7 @@ class ResolvedRequest:
     eta: float
     zero_terminal_snr: bool
     guidance_scale: float
+    image_guidance_scale: float
     guidance_rescale: float
     guidance_interval: tuple[float, float]
     seed: int
@@ -229,7 +232,12 @@ class ResolvedRequest:
     @property
     def is_guided(self) -> bool:
         """Whether the UNet also sees what the result is steered away from."""
-        return self.guidance_scale != 1
+        return bool(self.guidance.scales)
+
+    @property
+    def guidance(self) -> GuidanceChain:
+        """The samples that an image asks of the UNet, and the scales between them."""
+        return guidance_chain(self.guidance_scale, self.image_guidance_scale)
 
     @property
     def is_variation(self) -> bool:
@@ -319,6 +327,8 @@ def _sampling_fields(request: ResolvedRequest) -> dict[str, object]:
     if request.is_variation:
         known["variation_seed"] = request.variation_seed
         known["variation_strength"] = request.variation_strength
+    if TASKS[request.task].guides_by_image:
+        known["image_guidance_scale"] = request.image_guidance_scale
     if isinstance(request.first_noise, GivenNoise):
         known["latents"] = request.first_noise.latents
     if not isinstance(request.source_image, NoImage) and TASKS[request.task].image == "start":

@@ -56,7 +56,8 @@ class Component:
         lengths: Attribute of `record` that is the length of each fixed axis; None there means that
             the model does not have that axis.
         counts: Attribute of `record` that says how many values each integer input may take.
-        samples_per_image: Batch size that one image asks of it with guidance.
+        samples_per_image: Batch size that one image asks of it with guidance; of the UNet one more
+            where an image guides as well, see `tasks.samples_per_image`.
         trace_seconds: Estimated seconds to trace and compare it on two cores, whatever its size.
     """
 

@@ -18,6 +18,7 @@ Task = Literal[
     "super-resolution",
     "inpainting",
     "text-inpainting",
+    "image-editing",
     "retrieval",
     "autoencoder",
 ]

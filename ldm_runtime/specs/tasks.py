@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec, Task
 from ldm_runtime.specs.networks import ClassEmbedderSpec
 
@@ -36,6 +37,7 @@ _PROMPTS = frozenset(
 _MASKS = ("mask_image", "outpaint")
 _START = frozenset({"image", "strength", "mask_image", "outpaint"})
 _HIRES = frozenset({"hires_scale", "hires_strength"})
+_IMAGE_GUIDANCE = "image_guidance_scale"
 #: Fields of every model that samples from noise and decodes at any size.
 _GENERATION = _SAMPLING | _START | _HIRES | _TILES
 
@@ -65,6 +67,11 @@ class TaskRecord:
     def takes(self) -> frozenset[str]:
         """Every field that means something to the task."""
         return _ANY | self.permits | {name for group in self.needs for name in group}
+
+    @property
+    def guides_by_image(self) -> bool:
+        """Whether guidance also steers away from the prediction without the image."""
+        return _IMAGE_GUIDANCE in self.permits
 
     @property
     def samples(self) -> bool:
@@ -97,6 +104,13 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             image="condition",
             has_null=True,
         ),
+        # No second pass: the image would have to be encoded again at its size.
+        "image-editing": TaskRecord(
+            needs=(("prompt",), ("image",)),
+            permits=_SAMPLING | _TILES | _PROMPTS | {_IMAGE_GUIDANCE},
+            image="condition",
+            has_null=True,
+        ),
         "retrieval": TaskRecord(needs=(("embeddings",),), permits=_GENERATION, has_null=True),
         "autoencoder": TaskRecord(needs=(("image",),), permits=_TILES, image="condition"),
     }
@@ -117,6 +131,15 @@ def can_guide(spec: ModelSpec) -> bool:
     """Return whether a model has a null condition, which guidance needs."""
     embedder = spec.find(ClassEmbedderSpec)
     return task_record(spec).has_null and (embedder is None or embedder.null_class is not None)
+
+
+def samples_per_image(spec: ModelSpec, component: str) -> int:
+    """Return the largest batch size that one image asks of a component."""
+    if not can_guide(spec):
+        return 1
+    row = COMPONENTS[component]
+    is_twice_guided = row.role == "denoiser" and task_record(spec).guides_by_image
+    return row.samples_per_image + is_twice_guided
 
 
 def runs_in_patches(spec: ModelSpec) -> bool:

@@ -46,6 +46,10 @@ _GOLDEN: Mapping[Task, tuple[Mapping[str, object], ...]] = MappingProxyType(
             {"prompt": "red", "image": _IMAGE, "mask_image": _MASK, **_GUIDED},
             {"prompt": "a circle", "image": _IMAGE, "outpaint": (8, 0, 0, 4), **_UNGUIDED},
         ),
+        "image-editing": (
+            {"prompt": "make it red", "image": _IMAGE, **_GUIDED},
+            {"prompt": "a circle", "image": _IMAGE, "image_guidance_scale": 1.0, **_UNGUIDED},
+        ),
         "retrieval": (
             {"embeddings": np.eye(2, 8, dtype=np.float32) + 0.5, **_GUIDED},
             {"embeddings": np.ones((1, 8), dtype=np.float32), **_UNGUIDED},

@@ -192,6 +192,7 @@ _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
         "super-resolution": _spec("super-resolution", concat=3),
         "inpainting": _spec("inpainting", concat=4),
         "text-inpainting": _with_unet(TINY_SPEC, "text-inpainting", in_channels=9),
+        "image-editing": _with_unet(TINY_SPEC, "image-editing", in_channels=8),
         "retrieval": _spec("retrieval"),
         "autoencoder": replace(
             _spec("unconditional").with_networks(unet=None), task="autoencoder", alphas_cumprod=()

@@ -170,6 +170,29 @@ def test_parts_of_sdxl_that_do_not_fit_are_an_error(layout, message):
         detect(tensors)
 
 
+#: The entries of `configs/generate.yaml` of timbrooks/instruct-pix2pix that say something.
+INSTRUCT_PIX2PIX = {
+    "model": {
+        "target": "ldm.models.diffusion.ddpm_edit.LatentDiffusion",
+        "params": {
+            "linear_start": 0.00085,
+            "linear_end": 0.0120,
+            "timesteps": 1000,
+            "image_size": 64,
+            "conditioning_key": "hybrid",
+            "scale_factor": 0.18215,
+            "use_ema": True,
+            "load_ema": True,
+            "unet_config": {
+                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                "params": {"in_channels": 8, "out_channels": 4, "num_heads": 8},
+            },
+            "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+        },
+    }
+}
+
+
 @pytest.mark.parametrize(("layout", "family"), [(SD1, "1"), (SD2, "2")])
 def test_nine_channels_are_an_inpainting_model_that_predicts_noise(layout, family):
     spec = detect(checkpoint(replace(layout, in_channels=9))).spec
@@ -177,6 +200,24 @@ def test_nine_channels_are_an_inpainting_model_that_predicts_noise(layout, famil
     assert spec.family == f"stable-diffusion-{family}-inpainting"
     assert (spec.task, spec.prediction_type) == ("text-inpainting", "epsilon")
     assert (spec.unet.concat_channels, spec.defaults.height) == (5, 512)
+
+
+def test_eight_channels_are_instruct_pix2pix_with_the_sampling_of_its_script():
+    layout = replace(SD1, in_channels=8)
+
+    spec = detect(checkpoint(layout, ema=True), config=INSTRUCT_PIX2PIX).spec
+
+    assert (spec.family, spec.task, spec.weights) == ("instruct-pix2pix", "image-editing", "ema")
+    assert (spec.unet.concat_channels, spec.prediction_type) == (4, "epsilon")
+    defaults = spec.defaults
+    assert (defaults.sampler, defaults.schedule) == ("euler_ancestral", "linspace")
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.eta) == (100, 7.5, 1.0)
+    assert detect(checkpoint(layout)).spec.weights == "model"
+
+
+def test_eight_channels_of_stable_diffusion_2_are_not_known():
+    with pytest.raises(UnknownModelError):
+        detect(checkpoint(replace(SD2, in_channels=8)))
 
 
 @pytest.mark.parametrize(

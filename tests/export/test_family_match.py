@@ -22,7 +22,6 @@ def changed(tensors, *, without=(), **added):
 LABELS = "model.diffusion_model.label_emb"
 
 RECOGNISED = {
-    "instruct-pix2pix": checkpoint(replace(SD1, in_channels=8)),
     "stable-diffusion-2-depth": checkpoint(replace(SD2, in_channels=5)),
     "stable-diffusion-x4-upscaler": changed(
         checkpoint(replace(SD2, in_channels=7, model_channels=256)),

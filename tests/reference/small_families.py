@@ -163,6 +163,9 @@ SDXL_REFINER = SmallFamily(
 SD_1_INPAINTING = SmallFamily(
     unet=replace(UNET, in_channels=9), text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER}
 )
+INSTRUCT_PIX2PIX = SmallFamily(
+    unet=replace(UNET, in_channels=8), text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER}
+)
 SD_2_INPAINTING = SmallFamily(
     unet=replace(UNET, in_channels=9, **_LINEAR),
     text_encoders={"cond_stage_model.model.": _OPENCLIP},

@@ -13,7 +13,9 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -29,6 +31,7 @@ from ldm_runtime.pipeline.image_pipeline import ImagePipeline
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
 from tests.reference.small_families import (
+    INSTRUCT_PIX2PIX,
     SD_1_INPAINTING,
     SD_2,
     SD_2_INPAINTING,
@@ -254,6 +257,37 @@ def test_inpainting_models_fill_the_mask_as_diffusers_does(tmp_path, monkeypatch
     assert (ours.spec.family, ours.spec.task) == (name, "text-inpainting")
     expected = np.where(inside[..., None], as_arrays(expected.images), np.asarray(image))
     assert lowest_psnr(images, expected) >= 60
+
+
+#: Scales of guidance by prompt and by image: between them 3, 3, 2, 2, 3 samples and 1.
+EDITS = [(7.5, 1.5), (1.0, 1.5), (7.5, 1.0), (3.0, 3.0), (2.0, 0.0), (1.0, 1.0)]
+EULER = {**TRAINED, "timestep_spacing": "linspace"}
+SAMPLERS = {
+    "ddim": (ddim("epsilon"), {}),
+    "euler": (EulerDiscreteScheduler(**EULER), {"sampler": "euler", "schedule": "linspace"}),
+}
+
+
+@pytest.mark.parametrize(("guidance_scale", "image_guidance_scale"), EDITS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_instruct_pix2pix_edits_as_diffusers_does(
+    tmp_path, monkeypatch, sampler, guidance_scale, image_guidance_scale
+):
+    """diffusers guides only where both scales are above a limit; its formula holds everywhere."""
+    kind = StableDiffusionInstructPix2PixPipeline
+    monkeypatch.setattr(kind, "do_classifier_free_guidance", True)
+    state = state_dict(INSTRUCT_PIX2PIX)
+    theirs = diffusers_pipeline(kind, INSTRUCT_PIX2PIX, state, tmp_path)
+    theirs.scheduler, sampling = SAMPLERS[sampler]
+    ours, (image, _) = open_networks(state), photo()
+    fields = {name: COMMON[name] for name in ("negative_prompt", "num_inference_steps")}
+    fields |= {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+    expected = theirs(PROMPT, image=image, latents=noise(ours), **fields)
+
+    images = generate(ours, prompt=PROMPT, image=image, **fields | sampling)
+
+    assert (ours.spec.family, ours.spec.task) == ("instruct-pix2pix", "image-editing")
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 
 @pytest.mark.parametrize(

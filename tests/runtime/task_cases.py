@@ -16,6 +16,7 @@ NEEDED = {
     "super-resolution": {"image": PICTURE},
     "inpainting": {"image": PICTURE, "mask_image": PICTURE},
     "text-inpainting": {"prompt": "red", "image": PICTURE, "mask_image": PICTURE},
+    "image-editing": {"prompt": "make it red", "image": PICTURE},
     "retrieval": {"embeddings": np.eye(3, 8, dtype=np.float32)},
     "autoencoder": {"image": PICTURE},
 }

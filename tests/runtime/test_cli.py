@@ -272,6 +272,7 @@ COMMANDS = {
     "super-resolution": (["--image", "photo.png"], (64, 48)),
     "inpainting": (["--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
     "text-inpainting": (["red", "--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
+    "image-editing": (["make it red", "--image", "photo.png"], (32, 24)),
     "retrieval": (["--embeddings", "vectors.npy"], (16, 16)),
     "autoencoder": (["--image", "photo.png"], (32, 24)),
 }

@@ -183,6 +183,52 @@ def test_swapped_halves_of_the_context_are_noticed():
     assert np.abs(swapped - (latents - sigma * epsilon)).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("guidance_scale", "image_guidance_scale", "values", "factor"),
+    [
+        (3.0, 1.5, (0.1, 0.3, 0.7), 0.1 + 1.5 * (0.3 - 0.1) + 3.0 * (0.7 - 0.3)),
+        (1.0, 1.5, (0.1, 0.3, 0.7), 0.1 + 1.5 * (0.3 - 0.1) + (0.7 - 0.3)),
+        (0.0, 1.5, (0.1, 0.3, 0.7), 0.1 + 1.5 * (0.3 - 0.1)),
+        (3.0, 0.0, (0.1, 0.3, 0.7), 0.1 + 3.0 * (0.7 - 0.3)),
+        (3.0, 1.0, (0.3, 0.7), 0.3 + 3.0 * (0.7 - 0.3)),
+        (3.0, 3.0, (0.1, 0.7), 0.1 + 3.0 * (0.7 - 0.1)),
+        (0.0, 0.0, (0.1, 0.7), 0.1),
+        (1.0, 1.0, (0.7,), 0.7),
+    ],
+)
+def test_prompt_and_image_guide_in_one_call_without_samples_that_weigh_nothing(
+    guidance_scale, image_guidance_scale, values, factor
+):
+    """Brooks et al. 2023, equation 3, of predictions without both, without the prompt, and full."""
+    network, latents, sigma = FakeNetwork(), normal(2, 4, 3, 3), float(TABLE[7])
+    denoise = guided(
+        network,
+        context=np.repeat(rows(*values), 2, axis=0),
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+    )
+
+    x0 = denoise(latents, sigma)
+
+    assert [len(batch) for batch, _, _ in network.calls] == [2 * len(values)]
+    expected = latents - sigma * factor * latents / math.hypot(1, sigma)
+    np.testing.assert_allclose(x0, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_outside_its_interval_an_image_does_not_guide_either():
+    network, latents, context = FakeNetwork(), normal(1, 4, 3, 3), rows(0.1, 0.3, 0.7)
+    denoise = guided(
+        network, context=context, image_guidance_scale=1.5, guidance_interval=(1.0, 5.0)
+    )
+
+    unguided = denoise(latents, 9.0)
+    denoise(latents, 3.0)
+
+    assert [len(batch) for batch, _, _ in network.calls] == [1, 3]
+    never = guided(FakeNetwork(), context=context[2:], guidance_scale=1.0)
+    np.testing.assert_array_equal(unguided, never(latents, 9.0))
+
+
 def test_guidance_outside_its_interval_is_off_and_costs_half():
     network, latents, sigmas = FakeNetwork(), normal(2, 4, 3, 3), [9.0, 5.0, 3.0, 1.0, 0.5]
     context = rows(0.1, 0.2, 0.7, 0.9)

@@ -119,6 +119,15 @@ def test_every_profile_is_ordered_and_has_the_axes_of_the_component_table(native
             assert all(ends == [77, 77, 77 if static else 308] for ends in chunks)
 
 
+def test_an_image_that_guides_as_well_adds_a_row_of_the_unet_alone():
+    spec, static = tiny_spec("image-editing"), SizeRange(static=True, max_batch=2)
+
+    assert profile("unet", "latents", spec=spec) == ((1, 8, 4, 4), (3, 8, 8, 8), (12, 8, 12, 12))
+    assert profile("text_encoder", "tokens", spec=spec) == ((1, 16), (2, 16), (8, 16))
+    assert profile("unet", "timesteps", static, spec=spec) == ((6,),) * 3
+    assert profile("text_encoder", "tokens", static, spec=spec) == ((4, 16),) * 3
+
+
 @pytest.mark.parametrize(
     ("task", "rows"), [("class-to-image", 2), ("layout-to-image", 2), ("unconditional", 1)]
 )

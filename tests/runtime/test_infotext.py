@@ -176,6 +176,18 @@ def test_a_text_has_the_values_of_the_request_in_the_order_of_the_web_ui():
     )
 
 
+def test_guidance_by_an_image_has_the_name_of_the_web_ui(bundle_of):
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+    with Generator(bundle_of("image-editing"), threads=1) as generator:
+        result = generator(PROMPT, image=image, image_guidance_scale=1.25, seed=7)
+
+    text = result.metadata(0)["parameters"]
+
+    assert "CFG scale: 3, " in text
+    assert "Image CFG scale: 1.25, " in text
+    assert read_infotext(text).request["image_guidance_scale"] == 1.25
+
+
 def test_a_request_without_a_prompt_has_no_text(bundle_of):
     with Generator(bundle_of("unconditional"), threads=1) as generator:
         request = generator(seed=1).request

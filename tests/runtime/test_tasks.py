@@ -9,7 +9,7 @@ from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.task_checks import check_needs
 from ldm_runtime.specs.model import Task
-from ldm_runtime.specs.tasks import TASKS, can_guide
+from ldm_runtime.specs.tasks import TASKS, can_guide, samples_per_image
 from ldm_runtime.testing import tiny_spec
 from tests.runtime.task_cases import NEEDED, PICTURE
 
@@ -35,6 +35,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "eta": 0.5,
     "zero_terminal_snr": True,
     "guidance_scale": 2.0,
+    "image_guidance_scale": 2.0,
     "guidance_rescale": 0.5,
     "guidance_interval": (0.5, 2.0),
     "noise": "torch-cuda",
@@ -83,6 +84,8 @@ def test_what_a_task_needs_is_enough_and_resolves_once_and_for_all(task):
         ("super-resolution", "image", "give image"),
         ("inpainting", "image", "give image"),
         ("inpainting", "mask_image", "give mask_image or outpaint"),
+        ("image-editing", "image", "give image"),
+        ("image-editing", "prompt", "give prompt"),
         ("retrieval", "embeddings", "give embeddings"),
         ("autoencoder", "image", "give image"),
     ],
@@ -139,12 +142,28 @@ def test_what_is_missing_is_said_before_what_is_too_much():
         ("super-resolution", False),
         ("inpainting", False),
         ("text-inpainting", True),
+        ("image-editing", True),
         ("retrieval", True),
         ("autoencoder", False),
     ],
 )
 def test_guidance_takes_a_condition_that_says_nothing(task, expected):
     assert can_guide(tiny_spec(task)) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "component", "expected"),
+    [
+        ("text-to-image", "unet", 2),
+        ("text-to-image", "vae_decoder", 1),
+        ("image-editing", "unet", 3),
+        ("image-editing", "text_encoder", 2),
+        ("image-editing", "vae_encoder", 1),
+        ("inpainting", "unet", 1),
+    ],
+)
+def test_an_image_asks_for_as_many_samples_as_guidance_takes(task, component, expected):
+    assert samples_per_image(tiny_spec(task), component) == expected
 
 
 def test_classes_without_a_null_class_cannot_be_guided():
@@ -196,6 +215,6 @@ def test_a_picture_to_start_from_goes_with_every_task_that_starts_from_noise(tas
     assert resolved(task).passes[0].strength == 1.0
 
 
-@pytest.mark.parametrize("task", ["inpainting", "super-resolution", "autoencoder"])
+@pytest.mark.parametrize("task", ["inpainting", "image-editing", "super-resolution", "autoencoder"])
 def test_a_picture_that_is_the_condition_has_no_strength(task):
     assert resolved(task).as_request().strength is None
