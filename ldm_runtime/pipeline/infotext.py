@@ -164,15 +164,16 @@ def _without_effect(request: Mapping[str, Any], others: Mapping[str, str]) -> di
 def _optional_values(request: ResolvedRequest) -> dict[str, object]:
     """Return the values that the web UI leaves out where they are its defaults."""
     values: dict[str, object] = {}
+    task = TASKS[request.task]
     if request.is_variation:
         values["Variation seed"] = request.variation_seed
         values["Variation seed strength"] = f"{request.variation_strength:g}"
     if len(request.passes) > 1:
         values["Denoising strength"] = f"{request.passes[-1].strength:g}"
         values["Hires upscale"] = f"{request.passes[-1].scale:g}"
-    elif not isinstance(request.source_image, NoImage):
+    elif not isinstance(request.source_image, NoImage) and task.image == "start":
         values["Denoising strength"] = f"{request.passes[0].strength:g}"
-    if TASKS[request.task].guides_by_image:
+    if task.guides_by_image:
         values["Image CFG scale"] = f"{request.image_guidance_scale:g}"
     if SAMPLERS[request.sampler].uses_eta:
         values["Eta"] = f"{request.eta:g}"

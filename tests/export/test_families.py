@@ -9,7 +9,7 @@ import pytest
 
 from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
-from ldm_export.errors import ExportError, WeightsError
+from ldm_export.errors import ExportError, UnknownModelError, WeightsError
 from ldm_export.hyperparameters.unet import read_unet
 from ldm_export.networks.loading import check_weights
 from tests.export.sd_layout import (

@@ -27,7 +27,7 @@ def test_a_bundle_of_any_task_has_a_request_to_measure(bundles):
 
         assert subject.request.task == task
         assert subject.work["vae_decoder"].flops > 0
-        assert subject.rows == 2 if task not in ROWS else ROWS[task]
+        assert subject.rows == (3 if task == "image-editing" else 1 + subject.request.is_guided)
 
 
 def test_flags_change_the_request_that_is_measured(bundles):

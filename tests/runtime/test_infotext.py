@@ -19,7 +19,7 @@ from ldm_runtime.pipeline.infotext import (
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.testing import TINY_SPEC
+from ldm_runtime.testing import TINY_SPEC, tiny_spec
 
 PROMPT = "a large red circle left of a small blue square on a white background"
 #: From the web UI: a plain image, one with a quoted value and two passes, one from an image.
@@ -41,8 +41,8 @@ FROM_IMAGE = (
 )
 
 
-def text_of(**fields):
-    request = resolve(GenerationRequest(**{"prompt": "red", "seed": 7} | fields), TINY_SPEC)
+def text_of(spec=TINY_SPEC, **fields):
+    request = resolve(GenerationRequest(**{"prompt": "red", "seed": 7} | fields), spec)
     return write_infotext(
         request, checkpoint="model, v1: a", checkpoint_sha256="0123456789abcdef", version="1.0"
     )
@@ -176,16 +176,15 @@ def test_a_text_has_the_values_of_the_request_in_the_order_of_the_web_ui():
     )
 
 
-def test_guidance_by_an_image_has_the_name_of_the_web_ui(bundle_of):
-    image = np.zeros((16, 16, 3), dtype=np.uint8)
-    with Generator(bundle_of("image-editing"), threads=1) as generator:
-        result = generator(PROMPT, image=image, image_guidance_scale=1.25, seed=7)
+def test_guidance_by_an_image_has_the_name_of_the_web_ui():
+    spec, image = tiny_spec("image-editing"), np.zeros((16, 16, 3), dtype=np.uint8)
 
-    text = result.metadata(0)["parameters"]
+    text = text_of(spec, image=image, image_guidance_scale=1.25)
 
-    assert "CFG scale: 3, " in text
-    assert "Image CFG scale: 1.25, " in text
-    assert read_infotext(text).request["image_guidance_scale"] == 1.25
+    assert ", CFG scale: 3, " in text
+    assert ", Image CFG scale: 1.25, " in text
+    again = text_of(spec, image=image, **read_infotext(text).request)
+    assert again == text
 
 
 def test_a_request_without_a_prompt_has_no_text(bundle_of):
