@@ -22,6 +22,9 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     engines: "EngineOptions | None" = None,
     replace: bool = False,
     fp16: bool = True,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    tiny_decoder: str | Path | None = None,
     progress: "Progress | None" = None,
 ) -> "Manifest":
     """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out … --engines none`.
@@ -37,6 +40,9 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         engines: Which TensorRT engines to build; None builds none.
         replace: Whether a bundle of another checkpoint at `out` may be replaced.
         fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
+        vae: File or folder of an autoencoder that takes the place of the checkpoint's.
+        text_encoder: File or folder of a CLIP text encoder that does likewise.
+        tiny_decoder: File or folder of a TAESD that the bundle can decode with as well.
         progress: Told when steps begin and end.
 
     Raises:
@@ -58,5 +64,8 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         engines=engines or EngineOptions(builder="none"),
         replace=replace,
         fp16=fp16,
+        vae=None if vae is None else Path(vae),
+        text_encoder=None if text_encoder is None else Path(text_encoder),
+        tiny_decoder=None if tiny_decoder is None else Path(tiny_decoder),
     )
     return export_bundle(options, progress=progress)

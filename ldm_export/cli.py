@@ -112,6 +112,12 @@ def _add_model_flags(parser: Parser) -> None:
         help="CLIP text encoder to take in place of the checkpoint's, likewise",
     )
     features.add_argument(
+        "--tiny-decoder",
+        type=Path,
+        metavar="FILE",
+        help="TAESD decoder to take along, for images decoded with --decoder tiny, likewise",
+    )
+    features.add_argument(
         "--weights",
         choices=("ema", "model"),
         help="moving averages or last weights of training (default: what the configuration's "
@@ -233,7 +239,9 @@ def _export(args: argparse.Namespace) -> None:
     from ldm_export.intake.opening import open_model
 
     # A file that cannot be read is reported before torch loads.
-    with open_model(args.ckpt, vae=args.vae, text_encoder=args.text_encoder):
+    with open_model(
+        args.ckpt, vae=args.vae, text_encoder=args.text_encoder, tiny_decoder=args.tiny_decoder
+    ):
         pass
     from ldm_export.bundle import estimate_export, export_bundle
 
@@ -275,6 +283,7 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
         engines=engine_options(args, args.engines or ("auto" if args.fp16 else "none")),
         fp16=args.fp16,
         vae=args.vae,
+        tiny_decoder=args.tiny_decoder,
         text_encoder=args.text_encoder,
     )
 

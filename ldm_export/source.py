@@ -35,7 +35,7 @@ from ldm_runtime.specs.model import ModelSpec, PredictionType, components_of
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 13
+CACHE_VERSION = 14
 _SAMPLING_FIELDS = ("defaults", "prediction_type", "label_names")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -56,6 +56,7 @@ class ExportOptions:
         fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
         vae: File or folder of an autoencoder that takes the place of the checkpoint's.
         text_encoder: File or folder of a CLIP text encoder that does likewise.
+        tiny_decoder: File or folder of a TAESD that the bundle can decode with as well.
     """
 
     checkpoint: Path
@@ -68,6 +69,7 @@ class ExportOptions:
     fp16: bool = True
     vae: Path | None = None
     text_encoder: Path | None = None
+    tiny_decoder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.weights_dtype not in get_args(WeightsDType):
@@ -207,7 +209,12 @@ def open_checkpoint_of(options: ExportOptions) -> Checkpoint:
         CheckpointError: A file cannot be read.
         UnknownModelError: It is a folder with a pipeline that is not exported.
     """
-    return open_model(options.checkpoint, vae=options.vae, text_encoder=options.text_encoder)
+    return open_model(
+        options.checkpoint,
+        vae=options.vae,
+        text_encoder=options.text_encoder,
+        tiny_decoder=options.tiny_decoder,
+    )
 
 
 def checkpoint_sha256(checkpoint: Checkpoint) -> str:

@@ -37,10 +37,16 @@ from ldm_runtime.pipeline.step_reports import report_results, report_steps
 from ldm_runtime.progress import reporting_to
 from ldm_runtime.requests.call_arguments import request_from, requests_from
 from ldm_runtime.requests.checks import check_positive, whole_number
-from ldm_runtime.requests.input_types import ImageInput, PromptFields, RequestFields
+from ldm_runtime.requests.input_types import (
+    DecoderName,
+    ImageInput,
+    PromptFields,
+    RequestFields,
+)
 from ldm_runtime.requests.request import GenerationRequest, takes_fields
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.requests.task_checks import check_decoder
 from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.tasks import samples_per_image, task_record
 from ldm_runtime.text import Tokenizer
@@ -145,7 +151,9 @@ class Generator(Closing):
         except ValueError as error:
             raise RequestError("image", str(error)) from error
 
-    def decode(self, latents: Float32Array, *, tile_size: int = 0) -> list[Image.Image]:
+    def decode(
+        self, latents: Float32Array, *, tile_size: int = 0, decoder: DecoderName = "full"
+    ) -> list[Image.Image]:
         """Return the images of latents (N, C, h, w) in the UNet's scale, such as `encode` gives.
 
         A VQ autoencoder takes the nearest vectors of its codebook first.
@@ -153,17 +161,20 @@ class Generator(Closing):
         Args:
             latents: Latents to decode.
             tile_size: Decode in tiles of this many pixels, which bounds memory; 0 is in one piece.
+            decoder: "tiny" is the one of `ldm-export --tiny-decoder`.
 
         Raises:
             RequestError: The latents are not those of this model, or are not finite; the tiles are
-                too small, or the model decodes in patches instead.
+                too small, or the model decodes in patches instead; it has no such decoder.
         """
         array = _checked_latents(latents, self.spec)
+        check_decoder(GenerationRequest(decoder=decoder), self.spec)
         tile_size = whole_number("tile_size", tile_size, low=0, high=MAX_SIDE)
         if tile_size and "tile_size" not in task_record(self.spec).takes:
             raise RequestError("tile_size", f"means nothing to a bundle for {self.spec.task}")
         try:
-            return decode_latents(self._network("vae_decoder"), array, self.spec, tile_size)
+            network = self._network(self.spec.decoders[decoder])
+            return decode_latents(network, array, self.spec, tile_size, decoder)
         except ValueError as error:
             raise RequestError("tile_size", str(error)) from error
 
@@ -298,8 +309,11 @@ class Generator(Closing):
         return open_tokenizer(file, self.spec)
 
     def _needed_components(self) -> list[str]:
-        """Return the networks that requests take; the image encoder is mostly opened on demand."""
-        waits = {"vae_encoder"}.difference(conditioning_components(self.spec))
+        """Return the networks that requests take; others wait until one asks for them.
+
+        Those are the image encoder, mostly, and a tiny decoder.
+        """
+        waits = {"vae_encoder", "tiny_decoder"}.difference(conditioning_components(self.spec))
         return [name for name in components_of(self.spec) if name not in waits]
 
     def _open_networks(self, source: Callable[..., EngineSource]) -> OpenNetworks:

@@ -25,7 +25,12 @@ from ldm_export.detection.own_sections import SamplingFields
 from ldm_export.detection.spec import read_spec
 from ldm_export.detection.weight_assignment import assigned_weights
 from ldm_export.errors import ExportError, WeightsError
-from ldm_export.families.records import FamilyDefaults, WeightsChoice
+from ldm_export.families.records import (
+    TINY_AUTOENCODER_PREFIX,
+    TINY_DECODER,
+    FamilyDefaults,
+    WeightsChoice,
+)
 from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.requests.resolution import check_defaults
@@ -84,6 +89,8 @@ def detect(
     lost = lost_names(tensors)
     known = {**tensors, **{weight: tensors[average] for weight, average in lost.items()}}
     family, family_defaults = match_family(known, takes_embeddings=takes_embeddings(config))
+    if any(name.startswith(TINY_AUTOENCODER_PREFIX) for name in known):
+        family = replace(family, assignments=(*family.assignments, TINY_DECODER))
     _check_needed(flags, family_defaults)
     sources = Sources(
         tensors=known,

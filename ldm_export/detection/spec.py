@@ -24,6 +24,7 @@ from ldm_export.detection.weight_assignment import WeightAssignment, component_s
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
+from ldm_export.hyperparameters.tiny_autoencoder import read_tiny_autoencoder
 from ldm_export.hyperparameters.unet import read_unet
 from ldm_runtime.requests.presets import PRESETS
 from ldm_runtime.schedules import rescale_zero_terminal_snr
@@ -69,7 +70,13 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         for name, read in CONDITIONER_READERS.items()
         if name in shapes
     }
-    networks = Networks(unet=unet, autoencoder=autoencoder, **conditioners)
+    tiny = shapes.get("tiny_decoder")
+    networks = Networks(
+        unet=unet,
+        autoencoder=autoencoder,
+        tiny_autoencoder=None if tiny is None else read_tiny_autoencoder(tiny, autoencoder),
+        **conditioners,
+    )
     embedder = networks.find(ClassEmbedderSpec)
     has_null = embedder is None or embedder.null_class is not None
     prediction_type = _prediction_type(sources, unet, notes)

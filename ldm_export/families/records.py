@@ -195,6 +195,9 @@ def openclip(prefix: str, component: str = "text_encoder") -> tuple[Assignment, 
     )
 
 
+#: Beginning of the names of a tiny autoencoder, which any model may have in addition.
+TINY_AUTOENCODER_PREFIX = "tiny_autoencoder."
+TINY_DECODER = assignment("tiny_decoder", f"{TINY_AUTOENCODER_PREFIX}decoder.", "decoder.")
 BERT = (assignment("text_encoder", "cond_stage_model.transformer.", "transformer."),)
 CLASS_EMBEDDER = (assignment("class_embedder", "cond_stage_model.embedding.", "embedding."),)
 SEGMENTATION_ENCODER = (

@@ -42,7 +42,7 @@ from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import GraphRecord, GraphVariant, WeightsDType
 from ldm_runtime.specs.components import COMPONENTS, DYNAMIC_AXES, Component, TensorSignature
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, latent_step, value_counts
-from ldm_runtime.specs.networks import TextEncoderSpec
+from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec
 
 #: InstanceNormalization and plain attention: the forms every engine has kernels for.
 OPSET = 20
@@ -71,7 +71,7 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
         Lengths of the dynamic axes, and arrays by input name.
     """
     step, component = latent_step(spec), components_of(spec)[name]
-    if name.startswith("vae_"):
+    if isinstance(spec.networks[component.network], AutoencoderSpec):
         step = max(1, _IMAGE_STEP // spec.autoencoder.factor)
     encoder = spec.find(TextEncoderSpec)
     tokens = 1 if encoder is None else encoder.max_tokens

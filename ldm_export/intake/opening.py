@@ -10,6 +10,7 @@ from typing import Any
 from ldm_export.checkpoint.checkpoint import Checkpoint, ComponentFiles, open_checkpoint
 from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.errors import CheckpointError
+from ldm_export.families.records import TINY_AUTOENCODER_PREFIX
 from ldm_export.hyperparameters.shapes import listed
 from ldm_export.intake.autoencoder_names import AUTOENCODER_PREFIX
 from ldm_export.intake.component import StoredComponent, open_component
@@ -23,6 +24,8 @@ from ldm_export.intake.folder import (
     text_encoder_of,
     unet_of,
 )
+from ldm_export.intake.renaming import renamed
+from ldm_export.intake.tiny_decoder_names import tiny_decoder_names
 from ldm_export.intake.unet_names import UNET_PREFIX, is_diffusers_unet
 
 _BARE_UNET = ("diffusion_model.", "")
@@ -42,7 +45,7 @@ class _Part:
     """A component from files of its own.
 
     Attributes:
-        name: "autoencoder" or "text encoder".
+        name: "autoencoder", "text encoder" or "tiny decoder".
         place: Beginning of the names in a single file of the tensors whose place it takes.
         component: Its files.
         tensors: Its tensors, by their names in a single file.
@@ -57,7 +60,11 @@ class _Part:
 
 
 def open_model(
-    path: Path, *, vae: Path | None = None, text_encoder: Path | None = None
+    path: Path,
+    *,
+    vae: Path | None = None,
+    text_encoder: Path | None = None,
+    tiny_decoder: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint, a diffusers folder, or either with components from files of their own.
 
@@ -66,6 +73,8 @@ def open_model(
         vae: File or folder of an autoencoder, in the names of CompVis or of diffusers, which takes
             the place of the checkpoint's, or is added to one without.
         text_encoder: File or folder of a CLIP text encoder in the names of transformers, likewise.
+        tiny_decoder: File or folder of a TAESD in its own names or those of diffusers, of which the
+            decoder is added.
 
     Raises:
         CheckpointError: A file cannot be read, or is not what it is given as.
@@ -79,6 +88,8 @@ def open_model(
         if text_encoder is not None:
             component = _opened(text_encoder, "text_encoder", stack)
             parts.append(_text_encoder(component, checkpoint))
+        if tiny_decoder is not None:
+            parts.append(_tiny_decoder(_opened(tiny_decoder, "vae", stack)))
         stack.pop_all()
     return _with_parts(checkpoint, parts) if parts else checkpoint
 
@@ -134,6 +145,25 @@ def _text_encoder(component: StoredComponent, checkpoint: Checkpoint) -> _Part:
     placed, fields = text_encoder_of(replace(component, tensors=kept), place)
     return _Part(
         name="text encoder", place=place, component=component, tensors=placed, fields=fields
+    )
+
+
+def _tiny_decoder(component: StoredComponent) -> _Part:
+    """Read the decoder of a TAESD."""
+    names = tiny_decoder_names(component.tensors)
+    if not names:
+        raise CheckpointError(
+            component.path,
+            f"is no decoder of TAESD ({listed(list(component.tensors))}); give --tiny-decoder "
+            "taesd_decoder, or the folder of an AutoencoderTiny of diffusers",
+        )
+    kept = replace(component, tensors={name: component.tensors[name] for name in names})
+    return _Part(
+        name="tiny decoder",
+        place=TINY_AUTOENCODER_PREFIX,
+        component=component,
+        tensors=renamed(kept, "tiny decoder", names),
+        fields={},
     )
 
 

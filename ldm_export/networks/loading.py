@@ -16,6 +16,7 @@ from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.openclip import OpenClipTextEncoder
+from ldm_export.networks.tiny_autoencoder import TinyDecoder
 from ldm_export.networks.unet import UNet
 from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
@@ -56,9 +57,12 @@ _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyT
 _TEXT_ENCODERS: Mapping[str, Callable[[TextEncoderSpec], nn.Module]] = MappingProxyType(
     {"clip": ClipTextEncoder, "openclip": OpenClipTextEncoder, "bert": BertTextEncoder}
 )
-#: The modules of the autoencoder's two halves, by role.
+#: The modules of an autoencoder's two halves, by role; of a tiny one, its decoder alone.
 _HALVES: Mapping[str, Callable[[AutoencoderSpec], nn.Module]] = MappingProxyType(
     {"decoder": LatentDecoder, "encoder": LatentEncoder}
+)
+_TINY_HALVES: Mapping[str, Callable[[AutoencoderSpec], nn.Module]] = MappingProxyType(
+    {"decoder": TinyDecoder}
 )
 
 
@@ -68,7 +72,8 @@ def build_network(component: str, spec: ModelSpec) -> nn.Module:
     record = spec.networks[row.network]
     with torch.device("meta"):
         if isinstance(record, AutoencoderSpec):
-            network = _HALVES[row.role](record)
+            halves = _TINY_HALVES if record.kind == "tiny" else _HALVES
+            network = halves[row.role](record)
         else:
             network = _MODULES[row.record](record)
     return network.eval().requires_grad_(False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm_runtime.backends.control_groups import ControlGroups
 from ldm_runtime.errors import BackendError
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import AutoencoderSpec, UNetSpec
 from ldm_runtime.specs.tasks import task_record
@@ -55,10 +56,8 @@ def least_bytes(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> int:
     """
     if name == "unet" and spec.unet is not None:
         values = _unet_values(spec.unet, lengths["height"], lengths["width"])
-    elif name in {"vae_decoder", "vae_encoder"}:
-        values = _autoencoder_values(
-            spec.autoencoder, *_batch_and_pixels(spec.autoencoder, lengths)[1:]
-        )
+    elif isinstance(record := spec.networks[COMPONENTS[name].network], AutoencoderSpec):
+        values = _autoencoder_values(record, *_batch_and_pixels(record, lengths)[1:])
     else:
         return 0
     return _FLOAT32_BYTES * lengths["batch"] * max(values)
@@ -88,7 +87,7 @@ def available_bytes(*, swap: bool = True) -> float:
 
 
 def _decodes_in_tiles(name: str, spec: ModelSpec) -> bool:
-    return name == "vae_decoder" and "tile_size" in task_record(spec).takes
+    return COMPONENTS[name].role == "decoder" and "tile_size" in task_record(spec).takes
 
 
 def _batch_and_pixels(spec: AutoencoderSpec, lengths: Mapping[str, int]) -> tuple[int, int, int]:

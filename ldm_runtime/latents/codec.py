@@ -5,7 +5,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends.contract import Runner
-from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.model import Decoder, ModelSpec
 from ldm_runtime.specs.tasks import runs_in_patches
 from ldm_runtime.tiling.patches import over_patches
 from ldm_runtime.tiling.tiles import decode_tiled
@@ -60,21 +60,27 @@ def to_float(pixels: npt.NDArray[np.uint8]) -> Float32Array:
 
 
 def decode_latents(
-    engine: Runner, latents: Float32Array, spec: ModelSpec, tile_size: int = 0
+    engine: Runner,
+    latents: Float32Array,
+    spec: ModelSpec,
+    tile_size: int = 0,
+    decoder: Decoder = "full",
 ) -> list[Image.Image]:
     """Return the images decoded from the UNet's latents (B, C, h, w).
 
     Args:
-        engine: The autoencoder's decoder.
+        engine: The decoder.
         latents: Latents in the UNet's scale, as `pipeline.sampling.sample_latents` ends with.
         spec: The model.
         tile_size: Side in pixels of the tiles to decode in, one image at a time; 0 decodes the
             whole batch at once. Super-resolution models decode in the patches of `patches` instead.
+        decoder: Which of the model's it is: the tiny one takes latents in the UNet's scale.
 
     Raises:
         ValueError: The tile size is not a multiple of the autoencoder's factor, or too small.
     """
-    latents = latents / float(spec.autoencoder.latent_scale_factor)
+    if decoder == "full":
+        latents = latents / float(spec.autoencoder.latent_scale_factor)
     factor = spec.autoencoder.factor
     if tile_size % factor:
         raise ValueError(f"tile_size {tile_size} is not a multiple of {factor}; make it one")

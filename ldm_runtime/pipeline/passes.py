@@ -154,9 +154,10 @@ class ImagePasses:
 
     def _decode(self, latents: Float32Array, request: ResolvedRequest) -> list[Image.Image]:
         """Return the images of latents, cropped to the requested size."""
-        with self.timings.of("vae_decoder"):
+        name = self.spec.decoders[request.decoder]
+        with self.timings.of(name):
             decoded = decode_latents(
-                self.network("vae_decoder"), latents, self.spec, request.tile_size
+                self.network(name), latents, self.spec, request.tile_size, request.decoder
             )
             size = request.width, request.height
             return [each if each.size == size else each.crop((0, 0, *size)) for each in decoded]

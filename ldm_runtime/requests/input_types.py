@@ -16,6 +16,7 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
+from ldm_runtime.specs.model import Decoder
 
 SamplerName = Literal[
     "ddpm",
@@ -73,6 +74,7 @@ PresetName = Literal[
     "dmd2-1",
 ]
 NoiseName = Literal["torch-cpu", "torch-cuda", "numpy"]
+DecoderName = Decoder
 
 #: A path, a `data:` URL, or the bytes of a file.
 FileInput: TypeAlias = str | os.PathLike[str] | bytes
@@ -124,6 +126,7 @@ class RequestFields(TypedDict, total=False):
     outpaint: Sequence[int] | None
     hires_scale: float | None
     hires_strength: float | None
+    decoder: DecoderName
     tile_size: int | None
 
 

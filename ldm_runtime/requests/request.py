@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypeVar, Unpack
+from typing import Annotated, Any, TypeVar, Unpack, get_args
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.embeddings import Embeddings
@@ -22,6 +22,7 @@ from ldm_runtime.requests.fields import (
     field_records,
 )
 from ldm_runtime.requests.input_types import (
+    DecoderName,
     NoiseName,
     PresetName,
     RequestFields,
@@ -400,6 +401,14 @@ class GenerationRequest:
         float | None,
         about("strength of that second pass", "Output", low=1e-6, high=1.0, metavar="S"),
     ] = None
+    decoder: Annotated[
+        DecoderName,
+        about(
+            "tiny decodes with the TAESD of ldm-export --tiny-decoder: fast, less exact",
+            "Output",
+            choices=get_args(DecoderName),
+        ),
+    ] = "full"
     tile_size: Annotated[
         int | None,
         about(

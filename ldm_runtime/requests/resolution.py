@@ -26,7 +26,12 @@ from ldm_runtime.requests.resolved import (
     WholeImage,
 )
 from ldm_runtime.requests.sizes import Size, hires_size, image_size, latents_covering, tile_size
-from ldm_runtime.requests.task_checks import check_guidance, check_needs, check_unknown
+from ldm_runtime.requests.task_checks import (
+    check_decoder,
+    check_guidance,
+    check_needs,
+    check_unknown,
+)
 from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import (
     SigmaTable,
@@ -77,6 +82,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
     condition, image = condition_of(request, spec), _image_of(request)
     check_condition(condition, spec)
     check_micro_conditioning(request, spec)
+    check_decoder(request, spec)
     _check_combinations(request)
     size = image_size(request, image, condition, spec)
     samples = task_record(spec).samples
@@ -108,6 +114,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         variation_strength=request.variation_strength,
         first_noise=_first_noise(request, size, spec),
         passes=passes,
+        decoder=request.decoder,
         tile_size=tile_size(request, _last_size(passes, size), spec),
     )
 

@@ -16,7 +16,7 @@ from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.guidance import GuidanceChain, guidance_chain
 from ldm_runtime.requests.micro_conditioning import MicroConditioning
 from ldm_runtime.requests.request import CUSTOM, MAX_SIGMA, GenerationRequest, changed_fields
-from ldm_runtime.specs.model import Task
+from ldm_runtime.specs.model import Decoder, Task
 from ldm_runtime.specs.tasks import TASKS
 
 #: The guidance interval that has every sigma in it.
@@ -194,6 +194,7 @@ class ResolvedRequest:
         variation_strength: How far, 0 (not at all) to 1.
         first_noise: The noise that the first pass starts from.
         passes: Runs of the sampler, one after the other; none without sampling.
+        decoder: The model's own decoder, or its tiny one.
         tile_size: Decode in tiles of that many pixels; 0 decodes in one piece.
     """
 
@@ -219,6 +220,7 @@ class ResolvedRequest:
     variation_strength: float
     first_noise: FirstNoise
     passes: tuple[SamplingPass, ...]
+    decoder: Decoder
     tile_size: int
 
     def __repr__(self) -> str:
@@ -272,6 +274,8 @@ class ResolvedRequest:
         known |= self.micro_conditioning.changed_fields((self.height, self.width))
         if self.passes:
             known |= _sampling_fields(self)
+        if "decoder" in TASKS[self.task].takes:
+            known["decoder"] = self.decoder
         if "tile_size" in TASKS[self.task].takes:
             known["tile_size"] = self.tile_size
         return GenerationRequest(**known)  # type: ignore[arg-type]

@@ -69,3 +69,17 @@ def check_guidance(request: GenerationRequest, spec: ModelSpec) -> None:
                 f"is {getattr(request, name)}, but this bundle ({spec.task}) has no null "
                 "condition to steer away from; leave it out",
             )
+
+
+def check_decoder(request: GenerationRequest, spec: ModelSpec) -> None:
+    """Check that a bundle has the decoder that a request asks for.
+
+    Raises:
+        RequestError: It was exported without.
+    """
+    if request.decoder not in spec.decoders:
+        raise RequestError(
+            "decoder",
+            f"is {request.decoder}, but this bundle has only {' and '.join(spec.decoders)}; leave "
+            "it out, or export the checkpoint again with --tiny-decoder taesd_decoder.safetensors",
+        )

@@ -158,6 +158,17 @@ _ROWS = (
         trace_seconds=5.0,
     ),
     Component(
+        name="tiny_decoder",
+        network="tiny_autoencoder",
+        record=AutoencoderSpec,
+        role="decoder",
+        inputs=(_tensor("latents", _LATENTS),),
+        outputs=(_tensor("image", _IMAGE),),
+        lengths={"latent_channels": "embed_dim", "image_channels": "image_channels"},
+        samples_per_image=1,
+        trace_seconds=2.0,
+    ),
+    Component(
         name="vae_encoder",
         network="autoencoder",
         record=AutoencoderSpec,

@@ -9,6 +9,8 @@ from ldm_runtime.specs.networks import AutoencoderSpec, Networks, NetworkSpec, U
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 NullPrompt = Literal["encoded", "zeros"]
+#: The model's own decoder, or a tiny one that came with `ldm-export --tiny-decoder`.
+Decoder = Literal["full", "tiny"]
 Task = Literal[
     "unconditional",
     "class-to-image",
@@ -68,7 +70,8 @@ class ModelSpec:
         family: Row of the family table that recognised it.
         task: The task of the model, which says how it takes a request.
         weights: Which of a checkpoint's two sets of UNet weights was used.
-        networks: Hyperparameters of its networks by name; every model has an "autoencoder".
+        networks: Hyperparameters of its networks by name; every model has an "autoencoder", and
+            some have a "tiny_autoencoder" that decodes its latents, too.
         alphas_cumprod: Training noise schedule, one value per training timestep; empty
             without a UNet.
         prediction_type: Output that the UNet was trained for.
@@ -101,8 +104,14 @@ class ModelSpec:
 
     @property
     def autoencoder(self) -> AutoencoderSpec:
-        """The autoencoder."""
-        return self.network(AutoencoderSpec)
+        """The autoencoder that the UNet was trained with."""
+        return self.network(AutoencoderSpec)  # the first by name
+
+    @property
+    def decoders(self) -> Mapping[Decoder, str]:
+        """The component that each decoder of the model is."""
+        tiny: Mapping[Decoder, str] = {"tiny": "tiny_decoder"}
+        return {"full": "vae_decoder", **(tiny if "tiny_autoencoder" in self.networks else {})}
 
     def find(self, record: type[_Record]) -> _Record | None:
         """Return the hyperparameters of the first network of a kind, or None without one."""

@@ -68,7 +68,8 @@ class AutoencoderSpec:
 
     Attributes:
         kind: "kl": a diagonal Gaussian posterior; "vq": latents are replaced by the nearest vectors
-            of a codebook before they are decoded.
+            of a codebook before they are decoded; "tiny": TAESD, plain convolutions that decode
+            latents in the UNet's scale.
         image_channels: Channels of the image.
         channels: Channels of the first level; level i has this times `channel_mult[i]`.
         channel_mult: One multiplier per level, from full resolution down.
@@ -81,7 +82,7 @@ class AutoencoderSpec:
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
     """
 
-    kind: Literal["kl", "vq"]
+    kind: Literal["kl", "vq", "tiny"]
     image_channels: int
     channels: int
     channel_mult: tuple[int, ...]

@@ -10,7 +10,7 @@ from ldm_runtime.specs.model import ModelSpec, Task
 from ldm_runtime.specs.networks import ClassEmbedderSpec
 
 _ANY = frozenset({"height", "width", "seed"})
-_TILES = frozenset({"tile_size"})
+_DECODING = frozenset({"decoder", "tile_size"})
 _SAMPLING = frozenset(
     {
         *(
@@ -39,7 +39,7 @@ _START = frozenset({"image", "strength", "mask_image", "outpaint"})
 _HIRES = frozenset({"hires_scale", "hires_strength"})
 _IMAGE_GUIDANCE = "image_guidance_scale"
 #: Fields of every model that samples from noise and decodes at any size.
-_GENERATION = _SAMPLING | _START | _HIRES | _TILES
+_GENERATION = _SAMPLING | _START | _HIRES | _DECODING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +89,18 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
         "layout-to-image": TaskRecord(needs=(("layout",),), permits=_GENERATION, has_null=True),
         # No second pass: the map would have to be encoded again at its size.
         "semantic-synthesis": TaskRecord(
-            needs=(("segmentation",),), permits=_SAMPLING | _START | _TILES, size="segmentation"
+            needs=(("segmentation",),), permits=_SAMPLING | _START | _DECODING, size="segmentation"
         ),
         # No tiles: large images are decoded in patches, as the reference does (`tiling`).
         "super-resolution": TaskRecord(
             needs=(("image",),), permits=_SAMPLING, image="condition", size="enlarged"
         ),
         "inpainting": TaskRecord(
-            needs=(("image",), _MASKS), permits=_SAMPLING | _TILES, image="condition"
+            needs=(("image",), _MASKS), permits=_SAMPLING | _DECODING, image="condition"
         ),
         "text-inpainting": TaskRecord(
             needs=(("prompt",), ("image",), _MASKS),
-            permits=_SAMPLING | _TILES | _PROMPTS,
+            permits=_SAMPLING | _DECODING | _PROMPTS,
             image="condition",
             has_null=True,
         ),
@@ -112,7 +112,7 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             has_null=True,
         ),
         "retrieval": TaskRecord(needs=(("embeddings",),), permits=_GENERATION, has_null=True),
-        "autoencoder": TaskRecord(needs=(("image",),), permits=_TILES, image="condition"),
+        "autoencoder": TaskRecord(needs=(("image",),), permits=_DECODING, image="condition"),
     }
 )
 

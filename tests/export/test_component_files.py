@@ -195,7 +195,7 @@ def test_a_bundle_records_and_says_which_files_its_components_are_from(
 def test_flags_reach_the_export(small_checkpoint_path, tmp_path, capsys):
     missing = str(tmp_path / "absent.safetensors")
 
-    for flag in ("--vae", "--text-encoder"):
+    for flag in ("--vae", "--text-encoder", "--tiny-decoder"):
         status = main([str(small_checkpoint_path), str(tmp_path / "out"), flag, missing])
         assert status == 1
         assert "absent.safetensors: cannot be opened" in capsys.readouterr().err

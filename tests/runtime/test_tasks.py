@@ -43,6 +43,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "variation_strength": 0.5,
     "latents": np.ones((1, 4, 8, 8), dtype=np.float32),
     "num_images": 2,
+    "decoder": "tiny",
     "tile_size": 64,
 }
 
