@@ -19,6 +19,7 @@ def _bfloat16_is_faster() -> bool:
     return _seconds(torch.bfloat16) < _seconds(torch.float32)
 
 
+@torch.enable_grad()  # may be asked for first where nothing is trained
 def _seconds(dtype: torch.dtype) -> float:
     layer = torch.nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=1).to(dtype)
     images = torch.ones(32, _CHANNELS, _SIDE, _SIDE, dtype=dtype)
