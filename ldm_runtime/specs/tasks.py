@@ -107,7 +107,7 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
         # No second pass: the image would have to be encoded again at its size.
         "image-editing": TaskRecord(
             needs=(("prompt",), ("image",)),
-            permits=_SAMPLING | _TILES | _PROMPTS | {_IMAGE_GUIDANCE},
+            permits=_SAMPLING | _DECODING | _PROMPTS | {_IMAGE_GUIDANCE},
             image="condition",
             has_null=True,
         ),
