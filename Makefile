@@ -27,7 +27,7 @@ gallery: .venv/demo.stamp
 # One worker per core, one thread per worker: most tests are too small to share, exports do not scale.
 # In the order of the files: else those of few tests come last, and few tests are slow ones.
 test: .venv/test.stamp
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet" --numprocesses=auto --dist=loadfile \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet" --no-sockets --numprocesses=auto --dist=loadfile \
 		--no-loadscope-reorder --cov=ldm_runtime --cov-fail-under=95
 	scripts/test_wheel.sh
 

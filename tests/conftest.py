@@ -20,6 +20,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when a test module imports huggingfac
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when one imports onnxruntime
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-sockets",
+        action="store_true",
+        help="on Linux, kill a process of the tests that opens an internet socket",
+    )
+
+
+def pytest_configure(config):
+    from tests.runtime.sockets import can_forbid_sockets, forbid_sockets
+
+    if config.getoption("--no-sockets") and can_forbid_sockets():
+        forbid_sockets()  # workers and all other processes that tests start inherit it
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint_path(tmp_path_factory):
     """A random Stable Diffusion of small channels in the CompVis layout; do not change it."""

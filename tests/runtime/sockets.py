@@ -32,6 +32,11 @@ def run_without_sockets(code, *arguments, environment):
     )
 
 
+def can_forbid_sockets():
+    """Return whether this is a Linux on a processor whose number of the system call is known."""
+    return sys.platform == "linux" and platform.machine() in SOCKET_CALLS
+
+
 def forbid_sockets():
     """Let the kernel kill this process when it opens a socket of IPv4 or IPv6; cannot be undone."""
     instructions = (

@@ -1,14 +1,12 @@
 """ONNX Runtime's telemetry is off: nothing is left in the home folder, and no socket is opened."""
 
 import os
-import platform
 import signal
-import sys
 
 import pytest
 
 from ldm_runtime.backends.onnxruntime.library import TELEMETRY_VARIABLE, onnxruntime
-from tests.runtime.sockets import SOCKET_CALLS, run_without_sockets
+from tests.runtime.sockets import can_forbid_sockets, run_without_sockets
 
 HAS_TELEMETRY = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 29)
 
@@ -21,10 +19,7 @@ DOCTOR = (
     "import sys; from ldm_runtime.cli import main; sys.argv = ['ldm', 'doctor']; sys.exit(main())"
 )
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() not in SOCKET_CALLS,
-    reason="needs Linux to forbid sockets",
-)
+pytestmark = pytest.mark.skipif(not can_forbid_sockets(), reason="needs Linux to forbid sockets")
 
 
 def run(code, home, *arguments, **environment):
