@@ -55,12 +55,10 @@ class Start:
 
     Attributes:
         latents: Clean latents in the UNet's scale, (1, C, h, w) or one for each image.
-        strength: The share of the steps that are run; 0 is none.
         mask: 1 in the masked region and 0 where latents are kept, (1, 1, h, w); None for all 1.
     """
 
     latents: Float32Array
-    strength: float
     mask: Float32Array | None = None
 
 
@@ -95,7 +93,6 @@ def start_from(engine: Runner, init: InitImage, request: ResolvedRequest, spec: 
     factor = spec.autoencoder.factor
     return Start(
         latents=encode_image(engine, whole.image.pixels[None], spec),
-        strength=request.passes[0].strength if request.passes else 0.0,
         mask=None if whole.mask is None else latent_mask(whole.mask, factor),
     )
 
@@ -114,7 +111,7 @@ def hires_start(
     size = second.width, second.height
     enlarged = [resize(InputImage.read(image), *size).pixels for image in images]
     latents = [encode_image(engine, pixels[None], spec) for pixels in enlarged]
-    return Start(latents=np.concatenate(latents), strength=second.strength)
+    return Start(latents=np.concatenate(latents))
 
 
 def _padded(image: InputImage, height: int, width: int) -> InputImage:

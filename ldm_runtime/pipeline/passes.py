@@ -19,7 +19,6 @@ from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.conditioning import Conditioning, OpenNetwork, encode_conditioning
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.latents.init_image import InitImage, Start, hires_start, init_image, start_from
-from ldm_runtime.requests.resolution import last_sigmas
 from ldm_runtime.requests.resolved import ResolvedRequest, SeededNoise
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
@@ -33,7 +32,7 @@ class Pass:
     """One run of a sampler over some images of a request.
 
     Attributes:
-        request: The request; for a second pass, with the size of that pass.
+        request: The request; for a second pass, with the size and the steps of that pass.
         conditioning: From `conditioning.encode_conditioning`.
         images: Indices of the images.
         start: Initial latents; None is noise.
@@ -127,7 +126,7 @@ class ImagePasses:
         latents = yield self._pass(0, self.request, images, self.start)
         decoded = self._decode(latents, self.request)
         for number, more in enumerate(self.request.passes[1:], start=1):
-            large = replace(self.request, height=more.height, width=more.width)
+            large = replace(self.request, height=more.height, width=more.width, passes=(more,))
             large = replace(large, first_noise=SeededNoise())
             with self.timings.of("vae_encoder"):
                 start = hires_start(self.network("vae_encoder"), decoded, more, self.spec)
@@ -140,9 +139,7 @@ class ImagePasses:
     def _pass(
         self, number: int, request: ResolvedRequest, images: range, start: Start | None
     ) -> Pass:
-        steps = [
-            len(last_sigmas(request.sigmas, each.strength)) - 1 for each in self.request.passes
-        ]
+        steps = [len(each.steps) for each in self.request.passes]
         return Pass(
             request=request,
             conditioning=self.conditioning,

@@ -29,7 +29,8 @@ class Result:
     Attributes:
         images: The images in order; image i has the seed + i.
         request: The resolved request.
-        latents: (N, C, h, w) in the UNet's scale, as they were decoded.
+        latents: (N, C, h, w) in the UNet's scale, as they were decoded; with the noise that a
+            `denoising_end` leaves in them, and for the `latents` of a request that goes on there.
         timings: Seconds in each network that the request took, by the name of its component: the
             UNet and the autoencoder with the code around them, the others alone; and "total"
             from start to end, a stream's consumer included. With `run_many` the time of a request

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,8 @@ from ldm_runtime.noise.brownian import BrownianPath
 from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.requests.request import CUSTOM
-from ldm_runtime.requests.resolution import last_sigmas, sampler_of, sigma_table
-from ldm_runtime.requests.resolved import GivenNoise, ResolvedRequest
+from ldm_runtime.requests.resolution import sampler_of, sigma_table
+from ldm_runtime.requests.resolved import PartlyDenoised, ResolvedRequest, SeededNoise
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import Denoise, NoiseSampler
 from ldm_runtime.schedules import SigmaTable, earlier_sigma, initial_scale
@@ -68,7 +69,7 @@ def sample_latents(
     images: range | None = None,
     start: Start | None = None,
 ) -> Iterator[Step]:
-    """Yield the latents of some images of a request after each step, as one batch.
+    """Yield the latents of some images after each step of a request's first pass, as one batch.
 
     The last step's latents are the ones to decode.
 
@@ -84,9 +85,8 @@ def sample_latents(
         BackendError: The latents became NaN or infinite.
     """
     images = range(request.num_images) if images is None else images
-    sigmas = request.sigmas
-    if start is not None:
-        sigmas = last_sigmas(sigmas, start.strength)
+    steps = request.passes[0].steps
+    sigmas = request.sigmas[steps.start :]
     noise, noise_sampler = _noise(request, spec, images)
     table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
     denoise: Denoise = _denoiser(engine, _repeated(conditioning, len(images)), request, spec, table)
@@ -97,15 +97,17 @@ def sample_latents(
     sampler = sampler_of(request).of(partial(earlier_sigma, table))(
         seen, latents, sigmas, eta=request.eta, noise_sampler=noise_sampler
     )
-    for index, (sigma, after) in enumerate(zip(sigmas[1:], sampler, strict=True), start=1):
+    # A run that stops early is the beginning of a whole one: samplers treat their last step apart.
+    made = zip(sigmas[1 : len(steps) + 1], islice(sampler, len(steps)), strict=True)
+    for index, (sigma, after) in enumerate(made, start=1):
         if not np.isfinite(after).all():
             raise BackendError(
-                f"the latents hold NaN or infinity after step {index} of {len(sigmas) - 1}; "
+                f"the latents hold NaN or infinity after step {index} of {len(steps)}; "
                 "lower guidance_scale, or take another sampler; run `ldm verify` if that fails"
             )
         yield Step(
             index=index,
-            total=len(sigmas) - 1,
+            total=len(steps),
             sigma=sigma,
             latents=after / math.hypot(1.0, sigma),
             x0=seen.last(),
@@ -139,12 +141,14 @@ def _first_latents(
     noise: Float32Array, sigmas: Sequence[float], request: ResolvedRequest, start: Start | None
 ) -> Float32Array:
     """Return the latents at the first of `sigmas`."""
+    if isinstance(request.first_noise, PartlyDenoised):
+        return noise * math.hypot(1.0, sigmas[0])
     is_custom = request.schedule == CUSTOM
     scale = sigmas[0] if is_custom else initial_scale(sigmas, request.schedule)
     if start is None:
         return noise * scale
     noisy = start.latents + sigmas[0] * noise
-    if start.mask is None or start.strength < 1:
+    if start.mask is None or request.passes[0].steps.start > 0:
         return noisy
     # At full strength nothing of the masked region is kept, not even its mean.
     return start.mask * (noise * scale) + (1 - start.mask) * noisy
@@ -172,7 +176,7 @@ def _noise(
 def _first_noise(
     request: ResolvedRequest, generator: NoiseGenerator, shape: tuple[int, ...]
 ) -> Float32Array:
-    if isinstance(request.first_noise, GivenNoise):
+    if not isinstance(request.first_noise, SeededNoise):
         return request.first_noise.latents.values
     noise = generator.randn(shape)
     if not request.is_variation:

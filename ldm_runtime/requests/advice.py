@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ldm_runtime.requests.resolved import (
     MaskedImage,
     OutpaintedImage,
+    PartlyDenoised,
     PromptCondition,
     ResolvedRequest,
     WholeImage,
@@ -48,6 +49,8 @@ def _about_steps(request: ResolvedRequest, spec: ModelSpec) -> Iterator[str]:
 
 
 def _starts_from_noise(request: ResolvedRequest, spec: ModelSpec) -> bool:
+    if isinstance(request.first_noise, PartlyDenoised):
+        return False
     match request.source_image:
         case WholeImage() if task_record(spec).image == "start":
             return False

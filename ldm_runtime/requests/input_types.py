@@ -119,6 +119,8 @@ class RequestFields(TypedDict, total=False):
     variation_seed: int | None
     variation_strength: float
     latents: LatentsInput | None
+    denoising_end: float | None
+    denoising_start: float | None
     num_images: int
     image: ImageInput | None
     strength: float | None

@@ -335,10 +335,33 @@ class GenerationRequest:
     latents: Annotated[
         InitialLatents | None,
         about(
-            ".npy: noise of unit variance (images, channels, height, width) to start from",
+            ".npy: noise of unit variance (images, channels, height, width) to start from, or "
+            "latents, with --denoising-start",
             "Sampling",
             metavar="FILE",
             example="--latents noise.npy",
+        ),
+    ] = None
+    denoising_end: Annotated[
+        float | None,
+        about(
+            "share of the noise schedule after which to stop, with noise left in the latents; "
+            "default: 1",
+            "Sampling",
+            low=0.0,
+            high=1.0,
+            metavar="SHARE",
+        ),
+    ] = None
+    denoising_start: Annotated[
+        float | None,
+        about(
+            "share of the noise schedule that --latents have behind them, as a run with "
+            "--denoising-end leaves them",
+            "Sampling",
+            low=0.0,
+            high=1.0,
+            metavar="SHARE",
         ),
     ] = None
     num_images: Annotated[

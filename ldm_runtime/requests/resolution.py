@@ -19,13 +19,15 @@ from ldm_runtime.requests.resolved import (
     MaskedImage,
     NoImage,
     OutpaintedImage,
+    PartlyDenoised,
     RequestImage,
     ResolvedRequest,
     SamplingPass,
     SeededNoise,
     WholeImage,
 )
-from ldm_runtime.requests.sizes import Size, hires_size, image_size, latents_covering, tile_size
+from ldm_runtime.requests.sampling_passes import sampling_passes
+from ldm_runtime.requests.sizes import Size, image_size, latents_covering, tile_size
 from ldm_runtime.requests.task_checks import (
     check_decoder,
     check_guidance,
@@ -43,9 +45,6 @@ from ldm_runtime.schedules import (
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import can_guide, task_record
 
-#: Default `strength` without and with a mask, and that of the second pass at high resolution: the
-#: share of an image that is forgotten.
-IMAGE_STRENGTH, MASK_STRENGTH, HIRES_STRENGTH = 0.8, 1.0, 0.6
 #: Default `image_guidance_scale` of models that edit images: that of both InstructPix2Pix models.
 IMAGE_GUIDANCE_SCALE = 1.5
 
@@ -113,6 +112,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         variation_seed=_variation_seed(request, seed),
         variation_strength=request.variation_strength,
         first_noise=_first_noise(request, size, spec),
+        denoising_end=_first(request.denoising_end, 1.0),
         passes=passes,
         decoder=request.decoder,
         tile_size=tile_size(request, _last_size(passes, size), spec),
@@ -155,23 +155,6 @@ def sigma_table(spec: ModelSpec, *, zero_terminal_snr: bool) -> SigmaTable:
         raise BundleError(f"{error}; export the bundle again") from error
 
 
-def last_sigmas(
-    sigmas: tuple[float, ...], strength: float, field: str = "strength"
-) -> tuple[float, ...]:
-    """Return the noise levels of the last steps: as many as diffusers' pipelines make.
-
-    Raises:
-        RequestError: That is less than one step.
-    """
-    steps = len(sigmas) - 1
-    kept = min(int(steps * strength), steps)
-    if kept == 0:
-        raise RequestError(
-            field, f"{strength:g} of {steps} steps is less than one; raise it or the steps"
-        )
-    return sigmas[steps - kept :]
-
-
 def _image_of(request: GenerationRequest) -> RequestImage:
     if request.image is None:
         return NoImage()
@@ -196,8 +179,23 @@ def _check_combinations(request: GenerationRequest) -> None:
         raise RequestError("outpaint", "does not go with mask_image; generate twice")
     if request.latents is not None and request.is_variation:
         raise RequestError("variation_strength", "does not go with latents; leave one of them out")
+    _check_denoising(request)
     if request.variation_seed is not None and not request.is_variation:
         raise RequestError("variation_seed", "changes nothing at variation_strength 0; raise that")
+
+
+def _check_denoising(request: GenerationRequest) -> None:
+    """A run that goes on from another starts where that stopped, and one that stops is not done."""
+    if request.denoising_start is not None:
+        if request.latents is None:
+            raise RequestError(
+                "denoising_start",
+                "means nothing without latents; give those of a run with denoising_end",
+            )
+        if request.image is not None:
+            raise RequestError("denoising_start", "does not go with image; leave one of them out")
+    if request.denoising_end is not None and request.hires_scale is not None:
+        raise RequestError("denoising_end", "does not go with hires_scale; leave one of them out")
 
 
 def _check_mask(request: GenerationRequest) -> None:
@@ -281,20 +279,8 @@ def _passes(
     sampling: _Sampling,
     spec: ModelSpec,
 ) -> tuple[SamplingPass, ...]:
-    """Return the passes of a request that samples, each with at least one step."""
-    strength = 1.0
-    if not isinstance(image, NoImage) and task_record(spec).image == "start":
-        default = IMAGE_STRENGTH if isinstance(image, WholeImage) else MASK_STRENGTH
-        strength = _first(request.strength, default)
-    last_sigmas(sampling.sigmas, strength)
-    first = SamplingPass(height=size[0], width=size[1], strength=strength, scale=1.0)
-    if request.hires_scale is None:
-        return (first,)
-    strength = _first(request.hires_strength, HIRES_STRENGTH)
-    last_sigmas(sampling.sigmas, strength, "hires_strength")
-    height, width = hires_size(size, request.hires_scale, spec)
-    second = SamplingPass(height=height, width=width, strength=strength, scale=request.hires_scale)
-    return first, second
+    table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
+    return sampling_passes(request, image, size, sampling.sigmas, table, spec)
 
 
 def _first_noise(request: GenerationRequest, size: Size, spec: ModelSpec) -> FirstNoise:
@@ -312,7 +298,9 @@ def _first_noise(request: GenerationRequest, size: Size, spec: ModelSpec) -> Fir
         raise RequestError(
             "latents", f"have shape {has}; {size[1]}x{size[0]} pixels of this model take {takes}"
         )
-    return GivenNoise(latents=request.latents)
+    if request.denoising_start is None:
+        return GivenNoise(latents=request.latents)
+    return PartlyDenoised(latents=request.latents, denoising_start=request.denoising_start)
 
 
 def _last_size(passes: tuple[SamplingPass, ...], size: Size) -> Size:

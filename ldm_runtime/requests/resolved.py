@@ -142,7 +142,24 @@ class GivenNoise:
         return GivenNoise(latents=self.latents.of_image(index))
 
 
-FirstNoise = SeededNoise | GivenNoise
+@dataclass(frozen=True, kw_only=True)
+class PartlyDenoised:
+    """Latents of an earlier run to go on from, in place of noise; later noise is the seed's.
+
+    Attributes:
+        latents: (num_images, C, h, w) in the UNet's scale, as `Result.latents` are.
+        denoising_start: Share of the noise schedule that is behind them.
+    """
+
+    latents: InitialLatents
+    denoising_start: float
+
+    def of_image(self, index: int) -> "PartlyDenoised":
+        """Return that of one image."""
+        return replace(self, latents=self.latents.of_image(index))
+
+
+FirstNoise = SeededNoise | GivenNoise | PartlyDenoised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +169,8 @@ class SamplingPass:
     Attributes:
         height: Of its images, in pixels.
         width: Likewise.
-        strength: Share of the steps that it makes, above 0 to 1.
+        strength: Share of its image that it forgets, above 0 to 1.
+        steps: Indices of the steps that it makes, of all that the noise levels are for.
         scale: How many times the images of the pass before it are enlarged to start from; 1 for the
             first pass.
     """
@@ -160,6 +178,7 @@ class SamplingPass:
     height: int
     width: int
     strength: float
+    steps: range
     scale: float
 
 
@@ -192,7 +211,8 @@ class ResolvedRequest:
         noise: Name in `ldm_runtime.noise.NOISES`.
         variation_seed: Seed of the noise to go towards.
         variation_strength: How far, 0 (not at all) to 1.
-        first_noise: The noise that the first pass starts from.
+        first_noise: The noise that the first pass starts from, or latents in its place.
+        denoising_end: Share of the noise schedule after which the first pass stops.
         passes: Runs of the sampler, one after the other; none without sampling.
         decoder: The model's own decoder, or its tiny one.
         tile_size: Decode in tiles of that many pixels; 0 decodes in one piece.
@@ -219,6 +239,7 @@ class ResolvedRequest:
     variation_seed: int
     variation_strength: float
     first_noise: FirstNoise
+    denoising_end: float
     passes: tuple[SamplingPass, ...]
     decoder: Decoder
     tile_size: int
@@ -333,10 +354,23 @@ def _sampling_fields(request: ResolvedRequest) -> dict[str, object]:
         known["variation_strength"] = request.variation_strength
     if TASKS[request.task].guides_by_image:
         known["image_guidance_scale"] = request.image_guidance_scale
-    if isinstance(request.first_noise, GivenNoise):
-        known["latents"] = request.first_noise.latents
+    known |= _latents_fields(request.first_noise)
+    if request.denoising_end != 1:
+        known["denoising_end"] = request.denoising_end
     if not isinstance(request.source_image, NoImage) and TASKS[request.task].image == "start":
         known["strength"] = first.strength
     for second in more:
         known |= {"hires_scale": second.scale, "hires_strength": second.strength}
     return known
+
+
+def _latents_fields(first_noise: FirstNoise) -> dict[str, object]:
+    match first_noise:
+        case GivenNoise():
+            return {"latents": first_noise.latents}
+        case PartlyDenoised():
+            return {
+                "latents": first_noise.latents,
+                "denoising_start": first_noise.denoising_start,
+            }
+    return {}

@@ -47,6 +47,26 @@ def earlier_sigma(training_sigmas: SigmaTable, sigma: float, share: float) -> fl
     return float(training_sigmas[math.floor(share * timestep_of(sigma, training_sigmas))])
 
 
+def timestep_at(training_sigmas: SigmaTable, share: float) -> int:
+    """Return the training timestep at which a share, 0 to 1, of the noise schedule is denoised.
+
+    Source: diffusers' `StableDiffusionXLPipeline`, `denoising_end`.
+    """
+    return round(len(training_sigmas) - share * len(training_sigmas))
+
+
+def steps_until(training_sigmas: SigmaTable, share: float, sigmas: Sequence[float]) -> int:
+    """Return how many steps of a run start within a share, 0 to 1, of the noise schedule.
+
+    Args:
+        training_sigmas: From the function of that name.
+        share: See `timestep_at`.
+        sigmas: Noise levels of the run, decreasing; one more than there are steps.
+    """
+    last = timestep_at(training_sigmas, share)
+    return sum(timestep_of(sigma, training_sigmas) >= last for sigma in sigmas[:-1])
+
+
 def rescale_zero_terminal_snr(alphas_cumprod: Sequence[float]) -> tuple[float, ...]:
     """Shift and stretch sqrt(alphas_cumprod) so that the last timestep is nothing but noise.
 

@@ -86,6 +86,10 @@ def noise(model, count=1):
 
 def generate(model, **fields):
     """Return the images of ours as arrays (N, H, W, 3) of whole numbers, 0 to 255."""
+    return as_arrays(result_of(model, **fields).images)
+
+
+def result_of(model, **fields):
     request = resolve(parse_request({"sampler": "ddim", "seed": SEED, **fields}), model.spec)
     pipeline = ImagePipeline(
         network=model.network,
@@ -97,7 +101,7 @@ def generate(model, **fields):
         ),
     )
     *_, result = pipeline.stream(request, None, Deadline(None), batch_size=request.num_images)
-    return as_arrays(result.images)
+    return result
 
 
 def as_arrays(images):
@@ -194,6 +198,23 @@ def test_sdxl_generates_the_images_of_diffusers_that_it_is_told_are_cropped(tmp_
 
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
     assert lowest_psnr(generate(ours, prompt=PROMPT, **COMMON), as_arrays(expected.images)) < 60
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_run_stops_and_goes_on_where_diffusers_does(tmp_path, share):
+    state = state_dict(SDXL)
+    theirs = diffusers_xl_pipeline(StableDiffusionXLPipeline, SDXL, state, tmp_path)
+    ours = open_networks(state)
+    fields = {"latents": noise(ours, 2), "num_images_per_prompt": 2, **COMMON}
+    expected = theirs(PROMPT, denoising_end=share, output_type="latent", **fields).images.numpy()
+    whole = theirs(PROMPT, **fields)
+    fields = {"prompt": PROMPT, "num_images": 2, **COMMON}
+
+    first = result_of(ours, denoising_end=share, **fields)
+    second = generate(ours, denoising_start=share, latents=first.latents, **fields)
+
+    assert np.abs(first.latents - expected).max() / np.abs(expected).max() < 1e-4
+    assert lowest_psnr(second, as_arrays(whole.images)) >= 60
 
 
 @pytest.mark.parametrize("scores", [{}, {"aesthetic_score": 9.0, "negative_aesthetic_score": 0.5}])

@@ -12,7 +12,7 @@ from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.fields import MAX_SEED
 from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.requests.request_json import request_to_json
-from ldm_runtime.requests.resolution import last_sigmas, resolve, sigma_table
+from ldm_runtime.requests.resolution import resolve, sigma_table
 from ldm_runtime.requests.resolved import ClassCondition
 from ldm_runtime.requests.sizes import TILE_LATENTS, latent_size, padded_size
 from ldm_runtime.samplers import SAMPLERS
@@ -241,9 +241,9 @@ def test_sigmas_given_replace_schedule_and_steps():
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 10), (0.75, 7), (0.5, 5), (0.19, 1)])
 def test_strength_keeps_the_last_steps(strength, steps):
-    sigmas = [float(10 - i) for i in range(11)]
+    (only,) = resolved(image=PICTURE, strength=strength, num_inference_steps=10).passes
 
-    assert last_sigmas(sigmas, strength) == sigmas[10 - steps :]
+    assert only.steps == range(10 - steps, 10)
 
 
 def test_strength_defaults_to_everything_where_a_mask_says_what():

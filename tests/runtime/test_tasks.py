@@ -42,6 +42,8 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "variation_seed": 3,
     "variation_strength": 0.5,
     "latents": np.ones((1, 4, 8, 8), dtype=np.float32),
+    "denoising_end": 0.5,
+    "denoising_start": 0.5,
     "num_images": 2,
     "decoder": "tiny",
     "tile_size": 64,
