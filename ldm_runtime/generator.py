@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias, Unpack
 
@@ -18,19 +17,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.backends import BackendName, choose_backend, get_backend
-from ldm_runtime.backends.contract import Engine, EngineSource, RunOptions, SharedResources
-from ldm_runtime.backends.networks import OpenNetworks
-from ldm_runtime.bundle.files import checked_file, sha256_of
-from ldm_runtime.bundle.manifest import MANIFEST_NAME, PreviewRecord, load_manifest
+from ldm_runtime.backends import BackendName, get_backend
+from ldm_runtime.backends.contract import RunOptions
+from ldm_runtime.bundle.manifest import PreviewRecord
 from ldm_runtime.closing import Closing
-from ldm_runtime.conditioning import conditioning_components, open_tokenizer
+from ldm_runtime.conditioning import conditioning_components
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.latents.codec import decode_latents, encode_image
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.image_pipeline import ImagePipeline
+from ldm_runtime.pipeline.opening import OpeningOptions, open_bundle
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, batches
 from ldm_runtime.pipeline.step_reports import report_results, report_steps
@@ -43,13 +41,13 @@ from ldm_runtime.requests.input_types import (
     PromptFields,
     RequestFields,
 )
+from ldm_runtime.requests.refiner import check_refiner
 from ldm_runtime.requests.request import GenerationRequest, takes_fields
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.requests.task_checks import check_decoder
 from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.tasks import samples_per_image, task_record
-from ldm_runtime.text import Tokenizer
 
 __all__ = ["Generator", "Result"]
 
@@ -66,6 +64,10 @@ class Generator(Closing):
 
     Args:
         bundle: Folder made by `ldm-export`.
+        refiner: Folder of a second bundle, whose model makes the last steps of every request, such
+            as SDXL's refiner; `refiner_start` of a request says where it takes over. Its networks
+            are opened when they are first needed. It is opened with the same options, but for
+            `sha256`.
         backend: Backend that runs the networks; "auto" takes the best that can run here, and "cpu"
             is "onnxruntime".
         threads: Threads that compute; None is one per physical core that this process may use.
@@ -81,7 +83,8 @@ class Generator(Closing):
         options: Options of the engines, where the backend has the choice.
 
     Raises:
-        BundleError: The bundle is incomplete or altered, or not the one with that hash.
+        BundleError: A bundle is incomplete or altered, or not the one with that hash; or the
+            refiner has other latents.
         BackendError: The backend cannot run here.
     """
 
@@ -89,6 +92,7 @@ class Generator(Closing):
         self,
         bundle: str | Path,
         *,
+        refiner: str | Path | None = None,
         backend: BackendName = "auto",
         threads: int | None = None,
         batch_size: int | None = None,
@@ -99,37 +103,31 @@ class Generator(Closing):
     ) -> None:
         check_positive("threads", threads)
         check_positive("batch_size", batch_size)
-        self.bundle = Path(bundle).resolve()  # some files are opened later, wherever that is
-        self.manifest = load_manifest(self.bundle, sha256=sha256)
-        self.spec = self.manifest.spec
         options = options or RunOptions()
         options = replace(options, trust_engines=trust_engines or options.trust_engines)
-        self.backend = choose_backend(backend, self.manifest, bundle=self.bundle, options=options)
+        opening = OpeningOptions(
+            backend=backend, threads=threads, check_hashes=check_hashes, options=options
+        )
+        opened = open_bundle(bundle, opening, sha256=sha256)
+        self._refiner = None if refiner is None else open_bundle(refiner, opening)
+        if self._refiner is not None:
+            check_refiner(opened.model.spec, self._refiner.model.spec)
+        self.bundle, self.manifest, self.backend = opened.folder, opened.manifest, opened.backend
+        self.spec = opened.model.spec
+        self.bundle_sha256 = opened.model.origin.bundle_sha256
         self._batch_size = batch_size or 1
-        self.bundle_sha256 = sha256_of(self.bundle / MANIFEST_NAME)
-        tokenizer = self._open_tokenizer(check_hashes)
-        source = partial(
-            EngineSource,
-            bundle=self.bundle,
-            manifest=self.manifest,
-            threads=threads,
-            check_hashes=check_hashes,
-            options=options,
-            shared=SharedResources(),
-        )
-        self._network = self._open_networks(source)
+        self._network = opened.networks
         self._pipeline = ImagePipeline(
-            network=self._network,
-            tokenizer=tokenizer,
-            spec=self.spec,
-            bundle_sha256=self.bundle_sha256,
-            build=self.manifest.build,
+            model=opened.model, refiner=None if self._refiner is None else self._refiner.model
         )
+        self._open_networks()
 
     def __repr__(self) -> str:
         defaults = self.spec.defaults
         size = f"{defaults.width}x{defaults.height}"
         state = " closed," if self._network.is_closed else ""
+        if self._refiner is not None:
+            state = f" refined by {str(self._refiner.folder)!r},{state}"
         return f"Generator({str(self.bundle)!r},{state} {self.spec.task}, {size}, {self.backend})"
 
     def encode(self, image: ImageInput) -> Float32Array:
@@ -206,7 +204,7 @@ class Generator(Closing):
             BundleError: There should be previews, and the bundle was exported without.
             DeadlineError: It takes longer than it may.
         """
-        request = resolve(request_from(prompt, fields), self.spec)
+        request = self._resolve(request_from(prompt, fields))
         with ExitStack() as stack:
             events: Iterable[Step | Result] = stack.enter_context(
                 closing(self.stream(request, previews=previews, deadline_seconds=deadline_seconds))
@@ -249,7 +247,7 @@ class Generator(Closing):
             BundleError: At once, if there should be previews and the bundle was exported without.
             DeadlineError: Between two steps, when time is up.
         """
-        request = resolve(request_from(prompt, fields), self.spec)
+        request = self._resolve(request_from(prompt, fields))
         record = self._preview_record() if previews else None
         deadline = Deadline(deadline_seconds)
         return self._pipeline.stream(request, record, deadline, batch_size=self._batch_size)
@@ -285,7 +283,7 @@ class Generator(Closing):
             DeadlineError: Between two steps, when the time of a request is up.
         """
         check_positive("max_batch", max_batch)
-        resolved = [resolve(each, self.spec) for each in requests_from(requests, fields)]
+        resolved = [self._resolve(each) for each in requests_from(requests, fields)]
         deadlines = [Deadline(deadline_seconds) for _ in resolved]
         if self.spec.unet is None:
             results: Iterator[Result] = map(self.generate, resolved)
@@ -300,13 +298,8 @@ class Generator(Closing):
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""
         self._network.close()
-
-    def _open_tokenizer(self, check_hashes: bool) -> Tokenizer | None:
-        path = self.manifest.tokenizer_file
-        if path is None:
-            return None
-        file = checked_file(self.bundle, self.manifest, path, hashed=check_hashes)
-        return open_tokenizer(file, self.spec)
+        if self._refiner is not None:
+            self._refiner.networks.close()
 
     def _needed_components(self) -> list[str]:
         """Return the networks that requests take; others wait until one asks for them.
@@ -316,21 +309,17 @@ class Generator(Closing):
         waits = {"vae_encoder", "tiny_decoder"}.difference(conditioning_components(self.spec))
         return [name for name in components_of(self.spec) if name not in waits]
 
-    def _open_networks(self, source: Callable[..., EngineSource]) -> OpenNetworks:
-        """Open the networks that requests take."""
-        backend = get_backend(self.backend)
-
-        def open_engine(name: str) -> Engine:
-            return backend.open_engine(source(component=self.manifest.component(name)))
-
-        owner = f"the generator of {self.bundle}"
-        networks = OpenNetworks(open_engine, owner, survives_fork=backend.ABILITIES.survives_fork)
+    def _open_networks(self) -> None:
+        """Open the networks that requests take; a refiner's wait until it has steps to make."""
         with ExitStack() as opened:
-            opened.push(networks)
+            opened.push(self._network)
             for name in self._needed_components():
-                networks(name)
+                self._network(name)
             opened.pop_all()
-        return networks
+
+    def _resolve(self, request: GenerationRequest | ResolvedRequest) -> ResolvedRequest:
+        refiner = None if self._refiner is None else self._refiner.model.spec
+        return resolve(request, self.spec, refiner)
 
     def _preview_record(self) -> PreviewRecord:
         if self.manifest.preview is None:

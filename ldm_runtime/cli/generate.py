@@ -16,7 +16,9 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.progress import Progress
+from ldm_runtime.requests.refiner import check_refiner
 from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.specs.model import ModelSpec
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -29,6 +31,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("engines"),
         help="folder made by ldm-export (default: engines)",
+    )
+    group.add_argument(
+        "--refiner",
+        type=Path,
+        metavar="FOLDER",
+        help="bundle whose model makes the last steps, from --refiner-start on",
     )
     add_output_arguments(group)
     group.add_argument(
@@ -50,12 +58,15 @@ def generate(args: argparse.Namespace) -> int:
 
     Raises:
         RequestError: A field is wrong, or is missing for the bundle's task.
+        BundleError: The refiner does not fit the bundle.
     """
     # Requests and names are checked before the networks are opened, which takes time.
-    requests = read_requests(args, load_manifest(args.bundle, sha256=args.sha256).spec)
+    spec = load_manifest(args.bundle, sha256=args.sha256).spec
+    requests = read_requests(args, spec, _refiner_spec(args, spec))
     write = image_writer(args, [seed for request in requests for seed in _seeds(request)])
     with Generator(
         args.bundle,
+        refiner=args.refiner,
         backend=args.backend,
         threads=args.threads,
         sha256=args.sha256,
@@ -67,6 +78,14 @@ def generate(args: argparse.Namespace) -> int:
             for result in run(generator, requests, args, progress):
                 _report(result, write(result), args)
     return 0
+
+
+def _refiner_spec(args: argparse.Namespace, spec: ModelSpec) -> ModelSpec | None:
+    if args.refiner is None:
+        return None
+    refiner = load_manifest(args.refiner).spec
+    check_refiner(spec, refiner)
+    return refiner
 
 
 def _seeds(request: ResolvedRequest) -> list[int]:

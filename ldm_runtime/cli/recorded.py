@@ -30,7 +30,9 @@ _REPLACED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _CUSTOM_SCHEDULE = {"schedule": "custom"}
 
 
-def recorded_fields(path: Path, changes: Mapping[str, object], bundle: Path) -> dict[str, object]:
+def recorded_fields(
+    path: Path, changes: Mapping[str, object], bundle: Path, refiner: Path | None = None
+) -> dict[str, object]:
     """Return the fields of the request that made an image, changed.
 
     A recorded field that depends on a changed one is left out: another sampler gets its own eta and
@@ -41,6 +43,7 @@ def recorded_fields(path: Path, changes: Mapping[str, object], bundle: Path) -> 
         path: The image.
         changes: The fields to change.
         bundle: The bundle that is to generate it again.
+        refiner: The bundle that is to make its last steps, if one is.
 
     Raises:
         LdmError: The image does not say how it was made.
@@ -50,6 +53,8 @@ def recorded_fields(path: Path, changes: Mapping[str, object], bundle: Path) -> 
     if not isinstance(request, dict):
         raise LdmError(f"{path}: its metadata has no request; `ldm generate` did not make it")
     _compare_bundles(path, metadata, bundle)
+    if refiner is not None:
+        _compare_refiners(path, metadata, refiner)
     recorded = {name: value for name, value in request.items() if value is not None}
     for name in changes:
         for replaced in _REPLACED.get(name, ()):
@@ -71,4 +76,14 @@ def _compare_bundles(path: Path, metadata: Mapping[str, Any], bundle: Path) -> N
         _LOGGER.warning(
             "%s was generated from another bundle (%.12s) than %s (%.12s); the image will differ",
             *(path, made_by, bundle, used),
+        )
+
+
+def _compare_refiners(path: Path, metadata: Mapping[str, Any], refiner: Path) -> None:
+    made_by, used = metadata.get("refiner_sha256"), sha256_of(refiner / MANIFEST_NAME)
+    if made_by != used:
+        what = "no refiner" if made_by is None else f"another refiner ({made_by:.12})"
+        _LOGGER.warning(
+            "%s was generated with %s, and not with %s (%.12s); the image will differ",
+            *(path, what, refiner, used),
         )

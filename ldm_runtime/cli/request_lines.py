@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,11 +14,14 @@ from ldm_runtime.cli.recorded import recorded_fields
 from ldm_runtime.cli.standard_input import decoded, place_of, read_data
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import label_number, read_label_names, read_layout
-from ldm_runtime.requests.request import FIELDS, parse_request
+from ldm_runtime.requests.request import FIELDS, GenerationRequest, parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.requests.task_checks import check_needs
 from ldm_runtime.specs.model import ModelSpec
+
+#: Fills in what a request leaves to the models of a command.
+_Resolve = Callable[[GenerationRequest], ResolvedRequest]
 
 #: Examples of flags for the fields that a task can need.
 _EXAMPLES: Mapping[str, str] = MappingProxyType(
@@ -31,8 +35,15 @@ _NUMBERED: Mapping[str, Callable[[Any, Sequence[str]], object]] = MappingProxyTy
 _JSON_SUFFIXES, _PROMPT_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt",)
 
 
-def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedRequest]:
+def read_requests(
+    args: argparse.Namespace, spec: ModelSpec, refiner: ModelSpec | None = None
+) -> list[ResolvedRequest]:
     """Return the resolved requests of a command line, or of the file that it names.
+
+    Args:
+        args: The command's arguments.
+        spec: The model.
+        refiner: The model that makes the last steps, if there is one.
 
     Raises:
         RequestError: A field is wrong, missing for the model's task, or given twice.
@@ -41,21 +52,21 @@ def read_requests(args: argparse.Namespace, spec: ModelSpec) -> list[ResolvedReq
     names = None if args.label_names is None else _label_names(args.label_names)
     given = given_fields(args)
     if args.requests is not None:
-        return _requests_of_lines(args, given, names, spec)
+        return _requests_of_lines(args, given, names, partial(resolve, spec=spec, refiner=refiner))
     if args.like is not None:
-        given = recorded_fields(args.like, given, args.bundle)
+        given = recorded_fields(args.like, given, args.bundle, args.refiner)
     if names is not None and not given.keys() & {"class_label", "layout"}:
         raise RequestError("label_names", "needs --class-label or --layout")
     request = parse_request(_with_labels(given, names))
     check_needs(request, spec, _EXAMPLES)
-    return [resolve(request, spec)]
+    return [resolve(request, spec, refiner)]
 
 
 def _requests_of_lines(
     args: argparse.Namespace,
     given: Mapping[str, object],
     names: Sequence[str] | None,
-    spec: ModelSpec,
+    resolved: _Resolve,
 ) -> list[ResolvedRequest]:
     """Return a request for each line that is not blank."""
     if args.like is not None:
@@ -70,7 +81,7 @@ def _requests_of_lines(
         if line.strip():
             here = f"{place}, line {number}"
             fields = _json_fields(line, here) if is_json else _prompt_fields(line, here, given)
-            requests.append(_request_of_line(fields, here, names, spec))
+            requests.append(_request_of_line(fields, here, names, resolved))
     if not requests:
         what = "JSON object" if is_json else "prompt"
         raise RequestError("requests", f"{place} is empty; write one {what} per line")
@@ -97,10 +108,10 @@ def _prompt_fields(line: bytes, place: str, given: Mapping[str, object]) -> dict
 
 
 def _request_of_line(
-    fields: Mapping[str, object], place: str, names: Sequence[str] | None, spec: ModelSpec
+    fields: Mapping[str, object], place: str, names: Sequence[str] | None, resolved: _Resolve
 ) -> ResolvedRequest:
     try:
-        return resolve(parse_request(_with_labels(fields, names)), spec)
+        return resolved(parse_request(_with_labels(fields, names)))
     except RequestError as error:
         raise RequestError("requests", f"{place}: {error}") from error
 

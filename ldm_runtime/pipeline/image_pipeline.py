@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 
 from ldm_runtime.backends.contract import Runner
-from ldm_runtime.bundle.manifest import BuildRecord, PreviewRecord
-from ldm_runtime.conditioning import OpenNetwork
+from ldm_runtime.bundle.manifest import PreviewRecord
 from ldm_runtime.latents.previews import preview_image
 from ldm_runtime.pipeline.batching import in_order, run_together
 from ldm_runtime.pipeline.deadline import Deadline
+from ldm_runtime.pipeline.open_model import OpenModel
 from ldm_runtime.pipeline.passes import (
     GeneratedImages,
     ImagePasses,
@@ -27,29 +27,21 @@ from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, batches, sample_latents
 from ldm_runtime.requests.advice import advice
 from ldm_runtime.requests.resolved import ResolvedRequest
-from ldm_runtime.specs.model import ModelSpec
-from ldm_runtime.text import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImagePipeline:
-    """Runs the requests of one bundle; it holds no state between them.
+    """Runs the requests of one model; it holds no state between them.
 
     Attributes:
-        network: Returns the networks of the bundle by name.
-        tokenizer: The bundle's, if it has one.
-        spec: The model.
-        bundle_sha256: Hash of the bundle's manifest, for results.
-        build: Provenance of the bundle, for results.
+        model: The model.
+        refiner: The model that makes the last steps, if there is one.
     """
 
-    network: OpenNetwork
-    tokenizer: Tokenizer | None
-    spec: ModelSpec
-    bundle_sha256: str
-    build: BuildRecord
+    model: OpenModel
+    refiner: OpenModel | None = None
 
     def stream(
         self,
@@ -74,7 +66,7 @@ class ImagePipeline:
         passes = self._open_passes(request)
         generated = []
         for images in batches(request.num_images, batch_size):
-            unet = partial(self.network, "unet")
+            unet = partial(self.model.network, "unet")
             pass_run = self._run_passes(passes.run(images), unet, passes.timings)
             while not isinstance(event := next(pass_run), GeneratedImages):
                 deadline.check(event)
@@ -119,7 +111,7 @@ class ImagePipeline:
             for number, request in enumerate(requests)
             for image in range(request.num_images)
         )
-        unet = self.network("unet")
+        unet = self.model.network("unet")
         shared = run_together(loops, unet, max_samples=max_samples, min_samples=min_samples)
         with closing(in_order(shared)) as generated:
             for number, request in enumerate(requests):
@@ -127,9 +119,10 @@ class ImagePipeline:
                 yield self._result(all_passes.pop(number), images)
 
     def _open_passes(self, request: ResolvedRequest) -> ImagePasses:
-        for sentence in advice(request, self.spec):
+        model = self.model
+        for sentence in advice(request, model.spec):
             _LOGGER.warning("%s", sentence)
-        return open_passes(self.network, self.tokenizer, request, self.spec)
+        return open_passes(model.network, model.tokenizer, request, model.spec, self.refiner)
 
     def _run_passes(
         self, pass_run: PassRun, unet: Callable[[], Runner], timings: Timings
@@ -154,7 +147,10 @@ class ImagePipeline:
 
     def _sample(self, wanted: Pass, unet: Runner) -> Iterator[Step]:
         for step in sample_latents(
-            unet, wanted.conditioning, wanted.request, self.spec, wanted.images, wanted.start
+            *(unet, wanted.conditioning, wanted.request, self.model.spec),
+            images=wanted.images,
+            start=wanted.start,
+            refiner=wanted.refiner,
         ):
             index = wanted.steps_before + step.index
             yield replace(step, index=index, total=wanted.total_steps)
@@ -165,8 +161,9 @@ class ImagePipeline:
             request=passes.request,
             latents=np.concatenate([each.latents for each in generated]),
             timings=passes.timings.finish(),
-            bundle_sha256=self.bundle_sha256,
-            build=self.build,
+            bundle_sha256=self.model.origin.bundle_sha256,
+            build=self.model.origin.build,
+            refiner=None if passes.refiner is None or self.refiner is None else self.refiner.origin,
         )
 
 

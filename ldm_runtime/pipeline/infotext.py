@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ldm_runtime.requests.resolved import NoImage, PromptCondition, ResolvedRequest
+from ldm_runtime.requests.resolved import NoImage, PromptCondition, Refiner, ResolvedRequest
 from ldm_runtime.requests.sampler_names import known_sampler, known_schedule
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
@@ -90,15 +90,38 @@ def model_name(checkpoint: str) -> str:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class InfotextModel:
+    """A model, as such a text names it.
+
+    Attributes:
+        name: Its name, see `model_name`.
+        sha256: Hash of its checkpoint, whose beginning is the web UI's "Model hash".
+    """
+
+    name: str
+    sha256: str
+
+    @property
+    def plain_name(self) -> str:
+        """The name without the signs that end a value, which the web UI leaves out."""
+        return self.name.replace(",", "").replace(":", "")
+
+    @property
+    def short_hash(self) -> str:
+        """The first ten digits of the hash."""
+        return self.sha256[:10]
+
+
 def write_infotext(
-    request: ResolvedRequest, *, checkpoint: str, checkpoint_sha256: str, version: str
+    request: ResolvedRequest, *, model: InfotextModel, refiner: InfotextModel | None, version: str
 ) -> str | None:
     """Return the text for the one image of a request, or None if the request has no prompt.
 
     Args:
         request: The request.
-        checkpoint: The model's name, see `model_name`.
-        checkpoint_sha256: Hash of its checkpoint, whose beginning is the web UI's "Model hash".
+        model: The model.
+        refiner: The model that made the last steps, if one did.
         version: This program's.
     """
     condition = request.condition
@@ -111,9 +134,10 @@ def write_infotext(
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
-        "Model hash": checkpoint_sha256[:10],
-        "Model": checkpoint.replace(",", "").replace(":", ""),
+        "Model hash": model.short_hash,
+        "Model": model.plain_name,
         **_optional_values(request),
+        **_refiner_values(request, refiner),
         "Version": f"ldm-deploy {version}",
     }
     negative = f"\n{_NEGATIVE} {condition.negative_prompt}" if condition.negative_prompt else ""
@@ -181,6 +205,15 @@ def _optional_values(request: ResolvedRequest) -> dict[str, object]:
     if request.noise != _NOISES["GPU"]:
         values["RNG"] = labels.get(request.noise, request.noise)
     return values
+
+
+def _refiner_values(request: ResolvedRequest, refiner: InfotextModel | None) -> dict[str, object]:
+    if refiner is None or not isinstance(request.refiner, Refiner):
+        return {}
+    return {
+        "Refiner": f"{refiner.plain_name} [{refiner.short_hash}]",
+        "Refiner switch at": f"{request.refiner.start:g}",
+    }
 
 
 def _parameters(line: str) -> dict[str, str]:

@@ -19,7 +19,9 @@ from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.conditioning import Conditioning, OpenNetwork, encode_conditioning
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.latents.init_image import InitImage, Start, hires_start, init_image, start_from
-from ldm_runtime.requests.resolved import ResolvedRequest, SeededNoise
+from ldm_runtime.pipeline.open_model import OpenModel
+from ldm_runtime.pipeline.sampling import Expert
+from ldm_runtime.requests.resolved import Refiner, ResolvedRequest, SeededNoise
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
 from ldm_runtime.text import Tokenizer
@@ -36,6 +38,7 @@ class Pass:
         conditioning: From `conditioning.encode_conditioning`.
         images: Indices of the images.
         start: Initial latents; None is noise.
+        refiner: What makes the last steps; None for a request without a refiner.
         steps_before: Steps of earlier passes.
         total_steps: Steps of all passes.
     """
@@ -44,6 +47,7 @@ class Pass:
     conditioning: Conditioning
     images: range
     start: Start | None
+    refiner: Expert | None
     steps_before: int
     total_steps: int
 
@@ -106,6 +110,7 @@ class ImagePasses:
         init: The init image, whose known area is restored at the end; None for super-resolution.
         start: Initial latents: those of the init image, or None for noise. For an autoencoder task
             they are also the result.
+        refiner: What makes the last steps; None for a request without a refiner.
         timings: Seconds per network.
     """
 
@@ -115,6 +120,7 @@ class ImagePasses:
     conditioning: Conditioning
     init: InitImage | None
     start: Start | None
+    refiner: Expert | None
     timings: Timings
 
     def run(self, images: range) -> PassRun:
@@ -145,6 +151,7 @@ class ImagePasses:
             conditioning=self.conditioning,
             images=images,
             start=start,
+            refiner=self.refiner,
             steps_before=sum(steps[:number]),
             total_steps=sum(steps),
         )
@@ -161,7 +168,11 @@ class ImagePasses:
 
 
 def open_passes(
-    network: OpenNetwork, tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
+    network: OpenNetwork,
+    tokenizer: Tokenizer | None,
+    request: ResolvedRequest,
+    spec: ModelSpec,
+    refiner: OpenModel | None = None,
 ) -> ImagePasses:
     """Encode the conditions and the image of a resolved request, once for all its images.
 
@@ -170,6 +181,7 @@ def open_passes(
         tokenizer: The bundle's, if it has one.
         request: The request.
         spec: The model.
+        refiner: The model that makes the last steps of a request that has a refiner.
 
     Raises:
         RequestError: The model cannot take the conditions of the request.
@@ -189,5 +201,18 @@ def open_passes(
         conditioning=conditioning,
         init=init,
         start=start,
+        refiner=None if refiner is None else _expert(refiner, request, timings),
         timings=timings,
+    )
+
+
+def _expert(refiner: OpenModel, request: ResolvedRequest, timings: Timings) -> Expert | None:
+    """Encode the conditions of a request for its refiner, unless that has nothing to do."""
+    if not isinstance(request.refiner, Refiner) or request.refiner.start == 1:
+        return None
+    network = timings.timed(refiner.network)
+    return Expert(
+        open_unet=lambda: refiner.network("unet"),
+        conditioning=encode_conditioning(network, refiner.tokenizer, request, refiner.spec),
+        spec=refiner.spec,
     )

@@ -16,7 +16,8 @@ from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import image_format, is_folder, pattern_paths, save_numbered
 from ldm_runtime.pipeline.image_files import save_image
-from ldm_runtime.pipeline.infotext import model_name, write_infotext
+from ldm_runtime.pipeline.infotext import InfotextModel, model_name, write_infotext
+from ldm_runtime.pipeline.open_model import Origin
 from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.version import version
@@ -33,10 +34,11 @@ class Result:
             `denoising_end` leaves in them, and for the `latents` of a request that goes on there.
         timings: Seconds in each network that the request took, by the name of its component: the
             UNet and the autoencoder with the code around them, the others alone; and "total"
-            from start to end, a stream's consumer included. With `run_many` the time of a request
-            includes waiting for others.
+            from start to end, a stream's consumer included. A refiner's seconds count to the same
+            names. With `run_many` the time of a request includes waiting for others.
         bundle_sha256: Hash of the bundle's manifest.
         build: Provenance of the bundle: its checkpoint and what it was made with.
+        refiner: Origin of the model that made the last steps, if one did.
     """
 
     images: list[Image.Image]
@@ -45,6 +47,7 @@ class Result:
     timings: Mapping[str, float]
     bundle_sha256: str
     build: BuildRecord
+    refiner: Origin | None
 
     @property
     def image(self) -> Image.Image:
@@ -130,22 +133,28 @@ class Result:
 
     def metadata(self, index: int = 0) -> dict[str, Any]:
         """Return the metadata of image `index`, from which it can be generated again, alone."""
+        refiner = {} if self.refiner is None else {"refiner_sha256": self.refiner.bundle_sha256}
         return {
             "request": request_to_json(self.request.of_image(index).as_request()),
             "bundle_sha256": self.bundle_sha256,
+            **refiner,
             "version": version(),
         }
 
     def _write(self, index: int, path: Path, *, replace: bool = False) -> None:
         infotext = write_infotext(
             self.request.of_image(index),
-            checkpoint=model_name(self.build.checkpoint),
-            checkpoint_sha256=self.build.checkpoint_sha256,
+            model=_checkpoint(self.build),
+            refiner=None if self.refiner is None else _checkpoint(self.refiner.build),
             version=version(),
         )
         image_format(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(self.images[index], path, self.metadata(index), infotext, replace=replace)
+
+
+def _checkpoint(build: BuildRecord) -> InfotextModel:
+    return InfotextModel(name=model_name(build.checkpoint), sha256=build.checkpoint_sha256)
 
 
 def _sheet(images: list[Image.Image]) -> Image.Image:

@@ -1,7 +1,7 @@
 """The sampling loop: from a request and its conditioning to latents, step by step."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,12 +18,18 @@ from ldm_runtime.noise import NOISES, NoiseGenerator
 from ldm_runtime.noise.brownian import BrownianPath
 from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
+from ldm_runtime.pipeline.refined_denoiser import RefinedDenoiser
 from ldm_runtime.requests.request import CUSTOM
 from ldm_runtime.requests.resolution import sampler_of, sigma_table
-from ldm_runtime.requests.resolved import PartlyDenoised, ResolvedRequest, SeededNoise
+from ldm_runtime.requests.resolved import (
+    PartlyDenoised,
+    Refiner,
+    ResolvedRequest,
+    SeededNoise,
+)
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import Denoise, NoiseSampler
-from ldm_runtime.schedules import SigmaTable, earlier_sigma, initial_scale
+from ldm_runtime.schedules import earlier_sigma, initial_scale, timestep_at
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import runs_in_patches
 from ldm_runtime.tiling.patches import over_patches
@@ -61,13 +67,30 @@ class Step:
         return f"Step({self.index} of {self.total}, {images}, sigma {self.sigma:.4g}, {shape})"
 
 
-def sample_latents(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Expert:
+    """A model that makes some of the steps of a request.
+
+    Attributes:
+        open_unet: Returns its UNet.
+        conditioning: The conditions of the request, encoded for that.
+        spec: The model.
+    """
+
+    open_unet: Callable[[], Runner]
+    conditioning: Conditioning
+    spec: ModelSpec
+
+
+def sample_latents(  # noqa: PLR0913  (the parts of a run)
     engine: Runner,
     conditioning: Conditioning,
     request: ResolvedRequest,
     spec: ModelSpec,
     images: range | None = None,
     start: Start | None = None,
+    *,
+    refiner: Expert | None = None,
 ) -> Iterator[Step]:
     """Yield the latents of some images after each step of a request's first pass, as one batch.
 
@@ -80,6 +103,7 @@ def sample_latents(
         spec: The model.
         images: Indices of the images; None is all of them.
         start: Initial latents; None is noise.
+        refiner: What makes the last steps, if the request has a refiner.
 
     Raises:
         BackendError: The latents became NaN or infinite.
@@ -89,7 +113,15 @@ def sample_latents(
     sigmas = request.sigmas[steps.start :]
     noise, noise_sampler = _noise(request, spec, images)
     table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
-    denoise: Denoise = _denoiser(engine, _repeated(conditioning, len(images)), request, spec, table)
+    base = Expert(open_unet=lambda: engine, conditioning=conditioning, spec=spec)
+    denoise = _denoiser(base, request, len(images))
+    if refiner is not None and isinstance(request.refiner, Refiner):
+        denoise = RefinedDenoiser(
+            denoise,
+            partial(_denoiser, refiner, request, len(images)),
+            first_timestep=timestep_at(table, request.refiner.start),
+            training_sigmas=table,
+        )
     latents = _first_latents(noise, sigmas, request, start)
     if start is not None and start.mask is not None:
         denoise = MaskedDenoiser(denoise=denoise, init=start.latents, noise=noise, mask=start.mask)
@@ -256,16 +288,12 @@ def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
     return Conditioning(context=context, vector=vector, concat=concat)
 
 
-def _denoiser(
-    engine: Runner,
-    conditioning: Conditioning,
-    request: ResolvedRequest,
-    spec: ModelSpec,
-    table: SigmaTable,
-) -> GuidedDenoiser:
+def _denoiser(expert: Expert, request: ResolvedRequest, count: int) -> Denoise:
+    """Return the denoiser of a model for a batch of images."""
+    spec, conditioning = expert.spec, _repeated(expert.conditioning, count)
     return GuidedDenoiser(
-        network=_UNet(engine, conditioning, in_patches=runs_in_patches(spec)),
-        training_sigmas=table,
+        network=_UNet(expert.open_unet(), conditioning, in_patches=runs_in_patches(spec)),
+        training_sigmas=sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr),
         context=conditioning.context,
         guidance_scale=request.guidance_scale,
         image_guidance_scale=request.image_guidance_scale,

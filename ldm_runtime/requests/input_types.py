@@ -121,6 +121,7 @@ class RequestFields(TypedDict, total=False):
     latents: LatentsInput | None
     denoising_end: float | None
     denoising_start: float | None
+    refiner_start: float | None
     num_images: int
     image: ImageInput | None
     strength: float | None

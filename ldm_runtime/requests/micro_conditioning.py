@@ -66,13 +66,14 @@ def micro_conditioning_of(request: GenerationRequest, size: tuple[int, int]) -> 
     return replace(_default(size), **_given(request))
 
 
-def check_micro_conditioning(request: GenerationRequest, spec: ModelSpec) -> None:
-    """Check that a request has micro-conditioning only where a model's UNet takes it.
+def check_micro_conditioning(request: GenerationRequest, *specs: ModelSpec) -> None:
+    """Check that a request has micro-conditioning only where a UNet of its models takes it.
 
     Raises:
-        RequestError: The UNet does not take it.
+        RequestError: None takes it.
     """
-    taken = _FIELDS[micro_conditioning_kind(spec)]
+    taken = [name for spec in specs for name in _FIELDS[micro_conditioning_kind(spec)]]
+    taken = list(dict.fromkeys(taken))
     others = f"which takes {', '.join(taken)}" if taken else "whose UNet takes no sizes of images"
     for name in _given(request):
         if name not in taken:

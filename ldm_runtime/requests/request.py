@@ -364,6 +364,16 @@ class GenerationRequest:
             metavar="SHARE",
         ),
     ] = None
+    refiner_start: Annotated[
+        float | None,
+        about(
+            "share of the noise schedule after which the refiner takes over; default: 0.8",
+            "Sampling",
+            low=0.0,
+            high=1.0,
+            metavar="SHARE",
+        ),
+    ] = None
     num_images: Annotated[
         int,
         about("how many images", "Output", low=1, high=MAX_IMAGES, metavar="N", flags=("-n",)),

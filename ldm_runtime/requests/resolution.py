@@ -11,6 +11,7 @@ from ldm_runtime.requests.micro_conditioning import (
     micro_conditioning_of,
 )
 from ldm_runtime.requests.preset_fields import with_preset_fields
+from ldm_runtime.requests.refiner import refiner_of
 from ldm_runtime.requests.request import CUSTOM, MAX_IMAGES, GenerationRequest
 from ldm_runtime.requests.resolved import (
     EVERY_SIGMA,
@@ -63,11 +64,18 @@ class _Sampling:
     image_guidance_scale: float = 1.0
 
 
-def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> ResolvedRequest:
+def resolve(
+    request: GenerationRequest | ResolvedRequest, spec: ModelSpec, refiner: ModelSpec | None = None
+) -> ResolvedRequest:
     """Return a request with everything filled in that it leaves to a model, and checked.
 
     Resolving a resolved request changes nothing. A model that only encodes and decodes samples no
     noise: an open seed becomes 0.
+
+    Args:
+        request: The request.
+        spec: The model.
+        refiner: The model that makes the last steps, if there is one; see `refiner.check_refiner`.
 
     Raises:
         RequestError: The model cannot do what the request asks for.
@@ -80,7 +88,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
     request = with_preset_fields(request, spec)
     condition, image = condition_of(request, spec), _image_of(request)
     check_condition(condition, spec)
-    check_micro_conditioning(request, spec)
+    check_micro_conditioning(request, spec, *([] if refiner is None else [refiner]))
     check_decoder(request, spec)
     _check_combinations(request)
     size = image_size(request, image, condition, spec)
@@ -113,6 +121,7 @@ def resolve(request: GenerationRequest | ResolvedRequest, spec: ModelSpec) -> Re
         variation_strength=request.variation_strength,
         first_noise=_first_noise(request, size, spec),
         denoising_end=_first(request.denoising_end, 1.0),
+        refiner=refiner_of(request, passes, spec, refiner),
         passes=passes,
         decoder=request.decoder,
         tile_size=tile_size(request, _last_size(passes, size), spec),

@@ -163,6 +163,18 @@ FirstNoise = SeededNoise | GivenNoise | PartlyDenoised
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoRefiner:
+    """No refiner: one model makes all steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refiner:
+    """A second model makes the last steps: those that begin after a share of the noise schedule."""
+
+    start: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingPass:
     """One run of the sampler over the same noise levels.
 
@@ -213,6 +225,7 @@ class ResolvedRequest:
         variation_strength: How far, 0 (not at all) to 1.
         first_noise: The noise that the first pass starts from, or latents in its place.
         denoising_end: Share of the noise schedule after which the first pass stops.
+        refiner: Where a second model takes over, if there is one.
         passes: Runs of the sampler, one after the other; none without sampling.
         decoder: The model's own decoder, or its tiny one.
         tile_size: Decode in tiles of that many pixels; 0 decodes in one piece.
@@ -240,6 +253,7 @@ class ResolvedRequest:
     variation_strength: float
     first_noise: FirstNoise
     denoising_end: float
+    refiner: NoRefiner | Refiner
     passes: tuple[SamplingPass, ...]
     decoder: Decoder
     tile_size: int
@@ -354,9 +368,7 @@ def _sampling_fields(request: ResolvedRequest) -> dict[str, object]:
         known["variation_strength"] = request.variation_strength
     if TASKS[request.task].guides_by_image:
         known["image_guidance_scale"] = request.image_guidance_scale
-    known |= _latents_fields(request.first_noise)
-    if request.denoising_end != 1:
-        known["denoising_end"] = request.denoising_end
+    known |= _latents_fields(request.first_noise) | _end_fields(request)
     if not isinstance(request.source_image, NoImage) and TASKS[request.task].image == "start":
         known["strength"] = first.strength
     for second in more:
@@ -374,3 +386,12 @@ def _latents_fields(first_noise: FirstNoise) -> dict[str, object]:
                 "denoising_start": first_noise.denoising_start,
             }
     return {}
+
+
+def _end_fields(request: ResolvedRequest) -> dict[str, object]:
+    known: dict[str, object] = {}
+    if request.denoising_end != 1:
+        known["denoising_end"] = request.denoising_end
+    if isinstance(request.refiner, Refiner):
+        known["refiner_start"] = request.refiner.start
+    return known

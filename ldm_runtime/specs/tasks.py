@@ -33,6 +33,8 @@ _PROMPTS = frozenset(
         # Of these a model takes those of its micro-conditioning, if it has one.
         *("original_size", "crop_top_left", "target_size"),
         *("aesthetic_score", "negative_aesthetic_score"),
+        # A refiner is for prompts.
+        "refiner_start",
     }
 )
 _MASKS = ("mask_image", "outpaint")

@@ -28,6 +28,7 @@ from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.image_pipeline import ImagePipeline
+from ldm_runtime.pipeline.open_model import OpenModel, Origin
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
 from tests.reference.small_families import (
@@ -42,6 +43,7 @@ from tests.reference.small_families import (
     state_dict,
 )
 from tests.reference.twins import (
+    SCHEDULERS,
     TRAINED,
     VOCABULARY,
     clip_tokenizer,
@@ -89,19 +91,24 @@ def generate(model, **fields):
     return as_arrays(result_of(model, **fields).images)
 
 
-def result_of(model, **fields):
-    request = resolve(parse_request({"sampler": "ddim", "seed": SEED, **fields}), model.spec)
-    pipeline = ImagePipeline(
+def result_of(model, refiner=None, **fields):
+    specs = [each and each.spec for each in (model, refiner)]
+    request = resolve(parse_request({"sampler": "ddim", "seed": SEED, **fields}), *specs)
+    pipeline = ImagePipeline(model=as_open(model), refiner=refiner and as_open(refiner))
+    *_, result = pipeline.stream(request, None, Deadline(None), batch_size=request.num_images)
+    return result
+
+
+def as_open(model):
+    build = BuildRecord(
+        checkpoint="", checkpoint_sha256="", components=(), versions={}, seconds=0.0
+    )
+    return OpenModel(
         network=model.network,
         tokenizer=open_tokenizer(VOCABULARY, model.spec),
         spec=model.spec,
-        bundle_sha256="",
-        build=BuildRecord(
-            checkpoint="", checkpoint_sha256="", components=(), versions={}, seconds=0.0
-        ),
+        origin=Origin(bundle_sha256="", build=build),
     )
-    *_, result = pipeline.stream(request, None, Deadline(None), batch_size=request.num_images)
-    return result
 
 
 def as_arrays(images):
@@ -233,6 +240,41 @@ def test_the_refiner_changes_an_image_as_diffusers_does(tmp_path, monkeypatch, s
 
     assert (ours.spec.family, ours.spec.unet.vector_dim) == ("stable-diffusion-xl-refiner", 2560)
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+@pytest.mark.parametrize(("end", "start"), [(0.8, {}), (0.4, {"refiner_start": 0.4})])
+def test_the_refiner_makes_the_last_steps_as_in_diffusers(tmp_path, scheduler, end, start):
+    states = state_dict(SDXL), state_dict(SDXL_REFINER, seed=1)
+    base = diffusers_xl_pipeline(StableDiffusionXLPipeline, SDXL, states[0], tmp_path)
+    refine = diffusers_refiner_pipeline(states[1], tmp_path)
+    base.scheduler = refine.scheduler = SCHEDULERS[scheduler]
+    refine.vae = base.vae
+    ours, refiner = (open_networks(state) for state in states)
+    fields = {"num_inference_steps": 10, "guidance_scale": 5.0, "negative_prompt": "blurry, a dog"}
+    latents = base(
+        PROMPT,
+        latents=noise(ours, 2),
+        num_images_per_prompt=2,
+        height=SIDE,
+        width=SIDE,
+        denoising_end=end,
+        output_type="latent",
+        **fields,
+    ).images
+    expected = refine(PROMPT, image=latents, num_images_per_prompt=2, denoising_start=end, **fields)
+    alone = generate(ours, prompt=PROMPT, num_images=2, **COMMON)
+
+    result = result_of(
+        *(ours, refiner),
+        **{"prompt": PROMPT, "num_images": 2, "sampler": scheduler, **fields, **start},
+        height=SIDE,
+        width=SIDE,
+    )
+
+    images, theirs = as_arrays(result.images), as_arrays(expected.images)
+    assert lowest_psnr(images, theirs) >= 60
+    assert lowest_psnr(alone, theirs) < 40
 
 
 def diffusers_refiner_pipeline(state, folder):

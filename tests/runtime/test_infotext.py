@@ -12,6 +12,7 @@ from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.pipeline.image_files import read_metadata, save_image
 from ldm_runtime.pipeline.infotext import (
     MAX_CHARACTERS,
+    InfotextModel,
     model_name,
     read_infotext,
     write_infotext,
@@ -43,9 +44,8 @@ FROM_IMAGE = (
 
 def text_of(spec=TINY_SPEC, **fields):
     request = resolve(GenerationRequest(**{"prompt": "red", "seed": 7} | fields), spec)
-    return write_infotext(
-        request, checkpoint="model, v1: a", checkpoint_sha256="0123456789abcdef", version="1.0"
-    )
+    model = InfotextModel(name="model, v1: a", sha256="0123456789abcdef")
+    return write_infotext(request, model=model, refiner=None, version="1.0")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,8 @@ def test_a_request_without_a_prompt_has_no_text(bundle_of):
     with Generator(bundle_of("unconditional"), threads=1) as generator:
         request = generator(seed=1).request
 
-    assert write_infotext(request, checkpoint="", checkpoint_sha256="", version="") is None
+    model = InfotextModel(name="", sha256="")
+    assert write_infotext(request, model=model, refiner=None, version="") is None
 
 
 @pytest.mark.parametrize(

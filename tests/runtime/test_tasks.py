@@ -42,6 +42,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "variation_seed": 3,
     "variation_strength": 0.5,
     "latents": np.ones((1, 4, 8, 8), dtype=np.float32),
+    "refiner_start": 0.5,
     "denoising_end": 0.5,
     "denoising_start": 0.5,
     "num_images": 2,

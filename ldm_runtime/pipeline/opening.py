@@ -1,0 +1,101 @@
+"""Opening of bundles: a manifest is read, a backend chosen, and networks wait to be needed."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ldm_runtime.backends import BackendName, choose_backend, get_backend
+from ldm_runtime.backends.contract import Engine, EngineSource, RunOptions, SharedResources
+from ldm_runtime.backends.networks import OpenNetworks
+from ldm_runtime.bundle.files import checked_file, sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
+from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.pipeline.open_model import OpenModel, Origin
+from ldm_runtime.text import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningOptions:
+    """How bundles are opened; `ldm_runtime.generator.Generator` says what each means."""
+
+    backend: BackendName
+    threads: int | None
+    check_hashes: bool
+    options: RunOptions
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenBundle:
+    """An open bundle.
+
+    Attributes:
+        folder: Its folder.
+        manifest: Its manifest.
+        backend: The backend that runs its networks.
+        networks: Its networks, each opened by the first call for it; the owner closes them.
+        model: The same as a model.
+    """
+
+    folder: Path
+    manifest: Manifest
+    backend: str
+    networks: OpenNetworks
+    model: OpenModel
+
+
+def open_bundle(
+    bundle: str | Path, options: OpeningOptions, *, sha256: str | None = None
+) -> OpenBundle:
+    """Open a bundle, but none of its networks.
+
+    Args:
+        bundle: Folder made by `ldm-export`.
+        options: How it is opened.
+        sha256: Hash that its manifest must have; None takes any.
+
+    Raises:
+        BundleError: The bundle is incomplete or altered, or not the one with that hash.
+        BackendError: The backend cannot run here.
+    """
+    folder = Path(bundle).resolve()  # some files are opened later, wherever that is
+    manifest = load_manifest(folder, sha256=sha256)
+    backend = choose_backend(options.backend, manifest, bundle=folder, options=options.options)
+    networks = _networks(folder, manifest, backend, options)
+    model = OpenModel(
+        network=networks,
+        tokenizer=_tokenizer(folder, manifest, options),
+        spec=manifest.spec,
+        origin=Origin(bundle_sha256=sha256_of(folder / MANIFEST_NAME), build=manifest.build),
+    )
+    return OpenBundle(
+        folder=folder, manifest=manifest, backend=backend, networks=networks, model=model
+    )
+
+
+def _networks(
+    folder: Path, manifest: Manifest, backend: str, options: OpeningOptions
+) -> OpenNetworks:
+    module = get_backend(backend)
+    source = partial(
+        EngineSource,
+        bundle=folder,
+        manifest=manifest,
+        threads=options.threads,
+        check_hashes=options.check_hashes,
+        options=options.options,
+        shared=SharedResources(),
+    )
+
+    def open_engine(name: str) -> Engine:
+        return module.open_engine(source(component=manifest.component(name)))
+
+    owner = f"the generator of {folder}"
+    return OpenNetworks(open_engine, owner, survives_fork=module.ABILITIES.survives_fork)
+
+
+def _tokenizer(folder: Path, manifest: Manifest, options: OpeningOptions) -> Tokenizer | None:
+    path = manifest.tokenizer_file
+    if path is None:
+        return None
+    file = checked_file(folder, manifest, path, hashed=options.check_hashes)
+    return open_tokenizer(file, manifest.spec)
