@@ -15,12 +15,13 @@ from ldm_runtime.specs.model import ModelSpec, Task
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    Depths,
     SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
 )
 
-Value = bool | int | str | tuple[int, ...]
+Value = bool | int | str | Depths
 
 #: Tasks of each conditioner of CompVis, by the last part of its class's name.
 _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
@@ -127,12 +128,11 @@ def _attention_factors(params: Config, unet: UNetSpec) -> dict[str, Value]:
     """Return the weights' factors with attention, if the configuration names others."""
     path = "unet_config.params.attention_resolutions"
     said = lookup(params, path)
-    found = tuple(2**level for level, depth in enumerate(unet.transformer_depth) if depth)
-    if isinstance(said, list):
-        # Factors that no level has are allowed, and have no effect.
-        levels = range(len(unet.channel_mult))
-        if tuple(2**level for level in levels if 2**level in said) == found:
-            return {}
+    levels = range(len(unet.channel_mult))
+    found = tuple(2**level for level in levels if any(unet.input_depths(level)))
+    # Factors that no level has are allowed, and have no effect.
+    if isinstance(said, list) and tuple(2**i for i in levels if 2**i in said) == found:
+        return {}
     return {path: found}
 
 

@@ -182,6 +182,9 @@ def unet_features(unet: Shapes) -> dict[str, Feature]:
         "attention": _attention(unet),
         "projection": _projection(unet),
         "time_embedding": _time_embedding(unet),
+        "input_depths": _depths(unet, "input_blocks"),
+        "middle": _middle(unet),
+        "output_depths": _depths(unet, "output_blocks"),
         "vector": vector,
         "vector_width": size_of(unet, vector.tensor, axis=1),
     }
@@ -201,6 +204,32 @@ def _projection(unet: Shapes) -> Feature:
         if name.endswith(".proj_in.weight"):
             return Feature(value=kinds.get(len(unet[name]), NONE), tensor=name)
     return ABSENT
+
+
+def _depths(unet: Shapes, half: str) -> Feature:
+    """Return the transformer depth after every residual block of a half, such as "0 2 10"."""
+    pattern = re.compile(
+        rf"{re.escape(UNET_PREFIX + half)}\.([0-9]{{1,3}})\."
+        r"(?:0\.in_layers\.2|1\.transformer_blocks\.[0-9]{1,3}\.(norm1))\.weight"
+    )
+    depths: dict[int, int] = {}
+    shown = ""
+    for name in unet:
+        if match := pattern.fullmatch(name):
+            depths[int(match[1])] = depths.get(int(match[1]), 0) + (match[2] is not None)
+            shown = shown or name
+    value = " ".join(str(depths[block]) for block in sorted(depths))
+    return Feature(value=value, tensor=shown) if any(depths.values()) else ABSENT
+
+
+def _middle(unet: Shapes) -> Feature:
+    """Return the contents of the middle block; attention has a residual block on either side."""
+    kinds = (
+        ("attention", "1.proj_out.weight"),
+        ("residual blocks", "2.out_layers.3.weight"),
+        ("residual block", "0.out_layers.3.weight"),
+    )
+    return present(unet, [(kind, f"{UNET_PREFIX}middle_block.{part}") for kind, part in kinds])
 
 
 def _time_embedding(unet: Shapes) -> Feature:

@@ -70,7 +70,7 @@ def _refusal(family: Family, found: Fingerprint, families: Sequence[Family]) -> 
     return (
         f"recognised but not supported yet by this version: {family.name} ({describe(found)}); "
         f"latent diffusion models for {', '.join(tasks)} and Stable Diffusion 1, 2 and XL are "
-        "exported"
+        f"exported. {_differences(found, [row for row in families if row.family_defaults])}"
     )
 
 
@@ -86,12 +86,17 @@ def _unknown(tensors: Tensors, found: Fingerprint, families: Sequence[Family]) -
     )
     if all(feature.value == NONE for feature in found.values()):
         return message
+    return f"{message}. {_differences(found, families)}"
+
+
+def _differences(found: Fingerprint, families: Sequence[Family]) -> str:
+    """Return the nearest of families and how a checkpoint differs from it, in a sentence."""
     nearest = _nearest(found, families)
     differences = "; ".join(
         _difference(name, found[name], nearest.features[name])
         for name in _differing(found, nearest)
     )
-    return f"{message}. Nearest family: {nearest.name}, which differs in {differences}"
+    return f"Nearest family: {nearest.name}, which differs in {differences}"
 
 
 def _nearest(found: Fingerprint, families: Sequence[Family]) -> Family:

@@ -100,7 +100,12 @@ def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpe
     if "unet" not in shapes:
         return None
     (num_heads, num_head_channels), source = _heads(sources)
-    unet = read_unet(shapes["unet"], num_heads=num_heads, num_head_channels=num_head_channels)
+    unet = read_unet(
+        shapes["unet"],
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        blocks_removed=sources.family.blocks_removed,
+    )
     field = "num_heads" if num_heads else "num_head_channels"
     notes.append(assumed(f"unet.{field}", num_heads or num_head_channels, source))
     return unet

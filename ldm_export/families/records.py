@@ -72,6 +72,8 @@ class FamilyDefaults:
         siblings: Released models of the same shapes that predict something else, by what that is,
             with their native size in latent pixels. Where nothing else says what a UNet predicts,
             a measurement decides between them.
+        blocks_removed: Whether the UNet was distilled into one with fewer blocks, so that it may
+            lack its middle and its two halves may differ. In others, that is a fault of the file.
     """
 
     task: Task
@@ -96,6 +98,7 @@ class FamilyDefaults:
     text_final_norm: bool = True
     null_prompt: NullPrompt = "encoded"
     siblings: Mapping[PredictionType, int] = field(default_factory=dict)
+    blocks_removed: bool = False
 
     def latent_size_of(self, prediction_type: PredictionType) -> int | None:
         """Return the native size of a model of these shapes that predicts this."""

@@ -124,9 +124,13 @@ def _sdxl(
     **features: Expected,
 ) -> Family:
     """Return a row of SDXL, whose UNet takes a vector."""
-    return _family(
-        name, family_defaults, text_encoders, (), projection="linear", vector="mlp", **features
-    )
+    shown: Mapping[str, Expected] = {
+        "projection": "linear",
+        "vector": "mlp",
+        "middle": "attention",
+        **features,
+    }
+    return _family(name, family_defaults, text_encoders, (), **shown)
 
 
 def _family(

@@ -5,8 +5,11 @@ that its checkpoints get a clear refusal instead of a wrong export.
 """
 
 from ldm_export.families.autoencoders import AUTOENCODER_FAMILIES
+from ldm_export.families.distilled import DISTILLED_FAMILIES
 from ldm_export.families.latent_diffusion import LDM_FAMILIES
 from ldm_export.families.records import Family
 from ldm_export.families.stable_diffusion import SD_FAMILIES
 
-FAMILIES: tuple[Family, ...] = SD_FAMILIES + LDM_FAMILIES + AUTOENCODER_FAMILIES
+FAMILIES: tuple[Family, ...] = (
+    SD_FAMILIES + DISTILLED_FAMILIES + LDM_FAMILIES + AUTOENCODER_FAMILIES
+)

@@ -40,12 +40,19 @@ def attention_depth(names: Iterable[str], block: str) -> int:
     return len(indices(names, f"{block}.1.transformer_blocks"))
 
 
-def middle_depth(shapes: Shapes) -> int:
+def middle_depth(shapes: Shapes, *, blocks_removed: bool) -> int | None:
     """Return the number of attention blocks in the middle block.
+
+    Args:
+        shapes: Shape of every parameter.
+        blocks_removed: Whether its attention may be missing together with its second residual
+            block, 0, or the whole middle, None.
 
     Raises:
         WeightsError: It has none.
     """
+    if blocks_removed and len(layers := indices(shapes, "middle_block")) < 2:
+        return 0 if layers else None
     depth = attention_depth(shapes, "middle_block")
     if not depth:
         raise WeightsError(

@@ -44,12 +44,7 @@ class UNet(nn.Module):
         if spec.vector_dim is not None:
             self.label_emb = nn.Sequential(_embedding(spec.vector_dim, self.embedding_dim))
         self.input_blocks, widths = self._encoder()
-        channels = widths[-1]
-        self.middle_block = UNetBlock(
-            self._res(channels, channels),
-            self._attention(channels, spec.middle_depth),
-            self._res(channels, channels),
-        )
+        self.middle_block = UNetBlock(*self._middle(widths[-1]))
         self.output_blocks = self._decoder(widths)
         self.out = nn.Sequential(
             nn.GroupNorm(_GROUPS, spec.model_channels, eps=1e-5),
@@ -97,9 +92,9 @@ class UNet(nn.Module):
         blocks = nn.ModuleList([UNetBlock(nn.Conv2d(spec.in_channels, channels, 3, padding=1))])
         widths = [channels]
         for level, mult in enumerate(spec.channel_mult):
-            for _ in range(spec.num_res_blocks):
+            for depth in spec.input_depths(level):
                 width = mult * spec.model_channels
-                blocks.append(UNetBlock(self._res(channels, width), *self._level(level, width)))
+                blocks.append(UNetBlock(self._res(channels, width), *self._mixing(width, depth)))
                 channels = width
                 widths.append(channels)
             if level + 1 < len(spec.channel_mult):
@@ -107,15 +102,24 @@ class UNet(nn.Module):
                 widths.append(channels)
         return blocks, widths
 
+    def _middle(self, channels: int) -> list[nn.Module]:
+        """Return the layers of the middle block, which without any is the identity."""
+        depth = self.spec.middle_depth
+        layers = [] if depth is None else [self._res(channels, channels)]
+        if depth:
+            layers += [*self._mixing(channels, depth), self._res(channels, channels)]
+        return layers
+
     def _decoder(self, widths: list[int]) -> nn.ModuleList:
         spec, channels = self.spec, widths[-1]
         skips, blocks = list(widths), nn.ModuleList()
         for level, mult in reversed(list(enumerate(spec.channel_mult))):
-            for index in range(spec.num_res_blocks + 1):
+            depths = spec.output_depths(level)
+            for index, depth in enumerate(depths, start=1):
                 width = mult * spec.model_channels
-                layers = [self._res(channels + skips.pop(), width), *self._level(level, width)]
+                layers = [self._res(channels + skips.pop(), width), *self._mixing(width, depth)]
                 channels = width
-                if level > 0 and index == spec.num_res_blocks:
+                if level > 0 and index == len(depths):
                     layers.append(self._resample(channels, "up"))
                 blocks.append(UNetBlock(*layers))
         return blocks
@@ -136,11 +140,10 @@ class UNet(nn.Module):
             return self._res(channels, channels, direction)
         return Downsample(channels) if direction == "down" else Upsample(channels)
 
-    def _level(self, level: int, channels: int) -> list[nn.Module]:
-        depth = self.spec.transformer_depth[level]
-        return [self._attention(channels, depth)] if depth else []
-
-    def _attention(self, channels: int, depth: int) -> nn.Module:
+    def _mixing(self, channels: int, depth: int) -> list[nn.Module]:
+        """Return the attention after a residual block, if there is one."""
+        if not depth:
+            return []
         if self.spec.attention == "qkv":
-            return AttentionBlock(self.spec, channels)
-        return SpatialTransformer(self.spec, channels, depth)
+            return [AttentionBlock(self.spec, channels)]
+        return [SpatialTransformer(self.spec, channels, depth)]

@@ -99,9 +99,10 @@ def _batch_and_pixels(spec: AutoencoderSpec, lengths: Mapping[str, int]) -> tupl
 
 def _unet_values(spec: UNetSpec, height: int, width: int) -> Iterator[int]:
     yield spec.model_channels * spec.channel_mult[0] * height * width
-    depths = [*spec.transformer_depth[:-1], spec.transformer_depth[-1] or spec.middle_depth]
-    for level, (mult, depth) in enumerate(zip(spec.channel_mult, depths, strict=True)):
-        if depth:
+    last = len(spec.channel_mult) - 1
+    for level, mult in enumerate(spec.channel_mult):
+        depths = (*spec.input_depths(level), *spec.output_depths(level))
+        if any(depths) or (level == last and spec.middle_depth):
             heads = spec.heads_over(mult * spec.model_channels)
             yield heads * ((height >> level) * (width >> level)) ** 2
 

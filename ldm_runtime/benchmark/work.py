@@ -66,24 +66,22 @@ def unet_work(spec: UNetSpec, height: int, width: int, tokens: int) -> Work:
     work += _conv(spec.in_channels, channels, pixels)
     skips = [channels]
     for level, mult in enumerate(spec.channel_mult):
-        for _ in range(spec.num_res_blocks):
+        for depth in spec.input_depths(level):
             work += _unet_res_block(spec, channels, mult * spec.model_channels, pixels)
             channels = mult * spec.model_channels
-            work += _mixing(spec, channels, spec.transformer_depth[level], pixels, tokens)
+            work += _mixing(spec, channels, depth, pixels, tokens)
             skips.append(channels)
         if level + 1 < len(spec.channel_mult):
             pixels //= 4
             work += _resizing(spec, channels, pixels)
             skips.append(channels)
-    work += _unet_res_block(spec, channels, channels, pixels)
-    work += _mixing(spec, channels, spec.middle_depth, pixels, tokens)
-    work += _unet_res_block(spec, channels, channels, pixels)
+    work += _unet_middle(spec, channels, pixels, tokens)
     for level, mult in reversed(list(enumerate(spec.channel_mult))):
-        for _ in range(spec.num_res_blocks + 1):
+        for depth in spec.output_depths(level):
             wide = channels + skips.pop()
             channels = mult * spec.model_channels
             work += _unet_res_block(spec, wide, channels, pixels)
-            work += _mixing(spec, channels, spec.transformer_depth[level], pixels, tokens)
+            work += _mixing(spec, channels, depth, pixels, tokens)
         if level:
             pixels *= 4
             work += _resizing(spec, channels, pixels)
@@ -126,6 +124,15 @@ def text_encoder_work(spec: TextEncoderSpec) -> Work:
     )
     embeddings = Work(parameters=(spec.vocab_size + tokens) * width)
     return _sum(embeddings, *[layer] * spec.num_layers, _norm(width))
+
+
+def _unet_middle(spec: UNetSpec, channels: int, pixels: int, tokens: int) -> Work:
+    if spec.middle_depth is None:
+        return Work()
+    residual = _unet_res_block(spec, channels, channels, pixels)
+    if not spec.middle_depth:
+        return residual
+    return residual + _mixing(spec, channels, spec.middle_depth, pixels, tokens) + residual
 
 
 def _unet_res_block(spec: UNetSpec, inputs: int, outputs: int, pixels: int) -> Work:

@@ -6,6 +6,9 @@ from typing import Literal, TypeVar
 
 _CLIP_VOCAB_SIZE = 49408
 
+#: Transformer depth per level: one number for all residual blocks of the level, or one per block.
+Depths = tuple[int | tuple[int, ...], ...]
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetSpec:
@@ -16,12 +19,17 @@ class UNetSpec:
         out_channels: Channels of the prediction.
         model_channels: Channels of the first level; level i has this times `channel_mult[i]`.
         channel_mult: One multiplier per level, from full latent resolution down.
-        num_res_blocks: Residual blocks per level (one more on the way up).
+        num_res_blocks: Residual blocks on the way down, one number for all levels or one per level.
+            On the way up a level has one more: each takes a skip connection, of which a level has
+            one from what enters it and one from each residual block.
         attention: "transformer" blocks with cross-attention (SpatialTransformer), or "qkv" blocks
             of self-attention alone (AttentionBlock).
-        transformer_depth: Blocks in each attention of a level, 0 for none; one per level. A "qkv"
+        transformer_depth: Blocks in each attention of a level on the way down, 0 for none. A "qkv"
             attention is one block.
-        middle_depth: Blocks in the middle attention.
+        output_depth: Likewise on the way up, also from the first level on; the blocks of a level in
+            the order in which they run. None where both halves have the same.
+        middle_depth: Blocks in the middle attention, which has a residual block on either side; 0
+            for a middle of one residual block alone, None for a UNet without a middle.
         num_heads: Attention heads everywhere, or None if the head size is fixed instead.
         num_head_channels: Channels per head, or None if the number of heads is fixed instead.
         context_dim: Width of the context of cross-attention, or None without cross-attention.
@@ -37,10 +45,11 @@ class UNetSpec:
     out_channels: int
     model_channels: int
     channel_mult: tuple[int, ...]
-    num_res_blocks: int
+    num_res_blocks: int | tuple[int, ...]
     attention: Literal["transformer", "qkv"]
-    transformer_depth: tuple[int, ...]
-    middle_depth: int
+    transformer_depth: Depths
+    output_depth: Depths | None
+    middle_depth: int | None
     num_heads: int | None
     num_head_channels: int | None
     context_dim: int | None
@@ -54,12 +63,27 @@ class UNetSpec:
         """Channels concatenated to the latents, which condition them pixel by pixel."""
         return self.in_channels - self.out_channels
 
+    def input_depths(self, level: int) -> tuple[int, ...]:
+        """Return the attention depth after each residual block of a level on the way down."""
+        number = self.num_res_blocks
+        blocks = number if isinstance(number, int) else number[level]
+        return _per_block(self.transformer_depth[level], blocks)
+
+    def output_depths(self, level: int) -> tuple[int, ...]:
+        """Return the attention depth after each residual block of a level on the way up."""
+        depths = self.transformer_depth if self.output_depth is None else self.output_depth
+        return _per_block(depths[level], len(self.input_depths(level)) + 1)
+
     def heads_over(self, channels: int) -> int:
         """Return how many heads attention over `channels` has."""
         if self.num_heads is not None:
             return self.num_heads
         assert self.num_head_channels is not None, "a spec fixes one of the two"
         return channels // self.num_head_channels
+
+
+def _per_block(depth: int | tuple[int, ...], blocks: int) -> tuple[int, ...]:
+    return (depth,) * blocks if isinstance(depth, int) else depth
 
 
 @dataclass(frozen=True, kw_only=True)

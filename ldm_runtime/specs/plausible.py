@@ -5,14 +5,16 @@ written, afterwards. Both are checked by the same function, so that what an expo
 opened.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import pairwise
+from typing import Any
 
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    Depths,
     NetworkSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
@@ -52,10 +54,19 @@ def _sizes(network: NetworkSpec) -> Iterator[str]:
     """Yield the fields of a network that are integers beyond every size, or too many."""
     for field in fields(network):
         value = getattr(network, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = tuple(_flat(value))
         integers = [each for each in numbers if isinstance(each, int)]
         if len(numbers) > _MAX_LENGTH or not all(0 <= each <= _MAX_SIZE for each in integers):
             yield field.name
+
+
+def _flat(value: Any) -> Iterator[Any]:  # noqa: ANN401  (of every field)
+    """Yield a value that is not a tuple, or the values in one of one or two dimensions."""
+    if not isinstance(value, tuple):
+        yield value
+        return
+    for each in value:
+        yield from each if isinstance(each, tuple) else (each,)
 
 
 def _values(network: NetworkSpec) -> Iterator[str]:
@@ -99,7 +110,27 @@ def _unet(network: UNetSpec) -> dict[str, bool]:
         "out_channels": network.out_channels >= 1,
         "channel_mult": _are_levels(network.channel_mult),
         "num_heads": any(heads),
+        **_unet_blocks(network),
     }
+
+
+def _unet_blocks(network: UNetSpec) -> dict[str, bool]:
+    """Return whether there is a number of blocks for every level, and a depth for every block."""
+    levels, number = len(network.channel_mult), network.num_res_blocks
+    numbers = number if isinstance(number, tuple) else (number,) * levels
+    up = network.transformer_depth if network.output_depth is None else network.output_depth
+    return {
+        "num_res_blocks": len(numbers) == levels and all(each >= 1 for each in numbers),
+        "transformer_depth": _are_depths(network.transformer_depth, numbers),
+        "output_depth": _are_depths(up, [each + 1 for each in numbers]),
+    }
+
+
+def _are_depths(depths: Depths, numbers: Sequence[int]) -> bool:
+    return len(depths) == len(numbers) and all(
+        isinstance(depth, int) or len(depth) == number
+        for depth, number in zip(depths, numbers, strict=True)
+    )
 
 
 def _are_levels(channel_mult: tuple[int, ...]) -> bool:

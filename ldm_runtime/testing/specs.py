@@ -26,6 +26,7 @@ _UNET = UNetSpec(
     num_res_blocks=2,
     attention="transformer",
     transformer_depth=(1, 1, 1, 0),
+    output_depth=None,
     middle_depth=1,
     num_heads=8,
     num_head_channels=None,

@@ -116,6 +116,26 @@ def test_the_work_of_a_network_is_what_torch_counts(component, linear):
     assert work.parameters == sum(each.numel() for each in network.parameters())
 
 
+@pytest.mark.parametrize("middle_depth", [None, 0, 3])
+def test_the_work_of_a_unet_that_lost_blocks_is_what_torch_counts(middle_depth):
+    unet = replace(
+        SMALL_SPEC.unet,
+        num_res_blocks=(1, 2, 1),
+        transformer_depth=(0, (2, 1), 1),
+        output_depth=(0, (1, 3, 2), (1, 0)),
+        middle_depth=middle_depth,
+    )
+    spec = SMALL_SPEC.with_networks(unet=unet)
+    network = build_network("unet", spec)
+
+    work = network_work(spec, 8, 12, images=1, rows=1)["unet"]
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(*inputs_of("unet", 1, 8, 12, spec))
+    assert work.flops == counter.get_total_flops()
+    assert work.parameters == sum(each.numel() for each in network.parameters())
+
+
 def test_the_parts_of_an_image_add_up_in_the_line_of_json(bundle):
     arguments = ("--bundle", bundle, "--repetitions", 2, "--steps", 3, "--size", "24x16")
 

@@ -124,6 +124,19 @@ def test_attention_in_the_middle_alone_counts():
     assert found == 4 * 2 * 8 * 16**4
 
 
+def test_attention_on_the_way_up_alone_counts_and_a_middle_without_any_does_not():
+    unet = replace(UNET, transformer_depth=(0, 0, 0), middle_depth=0, num_heads=8)
+    upwards = replace(unet, output_depth=(0, (0, 2), 0))
+
+    without, found = (
+        host_memory.least_bytes("unet", SPEC.with_networks(unet=each), lengths(height=64, width=64))
+        for each in (unet, upwards)
+    )
+
+    assert without == 4 * 2 * 64 * 64**2
+    assert found == 4 * 2 * 8 * 32**4
+
+
 def test_a_run_that_fits_is_let_through_and_a_larger_one_refused(machine):
     machine(available=GIGABYTE // 1024)
     small, large = lengths(height=60, width=60), lengths(height=254, width=127)
