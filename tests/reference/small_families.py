@@ -150,6 +150,7 @@ SDXL = SmallFamily(
     autoencoder=replace(AUTOENCODER, latent_scale_factor=0.13025),
     text_encoders=_TEXT_OF_SDXL,
 )
+SDXL_INPAINTING = replace(SDXL, unet=replace(_UNET_OF_SDXL, in_channels=9))
 #: diffusers knows the refiner's UNet by a context of width 1280 and the length of its vector.
 SDXL_REFINER = SmallFamily(
     unet=replace(_UNET_OF_SDXL, vector_dim=1280 + 5 * 256),

@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -37,6 +38,7 @@ from tests.reference.small_families import (
     SD_2,
     SD_2_INPAINTING,
     SDXL,
+    SDXL_INPAINTING,
     SDXL_REFINER,
     open_folder_networks,
     open_networks,
@@ -224,6 +226,22 @@ def test_a_run_stops_and_goes_on_where_diffusers_does(tmp_path, share):
     assert lowest_psnr(second, as_arrays(whole.images)) >= 60
 
 
+def test_sdxl_changes_an_image_as_diffusers_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+    state = state_dict(SDXL)
+    theirs = diffusers_xl_pipeline(StableDiffusionXLImg2ImgPipeline, SDXL, state, tmp_path)
+    ours, (image, _) = open_networks(state), photo()
+    common = {name: value for name, value in COMMON.items() if name not in ("height", "width")}
+    fields = {"image": image, "strength": 0.5, "original_size": (90, 200), **common}
+    expected = theirs(PROMPT, generator=torch.Generator().manual_seed(SEED), **fields)
+
+    images = generate(ours, prompt=PROMPT, **fields)
+
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
 @pytest.mark.parametrize("scores", [{}, {"aesthetic_score": 9.0, "negative_aesthetic_score": 0.5}])
 def test_the_refiner_changes_an_image_as_diffusers_does(tmp_path, monkeypatch, scores):
     monkeypatch.setattr(
@@ -298,21 +316,34 @@ def photo():
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
+    ("name", "family", "kind", "opened"),
     [
-        ("stable-diffusion-1-inpainting", SD_1_INPAINTING),
-        ("stable-diffusion-2-inpainting", SD_2_INPAINTING),
+        (
+            *("stable-diffusion-1-inpainting", SD_1_INPAINTING),
+            *(StableDiffusionInpaintPipeline, diffusers_pipeline),
+        ),
+        (
+            *("stable-diffusion-2-inpainting", SD_2_INPAINTING),
+            *(StableDiffusionInpaintPipeline, diffusers_pipeline),
+        ),
+        (
+            *("stable-diffusion-xl-inpainting", SDXL_INPAINTING),
+            *(StableDiffusionXLInpaintPipeline, diffusers_xl_pipeline),
+        ),
     ],
 )
-def test_inpainting_models_fill_the_mask_as_diffusers_does(tmp_path, monkeypatch, name, family):
+def test_inpainting_models_fill_the_mask_as_diffusers_does(
+    tmp_path, monkeypatch, name, family, kind, opened
+):
     """diffusers samples the latents of the masked image, where ours are their mean."""
     monkeypatch.setattr(
         DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
     )
     state = state_dict(family)
-    theirs = diffusers_pipeline(StableDiffusionInpaintPipeline, family, state, tmp_path)
+    theirs = opened(kind, family, state, tmp_path)
     ours, (image, mask) = open_networks(state), photo()
-    expected = theirs(PROMPT, image=image, mask_image=mask, latents=noise(ours), **COMMON)
+    given = {"image": image, "mask_image": mask, "strength": 1.0, "latents": noise(ours)}
+    expected = theirs(PROMPT, **given, **COMMON)
     inside = np.asarray(mask) > 127
 
     images = generate(ours, prompt=PROMPT, image=image, mask_image=mask, **COMMON)
