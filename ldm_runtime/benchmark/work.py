@@ -7,8 +7,7 @@ layers and attention; biases, normalisations and activations count nothing.
 from dataclasses import dataclass
 from functools import reduce
 
-from ldm_runtime.specs.components import COMPONENTS
-from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
 
 _BERT_HEAD_CHANNELS = 64  # whatever the width
@@ -46,12 +45,13 @@ def network_work(
         images: Images in a call of the decoder.
         rows: Rows in a call of the UNet: a multiple of the images with guidance.
     """
-    work = {}
-    encoder = spec.find(TextEncoderSpec)
-    tokens = 1 if encoder is None else encoder.max_tokens
-    if encoder is not None:
-        prompts = min(rows // images, COMPONENTS["text_encoder"].samples_per_image)
-        work["text_encoder"] = text_encoder_work(encoder).rows(prompts)
+    work, tokens = {}, 1
+    for name, component in components_of(spec).items():
+        encoder = spec.networks[component.network]
+        if isinstance(encoder, TextEncoderSpec):
+            prompts = min(rows // images, component.samples_per_image)
+            work[name] = text_encoder_work(encoder).rows(prompts)
+            tokens = encoder.max_tokens
     if spec.unet is not None:
         work["unet"] = unet_work(spec.unet, height, width, tokens).rows(rows)
     work["vae_decoder"] = decoder_work(spec.autoencoder, height, width).rows(images)
@@ -63,6 +63,8 @@ def unet_work(spec: UNetSpec, height: int, width: int, tokens: int) -> Work:
     channels, embedding = spec.model_channels, 4 * spec.model_channels
     pixels = height * width
     work = _linear(channels, embedding, 1) + _linear(embedding, embedding, 1)
+    if spec.vector_dim is not None:
+        work += _linear(spec.vector_dim, embedding, 1) + _linear(embedding, embedding, 1)
     work += _conv(spec.in_channels, channels, pixels)
     skips = [channels]
     for level, mult in enumerate(spec.channel_mult):
@@ -109,7 +111,10 @@ def decoder_work(spec: AutoencoderSpec, height: int, width: int) -> Work:
 
 
 def text_encoder_work(spec: TextEncoderSpec) -> Work:
-    """Return the work of the text encoder on one prompt or layout."""
+    """Return the work of a text encoder on one prompt or layout, without layers that nothing needs.
+
+    The pooled output passes all of them.
+    """
     width, tokens = spec.width, spec.max_tokens
     is_bert = spec.kind == "bert"
     inner = spec.num_heads * _BERT_HEAD_CHANNELS if is_bert else width
@@ -123,7 +128,16 @@ def text_encoder_work(spec: TextEncoderSpec) -> Work:
         _linear(spec.feed_forward_dim, width, tokens),
     )
     embeddings = Work(parameters=(spec.vocab_size + tokens) * width)
-    return _sum(embeddings, *[layer] * spec.num_layers, _norm(width))
+    work = _sum(embeddings, *[layer] * _layers_run(spec))
+    if spec.final_norm or spec.pooled_dim is not None:
+        work += _norm(width)
+    if spec.pooled_dim is not None:
+        work += _linear(width, spec.pooled_dim, 1, bias=False)
+    return work
+
+
+def _layers_run(spec: TextEncoderSpec) -> int:
+    return spec.context_layers if spec.pooled_dim is None else spec.num_layers
 
 
 def _unet_middle(spec: UNetSpec, channels: int, pixels: int, tokens: int) -> Work:

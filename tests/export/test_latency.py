@@ -136,6 +136,40 @@ def test_the_work_of_a_unet_that_lost_blocks_is_what_torch_counts(middle_depth):
     assert work.parameters == sum(each.numel() for each in network.parameters())
 
 
+def test_the_work_of_sdxl_is_that_of_its_parameters_in_use():
+    """CLIP's last layer and final LayerNorm are not in use, and the vector passes two layers."""
+    clip = replace(
+        SMALL_SPEC.networks["text_encoder"], num_layers=3, context_layers=2, final_norm=False
+    )
+    openclip = replace(clip, kind="openclip", activation="gelu", pooled_dim=48)
+    unet = replace(SMALL_SPEC.unet, vector_dim=48 + 6 * 256)
+    spec = SMALL_SPEC.with_networks(text_encoder=clip, text_encoder_2=openclip, unet=unet)
+    images, rows = 2, 4
+
+    work = network_work(spec, 8, 12, images, rows)
+
+    assert list(work) == ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
+    tokens = torch.zeros(rows // images, clip.max_tokens, dtype=torch.int64, device="meta")
+    vector = torch.zeros(rows, unet.vector_dim, device="meta")
+    inputs = {
+        "text_encoder": (tokens,),
+        "text_encoder_2": (tokens,),
+        "unet": (*inputs_of("unet", rows, 8, 12, spec), vector),
+    }
+    for component, given in inputs.items():
+        network = build_network(component, spec).requires_grad_()
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            outputs = network(*given)
+        assert work[component].flops == counter.get_total_flops(), component
+        assert work[component].parameters == parameters_in_use(network, outputs), component
+
+
+def parameters_in_use(network, outputs):
+    several = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(each.sum() for each in several).backward()
+    return sum(each.numel() for each in network.parameters() if each.grad is not None)
+
+
 def test_the_parts_of_an_image_add_up_in_the_line_of_json(bundle):
     arguments = ("--bundle", bundle, "--repetitions", 2, "--steps", 3, "--size", "24x16")
 
