@@ -24,6 +24,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     fp16: bool = True,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    text_encoder_2: str | Path | None = None,
     tiny_decoder: str | Path | None = None,
     progress: "Progress | None" = None,
 ) -> "Manifest":
@@ -42,6 +43,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
         vae: File or folder of an autoencoder that takes the place of the checkpoint's.
         text_encoder: File or folder of a CLIP text encoder that does likewise.
+        text_encoder_2: File or folder of the second text encoder of SDXL, likewise.
         tiny_decoder: File or folder of a TAESD that the bundle can decode with as well.
         progress: Told when steps begin and end.
 
@@ -66,6 +68,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         fp16=fp16,
         vae=None if vae is None else Path(vae),
         text_encoder=None if text_encoder is None else Path(text_encoder),
+        text_encoder_2=None if text_encoder_2 is None else Path(text_encoder_2),
         tiny_decoder=None if tiny_decoder is None else Path(tiny_decoder),
     )
     return export_bundle(options, progress=progress)

@@ -109,7 +109,14 @@ def _add_model_flags(parser: Parser) -> None:
         "--text-encoder",
         type=Path,
         metavar="FILE",
-        help="CLIP text encoder to take in place of the checkpoint's, likewise",
+        help="CLIP text encoder to take in place of the checkpoint's, likewise; of SDXL's two, the "
+        "first",
+    )
+    features.add_argument(
+        "--text-encoder-2",
+        type=Path,
+        metavar="FILE",
+        help="OpenCLIP text encoder to take in place of SDXL's second one, likewise",
     )
     features.add_argument(
         "--tiny-decoder",
@@ -240,7 +247,11 @@ def _export(args: argparse.Namespace) -> None:
 
     # A file that cannot be read is reported before torch loads.
     with open_model(
-        args.ckpt, vae=args.vae, text_encoder=args.text_encoder, tiny_decoder=args.tiny_decoder
+        args.ckpt,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        text_encoder_2=args.text_encoder_2,
+        tiny_decoder=args.tiny_decoder,
     ):
         pass
     from ldm_export.bundle import estimate_export, export_bundle
@@ -285,6 +296,7 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
         vae=args.vae,
         tiny_decoder=args.tiny_decoder,
         text_encoder=args.text_encoder,
+        text_encoder_2=args.text_encoder_2,
     )
 
 

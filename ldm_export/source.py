@@ -56,6 +56,7 @@ class ExportOptions:
         fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
         vae: File or folder of an autoencoder that takes the place of the checkpoint's.
         text_encoder: File or folder of a CLIP text encoder that does likewise.
+        text_encoder_2: File or folder of the second text encoder of SDXL, likewise.
         tiny_decoder: File or folder of a TAESD that the bundle can decode with as well.
     """
 
@@ -69,6 +70,7 @@ class ExportOptions:
     fp16: bool = True
     vae: Path | None = None
     text_encoder: Path | None = None
+    text_encoder_2: Path | None = None
     tiny_decoder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -213,6 +215,7 @@ def open_checkpoint_of(options: ExportOptions) -> Checkpoint:
         options.checkpoint,
         vae=options.vae,
         text_encoder=options.text_encoder,
+        text_encoder_2=options.text_encoder_2,
         tiny_decoder=options.tiny_decoder,
     )
 

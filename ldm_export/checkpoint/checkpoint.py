@@ -123,7 +123,7 @@ class ComponentFiles:
     """The files that a component is read from in place of the checkpoint's.
 
     Attributes:
-        component: "autoencoder" or "text encoder".
+        component: Its name in messages, such as "autoencoder".
         path: The file or folder that the user gave.
         files: Every file that was read, by its name within `path`.
     """

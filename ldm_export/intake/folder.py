@@ -201,7 +201,7 @@ def _read_text_encoders(intake: _Intake, names: frozenset[str], without: frozens
         tensors, fields = text_encoder_of(intake.component("text_encoder"), place)
         intake.tensors |= tensors
         intake.stated |= fields
-    if "text_encoder_2" in names:
+    if "text_encoder_2" in names - without:
         place = SECOND_ENCODER if both else FIRST_ENCODER
         component = intake.component("text_encoder_2")
         intake.tensors |= text_encoder_of(component, place, kind="openclip")[0]

@@ -34,7 +34,10 @@ _IN_TRAINING_ONLY = ("loss.", f"{AUTOENCODER_PREFIX}loss.", "logvar")
 #: Beginnings of a text encoder's names in files that also hold other components.
 _TEXT_PREFIXES = (f"{FIRST_ENCODER}transformer.", f"{ONLY_ENCODER}transformer.", "text_model.")
 #: What files of CLIP hold next to the text encoder, for comparing texts with images.
-_OF_IMAGES = ("vision_model.", "visual_projection.", "logit_scale", "text_projection")
+_IMAGES = ("vision_model.", "visual_projection.", "logit_scale")
+_OF_IMAGES = (*_IMAGES, "text_projection")
+#: Beginnings of the names of the text encoder of a model that has one alone.
+_ONE_TEXT_ENCODER = (ONLY_ENCODER, f"{FIRST_ENCODER}model.")
 _CLIP_TOKENS = "embeddings.token_embedding.weight"
 
 Tensors = Mapping[str, StoredTensor]
@@ -45,7 +48,7 @@ class _Part:
     """A component from files of its own.
 
     Attributes:
-        name: "autoencoder", "text encoder" or "tiny decoder".
+        name: "autoencoder", "text encoder", "second text encoder" or "tiny decoder".
         place: Beginning of the names in a single file of the tensors whose place it takes.
         component: Its files.
         tensors: Its tensors, by their names in a single file.
@@ -64,6 +67,7 @@ def open_model(
     *,
     vae: Path | None = None,
     text_encoder: Path | None = None,
+    text_encoder_2: Path | None = None,
     tiny_decoder: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint, a diffusers folder, or either with components from files of their own.
@@ -72,7 +76,9 @@ def open_model(
         path: The checkpoint's file, or the folder with `model_index.json`.
         vae: File or folder of an autoencoder, in the names of CompVis or of diffusers, which takes
             the place of the checkpoint's, or is added to one without.
-        text_encoder: File or folder of a CLIP text encoder in the names of transformers, likewise.
+        text_encoder: File or folder of a CLIP text encoder in the names of transformers, likewise;
+            of a model with two, the first.
+        text_encoder_2: File or folder of the second text encoder, likewise.
         tiny_decoder: File or folder of a TAESD in its own names or those of diffusers, of which the
             decoder is added.
 
@@ -81,24 +87,30 @@ def open_model(
         UnknownModelError: The folder holds a pipeline that is not exported.
     """
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(_open_rest(path, vae, text_encoder))
+        checkpoint = stack.enter_context(_open_rest(path, vae, text_encoder, text_encoder_2))
         parts = []
         if vae is not None:
             parts.append(_autoencoder(_opened(vae, "vae", stack)))
         if text_encoder is not None:
             component = _opened(text_encoder, "text_encoder", stack)
-            parts.append(_text_encoder(component, checkpoint))
+            place = _first_place(checkpoint, has_second=text_encoder_2 is not None)
+            parts.append(_text_encoder(component, checkpoint, place))
+        if text_encoder_2 is not None:
+            component = _opened(text_encoder_2, "text_encoder_2", stack)
+            parts.append(_second_text_encoder(component, checkpoint))
         if tiny_decoder is not None:
             parts.append(_tiny_decoder(_opened(tiny_decoder, "vae", stack)))
         stack.pop_all()
     return _with_parts(checkpoint, parts) if parts else checkpoint
 
 
-def _open_rest(path: Path, vae: Path | None, text_encoder: Path | None) -> Checkpoint:
+def _open_rest(
+    path: Path, vae: Path | None, text_encoder: Path | None, text_encoder_2: Path | None
+) -> Checkpoint:
     """Open a model without the components that come from files of their own."""
     if not is_diffusers_folder(path):
         return open_checkpoint(path)
-    given = {"vae": vae, "text_encoder": text_encoder}
+    given = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     return open_folder(path, without=frozenset(name for name in given if given[name]))
 
 
@@ -129,10 +141,14 @@ def _autoencoder(component: StoredComponent) -> _Part:
     )
 
 
-def _text_encoder(component: StoredComponent, checkpoint: Checkpoint) -> _Part:
+def _first_place(checkpoint: Checkpoint, *, has_second: bool) -> str:
+    """Return the place of the text encoder, or of the first of two."""
+    has_two = has_second or any(name.startswith(SECOND_ENCODER) for name in checkpoint.tensors)
+    return FIRST_ENCODER if has_two else ONLY_ENCODER
+
+
+def _text_encoder(component: StoredComponent, checkpoint: Checkpoint, place: str) -> _Part:
     """Read a text encoder; of a whole checkpoint or a whole CLIP, its text encoder."""
-    has_two = any(name.startswith(SECOND_ENCODER) for name in checkpoint.tensors)
-    place = FIRST_ENCODER if has_two else ONLY_ENCODER
     _check_replaceable(checkpoint, place)
     tensors = component.tensors
     found = (each for each in _TEXT_PREFIXES if any(name.startswith(each) for name in tensors))
@@ -145,6 +161,30 @@ def _text_encoder(component: StoredComponent, checkpoint: Checkpoint) -> _Part:
     placed, fields = text_encoder_of(replace(component, tensors=kept), place)
     return _Part(
         name="text encoder", place=place, component=component, tensors=placed, fields=fields
+    )
+
+
+def _second_text_encoder(component: StoredComponent, checkpoint: Checkpoint) -> _Part:
+    """Read a second text encoder, with its projection; of a whole checkpoint, its second one."""
+    only = [name for name in checkpoint.tensors if name.startswith(_ONE_TEXT_ENCODER)]
+    if only:
+        raise CheckpointError(
+            checkpoint.path,
+            f"has one text encoder ({listed(only)}), so that --text-encoder-2 has nothing to take "
+            "the place of; give --text-encoder",
+        )
+    tensors = component.tensors
+    placed = {name: each for name, each in tensors.items() if name.startswith(SECOND_ENCODER)}
+    if not placed:
+        kept = {name: each for name, each in tensors.items() if not name.startswith(_IMAGES)}
+        alone = replace(component, tensors=kept)
+        placed = dict(text_encoder_of(alone, SECOND_ENCODER, kind="openclip")[0])
+    return _Part(
+        name="second text encoder",
+        place=SECOND_ENCODER,
+        component=component,
+        tensors=placed,
+        fields={},
     )
 
 

@@ -25,9 +25,12 @@ from ldm_export.source import (
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.testing import write_tiny_bundle
 from tests.export.small_checkpoint import random_networks, state_dict
+from tests.reference.small_families import SDXL
+from tests.reference.small_families import state_dict as sdxl_state_dict
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = "cond_stage_model.transformer.text_model."
+SECOND = "conditioner.embedders.1."
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +198,78 @@ def test_a_bundle_records_and_says_which_files_its_components_are_from(
 def test_flags_reach_the_export(small_checkpoint_path, tmp_path, capsys):
     missing = str(tmp_path / "absent.safetensors")
 
-    for flag in ("--vae", "--text-encoder", "--tiny-decoder"):
+    for flag in ("--vae", "--text-encoder", "--text-encoder-2", "--tiny-decoder"):
         status = main([str(small_checkpoint_path), str(tmp_path / "out"), flag, missing])
         assert status == 1
         assert "absent.safetensors: cannot be opened" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def two_encoders(tmp_path_factory):
+    """A checkpoint of SDXL, small, and the tensors of another."""
+    tensors = sdxl_state_dict(SDXL, seed=0)
+    path = tmp_path_factory.mktemp("sdxl") / "model.safetensors"
+    return written(path, tensors), tensors, sdxl_state_dict(SDXL, seed=1)
+
+
+def of_transformers(tensors):
+    """Return the second text encoder by the names of transformers, with its projection."""
+    inside = part(tensors, f"{SECOND}model.")
+    renamed = {
+        "text_model.embeddings.token_embedding.weight": inside["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": inside["positional_embedding"],
+        "text_projection.weight": inside["text_projection"].T,
+    }
+    for name in ("weight", "bias"):
+        renamed[f"text_model.final_layer_norm.{name}"] = inside[f"ln_final.{name}"]
+    for name, tensor in part(inside, "transformer.resblocks.").items():
+        layer, rest = name.split(".", 1)
+        stem = f"text_model.encoder.layers.{layer}."
+        if rest.startswith("attn.in_proj_"):
+            kind = rest.removeprefix("attn.in_proj_")
+            for which, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"{stem}self_attn.{which}_proj.{kind}"] = third
+            continue
+        for mine, theirs in (
+            ("ln_1.", "layer_norm1."),
+            ("ln_2.", "layer_norm2."),
+            ("attn.out_proj.", "self_attn.out_proj."),
+            ("mlp.c_fc.", "mlp.fc1."),
+            ("mlp.c_proj.", "mlp.fc2."),
+        ):
+            if rest.startswith(mine):
+                renamed[stem + theirs + rest.removeprefix(mine)] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("names", ["transformers", "of a whole checkpoint"])
+def test_a_second_text_encoder_takes_the_place_of_sdxls(two_encoders, tmp_path, names):
+    path, mine, other = two_encoders
+    tensors = of_transformers(other) if names == "transformers" else other
+    file = written(tmp_path / "second.safetensors", tensors)
+
+    with open_model(path, text_encoder_2=file) as checkpoint:
+        assert_holds(checkpoint, other, SECOND)
+        assert_holds(checkpoint, mine, "conditioner.embedders.0.")
+        assert [each.component for each in checkpoint.components] == ["second text encoder"]
+        assert detect(checkpoint.tensors).spec.family == "stable-diffusion-xl"
+
+
+def test_a_unet_with_both_text_encoders_is_a_whole_checkpoint(two_encoders, tmp_path):
+    path, _, other = two_encoders
+    unet = written(tmp_path / "unet.safetensors", part(other, UNET))
+    file = written(tmp_path / "other.safetensors", other)
+
+    with open_model(unet, vae=path, text_encoder=path, text_encoder_2=file) as checkpoint:
+        assert_holds(checkpoint, other, SECOND)
+        assert detect(checkpoint.tensors).spec.family == "stable-diffusion-xl"
+
+
+def test_a_model_with_one_text_encoder_has_no_second_to_replace(
+    small_checkpoint_path, two_encoders
+):
+    with pytest.raises(CheckpointError, match=r"has one text encoder .*give --text-encoder$"):
+        open_model(small_checkpoint_path, text_encoder_2=two_encoders[0])
 
 
 def test_a_single_file_is_opened_as_before(small_checkpoint_path):
