@@ -14,7 +14,7 @@ in the number of calls.
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from queue import SimpleQueue
 from threading import Thread
@@ -27,7 +27,7 @@ from ldm_runtime.errors import ShapeError
 
 Item = TypeVar("Item")
 #: Makes items with the network it is given, which it uses only in the thread that it runs in.
-Loop = Callable[[Runner], Iterator[Item]]
+Loop = Callable[["SharedRunner"], Iterator[Item]]
 
 
 def run_together(
@@ -36,17 +36,18 @@ def run_together(
     """Yield the items of several loops, with the loops' numbers, while they share network calls.
 
     The earliest loop is always served first. The others join its call in order, as far as there is
-    room and every axis but the first agrees; the rest wait. There are never more active loops
-    than samples in a call: the next one is taken from `loops` and started as others end. A loop
-    gets the results that it would get alone, as far as the network is batch-invariant.
+    room, the network is the same and every axis but the first agrees; the rest wait. There are
+    never more active loops than samples in a call: the next one is taken from `loops` and started
+    as others end. A loop gets the results that it would get alone, as far as the network is
+    batch-invariant.
 
     Closing the generator stops every loop where it waits. An error, in a loop or in the network,
     stops the others too.
 
     Args:
-        loops: The loops. Each may call `run` of the network it is given, and of the runner that
-            its `bind` returns; the first axis of every array is the batch.
-        engine: The network.
+        loops: The loops. Each may call `run` of the network it is given, and of the runners that
+            its `bind` and `over` return; the first axis of every array is the batch.
+        engine: The network that they are given.
         max_samples: Batch size of a shared call. A loop that asks for more has separate calls.
         min_samples: Smallest batch size that a loop must ask for to share a call; with fewer it has
             separate calls. The CPU is batch-invariant from two samples on, but a single one may
@@ -82,6 +83,7 @@ def in_order(results: Generator[tuple[int, Item], None, None]) -> Generator[Item
 class _Call:
     """A network call that a loop waits for; the first axis of every array is the batch."""
 
+    engine: Runner
     constants: Tensors
     inputs: Tensors
 
@@ -115,14 +117,16 @@ class _Stopped(BaseException):
 class _LoopThread(Generic[Item]):
     """A thread for one loop, which computes only while `resume` waits for it."""
 
-    def __init__(self, loop: Loop[Item]) -> None:
+    def __init__(self, loop: Loop[Item], engine: Runner) -> None:
         self._answers: SimpleQueue[Tensors] = SimpleQueue()
         self._events: SimpleQueue[_Call | _LoopItem[Item] | _LoopEnd] = SimpleQueue()
         self._stopping = False
         # In a copy of the caller's context, which holds NumPy's errstate; a daemon, so that the
         # process can end while a half-consumed generator is still referred to.
         work = copy_context().run
-        self._thread = Thread(target=work, args=(self._work, loop), name="ldm-loop", daemon=True)
+        self._thread = Thread(
+            target=work, args=(self._work, loop, engine), name="ldm-loop", daemon=True
+        )
         self._thread.start()
 
     def resume(self, answer: Tensors) -> _Call | _LoopItem[Item] | None:
@@ -160,10 +164,11 @@ class _LoopThread(Generic[Item]):
             raise _Stopped
         return answer
 
-    def _work(self, loop: Loop[Item]) -> None:
+    def _work(self, loop: Loop[Item], engine: Runner) -> None:
         self._answers.get()
         try:
-            for item in () if self._stopping else loop(_SharedRunner(ask=self.wait_for)):
+            shared = SharedRunner(ask=self.wait_for, engine=engine)
+            for item in () if self._stopping else loop(shared):
                 self.wait_for(_LoopItem(item=item))
         except _Stopped:
             return
@@ -174,15 +179,22 @@ class _LoopThread(Generic[Item]):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _SharedRunner:
-    """The network as a loop sees it."""
+class SharedRunner:
+    """A network as a loop sees it.
+
+    Attributes:
+        ask: Returns the answer to a call.
+        engine: The network.
+        constants: The inputs that are fixed.
+    """
 
     ask: Callable[[_Call], Tensors]
+    engine: Runner
     constants: Tensors = field(default_factory=dict)
 
     def run(self, inputs: Tensors) -> Tensors:
         """Run once, possibly batched with other loops; see `Runner`."""
-        call = _Call(constants=self.constants, inputs=inputs)
+        call = _Call(engine=self.engine, constants=self.constants, inputs=inputs)
         for name, array in {**self.constants, **inputs}.items():
             if len(array) != call.samples:
                 raise ShapeError(name, array.shape, (call.samples, *array.shape[1:]))
@@ -190,7 +202,11 @@ class _SharedRunner:
 
     def bind(self, constants: Tensors) -> Runner:
         """Fix some inputs; see `ldm_runtime.backends.Engine`."""
-        return _SharedRunner(ask=self.ask, constants=constants)
+        return replace(self, constants=constants)
+
+    def over(self, engine: Runner) -> Runner:
+        """Return another network as the loop sees it, whose calls are shared likewise."""
+        return SharedRunner(ask=self.ask, engine=engine)
 
 
 class _JoiningNetwork:
@@ -229,7 +245,8 @@ class _LoopScheduler(Generic[Item]):
         self, loops: Iterable[Loop[Item]], engine: Runner, min_samples: int, max_samples: int
     ) -> None:
         self._loops = enumerate(loops)
-        self._network = _JoiningNetwork(engine)
+        self._engine = engine
+        self._networks: list[tuple[Runner, _JoiningNetwork]] = []
         self._min_samples, self._max_samples = min_samples, max_samples
         self._threads: dict[int, _LoopThread[Item]] = {}
         self._waiting: dict[int, _Call] = {}
@@ -240,7 +257,8 @@ class _LoopScheduler(Generic[Item]):
             yield from self._begin()
             while self._waiting:
                 chosen = self._choose()
-                answers = self._network.run([self._waiting.pop(index) for index in chosen])
+                calls = [self._waiting.pop(index) for index in chosen]
+                answers = self._network(calls[0].engine).run(calls)
                 for index, answer in zip(chosen, answers, strict=True):
                     yield from self._resume(index, answer)
                 yield from self._begin()
@@ -254,7 +272,7 @@ class _LoopScheduler(Generic[Item]):
         """Start loops as long as the waiting ones do not fill a batch."""
         while self._has_room() and (begun := next(self._loops, None)):
             index, loop = begun
-            self._threads[index] = _LoopThread(loop)
+            self._threads[index] = _LoopThread(loop, self._engine)
             yield from self._resume(index, {})
 
     def _has_room(self) -> bool:
@@ -271,6 +289,14 @@ class _LoopScheduler(Generic[Item]):
         else:
             self._waiting[index] = event
 
+    def _network(self, engine: Runner) -> _JoiningNetwork:
+        """Return the network that answers the calls of an engine."""
+        for known, network in self._networks:
+            if known == engine:
+                return network
+        self._networks.append((engine, _JoiningNetwork(engine)))
+        return self._networks[-1][1]
+
     def _choose(self) -> list[int]:
         """Return the loops of the next call: the earliest, and those that fit with it."""
         earliest, *others = sorted(self._waiting)
@@ -284,7 +310,7 @@ class _LoopScheduler(Generic[Item]):
 
     def _can_join(self, index: int, other: int) -> bool:
         calls = [self._waiting[index], self._waiting[other]]
-        same = calls[0].signature == calls[1].signature
+        same = calls[0].engine == calls[1].engine and calls[0].signature == calls[1].signature
         return same and min(call.samples for call in calls) >= self._min_samples
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.bundle.manifest import PreviewRecord
 from ldm_runtime.latents.previews import preview_image
-from ldm_runtime.pipeline.batching import in_order, run_together
+from ldm_runtime.pipeline.batching import SharedRunner, in_order, run_together
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.open_model import OpenModel
 from ldm_runtime.pipeline.passes import (
@@ -66,8 +66,7 @@ class ImagePipeline:
         passes = self._open_passes(request)
         generated = []
         for images in batches(request.num_images, batch_size):
-            unet = partial(self.model.network, "unet")
-            pass_run = self._run_passes(passes.run(images), unet, passes.timings)
+            pass_run = self._run_passes(passes.run(images), _unshared, passes.timings)
             while not isinstance(event := next(pass_run), GeneratedImages):
                 deadline.check(event)
                 yield _for_caller(event, preview)
@@ -95,12 +94,14 @@ class ImagePipeline:
         """
         all_passes: dict[int, ImagePasses] = {}
 
-        def generate_image(number: int, image: int, unet: Runner) -> Iterator[GeneratedImages]:
+        def generate_image(
+            number: int, image: int, unet: SharedRunner
+        ) -> Iterator[GeneratedImages]:
             if number not in all_passes:  # loops take turns: no other is opening it
                 deadlines[number].start()
                 all_passes[number] = self._open_passes(requests[number])
             pass_run = all_passes[number].run(range(image, image + 1))
-            for event in self._run_passes(pass_run, lambda: unet, all_passes[number].timings):
+            for event in self._run_passes(pass_run, unet.over, all_passes[number].timings):
                 if isinstance(event, GeneratedImages):
                     yield event
                 else:
@@ -125,9 +126,15 @@ class ImagePipeline:
         return open_passes(model.network, model.tokenizer, request, model.spec, self.refiner)
 
     def _run_passes(
-        self, pass_run: PassRun, unet: Callable[[], Runner], timings: Timings
+        self, pass_run: PassRun, shared: Callable[[Runner], Runner], timings: Timings
     ) -> Iterator[Step | GeneratedImages]:
-        """Run the passes of an image one after the other; the generated images come last."""
+        """Run the passes of an image one after the other; the generated images come last.
+
+        Args:
+            pass_run: The passes.
+            shared: Returns a UNet as the passes are to see it.
+            timings: Counts the seconds of the UNets.
+        """
         advance: Callable[[], Pass] = partial(next, pass_run)
         while True:
             try:
@@ -135,7 +142,7 @@ class ImagePipeline:
             except StopIteration as end:
                 yield end.value
                 return
-            steps = self._sample(wanted, unet())
+            steps = self._sample(wanted, shared)
             while True:
                 with timings.of("unet"):
                     step = next(steps, None)
@@ -145,12 +152,16 @@ class ImagePipeline:
                 yield step
             advance = partial(pass_run.send, last.latents)
 
-    def _sample(self, wanted: Pass, unet: Runner) -> Iterator[Step]:
+    def _sample(self, wanted: Pass, shared: Callable[[Runner], Runner]) -> Iterator[Step]:
+        unet, refiner = shared(self.model.network("unet")), wanted.refiner
+        if refiner is not None:
+            open_unet = refiner.open_unet
+            refiner = replace(refiner, open_unet=lambda: shared(open_unet()))
         for step in sample_latents(
             *(unet, wanted.conditioning, wanted.request, self.model.spec),
             images=wanted.images,
             start=wanted.start,
-            refiner=wanted.refiner,
+            refiner=refiner,
         ):
             index = wanted.steps_before + step.index
             yield replace(step, index=index, total=wanted.total_steps)
@@ -165,6 +176,10 @@ class ImagePipeline:
             build=self.model.origin.build,
             refiner=None if passes.refiner is None or self.refiner is None else self.refiner.origin,
         )
+
+
+def _unshared(unet: Runner) -> Runner:
+    return unet
 
 
 def _for_caller(step: Step, preview: PreviewRecord | None) -> Step:

@@ -130,6 +130,21 @@ def test_requests_that_run_together_are_refined_like_those_that_run_alone(tiny_b
         assert together == [pixels(refined(**each)) for each in requests]
 
 
+def test_requests_that_run_together_share_the_calls_of_both_models():
+    base, refiner = Model("a"), Model("b")
+    requests = [resolved(seed=seed, sampler="euler") for seed in (1, 2)]
+    requests.append(resolved(seed=3, sampler="euler", refiner_start=0.5))
+    pipeline = ImagePipeline(model=base.model, refiner=refiner.model)
+
+    list(pipeline.together(requests, [Deadline(None)] * 3, max_samples=8, min_samples=1))
+
+    def calls(model):
+        return [len(call["latents"]) for call in model.engines["unet"].calls]
+
+    assert calls(base) == [6] * 5 + [4] * 3  # two samples per image, with guidance
+    assert calls(refiner) == [6] * 2 + [2] * 3  # the third image waits for the other two
+
+
 def test_the_steps_of_both_models_are_counted_together(tiny_bundle):
     with Generator(tiny_bundle, refiner=tiny_bundle, threads=1) as refined:
         steps = [each for each in refined.stream(**FIELDS) if isinstance(each, Step)]
