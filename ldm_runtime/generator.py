@@ -7,7 +7,7 @@ can be in memory and the golden images of an export come from the same loop as t
 
 import collections.abc
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from ldm_runtime.requests.call_arguments import request_from, requests_from
 from ldm_runtime.requests.checks import check_positive, whole_number
 from ldm_runtime.requests.input_types import (
     DecoderName,
+    FileInput,
     ImageInput,
     PromptFields,
     RequestFields,
@@ -81,8 +82,12 @@ class Generator(Closing):
         trust_engines: Whether to run TensorRT engines that were not built on this machine. They
             are code: say so only of a bundle from a source you trust.
         options: Options of the engines, where the backend has the choice.
+        textual_inversions: Words that prompts may use, each with its file of learned embeddings:
+            a path, a `data:` URL or the bytes, in a format of AUTOMATIC1111's web UI or of
+            diffusers.
 
     Raises:
+        RequestError: A textual inversion cannot be read, or is for another model.
         BundleError: A bundle is incomplete or altered, or not the one with that hash; or the
             refiner has other latents.
         BackendError: The backend cannot run here.
@@ -100,13 +105,18 @@ class Generator(Closing):
         sha256: str | None = None,
         trust_engines: bool = False,
         options: RunOptions | None = None,
+        textual_inversions: Mapping[str, FileInput] | None = None,
     ) -> None:
         check_positive("threads", threads)
         check_positive("batch_size", batch_size)
         options = options or RunOptions()
         options = replace(options, trust_engines=trust_engines or options.trust_engines)
         opening = OpeningOptions(
-            backend=backend, threads=threads, check_hashes=check_hashes, options=options
+            backend=backend,
+            threads=threads,
+            check_hashes=check_hashes,
+            options=options,
+            textual_inversions=textual_inversions or {},
         )
         opened = open_bundle(bundle, opening, sha256=sha256)
         self._refiner = None if refiner is None else open_bundle(refiner, opening)

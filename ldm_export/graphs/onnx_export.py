@@ -65,7 +65,8 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
     the second batch size 3, another width and a context of two chunks. The UNet gets the fewest
     pixels that its downsampling steps allow; the autoencoder, whose first level has all of an
     image's pixels, gets 64x64 and 64x96 of those. The decoder's latents are as large as those of an
-    image are: of variance 1 in the UNet's scale.
+    image are: of variance 1 in the UNet's scale. Of a text encoder's tokens, the second is a
+    learned embedding where it takes one.
 
     Returns:
         Lengths of the dynamic axes, and arrays by input name.
@@ -87,6 +88,8 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
             tensor.name: _sample(tensor, sizes, counts, spec, rng, spread)
             for tensor in component.inputs
         }
+        if "learned_embeddings" in arrays:
+            arrays["tokens"][:, 1] = counts["tokens"]
         size = SampleSize(**{axis: length * (axis in axes) for axis, length in lengths.items()})
         samples.append((size, arrays))
     return samples

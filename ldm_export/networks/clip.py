@@ -1,7 +1,9 @@
 """The CLIP text transformer that Stable Diffusion 1 and SDXL are conditioned on.
 
 Architecture: Radford et al. 2021 (arXiv:2103.00020), section 2.4: causal, pre-normalised. The
-output is every token after as many layers as the model says, with or without the final LayerNorm.
+output is every token after as many layers as the model says, or fewer, with or without the final
+LayerNorm. A token may have a learned embedding (Gal et al. 2022, arXiv:2208.01618) in place of its
+row of the table.
 Parameter names are those of `transformers.CLIPTextModel`, which checkpoints hold under
 `cond_stage_model.transformer.`.
 """
@@ -27,6 +29,33 @@ def end_of_text(hidden: Tensor, tokens: Tensor, end_token: int) -> Tensor:
     return hidden.gather(1, ends[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
 
 
+def embed_tokens(table: nn.Embedding, tokens: Tensor, learned: Tensor) -> Tensor:
+    """Return token embeddings (B, T, width): rows of the table, or those that come with a prompt.
+
+    Args:
+        table: One row per token of the vocabulary.
+        tokens: Token ids (B, T) int64; the first beyond the table has a learned embedding.
+        learned: Learned embeddings (B, T, width), of which only those of such tokens matter.
+    """
+    is_learned = tokens == table.num_embeddings
+    known: Tensor = table(torch.where(is_learned, 0, tokens))
+    return torch.where(is_learned[..., None], learned, known)
+
+
+def skip_to(hidden: Tensor, earlier: Tensor, skipped: int, clip_skip: Tensor | None) -> Tensor:
+    """Return `hidden` (B, T, width) for every sample that skips no more layers, else `earlier`.
+
+    Args:
+        hidden: After a layer.
+        earlier: The result of this function after the layer before.
+        skipped: How many of the layers that context passes follow.
+        clip_skip: How many of them each sample skips, (B,) int64; None is none.
+    """
+    if clip_skip is None:
+        return hidden
+    return torch.where((clip_skip <= skipped)[:, None, None], hidden, earlier)
+
+
 class Embeddings(nn.Module):
     """Token embedding plus learned position embedding."""
 
@@ -35,11 +64,10 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(spec.vocab_size, spec.width)
         self.position_embedding = nn.Embedding(spec.max_tokens, spec.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map token ids (B, T) to (B, T, width)."""
+    def forward(self, tokens: Tensor, learned: Tensor) -> Tensor:
+        """Map token ids (B, T) to (B, T, width); see `embed_tokens`."""
         positions = self.position_embedding.weight[: tokens.shape[1]]
-        embedded: Tensor = self.token_embedding(tokens) + positions
-        return embedded
+        return embed_tokens(self.token_embedding, tokens, learned) + positions
 
 
 class SelfAttention(nn.Module):
@@ -104,11 +132,13 @@ class Layers(nn.Module):
         self.context_layers = spec.context_layers
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, clip_skip: Tensor | None) -> Tensor:
         """Map (B, T, width) to the same shape, through the layers that context needs."""
-        for layer in self.layers[: self.context_layers]:
+        context = hidden
+        for index, layer in enumerate(self.layers[: self.context_layers], start=1):
             hidden = layer(hidden)
-        return hidden
+            context = skip_to(hidden, context, self.context_layers - index, clip_skip)
+        return context
 
 
 class TextModel(nn.Module):
@@ -121,9 +151,9 @@ class TextModel(nn.Module):
         self.encoder = Layers(spec)
         self.final_layer_norm = nn.LayerNorm(spec.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, learned: Tensor, clip_skip: Tensor | None) -> Tensor:
         """Map token ids (B, T) to (B, T, width)."""
-        out: Tensor = self.encoder(self.embeddings(tokens))
+        out: Tensor = self.encoder(self.embeddings(tokens, learned), clip_skip)
         return self.final_layer_norm(out) if self.final_norm else out
 
 
@@ -134,7 +164,15 @@ class ClipTextEncoder(nn.Module):
         super().__init__()
         self.text_model = TextModel(spec)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map token ids (B, T) int64 to context (B, T, width)."""
-        context: Tensor = self.text_model(tokens)
+    def forward(
+        self, tokens: Tensor, learned_embeddings: Tensor, clip_skip: Tensor | None = None
+    ) -> Tensor:
+        """Map token ids to context (B, T, width).
+
+        Args:
+            tokens: Token ids (B, T) int64, see `embed_tokens`.
+            learned_embeddings: (B, T, width), likewise.
+            clip_skip: Layers at the end that each sample skips, (B,) int64; None is none.
+        """
+        context: Tensor = self.text_model(tokens, learned_embeddings, clip_skip)
         return context

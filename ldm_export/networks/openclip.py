@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_export.networks.clip import QuickGelu, end_of_text
+from ldm_export.networks.clip import QuickGelu, embed_tokens, end_of_text, skip_to
 from ldm_runtime.specs.networks import TextEncoderSpec
 
 
@@ -81,16 +81,27 @@ class OpenClipTextEncoder(nn.Module):
         if spec.pooled_dim is not None:
             self.text_projection = nn.Parameter(torch.empty(spec.width, spec.pooled_dim))
 
-    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Map token ids (B, T) int64 to context (B, T, width), and pooled (B, pooled_dim)."""
-        hidden = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+    def forward(
+        self, tokens: Tensor, learned_embeddings: Tensor, clip_skip: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map token ids to context (B, T, width), and pooled (B, pooled_dim).
+
+        Args:
+            tokens: Token ids (B, T) int64, see `embed_tokens`.
+            learned_embeddings: (B, T, width), likewise.
+            clip_skip: Layers at the end that the context of each sample skips, (B,) int64; None is
+                none. The pooled output has passed all.
+        """
+        embedded = embed_tokens(self.token_embedding, tokens, learned_embeddings)
+        hidden = embedded + self.positional_embedding[: tokens.shape[1]]
         context: Tensor = hidden
         for index, block in enumerate(self.transformer.resblocks, start=1):
-            if index > self.spec.context_layers and self.spec.pooled_dim is None:
+            remaining = self.spec.context_layers - index
+            if remaining < 0 and self.spec.pooled_dim is None:
                 break
             hidden = block(hidden)
-            if index == self.spec.context_layers:
-                context = hidden
+            if remaining >= 0:
+                context = skip_to(hidden, context, remaining, clip_skip)
         if self.spec.final_norm:
             context = self.ln_final(context)
         if self.spec.pooled_dim is None:

@@ -27,6 +27,15 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
         "--label-names", type=Path, metavar="FILE", help="names of labels 0, 1, ..., one per line"
     )
     groups["Conditioning"].add_argument(
+        "--textual-inversion",
+        type=_word_and_file,
+        action="append",
+        default=[],
+        metavar="[WORD=]FILE",
+        help="a word that prompts may use, and its learned embeddings; without a word the file's "
+        "name is it; may be repeated",
+    )
+    groups["Conditioning"].add_argument(
         "--requests",
         metavar="FILE",
         help="generate a request per line, several at once: JSON objects (.jsonl), or prompts "
@@ -64,6 +73,26 @@ def given_fields(args: argparse.Namespace) -> dict[str, object]:
         if not given["prompt"]:
             raise RequestError("prompt", "standard input is empty; write the prompt to it")
     return given
+
+
+def given_inversions(args: argparse.Namespace) -> dict[str, Path]:
+    """Return the files of `--textual-inversion` by word.
+
+    Raises:
+        RequestError: A word is given twice.
+    """
+    given = dict(args.textual_inversion)
+    if len(given) < len(args.textual_inversion):
+        words = [word for word, _ in args.textual_inversion]
+        twice = next(word for word in words if words.count(word) > 1)
+        raise RequestError("textual_inversion", f"gives {twice!r} twice; rename one of them")
+    return given
+
+
+def _word_and_file(text: str) -> tuple[str, Path]:
+    """Read a word and a file; of a file alone, its name without a suffix is the word."""
+    word, equals, file = text.partition("=")
+    return (word, Path(file)) if equals else (Path(text).stem, Path(text))
 
 
 def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:

@@ -31,18 +31,23 @@ _CUSTOM_SCHEDULE = {"schedule": "custom"}
 
 
 def recorded_fields(
-    path: Path, changes: Mapping[str, object], bundle: Path, refiner: Path | None = None
+    path: Path,
+    changes: Mapping[str, object],
+    bundle: Path,
+    inversions: Mapping[str, Path],
+    refiner: Path | None = None,
 ) -> dict[str, object]:
     """Return the fields of the request that made an image, changed.
 
     A recorded field that depends on a changed one is left out: another sampler gets its own eta and
-    schedule, and a preset all that it sets. Another bundle than the one that made the image is
-    warned of.
+    schedule, and a preset all that it sets. Another bundle than the one that made the image, and
+    other textual inversions, are warned of.
 
     Args:
         path: The image.
         changes: The fields to change.
         bundle: The bundle that is to generate it again.
+        inversions: Files of the textual inversions that are to be used, by word.
         refiner: The bundle that is to make its last steps, if one is.
 
     Raises:
@@ -55,6 +60,7 @@ def recorded_fields(
     _compare_bundles(path, metadata, bundle)
     if refiner is not None:
         _compare_refiners(path, metadata, refiner)
+    _compare_inversions(path, metadata, inversions)
     recorded = {name: value for name, value in request.items() if value is not None}
     for name in changes:
         for replaced in _REPLACED.get(name, ()):
@@ -87,3 +93,17 @@ def _compare_refiners(path: Path, metadata: Mapping[str, Any], refiner: Path) ->
             "%s was generated with %s, and not with %s (%.12s); the image will differ",
             *(path, what, refiner, used),
         )
+
+
+def _compare_inversions(
+    path: Path, metadata: Mapping[str, Any], inversions: Mapping[str, Path]
+) -> None:
+    recorded = metadata.get("textual_inversions")
+    for word, sha256 in recorded.items() if isinstance(recorded, dict) else ():
+        file = inversions.get(word)
+        if file is None or sha256_of(file) != sha256:
+            _LOGGER.warning(
+                "%s was generated with a textual inversion %r (%.12s) that is not given here; the "
+                "image will differ. --textual-inversion gives it",
+                *(path, word, sha256),
+            )

@@ -17,7 +17,12 @@ from ldm_runtime.conditioning.images import (
 from ldm_runtime.conditioning.layout import encode_layout
 from ldm_runtime.conditioning.retrieval import encode_embeddings
 from ldm_runtime.conditioning.semantic import encode_segmentation
-from ldm_runtime.conditioning.text import MAX_CHUNKS, encode_text, open_tokenizer
+from ldm_runtime.conditioning.text import (
+    MAX_CHUNKS,
+    encode_text,
+    open_tokenizer,
+    used_inversions,
+)
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.text import Tokenizer
@@ -31,6 +36,7 @@ __all__ = [
     "conditioning_components",
     "encode_conditioning",
     "open_tokenizer",
+    "used_inversions",
 ]
 
 _NO_CONDITIONING = Conditioner(lambda *_: Conditioning())

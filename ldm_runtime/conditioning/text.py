@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.backends.contract import Runner
+from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.conditioning.micro_conditioning import embed_micro_conditioning
 from ldm_runtime.errors import BundleError, RequestError
@@ -18,7 +19,13 @@ from ldm_runtime.requests.resolved import PromptCondition, ResolvedRequest
 from ldm_runtime.specs.micro_conditioning import micro_conditioning_kind, pooled_length
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import TextEncoderSpec
-from ldm_runtime.text import ClipTokenizer, Tokenizer, WordPieceTokenizer
+from ldm_runtime.text import (
+    ClipTokenizer,
+    LearnedWord,
+    Tokenizer,
+    WordPieceTokenizer,
+    learned_ids,
+)
 from ldm_runtime.text.prompts import Token, parse_prompt, split_chunks
 
 _LOGGER = logging.getLogger(__name__)
@@ -38,7 +45,7 @@ class Chunk:
 
     Attributes:
         ids: (max_tokens,) int64: start token, text, end token, and `_PADDING`, for which each text
-            encoder has a token of its own.
+            encoder has a token of its own. Those of learned words follow the vocabulary's.
         weights: (max_tokens,) float32: 1 for all but the text.
     """
 
@@ -47,17 +54,24 @@ class Chunk:
 
 
 #: Readers of the vocabulary of each kind of text encoder.
-_TOKENIZERS: Mapping[str, Callable[[Path], Tokenizer]] = MappingProxyType(
+_TOKENIZERS: Mapping[str, Callable[[Path, Sequence[LearnedWord]], Tokenizer]] = MappingProxyType(
     {
         "clip": ClipTokenizer.from_file,
         "openclip": ClipTokenizer.from_file,
-        "bert": WordPieceTokenizer.from_file,
+        "bert": lambda path, _: WordPieceTokenizer.from_file(path),
     }
 )
 
 
-def open_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
+def open_tokenizer(
+    path: Path, spec: ModelSpec, learned_words: Sequence[LearnedWord] = ()
+) -> Tokenizer:
     """Open the tokenizer of a bundle whose task has prompts.
+
+    Args:
+        path: Its vocabulary.
+        spec: The model.
+        learned_words: Words that it finds in prompts, from `inputs.textual_inversion`.
 
     Raises:
         BundleError: The file is missing, malformed or larger than the text encoder's vocabulary,
@@ -67,7 +81,7 @@ def open_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
     if record is None:
         raise BundleError(f"{path} is a vocabulary, but this {spec.task} model has no text encoder")
     try:
-        tokenizer = _TOKENIZERS[record.kind](path)
+        tokenizer = _TOKENIZERS[record.kind](path, learned_words)
     except (OSError, ValueError) as error:
         raise BundleError(f"{error}; export the bundle again") from error
     if tokenizer.vocab_size > record.vocab_size:
@@ -76,6 +90,20 @@ def open_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
             f"{record.vocab_size}; export with the tokenizer it was trained with"
         )
     return tokenizer
+
+
+def used_inversions(tokenizer: Tokenizer | None, request: ResolvedRequest) -> Mapping[str, str]:
+    """Return the hash of the file of each learned word that a request's prompts have, by word."""
+    condition = request.condition
+    if tokenizer is None or not isinstance(condition, PromptCondition):
+        return {}
+    texts = (condition.prompt, condition.negative_prompt)
+    found = {token for text in texts for token in tokenizer.token_ids(text)}
+    words = tokenizer.learned_words
+    ids = learned_ids(words, tokenizer.vocab_size)
+    return {
+        word.text: word.sha256 for word, each in zip(words, ids, strict=True) if each[0] in found
+    }
 
 
 def encode_text(
@@ -104,7 +132,9 @@ def encode_text(
     max_tokens = spec.network(TextEncoderSpec).max_tokens
     chunks = _chunks_of(tokenizer, texts, max_tokens, literal=condition.literal)
     encoded = [
-        _encode(network(name), chunks, record.pad_token_id)
+        _encode(
+            network(name), chunks, partial(_inputs, name, record, tokenizer, condition.clip_skip)
+        )
         for name, record in spec.networks.items()
         if isinstance(record, TextEncoderSpec)
     ]
@@ -143,12 +173,14 @@ def _chunks_of(
     ]
 
 
-def _encode(engine: Runner, chunks: Sequence[Mapping[str, Chunk]], pad_token_id: int) -> _Encoded:
+def _encode(
+    engine: Runner,
+    chunks: Sequence[Mapping[str, Chunk]],
+    inputs: Callable[[npt.NDArray[np.int64]], Tensors],
+) -> _Encoded:
     """Encode chunks; one call for each keeps the batch size independent of the prompts' length."""
     ids = [np.stack([chunk.ids for chunk in each.values()]) for each in chunks]
-    outputs = [
-        engine.run({"tokens": np.where(each == _PADDING, pad_token_id, each)}) for each in ids
-    ]
+    outputs = [engine.run(inputs(each)) for each in ids]
     contexts = [
         np.stack(
             [
@@ -159,6 +191,30 @@ def _encode(engine: Runner, chunks: Sequence[Mapping[str, Chunk]], pad_token_id:
         for output, each in zip(outputs, chunks, strict=True)
     ]
     return _Encoded(context=np.concatenate(contexts, axis=1), pooled=outputs[0].get("pooled"))
+
+
+def _inputs(
+    name: str,
+    record: TextEncoderSpec,
+    tokenizer: Tokenizer,
+    clip_skip: int,
+    ids: npt.NDArray[np.int64],
+) -> Tensors:
+    """Return the inputs of a text encoder for the ids (B, max_tokens) of one chunk per prompt."""
+    is_learned = ids >= tokenizer.vocab_size
+    tokens = np.where(ids == _PADDING, record.pad_token_id, ids)
+    inputs: dict[str, npt.NDArray[np.generic]] = {
+        "tokens": np.where(is_learned, record.vocab_size, tokens)
+    }
+    if record.learned_dim is not None:
+        embeddings = np.zeros((*ids.shape, record.learned_dim), dtype=np.float32)
+        if is_learned.any():
+            vectors = np.concatenate([word.vectors[name] for word in tokenizer.learned_words])
+            embeddings[is_learned] = vectors[ids[is_learned] - tokenizer.vocab_size]
+        inputs["learned_embeddings"] = embeddings
+    if record.num_clip_skips is not None:
+        inputs["clip_skip"] = np.full(len(ids), clip_skip, dtype=np.int64)
+    return inputs
 
 
 def _vector(
@@ -199,10 +255,12 @@ def _literal_chunk(tokenizer: Tokenizer, field: str, text: str, max_tokens: int)
 
 def _weighted_chunks(tokenizer: Tokenizer, field: str, text: str, max_tokens: int) -> list[Chunk]:
     room = max_tokens - 2
+    words = learned_ids(tokenizer.learned_words, tokenizer.vocab_size)
+    following = {ids[0]: len(ids) - 1 for ids in words}
     try:
         parts = [
             [
-                Token(token, fragment.weight)
+                Token(token, fragment.weight, following.get(token, 0))
                 for fragment in part
                 for token in tokenizer.token_ids(fragment.text)
             ]

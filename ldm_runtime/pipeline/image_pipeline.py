@@ -11,6 +11,7 @@ import numpy as np
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.bundle.manifest import PreviewRecord
+from ldm_runtime.conditioning import used_inversions
 from ldm_runtime.latents.previews import preview_image
 from ldm_runtime.pipeline.batching import SharedRunner, in_order, run_together
 from ldm_runtime.pipeline.deadline import Deadline
@@ -175,6 +176,7 @@ class ImagePipeline:
             bundle_sha256=self.model.origin.bundle_sha256,
             build=self.model.origin.build,
             refiner=None if passes.refiner is None or self.refiner is None else self.refiner.origin,
+            textual_inversions=used_inversions(self.model.tokenizer, passes.request),
         )
 
 

@@ -114,7 +114,12 @@ class InfotextModel:
 
 
 def write_infotext(
-    request: ResolvedRequest, *, model: InfotextModel, refiner: InfotextModel | None, version: str
+    request: ResolvedRequest,
+    *,
+    model: InfotextModel,
+    refiner: InfotextModel | None,
+    version: str,
+    textual_inversions: Mapping[str, str] = MappingProxyType({}),
 ) -> str | None:
     """Return the text for the one image of a request, or None if the request has no prompt.
 
@@ -123,6 +128,7 @@ def write_infotext(
         model: The model.
         refiner: The model that made the last steps, if one did.
         version: This program's.
+        textual_inversions: Hash of the file of every learned word, by word.
     """
     condition = request.condition
     if not isinstance(condition, PromptCondition):
@@ -138,6 +144,9 @@ def write_infotext(
         "Model": model.plain_name,
         **_optional_values(request),
         **_refiner_values(request, refiner),
+        "Clip skip": condition.clip_skip + 1 if condition.clip_skip else None,
+        "TI hashes": ", ".join(f"{word}: {sha[:12]}" for word, sha in textual_inversions.items())
+        or None,
         "Version": f"ldm-deploy {version}",
     }
     negative = f"\n{_NEGATIVE} {condition.negative_prompt}" if condition.negative_prompt else ""
@@ -312,6 +321,7 @@ _READERS: Mapping[str, Callable[[str], dict[str, Any]]] = MappingProxyType(
         "Variation seed strength": _number("variation_strength"),
         "Denoising strength": _number("strength"),
         "Eta": _number("eta"),
+        "Clip skip": lambda value: {"clip_skip": max(int(value) - 1, 0)},
         "RNG": lambda value: {"noise": _NOISES[value]},
         "Hires upscale": _number("hires_scale"),
     }

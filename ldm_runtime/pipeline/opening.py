@@ -1,6 +1,7 @@
 """Opening of bundles: a manifest is read, a backend chosen, and networks wait to be needed."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from ldm_runtime.backends.networks import OpenNetworks
 from ldm_runtime.bundle.files import checked_file, sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.errors import RequestError
+from ldm_runtime.inputs.textual_inversion import read_learned_words
 from ldm_runtime.pipeline.open_model import OpenModel, Origin
+from ldm_runtime.requests.input_types import FileInput
 from ldm_runtime.text import Tokenizer
 
 
@@ -22,6 +26,7 @@ class OpeningOptions:
     threads: int | None
     check_hashes: bool
     options: RunOptions
+    textual_inversions: Mapping[str, FileInput] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +59,7 @@ def open_bundle(
         sha256: Hash that its manifest must have; None takes any.
 
     Raises:
+        RequestError: A textual inversion cannot be read, or is for another model.
         BundleError: The bundle is incomplete or altered, or not the one with that hash.
         BackendError: The backend cannot run here.
     """
@@ -94,8 +100,12 @@ def _networks(
 
 
 def _tokenizer(folder: Path, manifest: Manifest, options: OpeningOptions) -> Tokenizer | None:
+    try:
+        words = read_learned_words(options.textual_inversions, manifest.spec)
+    except ValueError as error:
+        raise RequestError("textual_inversions", str(error)) from error
     path = manifest.tokenizer_file
     if path is None:
         return None
     file = checked_file(folder, manifest, path, hashed=options.check_hashes)
-    return open_tokenizer(file, manifest.spec)
+    return open_tokenizer(file, manifest.spec, words)

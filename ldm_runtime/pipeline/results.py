@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
@@ -39,6 +39,7 @@ class Result:
         bundle_sha256: Hash of the bundle's manifest.
         build: Provenance of the bundle: its checkpoint and what it was made with.
         refiner: Origin of the model that made the last steps, if one did.
+        textual_inversions: Hash of the file of every learned word in the prompts, by word.
     """
 
     images: list[Image.Image]
@@ -48,6 +49,7 @@ class Result:
     bundle_sha256: str
     build: BuildRecord
     refiner: Origin | None
+    textual_inversions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def image(self) -> Image.Image:
@@ -134,10 +136,12 @@ class Result:
     def metadata(self, index: int = 0) -> dict[str, Any]:
         """Return the metadata of image `index`, from which it can be generated again, alone."""
         refiner = {} if self.refiner is None else {"refiner_sha256": self.refiner.bundle_sha256}
+        words = {"textual_inversions": dict(self.textual_inversions)}
         return {
             "request": request_to_json(self.request.of_image(index).as_request()),
             "bundle_sha256": self.bundle_sha256,
             **refiner,
+            **(words if self.textual_inversions else {}),
             "version": version(),
         }
 
@@ -147,6 +151,7 @@ class Result:
             model=_checkpoint(self.build),
             refiner=None if self.refiner is None else _checkpoint(self.refiner.build),
             version=version(),
+            textual_inversions=self.textual_inversions,
         )
         image_format(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ def condition_of(request: GenerationRequest, spec: ModelSpec) -> Condition:
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             literal=request.literal_prompt,
+            clip_skip=request.clip_skip,
         )
     if request.class_label is not None:
         return ClassCondition(label=_class_number(request.class_label, spec.label_names))
@@ -56,6 +57,7 @@ def check_condition(condition: Condition, spec: ModelSpec) -> None:
     match condition:
         case PromptCondition():
             _check_prompts(condition)
+            _check_clip_skip(condition.clip_skip, spec)
         case ClassCondition():
             _check_class(condition.label, spec.network(ClassEmbedderSpec))
         case LayoutCondition():
@@ -92,6 +94,21 @@ def _check_prompts(condition: PromptCondition) -> None:
             parse_prompt(text)
         except ValueError as error:
             raise RequestError(name, str(error)) from error
+
+
+def _check_clip_skip(clip_skip: int, spec: ModelSpec) -> None:
+    encoders = [each for each in spec.networks.values() if isinstance(each, TextEncoderSpec)]
+    most = min((each.num_clip_skips or 1 for each in encoders), default=1) - 1
+    if clip_skip <= most:
+        return
+    if most == 0:
+        raise RequestError(
+            "clip_skip",
+            f"is {clip_skip}, but this bundle's text encoder skips no layers; leave it out",
+        )
+    raise RequestError(
+        "clip_skip", f"is {clip_skip}, but one layer is left after {most}; give 0 to {most}"
+    )
 
 
 def _check_class(label: int, embedder: ClassEmbedderSpec) -> None:

@@ -96,6 +96,7 @@ class RequestFields(TypedDict, total=False):
     embeddings: EmbeddingsInput | None
     negative_prompt: str | None
     literal_prompt: bool
+    clip_skip: int
     original_size: Sequence[int] | None
     crop_top_left: Sequence[int] | None
     target_size: Sequence[int] | None

@@ -40,6 +40,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
 MAX_CLASS = 2**31 - 1
+MAX_CLIP_SKIP = 100
 MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 
 #: The schedule of a request whose noise levels are listed in `sigmas`.
@@ -133,6 +134,16 @@ class GenerationRequest:
             "Conditioning",
         ),
     ] = False
+    clip_skip: Annotated[
+        int,
+        about(
+            "last layers of CLIP that prompts skip, as in diffusers; the web UI counts from 1",
+            "Conditioning",
+            low=0,
+            high=MAX_CLIP_SKIP,
+            metavar="N",
+        ),
+    ] = 0
     original_size: Annotated[
         tuple[int, int] | None,
         about_items(

@@ -30,11 +30,19 @@ class NoCondition:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCondition:
-    """A prompt; `literal` ones have no weights, no `BREAK` and one chunk."""
+    """A prompt, and how it is read.
+
+    Attributes:
+        prompt: The prompt.
+        negative_prompt: What guidance steers away from.
+        literal: Whether they have no weights, no `BREAK` and one chunk.
+        clip_skip: How many of the text encoder's layers at the end they skip.
+    """
 
     prompt: str
     negative_prompt: str
     literal: bool
+    clip_skip: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +331,7 @@ def _condition_fields(condition: Condition) -> dict[str, object]:
                 "prompt": condition.prompt,
                 "negative_prompt": condition.negative_prompt,
                 "literal_prompt": condition.literal,
+                "clip_skip": condition.clip_skip,
             }
         case ClassCondition():
             return {"class_label": condition.label}

@@ -55,7 +55,9 @@ class Component:
         outputs: Likewise.
         lengths: Attribute of `record` that is the length of each fixed axis; None there means that
             the model does not have that axis.
-        counts: Attribute of `record` that says how many values each integer input may take.
+        counts: Attribute of `record` that says how many values each integer input may take; None
+            there means that the model does not have that input. A text encoder's token `vocab_size`
+            stands for a learned embedding.
         samples_per_image: Batch size that one image asks of it with guidance; of the UNet one more
             where an image guides as well, see `tasks.samples_per_image`.
         trace_seconds: Estimated seconds to trace and compare it on two cores, whatever its size.
@@ -87,13 +89,22 @@ _TEXT_ENCODERS = tuple(
         network=name,
         record=TextEncoderSpec,
         role="conditioner",
-        inputs=(_tensor("tokens", ("batch", "tokens"), "int64"),),
+        inputs=(
+            _tensor("tokens", ("batch", "tokens"), "int64"),
+            _tensor("learned_embeddings", ("batch", "tokens", "learned_dim")),
+            _tensor("clip_skip", ("batch",), "int64"),
+        ),
         outputs=(
             _tensor("context", ("batch", "tokens", "context_dim")),
             _tensor("pooled", ("batch", "pooled_dim")),
         ),
-        lengths={"tokens": "max_tokens", "context_dim": "width", "pooled_dim": "pooled_dim"},
-        counts={"tokens": "vocab_size"},
+        lengths={
+            "tokens": "max_tokens",
+            "learned_dim": "learned_dim",
+            "context_dim": "width",
+            "pooled_dim": "pooled_dim",
+        },
+        counts={"tokens": "vocab_size", "clip_skip": "num_clip_skips"},
         samples_per_image=2,
         trace_seconds=5.0,
     )

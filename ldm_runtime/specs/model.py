@@ -158,14 +158,18 @@ def value_counts(spec: ModelSpec, component: str) -> Mapping[str, int]:
     """Return how many values each integer input of one of a model's components may take."""
     row = COMPONENTS[component]
     network = spec.networks[row.network]
-    return {name: getattr(network, attribute) for name, attribute in row.counts.items()}
+    counts = {name: getattr(network, attribute) for name, attribute in row.counts.items()}
+    return {name: count for name, count in counts.items() if count is not None}
 
 
 def _present(
     tensors: tuple[TensorSignature, ...], row: Component, spec: ModelSpec
 ) -> tuple[TensorSignature, ...]:
-    missing = row.lengths.keys() - axis_sizes(spec, row.name)
-    return tuple(tensor for tensor in tensors if missing.isdisjoint(tensor.axes))
+    axes = row.lengths.keys() - axis_sizes(spec, row.name)
+    names = row.counts.keys() - value_counts(spec, row.name)
+    return tuple(
+        tensor for tensor in tensors if axes.isdisjoint(tensor.axes) and tensor.name not in names
+    )
 
 
 def latent_step(spec: ModelSpec) -> int:

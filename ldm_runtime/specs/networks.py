@@ -177,6 +177,16 @@ class TextEncoderSpec:
         """The token that ends a prompt of CLIP; those after it were added to the vocabulary."""
         return min(self.vocab_size, _CLIP_VOCAB_SIZE) - 1
 
+    @property
+    def learned_dim(self) -> int | None:
+        """Channels of a learned embedding, which takes the place of a token's; None for BERT."""
+        return None if self.kind == "bert" else self.width
+
+    @property
+    def num_clip_skips(self) -> int | None:
+        """How many layers context can be taken after, at the end or earlier; None for BERT."""
+        return None if self.kind == "bert" or self.context_layers < 2 else self.context_layers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassEmbedderSpec:

@@ -29,7 +29,7 @@ _SAMPLING = frozenset(
 )
 _PROMPTS = frozenset(
     {
-        *("prompt", "negative_prompt", "literal_prompt"),
+        *("prompt", "negative_prompt", "literal_prompt", "clip_skip"),
         # Of these a model takes those of its micro-conditioning, if it has one.
         *("original_size", "crop_top_left", "target_size"),
         *("aesthetic_score", "negative_aesthetic_score"),

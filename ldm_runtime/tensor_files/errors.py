@@ -4,7 +4,7 @@
 class FormatError(ValueError):
     """Bytes from outside are not what their format demands.
 
-    Whoever opened the file turns it into an error that names the file.
+    The caller, who opened the file, turns it into an error that names the file.
     """
 
 

@@ -31,7 +31,7 @@ from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.components import Component
-from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of
+from ldm_runtime.specs.model import ModelSpec, Task, axis_sizes, components_of, value_counts
 from ldm_runtime.specs.tasks import takes_prompts
 from ldm_runtime.testing.engine import FakeEngine, Function
 from ldm_runtime.testing.networks import Float32Array, tiny_network, tiny_networks, tiny_weights
@@ -134,11 +134,14 @@ def _sample_inputs(component: Component, spec: ModelSpec) -> dict[str, npt.NDArr
     for tensor in component.inputs:
         shape = tuple(sizes[axis] for axis in tensor.axes)
         if tensor.dtype == "int64":
-            arrays[tensor.name] = np.arange(math.prod(shape)).reshape(shape) % 5
+            count = min(5, value_counts(spec, component.name)[tensor.name])
+            arrays[tensor.name] = np.arange(math.prod(shape)).reshape(shape) % count
         elif tensor.name == "timesteps":
             arrays[tensor.name] = np.array([0.0, 999.0], dtype=np.float32)
         else:
             arrays[tensor.name] = generator.randn(shape)
+    if "learned_embeddings" in arrays:
+        arrays["tokens"][:, 1] = value_counts(spec, component.name)["tokens"]
     return arrays
 
 

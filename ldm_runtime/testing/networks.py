@@ -79,19 +79,53 @@ def tiny_weights(spec: ModelSpec) -> dict[str, dict[str, Float32Array]]:
 
 
 def _text_encoder(spec: ModelSpec) -> TinyNetwork:
+    """Return the embedding of each token at its place, after one or two layers; BERT has one."""
     record = spec.network(TextEncoderSpec)
+    is_clip = record.kind != "bert"
+
+    def function(inputs: Tensors, weights: Weights) -> Float32Array:
+        is_learned = inputs["tokens"] == record.vocab_size
+        embedded = weights["embedding"][np.where(is_learned, 0, inputs["tokens"])]
+        if is_clip:
+            embedded = np.where(is_learned[..., None], inputs["learned_embeddings"], embedded)
+        context: Float32Array = np.tanh(embedded + weights["positions"])
+        if is_clip:
+            skips = inputs["clip_skip"][:, None, None]
+            context = np.where(skips <= 0, np.tanh(context), context)
+        return context
+
+    constants = {"learned_token": (record.vocab_size,), "zero": (0,), "last": (2,), "ends": (1, 2)}
     return TinyNetwork(
         shapes={
             "embedding": (record.vocab_size, record.width),
             "positions": (record.max_tokens, record.width),
         },
-        nodes=(
-            Node(op="Gather", inputs=("embedding", "tokens"), output="embedded"),
-            Node(op="Add", inputs=("embedded", "positions"), output="placed"),
-            Node(op="Tanh", inputs=("placed",), output="context"),
-        ),
-        function=lambda inputs, w: np.tanh(w["embedding"][inputs["tokens"]] + w["positions"]),
+        nodes=_CLIP_NODES if is_clip else _BERT_NODES,
+        function=function,
+        axes=constants if is_clip else {},
     )
+
+
+_BERT_NODES = (
+    Node(op="Gather", inputs=("embedding", "tokens"), output="embedded"),
+    Node(op="Add", inputs=("embedded", "positions"), output="placed"),
+    Node(op="Tanh", inputs=("placed",), output="context"),
+)
+_CLIP_NODES = (
+    Node(op="Equal", inputs=("tokens", "learned_token"), output="is_learned"),
+    Node(op="Where", inputs=("is_learned", "zero", "tokens"), output="known"),
+    Node(op="Gather", inputs=("embedding", "known"), output="looked_up"),
+    Node(op="Unsqueeze", inputs=("is_learned", "last"), output="takes_learned"),
+    Node(
+        op="Where", inputs=("takes_learned", "learned_embeddings", "looked_up"), output="embedded"
+    ),
+    Node(op="Add", inputs=("embedded", "positions"), output="placed"),
+    Node(op="Tanh", inputs=("placed",), output="first_layer"),
+    Node(op="Tanh", inputs=("first_layer",), output="second_layer"),
+    Node(op="LessOrEqual", inputs=("clip_skip", "zero"), output="skips_none"),
+    Node(op="Unsqueeze", inputs=("skips_none", "ends"), output="takes_second"),
+    Node(op="Where", inputs=("takes_second", "second_layer", "first_layer"), output="context"),
+)
 
 
 def _class_embedder(spec: ModelSpec) -> TinyNetwork:

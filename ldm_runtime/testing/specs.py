@@ -107,7 +107,7 @@ TINY_SPEC = ModelSpec(
         ),
         text_encoder=text_encoder_spec(
             width=_WIDTH,
-            num_layers=1,
+            num_layers=2,
             num_heads=1,
             feed_forward_dim=_WIDTH,
             vocab_size=_VOCABULARY,

@@ -3,15 +3,17 @@
 from pathlib import Path
 
 from ldm_runtime.text.clip import ClipTokenizer
-from ldm_runtime.text.contract import Encoding, Tokenizer
+from ldm_runtime.text.contract import Encoding, LearnedWord, Tokenizer, learned_ids
 from ldm_runtime.text.vocabulary_file import read_vocabulary
 from ldm_runtime.text.word_piece import WordPieceTokenizer
 
 __all__ = [
     "ClipTokenizer",
     "Encoding",
+    "LearnedWord",
     "Tokenizer",
     "WordPieceTokenizer",
+    "learned_ids",
     "open_tokenizer_file",
 ]
 

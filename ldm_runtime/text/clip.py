@@ -13,15 +13,24 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
-from ldm_runtime.text.contract import Encoding, Frame, Word, check_encodable, fit_words
+from ldm_runtime.text.contract import (
+    Encoding,
+    Frame,
+    LearnedWord,
+    Word,
+    check_encodable,
+    fit_words,
+    learned_ids,
+)
 from ldm_runtime.text.vocabulary_file import read_vocabulary
 
 Merge = tuple[str, str]
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _SPECIAL = re.compile(rf"({re.escape(_START)}|{re.escape(_END)})")
+_LETTER = r"[^\W\d_]"
 _PLAIN_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+"
 # Special tokens are cut out before lower-casing, so "<|EndOfText|>" is ordinary text. Still the
 # original pattern lists them, which parts "<|EndOfText|>!" between ">" and "!".
@@ -31,18 +40,27 @@ _MAX_MERGES = 49408 - 2 * 256 - 2  # CLIP uses the first of the 262,144 merges i
 _CACHED_WORDS = 4096
 
 
+class _Piece(NamedTuple):
+    """A stretch of a text: to be split into words, or a whole word with its ids."""
+
+    text: str
+    ids: tuple[int, ...] = ()
+
+
 class ClipTokenizer:
     """CLIP's byte-pair encoding.
 
     Ids are the 256 bytes, the 256 bytes that end a word, one id per merge, then the start and end
-    tokens. Those two, typed in a text, become the special ids, as in transformers.
+    tokens. Those two, typed in a text, become the special ids, as in transformers; so do learned
+    words, in any case, unless a letter goes on where the word begins or ends with one.
 
     Args:
         merges: Pairs of symbols to join, most frequent first; each symbol is a byte or the result
             of an earlier merge.
+        learned_words: Words with ids of their own; where two begin, the longer is taken.
     """
 
-    def __init__(self, merges: Sequence[Merge]) -> None:
+    def __init__(self, merges: Sequence[Merge], learned_words: Sequence[LearnedWord] = ()) -> None:
         self._alphabet = _byte_symbols()
         tokens = [*_base_symbols(), *map("".join, merges), _START, _END]
         self._ids = {token: index for index, token in enumerate(tokens)}
@@ -51,15 +69,23 @@ class ClipTokenizer:
         self.vocab_size = len(tokens)
         self.start_id = len(tokens) - 2
         self.end_id = len(tokens) - 1
+        self.learned_words = tuple(learned_words)
+        longest_first = sorted(
+            zip(learned_words, learned_ids(learned_words, self.vocab_size), strict=True),
+            key=lambda pair: -len(pair[0].text),
+        )
+        patterns = [_pattern(word.text) for word, _ in longest_first]
+        self._special = re.compile("|".join((_SPECIAL.pattern, *patterns)))
+        self._special_ids = [tuple(ids) for _, ids in longest_first]
 
     @classmethod
-    def from_file(cls, path: Path) -> Self:
+    def from_file(cls, path: Path, learned_words: Sequence[LearnedWord] = ()) -> Self:
         """Read CLIP's `bpe_simple_vocab_16e6.txt.gz`, or a `merges.txt`, compressed or not.
 
         Raises:
             ValueError: The file is not a list of merges; the message names the line.
         """
-        return cls(_read_merges(path))
+        return cls(_read_merges(path), learned_words)
 
     def encode(
         self, text: str, max_tokens: int = 77, *, pad_token_id: int | None = None
@@ -75,10 +101,11 @@ class ClipTokenizer:
         Raises:
             ValueError: `max_tokens` is too small, or the text holds half a surrogate pair.
         """
-        pieces = _pieces(text)
+        pieces = self._pieces(text)
         padding = self.end_id if pad_token_id is None else pad_token_id
         frame = Frame(self.start_id, self.end_id, padding)
-        return fit_words(self._words(pieces), "".join(pieces), max_tokens, frame)
+        joined = "".join(piece.text for piece in pieces)
+        return fit_words(self._words(pieces), joined, max_tokens, frame)
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """Return the ids of a whole text, without start, end and padding.
@@ -86,18 +113,36 @@ class ClipTokenizer:
         Raises:
             ValueError: The text holds half a surrogate pair.
         """
-        return tuple(token for _, word_ids in self._words(_pieces(text)) for token in word_ids)
+        return tuple(token for _, word_ids in self._words(self._pieces(text)) for token in word_ids)
 
-    def _words(self, pieces: Sequence[str]) -> Iterator[Word]:
+    def _pieces(self, text: str) -> list[_Piece]:
+        """Cut out the words that have ids of their own and compose the characters of the rest."""
+        check_encodable(text)
+        pieces, position = [], 0
+        for found in self._special.finditer(text):
+            pieces.append(_Piece(unicodedata.normalize("NFC", text[position : found.start()])))
+            pieces.append(_Piece(found[0], self._ids_of(found)))
+            position = found.end()
+        pieces.append(_Piece(unicodedata.normalize("NFC", text[position:])))
+        return pieces
+
+    def _ids_of(self, found: re.Match[str]) -> tuple[int, ...]:
+        """Return the ids of a special token, the first group of the pattern, or a learned word."""
+        assert found.lastindex is not None, "every alternative is a group"
+        if found.lastindex == 1:
+            return (self._ids[found[0]],)
+        return self._special_ids[found.lastindex - 2]
+
+    def _words(self, pieces: Sequence[_Piece]) -> Iterator[Word]:
         """Yield every word's offset in the joined pieces, and its ids."""
         offset = 0
         for piece in pieces:
-            if piece in (_START, _END):
-                yield offset, (self._ids[piece],)
+            if piece.ids:
+                yield offset, piece.ids
             else:
-                for start, word in _split_words(piece):
+                for start, word in _split_words(piece.text):
                     yield offset + start, self._word_ids(word)
-            offset += len(piece)
+            offset += len(piece.text)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         symbols = [self._alphabet[byte] for byte in word.encode()]
@@ -105,10 +150,11 @@ class ClipTokenizer:
         return tuple(self._ids[symbol] for symbol in _merge(symbols, self._ranks))
 
 
-def _pieces(text: str) -> list[str]:
-    """Cut out the special tokens and compose the characters of the rest."""
-    check_encodable(text)
-    return [unicodedata.normalize("NFC", piece) for piece in _SPECIAL.split(text)]
+def _pattern(word: str) -> str:
+    """Return a group that matches a learned word in any case, and no part of a longer word."""
+    before = rf"(?<!{_LETTER})" if word[0].isalpha() else ""
+    after = rf"(?!{_LETTER})" if word[-1].isalpha() else ""
+    return rf"({before}(?i:{re.escape(word)}){after})"
 
 
 def _merge(symbols: Sequence[str], ranks: Mapping[Merge, int]) -> list[str]:

@@ -1,8 +1,11 @@
 """The interface of tokenizers, and the parts that do not depend on how words are split."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 #: A word's offset in its text, and the ids of its tokens.
 Word = tuple[int, tuple[int, ...]]
@@ -22,18 +25,52 @@ class Encoding:
     cut: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LearnedWord:
+    """A word whose embeddings were learned by textual inversion.
+
+    It takes as many consecutive tokens as it has vectors. Source: Gal et al. 2022
+    (arXiv:2208.01618).
+
+    Attributes:
+        text: The word, as prompts have it in any case.
+        vectors: (n, width) float32 by the name of the text encoder that takes them; n is the same
+            for all.
+        sha256: Hash of the file that they are from.
+    """
+
+    text: str
+    vectors: Mapping[str, npt.NDArray[np.float32]]
+    sha256: str
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it takes."""
+        return min(map(len, self.vectors.values()))
+
+
+def learned_ids(words: Sequence[LearnedWord], vocab_size: int) -> Iterator[range]:
+    """Yield the token ids of every learned word; they follow those of the vocabulary."""
+    start = vocab_size
+    for word in words:
+        yield range(start, start + word.num_tokens)
+        start += word.num_tokens
+
+
 class Tokenizer(Protocol):
     """A tokenizer: turns prompts into token ids.
 
     Attributes:
-        vocab_size: How many ids there are.
+        vocab_size: How many ids the vocabulary has.
         start_id: First id of every encoded text.
         end_id: Id that ends the text.
+        learned_words: Words with the ids of `learned_ids`.
     """
 
     vocab_size: int
     start_id: int
     end_id: int
+    learned_words: tuple[LearnedWord, ...]
 
     def encode(
         self, text: str, max_tokens: int = 77, *, pad_token_id: int | None = None

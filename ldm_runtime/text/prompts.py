@@ -59,10 +59,17 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a prompt, with its weight."""
+    """One token of a prompt.
+
+    Attributes:
+        id: Its id.
+        weight: Its weight.
+        following: How many tokens after it are of the same learned word, which is never parted.
+    """
 
     id: int
     weight: float
+    following: int = 0
 
 
 def parse_prompt(text: str) -> tuple[tuple[Fragment, ...], ...]:
@@ -110,7 +117,8 @@ def split_chunks(
     """Distribute the tokens of a prompt over chunks of at most `room` tokens.
 
     Every part starts a chunk. A chunk that overflows ends after its last comma if that is near (see
-    `COMMA_REACH`), so that what the commas part stays together. A break at the end adds no chunk.
+    `COMMA_REACH`), so that what the commas part stays together. A learned word that does not fit
+    starts a chunk. A break at the end adds no chunk.
 
     Args:
         parts: Tokens of each part of `parse_prompt`, at least one part.
@@ -182,6 +190,8 @@ def _split_part(tokens: Sequence[Token], room: int, comma_id: int) -> list[tuple
         if len(chunks[-1]) == room:
             whole = 0 if token.id == comma_id else _after_comma(chunks[-1], comma_id)
             chunks[-1:] = [chunks[-1][: room - whole], chunks[-1][room - whole :]]
+        if len(chunks[-1]) + token.following >= room:
+            chunks.append([])
         chunks[-1].append(token)
     return [tuple(chunk) for chunk in chunks]
 

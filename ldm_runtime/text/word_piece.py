@@ -20,7 +20,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
-from ldm_runtime.text.contract import Encoding, Frame, Word, check_encodable, fit_words
+from ldm_runtime.text.contract import (
+    Encoding,
+    Frame,
+    LearnedWord,
+    Word,
+    check_encodable,
+    fit_words,
+)
 from ldm_runtime.text.vocabulary_file import read_vocabulary
 
 MAX_WORD = 100  # characters; a longer word is unknown
@@ -66,6 +73,7 @@ class WordPieceTokenizer:
         self._longest = max(map(len, vocabulary))
         self._word_ids = lru_cache(maxsize=_CACHED_WORDS)(self._encode_word)
         self.vocab_size = len(vocabulary)
+        self.learned_words: tuple[LearnedWord, ...] = ()
         self.start_id = self._ids[_START]
         self.end_id = self._ids[_END]
         self.pad_id = self._ids[_PAD]

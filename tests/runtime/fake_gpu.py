@@ -20,7 +20,11 @@ from ldm_runtime.testing import tiny_networks
 GPU = Gpu(name="NVIDIA Fake 4000", compute_capability=(8, 9), driver_version="13.0")
 VERSION = "1.7.1.116"
 PROFILES = {
-    "text_encoder": {"tokens": ((1, 16), (2, 16), (8, 16))},
+    "text_encoder": {
+        "tokens": ((1, 16), (2, 16), (8, 16)),
+        "learned_embeddings": ((1, 16, 8), (2, 16, 8), (8, 16, 8)),
+        "clip_skip": ((1,), (2,), (8,)),
+    },
     "unet": {
         "latents": ((1, 4, 4, 4), (2, 4, 8, 8), (8, 4, 16, 16)),
         "timesteps": ((1,), (2,), (8,)),

@@ -106,9 +106,10 @@ def test_old_names_of_samplers_carry_their_schedule():
         "variation_seed": 9,
         "variation_strength": 0.2,
         "strength": 0.75,
+        "clip_skip": 1,  # there, 1 is the last layer
         "noise": "torch-cuda",
     }
-    assert read.others == {"Clip skip": "2", "ENSD": "31337", "Eta": "0.67"}  # DPM++ 2M has none
+    assert read.others == {"ENSD": "31337", "Eta": "0.67"}  # DPM++ 2M has none
     assert read_infotext(FROM_IMAGE.replace("DPM++ 2M Karras", "Euler a")).request["eta"] == 0.67
 
 
@@ -318,3 +319,20 @@ def test_damaged_exif_data_is_one_sentence(tmp_path, exif):
 
     with pytest.raises(LdmError, match=r"a\.jpg (carries no|cannot be read)"):
         read_metadata(tmp_path / "a.jpg")
+
+
+def test_clip_skip_is_counted_from_one_in_the_text():
+    written = {
+        skip: write_infotext(
+            resolve(GenerationRequest("red", seed=1, clip_skip=skip), TINY_SPEC),
+            model=InfotextModel(name="m", sha256="0" * 64),
+            refiner=None,
+            version="1",
+        )
+        for skip in (0, 1)
+    }
+
+    assert "Clip skip: 2" in written[1]
+    assert "Clip skip" not in written[0]
+    assert read_infotext(written[1]).request["clip_skip"] == 1
+    assert read_infotext(f"{written[0]}, Clip skip: 1").request["clip_skip"] == 0

@@ -286,3 +286,28 @@ def test_chunks_hold_every_token_once_in_order_and_never_too_many(parts, room):
 def test_a_chunk_without_room_is_refused():
     with pytest.raises(ValueError, match="room must be at least 1 token, got 0"):
         split_chunks([tokens(1)], 0, COMMA)
+
+
+def learned(start, count):
+    """The tokens of one learned word."""
+    return [Token(start + place, 1.0, (count - 1) * (place == 0)) for place in range(count)]
+
+
+def test_a_learned_word_that_does_not_fit_starts_a_chunk():
+    text = [*tokens(*words(1, 70), COMMA), *learned(900, 5), *tokens(80)]
+
+    assert ids(split_chunks([text], 75, COMMA)) == [[*words(1, 70), COMMA], [*range(900, 905), 80]]
+
+
+def test_a_learned_word_that_just_fits_ends_a_chunk():
+    text = [*tokens(*words(1, 70)), *learned(900, 5), *tokens(80)]
+
+    assert ids(split_chunks([text], 75, COMMA)) == [[*words(1, 70), *range(900, 905)], [80]]
+
+
+def test_a_learned_word_after_a_full_chunk_follows_what_the_comma_parts():
+    text = [*tokens(*words(1, 70), COMMA, *words(71, 4)), *learned(900, 3)]
+
+    chunks = ids(split_chunks([text], 75, COMMA))
+
+    assert chunks == [[*words(1, 70), COMMA], [*words(71, 4), *range(900, 903)]]

@@ -18,6 +18,7 @@ NAMES = {field.name for field in dataclasses.fields(GenerationRequest)}
 VALUES = {name: value for fields in NEEDED.values() for name, value in fields.items()} | {
     "negative_prompt": "blue",
     "literal_prompt": True,
+    "clip_skip": 1,
     "original_size": (32, 48),
     "crop_top_left": (0, 8),
     "target_size": (16, 24),

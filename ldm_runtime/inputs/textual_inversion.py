@@ -1,0 +1,213 @@
+"""Textual inversions: files of learned embeddings, each of which a word of a prompt stands for.
+
+The formats are those of AUTOMATIC1111's web UI (`string_to_param` in a pickle), of kohya's trainers
+(`emb_params`; `clip_l` and `clip_g` for SDXL) and of diffusers (the token itself;
+`text_encoders_0` and `text_encoders_1` for SDXL). Pickles are interpreted and run nothing, see
+`tensor_files.pickle_reader`. Not read are embeddings that the web UI hid in a PNG.
+
+Source: `modules/textual_inversion/textual_inversion.py` of AUTOMATIC1111/stable-diffusion-webui
+1.10 and `loaders/textual_inversion.py` of diffusers 0.35.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime.inputs.reading import NamedBytes, read_bytes
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.networks import TextEncoderSpec
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.pickle_reader import PickleContents
+from ldm_runtime.tensor_files.safetensors_header import is_safetensors, read_safetensors_header
+from ldm_runtime.tensor_files.tensor_extent import TensorExtent, check_name
+from ldm_runtime.tensor_files.tensor_values import tensor_values
+from ldm_runtime.tensor_files.torch_archive import ZIP_MAGIC, open_torch_archive
+from ldm_runtime.tensor_files.torch_legacy import is_torch_legacy, open_torch_legacy
+from ldm_runtime.tensor_files.torch_records import TensorRecord
+from ldm_runtime.tensor_files.torch_state_dict import FindTensor
+from ldm_runtime.text import LearnedWord
+
+#: Most bytes of a file: fifty times what the longest word of SDXL needs.
+_MAX_BYTES = 32 << 20
+_HEAD_BYTES = 512
+_BRACKETS = frozenset("()[]\\")  # the syntax of a prompt
+#: The kind of text encoder that a tensor is for, by its name in files for two.
+_KINDS: Mapping[str, str] = MappingProxyType({"clip_l": "clip", "clip_g": "openclip"})
+_NUMBERED = "text_encoders_"
+
+Float32Array = npt.NDArray[np.float32]
+Encoders = Mapping[str, TextEncoderSpec]
+
+
+def read_learned_words(files: Mapping[str, object], spec: ModelSpec) -> tuple[LearnedWord, ...]:
+    """Return the words of textual inversions for a model.
+
+    Args:
+        files: A path, a `data:` URL or the bytes of a file for each word.
+        spec: The model.
+
+    Raises:
+        ValueError: In one sentence, which word cannot be used or which file cannot be read or is
+            for another model.
+    """
+    encoders = {
+        name: network
+        for name, network in spec.networks.items()
+        if isinstance(network, TextEncoderSpec) and network.learned_dim is not None
+    }
+    if files and not encoders:
+        raise ValueError(
+            f"this {spec.task} bundle has no text encoder of CLIP, which textual inversions are "
+            "for; leave them out"
+        )
+    _check_words(files)
+    return tuple(_read(word, file, encoders) for word, file in files.items())
+
+
+def _check_words(words: Mapping[str, object]) -> None:
+    folded: set[str] = set()
+    for word in words:
+        if not word or word != " ".join(word.split()) or not word.isprintable():
+            raise ValueError(f"{word!r} is not a word; give one without white space around it")
+        if not _BRACKETS.isdisjoint(word):
+            raise ValueError(
+                f"{word!r} has a bracket or a backslash, which prompts use for weights; rename it"
+            )
+        if word.lower() in folded:
+            raise ValueError(f"{word!r} is there twice, case aside; rename one of them")
+        folded.add(word.lower())
+
+
+def _read(word: str, file: object, encoders: Encoders) -> LearnedWord:
+    if not isinstance(file, (bytes, bytearray, memoryview, str)) and not hasattr(
+        file, "__fspath__"
+    ):
+        raise ValueError(
+            f"{word!r} has a {type(file).__name__}; give a path or the bytes of a file"
+        )
+    named = read_bytes(file, _MAX_BYTES)
+    try:
+        tensors = dict(_tensors(named.data))
+        vectors = {
+            name: _checked(tensors[key], name, encoders[name])
+            for name, key in _keys_of(tensors, encoders).items()
+        }
+    except FormatError as error:
+        raise ValueError(f"{named.name} {error}") from error
+    _check_lengths(named, vectors)
+    return LearnedWord(
+        text=word,
+        vectors=MappingProxyType(vectors),
+        sha256=hashlib.sha256(named.data).hexdigest(),
+    )
+
+
+def _tensors(data: bytes) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+    """Yield the tensors of a file by name.
+
+    Raises:
+        FormatError: The file is not one of those formats, or is damaged.
+    """
+    buffer = np.frombuffer(data, dtype=np.uint8)
+    for name, extent in _extents(data).items():
+        try:
+            yield name, tensor_values(extent, buffer)
+        except FormatError as error:
+            raise FormatError(f"has a tensor {name!r} which {error}") from error
+
+
+def _extents(data: bytes) -> Mapping[str, TensorExtent]:
+    head, view = data[:_HEAD_BYTES], memoryview(data)
+    if head.startswith(ZIP_MAGIC):
+        return _pickled_extents(*open_torch_archive(view))
+    if is_torch_legacy(head):
+        return _pickled_extents(*open_torch_legacy(view))
+    if is_safetensors(head):
+        return read_safetensors_header(view)[0]
+    raise FormatError(
+        "is neither a torch nor a safetensors file; give a textual inversion as .pt, .bin or "
+        ".safetensors"
+    )
+
+
+def _pickled_extents(pickled: PickleContents, find: FindTensor) -> Mapping[str, TensorExtent]:
+    root = pickled.root
+    level = root.get("string_to_param", root) if isinstance(root, dict) else None
+    if not isinstance(level, dict):
+        raise FormatError(
+            "holds no plain dict of tensors; load it with the program that wrote it and save it "
+            "again"
+        )
+    return {
+        check_name(name): find(value)
+        for name, value in level.items()
+        if isinstance(value, TensorRecord)
+    }
+
+
+def _keys_of(tensors: Mapping[str, npt.NDArray[np.generic]], encoders: Encoders) -> dict[str, str]:
+    """Return the name of the tensor for each text encoder; SDXL's refiner has the second alone.
+
+    Raises:
+        FormatError: The file has others, or too many.
+    """
+    if tensors.keys() == _KINDS.keys():
+        keys = {name: key for name, each in encoders.items() for key in _of_kind(each)}
+    elif all(key.startswith(_NUMBERED) for key in tensors):
+        keys = dict(zip(encoders, sorted(tensors), strict=False))
+    else:
+        keys = dict(zip(encoders, tensors, strict=False))
+    is_refiner = list(keys.values()) == ["clip_g"] and len(encoders) == 1
+    if is_refiner or len(tensors) == len(encoders) == len(set(keys.values())):
+        return keys
+    found = ", ".join(f"{key} {_shape(array)}" for key, array in list(tensors.items())[:4])
+    wanted = " and ".join(f"{each.width}" for each in encoders.values())
+    raise FormatError(
+        f"holds {len(tensors)} tensors ({found or 'none'}), and this bundle takes one for each of "
+        f"its text encoders, with vectors of {wanted} numbers; give an embedding for this model"
+    )
+
+
+def _of_kind(encoder: TextEncoderSpec) -> Iterator[str]:
+    return (key for key, kind in _KINDS.items() if kind == encoder.kind)
+
+
+def _checked(array: npt.NDArray[np.generic], name: str, encoder: TextEncoderSpec) -> Float32Array:
+    """Return vectors (n, width) in float32.
+
+    Raises:
+        FormatError: They are not numbers of that width, or too many for a prompt.
+    """
+    if array.dtype.kind != "f" or not 1 <= array.ndim <= 2 or 0 in array.shape:
+        raise FormatError(
+            f"holds {array.dtype} of shape {_shape(array)}; an embedding is floating-point "
+            "numbers, a vector per row"
+        )
+    if array.shape[-1] != encoder.width:
+        raise FormatError(
+            f"holds vectors of {array.shape[-1]} numbers, and the {name} of this bundle takes "
+            f"{encoder.width}; give an embedding that was trained for this model"
+        )
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+        vectors = np.atleast_2d(array).astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise FormatError("holds numbers that are not finite; its training failed")
+    room = encoder.max_tokens - 2
+    if len(vectors) > room:
+        raise FormatError(f"holds {len(vectors)} vectors, more than the {room} tokens of a prompt")
+    vectors.flags.writeable = False
+    return vectors
+
+
+def _check_lengths(named: NamedBytes, vectors: Mapping[str, Float32Array]) -> None:
+    lengths = {len(each) for each in vectors.values()}
+    if len(lengths) != 1:
+        listed = " and ".join(f"{len(each)} for {name}" for name, each in vectors.items())
+        raise ValueError(f"{named.name} holds {listed}; both take the same number of vectors")
+
+
+def _shape(array: npt.NDArray[np.generic]) -> str:
+    return "x".join(map(str, array.shape)) or "()"
