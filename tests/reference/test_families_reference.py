@@ -88,7 +88,7 @@ def noise(model, count=1):
     )
 
 
-def generate(model, tokenizer=None, **fields):
+def generate(model, **fields):
     """Return the images of ours as arrays (N, H, W, 3) of whole numbers, 0 to 255."""
     return as_arrays(result_of(model, **fields).images)
 
@@ -107,7 +107,7 @@ def as_open(model):
     )
     return OpenModel(
         network=model.network,
-        tokenizer=tokenizer or open_tokenizer(VOCABULARY, model.spec),
+        tokenizer=open_tokenizer(VOCABULARY, model.spec, model.words),
         spec=model.spec,
         origin=Origin(bundle_sha256="", build=build),
     )

@@ -157,12 +157,16 @@ def test_a_missing_or_unknown_input_is_refused(tiny_bundle, change):
 
 
 def test_a_failure_inside_is_one_sentence_and_prints_nothing(tiny_bundle, capfd):
-    inputs = {"tokens": np.full((1, 16), 10**6)}
+    inputs = {
+        "tokens": np.full((1, 16), 10**6),
+        "learned_embeddings": np.zeros((1, 16, 8), dtype=np.float32),
+        "clip_skip": np.zeros(1, dtype=np.int64),
+    }
 
     with (
         open_component(tiny_bundle, "text_encoder") as engine,
         pytest.raises(
-            BackendError, match=r"failed in text_encoder with tokens \(1, 16\)"
+            BackendError, match=r"failed in text_encoder with tokens \(1, 16\),"
         ) as caught,
     ):
         engine.run(inputs)
