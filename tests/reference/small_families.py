@@ -119,9 +119,7 @@ def _opened(tensors, **arguments):
         weights = {name: tensors[stored] for name, stored in names.items()}
         return TorchEngine(component, load_network(component, detection.spec, weights))
 
-    return SimpleNamespace(
-        spec=detection.spec, unused=detection.unused, network=network, words=()
-    )
+    return SimpleNamespace(spec=detection.spec, unused=detection.unused, network=network, words=())
 
 
 #: The widths of both text encoders together are 1280: diffusers knows SDXL's UNets by it.
