@@ -86,6 +86,9 @@ _SDXL = replace(
     text_final_norm=False,
     null_prompt="zeros",
 )
+#: Size, steps and scale are those of the example of `StableDiffusionXLInstructPix2PixPipeline` in
+#: diffusers 0.42.1, for sdxl-instructpix2pix-768.
+_SDXL_INSTRUCT_PIX2PIX = replace(_SDXL, task="image-editing", latent_size=96, guidance_scale=3.0)
 _SDXL_TEXT = (
     assignment("text_encoder", "conditioner.embedders.0.transformer.text_model.", "text_model."),
     *openclip("conditioner.embedders.1.model.", "text_encoder_2"),
@@ -200,6 +203,13 @@ SD_FAMILIES: tuple[Family, ...] = (
         _SDXL_TEXT,
         conditioner="clip + openclip",
         conditioning_channels=5,
+    ),
+    _sdxl(
+        "stable-diffusion-xl-instruct-pix2pix",
+        _SDXL_INSTRUCT_PIX2PIX,
+        _SDXL_TEXT,
+        conditioner="clip + openclip",
+        conditioning_channels=4,
     ),
     _sdxl(
         "stable-diffusion-xl-refiner",

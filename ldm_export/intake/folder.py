@@ -132,6 +132,8 @@ def _components(folder: Path, index: Entries, without: frozenset[str]) -> frozen
         for name in classes
         if name not in _IGNORED | without and classes[name] not in _READ.get(name, ())
     ]
+    if index.get("is_cosxl_edit"):
+        faults.insert(0, "it is CosXL-Edit (is_cosxl_edit), which scales the latents of the image")
     if "unet" not in classes:
         faults.insert(0, "it has no unet")
     if faults:

@@ -215,6 +215,16 @@ def test_eight_channels_are_instruct_pix2pix_with_the_sampling_of_its_script():
     assert detect(checkpoint(layout)).spec.weights == "model"
 
 
+def test_eight_channels_of_sdxl_are_its_instruct_pix2pix_at_768_pixels():
+    spec = detect(sdxl_checkpoint(replace(SDXL, in_channels=8))).spec
+
+    assert spec.family == "stable-diffusion-xl-instruct-pix2pix"
+    assert (spec.task, spec.null_prompt, spec.unet.vector_dim) == ("image-editing", "zeros", 2816)
+    defaults = spec.defaults
+    assert (defaults.height, defaults.width, defaults.guidance_scale) == (768, 768, 3.0)
+    assert (defaults.sampler, defaults.num_inference_steps) == ("euler", 30)
+
+
 def test_eight_channels_of_stable_diffusion_2_are_not_known():
     with pytest.raises(UnknownModelError):
         detect(checkpoint(replace(SD2, in_channels=8)))

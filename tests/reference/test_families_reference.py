@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -39,6 +40,7 @@ from tests.reference.small_families import (
     SD_2_INPAINTING,
     SDXL,
     SDXL_INPAINTING,
+    SDXL_INSTRUCT_PIX2PIX,
     SDXL_REFINER,
     open_folder_networks,
     open_networks,
@@ -381,6 +383,63 @@ def test_instruct_pix2pix_edits_as_diffusers_does(
     images = generate(ours, prompt=PROMPT, image=image, **fields | sampling)
 
     assert (ours.spec.family, ours.spec.task) == ("instruct-pix2pix", "image-editing")
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"negative_prompt": None},
+        {"guidance_rescale": 0.7},
+        {"image_guidance_scale": 1.0},
+        {"original_size": (96, 48), "crops_coords_top_left": (8, 4)},
+    ],
+)
+def test_instruct_pix2pix_of_sdxl_edits_as_diffusers_does(tmp_path, changes):
+    state = state_dict(SDXL_INSTRUCT_PIX2PIX)
+    kind = StableDiffusionXLInstructPix2PixPipeline
+    theirs = diffusers_xl_pipeline(kind, SDXL_INSTRUCT_PIX2PIX, state, tmp_path)
+    ours, (image, _) = open_networks(state), photo()
+    fields = {"image": image, "image_guidance_scale": 1.5, **COMMON, **changes}
+    expected = theirs(PROMPT, latents=noise(ours), **fields)
+    if "crops_coords_top_left" in fields:
+        fields["crop_top_left"] = fields.pop("crops_coords_top_left")
+
+    images = generate(ours, prompt=PROMPT, **fields)
+
+    assert ours.spec.family == "stable-diffusion-xl-instruct-pix2pix"
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "opened", "name"),
+    [
+        (
+            StableDiffusionInstructPix2PixPipeline,
+            INSTRUCT_PIX2PIX,
+            diffusers_pipeline,
+            "instruct-pix2pix",
+        ),
+        (
+            StableDiffusionXLInstructPix2PixPipeline,
+            SDXL_INSTRUCT_PIX2PIX,
+            diffusers_xl_pipeline,
+            "stable-diffusion-xl-instruct-pix2pix",
+        ),
+    ],
+)
+def test_a_folder_that_edits_images_does_as_diffusers_does(tmp_path, kind, family, opened, name):
+    theirs = opened(kind, family, state_dict(family), tmp_path)
+    theirs.save_pretrained(tmp_path / "folder")
+    ours, (image, _) = open_folder_networks(tmp_path / "folder"), photo()
+    fields = {"num_inference_steps": 6, "guidance_scale": 5.0, "image_guidance_scale": 1.5}
+    size = {} if kind is StableDiffusionInstructPix2PixPipeline else {"height": SIDE, "width": SIDE}
+    expected = theirs(PROMPT, image=image, latents=noise(ours), **fields, **size)
+
+    images = generate(ours, prompt=PROMPT, image=image, **fields)
+
+    assert (ours.spec.family, ours.spec.task) == (name, "image-editing")
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 

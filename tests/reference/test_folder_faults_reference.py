@@ -95,6 +95,10 @@ FAULTS = {
         with_entries(INDEX, controlnet=["diffusers", "ControlNetModel"]),
         "controlnet is 'ControlNetModel'",
     ),
+    "an editing model that scales the image": (
+        with_entries(INDEX, is_cosxl_edit=True),
+        r"it is CosXL-Edit \(is_cosxl_edit\), which scales the latents of the image",
+    ),
     "another autoencoder": (
         with_entries("vae/config.json", _class_name="AsymmetricAutoencoderKL"),
         "_class_name = 'AsymmetricAutoencoderKL'.*expected AutoencoderKL",
