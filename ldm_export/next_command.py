@@ -16,6 +16,7 @@ _NEEDS: Mapping[Task, tuple[str, ...]] = MappingProxyType(
         "layout-to-image": ("--layout", "boxes.json"),
         "semantic-synthesis": ("--segmentation", "map.png"),
         "super-resolution": ("--image", "small.png"),
+        "text-super-resolution": ("--image", "small.png"),
         "inpainting": ("--image", "photo.png", "--mask-image", "mask.png"),
         "text-inpainting": ("a red circle", "--image", "photo.png", "--mask-image", "mask.png"),
         "image-editing": ("make it a red circle", "--image", "photo.png"),

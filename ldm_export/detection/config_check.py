@@ -32,7 +32,7 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "BERTEmbedder": ("text-to-image", "layout-to-image"),
     "SpatialRescaler": ("semantic-synthesis",),
     "FrozenCLIPEmbedder": ("text-to-image", "text-inpainting", "image-editing"),
-    "FrozenOpenCLIPEmbedder": ("text-to-image", "text-inpainting"),
+    "FrozenOpenCLIPEmbedder": ("text-to-image", "text-inpainting", "text-super-resolution"),
 }
 #: Kind of each autoencoder of CompVis, likewise. Under a UNet, `VQModel` would decode without its
 #: codebook; as in all released models, only `VQModelInterface` is exported there.

@@ -71,6 +71,21 @@ _SD_2_INPAINTING = replace(
     _SD_2, task="text-inpainting", prediction_type="epsilon", latent_size=64, siblings={}
 )
 
+#: `superresolution.py` samples so; the configuration has its own noise schedule.
+_X4_UPSCALER = replace(
+    _SD_2,
+    task="text-super-resolution",
+    num_heads=8,
+    num_head_channels=None,
+    latent_scale_factor=0.08333,
+    linear_start=0.0001,
+    linear_end=0.02,
+    latent_size=128,
+    num_inference_steps=75,
+    guidance_scale=10.0,
+    siblings={},
+)
+
 #: Context of both text encoders is the output of the last layer but one, without LayerNorm. An
 #: empty negative prompt is zeros (`force_uc_zero_embeddings`), but not in the refiner.
 _SDXL = replace(
@@ -108,6 +123,7 @@ def _stable_diffusion_2(
     conditioner: str,
     prefix: str,
     family_defaults: FamilyDefaults = _SD_2,
+    unused: tuple[tuple[str, str], ...] = (),
     **features: Expected,
 ) -> Family:
     """Return a row of Stable Diffusion 2 whose text encoder has names after `prefix`."""
@@ -115,7 +131,7 @@ def _stable_diffusion_2(
         name,
         family_defaults,
         openclip(prefix),
-        unused=((rf"{re.escape(prefix)}text_projection", FOR_COMPARING),),
+        unused=((rf"{re.escape(prefix)}text_projection", FOR_COMPARING), *unused),
         **{"projection": "linear", "conditioner": conditioner, **features},
     )
 
@@ -187,12 +203,15 @@ SD_FAMILIES: tuple[Family, ...] = (
         conditioning_channels=1,
         conditioner="openclip",
     ),
-    recognised(
+    _stable_diffusion_2(
         "stable-diffusion-x4-upscaler",
-        projection="linear",
+        "openclip",
+        "cond_stage_model.model.",
+        _X4_UPSCALER,
+        unused=((r"low_scale_model\..*", "noise schedule of the small image, always the same"),),
         conditioning_channels=3,
         vector="embedding",
-        conditioner="openclip",
+        extra=("none", "low-resolution image"),
     ),
     recognised("stable-diffusion-2-unclip-h", projection="linear", vector="mlp", vector_width=2048),
     recognised("stable-diffusion-2-unclip-l", projection="linear", vector="mlp", vector_width=1536),

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.specs.model import ModelSpec, PredictionType, latent_step
 
 _LOGGER = logging.getLogger(__name__)
+
+_Number = TypeVar("_Number", np.float32, np.int64)
 
 #: Shares of the image, a, at which it is measured: far from 0 and from 1, the other two slopes.
 _SHARES = (0.6, 0.45, 0.3)
@@ -177,6 +179,8 @@ def _response(
         inputs["context"] = context
     for vector in _joined([each.vector for each in conditioning]):
         inputs["vector"] = vector
+    for labels in _joined([each.class_labels for each in conditioning]):
+        inputs["class_labels"] = labels
     prediction = unet.run(inputs)["prediction"].ravel().astype(np.float64)
     if not (np.isfinite(prediction).all() and np.isfinite(latents).all()):
         return np.full(2, math.nan)
@@ -187,7 +191,7 @@ def _response(
     return np.array([slope, shared / spread if spread else 0.0])
 
 
-def _joined(parts: Sequence[Float32Array | None]) -> list[Float32Array]:
+def _joined(parts: Sequence[npt.NDArray[_Number] | None]) -> list[npt.NDArray[_Number]]:
     """Return the parts of a batch as one array, or nothing where a model has none."""
     present = [part for part in parts if part is not None]
     return [np.concatenate(present)] if present else []

@@ -23,6 +23,7 @@ from ldm_runtime.specs.networks import (
     TextEncoderSpec,
     UNetSpec,
 )
+from ldm_runtime.specs.tasks import task_record
 
 _MAX_PIXELS = 256  # per side: golden outputs show that a bundle works, not how good it is
 _MAX_LATENTS = 32  # per side, of large models
@@ -46,7 +47,7 @@ def golden_requests(spec: ModelSpec, unet_parameters: int) -> tuple[ResolvedRequ
     height, width = _size(spec, is_large=is_large)
     common: Inputs = {"num_inference_steps": _steps(spec, _FEW_STEPS if is_large else _STEPS)}
     varied = _VARIED
-    if spec.task not in ("super-resolution", "autoencoder"):  # whose size is that of the image
+    if task_record(spec).size != "enlarged" and spec.task != "autoencoder":  # else the image says
         common = {**common, "height": height, "width": width}
     if spec.task == "autoencoder":  # nothing is sampled
         common, varied = {}, ({}, {})
@@ -76,7 +77,7 @@ def unguided_request(spec: ModelSpec, image: Pixels) -> ResolvedRequest:
             inputs |= {"prompt": "", "image": InputImage(image), "image_guidance_scale": 1.0}
         case "inpainting":
             inputs["image"] = InputImage(image)
-        case "super-resolution":
+        case "super-resolution" | "text-super-resolution":
             squares = image.reshape(side // factor, factor, side // factor, factor, 3)
             inputs["image"] = InputImage(np.rint(squares.mean(axis=(1, 3))).astype(np.uint8))
             del fields["height"], fields["width"]
@@ -168,6 +169,15 @@ def _low_resolution(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
         yield {"image": _image(seed, shape)}
 
 
+def _prompts_and_low_resolution(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield likewise with prompts, and with noise of several levels."""
+    levels: tuple[Inputs, ...] = ({}, {"noise_level": 100}, {"noise_level": 0})
+    for prompts, images, level in zip(
+        _prompts(spec, size), _low_resolution(spec, size), levels, strict=True
+    ):
+        yield {**prompts, **images, **level}
+
+
 def _masked_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield images with a mask: a rectangle, an ellipse, and a margin next to the image."""
     height, width = size
@@ -231,6 +241,7 @@ _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingP
         "layout-to-image": _layouts,
         "semantic-synthesis": _segmentation_maps,
         "super-resolution": _low_resolution,
+        "text-super-resolution": _prompts_and_low_resolution,
         "inpainting": _masked_images,
         "text-inpainting": _prompts_and_masked_images,
         "image-editing": _prompts_and_images,

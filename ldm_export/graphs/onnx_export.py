@@ -172,7 +172,10 @@ def _precision_policy(variant: GraphVariant, graph: ir.Graph, spec: ModelSpec) -
 def _trace(name: str, network: nn.Module, spec: ModelSpec) -> ir.Model:
     component = components_of(spec)[name]
     _, arrays = sample_inputs(name, spec)[1]
-    arguments = tuple(torch.from_numpy(arrays[tensor.name]) for tensor in component.inputs)
+    arguments = tuple(
+        None if tensor is None else torch.from_numpy(arrays[tensor.name])
+        for tensor in _arguments(component)
+    )
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -229,10 +232,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _arguments(component: Component) -> list[TensorSignature | None]:
+    """Return the inputs that a network takes, None for one it lacks between others."""
+    present = {tensor.name: tensor for tensor in component.inputs}
+    names = [tensor.name for tensor in COMPONENTS[component.name].inputs]
+    while names[-1] not in present:
+        names.pop()
+    return [present.get(name) for name in names]
+
+
 def _dynamic_shapes(
     component: Component, spec: ModelSpec
-) -> tuple[dict[int, torch.export.Dim], ...]:
-    """Return torch.export's description of each input: which axes may change, and how.
+) -> tuple[dict[int, torch.export.Dim] | None, ...]:
+    """Return torch.export's description of each argument: which axes may change, and how.
 
     Sizes are multiples: of the UNet's latent step, and of the autoencoder's factor in pixels.
     """
@@ -248,8 +260,10 @@ def _dynamic_shapes(
         "context_tokens": torch.export.Dim("context_tokens", min=1),
     }
     return tuple(
-        {index: dims[axis] for index, axis in enumerate(tensor.axes) if axis in DYNAMIC_AXES}
-        for tensor in component.inputs
+        None
+        if tensor is None
+        else {index: dims[axis] for index, axis in enumerate(tensor.axes) if axis in DYNAMIC_AXES}
+        for tensor in _arguments(component)
     )
 
 

@@ -10,6 +10,7 @@ from ldm_export.hyperparameters.unet_attention import (
     middle_depth,
 )
 from ldm_export.hyperparameters.unet_levels import (
+    cross_attention_only,
     depths_of,
     num_res_blocks_of,
     read_levels,
@@ -61,7 +62,9 @@ def read_unet(
         num_head_channels=num_head_channels,
         context_dim=context_dim(shapes) if kind == "transformer" else None,
         linear_projection=kind == "transformer" and linear_projection(shapes),
+        cross_attention_only=cross_attention_only(shapes, levels),
         vector_dim=_vector_dim(shapes),
+        num_classes=_num_classes(shapes),
         scale_shift_norm=_scale_shift_norm(shapes),
         resblock_updown=resampling == "residual blocks",
     )
@@ -70,6 +73,11 @@ def read_unet(
 def _vector_dim(shapes: Shapes) -> int | None:
     name = "label_emb.0.0.weight"
     return shape_of(shapes, name, 2)[1] if name in shapes else None
+
+
+def _num_classes(shapes: Shapes) -> int | None:
+    name = "label_emb.weight"
+    return shape_of(shapes, name, 2)[0] if name in shapes else None
 
 
 def _check_entry(shapes: Shapes, model_channels: int) -> None:

@@ -101,7 +101,6 @@ def check_heads(shapes: Shapes, num_heads: int | None, num_head_channels: int | 
     for name in shapes:
         if name.endswith("attn1.to_q.weight"):
             channels = shape_of(shapes, name, 2)[0]
-            _check_self_attention(shapes, name, channels)
         elif name.endswith(".qkv.weight"):
             channels = shape_of(shapes, name, 3)[0] // 3
         else:
@@ -113,13 +112,3 @@ def check_heads(shapes: Shapes, num_heads: int | None, num_head_channels: int | 
                 f"{divisor} {what} do not divide the {channels} channels of {name}; give the "
                 "right number with --num-heads or --num-head-channels, or a --config that has it"
             )
-
-
-def _check_self_attention(shapes: Shapes, queries: str, channels: int) -> None:
-    keys = queries.replace("to_q", "to_k")
-    columns = shape_of(shapes, keys, 2)[1]
-    if columns != channels:
-        raise WeightsError(
-            f"{keys} has {columns} columns for {channels} channels: self-attention is disabled in "
-            "this UNet, which this version does not export"
-        )

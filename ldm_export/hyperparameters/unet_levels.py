@@ -83,6 +83,38 @@ def depths_of(levels: Sequence[Level]) -> tuple[Depths, Depths | None]:
     return down, None if all(level.is_regular for level in levels) else up
 
 
+def cross_attention_only(shapes: Shapes, levels: Sequence[Level]) -> tuple[int, ...]:
+    """Return the levels whose transformers attend to the context in place of their own pixels.
+
+    Where pixels and context have equally many channels, no shape tells, and they attend to pixels.
+
+    Raises:
+        WeightsError: Only some transformers of a level do, or those in the middle.
+    """
+    if _attends_to_context(shapes, "middle_block", levels[-1].channels):
+        raise WeightsError(
+            "the middle of the UNet has no self-attention (middle_block.1.transformer_blocks.0."
+            "attn1.to_k.weight), which this version does not export"
+        )
+    found = []
+    for index, level in enumerate(levels):
+        blocks = [block for block in (*level.inputs, *level.outputs) if block.depth]
+        answers = {
+            f"whether {block.name} attends to the context alone": _attends_to_context(
+                shapes, block.name, block.channels
+            )
+            for block in blocks
+        }
+        if answers and bool(same(answers)):
+            found.append(index)
+    return tuple(found)
+
+
+def _attends_to_context(shapes: Shapes, block: str, channels: int) -> bool:
+    keys = f"{block}.1.transformer_blocks.0.attn1.to_k.weight"
+    return keys in shapes and shape_of(shapes, keys, 2)[1] != channels
+
+
 def _condensed(numbers: Sequence[int]) -> int | tuple[int, ...]:
     return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
 

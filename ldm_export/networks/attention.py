@@ -69,12 +69,18 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each pre-normalised and residual."""
+    """Self-attention, cross-attention and feed-forward, each pre-normalised and residual.
 
-    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
+    Without self-attention, there is cross-attention in its place.
+    """
+
+    def __init__(
+        self, channels: int, context_dim: int, num_heads: int, *, to_itself: bool = True
+    ) -> None:
         super().__init__()
+        self.to_itself = to_itself
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, channels, num_heads)
+        self.attn1 = Attention(channels, channels if to_itself else context_dim, num_heads)
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, context_dim, num_heads)
         self.norm3 = nn.LayerNorm(channels)
@@ -83,7 +89,7 @@ class TransformerBlock(nn.Module):
     def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Map (B, N, channels) and (B, T, context_dim) to (B, N, channels)."""
         normed = self.norm1(hidden)
-        hidden = hidden + self.attn1(normed, normed)
+        hidden = hidden + self.attn1(normed, normed if self.to_itself else context)
         hidden = hidden + self.attn2(self.norm2(hidden), context)
         out: Tensor = hidden + self.ff(self.norm3(hidden))
         return out
@@ -92,14 +98,18 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map."""
 
-    def __init__(self, spec: UNetSpec, channels: int, depth: int) -> None:
+    def __init__(
+        self, spec: UNetSpec, channels: int, depth: int, *, to_itself: bool = True
+    ) -> None:
         super().__init__()
         assert spec.context_dim is not None  # families without a context have "qkv" attention
         self.linear = spec.linear_projection
         self.norm = nn.GroupNorm(_GROUPS, channels, eps=1e-6)
         self.proj_in = _projection(channels, linear=self.linear)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, spec.context_dim, spec.heads_over(channels))
+            TransformerBlock(
+                channels, spec.context_dim, spec.heads_over(channels), to_itself=to_itself
+            )
             for _ in range(depth)
         )
         self.proj_out = _projection(channels, linear=self.linear)

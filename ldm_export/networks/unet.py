@@ -42,7 +42,11 @@ class UNet(nn.Module):
         self.embedding_dim = 4 * spec.model_channels
         self.time_embed = _embedding(spec.model_channels, self.embedding_dim)
         if spec.vector_dim is not None:
-            self.label_emb = nn.Sequential(_embedding(spec.vector_dim, self.embedding_dim))
+            self.label_emb: nn.Module = nn.Sequential(
+                _embedding(spec.vector_dim, self.embedding_dim)
+            )
+        elif spec.num_classes is not None:
+            self.label_emb = nn.Embedding(spec.num_classes, self.embedding_dim)
         self.input_blocks, widths = self._encoder()
         self.middle_block = UNetBlock(*self._middle(widths[-1]))
         self.output_blocks = self._decoder(widths)
@@ -58,6 +62,7 @@ class UNet(nn.Module):
         timesteps: Tensor,
         context: Tensor | None = None,
         vector: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy latents.
 
@@ -67,16 +72,19 @@ class UNet(nn.Module):
             timesteps: (B,) float32, 0 to the length of the training schedule, may be fractional.
             context: (B, T, context_dim), or None for a UNet without cross-attention.
             vector: (B, vector_dim), or None for a UNet without.
+            class_labels: (B,) int64, or None for a UNet without.
 
         Returns:
             Prediction (B, out_channels, h, w).
         """
         assert (context is None) == (self.spec.context_dim is None)
         assert (vector is None) == (self.spec.vector_dim is None)
+        assert (class_labels is None) == (self.spec.num_classes is None)
         features = timestep_embedding(timesteps, self.spec.model_channels)
         embedding = self.time_embed(features.to(latents.dtype))
-        if vector is not None:
-            embedding = embedding + self.label_emb(vector)
+        label = class_labels if vector is None else vector
+        if label is not None:
+            embedding = embedding + self.label_emb(label)
         hidden, skips = latents, []
         for block in self.input_blocks:
             hidden = block(hidden, embedding, context)
@@ -94,7 +102,8 @@ class UNet(nn.Module):
         for level, mult in enumerate(spec.channel_mult):
             for depth in spec.input_depths(level):
                 width = mult * spec.model_channels
-                blocks.append(UNetBlock(self._res(channels, width), *self._mixing(width, depth)))
+                mixing = self._mixing(width, depth, level)
+                blocks.append(UNetBlock(self._res(channels, width), *mixing))
                 channels = width
                 widths.append(channels)
             if level + 1 < len(spec.channel_mult):
@@ -117,7 +126,8 @@ class UNet(nn.Module):
             depths = spec.output_depths(level)
             for index, depth in enumerate(depths, start=1):
                 width = mult * spec.model_channels
-                layers = [self._res(channels + skips.pop(), width), *self._mixing(width, depth)]
+                mixing = self._mixing(width, depth, level)
+                layers = [self._res(channels + skips.pop(), width), *mixing]
                 channels = width
                 if level > 0 and index == len(depths):
                     layers.append(self._resample(channels, "up"))
@@ -140,10 +150,11 @@ class UNet(nn.Module):
             return self._res(channels, channels, direction)
         return Downsample(channels) if direction == "down" else Upsample(channels)
 
-    def _mixing(self, channels: int, depth: int) -> list[nn.Module]:
-        """Return the attention after a residual block, if there is one."""
+    def _mixing(self, channels: int, depth: int, level: int | None = None) -> list[nn.Module]:
+        """Return the attention after a residual block of a level or the middle, if there is one."""
         if not depth:
             return []
         if self.spec.attention == "qkv":
             return [AttentionBlock(self.spec, channels)]
-        return [SpatialTransformer(self.spec, channels, depth)]
+        to_itself = level not in self.spec.cross_attention_only
+        return [SpatialTransformer(self.spec, channels, depth, to_itself=to_itself)]

@@ -12,6 +12,7 @@ from ldm_runtime.conditioning.images import (
     encode_low_resolution,
     encode_masked_image,
     encode_text_and_image,
+    encode_text_and_low_resolution,
     encode_text_and_masked_image,
 )
 from ldm_runtime.conditioning.layout import encode_layout
@@ -50,6 +51,7 @@ CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
         "layout-to-image": Conditioner(encode_layout),
         "semantic-synthesis": Conditioner(encode_segmentation),
         "super-resolution": Conditioner(encode_low_resolution),
+        "text-super-resolution": Conditioner(encode_text_and_low_resolution),
         "inpainting": Conditioner(encode_masked_image, ("vae_encoder",)),
         "text-inpainting": Conditioner(encode_text_and_masked_image, ("vae_encoder",)),
         "image-editing": Conditioner(encode_text_and_image, ("vae_encoder",)),

@@ -26,12 +26,14 @@ class Conditioning:
             or (1, T, D) without, or a row for each of `ResolvedRequest.guidance.samples`; None for
             a model without cross-attention.
         vector: Added to the time embedding, with rows like the context; None for a model without.
+        class_labels: Class (1,) int64 for all samples, likewise; None for a model without.
         concat: Channels concatenated to the latents: (1, c, h, w) for all samples, or with rows
             like the context; None for a model without.
     """
 
     context: Float32Array | None = None
     vector: Float32Array | None = None
+    class_labels: npt.NDArray[np.int64] | None = None
     concat: Float32Array | None = None
 
 

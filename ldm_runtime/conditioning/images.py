@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork
 from ldm_runtime.conditioning.text import encode_text
@@ -12,6 +13,8 @@ from ldm_runtime.requests.resolved import ResolvedRequest, WholeImage
 from ldm_runtime.requests.sizes import latent_size, padded_size
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.text import Tokenizer
+
+_AUGMENTATION = 1  # next to the seed: none of NumPy's streams of noise begins so
 
 
 def encode_low_resolution(
@@ -32,6 +35,47 @@ def encode_low_resolution(
     height, width = latent_size(request, spec)
     missing = (0, height - image.shape[2]), (0, width - image.shape[3])
     return Conditioning(concat=np.pad(image, ((0, 0), (0, 0), *missing), mode="edge"))
+
+
+def encode_text_and_low_resolution(
+    network: OpenNetwork,
+    tokenizer: Tokenizer | None,
+    request: ResolvedRequest,
+    spec: ModelSpec,
+) -> Conditioning:
+    """Return context of the prompts, the noise level as a class, and concat (1, 3, h, w).
+
+    The small image has noise of that level, the same for all images of a request and for every
+    sampler: it comes from the seed, but from numbers that the latents are not made of. Source:
+    `ImageConcatWithNoiseAugmentation` in ldm/modules/diffusionmodules/upscaling.py of
+    Stability-AI/stablediffusion, commit cf1d67a.
+
+    See `ldm_runtime.conditioning.encode_conditioning`.
+    """
+    image = encode_low_resolution(network, tokenizer, request, spec).concat
+    assert image is not None, "it returns nothing else"
+    kept = augmentation_alphas()[request.noise_level]
+    noise = augmentation_noise(request, image.shape)
+    return replace(
+        encode_text(network, tokenizer, request, spec),
+        class_labels=np.array([request.noise_level], dtype=np.int64),
+        concat=np.float32(np.sqrt(kept)) * image + np.float32(np.sqrt(1 - kept)) * noise,
+    )
+
+
+def augmentation_alphas() -> npt.NDArray[np.float64]:
+    """Return the share of the image, squared, at every noise level: (1000,).
+
+    The betas are linear in their square root, as those of a UNet, but other ones.
+    """
+    betas = np.linspace(1e-4**0.5, 0.02**0.5, 1000, dtype=np.float64) ** 2
+    return np.cumprod(1 - betas).astype(np.float64)
+
+
+def augmentation_noise(request: ResolvedRequest, shape: tuple[int, ...]) -> Float32Array:
+    """Return the noise of unit variance that is added to an image to enlarge."""
+    generator = np.random.default_rng((request.seed, _AUGMENTATION))
+    return generator.standard_normal(shape, dtype=np.float32)
 
 
 def encode_masked_image(

@@ -27,7 +27,13 @@ from ldm_runtime.tiling.patches import PATCH
 _BELOW_PIXELS, _ABOVE, _MAX_BATCH = 256, 1.5, 4
 #: Longest context, in units of the shortest: chunks of a prompt, embeddings.
 _LONGEST_CONTEXT: Mapping[Task, int] = MappingProxyType(
-    {"text-to-image": 4, "text-inpainting": 4, "image-editing": 4, "retrieval": 21}
+    {
+        "text-to-image": 4,
+        "text-super-resolution": 4,
+        "text-inpainting": 4,
+        "image-editing": 4,
+        "retrieval": 21,
+    }
 )
 
 #: Height and width in pixels.

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -244,6 +245,7 @@ class _UNet:
         self._engine = engine
         self._concat = conditioning.concat
         self._vector = conditioning.vector
+        self._class_labels = conditioning.class_labels
         self._in_patches = in_patches
         self._bound: list[tuple[Float32Array, Runner]] = []
 
@@ -269,9 +271,11 @@ class _UNet:
         for known, runner in self._bound:
             if known is context:
                 return runner
-        constants = {"context": context}
+        constants: dict[str, npt.NDArray[Any]] = {"context": context}
         if self._vector is not None:
             constants["vector"] = self._vector[-len(context) :]
+        if self._class_labels is not None:
+            constants["class_labels"] = np.repeat(self._class_labels, len(context))
         runner = bind_constants(self._engine, constants)
         self._bound.append((context, runner))
         return runner
@@ -285,7 +289,7 @@ def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
         None if rows is None else np.repeat(rows, count * samples // len(rows), axis=0)
         for rows in parts
     )
-    return Conditioning(context=context, vector=vector, concat=concat)
+    return replace(conditioning, context=context, vector=vector, concat=concat)
 
 
 def _denoiser(expert: Expert, request: ResolvedRequest, count: int) -> Denoise:

@@ -21,6 +21,7 @@ from ldm_runtime.specs.networks import (
     TextEncoderSpec,
     UNetSpec,
 )
+from ldm_runtime.specs.tasks import takes_prompts
 from ldm_runtime.text.prompts import parse_prompt
 
 
@@ -30,9 +31,9 @@ def condition_of(request: GenerationRequest, spec: ModelSpec) -> Condition:
     Raises:
         RequestError: The model has no label of that name.
     """
-    if request.prompt is not None:
+    if request.prompt is not None or takes_prompts(spec):
         return PromptCondition(
-            prompt=request.prompt,
+            prompt=request.prompt or "",
             negative_prompt=request.negative_prompt,
             literal=request.literal_prompt,
             clip_skip=request.clip_skip,

@@ -125,6 +125,7 @@ class RequestFields(TypedDict, total=False):
     refiner_start: float | None
     num_images: int
     image: ImageInput | None
+    noise_level: int | None
     strength: float | None
     mask_image: ImageInput | None
     outpaint: Sequence[int] | None

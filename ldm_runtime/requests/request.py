@@ -41,6 +41,8 @@ MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
 MAX_CLASS = 2**31 - 1
 MAX_CLIP_SKIP = 100
+#: Of an image to enlarge, in timesteps: `max_noise_level` of the upscaler's configuration.
+MAX_NOISE_LEVEL = 350
 MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 
 #: The schedule of a request whose noise levels are listed in `sigmas`.
@@ -397,6 +399,17 @@ class GenerationRequest:
             metavar="FILE",
             example="--image photo.png",
             flags=("-i",),
+        ),
+    ] = None
+    noise_level: Annotated[
+        int | None,
+        about(
+            "noise added to the image to enlarge: more hides its faults, and invents more; "
+            "default: 20",
+            "Input image",
+            low=0,
+            high=MAX_NOISE_LEVEL,
+            metavar="N",
         ),
     ] = None
     strength: Annotated[

@@ -46,6 +46,8 @@ from ldm_runtime.schedules import (
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import can_guide, task_record
 
+#: Default `noise_level` of an image to enlarge: that of the upscaler's `superresolution.py`.
+NOISE_LEVEL = 20
 #: Default `image_guidance_scale` of models that edit images: that of both InstructPix2Pix models.
 IMAGE_GUIDANCE_SCALE = 1.5
 
@@ -102,6 +104,7 @@ def resolve(
         task=spec.task,
         condition=condition,
         source_image=image,
+        noise_level=_noise_level(request, spec),
         height=size[0],
         width=size[1],
         micro_conditioning=micro_conditioning_of(request, size),
@@ -126,6 +129,12 @@ def resolve(
         decoder=request.decoder,
         tile_size=tile_size(request, _last_size(passes, size), spec),
     )
+
+
+def _noise_level(request: GenerationRequest, spec: ModelSpec) -> int:
+    if "noise_level" not in task_record(spec).takes:
+        return 0
+    return _first(request.noise_level, NOISE_LEVEL)
 
 
 def check_defaults(spec: ModelSpec) -> None:

@@ -213,6 +213,7 @@ class ResolvedRequest:
         task: The model's task, which gives the fields of a request their meaning.
         condition: The condition of the UNet.
         source_image: The image that the request brings, to start from, to enlarge or to encode.
+        noise_level: Noise added to the image to enlarge, in timesteps; 0 in other tasks.
         height: Of the images, in pixels; those of the first pass, if there is a second.
         width: Likewise.
         micro_conditioning: What the UNet is told about the image, if it takes that.
@@ -242,6 +243,7 @@ class ResolvedRequest:
     task: Task
     condition: Condition
     source_image: RequestImage
+    noise_level: int
     height: int
     width: int
     micro_conditioning: MicroConditioning
@@ -317,6 +319,8 @@ class ResolvedRequest:
         known |= self.micro_conditioning.changed_fields((self.height, self.width))
         if self.passes:
             known |= _sampling_fields(self)
+        if "noise_level" in TASKS[self.task].takes:
+            known["noise_level"] = self.noise_level
         if "decoder" in TASKS[self.task].takes:
             known["decoder"] = self.decoder
         if "tile_size" in TASKS[self.task].takes:

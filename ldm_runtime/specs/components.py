@@ -146,6 +146,7 @@ _ROWS = (
             _tensor("timesteps", ("batch",)),
             _tensor("context", ("batch", "context_tokens", "context_dim")),
             _tensor("vector", ("batch", "vector_dim")),
+            _tensor("class_labels", ("batch",), "int64"),
         ),
         outputs=(_tensor("prediction", _LATENTS),),
         lengths={
@@ -154,6 +155,7 @@ _ROWS = (
             "context_dim": "context_dim",
             "vector_dim": "vector_dim",
         },
+        counts={"class_labels": "num_classes"},
         samples_per_image=2,
         trace_seconds=18.0,
     ),

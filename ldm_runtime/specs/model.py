@@ -18,6 +18,7 @@ Task = Literal[
     "layout-to-image",
     "semantic-synthesis",
     "super-resolution",
+    "text-super-resolution",
     "inpainting",
     "text-inpainting",
     "image-editing",

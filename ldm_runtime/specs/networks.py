@@ -35,8 +35,11 @@ class UNetSpec:
         context_dim: Width of the context of cross-attention, or None without cross-attention.
         linear_projection: Whether a transformer is entered and left by linear layers (SD 2) and
             not by 1x1 convolutions (LDM, SD 1).
+        cross_attention_only: Levels, from the first on, whose transformers attend to the context
+            twice and never to their own pixels.
         vector_dim: Width of the vector that is embedded like the timestep and added to it, or None
             without one.
+        num_classes: Classes of which one is embedded and added to the timestep, or None.
         scale_shift_norm: Whether the time embedding scales and shifts, and is not added.
         resblock_updown: Whether residual blocks change the resolution, and not convolutions.
     """
@@ -54,7 +57,9 @@ class UNetSpec:
     num_head_channels: int | None
     context_dim: int | None
     linear_projection: bool
+    cross_attention_only: tuple[int, ...]
     vector_dim: int | None
+    num_classes: int | None
     scale_shift_norm: bool
     resblock_updown: bool
 

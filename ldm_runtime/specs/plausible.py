@@ -110,6 +110,9 @@ def _unet(network: UNetSpec) -> dict[str, bool]:
         "out_channels": network.out_channels >= 1,
         "channel_mult": _are_levels(network.channel_mult),
         "num_heads": any(heads),
+        "cross_attention_only": max(network.cross_attention_only, default=0)
+        < len(network.channel_mult),
+        "num_classes": network.num_classes != 0,
         **_unet_blocks(network),
     }
 

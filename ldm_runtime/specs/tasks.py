@@ -98,6 +98,13 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
         "super-resolution": TaskRecord(
             needs=(("image",),), permits=_SAMPLING, image="condition", size="enlarged"
         ),
+        "text-super-resolution": TaskRecord(
+            needs=(("image",),),
+            permits=_SAMPLING | _DECODING | _PROMPTS | {"noise_level"},
+            image="condition",
+            size="enlarged",
+            has_null=True,
+        ),
         "inpainting": TaskRecord(
             needs=(("image",), _MASKS), permits=_SAMPLING | _DECODING, image="condition"
         ),

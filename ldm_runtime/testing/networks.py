@@ -169,19 +169,24 @@ def _segmentation_encoder(spec: ModelSpec) -> TinyNetwork:
 def _unet(spec: ModelSpec) -> TinyNetwork:
     record = spec.network(UNetSpec)
     context_dim, channels = record.context_dim, record.out_channels
-    attends = context_dim is not None
+    attends, classes = context_dim is not None, record.num_classes
 
     def function(inputs: Tensors, weights: Weights) -> Float32Array:
         hidden = _convolve(inputs["latents"], weights["kernel"])
         if attends:
             shift = inputs["context"].mean(axis=1) @ weights["mix"]
             hidden = hidden + shift[:, :, None, None]
+        if classes is not None:
+            hidden = hidden + weights["classes"][inputs["class_labels"]][:, :, None, None]
         time = inputs["timesteps"][:, None, None, None] * weights["time"]
         result: Float32Array = np.tanh(hidden) + time
         return result
 
+    last = "shifted" if attends else "convolved"
+    last = last if classes is None else "labelled"
     return TinyNetwork(
         shapes={
+            **({} if classes is None else {"classes": (classes, channels)}),
             **({} if context_dim is None else {"mix": (context_dim, channels)}),
             "kernel": (channels, record.in_channels, 3, 3),
             "time": (1, channels, 1, 1),
@@ -196,7 +201,8 @@ def _unet(spec: ModelSpec) -> TinyNetwork:
                 attributes={"pads": (1, 1, 1, 1)},
             ),
             *(_CONTEXT_NODES if attends else ()),
-            Node(op="Tanh", inputs=("shifted" if attends else "convolved",), output="hidden"),
+            *(() if classes is None else _CLASS_NODES),
+            Node(op="Tanh", inputs=(last,), output="hidden"),
             Node(op="Add", inputs=("hidden", "broad_time"), output="prediction"),
         ),
         function=function,
@@ -214,6 +220,13 @@ _CONTEXT_NODES = (
     Node(op="MatMul", inputs=("pooled", "mix"), output="shift"),
     Node(op="Unsqueeze", inputs=("shift", "last_two"), output="broad_shift"),
     Node(op="Add", inputs=("convolved", "broad_shift"), output="shifted"),
+)
+
+#: Behind those of the context: a model with classes has one.
+_CLASS_NODES = (
+    Node(op="Gather", inputs=("classes", "class_labels"), output="label"),
+    Node(op="Unsqueeze", inputs=("label", "last_two"), output="broad_label"),
+    Node(op="Add", inputs=("shifted", "broad_label"), output="labelled"),
 )
 
 

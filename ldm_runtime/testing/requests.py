@@ -38,6 +38,10 @@ _GOLDEN: Mapping[Task, tuple[Mapping[str, object], ...]] = MappingProxyType(
             {"image": _IMAGE[:9, :14], **_GUIDED},
             {"image": _IMAGE[4:12, 8:], **_ANCESTRAL},
         ),
+        "text-super-resolution": (
+            {"prompt": "red", "image": _IMAGE[:8, :12], **_GUIDED},
+            {"image": _IMAGE[4:12, 8:], "noise_level": 100, **_UNGUIDED},
+        ),
         "inpainting": (
             {"image": _IMAGE, "mask_image": _MASK, **_GUIDED},
             {"image": _IMAGE, "outpaint": (8, 0, 0, 4), **_ANCESTRAL},

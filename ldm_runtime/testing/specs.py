@@ -32,7 +32,9 @@ _UNET = UNetSpec(
     num_head_channels=None,
     context_dim=768,
     linear_projection=False,
+    cross_attention_only=(),
     vector_dim=None,
+    num_classes=None,
     scale_shift_norm=False,
     resblock_updown=False,
 )
@@ -191,6 +193,9 @@ _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
         "layout-to-image": _spec("layout-to-image", text_encoder=_LAYOUTS),
         "semantic-synthesis": _spec("semantic-synthesis", concat=3, segmentation_encoder=_MAPS),
         "super-resolution": _spec("super-resolution", concat=3),
+        "text-super-resolution": _with_unet(
+            TINY_SPEC, "text-super-resolution", in_channels=7, num_classes=1000
+        ),
         "inpainting": _spec("inpainting", concat=4),
         "text-inpainting": _with_unet(TINY_SPEC, "text-inpainting", in_channels=9),
         "image-editing": _with_unet(TINY_SPEC, "image-editing", in_channels=8),

@@ -64,9 +64,9 @@ def randomise(network: nn.Module) -> None:
             parameter.normal_(mean=center, std=0.1)
 
 
-def schedule_buffers() -> dict[str, torch.Tensor]:
-    """Return the noise schedule of Stable Diffusion as checkpoints hold it, float32."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+def schedule_buffers(start: float = 0.00085, end: float = 0.012) -> dict[str, torch.Tensor]:
+    """Return a noise schedule, of Stable Diffusion if not told, as checkpoints hold it, float32."""
+    betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64).square()
     return {"betas": betas.float(), "alphas_cumprod": torch.cumprod(1 - betas, 0).float()}
 
 

@@ -40,12 +40,14 @@ class SmallFamily:
         autoencoder: Of its autoencoder.
         text_encoders: By the beginning of their names in the checkpoint.
         extra: Further tensors of its files.
+        betas: First and last one of its noise schedule.
     """
 
     unet: UNetSpec
     autoencoder: AutoencoderSpec = AUTOENCODER
     text_encoders: dict[str, TextEncoderSpec]
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.00085, 0.012)
 
 
 #: A width of 128 makes two heads of 64 channels, as the families have them.
@@ -77,7 +79,7 @@ def state_dict(family: SmallFamily, seed: int = 0) -> dict[str, torch.Tensor]:
         ("first_stage_model.", LatentDecoder(family.autoencoder)),
         *((prefix, _MODULES[spec.kind](spec)) for prefix, spec in family.text_encoders.items()),
     ]
-    state = {**schedule_buffers(), **family.extra}
+    state = {**schedule_buffers(*family.betas), **family.extra}
     for prefix, network in parts:
         randomise(network)
         state |= {prefix + name: value for name, value in network.state_dict().items()}
@@ -171,6 +173,21 @@ INSTRUCT_PIX2PIX = SmallFamily(
 SD_2_INPAINTING = SmallFamily(
     unet=replace(UNET, in_channels=9, **_LINEAR),
     text_encoders={"cond_stage_model.model.": _OPENCLIP},
+)
+#: The first level attends to the context twice; the others, as wide as the context, to themselves.
+X4_UPSCALER = SmallFamily(
+    unet=replace(
+        UNET,
+        **_LINEAR | {"num_heads": 8, "num_head_channels": None},
+        in_channels=7,
+        channel_mult=(1, 2, 2),
+        transformer_depth=(1, 1, 1),
+        cross_attention_only=(0,),
+        num_classes=1000,
+    ),
+    autoencoder=replace(AUTOENCODER, latent_scale_factor=0.08333),
+    text_encoders={"cond_stage_model.model.": _OPENCLIP},
+    betas=(0.0001, 0.02),
 )
 SD_2 = SmallFamily(
     unet=replace(UNET, **_LINEAR),

@@ -13,21 +13,25 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_upscale
 from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
 from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.conditioning import open_tokenizer
+from ldm_runtime.conditioning.images import augmentation_noise
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.image_pipeline import ImagePipeline
 from ldm_runtime.pipeline.open_model import OpenModel, Origin
@@ -42,6 +46,7 @@ from tests.reference.small_families import (
     SDXL_INPAINTING,
     SDXL_INSTRUCT_PIX2PIX,
     SDXL_REFINER,
+    X4_UPSCALER,
     open_folder_networks,
     open_networks,
     state_dict,
@@ -353,6 +358,55 @@ def test_inpainting_models_fill_the_mask_as_diffusers_does(
     assert (ours.spec.family, ours.spec.task) == (name, "text-inpainting")
     expected = np.where(inside[..., None], as_arrays(expected.images), np.asarray(image))
     assert lowest_psnr(images, expected) >= 60
+
+
+UPSCALER_BETAS = {**TRAINED, "beta_start": 0.0001, "beta_end": 0.02}
+
+
+def diffusers_upscaler(**parts):
+    """Return diffusers' pipeline for the upscaler, which has two noise schedules."""
+    del parts["requires_safety_checker"]
+    schedulers = {
+        "low_res_scheduler": DDPMScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="scaled_linear"
+        ),
+        "scheduler": DDIMScheduler(
+            **UPSCALER_BETAS,
+            set_alpha_to_one=False,
+            clip_sample=False,
+            prediction_type="v_prediction",
+        ),
+    }
+    return StableDiffusionUpscalePipeline(**parts | schedulers)
+
+
+@pytest.mark.parametrize("fields", [{}, {"noise_level": 150, "prompt": PROMPT}])
+def test_the_upscaler_enlarges_as_diffusers_does(tmp_path, monkeypatch, fields):
+    """Noise is added to the small image from other numbers of the seed; those are compared."""
+    state = state_dict(X4_UPSCALER)
+    theirs = diffusers_pipeline(diffusers_upscaler, X4_UPSCALER, state, tmp_path)
+    ours, small = open_networks(state), photo()[0].resize((24, 16))
+    start = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(SEED))
+    request = resolve(parse_request({"image": small, "seed": SEED}), ours.spec)
+    monkeypatch.setattr(
+        pipeline_stable_diffusion_upscale,
+        "randn_tensor",
+        lambda shape, **_: torch.from_numpy(augmentation_noise(request, tuple(shape))),
+    )
+    common = {"num_inference_steps": 5, "guidance_scale": 5.0, "negative_prompt": "blurry"}
+    known = {"noise_level": 20, "prompt": "", **common, **fields}
+    expected = theirs(image=small, latents=start, **known)
+
+    images = generate(ours, image=small, **common, **fields)
+
+    assert (ours.spec.family, ours.spec.task) == (
+        "stable-diffusion-x4-upscaler",
+        "text-super-resolution",
+    )
+    assert ours.spec.unet.cross_attention_only == (0,)
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    other = generate(ours, image=small, **common, **{**fields, "noise_level": 0})
+    assert lowest_psnr(other, as_arrays(expected.images)) < 60
 
 
 #: Scales of guidance by prompt and by image: between them 3, 3, 2, 2, 3 samples and 1.

@@ -59,6 +59,13 @@ def compvis_config(unet, autoencoder):
     }
     if unet.vector_dim is not None:
         unet_params |= {"num_classes": "sequential", "adm_in_channels": unet.vector_dim}
+    if unet.num_classes is not None:
+        unet_params |= {
+            "num_classes": unet.num_classes,
+            "disable_self_attentions": [
+                level in unet.cross_attention_only for level in range(len(unet.channel_mult))
+            ],
+        }
     ddconfig = {
         "z_channels": autoencoder.z_channels,
         "in_channels": autoencoder.image_channels,

@@ -14,6 +14,7 @@ NEEDED = {
     "layout-to-image": {"layout": [BOX]},
     "semantic-synthesis": {"segmentation": MAP},
     "super-resolution": {"image": PICTURE},
+    "text-super-resolution": {"prompt": "red", "image": PICTURE},
     "inpainting": {"image": PICTURE, "mask_image": PICTURE},
     "text-inpainting": {"prompt": "red", "image": PICTURE, "mask_image": PICTURE},
     "image-editing": {"prompt": "make it red", "image": PICTURE},

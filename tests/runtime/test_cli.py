@@ -270,6 +270,7 @@ COMMANDS = {
     "layout-to-image": (["--layout", "boxes.json"], (16, 16)),
     "semantic-synthesis": (["--segmentation", "map.png"], (32, 24)),
     "super-resolution": (["--image", "photo.png"], (64, 48)),
+    "text-super-resolution": (["red", "--image", "photo.png"], (64, 48)),
     "inpainting": (["--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
     "text-inpainting": (["red", "--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
     "image-editing": (["make it red", "--image", "photo.png"], (32, 24)),

@@ -24,6 +24,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "target_size": (16, 24),
     "aesthetic_score": 7.0,
     "negative_aesthetic_score": 2.0,
+    "noise_level": 40,
     "strength": 0.5,
     "outpaint": (4, 0, 0, 0),
     "hires_scale": 1.5,
@@ -146,6 +147,7 @@ def test_what_is_missing_is_said_before_what_is_too_much():
         ("semantic-synthesis", False),
         ("super-resolution", False),
         ("inpainting", False),
+        ("text-super-resolution", True),
         ("text-inpainting", True),
         ("image-editing", True),
         ("retrieval", True),
@@ -220,6 +222,8 @@ def test_a_picture_to_start_from_goes_with_every_task_that_starts_from_noise(tas
     assert resolved(task).passes[0].strength == 1.0
 
 
-@pytest.mark.parametrize("task", ["inpainting", "image-editing", "super-resolution", "autoencoder"])
+@pytest.mark.parametrize(
+    "task", [name for name in TASKS if TASKS[name].image == "condition"]
+)
 def test_a_picture_that_is_the_condition_has_no_strength(task):
     assert resolved(task).as_request().strength is None
