@@ -75,11 +75,26 @@ SEMANTIC = replace(
     ),
     task="semantic-synthesis",
 )
+#: Not of the paper: the first level attends to the context alone, and a class is embedded.
+UPSCALER = replace(
+    SPEC.with_networks(
+        unet=replace(
+            SPEC.unet,
+            in_channels=7,
+            transformer_depth=(1, 1),
+            context_dim=96,
+            cross_attention_only=(0,),
+            num_classes=1000,
+        )
+    ),
+    task="text-super-resolution",
+)
 
 #: Component and model of every kind of network, by what is new in it.
 CASES = {
     "unet_of_attention_blocks": ("unet", INPAINTING),
     "unet_of_one_head_and_one_token": ("unet", CLASSES),
+    "unet_of_classes": ("unet", UPSCALER),
     "bert": ("text_encoder", LAYOUTS),
     "class_embedder": ("class_embedder", CLASSES),
     "segmentation_encoder": ("segmentation_encoder", SEMANTIC),

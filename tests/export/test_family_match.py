@@ -23,10 +23,6 @@ LABELS = "model.diffusion_model.label_emb"
 
 RECOGNISED = {
     "stable-diffusion-2-depth": checkpoint(replace(SD2, in_channels=5)),
-    "stable-diffusion-x4-upscaler": changed(
-        checkpoint(replace(SD2, in_channels=7, model_channels=256)),
-        **{f"{LABELS}.weight": (1000, 1024)},
-    ),
     "stable-diffusion-2-unclip-h": changed(
         checkpoint(SD2), **{f"{LABELS}.0.0.weight": (1280, 2048)}
     ),

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from ldm_runtime.conditioning import CONDITIONERS, conditioning_components, encode_conditioning
+from ldm_runtime.conditioning.images import augmentation_alphas, augmentation_noise
+from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import layout_tokens
+from ldm_runtime.noise import NOISES
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.specs.model import Task, components_of
@@ -158,6 +161,40 @@ def test_an_odd_picture_to_enlarge_is_padded_on_the_right_and_below_by_its_edge(
     np.testing.assert_array_equal(found.concat[:, :, :4, :6], inside.concat)
     np.testing.assert_array_equal(found.concat[:, :, 5], found.concat[:, :, 4])
     np.testing.assert_array_equal(found.concat[:, :, :, 7], found.concat[:, :, :, 6])
+
+
+def noise_of(**fields):
+    """Return the noise that a picture to enlarge by prompt has, and what is left of the picture."""
+    spec = tiny_spec("text-super-resolution")
+    request = resolve(GenerationRequest(image=PICTURE, **fields), spec)
+    kept = np.sqrt(augmentation_alphas()[request.noise_level])
+    return augmentation_noise(request, (1, 3, 24, 32)) * np.sqrt(1 - kept**2), kept
+
+
+def test_noise_of_a_level_hides_a_picture_to_enlarge():
+    hidden = [noise_of(noise_level=level, seed=3) for level in (0, 20, 350)]
+
+    spreads, shares = [noise.std() for noise, _ in hidden], [kept for _, kept in hidden]
+    # The schedule of `x4-upscaling.yaml`: 1e-4 to 0.02, linear in the square roots.
+    steps = np.linspace(0.01, np.sqrt(0.02), 1000) ** 2
+    expected = [np.prod(1 - steps[: level + 1]) for level in (0, 20, 350)]
+    np.testing.assert_allclose(np.square(shares), expected, rtol=1e-9)
+    np.testing.assert_allclose(np.square(spreads) + np.square(shares), 1, atol=0.05)
+
+
+def test_that_noise_is_the_seeds_and_not_the_latents():
+    noise, _ = noise_of(seed=3)
+
+    np.testing.assert_array_equal(noise_of(seed=3)[0], noise)
+    assert abs(np.corrcoef(noise_of(seed=4)[0].ravel(), noise.ravel())[0, 1]) < 0.1
+    for generator in NOISES.values():
+        latents = generator(3).randn((1, 3, 24, 32))
+        assert abs(np.corrcoef(latents.ravel(), noise.ravel())[0, 1]) < 0.1
+
+
+def test_a_noise_level_beyond_what_the_upscaler_knows_is_refused():
+    with pytest.raises(RequestError, match=r"noise_level: .*350"):
+        GenerationRequest(image=PICTURE, noise_level=351)
 
 
 def test_a_hole_is_minus_one_in_the_picture_and_one_in_the_mask():

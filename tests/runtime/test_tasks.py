@@ -222,8 +222,6 @@ def test_a_picture_to_start_from_goes_with_every_task_that_starts_from_noise(tas
     assert resolved(task).passes[0].strength == 1.0
 
 
-@pytest.mark.parametrize(
-    "task", [name for name in TASKS if TASKS[name].image == "condition"]
-)
+@pytest.mark.parametrize("task", [name for name in TASKS if TASKS[name].image == "condition"])
 def test_a_picture_that_is_the_condition_has_no_strength(task):
     assert resolved(task).as_request().strength is None
