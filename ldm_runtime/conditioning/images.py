@@ -14,7 +14,7 @@ from ldm_runtime.requests.sizes import latent_size, padded_size
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.text import Tokenizer
 
-_AUGMENTATION = 1  # next to the seed: none of NumPy's streams of noise begins so
+_AUGMENTATION = (0, 1)  # a seed of two numbers: no request's noise begins so
 
 
 def encode_low_resolution(
@@ -45,8 +45,8 @@ def encode_text_and_low_resolution(
 ) -> Conditioning:
     """Return context of the prompts, the noise level as a class, and concat (1, 3, h, w).
 
-    The small image has noise of that level, the same for all images of a request and for every
-    sampler: it comes from the seed, but from numbers that the latents are not made of. Source:
+    The small image has noise of that level, the same in every request, so that image i does not
+    depend on how many there are. It is not made of the numbers that latents are. Source:
     `ImageConcatWithNoiseAugmentation` in ldm/modules/diffusionmodules/upscaling.py of
     Stability-AI/stablediffusion, commit cf1d67a.
 
@@ -55,7 +55,7 @@ def encode_text_and_low_resolution(
     image = encode_low_resolution(network, tokenizer, request, spec).concat
     assert image is not None, "it returns nothing else"
     kept = augmentation_alphas()[request.noise_level]
-    noise = augmentation_noise(request, image.shape)
+    noise = augmentation_noise(image.shape)
     return replace(
         encode_text(network, tokenizer, request, spec),
         class_labels=np.array([request.noise_level], dtype=np.int64),
@@ -72,9 +72,9 @@ def augmentation_alphas() -> npt.NDArray[np.float64]:
     return np.cumprod(1 - betas).astype(np.float64)
 
 
-def augmentation_noise(request: ResolvedRequest, shape: tuple[int, ...]) -> Float32Array:
+def augmentation_noise(shape: tuple[int, ...]) -> Float32Array:
     """Return the noise of unit variance that is added to an image to enlarge."""
-    generator = np.random.default_rng((request.seed, _AUGMENTATION))
+    generator = np.random.default_rng(_AUGMENTATION)
     return generator.standard_normal(shape, dtype=np.float32)
 
 
