@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ldm_runtime.specs.model import PredictionType
+from ldm_runtime.specs.model import NullPrompt, PredictionType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class FileFields:
             text encoder. Stable Diffusion 2 reads OpenCLIP one layer before its end: single files
             hold all 24 layers, a diffusers folder the 23 that are run, after the last of which the
             final LayerNorm follows.
+        null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
     """
 
     prediction_type: PredictionType | None = None
@@ -55,3 +56,4 @@ class FileFields:
     text_num_heads: int | None = None
     text_activation: Literal["quick_gelu", "gelu"] | None = None
     text_layers_trimmed: bool = False
+    null_prompt: NullPrompt | None = None

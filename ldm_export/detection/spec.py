@@ -28,7 +28,7 @@ from ldm_export.hyperparameters.tiny_autoencoder import read_tiny_autoencoder
 from ldm_export.hyperparameters.unet import read_unet
 from ldm_runtime.requests.presets import PRESETS
 from ldm_runtime.schedules import rescale_zero_terminal_snr
-from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType
+from ldm_runtime.specs.model import Assumption, ModelSpec, NullPrompt, PredictionType
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
@@ -87,13 +87,21 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         networks=networks,
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources, prediction_type)),
         prediction_type=prediction_type,
-        null_prompt=sources.family.null_prompt,
+        null_prompt=_null_prompt(sources, notes),
         defaults=notes.keep(
             read_defaults(sources, autoencoder.factor, prediction_type, has_null=has_null)
         ),
         label_names=label_names_of(sources, networks),
         assumptions=tuple(notes),
     )
+
+
+def _null_prompt(sources: Sources, notes: _Notes) -> NullPrompt:
+    stated = sources.file.null_prompt
+    if stated is None:
+        return sources.family.null_prompt
+    notes.append(assumed("null_prompt", stated, "file"))
+    return stated
 
 
 def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpec | None:

@@ -24,6 +24,7 @@ from ldm_export.intake.renaming import renamed
 from ldm_export.intake.statements import (
     autoencoder_fields,
     downsampling_factor,
+    pipeline_fields,
     scheduler_fields,
     text_encoder_fields,
     unet_fields,
@@ -94,7 +95,8 @@ def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Check
         CheckpointError: A file is missing, damaged, or says what is not exported.
         UnknownModelError: The pipeline is not Stable Diffusion.
     """
-    names = _components(folder, read_json(folder / INDEX), without)
+    index = read_json(folder / INDEX)
+    names = _components(folder, index, without)
     with ExitStack() as stack:
         intake = _Intake(folder=folder, stack=stack, files={INDEX: folder / INDEX})
         if "vae" in names - without:
@@ -102,6 +104,7 @@ def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Check
         _read_unet(intake, _read_autoencoder_config(intake) if "vae" in names else None)
         _read_text_encoders(intake, names, without)
         _read_scheduler(intake)
+        intake.stated |= pipeline_fields(folder / INDEX, index)
         stack.pop_all()
     unusual = (name for each in intake.opened for name in each.unusual_globals)
     return Checkpoint(

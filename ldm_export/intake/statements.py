@@ -1,9 +1,9 @@
 """The features that the configuration files of a diffusers folder state, as `FileFields` has them.
 
-Sources: `SchedulerMixin` classes, `UNet2DConditionModel` and `AutoencoderKL` of diffusers 0.42.1,
-and `CLIPTextConfig` of transformers 5. What is not stated has the default of those classes. The
-entries that change what a network computes without a trace in its shapes are compared with those
-of Stable Diffusion.
+Sources: `SchedulerMixin` classes, `UNet2DConditionModel`, `AutoencoderKL` and
+`StableDiffusionXLPipeline` of diffusers 0.42.1, and `CLIPTextConfig` of transformers 5. What is not
+stated has the default of those classes. The entries that change what a network computes without a
+trace in its shapes are compared with those of Stable Diffusion.
 """
 
 import math
@@ -73,7 +73,26 @@ _AUTOENCODER: Entries = MappingProxyType(
         "latents_std": None,
     }
 )
+_ZEROS = "force_zeros_for_empty_prompt"
 _TEXT_ENCODER: Entries = MappingProxyType({"layer_norm_eps": 1e-5})
+
+
+def pipeline_fields(path: Path, entries: Entries) -> dict[str, Any]:
+    """Return what a pipeline's settings state: of SDXL, what an empty negative prompt is.
+
+    Args:
+        path: Their file, for errors.
+        entries: Its entries.
+
+    Raises:
+        CheckpointError: A value is impossible.
+    """
+    zeros = entries.get(_ZEROS)
+    if zeros is None:
+        return {}
+    if not isinstance(zeros, bool):
+        raise _unexpected(path, _ZEROS, zeros, ("true", "false"))
+    return {"null_prompt": "zeros" if zeros else "encoded"}
 
 
 def scheduler_fields(path: Path, entries: Entries) -> dict[str, Any]:

@@ -518,5 +518,23 @@ def test_a_folder_that_diffusers_saved_generates_its_images(tmp_path, kind, fami
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 
+@pytest.mark.parametrize(("zeros", "null_prompt"), [(True, "zeros"), (False, "encoded")])
+def test_a_folder_says_what_an_empty_negative_prompt_is(tmp_path, zeros, null_prompt):
+    theirs = diffusers_xl_pipeline(
+        *(StableDiffusionXLPipeline, SDXL, state_dict(SDXL), tmp_path),
+        force_zeros_for_empty_prompt=zeros,
+    )
+    folder = tmp_path / "folder"
+    theirs.save_pretrained(folder)
+    ours = open_folder_networks(folder)
+    fields = COMMON | {"negative_prompt": None}
+    expected = theirs(PROMPT, latents=noise(ours), **fields)
+
+    images = generate(ours, prompt=PROMPT, **fields)
+
+    assert (ours.spec.null_prompt, sources_of(ours.spec)["null_prompt"]) == (null_prompt, "file")
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
 def sources_of(spec):
     return {each.field: each.source for each in spec.assumptions}

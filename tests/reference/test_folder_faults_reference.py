@@ -78,6 +78,10 @@ FLUX = {
 INDEX, TEXT = "model_index.json", "text_encoder/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 FAULTS = {
+    "a switch that is none": (
+        with_entries("model_index.json", force_zeros_for_empty_prompt="yes"),
+        r"says force_zeros_for_empty_prompt = 'yes', .* expected true or false",
+    ),
     "flux": (with_entries(INDEX, **FLUX), "'FluxPipeline', .*no unet.*FluxTransformer2DModel"),
     "stable diffusion 3": (
         with_entries(INDEX, text_encoder_3=["transformers", "T5EncoderModel"]),
