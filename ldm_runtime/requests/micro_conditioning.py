@@ -4,7 +4,7 @@ Source: Podell et al. 2023 (arXiv:2307.01952), section 2.2; the defaults are tho
 `StableDiffusionXLPipeline` and `StableDiffusionXLImg2ImgPipeline` in diffusers 0.42.1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -66,7 +66,7 @@ def micro_conditioning_of(request: GenerationRequest, size: tuple[int, int]) -> 
     return replace(_default(size), **_given(request))
 
 
-def check_micro_conditioning(request: GenerationRequest, *specs: ModelSpec) -> None:
+def check_micro_conditioning(request: GenerationRequest, specs: Sequence[ModelSpec]) -> None:
     """Check that a request has micro-conditioning only where a UNet of its models takes it.
 
     Raises:

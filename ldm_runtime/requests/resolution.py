@@ -89,8 +89,10 @@ def resolve(
     check_unknown(request, spec)
     request = with_preset_fields(request, spec)
     condition, image = condition_of(request, spec), _image_of(request)
-    check_condition(condition, spec)
-    check_micro_conditioning(request, spec, *([] if refiner is None else [refiner]))
+    models = [spec] if refiner is None else [spec, refiner]
+    for each in models:
+        check_condition(condition, each)
+    check_micro_conditioning(request, models)
     check_decoder(request, spec)
     _check_combinations(request)
     size = image_size(request, image, condition, spec)

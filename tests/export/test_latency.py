@@ -89,12 +89,21 @@ def test_small_and_large_numbers_keep_six_digits_in_a_line():
     assert json.loads(line) == {"seconds": [1.23457e-9, 123457.0]}
 
 
+def text_inputs(encoder, rows):
+    """Return token ids, and embeddings in the place of none of them."""
+    shape = rows, encoder.max_tokens
+    return (
+        torch.zeros(shape, dtype=torch.int64, device="meta"),
+        torch.zeros((*shape, encoder.width), device="meta"),
+    )
+
+
 def inputs_of(component, rows, height, width, spec):
     tokens = spec.networks["text_encoder"].max_tokens
     context = torch.zeros(rows, tokens, spec.unet.context_dim, device="meta")
     latents = torch.zeros(rows, spec.unet.in_channels, height, width, device="meta")
     return {
-        "text_encoder": (torch.zeros(rows, tokens, dtype=torch.int64, device="meta"),),
+        "text_encoder": text_inputs(spec.networks["text_encoder"], rows),
         "unet": (latents, torch.zeros(rows, device="meta"), context),
         "vae_decoder": (latents[:, : spec.autoencoder.embed_dim],),
     }[component]
@@ -149,11 +158,10 @@ def test_the_work_of_sdxl_is_that_of_its_parameters_in_use():
     work = network_work(spec, 8, 12, images, rows)
 
     assert list(work) == ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
-    tokens = torch.zeros(rows // images, clip.max_tokens, dtype=torch.int64, device="meta")
     vector = torch.zeros(rows, unet.vector_dim, device="meta")
     inputs = {
-        "text_encoder": (tokens,),
-        "text_encoder_2": (tokens,),
+        "text_encoder": text_inputs(clip, rows // images),
+        "text_encoder_2": text_inputs(openclip, rows // images),
         "unet": (*inputs_of("unet", rows, 8, 12, spec), vector),
     }
     for component, given in inputs.items():

@@ -243,6 +243,18 @@ def test_a_pair_takes_the_micro_conditioning_of_either_model():
     assert resolve(request, told(6), told(5)) == request
 
 
+def test_layers_that_the_refiner_does_not_have_cannot_be_skipped():
+    encoder = TINY_SPEC.networks["text_encoder"]
+    deep, shallow = (
+        TINY_SPEC.with_networks(text_encoder=replace(encoder, num_layers=n, context_layers=n))
+        for n in (6, 3)
+    )
+
+    assert resolved(deep, None, clip_skip=4).condition.clip_skip == 4
+    with pytest.raises(RequestError, match=r"^clip_skip: "):
+        resolved(deep, shallow, clip_skip=4)
+
+
 @pytest.mark.parametrize(
     ("base", "refiner", "message"),
     [
