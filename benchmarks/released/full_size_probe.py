@@ -137,18 +137,18 @@ def _inputs(name: str, spec: ModelSpec, names: Sequence[str]) -> Iterator[Mappin
     channels = sizes.get("unet_channels", spec.autoencoder.embed_dim)
     encoder = spec.find(TextEncoderSpec)
     tokens = 1 if encoder is None else encoder.max_tokens
-    shapes = {"tokens": (1, tokens), "class_labels": (1,), "segmentation": (1, height, width)}
+    shapes = {"tokens": (1, tokens), "segmentation": (1, height, width)}
     for scale, timestep in _EXTREMES:
         arrays: dict[str, Array] = {
             "latents": scale * rng.standard_normal((1, channels, h, w), dtype=np.float32),
             "timesteps": np.full(1, timestep, dtype=np.float32),
             "image": rng.uniform(-1, 1, (1, 3, height, width)).astype(np.float32),
         }
-        if "context_dim" in sizes:
-            shape = (1, tokens, sizes["context_dim"])
-            arrays["context"] = rng.standard_normal(shape, dtype=np.float32)
+        for each, axis in (("context", "context_dim"), ("learned_embeddings", "learned_dim")):
+            shape = (1, tokens, sizes.get(axis, 0))
+            arrays[each] = rng.standard_normal(shape, dtype=np.float32)
         for each, count in value_counts(spec, name).items():
-            arrays[each] = rng.integers(count, size=shapes[each])
+            arrays[each] = rng.integers(count, size=shapes.get(each, 1))
         yield {each: arrays[each] for each in names}
 
 
