@@ -182,6 +182,7 @@ def unet_features(unet: Shapes) -> dict[str, Feature]:
         "attention": _attention(unet),
         "projection": _projection(unet),
         "time_embedding": _time_embedding(unet),
+        "guidance": present(unet, [("embedded", f"{UNET_PREFIX}time_embedding.cond_proj.weight")]),
         "input_depths": _depths(unet, "input_blocks"),
         "middle": _middle(unet),
         "output_depths": _depths(unet, "output_blocks"),

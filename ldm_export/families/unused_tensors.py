@@ -67,13 +67,7 @@ IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
     ),
 )
 
-LATENT_CONSISTENCY = UnsupportedFormat(
-    pattern=r"(^|\.)time_embedding\.cond_proj\.weight$",
-    advice="it is a latent consistency model in the layout of diffusers, which this version does "
-    "not export",
-)
 UNSUPPORTED_FORMATS: tuple[UnsupportedFormat, ...] = (
-    LATENT_CONSISTENCY,
     UnsupportedFormat(
         pattern=r"lora_(down|up|A|B)\b|^lora_",
         advice="it is a LoRA, a change to a model, not a model; merge it into its base checkpoint",

@@ -181,6 +181,8 @@ def _response(
         inputs["vector"] = vector
     for labels in _joined([each.class_labels for each in conditioning]):
         inputs["class_labels"] = labels
+    for guidance in _joined([each.guidance for each in conditioning]):
+        inputs["guidance"] = guidance
     prediction = unet.run(inputs)["prediction"].ravel().astype(np.float64)
     if not (np.isfinite(prediction).all() and np.isfinite(latents).all()):
         return np.full(2, math.nan)

@@ -23,7 +23,7 @@ from ldm_runtime.specs.networks import (
     TextEncoderSpec,
     UNetSpec,
 )
-from ldm_runtime.specs.tasks import task_record
+from ldm_runtime.specs.tasks import can_guide, task_record
 
 _MAX_PIXELS = 256  # per side: golden outputs show that a bundle works, not how good it is
 _MAX_LATENTS = 32  # per side, of large models
@@ -110,11 +110,11 @@ def _no_inputs(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
 
 
 def _prompts(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
-    del spec, size
+    del size
     yield {"prompt": "a large red circle left of a small blue square on a white background"}
     yield {
         "prompt": "a small green triangle on a black background",
-        "negative_prompt": "a gray background",
+        "negative_prompt": "a gray background" if can_guide(spec) else "",
     }
     yield {"prompt": "a large yellow cross above a small purple circle"}
 

@@ -63,15 +63,15 @@ def read_unet(
         context_dim=context_dim(shapes) if kind == "transformer" else None,
         linear_projection=kind == "transformer" and linear_projection(shapes),
         cross_attention_only=cross_attention_only(shapes, levels),
-        vector_dim=_vector_dim(shapes),
+        vector_dim=_columns(shapes, "label_emb.0.0.weight"),
         num_classes=_num_classes(shapes),
+        guidance_dim=_columns(shapes, "time_embedding.cond_proj.weight"),
         scale_shift_norm=_scale_shift_norm(shapes),
         resblock_updown=resampling == "residual blocks",
     )
 
 
-def _vector_dim(shapes: Shapes) -> int | None:
-    name = "label_emb.0.0.weight"
+def _columns(shapes: Shapes, name: str) -> int | None:
     return shape_of(shapes, name, 2)[1] if name in shapes else None
 
 

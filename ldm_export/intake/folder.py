@@ -4,7 +4,6 @@ Source: `DiffusionPipeline.save_pretrained` of diffusers 0.42.1. Nothing behind 
 diffusers: names and what the configurations state are translated here.
 """
 
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from ldm_export.checkpoint.checkpoint import Checkpoint
 from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.errors import CheckpointError, UnknownModelError
-from ldm_export.families.unused_tensors import LATENT_CONSISTENCY
 from ldm_export.intake.autoencoder_names import autoencoder_names
 from ldm_export.intake.component import StoredComponent, open_component
 from ldm_export.intake.json_files import Entries, read_json
@@ -188,14 +186,8 @@ def unet_of(component: StoredComponent) -> dict[str, StoredTensor]:
 
     Raises:
         CheckpointError: It has tensors that are not known.
-        UnknownModelError: It is a latent consistency model.
     """
-    names = unet_names(component.tensors)
-    if any(re.search(LATENT_CONSISTENCY.pattern, name) for name in names):
-        raise UnknownModelError(
-            f"{component.path} is not of a known family: {LATENT_CONSISTENCY.advice}"
-        )
-    return renamed(component, "UNet", names)
+    return renamed(component, "UNet", unet_names(component.tensors))
 
 
 def _read_text_encoders(intake: _Intake, names: frozenset[str], without: frozenset[str]) -> None:

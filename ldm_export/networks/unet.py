@@ -47,6 +47,10 @@ class UNet(nn.Module):
             )
         elif spec.num_classes is not None:
             self.label_emb = nn.Embedding(spec.num_classes, self.embedding_dim)
+        if spec.guidance_dim is not None:
+            # These models are later than CompVis' code, and have the name that diffusers gave them.
+            projection = nn.Linear(spec.guidance_dim, spec.model_channels, bias=False)
+            self.time_embedding = nn.ModuleDict({"cond_proj": projection})
         self.input_blocks, widths = self._encoder()
         self.middle_block = UNetBlock(*self._middle(widths[-1]))
         self.output_blocks = self._decoder(widths)
@@ -63,6 +67,7 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         vector: Tensor | None = None,
         class_labels: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy latents.
 
@@ -73,6 +78,7 @@ class UNet(nn.Module):
             context: (B, T, context_dim), or None for a UNet without cross-attention.
             vector: (B, vector_dim), or None for a UNet without.
             class_labels: (B,) int64, or None for a UNet without.
+            guidance: Features of the guidance scale (B, guidance_dim), or None for a UNet without.
 
         Returns:
             Prediction (B, out_channels, h, w).
@@ -80,8 +86,11 @@ class UNet(nn.Module):
         assert (context is None) == (self.spec.context_dim is None)
         assert (vector is None) == (self.spec.vector_dim is None)
         assert (class_labels is None) == (self.spec.num_classes is None)
-        features = timestep_embedding(timesteps, self.spec.model_channels)
-        embedding = self.time_embed(features.to(latents.dtype))
+        assert (guidance is None) == (self.spec.guidance_dim is None)
+        features = timestep_embedding(timesteps, self.spec.model_channels).to(latents.dtype)
+        if guidance is not None:
+            features = features + self.time_embedding["cond_proj"](guidance)
+        embedding = self.time_embed(features)
         label = class_labels if vector is None else vector
         if label is not None:
             embedding = embedding + self.label_emb(label)

@@ -60,12 +60,8 @@ def network_work(
 
 def unet_work(spec: UNetSpec, height: int, width: int, tokens: int) -> Work:
     """Return the work of the UNet on one row of latents of a height and width."""
-    channels, embedding = spec.model_channels, 4 * spec.model_channels
-    pixels = height * width
-    work = _linear(channels, embedding, 1) + _linear(embedding, embedding, 1)
-    if spec.vector_dim is not None:
-        work += _linear(spec.vector_dim, embedding, 1) + _linear(embedding, embedding, 1)
-    work += _conv(spec.in_channels, channels, pixels)
+    channels, pixels = spec.model_channels, height * width
+    work = _unet_embeddings(spec) + _conv(spec.in_channels, channels, pixels)
     skips = [channels]
     for level, mult in enumerate(spec.channel_mult):
         for depth in spec.input_depths(level):
@@ -138,6 +134,17 @@ def text_encoder_work(spec: TextEncoderSpec) -> Work:
 
 def _layers_run(spec: TextEncoderSpec) -> int:
     return spec.context_layers if spec.pooled_dim is None else spec.num_layers
+
+
+def _unet_embeddings(spec: UNetSpec) -> Work:
+    """Return the work on one timestep, with the vector and the guidance scale if there are."""
+    channels, embedding = spec.model_channels, 4 * spec.model_channels
+    work = _linear(channels, embedding, 1) + _linear(embedding, embedding, 1)
+    if spec.vector_dim is not None:
+        work += _linear(spec.vector_dim, embedding, 1) + _linear(embedding, embedding, 1)
+    if spec.guidance_dim is not None:
+        work += _linear(spec.guidance_dim, channels, 1, bias=False)
+    return work
 
 
 def _unet_middle(spec: UNetSpec, channels: int, pixels: int, tokens: int) -> Work:

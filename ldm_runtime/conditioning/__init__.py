@@ -4,10 +4,12 @@ Each module has one kind of conditioning; `CONDITIONERS` maps every task to its 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from ldm_runtime.conditioning.class_labels import encode_class_label
 from ldm_runtime.conditioning.contract import Conditioner, Conditioning, OpenNetwork
+from ldm_runtime.conditioning.embedded_guidance import embed_guidance
 from ldm_runtime.conditioning.images import (
     encode_low_resolution,
     encode_masked_image,
@@ -86,4 +88,5 @@ def encode_conditioning(
     Raises:
         RequestError: The model cannot take the conditions of the request.
     """
-    return CONDITIONERS[spec.task].encode(network, tokenizer, request, spec)
+    conditioning = CONDITIONERS[spec.task].encode(network, tokenizer, request, spec)
+    return replace(conditioning, guidance=embed_guidance(request, spec))

@@ -27,6 +27,7 @@ class Conditioning:
             a model without cross-attention.
         vector: Added to the time embedding, with rows like the context; None for a model without.
         class_labels: Class (1,) int64 for all samples, likewise; None for a model without.
+        guidance: Features of the guidance scale, (1, G); None for a model without.
         concat: Channels concatenated to the latents: (1, c, h, w) for all samples, or with rows
             like the context; None for a model without.
     """
@@ -34,6 +35,7 @@ class Conditioning:
     context: Float32Array | None = None
     vector: Float32Array | None = None
     class_labels: npt.NDArray[np.int64] | None = None
+    guidance: Float32Array | None = None
     concat: Float32Array | None = None
 
 

@@ -244,7 +244,7 @@ class _UNet:
     def __init__(self, engine: Runner, conditioning: Conditioning, *, in_patches: bool) -> None:
         self._engine = engine
         self._concat = conditioning.concat
-        self._vector = conditioning.vector
+        self._rows = {"vector": conditioning.vector, "guidance": conditioning.guidance}
         self._class_labels = conditioning.class_labels
         self._in_patches = in_patches
         self._bound: list[tuple[Float32Array, Runner]] = []
@@ -272,8 +272,9 @@ class _UNet:
             if known is context:
                 return runner
         constants: dict[str, npt.NDArray[Any]] = {"context": context}
-        if self._vector is not None:
-            constants["vector"] = self._vector[-len(context) :]
+        for name, rows in self._rows.items():
+            if rows is not None:
+                constants[name] = rows[-len(context) :]
         if self._class_labels is not None:
             constants["class_labels"] = np.repeat(self._class_labels, len(context))
         runner = bind_constants(self._engine, constants)
@@ -283,13 +284,13 @@ class _UNet:
 
 def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
     """Return the conditioning of a batch of `count` images, with a row for each of its samples."""
-    parts = conditioning.context, conditioning.vector, conditioning.concat
+    parts = conditioning.context, conditioning.vector, conditioning.concat, conditioning.guidance
     samples = max(len(rows) for rows in (*parts, ()) if rows is not None)
-    context, vector, concat = (
+    context, vector, concat, guidance = (
         None if rows is None else np.repeat(rows, count * samples // len(rows), axis=0)
         for rows in parts
     )
-    return replace(conditioning, context=context, vector=vector, concat=concat)
+    return replace(conditioning, context=context, vector=vector, concat=concat, guidance=guidance)
 
 
 def _denoiser(expert: Expert, request: ResolvedRequest, count: int) -> Denoise:
@@ -299,7 +300,7 @@ def _denoiser(expert: Expert, request: ResolvedRequest, count: int) -> Denoise:
         network=_UNet(expert.open_unet(), conditioning, in_patches=runs_in_patches(spec)),
         training_sigmas=sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr),
         context=conditioning.context,
-        guidance_scale=request.guidance_scale,
+        guidance_scale=request.classifier_free_scale,
         image_guidance_scale=request.image_guidance_scale,
         guidance_rescale=request.guidance_rescale,
         guidance_interval=request.guidance_interval,

@@ -44,7 +44,7 @@ from ldm_runtime.schedules import (
     training_sigmas,
 )
 from ldm_runtime.specs.model import ModelSpec
-from ldm_runtime.specs.tasks import can_guide, task_record
+from ldm_runtime.specs.tasks import can_guide, embeds_guidance, task_record
 
 #: Default `noise_level` of an image to enlarge: that of the upscaler's `superresolution.py`.
 NOISE_LEVEL = 20
@@ -117,6 +117,7 @@ def resolve(
         eta=sampling.eta,
         zero_terminal_snr=request.zero_terminal_snr,
         guidance_scale=sampling.guidance_scale,
+        embeds_guidance=embeds_guidance(spec),
         image_guidance_scale=sampling.image_guidance_scale,
         guidance_rescale=request.guidance_rescale,
         guidance_interval=_first(request.guidance_interval, EVERY_SIGMA),
@@ -244,7 +245,7 @@ def _sampling(request: GenerationRequest, spec: ModelSpec) -> _Sampling:
             "eta",
             f"sampler {name!r} has none, got {eta}; leave it out or choose one of {users}",
         )
-    scale = defaults.guidance_scale if can_guide(spec) else 1.0
+    scale = defaults.guidance_scale if can_guide(spec) or embeds_guidance(spec) else 1.0
     image_scale = IMAGE_GUIDANCE_SCALE if task_record(spec).guides_by_image else 1.0
     schedule, sigmas = _sigmas(request, record, spec)
     return _Sampling(

@@ -224,7 +224,9 @@ class ResolvedRequest:
         sigmas: Noise levels from first to last, decreasing; one more than there are steps.
         eta: Share of fresh noise per step.
         zero_terminal_snr: Whether the training schedule is rescaled to end in pure noise.
-        guidance_scale: Classifier-free guidance; 1 is the unguided model.
+        guidance_scale: Guidance; 1 is the unguided model.
+        embeds_guidance: Whether the UNet takes the guidance scale as an input, so that guidance
+            asks no further sample of it.
         image_guidance_scale: Guidance by the image to edit; 1 is none, as in every other task.
         guidance_rescale: How far guided predictions get the contrast of unguided ones, 0 to 1.
         guidance_interval: Lowest and highest sigma with guidance.
@@ -254,6 +256,7 @@ class ResolvedRequest:
     eta: float
     zero_terminal_snr: bool
     guidance_scale: float
+    embeds_guidance: bool
     image_guidance_scale: float
     guidance_rescale: float
     guidance_interval: tuple[float, float]
@@ -284,7 +287,12 @@ class ResolvedRequest:
     @property
     def guidance(self) -> GuidanceChain:
         """The samples that an image asks of the UNet, and the scales between them."""
-        return guidance_chain(self.guidance_scale, self.image_guidance_scale)
+        return guidance_chain(self.classifier_free_scale, self.image_guidance_scale)
+
+    @property
+    def classifier_free_scale(self) -> float:
+        """The guidance scale between samples: 1, none, where the UNet takes it as an input."""
+        return 1.0 if self.embeds_guidance else self.guidance_scale
 
     @property
     def is_variation(self) -> bool:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.specs.model import ModelSpec
-from ldm_runtime.specs.tasks import can_guide, task_record
+from ldm_runtime.specs.tasks import can_guide, embeds_guidance, task_record
 
 
 def check_needs(
@@ -52,21 +52,24 @@ def check_unknown(request: GenerationRequest, spec: ModelSpec) -> None:
 def check_guidance(request: GenerationRequest, spec: ModelSpec) -> None:
     """Check that a request asks for guidance only where there is something to steer away from.
 
+    A UNet that takes the guidance scale as an input needs nothing of the kind for the scale alone.
+
     Raises:
         RequestError: It does elsewhere.
     """
     if can_guide(spec):
         return
     asked = {
-        "guidance_scale": request.guidance_scale not in (None, 1.0),
+        "guidance_scale": request.guidance_scale not in (None, 1.0) and not embeds_guidance(spec),
         "guidance_rescale": request.guidance_rescale != 0,
         "guidance_interval": request.guidance_interval is not None,
+        "negative_prompt": request.negative_prompt != "",
     }
     for name in asked:
         if asked[name]:
             raise RequestError(
                 name,
-                f"is {getattr(request, name)}, but this bundle ({spec.task}) has no null "
+                f"is {getattr(request, name)!r}, but this bundle ({spec.task}) has no null "
                 "condition to steer away from; leave it out",
             )
 

@@ -147,6 +147,7 @@ _ROWS = (
             _tensor("context", ("batch", "context_tokens", "context_dim")),
             _tensor("vector", ("batch", "vector_dim")),
             _tensor("class_labels", ("batch",), "int64"),
+            _tensor("guidance", ("batch", "guidance_dim")),
         ),
         outputs=(_tensor("prediction", _LATENTS),),
         lengths={
@@ -154,6 +155,7 @@ _ROWS = (
             "latent_channels": "out_channels",
             "context_dim": "context_dim",
             "vector_dim": "vector_dim",
+            "guidance_dim": "guidance_dim",
         },
         counts={"class_labels": "num_classes"},
         samples_per_image=2,

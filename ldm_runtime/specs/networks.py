@@ -40,6 +40,8 @@ class UNetSpec:
         vector_dim: Width of the vector that is embedded like the timestep and added to it, or None
             without one.
         num_classes: Classes of which one is embedded and added to the timestep, or None.
+        guidance_dim: Number of features of the guidance scale that are added to those of the
+            timestep, in a latent consistency model; None where guidance is two predictions.
         scale_shift_norm: Whether the time embedding scales and shifts, and is not added.
         resblock_updown: Whether residual blocks change the resolution, and not convolutions.
     """
@@ -60,6 +62,7 @@ class UNetSpec:
     cross_attention_only: tuple[int, ...]
     vector_dim: int | None
     num_classes: int | None
+    guidance_dim: int | None
     scale_shift_norm: bool
     resblock_updown: bool
 

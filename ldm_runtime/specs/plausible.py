@@ -26,6 +26,7 @@ _MAX_LEVELS = 10  # a factor of 512 between image and latents
 _MAX_LENGTH = 64
 _MAX_SIZE = 2**31 - 1
 _MAX_STEPS = 100_000
+_LEAST_FEATURES = 4  # of the guidance scale: two frequencies
 _MAX_TIMESTEPS = 100_000
 _LEAST_TOKENS, _MAX_TOKENS = 3, 65536  # the first, the last and one between
 #: Share of the image in the first training timestep, at least, and in the last, at most; models of
@@ -113,6 +114,7 @@ def _unet(network: UNetSpec) -> dict[str, bool]:
         "cross_attention_only": max(network.cross_attention_only, default=0)
         < len(network.channel_mult),
         "num_classes": network.num_classes != 0,
+        "guidance_dim": network.guidance_dim is None or network.guidance_dim >= _LEAST_FEATURES,
         **_unet_blocks(network),
     }
 

@@ -138,9 +138,15 @@ def takes_prompts(spec: ModelSpec) -> bool:
 
 
 def can_guide(spec: ModelSpec) -> bool:
-    """Return whether a model has a null condition, which guidance needs."""
+    """Return whether a model has a null condition, which classifier-free guidance needs."""
     embedder = spec.find(ClassEmbedderSpec)
-    return task_record(spec).has_null and (embedder is None or embedder.null_class is not None)
+    has_null = embedder is None or embedder.null_class is not None
+    return task_record(spec).has_null and has_null and not embeds_guidance(spec)
+
+
+def embeds_guidance(spec: ModelSpec) -> bool:
+    """Return whether a model's UNet takes the guidance scale as an input, and no null condition."""
+    return spec.unet is not None and spec.unet.guidance_dim is not None
 
 
 def samples_per_image(spec: ModelSpec, component: str) -> int:

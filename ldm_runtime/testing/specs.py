@@ -35,6 +35,7 @@ _UNET = UNetSpec(
     cross_attention_only=(),
     vector_dim=None,
     num_classes=None,
+    guidance_dim=None,
     scale_shift_norm=False,
     resblock_updown=False,
 )

@@ -142,6 +142,32 @@ def test_sdxl_is_read_from_its_shapes():
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [("stable-diffusion-1-lcm", checkpoint(SD1)), ("stable-diffusion-xl-lcm", sdxl_checkpoint())],
+)
+def test_a_unet_that_takes_the_guidance_scale_is_a_latent_consistency_model(name, tensors):
+    projection = "model.diffusion_model.time_embedding.cond_proj.weight"
+
+    spec = detect(tensors | {projection: FakeTensor(shape=(320, 256))}).spec
+
+    defaults = spec.defaults
+    assert (spec.family, spec.unet.guidance_dim) == (name, 256)
+    assert (defaults.sampler, defaults.schedule, defaults.eta) == ("lcm", "consistency", 1.0)
+    assert (defaults.num_inference_steps, defaults.guidance_scale) == (4, 8.5)
+
+
+def test_a_projection_of_the_guidance_scale_of_another_width_is_named():
+    tensors = checkpoint(SD1)
+    tensors["model.diffusion_model.time_embedding.cond_proj.weight"] = FakeTensor(shape=(300, 256))
+
+    found = detect(tensors)
+
+    unet = {parameter: tensors[name] for parameter, name in found.weights["unet"].items()}
+    with pytest.raises(WeightsError, match=r"time_embedding\.cond_proj\.weight"):
+        check_weights("unet", found.spec, unet)
+
+
 def test_the_refiner_of_sdxl_has_one_text_encoder_and_is_told_a_score():
     tensors = sdxl_checkpoint(REFINER)
 

@@ -95,7 +95,6 @@ def test_a_difference_names_the_tensor_that_shows_it():
         ("unet.up_blocks.0.resnets.0.conv1.weight", "layout of diffusers"),
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
         ("unet.down_blocks.0.attn1.to_q.lora_A.weight", "a LoRA"),
-        ("time_embedding.cond_proj.weight", "latent consistency model"),
         ("input_blocks.0.0.weight", "UNet only"),
         ("decoder.conv_in.weight", "part of an autoencoder .* only"),
         ("text_model.embeddings.token_embedding.weight", "text encoder only"),

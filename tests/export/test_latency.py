@@ -178,6 +178,18 @@ def parameters_in_use(network, outputs):
     return sum(each.numel() for each in network.parameters() if each.grad is not None)
 
 
+def test_the_work_of_a_unet_that_takes_the_guidance_scale_is_what_torch_counts():
+    unet = replace(SMALL_SPEC.unet, guidance_dim=16)
+    network = build_network("unet", spec := SMALL_SPEC.with_networks(unet=unet))
+
+    work = network_work(spec, 8, 12, images=1, rows=1)["unet"]
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(*inputs_of("unet", 1, 8, 12, spec), guidance=torch.zeros(1, 16, device="meta"))
+    assert work.flops == counter.get_total_flops()
+    assert work.parameters == sum(each.numel() for each in network.parameters())
+
+
 def test_the_parts_of_an_image_add_up_in_the_line_of_json(bundle):
     arguments = ("--bundle", bundle, "--repetitions", 2, "--steps", 3, "--size", "24x16")
 

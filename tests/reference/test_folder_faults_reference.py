@@ -107,10 +107,6 @@ FAULTS = {
         with_entries("vae/config.json", _class_name="AsymmetricAutoencoderKL"),
         "_class_name = 'AsymmetricAutoencoderKL'.*expected AutoencoderKL",
     ),
-    "latent consistency": (
-        with_tensor("time_embedding.cond_proj.weight"),
-        "it is a latent consistency model",
-    ),
     "an unknown tensor": (
         with_tensor("down_blocks.0.motion_modules.0.weight"),
         r"1 tensors that are not of a known UNet.*down_blocks\.0\.motion_modules",

@@ -302,6 +302,7 @@ def schedule(change):
         (network("unet", channel_mult=[1, 0]), "unet.channel_mult"),
         (network("unet", channel_mult=[1, -1]), "unet.channel_mult"),
         (network("unet", in_channels=3), "unet.in_channels"),
+        (network("unet", guidance_dim=3), "unet.guidance_dim"),
         (network("unet", num_res_blocks=0), "unet.num_res_blocks"),
         (network("unet", num_res_blocks=[1]), "unet.num_res_blocks"),
         (network("unet", transformer_depth=[0]), "unet.transformer_depth"),
