@@ -29,14 +29,18 @@ def end_of_text(hidden: Tensor, tokens: Tensor, end_token: int) -> Tensor:
     return hidden.gather(1, ends[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
 
 
-def embed_tokens(table: nn.Embedding, tokens: Tensor, learned: Tensor) -> Tensor:
+def embed_tokens(table: nn.Embedding, tokens: Tensor, learned: Tensor | None) -> Tensor:
     """Return token embeddings (B, T, width): rows of the table, or those that come with a prompt.
 
     Args:
         table: One row per token of the vocabulary.
         tokens: Token ids (B, T) int64; the first beyond the table has a learned embedding.
-        learned: Learned embeddings (B, T, width), of which only those of such tokens matter.
+        learned: Learned embeddings (B, T, width), of which only those of such tokens matter; None
+            for tokens of the vocabulary alone.
     """
+    if learned is None:
+        found: Tensor = table(tokens)
+        return found
     is_learned = tokens == table.num_embeddings
     known: Tensor = table(torch.where(is_learned, 0, tokens))
     return torch.where(is_learned[..., None], learned, known)
@@ -64,7 +68,7 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(spec.vocab_size, spec.width)
         self.position_embedding = nn.Embedding(spec.max_tokens, spec.width)
 
-    def forward(self, tokens: Tensor, learned: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, learned: Tensor | None) -> Tensor:
         """Map token ids (B, T) to (B, T, width); see `embed_tokens`."""
         positions = self.position_embedding.weight[: tokens.shape[1]]
         return embed_tokens(self.token_embedding, tokens, learned) + positions
@@ -151,7 +155,7 @@ class TextModel(nn.Module):
         self.encoder = Layers(spec)
         self.final_layer_norm = nn.LayerNorm(spec.width)
 
-    def forward(self, tokens: Tensor, learned: Tensor, clip_skip: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, learned: Tensor | None, clip_skip: Tensor | None) -> Tensor:
         """Map token ids (B, T) to (B, T, width)."""
         out: Tensor = self.encoder(self.embeddings(tokens, learned), clip_skip)
         return self.final_layer_norm(out) if self.final_norm else out
@@ -165,7 +169,10 @@ class ClipTextEncoder(nn.Module):
         self.text_model = TextModel(spec)
 
     def forward(
-        self, tokens: Tensor, learned_embeddings: Tensor, clip_skip: Tensor | None = None
+        self,
+        tokens: Tensor,
+        learned_embeddings: Tensor | None = None,
+        clip_skip: Tensor | None = None,
     ) -> Tensor:
         """Map token ids to context (B, T, width).
 

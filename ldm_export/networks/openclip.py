@@ -82,7 +82,10 @@ class OpenClipTextEncoder(nn.Module):
             self.text_projection = nn.Parameter(torch.empty(spec.width, spec.pooled_dim))
 
     def forward(
-        self, tokens: Tensor, learned_embeddings: Tensor, clip_skip: Tensor | None = None
+        self,
+        tokens: Tensor,
+        learned_embeddings: Tensor | None = None,
+        clip_skip: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map token ids to context (B, T, width), and pooled (B, pooled_dim).
 

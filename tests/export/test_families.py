@@ -637,7 +637,7 @@ U, F, C = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.tran
         (f"{U}output_blocks.0.0.out_layers.3.weight", (64, 96, 3, 3), "output_blocks.0"),
         (f"{U}input_blocks.3.0.out_layers.3.weight", (50, 32, 3, 3), "not a multiple"),
         (f"{U}middle_block.1.transformer_blocks.0.attn2.to_k.weight", (96, 80), "attn2.to_k"),
-        (f"{U}middle_block.1.transformer_blocks.0.attn1.to_k.weight", (96, 80), "disabled"),
+        (f"{U}middle_block.1.transformer_blocks.0.attn1.to_k.weight", (96, 80), "no self-att"),
         (f"{U}middle_block.1.proj_in.weight", (96, 96), "rank"),
         (f"{U}input_blocks.0.0.weight", (48, 4, 3, 3), "UNet has 48 channels"),
         (f"{F}encoder.conv_in.weight", (48, 3, 3, 3), "multiple of 32"),
