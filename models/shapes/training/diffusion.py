@@ -34,11 +34,13 @@ CYCLES = (
     Cycle(end=12_000),
     Cycle(start=10_500, end=18_500, learning_rate=7e-4),
     Cycle(start=18_500, end=22_000, learning_rate=2e-3),
+    Cycle(start=22_000, end=29_000, learning_rate=2e-3),
 )
 BATCH = 32
 CAPTION_DROPOUT = 0.1
-#: The first steps, in which high noise weighs more.
-LAYOUT_STEPS = 4_000
+#: Steps in which high noise weighs more: the first ones, and those of the last restart that are to
+#: take away what one thing too many puts into an image.
+LAYOUT_STEPS = (range(4_000), range(22_000, 26_000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,10 @@ def train_diffusion() -> None:
     with sdpa_kernel(SDPBackend.MATH):  # three times as fast backward for so few tokens
         optimizer = muon(unet, ("input_blocks.0.", "out."))
         Trainer("diffusion", unet, *CYCLES, optimizer=optimizer).run(
-            lambda step: loss(torch.randint(trained, (BATCH,)), layout=step < LAYOUT_STEPS), check
+            lambda step: loss(
+                torch.randint(trained, (BATCH,)), layout=any(step in steps for steps in LAYOUT_STEPS)
+            ),
+            check,
         )
 
 
