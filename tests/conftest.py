@@ -24,7 +24,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--no-sockets",
         action="store_true",
-        help="on Linux, kill a process of the tests that opens an internet socket",
+        help="on Linux, let no test open an internet socket",
     )
 
 
@@ -32,7 +32,7 @@ def pytest_configure(config):
     from tests.runtime.sockets import can_forbid_sockets, forbid_sockets
 
     if config.getoption("--no-sockets") and can_forbid_sockets():
-        forbid_sockets()  # workers and all other processes that tests start inherit it
+        forbid_sockets(kill=False)  # all processes that tests start inherit it
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,11 @@
-"""A process of its own that ends at once if anything in it, native code too, opens a socket."""
+"""Processes in which nothing, native code included, can open an internet socket.
+
+The kernel either kills such a process at once, or lets it go on without the socket: urllib3 opens
+one when it is imported, to see whether there is IPv6.
+"""
 
 import ctypes
+import errno
 import platform
 import struct
 import subprocess
@@ -12,6 +17,7 @@ SOCKET_CALLS = {"x86_64": 41, "aarch64": 198}
 _SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _KILL_PROCESS, _ALLOW = 0x80000000, 0x7FFF0000
+_PERMISSION_DENIED = 0x00050000 | errno.EACCES
 
 
 class _Program(ctypes.Structure):
@@ -37,15 +43,19 @@ def can_forbid_sockets():
     return sys.platform == "linux" and platform.machine() in SOCKET_CALLS
 
 
-def forbid_sockets():
-    """Let the kernel kill this process when it opens a socket of IPv4 or IPv6; cannot be undone."""
+def forbid_sockets(*, kill=True):
+    """Let no socket of IPv4 or IPv6 be opened in this process and its children; for good.
+
+    Args:
+        kill: Whether the kernel kills a process that tries, or says that permission is denied.
+    """
     instructions = (
         (_LOAD, 0, 0, 0),  # the number of the system call
         (_JUMP_IF_EQUAL, 0, 4, SOCKET_CALLS[platform.machine()]),
         (_LOAD, 0, 0, 16),  # its first argument, the family
         (_JUMP_IF_EQUAL, 1, 0, 2),
         (_JUMP_IF_EQUAL, 0, 1, 10),
-        (_RETURN, 0, 0, _KILL_PROCESS),
+        (_RETURN, 0, 0, _KILL_PROCESS if kill else _PERMISSION_DENIED),
         (_RETURN, 0, 0, _ALLOW),
     )
     packed = ctypes.create_string_buffer(

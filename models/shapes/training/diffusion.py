@@ -99,7 +99,8 @@ def train_diffusion() -> None:
         optimizer = muon(unet, ("input_blocks.0.", "out."))
         Trainer("diffusion", unet, *CYCLES, optimizer=optimizer).run(
             lambda step: loss(
-                torch.randint(trained, (BATCH,)), layout=any(step in steps for steps in LAYOUT_STEPS)
+                torch.randint(trained, (BATCH,)),
+                layout=any(step in steps for steps in LAYOUT_STEPS),
             ),
             check,
         )
