@@ -135,8 +135,9 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                     Cycle(end=3000, learning_rate=MUON_RATE),
                     Cycle(start=3000, end=5000, learning_rate=2e-3),
                     Cycle(start=5000, end=7500, learning_rate=2e-3),
+                    Cycle(start=7500, end=12_500, learning_rate=2e-3),
                 ),
-                layout_steps=(range(1500),),
+                layout_steps=(range(1500), range(7500, 10_500)),
                 eta=1.0,
             ),
             TrainedModel(
