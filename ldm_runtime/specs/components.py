@@ -110,6 +110,23 @@ _TEXT_ENCODERS = tuple(
     )
     for name in ("text_encoder", "text_encoder_2")
 )
+_DECODERS = tuple(
+    Component(
+        name=name,
+        network=network,
+        record=AutoencoderSpec,
+        role="decoder",
+        inputs=(_tensor("latents", _LATENTS),),
+        outputs=(_tensor("image", _IMAGE),),
+        lengths={"latent_channels": "embed_dim", "image_channels": "image_channels"},
+        samples_per_image=1,
+        trace_seconds=seconds,
+    )
+    for name, network, seconds in (
+        ("vae_decoder", "autoencoder", 5.0),
+        ("tiny_decoder", "tiny_autoencoder", 2.0),
+    )
+)
 _ROWS = (
     *_TEXT_ENCODERS,
     Component(
@@ -161,28 +178,7 @@ _ROWS = (
         samples_per_image=2,
         trace_seconds=18.0,
     ),
-    Component(
-        name="vae_decoder",
-        network="autoencoder",
-        record=AutoencoderSpec,
-        role="decoder",
-        inputs=(_tensor("latents", _LATENTS),),
-        outputs=(_tensor("image", _IMAGE),),
-        lengths={"latent_channels": "embed_dim", "image_channels": "image_channels"},
-        samples_per_image=1,
-        trace_seconds=5.0,
-    ),
-    Component(
-        name="tiny_decoder",
-        network="tiny_autoencoder",
-        record=AutoencoderSpec,
-        role="decoder",
-        inputs=(_tensor("latents", _LATENTS),),
-        outputs=(_tensor("image", _IMAGE),),
-        lengths={"latent_channels": "embed_dim", "image_channels": "image_channels"},
-        samples_per_image=1,
-        trace_seconds=2.0,
-    ),
+    *_DECODERS,
     Component(
         name="vae_encoder",
         network="autoencoder",
