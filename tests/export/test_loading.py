@@ -83,6 +83,11 @@ NAMES = {
         "middle_block.1.transformer_blocks.0.attn2.to_k.weight": (96, 48),
         "input_blocks.2.0.op.weight": (32, 32, 3, 3),
     },
+    "unet_of_classes": {
+        "label_emb.weight": (1000, 128),
+        "input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight": (32, 96),  # of the context
+        "middle_block.1.transformer_blocks.0.attn1.to_k.weight": (64, 64),
+    },
     "bert": {
         "transformer.token_emb.weight": (8192, 96),
         "transformer.pos_emb.emb.weight": (92, 96),
