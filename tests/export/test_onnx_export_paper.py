@@ -1,7 +1,5 @@
 """Every kind of network that Stable Diffusion does not have: exported, measured, built."""
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,8 +7,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from ldm_export.errors import PrecisionError
+from ldm_export.graphs import onnx_export
 from ldm_export.graphs.onnx_export import round_stored, sample_inputs, write_graphs
 from ldm_export.graphs.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, measure
+from ldm_export.graphs.precision import fp16_with_islands
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.quantizer import Quantizer
 from ldm_runtime.diagnostics.measures import max_relative_error, relative_l2
@@ -187,14 +187,18 @@ def hot_bert(tmp_path_factory):
     """A BERT whose stream leaves the range of fp16, exported as what it is and by CLIP's plan."""
     network = random_network("text_encoder", LAYOUTS)
     network.transformer.attn_layers.layers[1][1].net[2].weight *= 60_000
-    as_clip = LAYOUTS.with_networks(
-        text_encoder=replace(LAYOUTS.networks["text_encoder"], kind="clip")
-    )
     graphs = {}
-    for kind, spec in (("bert", LAYOUTS), ("clip", as_clip)):
+    for kind, islands in (("bert", fp16_with_islands), ("clip", fp16_of_clip)):
         folder = tmp_path_factory.mktemp(kind)
-        graphs[kind] = folder, write_graphs("text_encoder", network, spec, folder, "float32")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onnx_export, "fp16_with_islands", islands)
+            graphs[kind] = folder, write_graphs("text_encoder", network, LAYOUTS, folder, "float32")
     return network, graphs
+
+
+def fp16_of_clip(graph, *, residual_stream):
+    assert residual_stream
+    return fp16_with_islands(graph, residual_stream=False)
 
 
 def test_bert_stays_a_number_in_fp16_when_its_stream_leaves_that_range(hot_bert):

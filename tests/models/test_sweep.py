@@ -413,10 +413,10 @@ def swapped_guidance(inputs):
 
 
 def higher_sigma(inputs):
-    """The input of a denoiser that takes sigma for three times its value."""
+    """The input of a denoiser that takes sigma for six times its value."""
     sigmas = training_sigmas(TINY_SPEC.alphas_cumprod)  # Stable Diffusion's, as the model's are
     sigma = float(np.interp(inputs["timesteps"][0], np.arange(len(sigmas)), sigmas))
-    wrong = 3 * sigma
+    wrong = 6 * sigma  # noise in every step mends what three times does
     scale = np.float32(math.hypot(1, sigma) / math.hypot(1, wrong))
     timesteps = np.full_like(inputs["timesteps"], timestep_of(wrong, sigmas))
     return inputs | {"latents": scale * inputs["latents"], "timesteps": timesteps}
