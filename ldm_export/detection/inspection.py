@@ -17,10 +17,10 @@ from ldm_export.intake.folder import is_diffusers_folder
 from ldm_export.intake.opening import open_model
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.torch_archive import ZIP_MAGIC
 from ldm_runtime.tensor_files.torch_legacy import is_torch_legacy
 from ldm_runtime.tensor_files.zip_directory import read_zip_directory
 
-_ZIP_MAGIC = b"PK\x03\x04"
 _SAFETENSORS_LENGTH_BYTES = 8
 _SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".gguf"})
 _LONG = 500  # characters of a value of metadata, which may be an image
@@ -67,7 +67,7 @@ def _is_named_so(path: Path) -> bool:
 def _looks_like_checkpoint(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    if head.startswith(_ZIP_MAGIC):
+    if head.startswith(ZIP_MAGIC):
         return _holds_pickle(path)
     return is_torch_legacy(head) or _is_safetensors(head)
 

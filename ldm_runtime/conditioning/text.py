@@ -97,6 +97,8 @@ def used_inversions(tokenizer: Tokenizer | None, request: ResolvedRequest) -> Ma
     condition = request.condition
     if tokenizer is None or not isinstance(condition, PromptCondition):
         return {}
+    if not tokenizer.learned_words:  # spares every other request a second look at its prompts
+        return {}
     texts = (condition.prompt, condition.negative_prompt)
     found = {token for text in texts for token in tokenizer.token_ids(text)}
     words = tokenizer.learned_words

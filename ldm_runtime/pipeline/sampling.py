@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -30,7 +30,7 @@ from ldm_runtime.requests.resolved import (
 )
 from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import Denoise, NoiseSampler
-from ldm_runtime.schedules import earlier_sigma, initial_scale, timestep_at
+from ldm_runtime.schedules import SigmaTable, earlier_sigma, initial_scale, timestep_at
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import runs_in_patches
 from ldm_runtime.tiling.patches import over_patches
@@ -113,13 +113,13 @@ def sample_latents(  # noqa: PLR0913  (the parts of a run)
     steps = request.passes[0].steps
     sigmas = request.sigmas[steps.start :]
     noise, noise_sampler = _noise(request, spec, images)
-    table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
+    table = _table(spec, request)
     base = Expert(open_unet=lambda: engine, conditioning=conditioning, spec=spec)
-    denoise = _denoiser(base, request, len(images))
+    denoise = _denoiser(base, request, len(images), table)
     if refiner is not None and isinstance(request.refiner, Refiner):
         denoise = RefinedDenoiser(
             denoise,
-            partial(_denoiser, refiner, request, len(images)),
+            lambda: _denoiser(refiner, request, len(images), _table(refiner.spec, request)),
             first_timestep=timestep_at(table, request.refiner.start),
             training_sigmas=table,
         )
@@ -244,8 +244,11 @@ class _UNet:
     def __init__(self, engine: Runner, conditioning: Conditioning, *, in_patches: bool) -> None:
         self._engine = engine
         self._concat = conditioning.concat
-        self._rows = {"vector": conditioning.vector, "guidance": conditioning.guidance}
-        self._class_labels = conditioning.class_labels
+        self._rows: dict[str, npt.NDArray[Any] | None] = {
+            "vector": conditioning.vector,
+            "guidance": conditioning.guidance,
+            "class_labels": conditioning.class_labels,
+        }
         self._in_patches = in_patches
         self._bound: list[tuple[Float32Array, Runner]] = []
 
@@ -275,8 +278,6 @@ class _UNet:
         for name, rows in self._rows.items():
             if rows is not None:
                 constants[name] = rows[-len(context) :]
-        if self._class_labels is not None:
-            constants["class_labels"] = np.repeat(self._class_labels, len(context))
         runner = bind_constants(self._engine, constants)
         self._bound.append((context, runner))
         return runner
@@ -284,21 +285,26 @@ class _UNet:
 
 def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
     """Return the conditioning of a batch of `count` images, with a row for each of its samples."""
-    parts = conditioning.context, conditioning.vector, conditioning.concat, conditioning.guidance
-    samples = max(len(rows) for rows in (*parts, ()) if rows is not None)
-    context, vector, concat, guidance = (
-        None if rows is None else np.repeat(rows, count * samples // len(rows), axis=0)
-        for rows in parts
-    )
-    return replace(conditioning, context=context, vector=vector, concat=concat, guidance=guidance)
+    parts = {each.name: getattr(conditioning, each.name) for each in fields(conditioning)}
+    present = {name: rows for name, rows in parts.items() if rows is not None}
+    samples = max(map(len, present.values()), default=0)
+    repeated = {
+        name: np.repeat(rows, count * samples // len(rows), axis=0)
+        for name, rows in present.items()
+    }
+    return replace(conditioning, **repeated)
 
 
-def _denoiser(expert: Expert, request: ResolvedRequest, count: int) -> Denoise:
+def _table(spec: ModelSpec, request: ResolvedRequest) -> SigmaTable:
+    return sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
+
+
+def _denoiser(expert: Expert, request: ResolvedRequest, count: int, table: SigmaTable) -> Denoise:
     """Return the denoiser of a model for a batch of images."""
     spec, conditioning = expert.spec, _repeated(expert.conditioning, count)
     return GuidedDenoiser(
         network=_UNet(expert.open_unet(), conditioning, in_patches=runs_in_patches(spec)),
-        training_sigmas=sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr),
+        training_sigmas=table,
         context=conditioning.context,
         guidance_scale=request.classifier_free_scale,
         image_guidance_scale=request.image_guidance_scale,
