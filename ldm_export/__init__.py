@@ -26,6 +26,7 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     text_encoder: str | Path | None = None,
     text_encoder_2: str | Path | None = None,
     tiny_decoder: str | Path | None = None,
+    image_normalizer: str | Path | None = None,
     progress: "Progress | None" = None,
 ) -> "Manifest":
     """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out … --engines none`.
@@ -45,6 +46,8 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         text_encoder: File or folder of a CLIP text encoder that does likewise.
         text_encoder_2: File or folder of the second text encoder of SDXL, likewise.
         tiny_decoder: File or folder of a TAESD that the bundle can decode with as well.
+        image_normalizer: File or folder of diffusers with mean and standard deviation of embeddings
+            of images, which files of Stable Diffusion 2.1 unCLIP L lack.
         progress: Told when steps begin and end.
 
     Raises:
@@ -70,5 +73,6 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
         text_encoder=None if text_encoder is None else Path(text_encoder),
         text_encoder_2=None if text_encoder_2 is None else Path(text_encoder_2),
         tiny_decoder=None if tiny_decoder is None else Path(tiny_decoder),
+        image_normalizer=None if image_normalizer is None else Path(image_normalizer),
     )
     return export_bundle(options, progress=progress)

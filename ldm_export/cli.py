@@ -125,6 +125,13 @@ def _add_model_flags(parser: Parser) -> None:
         help="TAESD decoder to take along, for images decoded with --decoder tiny, likewise",
     )
     features.add_argument(
+        "--image-normalizer",
+        type=Path,
+        metavar="FILE",
+        help="mean and standard deviation of embeddings of images, which files of Stable Diffusion "
+        "2.1 unCLIP L lack, likewise",
+    )
+    features.add_argument(
         "--weights",
         choices=("ema", "model"),
         help="moving averages or last weights of training (default: what the configuration's "
@@ -252,6 +259,7 @@ def _export(args: argparse.Namespace) -> None:
         text_encoder=args.text_encoder,
         text_encoder_2=args.text_encoder_2,
         tiny_decoder=args.tiny_decoder,
+        image_normalizer=args.image_normalizer,
     ):
         pass
     from ldm_export.bundle import estimate_export, export_bundle
@@ -295,6 +303,7 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
         fp16=args.fp16,
         vae=args.vae,
         tiny_decoder=args.tiny_decoder,
+        image_normalizer=args.image_normalizer,
         text_encoder=args.text_encoder,
         text_encoder_2=args.text_encoder_2,
     )

@@ -20,6 +20,7 @@ _NEEDS: Mapping[Task, tuple[str, ...]] = MappingProxyType(
         "inpainting": ("--image", "photo.png", "--mask-image", "mask.png"),
         "text-inpainting": ("a red circle", "--image", "photo.png", "--mask-image", "mask.png"),
         "image-editing": ("make it a red circle", "--image", "photo.png"),
+        "image-variation": ("--image", "photo.png"),
         "retrieval": ("--embeddings", "vectors.npy"),
         "autoencoder": ("--image", "photo.png"),
     }

@@ -35,7 +35,7 @@ from ldm_runtime.specs.model import ModelSpec, PredictionType, components_of
 _LOGGER = logging.getLogger(__name__)
 
 #: Raised whenever the same checkpoint would give another bundle, so that nothing stale is reused.
-CACHE_VERSION = 14
+CACHE_VERSION = 15
 _SAMPLING_FIELDS = ("defaults", "prediction_type", "label_names")
 _PACKAGES = ("ldm-deploy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -58,6 +58,7 @@ class ExportOptions:
         text_encoder: File or folder of a CLIP text encoder that does likewise.
         text_encoder_2: File or folder of the second text encoder of SDXL, likewise.
         tiny_decoder: File or folder of a TAESD that the bundle can decode with as well.
+        image_normalizer: File or folder with the statistics of embeddings of images.
     """
 
     checkpoint: Path
@@ -72,6 +73,7 @@ class ExportOptions:
     text_encoder: Path | None = None
     text_encoder_2: Path | None = None
     tiny_decoder: Path | None = None
+    image_normalizer: Path | None = None
 
     def __post_init__(self) -> None:
         if self.weights_dtype not in get_args(WeightsDType):
@@ -217,6 +219,7 @@ def open_checkpoint_of(options: ExportOptions) -> Checkpoint:
         text_encoder=options.text_encoder,
         text_encoder_2=options.text_encoder_2,
         tiny_decoder=options.tiny_decoder,
+        image_normalizer=options.image_normalizer,
     )
 
 

@@ -32,6 +32,7 @@ def as_spec(model: ReleasedModel) -> ModelSpec:
         alphas_cumprod=tuple(alphas),
         prediction_type="epsilon",
         null_prompt="encoded",
+        noise_augmentation=None,
         defaults=SamplingDefaults(
             height=side,
             width=side,

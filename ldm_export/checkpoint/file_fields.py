@@ -1,7 +1,10 @@
 """The features that a checkpoint's own files state about the model, next to its weights."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from ldm_runtime.specs.model import NullPrompt, PredictionType
 
@@ -23,6 +26,16 @@ class StatedSchedule:
     betas: tuple[float, ...] | None = None
 
 
+def cosine_betas(number: int) -> tuple[float, ...]:
+    """Return the betas of Nichol and Dhariwal 2021 (arXiv:2102.09672), equation 17, up to 0.999.
+
+    Configurations call that schedule "squaredcos_cap_v2".
+    """
+    times = np.arange(number + 1, dtype=np.float64) / number
+    alphas = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+    return tuple(np.minimum(1 - alphas[1:] / alphas[:-1], 0.999).tolist())
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileFields:
     """The features that a checkpoint's files state; None where they say nothing.
@@ -42,6 +55,12 @@ class FileFields:
             text encoder. Stable Diffusion 2 reads OpenCLIP one layer before its end: single files
             hold all 24 layers, a diffusers folder the 23 that are run, after the last of which the
             final LayerNorm follows.
+        image_num_heads: Attention heads of the image encoder.
+        image_activation: Feed-forward activation of the image encoder.
+        image_size: Pixels per side that images are resized to for the image encoder.
+        pixel_mean: Mean of red, green and blue for the image encoder …
+        pixel_std: … and their standard deviation.
+        augmentation_schedule: Noise schedule of the embeddings of images.
         null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
     """
 
@@ -56,4 +75,10 @@ class FileFields:
     text_num_heads: int | None = None
     text_activation: Literal["quick_gelu", "gelu"] | None = None
     text_layers_trimmed: bool = False
+    image_num_heads: int | None = None
+    image_activation: Literal["quick_gelu", "gelu"] | None = None
+    image_size: int | None = None
+    pixel_mean: tuple[float, float, float] | None = None
+    pixel_std: tuple[float, float, float] | None = None
+    augmentation_schedule: StatedSchedule | None = None
     null_prompt: NullPrompt | None = None

@@ -1,4 +1,4 @@
-"""The hyperparameters of conditioners: text encoder, class embedder, segmentation encoder."""
+"""The hyperparameters of conditioners: encoders of text, images, classes and segmentation maps."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,6 +10,7 @@ from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.overrides import Sources, assumed, first_stated
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
+from ldm_export.hyperparameters.image_encoder import read_image_encoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.text_encoders import (
     ClipShapes,
@@ -21,6 +22,7 @@ from ldm_runtime.specs.model import Assumption
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    ImageEncoderSpec,
     NetworkSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
@@ -31,6 +33,10 @@ _WORDPIECE_PADDING = 0
 #: open_clip fills prompts up with zeros, and its encoders here have the exact GELU
 #: (`model_configs/ViT-H-14.json` and `ViT-bigG-14.json` of mlfoundations/open_clip, 89fb801).
 _OPENCLIP_PADDING = 0
+#: Mean and standard deviation of red, green and blue in the training images of OpenAI's CLIP, which
+#: OpenCLIP took over (`clip.py` of openai/CLIP, `constants.py` of open_clip).
+_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def text_encoder_record(
@@ -64,6 +70,45 @@ def second_text_encoder_record(
     return spec, [
         replace(each, field=each.field.replace("text_encoder", "text_encoder_2")) for each in notes
     ]
+
+
+def image_encoder_record(
+    sources: Sources, shapes: Shapes, _autoencoder: AutoencoderSpec
+) -> tuple[ImageEncoderSpec, list[Assumption]]:
+    """Return the record of CLIP's image encoder, and its assumptions.
+
+    Raises:
+        WeightsError: Tensors are missing or contradict each other, or what the files say of images.
+    """
+    vision, family, file = read_image_encoder(shapes), sources.family, sources.file
+    if file.image_size not in (None, vision.image_size):
+        raise WeightsError(
+            f"the feature extractor makes images of {file.image_size} pixels per side, but the "
+            f"image encoder takes {vision.image_size}; they do not belong to one model"
+        )
+    num_heads, of_heads = first_stated(
+        "image_encoder.num_heads",
+        None,
+        None,
+        max(1, vision.width // family.image_head_channels),
+        file=file.image_num_heads,
+    )
+    activation, of_activation = first_stated(
+        "image_encoder.activation", None, None, family.image_activation, file=file.image_activation
+    )
+    spec = ImageEncoderSpec(
+        width=vision.width,
+        num_layers=vision.num_layers,
+        num_heads=num_heads,
+        feed_forward_dim=vision.feed_forward_dim,
+        activation=activation,
+        patch_size=vision.patch_size,
+        image_size=vision.image_size,
+        embed_dim=vision.embed_dim,
+        pixel_mean=file.pixel_mean or _PIXEL_MEAN,
+        pixel_std=file.pixel_std or _PIXEL_STD,
+    )
+    return spec, [of_heads, of_activation]
 
 
 def class_embedder_record(
@@ -125,6 +170,7 @@ CONDITIONER_READERS: Mapping[
     {
         "text_encoder": text_encoder_record,
         "text_encoder_2": second_text_encoder_record,
+        "image_encoder": image_encoder_record,
         "class_embedder": class_embedder_record,
         "segmentation_encoder": segmentation_encoder_record,
     }

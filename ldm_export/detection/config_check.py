@@ -32,7 +32,9 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "BERTEmbedder": ("text-to-image", "layout-to-image"),
     "SpatialRescaler": ("semantic-synthesis",),
     "FrozenCLIPEmbedder": ("text-to-image", "text-inpainting", "image-editing"),
-    "FrozenOpenCLIPEmbedder": ("text-to-image", "text-inpainting", "text-super-resolution"),
+    "FrozenOpenCLIPEmbedder": (
+        *("text-to-image", "text-inpainting", "text-super-resolution", "image-variation"),
+    ),
 }
 #: Kind of each autoencoder of CompVis, likewise. Under a UNet, `VQModel` would decode without its
 #: codebook; as in all released models, only `VQModelInterface` is exported there.
@@ -194,4 +196,6 @@ def _conditioning_key(spec: ModelSpec) -> str:
     assert spec.unet is not None  # called for models with a UNet only
     if spec.unet.context_dim is None:
         return "concat"
-    return "hybrid" if spec.unet.concat_channels else "crossattn"
+    key = "hybrid" if spec.unet.concat_channels else "crossattn"
+    takes_vector = spec.unet.vector_dim is not None or spec.unet.num_classes is not None
+    return f"{key}-adm" if takes_vector else key

@@ -3,7 +3,7 @@
 from ldm_export.errors import ExportError, WeightsError
 from ldm_runtime.specs.micro_conditioning import pooled_length, vector_lengths
 from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, size_step
-from ldm_runtime.specs.networks import SegmentationEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import ImageEncoderSpec, SegmentationEncoderSpec, UNetSpec
 from ldm_runtime.specs.plausible import implausible_fields
 
 _NOT_ONE_MODEL = "they do not belong to one model"
@@ -55,7 +55,17 @@ def _check_context(spec: ModelSpec, unet: UNetSpec) -> None:
 
 
 def _check_vector(spec: ModelSpec, unet: UNetSpec) -> None:
-    """Check that the UNet takes a vector as long as pooled prompt and sizes make it."""
+    """Check that the UNet takes a vector as long as its conditions make it."""
+    encoder = spec.find(ImageEncoderSpec)
+    if encoder is not None:
+        expected = 2 * encoder.embed_dim
+        if unet.vector_dim != expected:
+            raise WeightsError(
+                f"the UNet takes a vector of {unet.vector_dim or 0} numbers "
+                f"(label_emb.0.0.weight), but the embedding of an image and its noise level are "
+                f"{expected}; {_NOT_ONE_MODEL}"
+            )
+        return
     known = vector_lengths(spec).values()
     if unet.vector_dim is not None and unet.vector_dim not in known:
         raise WeightsError(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ldm_export.checkpoint.file_fields import StatedSchedule
 from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
 from ldm_runtime.schedules import without_infinite_noise
@@ -98,6 +99,18 @@ class NoiseSchedule:
     alphas_cumprod: tuple[float, ...]
     formula: ComputedSchedule | None
     ends_in_noise: bool = False
+
+
+def computed_schedule(stated: StatedSchedule) -> ComputedSchedule:
+    """Return the schedule that a scheduler's configuration states."""
+    if stated.betas is not None:
+        return ListedBetas(betas=stated.betas, source="file")
+    return ScheduleFormula(
+        linear_start=stated.linear_start,
+        linear_end=stated.linear_end,
+        num_train_timesteps=stated.num_train_timesteps,
+        source="file",
+    )
 
 
 def read_schedule(tensors: Tensors, formula: ComputedSchedule) -> NoiseSchedule:

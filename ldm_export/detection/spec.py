@@ -8,14 +8,16 @@ import logging
 import math
 from typing import TypeVar
 
-from ldm_export.checkpoint.file_fields import FileFields, StatedSchedule
+from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
 from ldm_export.detection.labels import label_names_of
+from ldm_export.detection.noise_augmentation import read_noise_augmentation
 from ldm_export.detection.noise_schedule import (
     ComputedSchedule,
     ListedBetas,
     ScheduleFormula,
+    computed_schedule,
     read_schedule,
 )
 from ldm_export.detection.overrides import Overrides, Sources, assumed, first_stated
@@ -32,6 +34,7 @@ from ldm_runtime.specs.model import Assumption, ModelSpec, NullPrompt, Predictio
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    ImageEncoderSpec,
     Networks,
     UNetSpec,
 )
@@ -77,7 +80,7 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         tiny_autoencoder=None if tiny is None else read_tiny_autoencoder(tiny, autoencoder),
         **conditioners,
     )
-    embedder = networks.find(ClassEmbedderSpec)
+    embedder, encoder = networks.find(ClassEmbedderSpec), networks.find(ImageEncoderSpec)
     has_null = embedder is None or embedder.null_class is not None
     prediction_type = _prediction_type(sources, unet, notes)
     return ModelSpec(
@@ -88,6 +91,9 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         alphas_cumprod=() if unet is None else notes.keep(_schedule(sources, prediction_type)),
         prediction_type=prediction_type,
         null_prompt=_null_prompt(sources, notes),
+        noise_augmentation=None
+        if encoder is None
+        else notes.keep(read_noise_augmentation(sources, encoder.embed_dim)),
         defaults=notes.keep(
             read_defaults(sources, autoencoder.factor, prediction_type, has_null=has_null)
         ),
@@ -212,23 +218,12 @@ def _stated_schedule(sources: Sources) -> ComputedSchedule:
         return ListedBetas(betas=config.given_betas)
     given = (config.linear_start, config.linear_end, config.num_train_timesteps)
     if given == (None, None, None) and sources.file.schedule is not None:
-        return _schedule_of_file(sources.file.schedule)
+        return computed_schedule(sources.file.schedule)
     return ScheduleFormula(
         linear_start=config.linear_start or family.linear_start,
         linear_end=config.linear_end or family.linear_end,
         num_train_timesteps=config.num_train_timesteps or family.num_train_timesteps,
         source="family" if given == (None, None, None) else "config",
-    )
-
-
-def _schedule_of_file(stated: StatedSchedule) -> ComputedSchedule:
-    if stated.betas is not None:
-        return ListedBetas(betas=stated.betas, source="file")
-    return ScheduleFormula(
-        linear_start=stated.linear_start,
-        linear_end=stated.linear_end,
-        num_train_timesteps=stated.num_train_timesteps,
-        source="file",
     )
 
 

@@ -58,6 +58,10 @@ class FamilyDefaults:
         linear_end: … and the last, after …
         num_train_timesteps: … this number of steps.
         clip_activation: Feed-forward activation of a CLIP text encoder.
+        image_head_channels: Channels per head of CLIP's image encoder, …
+        image_activation: … and its feed-forward activation.
+        normalises_embeddings: Whether noise is added to embeddings of images that are normalised by
+            the statistics of many, which no checkpoint of the family holds.
         text_layers_left_out: Last layers of a CLIP text encoder that context does not pass …
         text_final_norm: … and whether it passes the final LayerNorm.
         null_class: The null class, or None if there is none.
@@ -94,6 +98,9 @@ class FamilyDefaults:
     eta: float
     schedule: str | None = None
     other_latent_sizes: tuple[int, ...] = ()
+    image_head_channels: int = 64
+    image_activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    normalises_embeddings: bool = False
     text_layers_left_out: int = 0
     text_final_norm: bool = True
     null_prompt: NullPrompt = "encoded"
@@ -198,6 +205,9 @@ def openclip(prefix: str, component: str = "text_encoder") -> tuple[Assignment, 
     )
 
 
+#: Beginning of the names of what adds noise to the embedding of an image.
+NOISE_AUGMENTOR_PREFIX = "noise_augmentor."
+IMAGE_ENCODER = (assignment("image_encoder", "embedder.model.visual."),)
 #: Beginning of the names of a tiny autoencoder, which any model may have in addition.
 TINY_AUTOENCODER_PREFIX = "tiny_autoencoder."
 TINY_DECODER = assignment("tiny_decoder", f"{TINY_AUTOENCODER_PREFIX}decoder.", "decoder.")

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from ldm_export.families.records import (
     AUTOENCODER,
     CLIP,
+    IMAGE_ENCODER,
     UNET,
     Assignment,
     Expected,
@@ -86,6 +87,28 @@ _X4_UPSCALER = replace(
     siblings={},
 )
 
+#: `stableunclip.py` samples so, from the moving averages. Heads of OpenCLIP's ViT-H have 80
+#: channels (`model_configs/ViT-H-14.json` of mlfoundations/open_clip, 89fb801).
+_UNCLIP_H = replace(
+    _SD_2,
+    task="image-variation",
+    weights="ema",
+    num_inference_steps=20,
+    guidance_scale=10.0,
+    image_head_channels=80,
+    image_activation="gelu",
+    siblings={},
+)
+#: Its image encoder is OpenAI's ViT-L. The configuration says `use_ema: False`, and takes mean and
+#: standard deviation of embeddings from a file of its own (`clip_stats_path`).
+_UNCLIP_L = replace(
+    _UNCLIP_H,
+    weights="model",
+    image_head_channels=64,
+    image_activation="quick_gelu",
+    normalises_embeddings=True,
+)
+
 #: Context of both text encoders is the output of the last layer but one, without LayerNorm. An
 #: empty negative prompt is zeros (`force_uc_zero_embeddings`), but not in the refiner.
 _SDXL = replace(
@@ -134,6 +157,27 @@ def _stable_diffusion_2(
         unused=((rf"{re.escape(prefix)}text_projection", FOR_COMPARING), *unused),
         **{"projection": "linear", "conditioner": conditioner, **features},
     )
+
+
+def _unclip(name: str, family_defaults: FamilyDefaults, vector_width: int) -> Family:
+    """Return a row of Stable Diffusion 2 that varies an image, whose encoder it has."""
+    row = _stable_diffusion_2(
+        name,
+        "openclip",
+        "cond_stage_model.model.",
+        family_defaults,
+        unused=(
+            (r"noise_augmentor\..*", "noise schedule of embeddings, recorded in the bundle"),
+            (
+                r"embedder\.model\.(?!visual\.).*",  # the text tower, whole or in part
+                FOR_COMPARING,
+            ),
+        ),
+        vector="mlp",
+        vector_width=vector_width,
+        extra="image embedder",
+    )
+    return replace(row, assignments=row.assignments + IMAGE_ENCODER)
 
 
 def _sdxl(
@@ -213,8 +257,8 @@ SD_FAMILIES: tuple[Family, ...] = (
         vector="embedding",
         extra=("none", "low-resolution image"),
     ),
-    recognised("stable-diffusion-2-unclip-h", projection="linear", vector="mlp", vector_width=2048),
-    recognised("stable-diffusion-2-unclip-l", projection="linear", vector="mlp", vector_width=1536),
+    _unclip("stable-diffusion-2-unclip-h", _UNCLIP_H, vector_width=2048),
+    _unclip("stable-diffusion-2-unclip-l", _UNCLIP_L, vector_width=1536),
     _sdxl("stable-diffusion-xl", _SDXL, _SDXL_TEXT, conditioner="clip + openclip"),
     _sdxl(
         "stable-diffusion-xl-inpainting",

@@ -89,7 +89,9 @@ def measure_prediction(
     _warn_of_spread(float(latents.std()), spec.autoencoder.latent_scale_factor)
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
     conditioning = [
-        encode_conditioning(network, tokenizer, unguided_request(spec, image), spec)
+        encode_conditioning(network, tokenizer, unguided_request(spec, image), spec).of_images(
+            range(1)
+        )
         for image in images
     ]
     signals = np.sqrt(np.array(spec.alphas_cumprod))

@@ -71,6 +71,8 @@ def unguided_request(spec: ModelSpec, image: Pixels) -> ResolvedRequest:
     match spec.task:
         case "text-to-image":
             inputs = {"prompt": ""}
+        case "image-variation":
+            inputs = {"image": InputImage(image)}
         case "text-inpainting":
             inputs |= {"prompt": "", "image": InputImage(image)}
         case "image-editing":
@@ -206,6 +208,15 @@ def _prompts_and_images(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
         yield {**prompts, "image": _image(seed, size), **scale}
 
 
+def _prompts_and_images_to_vary(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield images of several proportions, with noise of several levels on their embeddings."""
+    height, width = size
+    levels: tuple[Inputs, ...] = ({}, {"noise_level": 500}, {"noise_level": 50})
+    sizes = ((height, width), (height, width // 2), (height // 2, width))
+    for seed, (prompts, level) in enumerate(zip(_prompts(spec, size), levels, strict=True)):
+        yield {**prompts, "image": _image(seed, sizes[seed]), **level}
+
+
 def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield one, two and four vectors, of the length that CLIP's have in practice."""
     del size
@@ -245,6 +256,7 @@ _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingP
         "inpainting": _masked_images,
         "text-inpainting": _prompts_and_masked_images,
         "image-editing": _prompts_and_images,
+        "image-variation": _prompts_and_images_to_vary,
         "retrieval": _neighbours,
         "autoencoder": _whole_images,
     }

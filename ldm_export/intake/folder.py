@@ -17,11 +17,13 @@ from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.errors import CheckpointError, UnknownModelError
 from ldm_export.intake.autoencoder_names import autoencoder_names
 from ldm_export.intake.component import StoredComponent, open_component
+from ldm_export.intake.image_encoders import image_encoder_of, image_normalizer_of
 from ldm_export.intake.json_files import Entries, read_json
 from ldm_export.intake.renaming import renamed
 from ldm_export.intake.statements import (
     autoencoder_fields,
     downsampling_factor,
+    feature_extractor_fields,
     pipeline_fields,
     scheduler_fields,
     text_encoder_fields,
@@ -32,6 +34,8 @@ from ldm_export.intake.unet_names import unet_names
 
 INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
+_NOISING_SCHEDULER = "image_noising_scheduler/scheduler_config.json"
+_FEATURE_EXTRACTOR = "feature_extractor/preprocessor_config.json"
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 #: Components that are exported, or decide what is, and the classes that they may be of.
@@ -43,6 +47,18 @@ _READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "text_encoder_2": _CLIP,
         "tokenizer": _TOKENIZERS,
         "tokenizer_2": _TOKENIZERS,
+        "image_normalizer": ("StableUnCLIPImageNormalizer",),
+    }
+)
+#: Likewise, in a pipeline that has an image normalizer; in others images do not depend on it.
+_OF_UNCLIP: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "image_encoder": ("CLIPVisionModelWithProjection",),
+        "feature_extractor": (
+            *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+            "CLIPFeatureExtractor",
+        ),
+        "image_noising_scheduler": ("DDPMScheduler",),
     }
 )
 #: Components next to the model, which images do not depend on.
@@ -101,7 +117,9 @@ def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Check
             intake.tensors |= autoencoder_of(intake.component("vae"))[0]
         _read_unet(intake, _read_autoencoder_config(intake) if "vae" in names else None)
         _read_text_encoders(intake, names, without)
-        _read_scheduler(intake)
+        if "image_normalizer" in names:
+            _read_image_encoder(intake)
+        intake.stated |= _scheduler_fields(intake, _SCHEDULER)
         intake.stated |= pipeline_fields(folder / INDEX, index)
         stack.pop_all()
     unusual = (name for each in intake.opened for name in each.unusual_globals)
@@ -128,11 +146,14 @@ def _components(folder: Path, index: Entries, without: frozenset[str]) -> frozen
         for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and value[1] is not None
     }
+    of_unclip = _OF_UNCLIP if "image_normalizer" in classes else {}
+    read, ignored = {**_READ, **of_unclip}, (_IGNORED | without) - of_unclip.keys()
     faults = [
         f"its {name} is {classes[name]!a:.60}"
         for name in classes
-        if name not in _IGNORED | without and classes[name] not in _READ.get(name, ())
+        if name not in ignored and classes[name] not in read.get(name, ())
     ]
+    faults += [f"it has no {name}" for name in of_unclip if name not in classes]
     if index.get("is_cosxl_edit"):
         faults.insert(0, "it is CosXL-Edit (is_cosxl_edit), which scales the latents of the image")
     if "unet" not in classes:
@@ -143,7 +164,7 @@ def _components(folder: Path, index: Entries, without: frozenset[str]) -> frozen
             "pipelines of Stable Diffusion are, with a UNet2DConditionModel, an AutoencoderKL and "
             "CLIP text encoders"
         )
-    return frozenset(name for name in classes if classes[name] in _READ.get(name, ()))
+    return frozenset(name for name in classes if classes[name] in read.get(name, ()))
 
 
 def _read_autoencoder_config(intake: _Intake) -> int | None:
@@ -227,8 +248,25 @@ def text_encoder_of(
     return placed(component, tensors, kind, place), fields
 
 
-def _read_scheduler(intake: _Intake) -> None:
-    path = intake.folder / _SCHEDULER
+def _read_image_encoder(intake: _Intake) -> None:
+    """Read what turns an image into the vector of the UNet, and how noise is added to it."""
+    tensors, fields = image_encoder_of(intake.component("image_encoder"))
+    intake.tensors |= tensors
+    intake.stated |= fields
+    intake.tensors |= image_normalizer_of(intake.component("image_normalizer"))
+    noise = _scheduler_fields(intake, _NOISING_SCHEDULER)
+    if "schedule" in noise:
+        intake.stated["augmentation_schedule"] = noise["schedule"]
+    path = intake.folder / _FEATURE_EXTRACTOR
     if path.is_file():
-        intake.stated |= scheduler_fields(path, read_json(path))
-        intake.files[_SCHEDULER] = path
+        intake.stated |= feature_extractor_fields(path, read_json(path))
+        intake.files[_FEATURE_EXTRACTOR] = path
+
+
+def _scheduler_fields(intake: _Intake, name: str) -> dict[str, Any]:
+    """Return what the configuration of a scheduler states; nothing if there is none."""
+    path = intake.folder / name
+    if not path.is_file():
+        return {}
+    intake.files[name] = path
+    return scheduler_fields(path, read_json(path))

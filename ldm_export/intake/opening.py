@@ -10,7 +10,7 @@ from typing import Any
 from ldm_export.checkpoint.checkpoint import Checkpoint, ComponentFiles, open_checkpoint
 from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.errors import CheckpointError
-from ldm_export.families.records import TINY_AUTOENCODER_PREFIX
+from ldm_export.families.records import NOISE_AUGMENTOR_PREFIX, TINY_AUTOENCODER_PREFIX
 from ldm_export.hyperparameters.shapes import listed
 from ldm_export.intake.autoencoder_names import AUTOENCODER_PREFIX
 from ldm_export.intake.component import StoredComponent, open_component
@@ -24,6 +24,7 @@ from ldm_export.intake.folder import (
     text_encoder_of,
     unet_of,
 )
+from ldm_export.intake.image_encoders import image_normalizer_of
 from ldm_export.intake.renaming import renamed
 from ldm_export.intake.tiny_decoder_names import tiny_decoder_names
 from ldm_export.intake.unet_names import UNET_PREFIX, is_diffusers_unet
@@ -48,7 +49,8 @@ class _Part:
     """A component from files of its own.
 
     Attributes:
-        name: "autoencoder", "text encoder", "second text encoder" or "tiny decoder".
+        name: "autoencoder", "text encoder", "second text encoder", "tiny decoder" or "image
+            normalizer".
         place: Beginning of the names in a single file of the tensors whose place it takes.
         component: Its files.
         tensors: Its tensors, by their names in a single file.
@@ -69,6 +71,7 @@ def open_model(
     text_encoder: Path | None = None,
     text_encoder_2: Path | None = None,
     tiny_decoder: Path | None = None,
+    image_normalizer: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint, a diffusers folder, or either with components from files of their own.
 
@@ -81,6 +84,8 @@ def open_model(
         text_encoder_2: File or folder of the second text encoder, likewise.
         tiny_decoder: File or folder of a TAESD in its own names or those of diffusers, of which the
             decoder is added.
+        image_normalizer: File or folder of diffusers with mean and standard deviation of embeddings
+            of images, for a checkpoint that is normalised by them and does not hold them.
 
     Raises:
         CheckpointError: A file cannot be read, or is not what it is given as.
@@ -100,6 +105,9 @@ def open_model(
             parts.append(_second_text_encoder(component, checkpoint))
         if tiny_decoder is not None:
             parts.append(_tiny_decoder(_opened(tiny_decoder, "vae", stack)))
+        if image_normalizer is not None:
+            component = _opened(image_normalizer, "image_normalizer", stack)
+            parts.append(_image_normalizer(component, checkpoint))
         stack.pop_all()
     return _with_parts(checkpoint, parts) if parts else checkpoint
 
@@ -203,6 +211,28 @@ def _tiny_decoder(component: StoredComponent) -> _Part:
         place=TINY_AUTOENCODER_PREFIX,
         component=component,
         tensors=renamed(kept, "tiny decoder", names),
+        fields={},
+    )
+
+
+def _image_normalizer(component: StoredComponent, checkpoint: Checkpoint) -> _Part:
+    """Read the statistics of embeddings of images; the noise schedule next to them stays."""
+    own = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(NOISE_AUGMENTOR_PREFIX)
+    }
+    if not own:
+        raise CheckpointError(
+            checkpoint.path,
+            f"adds no noise to embeddings of images ({NOISE_AUGMENTOR_PREFIX}*), so that "
+            "--image-normalizer means nothing to it; leave it out",
+        )
+    return _Part(
+        name="image normalizer",
+        place=NOISE_AUGMENTOR_PREFIX,
+        component=component,
+        tensors=own | image_normalizer_of(component),
         fields={},
     )
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ldm_export.checkpoint.file_fields import StatedSchedule
+from ldm_export.checkpoint.file_fields import StatedSchedule, cosine_betas
 from ldm_export.errors import CheckpointError
 from ldm_export.intake.json_files import Entries
 from ldm_runtime.specs.model import PredictionType
@@ -74,7 +74,18 @@ _AUTOENCODER: Entries = MappingProxyType(
     }
 )
 _ZEROS = "force_zeros_for_empty_prompt"
-_TEXT_ENCODER: Entries = MappingProxyType({"layer_norm_eps": 1e-5})
+_ENCODER: Entries = MappingProxyType({"layer_norm_eps": 1e-5, "num_channels": 3})
+#: Entries of CLIP's image processor; images are resized, cropped and normalised as here.
+_FEATURE_EXTRACTOR: Entries = MappingProxyType(
+    {
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "resample": 3,  # Pillow's number of BICUBIC
+    }
+)
 
 
 def pipeline_fields(path: Path, entries: Entries) -> dict[str, Any]:
@@ -172,13 +183,49 @@ def text_encoder_fields(path: Path, entries: Entries, *, openclip: bool) -> dict
     Raises:
         CheckpointError: It is not one that is exported, or a value is impossible.
     """
-    _check(path, entries, _TEXT_ENCODER)
+    _check(path, entries, _ENCODER)
     activation = entries.get("hidden_act", "quick_gelu")
     expected = ("gelu",) if openclip else ("quick_gelu", "gelu")
     if activation not in expected:
         raise _unexpected(path, "hidden_act", activation, expected)
     heads = _integers(path, "num_attention_heads", entries.get("num_attention_heads", 8))
     return {"text_num_heads": heads[0], "text_activation": activation}
+
+
+def image_encoder_fields(path: Path, entries: Entries) -> dict[str, Any]:
+    """Return what an image encoder's configuration states: heads and activation.
+
+    Raises:
+        CheckpointError: It is not one that is exported, or a value is impossible.
+    """
+    _check(path, entries, _ENCODER)
+    activation = entries.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise _unexpected(path, "hidden_act", activation, ("quick_gelu", "gelu"))
+    heads = _integers(path, "num_attention_heads", entries.get("num_attention_heads", 12))
+    return {"image_num_heads": heads[0], "image_activation": activation}
+
+
+def feature_extractor_fields(path: Path, entries: Entries) -> dict[str, Any]:
+    """Return what the configuration of CLIP's image processor states: size, mean and deviation.
+
+    Raises:
+        CheckpointError: It prepares images in another way, or a value is impossible.
+    """
+    _check(path, entries, _FEATURE_EXTRACTOR)
+    size, crop = entries.get("size", 224), entries.get("crop_size", 224)
+    short = size.get("shortest_edge") if isinstance(size, dict) else size
+    sides = [crop.get(name) for name in ("height", "width")] if isinstance(crop, dict) else [crop]
+    if any(side != short for side in sides):
+        raise _unexpected(path, "crop_size", crop, (f"the size, {short!a:.60}",))
+    fields: dict[str, Any] = {"image_size": _integers(path, "size", short)[0]}
+    for name, field in (("image_mean", "pixel_mean"), ("image_std", "pixel_std")):
+        if name in entries:
+            values = entries[name]
+            if not isinstance(values, list) or len(values) != 3:
+                raise _unexpected(path, name, values, ("three numbers",))
+            fields[field] = tuple(_positive(path, name, value) for value in values)
+    return fields
 
 
 def _schedule(path: Path, stated: Entries) -> StatedSchedule:
@@ -193,7 +240,7 @@ def _schedule(path: Path, stated: Entries) -> StatedSchedule:
     if kind == "linear":
         betas = tuple(np.linspace(start, end, number, dtype=np.float64).tolist())
     elif kind == "squaredcos_cap_v2":
-        betas = _cosine_betas(number)
+        betas = cosine_betas(number)
     elif kind != "scaled_linear":
         kinds = ("scaled_linear", "linear", "squaredcos_cap_v2")
         raise _unexpected(path, "beta_schedule", kind, kinds)
@@ -210,13 +257,6 @@ def _listed_betas(path: Path, trained: object) -> StatedSchedule:
     return StatedSchedule(
         linear_start=betas[0], linear_end=betas[-1], num_train_timesteps=len(betas), betas=betas
     )
-
-
-def _cosine_betas(number: int) -> tuple[float, ...]:
-    """Return the betas of Nichol and Dhariwal 2021 (arXiv:2102.09672), equation 17, up to 0.999."""
-    times = np.arange(number + 1, dtype=np.float64) / number
-    alphas = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
-    return tuple(np.minimum(1 - alphas[1:] / alphas[:-1], 0.999).tolist())
 
 
 def _heads(path: Path, entries: Entries) -> dict[str, Any]:

@@ -23,9 +23,14 @@ _PREFIX = re.compile(
     r"^(cond_stage_model\.transformer\.|conditioner\.embedders\.0\.transformer\.)?(text_model\.)?"
 )
 _PROJECTION = "text_projection.weight"
+#: Projections that open_clip applies from the right.
+_TRANSPOSED: Mapping[str, str] = MappingProxyType(
+    {_PROJECTION: "text_projection", "visual_projection.weight": "proj"}
+)
 _POSITIONS = "embeddings.position_ids"
 
-_OPENCLIP: Mapping[str, str] = MappingProxyType(
+#: Tensors outside the layers of a text encoder.
+TEXT_TENSORS: Mapping[str, str] = MappingProxyType(
     {
         "embeddings.token_embedding.weight": "token_embedding.weight",
         "embeddings.position_embedding.weight": "positional_embedding",
@@ -70,17 +75,20 @@ def clip_tensors(tensors: Tensors, prefix: str) -> dict[str, StoredTensor]:
     }
 
 
-def openclip_tensors(tensors: Tensors, prefix: str) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Return an OpenCLIP text encoder under its names in a single file, and unknown names.
+def openclip_tensors(
+    tensors: Tensors, prefix: str, outside: Mapping[str, str] = TEXT_TENSORS
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Return one of OpenCLIP's encoders under its names in a single file, and unknown names.
 
     Args:
-        tensors: By the names of `plain_names`.
+        tensors: By the names of `plain_names`, or those of an image encoder.
         prefix: Beginning of the names, such as "cond_stage_model.model.".
+        outside: New names, by old ones, of the tensors outside its layers and its projection.
     """
     renamed: dict[str, StoredTensor] = {}
     unknown = []
     for name, tensor in tensors.items():
-        found = _renamed(name, tensor, tensors)
+        found = _renamed(name, tensor, tensors, outside)
         if found is None:
             unknown.append(name)
         else:
@@ -88,12 +96,14 @@ def openclip_tensors(tensors: Tensors, prefix: str) -> tuple[dict[str, StoredTen
     return renamed, unknown
 
 
-def _renamed(name: str, tensor: StoredTensor, tensors: Tensors) -> tuple[str, StoredTensor] | None:
+def _renamed(
+    name: str, tensor: StoredTensor, tensors: Tensors, outside: Mapping[str, str]
+) -> tuple[str, StoredTensor] | None:
     """Return the name and the tensor that a tensor becomes, or None if it is not known."""
-    if name in _OPENCLIP:
-        return _OPENCLIP[name], tensor
-    if name == _PROJECTION:
-        return "text_projection", TransposedTensor(tensor=tensor)
+    if name in outside:
+        return outside[name], tensor
+    if name in _TRANSPOSED:
+        return _TRANSPOSED[name], TransposedTensor(tensor=tensor)
     match = _LAYER.fullmatch(name)
     if match is None:
         return None

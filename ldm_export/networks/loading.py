@@ -15,7 +15,7 @@ from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
-from ldm_export.networks.openclip import OpenClipTextEncoder
+from ldm_export.networks.openclip import ClipImageEncoder, OpenClipTextEncoder
 from ldm_export.networks.tiny_autoencoder import TinyDecoder
 from ldm_export.networks.unet import UNet
 from ldm_runtime.specs.components import COMPONENTS
@@ -23,6 +23,7 @@ from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    ImageEncoderSpec,
     NetworkSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
@@ -49,6 +50,7 @@ class Weight(Protocol):
 _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyType(
     {
         TextEncoderSpec: lambda record: _TEXT_ENCODERS[record.kind](record),
+        ImageEncoderSpec: ClipImageEncoder,
         ClassEmbedderSpec: ClassEmbedder,
         SegmentationEncoderSpec: SpatialRescaler,
         UNetSpec: UNet,

@@ -1,8 +1,8 @@
-"""The OpenCLIP text transformers that Stable Diffusion 2 and SDXL are conditioned on.
+"""OpenCLIP's text encoders, of Stable Diffusion 2 and SDXL, and CLIP's image encoders.
 
 Architecture: that of `clip` (Radford et al. 2021, arXiv:2103.00020, section 2.4). Parameter names
-are those of open_clip's text tower, in which query, key and value are one matrix and the projection
-of the pooled output is applied from the right.
+are those of open_clip's two towers, which OpenAI's image encoders have, too: query, key and value
+are one matrix, and the projection of the output is applied from the right.
 """
 
 from collections import OrderedDict
@@ -12,38 +12,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_export.networks.clip import QuickGelu, embed_tokens, end_of_text, skip_to
-from ldm_runtime.specs.networks import TextEncoderSpec
+from ldm_runtime.specs.networks import ImageEncoderSpec, TextEncoderSpec
 
 
 class PackedAttention(nn.Module):
-    """Causal multi-head self-attention; query, key and value are rows of one matrix."""
+    """Multi-head self-attention; query, key and value are rows of one matrix."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, causal: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map (B, T, width) to the same shape; token i attends to tokens 0 to i."""
+        """Map (B, T, width) to the same shape; if causal, token i attends to tokens 0 to i."""
         packed = F.linear(hidden, self.in_proj_weight, self.in_proj_bias)
         query, key, value = (
             torch.unflatten(part, 2, (self.num_heads, -1)).transpose(1, 2)
             for part in packed.chunk(3, 2)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each pre-normalised and residual."""
+    """Attention, causal in text, and feed-forward, each pre-normalised and residual."""
 
-    def __init__(self, spec: TextEncoderSpec) -> None:
+    def __init__(self, spec: TextEncoderSpec | ImageEncoderSpec) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(spec.width)
-        self.attn = PackedAttention(spec.width, spec.num_heads)
+        causal = isinstance(spec, TextEncoderSpec)
+        self.attn = PackedAttention(spec.width, spec.num_heads, causal=causal)
         self.ln_2 = nn.LayerNorm(spec.width)
         self.mlp = nn.Sequential(
             OrderedDict(
@@ -63,7 +65,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """The stack, one level deeper because the checkpoint's names are."""
 
-    def __init__(self, spec: TextEncoderSpec) -> None:
+    def __init__(self, spec: TextEncoderSpec | ImageEncoderSpec) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
 
@@ -114,3 +116,28 @@ class OpenClipTextEncoder(nn.Module):
             @ self.text_projection
         )
         return context, pooled
+
+
+class ClipImageEncoder(nn.Module):
+    """Pixels to the embedding of an image: CLIP's vision transformer."""
+
+    def __init__(self, spec: ImageEncoderSpec) -> None:
+        super().__init__()
+        patch, width = spec.patch_size, spec.width
+        self.conv1 = nn.Conv2d(spec.in_channels, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(spec.num_tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Blocks(spec)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.empty(width, spec.embed_dim))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map normalised pixels (B, 3, image_size, image_size) to embeddings (B, embed_dim)."""
+        patches = self.conv1(pixels).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(pixels.shape[0], 1, -1)
+        hidden: Tensor = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            hidden = block(hidden)
+        embedding: Tensor = self.ln_post(hidden[:, 0]) @ self.proj
+        return embedding

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 from ldm_runtime.specs.model import ModelSpec, components_of
-from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ImageEncoderSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 
 _BERT_HEAD_CHANNELS = 64  # whatever the width
 
@@ -52,6 +57,8 @@ def network_work(
             prompts = min(rows // images, component.samples_per_image)
             work[name] = text_encoder_work(encoder).rows(prompts)
             tokens = encoder.max_tokens
+        if isinstance(encoder, ImageEncoderSpec):
+            work[name] = image_encoder_work(encoder)
     if spec.unet is not None:
         work["unet"] = unet_work(spec.unet, height, width, tokens).rows(rows)
     work["vae_decoder"] = decoder_work(spec.autoencoder, height, width).rows(images)
@@ -114,15 +121,7 @@ def text_encoder_work(spec: TextEncoderSpec) -> Work:
     width, tokens = spec.width, spec.max_tokens
     is_bert = spec.kind == "bert"
     inner = spec.num_heads * _BERT_HEAD_CHANNELS if is_bert else width
-    layer = _sum(
-        _norm(width),
-        *[_linear(width, inner, tokens, bias=not is_bert)] * 3,
-        _attention(tokens, tokens, inner),
-        _linear(inner, width, tokens),
-        _norm(width),
-        _linear(width, spec.feed_forward_dim, tokens),
-        _linear(spec.feed_forward_dim, width, tokens),
-    )
+    layer = _encoder_layer(spec, tokens, inner, bias=not is_bert)
     embeddings = Work(parameters=(spec.vocab_size + tokens) * width)
     work = _sum(embeddings, *[layer] * _layers_run(spec))
     if spec.final_norm or spec.pooled_dim is not None:
@@ -130,6 +129,35 @@ def text_encoder_work(spec: TextEncoderSpec) -> Work:
     if spec.pooled_dim is not None:
         work += _linear(width, spec.pooled_dim, 1, bias=False)
     return work
+
+
+def image_encoder_work(spec: ImageEncoderSpec) -> Work:
+    """Return the work of CLIP's image encoder on one image."""
+    width, tokens = spec.width, spec.num_tokens
+    patch = spec.in_channels * spec.patch_size**2
+    return _sum(
+        _linear(patch, width, tokens - 1, bias=False),
+        Work(parameters=(1 + tokens) * width),  # of the class embedding, and of positions
+        _norm(width),
+        *[_encoder_layer(spec, tokens, width, bias=True)] * spec.num_layers,
+        _norm(width),
+        _linear(width, spec.embed_dim, 1, bias=False),
+    )
+
+
+def _encoder_layer(
+    spec: TextEncoderSpec | ImageEncoderSpec, tokens: int, inner: int, *, bias: bool
+) -> Work:
+    """Return the work of a transformer layer whose queries, keys and values are `inner` wide."""
+    return _sum(
+        _norm(spec.width),
+        *[_linear(spec.width, inner, tokens, bias=bias)] * 3,
+        _attention(tokens, tokens, inner),
+        _linear(inner, spec.width, tokens),
+        _norm(spec.width),
+        _linear(spec.width, spec.feed_forward_dim, tokens),
+        _linear(spec.feed_forward_dim, spec.width, tokens),
+    )
 
 
 def _layers_run(spec: TextEncoderSpec) -> int:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from ldm_runtime.conditioning.class_labels import encode_class_label
 from ldm_runtime.conditioning.contract import Conditioner, Conditioning, OpenNetwork
 from ldm_runtime.conditioning.embedded_guidance import embed_guidance
+from ldm_runtime.conditioning.image_embedding import encode_text_and_image_embedding
 from ldm_runtime.conditioning.images import (
     encode_low_resolution,
     encode_masked_image,
@@ -57,6 +58,7 @@ CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
         "inpainting": Conditioner(encode_masked_image, ("vae_encoder",)),
         "text-inpainting": Conditioner(encode_text_and_masked_image, ("vae_encoder",)),
         "image-editing": Conditioner(encode_text_and_image, ("vae_encoder",)),
+        "image-variation": Conditioner(encode_text_and_image_embedding),
         "retrieval": Conditioner(encode_embeddings),
         "autoencoder": _NO_CONDITIONING,
     }

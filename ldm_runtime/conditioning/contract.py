@@ -1,7 +1,7 @@
 """Conditioning of the UNet, and the interface of the conditioners that encode it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +19,14 @@ OpenNetwork = Callable[[str], Runner]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conditioning:
-    """Inputs of the UNet in addition to latents and timesteps, for one image.
+    """Inputs of the UNet in addition to latents and timesteps, for one image or for all alike.
 
     Attributes:
         context: Keys and values of cross-attention: (2, T, D), unconditional first, with guidance,
             or (1, T, D) without, or a row for each of `ResolvedRequest.guidance.samples`; None for
             a model without cross-attention.
         vector: Added to the time embedding, with rows like the context; None for a model without.
+        image_vectors: In its place (samples, images, V), where each image of a request has its own.
         class_labels: Class (1,) int64 for all samples, likewise; None for a model without.
         guidance: Features of the guidance scale, (1, G); None for a model without.
         concat: Channels concatenated to the latents: (1, c, h, w) for all samples, or with rows
@@ -34,9 +35,28 @@ class Conditioning:
 
     context: Float32Array | None = None
     vector: Float32Array | None = None
+    image_vectors: Float32Array | None = None
     class_labels: npt.NDArray[np.int64] | None = None
     guidance: Float32Array | None = None
     concat: Float32Array | None = None
+
+    def of_images(self, images: range) -> "Conditioning":
+        """Return the conditioning of some images of a request as one batch.
+
+        It has a row for each sample of each image: first the first sample of all images.
+        """
+        parts = {each.name: getattr(self, each.name) for each in fields(self)}
+        del parts["image_vectors"]
+        present = {name: rows for name, rows in parts.items() if rows is not None}
+        samples, count = max(map(len, present.values()), default=0), len(images)
+        repeated = {
+            name: np.repeat(rows, count * samples // len(rows), axis=0)
+            for name, rows in present.items()
+        }
+        if self.image_vectors is not None:
+            own = self.image_vectors[:, images.start : images.stop]
+            repeated["vector"] = own.reshape(-1, own.shape[-1])
+        return replace(self, **repeated, image_vectors=None)
 
 
 Encode = Callable[[OpenNetwork, Tokenizer | None, ResolvedRequest, ModelSpec], Conditioning]

@@ -26,9 +26,12 @@ def embed_micro_conditioning(request: ResolvedRequest, kind: MicroConditioningKi
     return np.stack([sinusoidal_features(row) for row in numbers])
 
 
-def sinusoidal_features(numbers: Sequence[float]) -> Float32Array:
-    """Return the features of numbers, 256 of each, cosines before sines: (256 * count,)."""
-    half = NUM_FEATURES // 2
+def sinusoidal_features(numbers: Sequence[float], count: int = NUM_FEATURES) -> Float32Array:
+    """Return `count` features of each of N numbers, cosines before sines: (N * count,).
+
+    They are those of a UNet's timesteps; `count` is even.
+    """
+    half = count // 2
     exponents = -math.log(_LONGEST_PERIOD) * np.arange(half, dtype=np.float32) / half
     angles = np.array(numbers, dtype=np.float32)[:, None] * np.exp(exponents, dtype=np.float32)
     features: Float32Array = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)

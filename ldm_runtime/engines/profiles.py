@@ -32,6 +32,7 @@ _LONGEST_CONTEXT: Mapping[Task, int] = MappingProxyType(
         "text-super-resolution": 4,
         "text-inpainting": 4,
         "image-editing": 4,
+        "image-variation": 4,
         "retrieval": 21,
     }
 )

@@ -189,7 +189,7 @@ def open_passes(
     timings = Timings()
     conditioning = encode_conditioning(timings.timed(network), tokenizer, request, spec)
     task = task_record(spec)
-    init = None if task.size == "enlarged" else init_image(request, spec)
+    init = init_image(request, spec) if task.fits_image else None
     start = None
     if init is not None and (task.image == "start" or not task.samples):
         with timings.of("vae_encoder"):

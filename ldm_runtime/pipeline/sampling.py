@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -115,11 +115,11 @@ def sample_latents(  # noqa: PLR0913  (the parts of a run)
     noise, noise_sampler = _noise(request, spec, images)
     table = _table(spec, request)
     base = Expert(open_unet=lambda: engine, conditioning=conditioning, spec=spec)
-    denoise = _denoiser(base, request, len(images), table)
+    denoise = _denoiser(base, request, images, table)
     if refiner is not None and isinstance(request.refiner, Refiner):
         denoise = RefinedDenoiser(
             denoise,
-            lambda: _denoiser(refiner, request, len(images), _table(refiner.spec, request)),
+            lambda: _denoiser(refiner, request, images, _table(refiner.spec, request)),
             first_timestep=timestep_at(table, request.refiner.start),
             training_sigmas=table,
         )
@@ -283,25 +283,15 @@ class _UNet:
         return runner
 
 
-def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
-    """Return the conditioning of a batch of `count` images, with a row for each of its samples."""
-    parts = {each.name: getattr(conditioning, each.name) for each in fields(conditioning)}
-    present = {name: rows for name, rows in parts.items() if rows is not None}
-    samples = max(map(len, present.values()), default=0)
-    repeated = {
-        name: np.repeat(rows, count * samples // len(rows), axis=0)
-        for name, rows in present.items()
-    }
-    return replace(conditioning, **repeated)
-
-
 def _table(spec: ModelSpec, request: ResolvedRequest) -> SigmaTable:
     return sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
 
 
-def _denoiser(expert: Expert, request: ResolvedRequest, count: int, table: SigmaTable) -> Denoise:
+def _denoiser(
+    expert: Expert, request: ResolvedRequest, images: range, table: SigmaTable
+) -> Denoise:
     """Return the denoiser of a model for a batch of images."""
-    spec, conditioning = expert.spec, _repeated(expert.conditioning, count)
+    spec, conditioning = expert.spec, expert.conditioning.of_images(images)
     return GuidedDenoiser(
         network=_UNet(expert.open_unet(), conditioning, in_patches=runs_in_patches(spec)),
         training_sigmas=table,

@@ -41,8 +41,8 @@ MAX_STEPS = 100_000
 MAX_IMAGES = 10_000
 MAX_CLASS = 2**31 - 1
 MAX_CLIP_SKIP = 100
-#: Of an image to enlarge, in timesteps: `max_noise_level` of the upscaler's configuration.
-MAX_NOISE_LEVEL = 350
+#: In timesteps, whatever the task; `specs.tasks` has the highest of each.
+MAX_NOISE_LEVEL = 999
 MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 
 #: The schedule of a request whose noise levels are listed in `sigmas`.
@@ -394,7 +394,7 @@ class GenerationRequest:
     image: Annotated[
         InputImage | None,
         about(
-            "image to start from; to enlarge, inpaint, edit or encode, if that is the task",
+            "image to start from; to enlarge, inpaint, edit, vary or encode, if that is the task",
             "Input image",
             metavar="FILE",
             example="--image photo.png",
@@ -404,8 +404,8 @@ class GenerationRequest:
     noise_level: Annotated[
         int | None,
         about(
-            "noise added to the image to enlarge: more hides its faults, and invents more; "
-            "default: 20",
+            "noise added to the image to enlarge, to hide its faults, or to the embedding of the "
+            "image to vary: more invents more; default: 20 (at most 350) or 0 (at most 999)",
             "Input image",
             low=0,
             high=MAX_NOISE_LEVEL,

@@ -46,8 +46,6 @@ from ldm_runtime.schedules import (
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import can_guide, embeds_guidance, task_record
 
-#: Default `noise_level` of an image to enlarge: that of the upscaler's `superresolution.py`.
-NOISE_LEVEL = 20
 #: Default `image_guidance_scale` of models that edit images: that of both InstructPix2Pix models.
 IMAGE_GUIDANCE_SCALE = 1.5
 
@@ -135,9 +133,15 @@ def resolve(
 
 
 def _noise_level(request: GenerationRequest, spec: ModelSpec) -> int:
-    if "noise_level" not in task_record(spec).takes:
-        return 0
-    return _first(request.noise_level, NOISE_LEVEL)
+    default, highest = task_record(spec).noise_level
+    if spec.noise_augmentation is not None:
+        highest = min(highest, len(spec.noise_augmentation.alphas_cumprod) - 1)
+    level = _first(request.noise_level, default)
+    if level > highest:
+        raise RequestError(
+            "noise_level", f"is {level}, but this bundle knows 0 to {highest}; lower it"
+        )
+    return level
 
 
 def check_defaults(spec: ModelSpec) -> None:

@@ -213,7 +213,8 @@ class ResolvedRequest:
         task: The model's task, which gives the fields of a request their meaning.
         condition: The condition of the UNet.
         source_image: The image that the request brings, to start from, to enlarge or to encode.
-        noise_level: Noise added to the image to enlarge, in timesteps; 0 in other tasks.
+        noise_level: Noise added to the image to enlarge, or to the embedding of the image to vary,
+            in timesteps; 0 in other tasks.
         height: Of the images, in pixels; those of the first pass, if there is a second.
         width: Likewise.
         micro_conditioning: What the UNet is told about the image, if it takes that.

@@ -111,7 +111,7 @@ def _default_size(image: RequestImage, condition: Condition, spec: ModelSpec) ->
     """
     if isinstance(condition, SegmentationCondition):
         width, height = condition.segmentation.size
-    elif isinstance(image, NoImage):
+    elif isinstance(image, NoImage) or task_record(spec).image == "embedding":
         return spec.defaults.height, spec.defaults.width
     elif task_record(spec).size == "enlarged":
         return _enlarged_size(image.size, spec)

@@ -14,6 +14,7 @@ from typing import Literal
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    ImageEncoderSpec,
     NetworkSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
@@ -129,6 +130,22 @@ _DECODERS = tuple(
 )
 _ROWS = (
     *_TEXT_ENCODERS,
+    Component(
+        name="image_encoder",
+        network="image_encoder",
+        record=ImageEncoderSpec,
+        role="conditioner",
+        inputs=(_tensor("pixels", ("batch", "pixel_channels", "pixel_height", "pixel_width")),),
+        outputs=(_tensor("embedding", ("batch", "embed_dim")),),
+        lengths={
+            "pixel_channels": "in_channels",
+            "pixel_height": "image_size",
+            "pixel_width": "image_size",
+            "embed_dim": "embed_dim",
+        },
+        samples_per_image=1,
+        trace_seconds=6.0,
+    ),
     Component(
         name="class_embedder",
         network="class_embedder",

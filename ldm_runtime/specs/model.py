@@ -22,6 +22,7 @@ Task = Literal[
     "inpainting",
     "text-inpainting",
     "image-editing",
+    "image-variation",
     "retrieval",
     "autoencoder",
 ]
@@ -44,6 +45,23 @@ class SamplingDefaults:
     num_inference_steps: int
     guidance_scale: float
     eta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseAugmentation:
+    """Noise on the embedding of an image, which a UNet was trained to see through.
+
+    Noise is added to the normalised embedding. The UNet is told its level.
+
+    Attributes:
+        alphas_cumprod: Share of the embedding, squared, at each noise level.
+        mean: Mean of each number of an embedding, …
+        std: … and its standard deviation.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +95,7 @@ class ModelSpec:
             without a UNet.
         prediction_type: Output that the UNet was trained for.
         null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
+        noise_augmentation: Noise on the embedding of an image; None for a model without.
         label_names: Names of the classes 0, 1, … of a class embedding, a layout encoder or a
             segmentation encoder; empty if they are not known.
         assumptions: Values that the weights could not tell.
@@ -89,6 +108,7 @@ class ModelSpec:
     alphas_cumprod: tuple[float, ...]
     prediction_type: PredictionType
     null_prompt: NullPrompt
+    noise_augmentation: NoiseAugmentation | None
     defaults: SamplingDefaults
     label_names: tuple[str, ...]
     assumptions: tuple[Assumption, ...]

@@ -233,8 +233,52 @@ class SegmentationEncoderSpec:
     num_downsampling_steps: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderSpec:
+    """Hyperparameters of CLIP's image encoder, a vision transformer, and of how it sees images.
+
+    Attributes:
+        width: Channels of a token, one per patch and one for the whole image.
+        num_layers: Transformer layers.
+        num_heads: Attention heads.
+        feed_forward_dim: Inner width of the feed-forward layers.
+        activation: Feed-forward activation.
+        patch_size: Pixels per side of a patch.
+        image_size: Pixels per side of an image, which is resized by its shorter side and cropped.
+        embed_dim: Length of the embedding of an image.
+        pixel_mean: Mean of red, green and blue, from 0 to 1, which is subtracted, …
+        pixel_std: … and standard deviation, which the difference is divided by.
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    feed_forward_dim: int
+    activation: Literal["quick_gelu", "gelu"]
+    patch_size: int
+    image_size: int
+    embed_dim: int
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of a pixel: red, green and blue."""
+        return len(self.pixel_mean)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that an image becomes."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
 NetworkSpec = (
-    UNetSpec | AutoencoderSpec | TextEncoderSpec | ClassEmbedderSpec | SegmentationEncoderSpec
+    UNetSpec
+    | AutoencoderSpec
+    | TextEncoderSpec
+    | ImageEncoderSpec
+    | ClassEmbedderSpec
+    | SegmentationEncoderSpec
 )
 
 _Record = TypeVar("_Record", bound=NetworkSpec)

@@ -5,16 +5,18 @@ written, afterwards. Both are checked by the same function, so that what an expo
 opened.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
-from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.model import ModelSpec, NoiseAugmentation
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
     Depths,
+    ImageEncoderSpec,
     NetworkSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
@@ -41,6 +43,7 @@ def implausible_fields(spec: ModelSpec) -> Iterator[str]:
             yield f"networks.{name}.{field}"
     if spec.unet is not None and not _is_schedule(spec.alphas_cumprod):
         yield "alphas_cumprod"
+    yield from _of_augmentation(spec.noise_augmentation, spec.find(ImageEncoderSpec))
     defaults = spec.defaults
     for name, value, most in (
         ("height", defaults.height, _MAX_SIDE),
@@ -83,6 +86,8 @@ def _values(network: NetworkSpec) -> Iterator[str]:
                 "max_tokens": _LEAST_TOKENS <= network.max_tokens <= _MAX_TOKENS,
                 "pad_token_id": network.pad_token_id < network.vocab_size,
             }
+        case ImageEncoderSpec():
+            found = _image_encoder(network)
         case ClassEmbedderSpec():
             null_class = network.null_class or 0
             found = {"width": network.width >= 1, "null_class": null_class < network.num_classes}
@@ -93,6 +98,39 @@ def _values(network: NetworkSpec) -> Iterator[str]:
                 "num_downsampling_steps": network.num_downsampling_steps < _MAX_LEVELS,
             }
     yield from (name for name, holds in found.items() if not holds)
+
+
+def _image_encoder(network: ImageEncoderSpec) -> dict[str, bool]:
+    heads, patch = network.num_heads, network.patch_size
+    return {
+        "num_heads": 1 <= heads <= network.width and network.width % heads == 0,
+        "patch_size": 1 <= patch <= network.image_size and network.image_size % patch == 0,
+        "image_size": network.image_size <= _MAX_SIDE,
+        "embed_dim": network.embed_dim >= 2 and network.embed_dim % 2 == 0,  # sines and cosines
+        "pixel_mean": _are_finite(network.pixel_mean),
+        "pixel_std": _are_finite(network.pixel_std) and min(network.pixel_std) > 0,
+    }
+
+
+def _of_augmentation(
+    augmentation: NoiseAugmentation | None, encoder: ImageEncoderSpec | None
+) -> Iterator[str]:
+    """Yield the fields of a noise augmentation that are not of an image encoder's embeddings."""
+    if (augmentation is None) != (encoder is None):
+        yield "noise_augmentation"
+    if augmentation is None or encoder is None:
+        return
+    mean, std, length = augmentation.mean, augmentation.std, encoder.embed_dim
+    found = {
+        "alphas_cumprod": _is_schedule(augmentation.alphas_cumprod),
+        "mean": len(mean) == length and _are_finite(mean),
+        "std": len(std) == length and _are_finite(std) and min(std, default=0) > 0,
+    }
+    yield from (f"noise_augmentation.{name}" for name, holds in found.items() if not holds)
+
+
+def _are_finite(values: Sequence[float]) -> bool:
+    return all(math.isfinite(value) for value in values)
 
 
 def _autoencoder(network: AutoencoderSpec) -> dict[str, bool]:

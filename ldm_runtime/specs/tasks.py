@@ -52,18 +52,21 @@ class TaskRecord:
     Attributes:
         needs: Groups of fields; a request must have one of each.
         permits: Other fields that mean something to it, in addition to those of every task.
-        image: Role of `image`: where sampling starts, or a condition of the result.
+        image: Role of `image`: where sampling starts, or a condition of the result, pixel by pixel
+            or as the embedding of the whole image, which says nothing of the result's size.
         size: Where height and width come from: "open" is the image's or else the model's default,
             "segmentation" the map's; "enlarged" is the image's times the factor of the autoencoder,
             and nothing else.
+        noise_level: Default and highest `noise_level`, where the task takes it.
         has_null: Whether there is a null condition, which guidance steers away from:
             the empty prompt, the layout without objects, embeddings of zeros, the null class.
     """
 
     needs: tuple[tuple[str, ...], ...]
     permits: frozenset[str]
-    image: Literal["start", "condition"] = "start"
+    image: Literal["start", "condition", "embedding"] = "start"
     size: Literal["open", "segmentation", "enlarged"] = "open"
+    noise_level: tuple[int, int] = (0, 0)
     has_null: bool = False
 
     @property
@@ -75,6 +78,11 @@ class TaskRecord:
     def guides_by_image(self) -> bool:
         """Whether guidance also steers away from the prediction without the image."""
         return _IMAGE_GUIDANCE in self.permits
+
+    @property
+    def fits_image(self) -> bool:
+        """Whether `image` is brought to the size of the result, or gives it that size."""
+        return self.size != "enlarged" and self.image != "embedding"
 
     @property
     def samples(self) -> bool:
@@ -103,6 +111,8 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             permits=_SAMPLING | _DECODING | _PROMPTS | {"noise_level"},
             image="condition",
             size="enlarged",
+            # The default of `superresolution.py`, and `max_noise_level` of the configuration.
+            noise_level=(20, 350),
             has_null=True,
         ),
         "inpainting": TaskRecord(
@@ -119,6 +129,13 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             needs=(("prompt",), ("image",)),
             permits=_SAMPLING | _DECODING | _PROMPTS | {_IMAGE_GUIDANCE},
             image="condition",
+            has_null=True,
+        ),
+        "image-variation": TaskRecord(
+            needs=(("image",),),
+            permits=_SAMPLING | _DECODING | _PROMPTS | _HIRES | {"noise_level"},
+            image="embedding",
+            noise_level=(0, 999),  # as in `stableunclip.py`
             has_null=True,
         ),
         "retrieval": TaskRecord(needs=(("embeddings",),), permits=_GENERATION, has_null=True),

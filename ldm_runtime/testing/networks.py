@@ -15,6 +15,7 @@ from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    ImageEncoderSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
@@ -128,6 +129,24 @@ _CLIP_NODES = (
 )
 
 
+def _image_encoder(spec: ModelSpec) -> TinyNetwork:
+    """Return a linear map of the mean colours."""
+    record = spec.network(ImageEncoderSpec)
+    return TinyNetwork(
+        shapes={"colours": (record.in_channels, record.embed_dim)},
+        nodes=(
+            Node(
+                op="ReduceMean",
+                inputs=("pixels",),
+                output="means",
+                attributes={"axes": (2, 3), "keepdims": 0},
+            ),
+            Node(op="MatMul", inputs=("means", "colours"), output="embedding"),
+        ),
+        function=lambda inputs, w: inputs["pixels"].mean(axis=(2, 3)) @ w["colours"],
+    )
+
+
 def _class_embedder(spec: ModelSpec) -> TinyNetwork:
     record = spec.network(ClassEmbedderSpec)
     return TinyNetwork(
@@ -169,13 +188,15 @@ def _segmentation_encoder(spec: ModelSpec) -> TinyNetwork:
 def _unet(spec: ModelSpec) -> TinyNetwork:
     record = spec.network(UNetSpec)
     context_dim, channels = record.context_dim, record.out_channels
-    attends, classes = context_dim is not None, record.num_classes
+    attends, classes, vector_dim = context_dim is not None, record.num_classes, record.vector_dim
 
     def function(inputs: Tensors, weights: Weights) -> Float32Array:
         hidden = _convolve(inputs["latents"], weights["kernel"])
         if attends:
             shift = inputs["context"].mean(axis=1) @ weights["mix"]
             hidden = hidden + shift[:, :, None, None]
+        if vector_dim is not None:
+            hidden = hidden + (inputs["vector"] @ weights["vectors"])[:, :, None, None]
         if classes is not None:
             hidden = hidden + weights["classes"][inputs["class_labels"]][:, :, None, None]
         time = inputs["timesteps"][:, None, None, None] * weights["time"]
@@ -183,10 +204,12 @@ def _unet(spec: ModelSpec) -> TinyNetwork:
         return result
 
     last = "shifted" if attends else "convolved"
+    last = last if vector_dim is None else "directed"
     last = last if classes is None else "labelled"
     return TinyNetwork(
         shapes={
             **({} if classes is None else {"classes": (classes, channels)}),
+            **({} if vector_dim is None else {"vectors": (vector_dim, channels)}),
             **({} if context_dim is None else {"mix": (context_dim, channels)}),
             "kernel": (channels, record.in_channels, 3, 3),
             "time": (1, channels, 1, 1),
@@ -201,6 +224,7 @@ def _unet(spec: ModelSpec) -> TinyNetwork:
                 attributes={"pads": (1, 1, 1, 1)},
             ),
             *(_CONTEXT_NODES if attends else ()),
+            *(() if vector_dim is None else _VECTOR_NODES),
             *(() if classes is None else _CLASS_NODES),
             Node(op="Tanh", inputs=(last,), output="hidden"),
             Node(op="Add", inputs=("hidden", "broad_time"), output="prediction"),
@@ -222,7 +246,12 @@ _CONTEXT_NODES = (
     Node(op="Add", inputs=("convolved", "broad_shift"), output="shifted"),
 )
 
-#: Behind those of the context: a model with classes has one.
+#: Behind those of the context: a model with a vector or with classes has one, and not both.
+_VECTOR_NODES = (
+    Node(op="MatMul", inputs=("vector", "vectors"), output="direction"),
+    Node(op="Unsqueeze", inputs=("direction", "last_two"), output="broad_direction"),
+    Node(op="Add", inputs=("shifted", "broad_direction"), output="directed"),
+)
 _CLASS_NODES = (
     Node(op="Gather", inputs=("classes", "class_labels"), output="label"),
     Node(op="Unsqueeze", inputs=("label", "last_two"), output="broad_label"),
@@ -275,6 +304,7 @@ def _vae_encoder(spec: ModelSpec) -> TinyNetwork:
 _NETWORKS: Mapping[object, Callable[[ModelSpec], TinyNetwork]] = MappingProxyType(
     {
         TextEncoderSpec: _text_encoder,
+        ImageEncoderSpec: _image_encoder,
         ClassEmbedderSpec: _class_embedder,
         SegmentationEncoderSpec: _segmentation_encoder,
         UNetSpec: _unet,

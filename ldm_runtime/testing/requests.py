@@ -54,6 +54,10 @@ _GOLDEN: Mapping[Task, tuple[Mapping[str, object], ...]] = MappingProxyType(
             {"prompt": "make it red", "image": _IMAGE, **_GUIDED},
             {"prompt": "a circle", "image": _IMAGE, "image_guidance_scale": 1.0, **_UNGUIDED},
         ),
+        "image-variation": (
+            {"image": _IMAGE, **_GUIDED},
+            {"prompt": "red", "image": _IMAGE[:8], "noise_level": 500, **_UNGUIDED},
+        ),
         "retrieval": (
             {"embeddings": np.eye(2, 8, dtype=np.float32) + 0.5, **_GUIDED},
             {"embeddings": np.ones((1, 8), dtype=np.float32), **_UNGUIDED},

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, Task
+from ldm_runtime.specs.model import ModelSpec, NoiseAugmentation, SamplingDefaults, Task
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    ImageEncoderSpec,
     Networks,
     NetworkSpec,
     SegmentationEncoderSpec,
@@ -123,6 +124,7 @@ TINY_SPEC = ModelSpec(
     ),
     prediction_type="v_prediction",  # bounded, whatever the network says
     null_prompt="encoded",
+    noise_augmentation=None,
     defaults=SamplingDefaults(
         height=16,
         width=16,
@@ -156,6 +158,18 @@ _LAYOUTS = text_encoder_spec(
     pad_token_id=100,
 )
 _CLASSES = ClassEmbedderSpec(num_classes=5, width=_WIDTH, null_class=4)
+_IMAGE_ENCODER = ImageEncoderSpec(
+    width=_WIDTH,
+    num_layers=1,
+    num_heads=1,
+    feed_forward_dim=_WIDTH,
+    activation="gelu",
+    patch_size=4,
+    image_size=8,
+    embed_dim=6,
+    pixel_mean=(0.5, 0.4, 0.3),
+    pixel_std=(0.2, 0.3, 0.4),
+)
 _MAPS = SegmentationEncoderSpec(num_classes=6, out_channels=3, num_downsampling_steps=1)
 
 
@@ -200,6 +214,18 @@ _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
         "inpainting": _spec("inpainting", concat=4),
         "text-inpainting": _with_unet(TINY_SPEC, "text-inpainting", in_channels=9),
         "image-editing": _with_unet(TINY_SPEC, "image-editing", in_channels=8),
+        "image-variation": replace(
+            _with_unet(
+                TINY_SPEC.with_networks(image_encoder=_IMAGE_ENCODER),
+                "image-variation",
+                vector_dim=2 * _IMAGE_ENCODER.embed_dim,
+            ),
+            noise_augmentation=NoiseAugmentation(
+                alphas_cumprod=TINY_SPEC.alphas_cumprod,
+                mean=(0.5,) * _IMAGE_ENCODER.embed_dim,
+                std=(2.0,) * _IMAGE_ENCODER.embed_dim,
+            ),
+        ),
         "retrieval": _spec("retrieval"),
         "autoencoder": replace(
             _spec("unconditional").with_networks(unet=None), task="autoencoder", alphas_cumprod=()

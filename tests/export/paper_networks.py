@@ -2,7 +2,12 @@
 
 from dataclasses import replace
 
-from ldm_runtime.specs.networks import ClassEmbedderSpec, SegmentationEncoderSpec
+from ldm_runtime.specs.model import NoiseAugmentation
+from ldm_runtime.specs.networks import (
+    ClassEmbedderSpec,
+    ImageEncoderSpec,
+    SegmentationEncoderSpec,
+)
 from ldm_runtime.testing import text_encoder_spec
 from tests.export.small_spec import SPEC
 
@@ -89,6 +94,28 @@ UPSCALER = replace(
     ),
     task="text-super-resolution",
 )
+#: Nor is this: the embedding of an image is the UNet's vector.
+VARIATION = replace(
+    SPEC.with_networks(
+        unet=replace(SPEC.unet, vector_dim=96),
+        image_encoder=ImageEncoderSpec(
+            width=64,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_dim=128,
+            activation="gelu",
+            patch_size=4,
+            image_size=12,
+            embed_dim=48,
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.25, 0.25, 0.25),
+        ),
+    ),
+    task="image-variation",
+    noise_augmentation=NoiseAugmentation(
+        alphas_cumprod=(0.9, 0.1), mean=(0.0,) * 48, std=(1.0,) * 48
+    ),
+)
 
 #: Component and model of every kind of network, by what is new in it.
 CASES = {
@@ -96,6 +123,8 @@ CASES = {
     "unet_of_one_head_and_one_token": ("unet", CLASSES),
     "unet_of_classes": ("unet", UPSCALER),
     "bert": ("text_encoder", LAYOUTS),
+    "unet_of_vectors": ("unet", VARIATION),
+    "image_encoder": ("image_encoder", VARIATION),
     "class_embedder": ("class_embedder", CLASSES),
     "segmentation_encoder": ("segmentation_encoder", SEMANTIC),
     "encoder_without_attention": ("vae_encoder", INPAINTING),

@@ -17,6 +17,7 @@ SPEC = ModelSpec(
     alphas_cumprod=tuple(schedule_buffers()["alphas_cumprod"].tolist()),
     prediction_type="epsilon",
     null_prompt="encoded",
+    noise_augmentation=None,
     defaults=SamplingDefaults(
         height=SIZE,
         width=SIZE,

@@ -67,6 +67,7 @@ _PLAIN = ModelSpec(
     alphas_cumprod=(),
     prediction_type="epsilon",
     null_prompt="encoded",
+    noise_augmentation=None,
     defaults=SamplingDefaults(
         height=SIZE,
         width=SIZE,

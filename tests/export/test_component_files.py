@@ -198,7 +198,8 @@ def test_a_bundle_records_and_says_which_files_its_components_are_from(
 def test_flags_reach_the_export(small_checkpoint_path, tmp_path, capsys):
     missing = str(tmp_path / "absent.safetensors")
 
-    for flag in ("--vae", "--text-encoder", "--text-encoder-2", "--tiny-decoder"):
+    flags = ("--vae", "--text-encoder", "--text-encoder-2", "--tiny-decoder", "--image-normalizer")
+    for flag in flags:
         status = main([str(small_checkpoint_path), str(tmp_path / "out"), flag, missing])
         assert status == 1
         assert "absent.safetensors: cannot be opened" in capsys.readouterr().err

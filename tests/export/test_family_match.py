@@ -23,12 +23,6 @@ LABELS = "model.diffusion_model.label_emb"
 
 RECOGNISED = {
     "stable-diffusion-2-depth": checkpoint(replace(SD2, in_channels=5)),
-    "stable-diffusion-2-unclip-h": changed(
-        checkpoint(SD2), **{f"{LABELS}.0.0.weight": (1280, 2048)}
-    ),
-    "stable-diffusion-2-unclip-l": changed(
-        checkpoint(SD2), **{f"{LABELS}.0.0.weight": (1280, 1536)}
-    ),
     "a latent diffusion model with vector conditioning": changed(
         checkpoint(TINY), **{f"{LABELS}.0.0.weight": (128, 77)}
     ),

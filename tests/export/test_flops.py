@@ -6,10 +6,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.networks.loading import build_network
-from ldm_runtime.benchmark.work import network_work
+from ldm_runtime.benchmark.work import image_encoder_work, network_work
+from ldm_runtime.specs.networks import ImageEncoderSpec
 from released import random_checkpoints
 from released.narrow_models import narrowed
 from released.released_models import MODELS
+from tests.export.paper_networks import VARIATION
 
 COUNTED = ("text_encoder", "unet", "vae_decoder")
 IMAGES, ROWS, HEIGHT, WIDTH = 2, 4, 16, 32
@@ -61,3 +63,16 @@ def test_the_work_of_every_network_is_what_torch_counts(name):
             network(*inputs_of(component, spec))
         assert work.flops == counter.get_total_flops(), component
         assert work.parameters == sum(each.numel() for each in network.parameters()), component
+
+
+def test_the_work_of_an_image_encoder_is_what_torch_counts():
+    spec = VARIATION.network(ImageEncoderSpec)
+    network = build_network("image_encoder", VARIATION)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(zeros(1, 3, spec.image_size, spec.image_size))
+
+    work = image_encoder_work(spec)
+
+    assert work.flops == counter.get_total_flops()
+    assert work.parameters == sum(each.numel() for each in network.parameters())
+    assert network_work(VARIATION, HEIGHT, WIDTH, IMAGES, ROWS)["image_encoder"] == work

@@ -98,6 +98,20 @@ NAMES = {
         "transformer.attn_layers.layers.3.1.net.2.weight": (96, 384),
         "transformer.norm.bias": (96,),
     },
+    "unet_of_vectors": {
+        "label_emb.0.0.weight": (128, 96),
+        "label_emb.0.2.weight": (128, 128),
+    },
+    "image_encoder": {
+        "conv1.weight": (64, 3, 4, 4),
+        "class_embedding": (64,),
+        "positional_embedding": (10, 64),
+        "ln_pre.weight": (64,),
+        "transformer.resblocks.1.attn.in_proj_weight": (192, 64),
+        "transformer.resblocks.1.mlp.c_fc.weight": (128, 64),
+        "ln_post.bias": (64,),
+        "proj": (64, 48),
+    },
     "class_embedder": {"embedding.weight": (11, 48)},
     "segmentation_encoder": {"channel_mapper.weight": (3, 182, 1, 1)},
     "encoder_without_attention": {

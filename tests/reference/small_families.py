@@ -16,9 +16,14 @@ from ldm_export.intake.opening import open_model
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.loading import load_network
-from ldm_export.networks.openclip import OpenClipTextEncoder
+from ldm_export.networks.openclip import ClipImageEncoder, OpenClipTextEncoder
 from ldm_export.networks.unet import UNet
-from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec, UNetSpec
+from ldm_runtime.specs.networks import (
+    AutoencoderSpec,
+    ImageEncoderSpec,
+    TextEncoderSpec,
+    UNetSpec,
+)
 from ldm_runtime.testing import text_encoder_spec
 from tests.export.small_checkpoint import (
     AUTOENCODER,
@@ -39,6 +44,7 @@ class SmallFamily:
         unet: Of its UNet.
         autoencoder: Of its autoencoder.
         text_encoders: By the beginning of their names in the checkpoint.
+        image_encoder: Of its image encoder, if it has one.
         extra: Further tensors of its files.
         betas: First and last one of its noise schedule.
     """
@@ -46,6 +52,7 @@ class SmallFamily:
     unet: UNetSpec
     autoencoder: AutoencoderSpec = AUTOENCODER
     text_encoders: dict[str, TextEncoderSpec]
+    image_encoder: ImageEncoderSpec | None = None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
     betas: tuple[float, float] = (0.00085, 0.012)
 
@@ -79,6 +86,8 @@ def state_dict(family: SmallFamily, seed: int = 0) -> dict[str, torch.Tensor]:
         ("first_stage_model.", LatentDecoder(family.autoencoder)),
         *((prefix, _MODULES[spec.kind](spec)) for prefix, spec in family.text_encoders.items()),
     ]
+    if family.image_encoder is not None:
+        parts.append(("embedder.model.visual.", ClipImageEncoder(family.image_encoder)))
     state = {**schedule_buffers(*family.betas), **family.extra}
     for prefix, network in parts:
         randomise(network)
@@ -192,4 +201,47 @@ X4_UPSCALER = SmallFamily(
 SD_2 = SmallFamily(
     unet=replace(UNET, **_LINEAR),
     text_encoders={"cond_stage_model.model.": _OPENCLIP},
+)
+
+
+def _unclip(image_encoder: ImageEncoderSpec, **extra: torch.Tensor) -> SmallFamily:
+    """Return a model that varies images, with what its files hold of CLIP's text encoder."""
+    rest = {
+        "logit_scale": torch.ones(()),
+        "positional_embedding": torch.ones(77, 64),
+        "ln_final.weight": torch.ones(64),
+        **extra,
+    }
+    return replace(
+        SD_2,
+        unet=replace(SD_2.unet, vector_dim=2 * image_encoder.embed_dim),
+        image_encoder=image_encoder,
+        extra={f"embedder.model.{name}": tensor for name, tensor in rest.items()},
+    )
+
+
+#: The UNet's vector is as long as in the released models, which tells them apart.
+UNCLIP_H = _unclip(
+    ImageEncoderSpec(
+        width=160,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_dim=320,
+        activation="gelu",
+        patch_size=14,
+        image_size=56,
+        embed_dim=1024,
+        pixel_mean=(0.48145466, 0.4578275, 0.40821073),
+        pixel_std=(0.26862954, 0.26130258, 0.27577711),
+    )
+)
+UNCLIP_L = _unclip(
+    replace(
+        UNCLIP_H.image_encoder,
+        width=128,
+        feed_forward_dim=256,
+        activation="quick_gelu",
+        embed_dim=768,
+    ),
+    **{"transformer.resblocks.0.ln_1.weight": torch.ones(64)},
 )

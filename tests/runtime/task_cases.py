@@ -18,6 +18,7 @@ NEEDED = {
     "inpainting": {"image": PICTURE, "mask_image": PICTURE},
     "text-inpainting": {"prompt": "red", "image": PICTURE, "mask_image": PICTURE},
     "image-editing": {"prompt": "make it red", "image": PICTURE},
+    "image-variation": {"image": PICTURE},
     "retrieval": {"embeddings": np.eye(3, 8, dtype=np.float32)},
     "autoencoder": {"image": PICTURE},
 }

@@ -192,8 +192,10 @@ def test_that_noise_is_not_the_latents():
 
 
 def test_a_noise_level_beyond_what_the_upscaler_knows_is_refused():
-    with pytest.raises(RequestError, match=r"noise_level: .*350"):
-        GenerationRequest(image=PICTURE, noise_level=351)
+    request = GenerationRequest(image=PICTURE, noise_level=351)
+
+    with pytest.raises(RequestError, match=r"noise_level: is 351, but .* knows 0 to 350; lower it"):
+        resolve(request, tiny_spec("text-super-resolution"))
 
 
 def test_a_hole_is_minus_one_in_the_picture_and_one_in_the_mask():
