@@ -69,5 +69,5 @@ distclean: clean
 .venv/test.stamp: $(PINS)
 	@echo "installing into .venv, which takes a few minutes the first time"
 	$(PYTHON) -m venv .venv
-	$(PIP) hatchling --editable '.[export,cpu,tensorrt-rtx,test]'
+	$(PIP) hatchling --editable '.[export,cpu,openvino,tensorrt-rtx,test]'
 	touch .venv/demo.stamp $@

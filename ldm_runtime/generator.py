@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends import BackendName, get_backend
-from ldm_runtime.backends.contract import RunOptions
+from ldm_runtime.backends.contract import Precision, RunOptions
 from ldm_runtime.bundle.manifest import PreviewRecord
 from ldm_runtime.closing import Closing
 from ldm_runtime.conditioning import conditioning_components
@@ -71,6 +71,9 @@ class Generator(Closing):
             `sha256`.
         backend: Backend that runs the networks; "auto" takes the best that can run here, and "cpu"
             is "onnxruntime".
+        precision: Precision that networks compute in, of those that the backend has; None is the
+            backend's own choice: fp16 on GPUs, bf16 in OpenVINO where the processor has it, else
+            fp32. It is `precision` of the open generator.
         threads: Threads that compute; None is one per physical core that this process may use.
         batch_size: Images in one network call; with guidance the UNet sees twice as many. The
             default of 1 bounds memory, costs a CPU little, and makes every image independent of
@@ -99,6 +102,7 @@ class Generator(Closing):
         *,
         refiner: str | Path | None = None,
         backend: BackendName = "auto",
+        precision: Precision | None = None,
         threads: int | None = None,
         batch_size: int | None = None,
         check_hashes: bool = True,
@@ -110,7 +114,11 @@ class Generator(Closing):
         check_positive("threads", threads)
         check_positive("batch_size", batch_size)
         options = options or RunOptions()
-        options = replace(options, trust_engines=trust_engines or options.trust_engines)
+        options = replace(
+            options,
+            trust_engines=trust_engines or options.trust_engines,
+            precision=precision or options.precision,
+        )
         opening = OpeningOptions(
             backend=backend,
             threads=threads,
@@ -123,6 +131,7 @@ class Generator(Closing):
         if self._refiner is not None:
             check_refiner(opened.model.spec, self._refiner.model.spec)
         self.bundle, self.manifest, self.backend = opened.folder, opened.manifest, opened.backend
+        self.precision = get_backend(self.backend).ABILITIES.precision_of(options)
         self.spec = opened.model.spec
         self.bundle_sha256 = opened.model.origin.bundle_sha256
         self._batch_size = batch_size or 1
@@ -136,9 +145,10 @@ class Generator(Closing):
         defaults = self.spec.defaults
         size = f"{defaults.width}x{defaults.height}"
         state = " closed," if self._network.is_closed else ""
+        where = f"{self.backend} in {self.precision}"
         if self._refiner is not None:
             state = f" refined by {str(self._refiner.folder)!r},{state}"
-        return f"Generator({str(self.bundle)!r},{state} {self.spec.task}, {size}, {self.backend})"
+        return f"Generator({str(self.bundle)!r},{state} {self.spec.task}, {size}, {where})"
 
     def encode(self, image: ImageInput) -> Float32Array:
         """Return the latents (1, C, h, w) of an image, in the UNet's scale.

@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what the process tha
     # Engines that tests build are trusted by the tests alone.
     _CACHE = tempfile.TemporaryDirectory(prefix="ldm-tests-")
     os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# What runs by itself must not depend on what is installed; tests of other backends name them.
+os.environ["LDM_BACKEND"] = "onnxruntime"
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when a test module imports huggingface_hub
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when one imports onnxruntime
 

@@ -5,6 +5,7 @@ use, so that a missing package only matters to the caller who asks for that back
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -60,7 +61,7 @@ class Backend(Protocol):
         ...
 
     def version(self) -> str:
-        """Return the version of the library that it uses."""
+        """Return the version of the library that it uses, "" if that is not installed."""
         ...
 
 
@@ -84,6 +85,7 @@ BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
     {
         "tensorrt": BackendEntry(module="ldm_runtime.backends.tensorrt", extra="tensorrt"),
         "cuda": BackendEntry(module="ldm_runtime.backends.onnxruntime.cuda", extra="cuda"),
+        "openvino": BackendEntry(module="ldm_runtime.backends.openvino", extra="openvino"),
         "onnxruntime": BackendEntry(module="ldm_runtime.backends.onnxruntime.cpu", extra="cpu"),
         "tensorrt-ort": BackendEntry(
             module="ldm_runtime.backends.onnxruntime.tensorrt", extra="cuda", automatic=False
@@ -97,14 +99,24 @@ BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
 #: Other names for backends: the extra that installs the CPU's is called `cpu`.
 BACKEND_ALIASES: Mapping[str, str] = MappingProxyType({"cpu": "onnxruntime"})
 
+#: Environment variable with the name of the backend that "auto" means.
+BACKEND_VARIABLE = "LDM_BACKEND"
+
 #: Names of `Generator`'s argument; "auto" takes the best that can run here, "cpu" is "onnxruntime".
 BackendName = Literal[
-    "auto", "cpu", "tensorrt", "cuda", "onnxruntime", "tensorrt-ort", "tensorrt-rtx-ort"
+    "auto",
+    "cpu",
+    "tensorrt",
+    "cuda",
+    "openvino",
+    "onnxruntime",
+    "tensorrt-ort",
+    "tensorrt-rtx-ort",
 ]
 
 # Names that people try, for the suggestion alone: more than one backend could be meant.
 _MEANT: Mapping[str, str] = MappingProxyType(
-    {"gpu": "cuda", "ort": "onnxruntime", "trt": "tensorrt"}
+    {"gpu": "cuda", "ort": "onnxruntime", "ov": "openvino", "trt": "tensorrt"}
 )
 
 
@@ -141,12 +153,14 @@ def choose_backend(
 ) -> str:
     """Return the name of the backend to use: that of `name`, or for "auto" the first that can run.
 
-    Passing over a backend that the bundle or the machine was prepared for is logged, with the
-    reason.
+    The environment variable `LDM_BACKEND` says what "auto" means, where it is set. Passing over a
+    backend that the bundle or the machine was prepared for is logged, with the reason.
 
     Raises:
         BackendError: `name` cannot run this bundle here, or for "auto" none can.
     """
+    if name == "auto":
+        name = os.environ.get(BACKEND_VARIABLE) or name
     name = BACKEND_ALIASES.get(name, name)
     if name != "auto":
         if reason := why_not(name, manifest, bundle, entries, options=options):
@@ -174,9 +188,14 @@ def why_not(
 ) -> str | None:
     """Say why a backend cannot run a bundle (None: any bundle) here; None if it can."""
     try:
-        return get_backend(name, entries).why_not(manifest, bundle, options)
+        backend = get_backend(name, entries)
     except BackendError as error:
         return str(error)
+    reason = backend.why_not(manifest, bundle, options)
+    wanted, able = options.precision, backend.ABILITIES.precisions
+    if reason is None and wanted is not None and wanted not in able:
+        return f"{name} computes in {' or '.join(able)}, not in {wanted}"
+    return reason
 
 
 def _is_prepared(name: str, manifest: Manifest | None, entries: Mapping[str, BackendEntry]) -> bool:

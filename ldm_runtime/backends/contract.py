@@ -17,6 +17,9 @@ from ldm_runtime.errors import BackendError
 Resource = TypeVar("Resource")
 
 
+#: Precisions that a network computes in.
+Precision = Literal["fp32", "bf16", "fp16"]
+
 #: Arrays by the names of `ldm_runtime.specs.components.COMPONENTS`.
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -96,6 +99,9 @@ class Abilities:
     Attributes:
         variant: Precision of the graphs that its engines run, on which the bounds of `ldm verify`
             depend.
+        precisions: Precisions that its engines can compute in, the most exact first.
+        fastest: Returns the one of them that engines compute in unless told otherwise; None is the
+            only one.
         limited_shapes: Whether an engine takes the shapes of its profiles and no others.
         min_shared_samples: Smallest batch size from which on results are batch-invariant, bit for
             bit; see `ldm_runtime.pipeline.batching`.
@@ -105,10 +111,18 @@ class Abilities:
     """
 
     variant: GraphVariant
+    precisions: tuple[Precision, ...]
     limited_shapes: bool
     min_shared_samples: int
     is_prepared: Callable[[Manifest | None], bool]
     survives_fork: bool = False
+    fastest: Callable[[], Precision] | None = None
+
+    def precision_of(self, options: "RunOptions") -> Precision:
+        """Return the precision that engines compute in."""
+        if options.precision is not None:
+            return options.precision
+        return self.precisions[0] if self.fastest is None else self.fastest()
 
 
 def always_prepared(_manifest: Manifest | None) -> bool:
@@ -149,6 +163,8 @@ class RunOptions:
         spinning: Whether threads of the CPU wait for work by running in circles, ONNX Runtime's own
             default. On processors that others use too, a step then takes 1.4 to 3 times as long
             (`docs/deployment.md`).
+        precision: Precision that networks compute in, of those that the backend has; None is its
+            own choice: fp16 on GPUs, and on CPUs bf16 where OpenVINO and the processor have it.
         specialization: When TensorRT-RTX compiles kernels for the exact input shapes: "lazy" in
             the background while generic ones run, "eager" before the first result, "none" never.
     """
@@ -156,6 +172,7 @@ class RunOptions:
     cuda_graphs: bool = True
     trust_engines: bool = False
     spinning: bool = False
+    precision: Precision | None = None
     specialization: Literal["lazy", "eager", "none"] = "lazy"
 
 
@@ -217,6 +234,12 @@ class EngineSource:
             f"component {self.component.name!r} of {self.bundle} has no {variant} graph; "
             f"export the bundle again{', without --no-fp16' if variant == 'fp16' else ''}"
         )
+
+    def hashes(self, variant: GraphVariant) -> tuple[str, ...]:
+        """Return the manifest's SHA-256 of a graph and its weights, which define the network."""
+        files = {graph.file for graph in self.component.graphs if graph.variant == variant}
+        files.add(self.component.weights_file)
+        return tuple(record.sha256 for record in self.manifest.files if record.path in files)
 
     def _checked(self, path: str) -> Path:
         return checked_file(self.bundle, self.manifest, path, hashed=self.check_hashes)

@@ -57,7 +57,8 @@ class OpenNetworks(Closing):
     Args:
         open_engine: Opens a component.
         owner: What holds the networks, for error messages.
-        survives_fork: Whether a forked process can open engines; with CUDA it cannot.
+        survives_fork: Whether a forked process can open engines; with CUDA it cannot, nor with
+            OpenVINO.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class OpenNetworks(Closing):
                 raise BackendError(f"{self._owner} is closed; open it again")
             if self._is_forked and not self._survives_fork:
                 raise BackendError(
-                    f"{self._owner} was opened before this process was forked, and a GPU does not "
-                    "follow a fork; open it in every process, or start them by spawning"
+                    f"{self._owner} was opened before this process was forked, and its backend "
+                    "does not follow a fork; open it in every process, or start them by spawning"
                 )
             if name not in self._opened:
                 self._opened[name] = self._engines.enter_context(self._open_engine(name))

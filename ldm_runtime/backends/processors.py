@@ -6,7 +6,10 @@ from collections.abc import Set
 from pathlib import Path
 
 from ldm_runtime.backends.control_groups import ControlGroups
+from ldm_runtime.errors import BackendError
 
+#: Most threads of an engine; no machine has more cores.
+MAX_THREADS = 1024
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
@@ -36,6 +39,20 @@ def default_threads(
     numbers = _affinity() if affinity is None else affinity
     cores = {_core(topology, number) for number in numbers}
     return _within_quota(len(cores), groups)
+
+
+def compute_threads(threads: int | None) -> int:
+    """Return how many threads an engine computes with: as many as asked for, or the default.
+
+    Raises:
+        BackendError: There are more than `MAX_THREADS`: a library would start them all, and the
+            machine stand still.
+    """
+    if threads is not None and threads > MAX_THREADS:
+        raise BackendError(
+            f"threads must be at most {MAX_THREADS}, got {threads}; one per core is enough"
+        )
+    return threads or default_threads()
 
 
 def _within_quota(count: int, groups: ControlGroups | None) -> int:

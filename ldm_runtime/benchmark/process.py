@@ -60,6 +60,7 @@ class Findings:
         calls: How often an image calls each network.
         peak_bytes: Highest resident memory up to the end of the second image.
         version: Of the library behind the backend.
+        precision: Precision that it computes in.
         heavy: Which of `HEAVY` were loaded: none, or the measurement is void.
     """
 
@@ -68,6 +69,7 @@ class Findings:
     calls: dict[str, int]
     peak_bytes: int
     version: str
+    precision: str
     heavy: list[str]
 
 
@@ -173,6 +175,7 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
         calls={name: len(seconds) for name, seconds in calls.items()},
         peak_bytes=peak,
         version=backend.version(),
+        precision=generator.precision,
         heavy=[name for name in HEAVY if name in sys.modules],
     )
 

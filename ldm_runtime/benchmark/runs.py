@@ -92,7 +92,7 @@ def as_rows(subject: Subject, found: Sequence[tuple[str, Findings]], commit: str
             backend=backend,
             commit=commit,
             bundle_sha256=sha256,
-            device=f"{host}; {backend} {findings[0].version}",
+            device=f"{host}; {backend} {findings[0].version} in {findings[0].precision}",
             settings={},
             seconds=(),
         )

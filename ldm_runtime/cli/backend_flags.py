@@ -1,14 +1,16 @@
 """Flags for the backend that runs networks, of every command that runs them."""
 
 import argparse
+from typing import get_args
 
 from ldm_runtime.backends import BACKEND_ALIASES, BACKENDS
+from ldm_runtime.backends.contract import Precision
 from ldm_runtime.cli.parsing import positive
 from ldm_runtime.suggestions import did_you_mean
 
 
 def add_backend_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add `--backend` and `--threads`."""
+    """Add `--backend`, `--precision` and `--threads`."""
     parser.add_argument(
         *("-b", "--backend", "--device"),
         type=backend_name,
@@ -16,6 +18,11 @@ def add_backend_arguments(parser: argparse._ActionsContainer) -> None:
         metavar="NAME",
         help=f"{', '.join(BACKENDS)}, or cpu for onnxruntime (default: auto, the best that can "
         "run here)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="precision that networks compute in (default: the backend's fastest)",
     )
     parser.add_argument(
         *("-t", "--threads"),

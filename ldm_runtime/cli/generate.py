@@ -68,12 +68,14 @@ def generate(args: argparse.Namespace) -> int:
         args.bundle,
         refiner=args.refiner,
         backend=args.backend,
+        precision=args.precision,
         threads=args.threads,
         sha256=args.sha256,
         trust_engines=args.trust_engines,
         textual_inversions=given_inversions(args),
     ) as generator:
-        _LOGGER.info("%s: %s on %s", args.bundle, generator.spec.family, generator.backend)
+        where = f"{generator.backend} in {generator.precision}"
+        _LOGGER.info("%s: %s on %s", args.bundle, generator.spec.family, where)
         run = _generate_together if args.requests else _generate_one_by_one
         with reporting(args) as progress:
             for result in run(generator, requests, args, progress):

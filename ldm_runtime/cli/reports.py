@@ -20,6 +20,7 @@ def verify(args: argparse.Namespace) -> int:
     for check in verification.verify(
         args.bundle,
         backend=args.backend,
+        precision=args.precision,
         threads=args.threads,
         sha256=args.sha256,
         trust_engines=args.trust_engines,

@@ -58,12 +58,20 @@ def is_trusted_engine(sha256: str) -> bool:
     """
     folder = cache_folder() / _FOLDER
     try:
-        status = folder.stat()
-        is_own = status.st_uid == os.getuid() and not status.st_mode & _OTHERS_MAY_WRITE
         return (
-            is_own
+            is_own_folder(folder)
             and re.fullmatch("[0-9a-f]{64}", sha256) is not None
             and (stat.S_ISREG((folder / sha256).lstat().st_mode))
         )
     except OSError:
         return False
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Return whether a folder belongs to this user and no one else may write to it.
+
+    Raises:
+        OSError: There is no such folder.
+    """
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & _OTHERS_MAY_WRITE

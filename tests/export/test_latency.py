@@ -263,7 +263,9 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(
 
 def test_a_process_that_loads_torch_is_no_measurement(bundle, monkeypatch):
     subject = open_subject(bundle)
-    loaded = Findings(first={}, steady={}, calls={}, peak_bytes=1, version="1", heavy=["torch"])
+    loaded = Findings(
+        first={}, steady={}, calls={}, peak_bytes=1, version="1", precision="fp32", heavy=["torch"]
+    )
     answer = json.dumps(vars(loaded))
     monkeypatch.setattr(
         subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, answer, "")

@@ -31,6 +31,12 @@ def bundle_of(tiny_bundle, tmp_path_factory):
 
 
 @pytest.fixture
+def free_choice(monkeypatch):
+    """Let "auto" choose a backend, which tests fix otherwise."""
+    monkeypatch.delenv("LDM_BACKEND")
+
+
+@pytest.fixture
 def own_bundle(tiny_bundle, tmp_path):
     """A copy of the tiny bundle for one test to spoil."""
     return shutil.copytree(tiny_bundle, tmp_path / "engines")

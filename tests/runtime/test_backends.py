@@ -14,6 +14,8 @@ from ldm_runtime.errors import BackendError, BundleError
 from ldm_runtime.testing import FakeEngine, tiny_networks
 
 PRESENT = BACKENDS["onnxruntime"]
+
+pytestmark = pytest.mark.usefixtures("free_choice")
 UNINSTALLED = BackendEntry(module="ldm_runtime_package_that_is_not_there", extra="faster")
 
 

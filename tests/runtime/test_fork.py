@@ -101,7 +101,7 @@ def test_on_a_gpu_a_forked_process_is_told_to_open_the_bundle_itself():
     networks("unet")
 
     networks.abandon()
-    with pytest.raises(BackendError, match="a GPU does not follow a fork; open it in every"):
+    with pytest.raises(BackendError, match="its backend does not follow a fork; open it in every"):
         networks("unet")
     networks.close()
 

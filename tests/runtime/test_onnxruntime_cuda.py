@@ -671,6 +671,7 @@ def test_libraries_of_nvidia_are_found_elsewhere_on_the_path(tmp_path, monkeypat
     assert library_folders(tmp_path) == []
 
 
+@pytest.mark.usefixtures("free_choice")
 @pytest.mark.parametrize("prepared", [True, False])
 def test_auto_steps_down_in_one_sentence_if_the_gpu_was_expected(
     tiny_bundle, monkeypatch, caplog, prepared

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(not can_forbid_sockets(), reason="needs Linux to
 
 def run(code, home, *arguments, **environment):
     home.mkdir()
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    names = ("PATH", "PYTHONPATH", "LDM_BACKEND")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     done = run_without_sockets(
         code, *map(str, arguments), environment={**kept, "HOME": str(home), **environment}
     )

@@ -20,15 +20,9 @@ from ldm_runtime.backends.contract import (
 from ldm_runtime.backends.host_memory import check_memory
 from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
-from ldm_runtime.backends.onnxruntime.session import (
-    NATIVE_ERRORS,
-    SILENT,
-    check_inputs,
-    check_names,
-    check_outputs,
-    describe,
-)
-from ldm_runtime.backends.processors import default_threads
+from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, describe
+from ldm_runtime.backends.processors import compute_threads
+from ldm_runtime.backends.signatures import check_inputs, check_names, check_outputs
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
@@ -36,14 +30,13 @@ from ldm_runtime.specs.model import ModelSpec, axis_sizes
 
 ABILITIES = Abilities(
     variant="fp32",
+    precisions=("fp32",),
     limited_shapes=False,
     min_shared_samples=2,
     is_prepared=always_prepared,
     survives_fork=True,
 )
 
-#: Most threads of an engine; no machine has more cores.
-MAX_THREADS = 1024
 _PROVIDERS = ("CPUExecutionProvider",)
 
 
@@ -64,7 +57,7 @@ class OnnxRuntimeEngine(Closing):
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph, or there are more threads than
-            `MAX_THREADS`.
+            `processors.MAX_THREADS`.
     """
 
     def __init__(
@@ -81,7 +74,7 @@ class OnnxRuntimeEngine(Closing):
         self._spec, self._held = spec, 0
         self._outputs = [signature.name for signature in component.outputs]
         self._sizes = sizes
-        self._session: Any = _open_session(path, threads or default_threads(), spinning=spinning)
+        self._session: Any = _open_session(path, compute_threads(threads), spinning=spinning)
         check_names(path, [each.name for each in self._session.get_inputs()], component)
 
     def run(self, inputs: Tensors) -> dict[str, npt.NDArray[Any]]:
@@ -143,10 +136,6 @@ def version() -> str:
 
 
 def _open_session(path: Path, threads: int, *, spinning: bool) -> Any:  # noqa: ANN401  (ships no types)
-    if threads > MAX_THREADS:  # ONNX Runtime would start them all, and the machine stand still
-        raise BackendError(
-            f"threads must be at most {MAX_THREADS}, got {threads}; one per core is enough"
-        )
     session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = SILENT
     session_options.intra_op_num_threads = threads

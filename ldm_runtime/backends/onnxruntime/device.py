@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner, Tensors
-from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, check_inputs, describe
+from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, describe
+from ldm_runtime.backends.signatures import check_inputs
 from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError

@@ -17,7 +17,8 @@ from ldm_runtime.backends.contract import EngineSource
 from ldm_runtime.backends.onnxruntime.device import Array, Buffer, DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.packages import conflict, installed_packages
-from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, check_names, describe
+from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, describe
+from ldm_runtime.backends.signatures import check_names
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import axis_sizes

@@ -24,7 +24,11 @@ _PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 PROVIDER = Provider(name="NvTensorRTRTXExecutionProvider", options={}, memory="cpu")
 
 ABILITIES = Abilities(
-    variant="fp16", limited_shapes=False, min_shared_samples=1, is_prepared=always_prepared
+    variant="fp16",
+    precisions=("fp16",),
+    limited_shapes=False,
+    min_shared_samples=1,
+    is_prepared=always_prepared,
 )
 
 

@@ -1,0 +1,94 @@
+"""OpenVINO as a backend: the fastest one on a CPU, in fp32 or where it can in bf16.
+
+Its package is optional, so that it is imported only where an engine is opened or asked about.
+"""
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_runtime.backends.contract import (
+    DEFAULT_OPTIONS,
+    Abilities,
+    EngineSource,
+    Precision,
+    RunOptions,
+    lacks_graph,
+)
+from ldm_runtime.bundle.manifest import Manifest
+from ldm_runtime.errors import BackendError
+from ldm_runtime.specs.model import axis_sizes
+from ldm_runtime.version import extra
+
+if TYPE_CHECKING:
+    from ldm_runtime.backends.openvino.engine import OpenVinoEngine
+
+
+def _is_installed(_manifest: Manifest | None = None) -> bool:
+    return find_spec("openvino") is not None
+
+
+def _fastest() -> Precision:
+    from ldm_runtime.backends.openvino.library import has_bf16
+
+    return "bf16" if has_bf16() else "fp32"
+
+
+ABILITIES = Abilities(
+    variant="fp32",
+    precisions=("fp32", "bf16"),
+    limited_shapes=False,
+    min_shared_samples=1,
+    is_prepared=_is_installed,
+    fastest=_fastest,
+)
+
+
+def open_engine(source: EngineSource) -> "OpenVinoEngine":
+    """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
+    from ldm_runtime.backends.openvino.compiled_models import cache_for
+    from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
+
+    path = source.graph("fp32")
+    component = source.component
+    compilation = Compilation(
+        precision=ABILITIES.precision_of(source.options),
+        threads=source.threads,
+        # What was not compared with the hashes must not be found by them later.
+        cache=cache_for(source.hashes("fp32")) if source.check_hashes else None,
+    )
+    sizes = axis_sizes(source.manifest.spec, component.name)
+    return OpenVinoEngine(path, component, sizes, compilation, spec=source.manifest.spec)
+
+
+def why_not(
+    manifest: Manifest | None,
+    _bundle: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
+) -> str | None:
+    """Say why a bundle cannot run: without the package, the graphs or the precision."""
+    if not _is_installed():
+        return (
+            "backend 'openvino' needs the package 'openvino', which is not installed; "
+            f"install {extra('openvino')}"
+        )
+    if reason := lacks_graph("openvino", "fp32", manifest):
+        return reason
+    try:
+        from ldm_runtime.backends.openvino.library import has_bf16
+
+        if options.precision == "bf16" and not has_bf16():
+            return "this processor has no bf16; use --precision fp32"
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def version() -> str:
+    """Return OpenVINO's version, "" if it is not installed."""
+    try:
+        return version_of("openvino")
+    except PackageNotFoundError:
+        return ""

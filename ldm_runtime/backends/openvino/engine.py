@@ -1,0 +1,157 @@
+"""One component in OpenVINO's CPU plugin: static shapes, compiled when they are first needed."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime.backends.contract import BoundInputs, Precision, Runner, Tensors
+from ldm_runtime.backends.host_memory import check_memory
+from ldm_runtime.backends.openvino.compiled_models import Latest
+from ldm_runtime.backends.openvino.library import load_openvino
+from ldm_runtime.backends.processors import compute_threads
+from ldm_runtime.backends.signatures import check_inputs, check_names, check_outputs
+from ldm_runtime.bundle.manifest import ComponentRecord
+from ldm_runtime.closing import Closing
+from ldm_runtime.errors import BackendError
+from ldm_runtime.specs.model import ModelSpec
+
+#: Compiled shapes of a component that stay in memory. Each has its own copy of the weights, in the
+#: order and precision of its kernels.
+KEPT_SHAPES = 2
+_HINTS: Mapping[str, str] = {"fp32": "f32", "bf16": "bf16"}
+
+#: The lengths of every axis of every input, by which a compiled model is known.
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """How graphs are compiled.
+
+    Attributes:
+        precision: "fp32", or "bf16" inside while inputs and outputs stay in fp32.
+        threads: Compute threads; None is one per physical core that this process may use.
+        cache: Folder of compiled models, or None without one.
+    """
+
+    precision: Precision
+    threads: int | None = None
+    cache: Path | None = None
+
+
+class OpenVinoEngine(Closing):
+    """One graph in OpenVINO's CPU plugin.
+
+    Every new set of shapes is compiled, which takes seconds for a large network; the last ones are
+    kept. Denormals count as zero. Weights next to the graph are memory-mapped by OpenVINO. Any
+    number of threads may call `run` at once.
+
+    Args:
+        path: The graph, which names its weights file relative to itself.
+        component: Its inputs and outputs.
+        sizes: Lengths of the fixed axes, from `specs.model.axis_sizes`.
+        compilation: How it is compiled.
+        spec: The model, to refuse runs that this machine has no memory for; None refuses none.
+
+    Raises:
+        BackendError: OpenVINO cannot load the graph, or there are more threads than
+            `processors.MAX_THREADS`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        component: ComponentRecord,
+        sizes: Mapping[str, int],
+        compilation: Compilation,
+        *,
+        spec: ModelSpec | None = None,
+    ) -> None:
+        self._component, self._sizes, self._spec = component, sizes, spec
+        self._held = 0
+        self._settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _HINTS[compilation.precision],
+            "INFERENCE_NUM_THREADS": compute_threads(compilation.threads),
+            "ENABLE_CPU_PINNING": False,  # or two processes would share one core
+            "CPU_DENORMALS_OPTIMIZATION": True,
+        }
+        self._core: Any = load_openvino().Core()
+        if compilation.cache is not None:
+            self._core.set_property({"CACHE_DIR": str(compilation.cache)})
+        self._model: Any = _read(self._core, path)
+        names = [each.get_any_name() for each in self._model.inputs]
+        check_names(path, names, component)
+        self._compiled: Latest[_Shapes, _CompiledModel] | None = Latest(self._compile, KEPT_SHAPES)
+
+    def run(self, inputs: Tensors) -> dict[str, npt.NDArray[Any]]:
+        """Run once; see `ldm_runtime.backends.contract.Runner`."""
+        compiled, name = self._compiled, self._component.name
+        if compiled is None:
+            raise BackendError(f"the {name} engine is closed; open the bundle again")
+        lengths = check_inputs(self._component, self._sizes, inputs)
+        held = self._held
+        if self._spec is not None:
+            held = check_memory(name, self._spec, lengths, held)
+        feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
+        shapes = tuple(sorted((key, array.shape) for key, array in feed.items()))
+        try:
+            outputs = compiled[shapes].run(feed)
+        except RuntimeError as error:
+            described = ", ".join(f"{key} {array.shape}" for key, array in feed.items())
+            raise BackendError(
+                f"OpenVINO failed in {name} with {described}: {_first_line(error)}"
+            ) from error
+        self._held = max(self._held, held)
+        check_outputs(self._component, lengths, outputs)
+        return {each.name: outputs[each.name] for each in self._component.outputs}
+
+    def bind(self, constants: Tensors) -> Runner:
+        """Fix some inputs; on the CPU there is nothing to upload."""
+        return BoundInputs(runner=self, constants=constants)
+
+    def close(self) -> None:
+        """Release the models; calls that are running finish."""
+        self._compiled = self._model = self._core = None
+
+    def _compile(self, shapes: _Shapes) -> "_CompiledModel":
+        model = self._model.clone()
+        model.reshape({name: list(shape) for name, shape in shapes})
+        return _CompiledModel(self._core.compile_model(model, "CPU", self._settings))
+
+
+class _CompiledModel:
+    """A compiled model, and the memory of as many runs as there ever were at once."""
+
+    def __init__(self, compiled: Any) -> None:  # noqa: ANN401  (of a compiled module)
+        self._compiled = compiled
+        self._idle: deque[Any] = deque()
+
+    def run(self, feed: Tensors) -> dict[str, npt.NDArray[Any]]:
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        outputs = request.infer(dict(feed), share_inputs=True)
+        found = {each.get_any_name(): outputs[each] for each in self._compiled.outputs}
+        self._idle.append(request)
+        return found
+
+
+def _read(core: Any, path: Path) -> Any:  # noqa: ANN401
+    try:
+        return core.read_model(path)
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error of OpenVINO says after the places in its source that it came through."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return (told or lines or [type(error).__name__])[0].rstrip(" .;")

@@ -1,0 +1,366 @@
+"""OpenVINO as a backend: what it computes, what it keeps, and what it leaves on the machine."""
+
+import logging
+import os
+import shutil
+import threading
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import get_args
+
+import numpy as np
+import pytest
+
+# Not `importorskip`, which would import it with its telemetry.
+if find_spec("openvino") is None:
+    pytest.skip("needs the extra openvino", allow_module_level=True)
+
+from ldm_runtime import Generator
+from ldm_runtime.backends import choose_backend, get_backend
+from ldm_runtime.backends.contract import EngineSource, RunOptions
+from ldm_runtime.backends.openvino import library
+from ldm_runtime.backends.openvino.compiled_models import Latest, cache_for
+from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
+from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.diagnostics.measures import psnr, relative_l2
+from ldm_runtime.diagnostics.verify import verify
+from ldm_runtime.errors import BackendError, ShapeError
+from ldm_runtime.specs.model import Task, axis_sizes, components_of
+from ldm_runtime.testing import tiny_networks, tiny_spec
+from tests.runtime.sockets import can_forbid_sockets, run_without_sockets
+from tests.runtime.test_onnxruntime_backend import random_inputs
+
+PROMPT = "a large red circle"
+NEEDS_BF16 = pytest.mark.skipif(not library.has_bf16(), reason="this processor has no bf16")
+
+
+def open_component(bundle, name, precision="fp32", **compilation):
+    manifest = load_manifest(bundle)
+    record = manifest.component(name)
+    return OpenVinoEngine(
+        bundle / record.graphs[0].file,
+        record,
+        axis_sizes(manifest.spec, name),
+        Compilation(precision=precision, threads=1, **compilation),
+    )
+
+
+def source_of(bundle, name="unet", **changes):
+    manifest = load_manifest(bundle)
+    source = EngineSource(bundle=bundle, manifest=manifest, component=manifest.component(name))
+    return replace(source, **changes)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of this user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_components_compute_what_their_numpy_twins_do_at_any_size(bundle_of, task):
+    spec, twins = tiny_spec(task), tiny_networks(task)
+    for name in components_of(spec):
+        with open_component(bundle_of(task), name) as engine:
+            for size in ({}, {"batch": 1, "height": 4, "width": 4}):
+                inputs = random_inputs(name, spec=spec, **size)
+
+                outputs = engine.run(inputs)
+
+                for key, array in twins[name](inputs).items():
+                    assert outputs[key].dtype == np.float32
+                    np.testing.assert_allclose(outputs[key], array, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_images_in_fp32_are_those_of_onnx_runtime(small_bundle_fp32):
+    images = []
+    for backend in ("onnxruntime", "openvino"):
+        with Generator(small_bundle_fp32, backend=backend, precision="fp32", threads=1) as one:
+            images.append(np.asarray(one(PROMPT, seed=3, num_inference_steps=6).image))
+            assert one.precision == "fp32"
+
+    assert psnr(*images) >= 60
+
+
+@pytest.mark.slow
+@NEEDS_BF16
+def test_bf16_is_what_it_computes_in_unless_told_otherwise_and_says_so(small_bundle_fp32):
+    inputs = random_inputs("unet", spec=load_manifest(small_bundle_fp32).spec, height=16, width=16)
+    outputs = {}
+    for precision in ("fp32", "bf16"):
+        with open_component(small_bundle_fp32, "unet", precision) as engine:
+            outputs[precision] = engine.run(inputs)["prediction"]
+    with Generator(small_bundle_fp32, backend="openvino") as generator:
+        assert generator.precision == "bf16"
+        assert "openvino in bf16" in repr(generator)
+
+    assert 1e-4 < relative_l2(outputs["bf16"], outputs["fp32"]) < 0.2
+
+
+def test_a_precision_that_a_backend_has_not_is_refused_in_a_sentence(tiny_bundle, monkeypatch):
+    with pytest.raises(BackendError, match="onnxruntime computes in fp32, not in bf16"):
+        Generator(tiny_bundle, backend="onnxruntime", precision="bf16")
+    with pytest.raises(BackendError, match="openvino computes in fp32 or bf16, not in fp16"):
+        Generator(tiny_bundle, backend="openvino", precision="fp16")
+    monkeypatch.setattr(library, "has_bf16", lambda: False)
+    with pytest.raises(BackendError, match="this processor has no bf16; use --precision fp32"):
+        Generator(tiny_bundle, backend="openvino", precision="bf16")
+    with Generator(tiny_bundle, backend="openvino") as generator:
+        assert generator.precision == "fp32"
+
+
+@pytest.mark.usefixtures("free_choice")
+def test_auto_prefers_it_to_onnx_runtime_where_it_is_installed(tiny_bundle, monkeypatch, caplog):
+    manifest = load_manifest(tiny_bundle)
+
+    assert choose_backend("auto", manifest) == "openvino"
+
+    monkeypatch.setattr("ldm_runtime.backends.openvino.find_spec", lambda _: None)
+    assert choose_backend("auto", manifest) == "onnxruntime"
+    assert not caplog.messages  # nobody was led to expect it
+    with pytest.raises(BackendError, match="is not installed; install the extra 'openvino'"):
+        choose_backend("openvino", manifest)
+
+
+def test_a_bundle_keeps_the_promises_of_fp32_on_it(tiny_bundle):
+    checks = list(verify(tiny_bundle, backend="openvino"))
+
+    assert [check for check in checks if not check.passed] == []
+    assert any(check.bound is not None and check.measure == "psnr" for check in checks)
+
+
+@NEEDS_BF16
+def test_what_bf16_costs_is_measured_and_not_promised(tiny_bundle):
+    checks = list(verify(tiny_bundle, backend="openvino", precision="bf16"))
+
+    assert {check.bound for check in checks} == {None}
+    assert max(check.value for check in checks if check.measure == "relative_l2") > 1e-4
+
+
+@pytest.mark.slow
+def test_an_image_does_not_depend_on_how_many_are_generated(small_bundle_fp32):
+    inputs = random_inputs(
+        "unet", spec=load_manifest(small_bundle_fp32).spec, batch=3, height=8, width=8
+    )
+    for precision in get_backend("openvino").ABILITIES.precisions:
+        with open_component(small_bundle_fp32, "unet", precision) as engine:
+            together = engine.run(inputs)["prediction"]
+            alone = [
+                engine.run({key: array[row : row + 1] for key, array in inputs.items()})
+                for row in range(3)
+            ]
+
+        assert np.array_equal(together, np.concatenate([each["prediction"] for each in alone]))
+
+
+def test_the_number_of_threads_changes_no_byte(tiny_bundle):
+    images = []
+    for threads in (1, 2):
+        with Generator(tiny_bundle, backend="openvino", threads=threads) as generator:
+            images.append(generator(PROMPT, seed=1, num_inference_steps=3).image.tobytes())
+
+    assert images[0] == images[1]
+
+
+def test_threads_share_an_engine_and_get_their_own_results(tiny_bundle):
+    inputs = [random_inputs("unet") for _ in range(6)]
+    for number, each in enumerate(inputs):
+        each["latents"] = each["latents"] * np.float32(number + 1)
+    results = {}
+    with open_component(tiny_bundle, "unet") as engine:
+
+        def run(number):
+            results[number] = engine.run(inputs[number])["prediction"]
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = [engine.run(each)["prediction"] for each in inputs]
+
+    assert all(np.array_equal(results[number], expected[number]) for number in range(6))
+
+
+def test_results_belong_to_the_caller(tiny_bundle):
+    inputs = random_inputs("unet")
+    with open_component(tiny_bundle, "unet") as engine:
+        first = engine.run(inputs)["prediction"]
+        kept = first.copy()
+        engine.run(inputs | {"latents": 2 * inputs["latents"]})
+
+    assert np.array_equal(first, kept)
+
+
+def test_the_last_shapes_are_kept_and_no_more():
+    made = []
+    latest = Latest(lambda key: made.append(key) or key, count=2)
+
+    assert [latest[key] for key in "ababcba"] == list("ababcba")
+    assert made == list("abca")  # a was the one not used for longest when c came
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (
+            {"latents": np.zeros((2, 3, 6, 8), np.float32)},
+            ShapeError,
+            "shape 2x3x6x8",
+        ),
+        ({"latents": np.zeros((2, 4, 6, 8))}, BackendError, "must be float32, is float64"),
+        ({"noise": np.zeros(1)}, BackendError, "unet takes latents, timesteps, context; it was"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(tiny_bundle, change, kind, message):
+    with open_component(tiny_bundle, "unet") as engine, pytest.raises(kind, match=message):
+        engine.run(random_inputs("unet") | change)
+
+
+def test_a_closed_engine_says_so(tiny_bundle):
+    engine = open_component(tiny_bundle, "unet")
+    engine.close()
+    engine.close()
+
+    with pytest.raises(BackendError, match="the unet engine is closed; open the bundle again"):
+        engine.run(random_inputs("unet"))
+
+
+@pytest.mark.parametrize("damage", ["not a graph", "no graph", "no weights"])
+def test_a_graph_that_does_not_load_is_one_sentence(own_bundle, damage):
+    graph, weights = own_bundle / "unet/model.cpu.onnx", own_bundle / "unet/weights.bin"
+    match damage:
+        case "not a graph":
+            graph.write_bytes(b"not a graph")
+        case "no graph":
+            graph.unlink()
+        case "no weights":
+            weights.unlink()
+
+    with pytest.raises(BackendError, match=r"OpenVINO cannot load .*model\.cpu\.onnx: ") as caught:
+        open_component(own_bundle, "unet")
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_compiled_model_is_read_again_by_the_next_process(tiny_bundle, cache):
+    backend = get_backend("openvino")
+    inputs = random_inputs("unet")
+    outputs, blobs = [], []
+    for _ in range(2):
+        with backend.open_engine(source_of(tiny_bundle)) as engine:
+            outputs.append(engine.run(inputs)["prediction"])
+            (shape,) = engine._compiled._values.values()
+            blobs.append([path.name for path in cache.rglob("*.blob")])
+
+    assert shape._compiled.get_property("LOADED_FROM_CACHE")
+    assert len(blobs[0]) == 1
+    assert blobs[0] == blobs[1]
+    assert np.array_equal(*outputs)
+
+
+def test_what_was_not_compared_with_the_hashes_is_neither_kept_nor_found(tiny_bundle, cache):
+    source = source_of(tiny_bundle, check_hashes=False)
+
+    with get_backend("openvino").open_engine(source) as engine:
+        engine.run(random_inputs("unet"))
+
+    assert not list(cache.rglob("*.blob"))
+
+
+def test_weights_with_another_hash_have_another_folder(cache):
+    first, second = cache_for(["a" * 64, "b" * 64]), cache_for(["a" * 64, "c" * 64])
+
+    assert first != second
+    assert first.parent == second.parent == cache / "ldm-deploy/openvino"
+    assert first.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_compiled_model_is_read_from_where_others_can_write(tiny_bundle, cache, caplog):
+    source = source_of(tiny_bundle)
+    cache_for(source.hashes("fp32"))
+    (cache / "ldm-deploy/openvino").chmod(0o777)
+
+    with caplog.at_level(logging.WARNING):
+        folder = cache_for(source.hashes("fp32"))
+
+    assert folder is None
+    assert "can be written by others" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write anywhere")
+def test_a_cache_that_cannot_be_written_is_a_warning(cache, caplog):
+    cache.mkdir()
+    cache.chmod(0o500)
+
+    with caplog.at_level(logging.WARNING):
+        assert cache_for(["a" * 64]) is None
+
+    assert "set XDG_CACHE_HOME to a folder that can" in caplog.text
+
+
+def test_the_oldest_compiled_models_go_when_there_are_too_many(cache, monkeypatch):
+    module = "ldm_runtime.backends.openvino.compiled_models"
+    monkeypatch.setattr(f"{module}.MOST_BYTES", 250)
+    folders = [cache_for([letter * 64]) for letter in "abc"]
+    for age, folder in zip((30, 20, 10), folders, strict=True):
+        (folder / "1.blob").write_bytes(bytes(100))
+        then = folder.stat().st_mtime - age
+        os.utime(folder, (then, then))
+
+    kept = cache_for(["d" * 64])
+
+    assert [folder.exists() for folder in (*folders, kept)] == [False, True, True, True]
+
+
+@pytest.mark.skipif(not can_forbid_sockets(), reason="needs Linux to forbid sockets")
+def test_its_telemetry_is_off(tiny_bundle, tmp_path):
+    """Not even where the package is installed that OpenVINO depends on for it."""
+    home, packages = tmp_path / "home", tmp_path / "packages"
+    home.mkdir()
+    spy = packages / "openvino_telemetry/__init__.py"
+    spy.parent.mkdir(parents=True)
+    spy.write_text("raise SystemExit('telemetry was imported')")
+    code = (
+        "import sys; from ldm_runtime import Generator\n"
+        "with Generator(sys.argv[1], backend='openvino') as generator:\n"
+        "    generator('a red circle', num_inference_steps=2)\n"
+        "assert 'openvino_telemetry' not in sys.modules"
+    )
+    path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
+
+    done = run_without_sockets(
+        code,
+        str(tiny_bundle),
+        environment={"PATH": os.environ["PATH"], "PYTHONPATH": path, "HOME": str(home)},
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert {found.relative_to(home).parts[:3] for found in home.rglob("*.*")} == {
+        (".cache",),
+        (".cache", "ldm-deploy", "openvino"),
+    }
+
+
+def test_it_needs_no_more_than_the_graphs_for_the_cpu(tiny_bundle, tmp_path):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "engines")
+    for path in bundle.glob("*/model.onnx"):
+        assert path.name != "model.cpu.onnx"
+        path.unlink()
+
+    with Generator(bundle, backend="openvino", check_hashes=False) as generator:
+        assert generator(PROMPT, num_inference_steps=2).image.size == (16, 16)
+
+
+def test_more_threads_than_any_machine_has_cores_are_refused(tiny_bundle):
+    with pytest.raises(BackendError, match="threads must be at most 1024, got 100000"):
+        Generator(tiny_bundle, backend="openvino", threads=100_000)
+
+
+def test_options_of_other_backends_are_ignored(tiny_bundle):
+    options = RunOptions(cuda_graphs=False, spinning=True)
+
+    with Generator(tiny_bundle, backend="openvino", options=options) as generator:
+        assert generator.backend == "openvino"
