@@ -201,7 +201,7 @@ def test_a_tile_size_that_is_no_number_is_refused_when_decoding(generator):
 def test_a_generator_is_shown_by_bundle_task_size_and_backend(tiny_bundle):
     generator = Generator(tiny_bundle, backend="cpu")
 
-    shown = f"Generator({str(tiny_bundle)!r}, text-to-image, 16x16, onnxruntime)"
+    shown = f"Generator({str(tiny_bundle)!r}, text-to-image, 16x16, onnxruntime in fp32)"
     assert repr(generator) == shown
     generator.close()
     assert repr(generator) == shown.replace(", text", ", closed, text")
