@@ -158,7 +158,7 @@ def make_bundle(folder: Path, *, is_tiny: bool) -> Path:
     model = full_size.tiny(model) if is_tiny else model
     checkpoint, out = folder / "random.ckpt", folder / "engines"
     print(f"exporting a random checkpoint to {folder}", file=sys.stderr, flush=True)
-    run_apart(full_size.write_checkpoint, "writing the checkpoint", checkpoint, model, half=True)
+    run_apart(full_size.write_checkpoint, "writing the checkpoint", checkpoint, model)
     command = [sys.executable, "-m", "ldm_export.cli", "--engines", "none"]
     done = subprocess.run([*command, "--ckpt", str(checkpoint), "--out", str(out)], cwd=ROOT)
     if done.returncode:

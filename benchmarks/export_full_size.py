@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_runtime.specs.networks import AutoencoderSpec, Networks, TextEncoderSpec, UNetSpec
-from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from measuring.rows import ROOT, append_line, as_line, commit, machine
 from measuring.watched_export import Measurement, measure_export, run_apart, step_seconds
-from released.released_models import ReleasedModel
+from released.records import ReleasedModel
+from released.released_models import MODELS
 
 if TYPE_CHECKING:
     from ldm_runtime.bundle.manifest import Manifest
@@ -34,19 +34,8 @@ MAX_SECONDS, MAX_BYTES = 300.0, 8_000_000_000
 
 
 def stable_diffusion_1() -> ReleasedModel:
-    """Return the hyperparameters of Stable Diffusion 1.5."""
-    return ReleasedModel(
-        name="stable-diffusion-1.5",
-        task="text-to-image",
-        linear_start=0.00085,
-        linear_end=0.012,
-        parameters_millions=(859.52, 83.65, 123.06),
-        networks=Networks(
-            unet=unet_spec(),
-            autoencoder=autoencoder_spec(),
-            text_encoder=text_encoder_spec(),
-        ),
-    )
+    """Return the hyperparameters of Stable Diffusion 1.5, whose weights are in fp16."""
+    return replace(MODELS["v1-5-pruned-emaonly"], half=True)
 
 
 def tiny(model: ReleasedModel) -> ReleasedModel:
@@ -60,17 +49,11 @@ def tiny(model: ReleasedModel) -> ReleasedModel:
     return replace(model, networks=networks)
 
 
-def write_checkpoint(path: Path, model: ReleasedModel, *, half: bool) -> None:
-    """Write a checkpoint as PyTorch Lightning did; it loads torch, so do it in another process.
-
-    Args:
-        path: The file.
-        model: Its networks.
-        half: Whether weights are fp16; the schedule is fp32 either way.
-    """
+def write_checkpoint(path: Path, model: ReleasedModel) -> None:
+    """Write a checkpoint as PyTorch Lightning did; it loads torch, so do it in another process."""
     from released import random_checkpoints
 
-    random_checkpoints.write_checkpoint(path, model, half=half)
+    random_checkpoints.write_checkpoint(path, model)
 
 
 def as_record(
@@ -161,8 +144,8 @@ def _run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = tiny(stable_diffusion_1()) if args.tiny else stable_diffusion_1()
     checkpoint, out = folder / "random.ckpt", folder / "engines"
     print(f"writing a random checkpoint to {folder}", file=sys.stderr, flush=True)
-    half = args.dtype == "fp16"
-    run_apart(write_checkpoint, "writing the checkpoint", checkpoint, model, half=half)
+    model = replace(model, half=args.dtype == "fp16")
+    run_apart(write_checkpoint, "writing the checkpoint", checkpoint, model)
     measurement = measure_export(checkpoint, out, args.weights_dtype)
     settings = {
         "model": "tiny" if args.tiny else "stable-diffusion-1.5",

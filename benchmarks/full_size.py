@@ -31,7 +31,8 @@ from measuring.rows import append_line, commit, machine
 from measuring.watched_export import ask, measure_export, run_apart
 from released.full_size_report import report
 from released.narrow_models import narrowed
-from released.released_models import MODELS, ReleasedModel
+from released.records import ReleasedModel
+from released.released_models import MODELS
 
 if TYPE_CHECKING:
     from ldm_runtime.bundle.manifest import Manifest

@@ -22,7 +22,7 @@ from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
 from ldm_runtime.benchmark.process import forget_peak, peak_bytes
 from ldm_runtime.bundle.manifest import Manifest, load_manifest
 from ldm_runtime.diagnostics.verify import verify
-from ldm_runtime.specs.model import ModelSpec, axis_sizes, value_counts
+from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, value_counts
 from ldm_runtime.specs.networks import TextEncoderSpec
 
 _MAX_PIXELS = 256  # per side, where a network works on pixels
@@ -103,7 +103,7 @@ def _run(graph: Path, name: str, spec: ModelSpec) -> dict[str, Any]:
     with watched_graph(graph) as watched, flushed_denormals():
         session = _session(watched)
         names = [each.name for each in session.get_outputs()]
-        for inputs in _inputs(name, spec, [each.name for each in session.get_inputs()]):
+        for inputs in _inputs(name, spec):
             outputs = dict(zip(names, session.run(None, dict(inputs)), strict=True))
             inside = max(inside, largest_value(outputs), key=lambda each: each[1])
             finite &= bool(np.isfinite(outputs[names[0]]).all())
@@ -127,29 +127,34 @@ def _session(graph: Path) -> Any:  # noqa: ANN401  (a class without types)
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def _inputs(name: str, spec: ModelSpec, names: Sequence[str]) -> Iterator[Mapping[str, Array]]:
-    rng, sizes = np.random.default_rng(0), axis_sizes(spec, name)
+def _inputs(name: str, spec: ModelSpec) -> Iterator[Mapping[str, Array]]:
+    """Yield random inputs of the model's own size, of noise and of latents beyond all bounds."""
+    rng, counts = np.random.default_rng(0), value_counts(spec, name)
     height, width = (
         min(side, _MAX_PIXELS) if name.startswith("vae_") else side
         for side in (spec.defaults.height, spec.defaults.width)
     )
-    h, w = height // spec.autoencoder.factor, width // spec.autoencoder.factor
-    channels = sizes.get("unet_channels", spec.autoencoder.embed_dim)
+    factor = spec.autoencoder.factor
     encoder = spec.find(TextEncoderSpec)
     tokens = 1 if encoder is None else encoder.max_tokens
-    shapes = {"tokens": (1, tokens), "segmentation": (1, height, width)}
+    lengths = {"batch": 1, "height": height // factor, "width": width // factor}
+    lengths |= {"image_height": height, "image_width": width, "context_tokens": tokens}
+    lengths |= axis_sizes(spec, name)
     for scale, timestep in _EXTREMES:
-        arrays: dict[str, Array] = {
-            "latents": scale * rng.standard_normal((1, channels, h, w), dtype=np.float32),
-            "timesteps": np.full(1, timestep, dtype=np.float32),
-            "image": rng.uniform(-1, 1, (1, 3, height, width)).astype(np.float32),
-        }
-        for each, axis in (("context", "context_dim"), ("learned_embeddings", "learned_dim")):
-            shape = (1, tokens, sizes.get(axis, 0))
-            arrays[each] = rng.standard_normal(shape, dtype=np.float32)
-        for each, count in value_counts(spec, name).items():
-            arrays[each] = rng.integers(count, size=shapes.get(each, 1))
-        yield {each: arrays[each] for each in names}
+        arrays: dict[str, Array] = {}
+        for tensor in components_of(spec)[name].inputs:
+            shape = tuple(lengths[axis] for axis in tensor.axes)
+            if tensor.name in counts:
+                arrays[tensor.name] = rng.integers(counts[tensor.name], size=shape)
+            elif tensor.name == "timesteps":
+                arrays[tensor.name] = np.full(shape, timestep, dtype=np.float32)
+            elif tensor.name == "image":
+                arrays[tensor.name] = rng.uniform(-1, 1, shape).astype(np.float32)
+            else:
+                arrays[tensor.name] = rng.standard_normal(shape, dtype=np.float32)
+                if tensor.name == "latents":
+                    arrays[tensor.name] *= np.float32(scale)
+        yield arrays
 
 
 if __name__ == "__main__":

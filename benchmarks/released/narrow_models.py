@@ -1,5 +1,6 @@
 """The released models with narrow layers: the same structure, exported in a minute or two."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ldm_runtime.specs.networks import (
@@ -10,7 +11,7 @@ from ldm_runtime.specs.networks import (
     TextEncoderSpec,
     UNetSpec,
 )
-from released.released_models import ReleasedModel
+from released.records import ReleasedModel
 
 _CHANNELS, _WIDTH, _LAYERS = 32, 64, 2
 
@@ -18,6 +19,15 @@ _CHANNELS, _WIDTH, _LAYERS = 32, 64, 2
 def narrowed(model: ReleasedModel) -> ReleasedModel:
     """Return the same model with as few channels as its normalisations allow."""
     networks = {name: _narrowed(record) for name, record in model.networks.items()}
+    encoders = [each for each in networks.values() if isinstance(each, TextEncoderSpec)]
+    unet = networks.get("unet")
+    if isinstance(unet, UNetSpec) and encoders:
+        removed = _pooled_dim(model.networks.values()) - _pooled_dim(encoders)
+        networks["unet"] = replace(
+            unet,
+            context_dim=sum(each.width for each in encoders),
+            vector_dim=None if unet.vector_dim is None else unet.vector_dim - removed,
+        )
     if model.task == "retrieval":  # the released factor belongs to the released channels
         autoencoder = Networks(**networks).of(AutoencoderSpec)
         networks["autoencoder"] = replace(autoencoder, latent_scale_factor=1.0)
@@ -38,19 +48,29 @@ def _narrowed(record: NetworkSpec) -> NetworkSpec:
 
 
 def _unet(spec: UNetSpec) -> UNetSpec:
+    """Return a narrow UNet; blocks of different depth stay as many as they are."""
     return replace(
         spec,
-        model_channels=_CHANNELS,
-        num_res_blocks=1,
+        model_channels=max(_CHANNELS, spec.num_head_channels or 0),
+        num_res_blocks=1 if spec.output_depth is None else spec.num_res_blocks,
         context_dim=None if spec.context_dim is None else _WIDTH,
     )
 
 
+def _pooled_dim(networks: Iterable[NetworkSpec]) -> int:
+    """Return the width of the pooled output, which one text encoder at most has."""
+    return sum(each.pooled_dim or 0 for each in networks if isinstance(each, TextEncoderSpec))
+
+
 def _encoder(spec: TextEncoderSpec) -> TextEncoderSpec:
+    """Return a narrow text encoder; that of OpenCLIP is wider than what attends to it alone."""
+    heads = 2 if spec.kind == "openclip" else 1
     return replace(
         spec,
-        width=_WIDTH,
+        width=heads * _WIDTH,
         num_layers=_LAYERS,
-        context_layers=_LAYERS,
-        feed_forward_dim=4 * _WIDTH,
+        context_layers=_LAYERS - (spec.num_layers - spec.context_layers),
+        num_heads=spec.num_heads if spec.kind == "bert" else heads,
+        feed_forward_dim=4 * heads * _WIDTH,
+        pooled_dim=None if spec.pooled_dim is None else heads * _WIDTH,
     )

@@ -10,7 +10,7 @@ import torch
 from ldm_export.networks.loading import build_network
 from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, components_of
 from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec
-from released.released_models import ReleasedModel
+from released.records import ReleasedModel
 
 #: Size of the layers that training starts at zero, against the others: small, but there.
 _LATE_GAIN = 0.5
@@ -48,25 +48,20 @@ def as_spec(model: ReleasedModel) -> ModelSpec:
     )
 
 
-def write_checkpoint(path: Path, model: ReleasedModel, *, half: bool = False) -> None:
-    """Write a checkpoint as PyTorch Lightning did.
-
-    Args:
-        path: The file.
-        model: Its networks.
-        half: Whether weights are fp16; the schedule is fp32 either way.
-    """
+def write_checkpoint(path: Path, model: ReleasedModel) -> None:
+    """Write a checkpoint as PyTorch Lightning did; the noise schedule is fp32 in any case."""
     random = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}
     if "unet" in model.networks:
         state.update(_schedule_buffers(model))
     for name, shape in parameter_shapes(model):
         value = _random_weight(name, shape, random)
-        state[name] = value.half() if half else value
+        state[name] = value.half() if model.half else value
     encoder = model.networks.find(TextEncoderSpec)
     if encoder is not None and encoder.kind == "clip":
         positions = torch.arange(encoder.max_tokens)[None]
-        state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = positions
+        prefix = model.prefixes.get("text_encoder", "cond_stage_model.transformer.")
+        state[f"{prefix}text_model.embeddings.position_ids"] = positions
     torch.save({"state_dict": state, "global_step": 0, "epoch": 0}, path)
 
 
@@ -74,12 +69,13 @@ def parameter_shapes(model: ReleasedModel) -> Iterator[tuple[str, tuple[int, ...
     """Yield names and shapes of a checkpoint's weights, with those that nothing uses."""
     spec = as_spec(model)
     for component in components_of(spec):
-        prefix = _prefix(component, spec)
+        prefix = model.prefixes.get(component) or _prefix(component, spec)
         for name, parameter in build_network(component, spec).named_parameters():
             yield prefix + name, tuple(parameter.shape)
     encoder = spec.find(TextEncoderSpec)
     if encoder is not None and encoder.kind == "bert":
         yield from _unused_head(encoder)
+    yield from model.unused.items()
 
 
 def _prefix(component: str, spec: ModelSpec) -> str:
@@ -102,6 +98,8 @@ def _unused_head(spec: TextEncoderSpec) -> Iterator[tuple[str, tuple[int, ...]]]
 def _random_weight(name: str, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
     """Return values that keep activations near one through all layers, and no layer at zero."""
     value: torch.Tensor = torch.randn(shape, generator=random)
+    if not shape:  # the scale of CLIP's comparisons
+        return value
     if len(shape) == 1:  # biases, and gains of normalisations
         return 0.1 * value + (1.0 if name.endswith("weight") else 0.0)
     if "embedding" in name or "_emb" in name:
@@ -117,7 +115,10 @@ def _alphas(model: ReleasedModel) -> torch.Tensor:
 
 
 def _schedule_buffers(model: ReleasedModel) -> dict[str, torch.Tensor]:
+    """Return the schedule as CompVis' code stores it, or as sgm does in files of its layout."""
     alphas = _alphas(model)
+    if any(prefix.startswith("conditioner.") for prefix in model.prefixes.values()):
+        return {"denoiser.sigmas": (1 / alphas - 1).sqrt().float()}
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     betas = 1 - alphas / before
     buffers = {

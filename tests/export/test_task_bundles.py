@@ -25,7 +25,7 @@ from ldm_runtime.specs.networks import (
 )
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from released import random_checkpoints
-from released.released_models import ReleasedModel
+from released.records import ReleasedModel
 
 SIZE = 32
 #: Whatever the kind of model, one head of all 32 channels.
