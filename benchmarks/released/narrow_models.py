@@ -6,6 +6,7 @@ from dataclasses import replace
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    ImageEncoderSpec,
     Networks,
     NetworkSpec,
     TextEncoderSpec,
@@ -42,6 +43,8 @@ def _narrowed(record: NetworkSpec) -> NetworkSpec:
             return replace(record, channels=_CHANNELS, num_res_blocks=1)
         case TextEncoderSpec():
             return _encoder(record)
+        case ImageEncoderSpec():
+            return _image_encoder(record)
         case ClassEmbedderSpec():
             return replace(record, width=_WIDTH)
     return record
@@ -73,4 +76,18 @@ def _encoder(spec: TextEncoderSpec) -> TextEncoderSpec:
         num_heads=spec.num_heads if spec.kind == "bert" else heads,
         feed_forward_dim=4 * heads * _WIDTH,
         pooled_dim=None if spec.pooled_dim is None else heads * _WIDTH,
+    )
+
+
+def _image_encoder(spec: ImageEncoderSpec) -> ImageEncoderSpec:
+    """Return a narrow image encoder with heads and an embedding of the same size."""
+    heads = 2
+    width = heads * spec.width // spec.num_heads
+    return replace(
+        spec,
+        width=width,
+        num_layers=_LAYERS,
+        num_heads=heads,
+        feed_forward_dim=2 * width,
+        image_size=4 * spec.patch_size,
     )

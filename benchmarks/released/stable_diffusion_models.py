@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ldm_runtime.specs.networks import Networks
+from ldm_runtime.specs.networks import ImageEncoderSpec, Networks
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from released.records import ReleasedModel
 
@@ -63,11 +63,15 @@ def _openclip(prefix: str, **unused: tuple[int, ...]) -> Mapping[str, tuple[int,
     return {f"{prefix}{name}": shape for name, shape in {"logit_scale": (), **unused}.items()}
 
 
-def _stable_diffusion_2(name: str, **fields: Any) -> ReleasedModel:  # noqa: ANN401
+def _stable_diffusion_2(
+    name: str,
+    prefixes: Mapping[str, str] = MappingProxyType({}),
+    **fields: Any,  # noqa: ANN401
+) -> ReleasedModel:
     """Return a row of a model with the text tower of OpenCLIP ViT-H/14."""
     return _stable_diffusion(
         name,
-        prefixes={"text_encoder": "cond_stage_model.model."},
+        prefixes={"text_encoder": "cond_stage_model.model.", **prefixes},
         unused=_openclip("cond_stage_model.model.", text_projection=(1024, 1024)),
         **fields,
     )
@@ -142,6 +146,29 @@ _MODELS = (
             ),
             autoencoder=autoencoder_spec(channel_mult=(1, 2, 4), latent_scale_factor=0.08333),
             text_encoder=_VIT_H,
+        ),
+    ),
+    _stable_diffusion_2(
+        "sd21-unclip-h",
+        {"image_encoder": "embedder.model.visual."},
+        task="image-variation",
+        parameters_millions=(870.17, 83.65, 354.03 + 632.08),
+        networks=Networks(
+            unet=replace(_SD_2_UNET, vector_dim=2048),
+            autoencoder=_AUTOENCODER,
+            text_encoder=_VIT_H,
+            image_encoder=ImageEncoderSpec(
+                width=1280,
+                num_layers=32,
+                num_heads=16,
+                feed_forward_dim=5120,
+                activation="gelu",
+                patch_size=14,
+                image_size=224,
+                embed_dim=1024,
+                pixel_mean=(0.48145466, 0.4578275, 0.40821073),
+                pixel_std=(0.26862954, 0.26130258, 0.27577711),
+            ),
         ),
     ),
     _sdxl(

@@ -20,6 +20,7 @@ from released.paper_models import PAPER_MODELS
 from released.released_models import MODELS
 
 HYPERPARAMETERS = ("task", "networks")
+_CONDITIONERS = ("cond_stage_model.", "conditioner.", "embedder.")
 
 
 def millions(model):
@@ -29,7 +30,7 @@ def millions(model):
         if name.startswith("model.diffusion_model."):
             part = 0
         else:
-            part = 2 if name.startswith(("cond_stage_model.", "conditioner.")) else 1
+            part = 2 if name.startswith(_CONDITIONERS) else 1
         totals[part] += torch.Size(shape).numel()
     return [total / 1e6 for total in totals]
 
