@@ -91,4 +91,5 @@ def encode_conditioning(
         RequestError: The model cannot take the conditions of the request.
     """
     conditioning = CONDITIONERS[spec.task].encode(network, tokenizer, request, spec)
-    return replace(conditioning, guidance=embed_guidance(request, spec))
+    guidance = embed_guidance(request, spec)
+    return conditioning.changed(lambda each: replace(each, guidance=guidance))

@@ -1,8 +1,10 @@
 """Conditioning of the UNet, and the interface of the conditioners that encode it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,9 @@ class Conditioning:
         guidance: Features of the guidance scale, (1, G); None for a model without.
         concat: Channels concatenated to the latents: (1, c, h, w) for all samples, or with rows
             like the context; None for a model without.
+        edits: The conditioning from a step on, by its number, if the prompts change there; itself
+            without edits, and one object for all steps that see the same. Steps are numbered as in
+            `requests.scheduled_prompts`.
     """
 
     context: Float32Array | None = None
@@ -39,6 +44,22 @@ class Conditioning:
     class_labels: npt.NDArray[np.int64] | None = None
     guidance: Float32Array | None = None
     concat: Float32Array | None = None
+    edits: Mapping[int, "Conditioning"] = field(default_factory=dict)
+
+    def at(self, step: int) -> "Conditioning":
+        """Return the conditioning of a step, one object for all steps that see the same."""
+        index = bisect_right(self._edited_steps, step)
+        return self.edits[self._edited_steps[index - 1]] if index else self
+
+    def changed(self, change: Callable[["Conditioning"], "Conditioning"]) -> "Conditioning":
+        """Return the conditioning with a change made to it, and to that of every edit."""
+        changed = {id(each): change(each) for each in self.edits.values()}
+        edits = {step: changed[id(each)] for step, each in self.edits.items()}
+        return replace(change(self), edits=edits)
+
+    @cached_property
+    def _edited_steps(self) -> list[int]:
+        return sorted(self.edits)
 
     def of_images(self, images: range) -> "Conditioning":
         """Return the conditioning of some images of a request as one batch.
@@ -46,10 +67,10 @@ class Conditioning:
         It has a row for each sample of each image: first the first sample of all images.
         """
         parts = {each.name: getattr(self, each.name) for each in fields(self)}
-        del parts["image_vectors"]
+        del parts["image_vectors"], parts["edits"]
         present = {name: rows for name, rows in parts.items() if rows is not None}
         samples, count = max(map(len, present.values()), default=0), len(images)
-        repeated = {
+        repeated: dict[str, Any] = {
             name: np.repeat(rows, count * samples // len(rows), axis=0)
             for name, rows in present.items()
         }

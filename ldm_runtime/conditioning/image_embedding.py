@@ -45,7 +45,9 @@ def encode_text_and_image_embedding(
     noise = np.concatenate([embedding_noise(embedding.shape, seed) for seed in seeds])
     vectors = augmented_embeddings(embedding, noise, request.noise_level, augmentation)
     rows = [np.zeros_like(vectors), vectors] if request.is_guided else [vectors]
-    return replace(encode_text(network, tokenizer, request, spec), image_vectors=np.stack(rows))
+    text = encode_text(network, tokenizer, request, spec)
+    image_vectors = np.stack(rows)
+    return text.changed(lambda each: replace(each, image_vectors=image_vectors))
 
 
 def clip_pixels(image: InputImage, spec: ImageEncoderSpec) -> Float32Array:

@@ -56,11 +56,10 @@ def encode_text_and_low_resolution(
     assert image is not None, "it returns nothing else"
     kept = augmentation_alphas()[request.noise_level]
     noise = augmentation_noise(image.shape)
-    return replace(
-        encode_text(network, tokenizer, request, spec),
-        class_labels=np.array([request.noise_level], dtype=np.int64),
-        concat=np.float32(np.sqrt(kept)) * image + np.float32(np.sqrt(1 - kept)) * noise,
-    )
+    class_labels = np.array([request.noise_level], dtype=np.int64)
+    concat = np.float32(np.sqrt(kept)) * image + np.float32(np.sqrt(1 - kept)) * noise
+    text = encode_text(network, tokenizer, request, spec)
+    return text.changed(lambda each: replace(each, class_labels=class_labels, concat=concat))
 
 
 def augmentation_alphas() -> npt.NDArray[np.float64]:
@@ -121,7 +120,8 @@ def encode_text_and_masked_image(
     scale = np.float32(spec.autoencoder.latent_scale_factor)
     latents = encode_pixels(network("vae_encoder"), masked, spec) * scale
     concat = np.concatenate([_first_pixels(region, spec), latents], axis=1)
-    return replace(encode_text(network, tokenizer, request, spec), concat=concat)
+    text = encode_text(network, tokenizer, request, spec)
+    return text.changed(lambda each: replace(each, concat=concat))
 
 
 def encode_text_and_image(
@@ -144,17 +144,18 @@ def encode_text_and_image(
     assert source is not None, "a request to edit has an image"
     pixels = source.padded(*padded_size(request, spec)).image.pixels
     latents = encode_pixels(network("vae_encoder"), to_float(pixels[None]), spec)
-    text = encode_text(network, tokenizer, request, spec)
     samples = request.guidance.samples
     rows = [-1 if seen == "everything" else 0 for seen in samples]
-    assert text.context is not None, "a model with prompts has cross-attention"
-    return Conditioning(
-        context=text.context[rows],
-        vector=None if text.vector is None else text.vector[rows],
-        concat=np.concatenate(
-            [np.zeros_like(latents) if seen == "nothing" else latents for seen in samples]
-        ),
+    concat = np.concatenate(
+        [np.zeros_like(latents) if seen == "nothing" else latents for seen in samples]
     )
+
+    def of_samples(text: Conditioning) -> Conditioning:
+        assert text.context is not None, "a model with prompts has cross-attention"
+        vector = None if text.vector is None else text.vector[rows]
+        return replace(text, context=text.context[rows], vector=vector, concat=concat)
+
+    return encode_text(network, tokenizer, request, spec).changed(of_samples)
 
 
 def _masked_pixels(request: ResolvedRequest, spec: ModelSpec) -> tuple[Float32Array, Float32Array]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +16,7 @@ from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.conditioning.micro_conditioning import embed_micro_conditioning
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.resolved import PromptCondition, ResolvedRequest
+from ldm_runtime.requests.scheduled_prompts import prompt_texts, scheduled_prompts
 from ldm_runtime.specs.micro_conditioning import micro_conditioning_kind, pooled_length
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import TextEncoderSpec
@@ -44,11 +45,13 @@ class Chunk:
     """One sequence of tokens for the text encoder.
 
     Attributes:
+        field: The field of the prompt that it is of, for errors.
         ids: (max_tokens,) int64: start token, text, end token, and `_PADDING`, for which each text
             encoder has a token of its own. Those of learned words follow the vocabulary's.
         weights: (max_tokens,) float32: 1 for all but the text.
     """
 
+    field: str
     ids: npt.NDArray[np.int64]
     weights: Float32Array
 
@@ -94,13 +97,11 @@ def open_tokenizer(
 
 def used_inversions(tokenizer: Tokenizer | None, request: ResolvedRequest) -> Mapping[str, str]:
     """Return the hash of the file of each learned word that a request's prompts have, by word."""
-    condition = request.condition
-    if tokenizer is None or not isinstance(condition, PromptCondition):
+    if tokenizer is None or not isinstance(request.condition, PromptCondition):
         return {}
     if not tokenizer.learned_words:  # spares every other request a second look at its prompts
         return {}
-    texts = (condition.prompt, condition.negative_prompt)
-    found = {token for text in texts for token in tokenizer.token_ids(text)}
+    found = {token for _, text in prompt_texts(request) for token in tokenizer.token_ids(text)}
     words = tokenizer.learned_words
     ids = learned_ids(words, tokenizer.vocab_size)
     return {
@@ -113,13 +114,15 @@ def encode_text(
 ) -> Conditioning:
     """Return context (2, T, D), of the negative prompt first, or (1, T, D) without guidance.
 
-    T is the text encoder's `max_tokens` times the number of chunks that the longer prompt takes;
-    the other is filled up with empty chunks. Each chunk is encoded alone, then weighted. A
+    T is the text encoder's `max_tokens` times the number of chunks that the longest text takes;
+    the others are filled up with empty chunks. Each chunk is encoded alone, then weighted. A
     literal prompt has one chunk without weights; the text that is cut off is logged as a warning.
 
     Two text encoders encode the same chunks, and their contexts are side by side in D. A model with
     a vector (2, V) gets it from the pooled output of the first chunk and from micro-conditioning.
     Where the model's null prompt is zeros, an empty negative prompt is.
+
+    Of a prompt that changes between steps every text is encoded, once.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
 
@@ -128,71 +131,107 @@ def encode_text(
     """
     assert tokenizer is not None, "the bundle has no tokenizer"
     condition = request.condition_as(PromptCondition)
-    texts = {"prompt": condition.prompt}
-    if request.is_guided:
-        texts = {"negative_prompt": condition.negative_prompt, **texts}
+    prompts = scheduled_prompts(request)
+    texts = tuple(dict.fromkeys(text for each in prompts for text in each.texts))
     max_tokens = spec.network(TextEncoderSpec).max_tokens
     chunks = _chunks_of(tokenizer, texts, max_tokens, literal=condition.literal)
     encoded = [
         _encode(
-            network(name), chunks, partial(_inputs, name, record, tokenizer, condition.clip_skip)
+            network(name),
+            chunks,
+            partial(_inputs, name, record, tokenizer, condition.clip_skip),
+            texts_per_call=len(prompts[0].texts),
         )
         for name, record in spec.networks.items()
         if isinstance(record, TextEncoderSpec)
     ]
+    rows = {text: row for row, text in enumerate(texts)}
+    found = {
+        texts: _conditioning(
+            [each.of([rows[text] for text in texts]) for each in encoded],
+            request,
+            spec,
+            has_zeros=spec.null_prompt == "zeros" and ("negative_prompt", "") in texts,
+        )
+        for texts in dict.fromkeys(each.texts for each in prompts)
+    }
+    first = found[prompts[0].texts]
+    if len(prompts) == 1:
+        return first
+    return replace(first, edits={each.first_step: found[each.texts] for each in prompts})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Encoded:
+    """Texts, encoded by one text encoder.
+
+    Attributes:
+        context: (number of texts, T, D).
+        pooled: (number of texts, P), or None.
+    """
+
+    context: Float32Array
+    pooled: Float32Array | None
+
+    def of(self, rows: Sequence[int]) -> "_Encoded":
+        """Return some of them."""
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return _Encoded(context=self.context[rows], pooled=pooled)
+
+
+def _conditioning(
+    encoded: Sequence[_Encoded], request: ResolvedRequest, spec: ModelSpec, *, has_zeros: bool
+) -> Conditioning:
+    """Return the conditioning of the prompts of a step, each encoded by all text encoders.
+
+    Args:
+        encoded: By text encoder; the negative prompt first, if there is guidance.
+        request: The request.
+        spec: The model.
+        has_zeros: Whether the negative prompt is zeros.
+    """
     context = np.concatenate([each.context for each in encoded], axis=2)
     vector = _vector(encoded, request, spec)
-    if request.is_guided and spec.null_prompt == "zeros" and not condition.negative_prompt:
+    if has_zeros:
         context[0] = 0
         if vector is not None:
             vector[0, : pooled_length(spec)] = 0
     return Conditioning(context=context, vector=vector)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Encoded:
-    """The prompts of a request, encoded by one text encoder, in the order of their fields.
-
-    Attributes:
-        context: (number of prompts, T, D).
-        pooled: (number of prompts, P), or None.
-    """
-
-    context: Float32Array
-    pooled: Float32Array | None
-
-
 def _chunks_of(
-    tokenizer: Tokenizer, texts: Mapping[str, str], max_tokens: int, *, literal: bool
-) -> list[dict[str, Chunk]]:
-    """Return the chunks of all prompts by field, first the first of each."""
+    tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], max_tokens: int, *, literal: bool
+) -> list[tuple[Chunk, ...]]:
+    """Return the chunks of all texts, first the first of each."""
     read = _literal_chunk if literal else _weighted_chunks
-    prompts = {field: read(tokenizer, field, text, max_tokens) for field, text in texts.items()}
-    empty = _chunk((), tokenizer, max_tokens)
-    return [
-        dict(zip(prompts, chunks, strict=True))
-        for chunks in zip_longest(*prompts.values(), fillvalue=empty)
-    ]
+    chunks = [read(tokenizer, field, text, max_tokens) for field, text in texts]
+    return list(zip_longest(*chunks, fillvalue=_chunk("", (), tokenizer, max_tokens)))
 
 
 def _encode(
     engine: Runner,
-    chunks: Sequence[Mapping[str, Chunk]],
+    chunks: Sequence[Sequence[Chunk]],
     inputs: Callable[[npt.NDArray[np.int64]], Tensors],
+    *,
+    texts_per_call: int,
 ) -> _Encoded:
     """Encode chunks; one call for each keeps the batch size independent of the prompts' length."""
-    ids = [np.stack([chunk.ids for chunk in each.values()]) for each in chunks]
-    outputs = [engine.run(inputs(each)) for each in ids]
+    parts = []
+    for each in chunks:
+        ids = np.stack([chunk.ids for chunk in each])
+        starts = range(0, len(ids), texts_per_call)
+        outputs = [engine.run(inputs(ids[start : start + texts_per_call])) for start in starts]
+        parts.append({name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]})
     contexts = [
         np.stack(
             [
-                _weighted(field, context, chunk.weights)
-                for context, (field, chunk) in zip(output["context"], each.items(), strict=True)
+                _weighted(chunk, context)
+                for chunk, context in zip(each, part["context"], strict=True)
             ]
         )
-        for output, each in zip(outputs, chunks, strict=True)
+        for each, part in zip(chunks, parts, strict=True)
     ]
-    return _Encoded(context=np.concatenate(contexts, axis=1), pooled=outputs[0].get("pooled"))
+    return _Encoded(context=np.concatenate(contexts, axis=1), pooled=parts[0].get("pooled"))
 
 
 def _inputs(
@@ -229,17 +268,17 @@ def _vector(
     return np.concatenate([*pooled, embed_micro_conditioning(request, kind)], axis=1)
 
 
-def _weighted(field: str, context: Float32Array, weights: Float32Array) -> Float32Array:
+def _weighted(chunk: Chunk, context: Float32Array) -> Float32Array:
     """Multiply a chunk's context (T, D) with its weights (T,), then restore its mean.
 
     Source: AUTOMATIC1111/stable-diffusion-webui 1.10, "Original" in `modules/sd_emphasis.py`.
     """
-    if (weights == 1).all():
+    if (chunk.weights == 1).all():
         return context
-    weighted = context * weights[:, None]
+    weighted = context * chunk.weights[:, None]
     mean = float(weighted.mean(dtype=np.float64))
     if mean == 0:
-        raise RequestError(field, "its weights cancel each other; change one of them")
+        raise RequestError(chunk.field, "its weights cancel each other; change one of them")
     return weighted * (float(context.mean(dtype=np.float64)) / mean)
 
 
@@ -252,7 +291,7 @@ def _literal_chunk(tokenizer: Tokenizer, field: str, text: str, max_tokens: int)
             max_tokens - 2,
             encoding.cut,
         )
-    return [Chunk(np.array(encoding.ids), np.ones(max_tokens, dtype=np.float32))]
+    return [Chunk(field, np.array(encoding.ids), np.ones(max_tokens, dtype=np.float32))]
 
 
 def _weighted_chunks(tokenizer: Tokenizer, field: str, text: str, max_tokens: int) -> list[Chunk]:
@@ -277,10 +316,10 @@ def _weighted_chunks(tokenizer: Tokenizer, field: str, text: str, max_tokens: in
             field,
             f"takes {len(chunks)} chunks of {room} tokens, more than {MAX_CHUNKS}; shorten it",
         )
-    return [_chunk(chunk, tokenizer, max_tokens) for chunk in chunks]
+    return [_chunk(field, chunk, tokenizer, max_tokens) for chunk in chunks]
 
 
-def _chunk(tokens: Sequence[Token], tokenizer: Tokenizer, max_tokens: int) -> Chunk:
+def _chunk(field: str, tokens: Sequence[Token], tokenizer: Tokenizer, max_tokens: int) -> Chunk:
     """Add start token, end token and padding, all of weight 1."""
     ids = np.full(max_tokens, _PADDING, dtype=np.int64)
     weights = np.ones(max_tokens, dtype=np.float32)
@@ -291,4 +330,4 @@ def _chunk(tokens: Sequence[Token], tokenizer: Tokenizer, max_tokens: int) -> Ch
         tokenizer.end_id,
     )
     weights[1:end] = [each.weight for each in tokens]
-    return Chunk(ids, weights)
+    return Chunk(field, ids, weights)

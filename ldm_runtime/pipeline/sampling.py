@@ -20,6 +20,7 @@ from ldm_runtime.noise.brownian import BrownianPath
 from ldm_runtime.pipeline.denoiser import GuidedDenoiser
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.pipeline.refined_denoiser import RefinedDenoiser
+from ldm_runtime.pipeline.scheduled_denoiser import ScheduledDenoiser, StepNumber
 from ldm_runtime.requests.request import CUSTOM
 from ldm_runtime.requests.resolution import sampler_of, sigma_table
 from ldm_runtime.requests.resolved import (
@@ -115,11 +116,12 @@ def sample_latents(  # noqa: PLR0913  (the parts of a run)
     noise, noise_sampler = _noise(request, spec, images)
     table = _table(spec, request)
     base = Expert(open_unet=lambda: engine, conditioning=conditioning, spec=spec)
-    denoise = _denoiser(base, request, images, table)
+    number = StepNumber(request.passes[0].first_step)
+    denoise = _denoiser(base, request, images, table, number)
     if refiner is not None and isinstance(request.refiner, Refiner):
         denoise = RefinedDenoiser(
             denoise,
-            lambda: _denoiser(refiner, request, images, _table(refiner.spec, request)),
+            lambda: _denoiser(refiner, request, images, _table(refiner.spec, request), number),
             first_timestep=timestep_at(table, request.refiner.start),
             training_sigmas=table,
         )
@@ -133,6 +135,7 @@ def sample_latents(  # noqa: PLR0913  (the parts of a run)
     # A run that stops early is the beginning of a whole one: samplers treat their last step apart.
     made = zip(sigmas[1 : len(steps) + 1], islice(sampler, len(steps)), strict=True)
     for index, (sigma, after) in enumerate(made, start=1):
+        number.now += 1
         if not np.isfinite(after).all():
             raise BackendError(
                 f"the latents hold NaN or infinity after step {index} of {len(steps)}; "
@@ -288,17 +291,24 @@ def _table(spec: ModelSpec, request: ResolvedRequest) -> SigmaTable:
 
 
 def _denoiser(
-    expert: Expert, request: ResolvedRequest, images: range, table: SigmaTable
+    expert: Expert, request: ResolvedRequest, images: range, table: SigmaTable, step: StepNumber
 ) -> Denoise:
     """Return the denoiser of a model for a batch of images."""
-    spec, conditioning = expert.spec, expert.conditioning.of_images(images)
-    return GuidedDenoiser(
-        network=_UNet(expert.open_unet(), conditioning, in_patches=runs_in_patches(spec)),
-        training_sigmas=table,
-        context=conditioning.context,
-        guidance_scale=request.classifier_free_scale,
-        image_guidance_scale=request.image_guidance_scale,
-        guidance_rescale=request.guidance_rescale,
-        guidance_interval=request.guidance_interval,
-        prediction_type=spec.prediction_type,
-    )
+    spec, unet = expert.spec, expert.open_unet()
+
+    def denoiser_of(wanted: Conditioning) -> Denoise:
+        conditioning = wanted.of_images(images)
+        return GuidedDenoiser(
+            network=_UNet(unet, conditioning, in_patches=runs_in_patches(spec)),
+            training_sigmas=table,
+            context=conditioning.context,
+            guidance_scale=request.classifier_free_scale,
+            image_guidance_scale=request.image_guidance_scale,
+            guidance_rescale=request.guidance_rescale,
+            guidance_interval=request.guidance_interval,
+            prediction_type=spec.prediction_type,
+        )
+
+    if not expert.conditioning.edits:
+        return denoiser_of(expert.conditioning)
+    return ScheduledDenoiser(step=step, conditioning=expert.conditioning, denoiser_of=denoiser_of)

@@ -10,6 +10,7 @@ from ldm_runtime.requests.resolved import (
     ResolvedRequest,
     WholeImage,
 )
+from ldm_runtime.requests.scheduled_prompts import prompt_texts
 from ldm_runtime.requests.sizes import padded_size
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
@@ -32,10 +33,13 @@ def _about_prompts(request: ResolvedRequest) -> Iterator[str]:
     condition = request.condition
     if not isinstance(condition, PromptCondition) or condition.literal:
         return
-    texts = {"prompt": condition.prompt, "negative_prompt": condition.negative_prompt}
-    for field, text in texts.items():
-        for name, found in unread_syntax(text):
-            yield f"{field}: {name} such as {found!r} is not read, its characters are; leave it out"
+    found = {
+        (field, name): example
+        for field, text in prompt_texts(request)
+        for name, example in unread_syntax(text)
+    }
+    for (field, name), example in found.items():
+        yield f"{field}: {name} such as {example!r} is not read, its characters are; leave it out"
 
 
 def _about_steps(request: ResolvedRequest, spec: ModelSpec) -> Iterator[str]:

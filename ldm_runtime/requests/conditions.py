@@ -22,7 +22,6 @@ from ldm_runtime.specs.networks import (
     UNetSpec,
 )
 from ldm_runtime.specs.tasks import takes_prompts
-from ldm_runtime.text.prompts import parse_prompt
 
 
 def condition_of(request: GenerationRequest, spec: ModelSpec) -> Condition:
@@ -53,11 +52,10 @@ def check_condition(condition: Condition, spec: ModelSpec) -> None:
     """Check a condition against the model that it is for.
 
     Raises:
-        RequestError: A prompt cannot be read, or the model does not know what it is asked for.
+        RequestError: The model does not know what it is asked for.
     """
     match condition:
         case PromptCondition():
-            _check_prompts(condition)
             _check_clip_skip(condition.clip_skip, spec)
         case ClassCondition():
             _check_class(condition.label, spec.network(ClassEmbedderSpec))
@@ -84,17 +82,6 @@ def _numbered(layout: Sequence[LayoutObject], names: Sequence[str]) -> tuple[Lay
         except ValueError as error:
             raise RequestError("layout", f"object {index}: {error}") from error
     return tuple(numbered)
-
-
-def _check_prompts(condition: PromptCondition) -> None:
-    if condition.literal:
-        return
-    texts = {"prompt": condition.prompt, "negative_prompt": condition.negative_prompt}
-    for name, text in texts.items():
-        try:
-            parse_prompt(text)
-        except ValueError as error:
-            raise RequestError(name, str(error)) from error
 
 
 def _check_clip_skip(clip_skip: int, spec: ModelSpec) -> None:

@@ -132,7 +132,7 @@ class GenerationRequest:
     literal_prompt: Annotated[
         bool,
         about(
-            "take prompts literally: no (word:1.2), no [word], no BREAK, no second chunk",
+            "take prompts literally: no (word:1.2), [word], [a:b:0.5], BREAK or second chunk",
             "Conditioning",
         ),
     ] = False

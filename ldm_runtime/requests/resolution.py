@@ -28,6 +28,7 @@ from ldm_runtime.requests.resolved import (
     WholeImage,
 )
 from ldm_runtime.requests.sampling_passes import sampling_passes
+from ldm_runtime.requests.scheduled_prompts import check_prompts
 from ldm_runtime.requests.sizes import Size, image_size, latents_covering, tile_size
 from ldm_runtime.requests.task_checks import (
     check_decoder,
@@ -100,7 +101,7 @@ def resolve(
     sampling = _sampling(request, spec) if samples else _Sampling()
     passes = _passes(request, image, size, sampling, spec) if samples else ()
     seed = _first(request.seed, _random_seed() if samples else 0)
-    return ResolvedRequest(
+    resolved = ResolvedRequest(
         task=spec.task,
         condition=condition,
         source_image=image,
@@ -130,6 +131,8 @@ def resolve(
         decoder=request.decoder,
         tile_size=tile_size(request, _last_size(passes, size), spec),
     )
+    check_prompts(resolved)
+    return resolved
 
 
 def _noise_level(request: GenerationRequest, spec: ModelSpec) -> int:

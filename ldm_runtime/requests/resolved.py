@@ -191,6 +191,7 @@ class SamplingPass:
         width: Likewise.
         strength: Share of its image that it forgets, above 0 to 1.
         steps: Indices of the steps that it makes, of all that the noise levels are for.
+        first_step: Number of the first of them for prompts, see `scheduled_prompts`.
         scale: How many times the images of the pass before it are enlarged to start from; 1 for the
             first pass.
     """
@@ -199,6 +200,7 @@ class SamplingPass:
     width: int
     strength: float
     steps: range
+    first_step: int
     scale: float
 
 

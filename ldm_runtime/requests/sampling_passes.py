@@ -43,14 +43,26 @@ def sampling_passes(
         default = IMAGE_STRENGTH if isinstance(image, WholeImage) else MASK_STRENGTH
         strength = _first(request.strength, default)
     steps = _within_schedule(last_steps(total, strength), request, sigmas, table)
-    first = SamplingPass(height=size[0], width=size[1], strength=strength, steps=steps, scale=1.0)
+    first = SamplingPass(
+        height=size[0],
+        width=size[1],
+        strength=strength,
+        steps=steps,
+        first_step=1 if request.denoising_start is None else steps.start + 1,
+        scale=1.0,
+    )
     if request.hires_scale is None:
         return (first,)
     strength = _first(request.hires_strength, HIRES_STRENGTH)
     steps = last_steps(total, strength, "hires_strength")
     height, width = hires_size(size, request.hires_scale, spec)
     second = SamplingPass(
-        height=height, width=width, strength=strength, steps=steps, scale=request.hires_scale
+        height=height,
+        width=width,
+        strength=strength,
+        steps=steps,
+        first_step=total + 1,
+        scale=request.hires_scale,
     )
     return first, second
 

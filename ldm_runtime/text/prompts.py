@@ -14,10 +14,10 @@ Source: AUTOMATIC1111/stable-diffusion-webui 1.10, `modules/prompt_parser.py` (c
 breaks inside brackets too (there it becomes a word of negative weight), `(a:1.2.3)` is text in
 brackets (there it is a crash), and there are limits to nesting and weights.
 
-The web UI reads more before it reads this: prompt editing `[a:b:0.4]`, alternation `[a|b]`,
-composition with `AND`, `<lora:name:1>`. None of that is read here; `unread_syntax` finds it, for a
-warning. Such text is no error and means what the rules above make of it: `[a:b:0.4]` is the text
-"a:b:0.4" with its weight divided by 1.1.
+The web UI reads more before it reads this. Prompt editing `[a:b:0.4]` and alternation `[a|b]` are
+read by `text.prompt_editing`; composition with `AND` and `<lora:name:1>` are not. `unread_syntax`
+finds these, and editing that is not well-formed, for a warning. Such text is no error and means
+what the rules above make of it: `[a:b:c:0.4]` is "a:b:c:0.4" with its weight divided by 1.1.
 """
 
 import re
@@ -91,7 +91,7 @@ def parse_prompt(text: str) -> tuple[tuple[Fragment, ...], ...]:
     for symbol in _SYMBOL.finditer(text):
         closing = _closing(symbol)
         if symbol[0] in opened:
-            _check_depth(sum(map(len, opened.values())), symbol.start())
+            check_depth(sum(map(len, opened.values())), symbol.start())
             opened[symbol[0]].append(len(texts))
         elif closing and opened[closing[0]]:
             close(*closing)
@@ -105,7 +105,11 @@ def parse_prompt(text: str) -> tuple[tuple[Fragment, ...], ...]:
 
 
 def unread_syntax(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the name and the first occurrence of each syntax that the web UI reads in addition."""
+    """Yield the name and the first occurrence of each syntax that is not read.
+
+    Args:
+        text: A text of `prompt_editing.prompt_schedule`, in which all editing is read that can be.
+    """
     for name, pattern in _UNREAD.items():
         if found := pattern.search(text):
             yield name, found[0]
@@ -141,7 +145,7 @@ def _closing(symbol: re.Match[str]) -> tuple[str, float] | None:
     return _CLOSING.get(symbol[0])
 
 
-def _check_depth(depth: int, position: int) -> None:
+def check_depth(depth: int, position: int) -> None:
     """Bound the work, which is brackets times fragments."""
     if depth >= MAX_OPEN_BRACKETS:
         raise ValueError(

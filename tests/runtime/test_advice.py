@@ -21,6 +21,7 @@ def advised(spec=TINY_SPEC, **fields):
 
 def test_a_usual_request_needs_no_advice():
     assert advised(prompt=r"a (red:1.2) [circle], \[a:b:0.4\], sand and a BAND, 12:30 <b>") == []
+    assert advised(prompt="a [cat:dog:0.4] or a [cat|[dog:3]] or [cat::.5]") == []
     assert advised(num_inference_steps=2) == []
     assert advised(tile_size=64, height=128, width=128) == []
 
@@ -29,10 +30,9 @@ def test_a_usual_request_needs_no_advice():
     ("prompt", "found"),
     [
         ("a <lora:style:0.8> house", "an extra network such as '<lora:style:0.8>'"),
-        ("a [cat:dog:0.4]", "prompt editing such as '[cat:dog:0.4]'"),
-        ("a [dog:10]", "prompt editing such as '[dog:10]'"),
-        ("a [cat::.5]", "prompt editing such as '[cat::.5]'"),
-        ("a [cat|dog]", "alternation such as '[cat|dog]'"),
+        ("a [cat:dog:bird:0.4]", "prompt editing such as '[cat:dog:bird:0.4]'"),
+        ("a [(cat:dog:10]", "prompt editing such as '[(cat:dog:10]'"),
+        ("a [cat|dog)]", "alternation such as '[cat|dog)]'"),
         ("a cat AND a dog", "composition such as 'AND'"),
     ],
 )
