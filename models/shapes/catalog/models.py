@@ -166,8 +166,9 @@ MODELS: Mapping[str, TrainedModel] = MappingProxyType(
                     Cycle(end=3000, learning_rate=MUON_RATE),
                     Cycle(start=3000, end=5000, learning_rate=2e-3),
                     Cycle(start=5000, end=10_000, learning_rate=2e-3),  # short captions, too
+                    Cycle(start=10_000, end=14_500, learning_rate=2e-3),
                 ),
-                layout_steps=(range(1500),),
+                layout_steps=(range(1500), range(10_000, 12_500)),
                 guidance_scale=3.0,
                 eta=1.0,
             ),
