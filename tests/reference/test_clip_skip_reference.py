@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ldm_runtime import Generator
 from tests.reference.small_families import SD_2, SDXL, open_networks, state_dict
-from tests.reference.test_families_reference import (
+from tests.reference.small_pipelines import (
     COMMON,
     PROMPT,
     SEED,

@@ -22,7 +22,7 @@ from tests.reference.small_families import (
     open_networks,
     state_dict,
 )
-from tests.reference.test_families_reference import (
+from tests.reference.small_pipelines import (
     PROMPT,
     SEED,
     SIDE,

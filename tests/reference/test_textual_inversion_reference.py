@@ -18,7 +18,7 @@ from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
 from tests.export.small_checkpoint import TEXT_ENCODER
 from tests.reference.small_families import SDXL, open_networks, state_dict
-from tests.reference.test_families_reference import (
+from tests.reference.small_pipelines import (
     COMMON,
     as_arrays,
     diffusers_xl_pipeline,
