@@ -1,0 +1,65 @@
+"""Prompts that change between steps against a plain loop over diffusers' networks.
+
+The loop takes the embeddings of a text for every step, as they are listed here by hand.
+"""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from tests.reference.small_families import SD_2, open_networks, state_dict
+from tests.reference.small_pipelines import (
+    COMMON,
+    as_arrays,
+    diffusers_pipeline,
+    generate,
+    lowest_psnr,
+    noise,
+)
+
+pytestmark = pytest.mark.reference
+
+STEPS, SCALE = COMMON["num_inference_steps"], COMMON["guidance_scale"]
+A, B = "a large red circle", "a small blue square"
+#: A prompt, a negative prompt, and what both are in each of six steps.
+CASES = [
+    (f"[{A}:{B}:0.5]", "blurry", [A, A, A, B, B, B], ["blurry"] * 6),
+    (f"[{A}:{B}:2]", "[blurry:a dog:5]", [A, A, B, B, B, B], ["blurry"] * 5 + ["a dog"]),
+    (f"[{A}|{B}]", "[::3]", [A, B, A, B, A, B], [""] * 6),
+    ("a [red|blue] circle", "blurry[, a dog:0.34]", None, ["blurry"] * 2 + ["blurry, a dog"] * 4),
+]
+
+
+@torch.no_grad()
+def plain_loop(pipeline, prompts, negative_prompts, latents):
+    """Return the image that a pipeline's networks generate from one pair of texts per step."""
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(STEPS)
+    latents = latents * scheduler.init_noise_sigma
+    for timestep, *texts in zip(scheduler.timesteps, prompts, negative_prompts, strict=True):
+        cond, uncond = pipeline.encode_prompt(texts[0], "cpu", 1, True, texts[1])
+        joined = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
+        context = torch.cat([uncond, cond])
+        predicted = pipeline.unet(joined, timestep, encoder_hidden_states=context).sample
+        uncond, cond = predicted.chunk(2)
+        latents = scheduler.step(uncond + SCALE * (cond - uncond), timestep, latents).prev_sample
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    pixels = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def test_the_prompts_change_at_their_steps(tmp_path):
+    state = state_dict(SD_2)
+    theirs = diffusers_pipeline(StableDiffusionPipeline, SD_2, state, tmp_path)
+    ours = open_networks(state, measured="epsilon")
+    unedited = generate(ours, prompt=A, **COMMON)
+
+    for prompt, negative, prompts, negatives in CASES:
+        prompts = prompts or ["a red circle", "a blue circle"] * 3
+        expected = as_arrays([plain_loop(theirs, prompts, negatives, noise(ours))])
+
+        image = generate(ours, prompt=prompt, **COMMON | {"negative_prompt": negative})
+
+        assert lowest_psnr(image, expected) >= 60, prompt
+        assert lowest_psnr(unedited, expected) < 40, prompt
