@@ -28,7 +28,16 @@ def test_a_checkpoint_becomes_a_bundle_that_varies_images(tmp_path, capsys):
     assert ldm(["inspect", str(checkpoint)]) == 0
     described = capsys.readouterr().out
     images = ["generate", "--image", str(photo), "--noise-level", "100", "-n", "2"]
-    saved = ["--seed", "3", "--steps", "4", "--bundle", str(bundle), "-o", str(tmp_path / "b.png")]
+    saved = [
+        "--seed",
+        "3",
+        "--steps",
+        "4",
+        "--bundle",
+        str(bundle),
+        "-o",
+        str(tmp_path / "b{index}.png"),
+    ]
     assert ldm([*images, *saved]) == 0
 
     assert f"next: ldm generate --image photo.png --bundle {bundle}" in said
