@@ -30,6 +30,7 @@ def as_spec(model: ReleasedModel) -> ModelSpec:
         task=model.task,
         weights="model",
         alphas_cumprod=tuple(alphas),
+        edm=None,
         prediction_type="epsilon",
         null_prompt="encoded",
         noise_augmentation=None,

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from ldm_runtime.specs.model import NullPrompt, PredictionType
+from ldm_runtime.specs.model import EdmSpec, NullPrompt, PredictionType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,9 @@ class FileFields:
         pixel_std: … and their standard deviation.
         augmentation_schedule: Noise schedule of the embeddings of images.
         null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
+        edm: Noise levels, if the model is of EDM.
+        latents_mean: Mean of each channel of the autoencoder's latents.
+        latents_std: Standard deviation of each channel.
     """
 
     prediction_type: PredictionType | None = None
@@ -82,3 +85,6 @@ class FileFields:
     pixel_std: tuple[float, float, float] | None = None
     augmentation_schedule: StatedSchedule | None = None
     null_prompt: NullPrompt | None = None
+    edm: EdmSpec | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None

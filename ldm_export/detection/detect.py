@@ -72,7 +72,8 @@ def detect(
     """Recognise a checkpoint.
 
     Args:
-        tensors: Its tensors by name. Values are read of schedule buffers and scale factor only.
+        tensors: Its tensors by name. Values are read of schedule buffers, the scale factor and the
+            marks of EDM only.
         config: A parsed CompVis configuration, see `detection.compvis_config.read_config`.
         overrides: Features that the user states.
         metadata: The file's own.
@@ -88,7 +89,11 @@ def detect(
     _check_flags(flags)
     lost = lost_names(tensors)
     known = {**tensors, **{weight: tensors[average] for weight, average in lost.items()}}
-    family, family_defaults = match_family(known, takes_embeddings=takes_embeddings(config))
+    family, family_defaults = match_family(
+        known,
+        takes_embeddings=takes_embeddings(config),
+        edm_prediction=None if stated is None or stated.edm is None else stated.prediction_type,
+    )
     if any(name.startswith(TINY_AUTOENCODER_PREFIX) for name in known):
         family = replace(family, assignments=(*family.assignments, TINY_DECODER))
     _check_needed(flags, family_defaults)

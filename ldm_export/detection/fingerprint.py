@@ -14,6 +14,7 @@ from ldm_export.detection.features import (
     size_of,
 )
 from ldm_export.hyperparameters.shapes import Shapes
+from ldm_runtime.specs.model import PredictionType
 
 _BERT = "cond_stage_model.transformer."
 _AUTOENCODER_PREFIXES = ("first_stage_model.", "")
@@ -40,6 +41,8 @@ CONDITIONERS = (
     ),
     ("openclip (sgm)", "conditioner.embedders.0.model.ln_final.weight"),
 )
+#: Tensors that mark a model of EDM, by what it predicts.
+EDM = (("epsilon", "edm_mean"), ("v_prediction", "edm_vpred.sigma_max"))
 EXTRAS = (
     ("depth estimator", "depth_model."),
     ("image embedder", "embedder.model."),
@@ -50,16 +53,28 @@ EXTRAS = (
 )
 
 
-def fingerprint(tensors: Tensors, *, takes_embeddings: bool = False) -> Mapping[str, Feature]:
+def fingerprint(
+    tensors: Tensors,
+    *,
+    takes_embeddings: bool = False,
+    edm_prediction: PredictionType | None = None,
+) -> Mapping[str, Feature]:
     """Return the features of a checkpoint by name: those that its names and shapes show.
 
-    One is not in the tensors: whether the configuration says that the model takes embeddings.
+    Two may be shown by other files: that the configuration says that the model takes embeddings,
+    and that the scheduler says that it is of EDM.
+
+    Args:
+        tensors: The checkpoint's.
+        takes_embeddings: Whether the configuration says so.
+        edm_prediction: Prediction type of a model of EDM whose scheduler says so.
     """
     unet = {name: tensors[name].shape for name in tensors if name.startswith(UNET_PREFIX)}
     rest = {name: tensors[name].shape for name in tensors if name not in unet}
     stated = Feature(value="embeddings", tensor="") if takes_embeddings else ABSENT
     shown = unet_features(unet) | _autoencoder_features(rest) | _conditioner_features(unet, rest)
-    return shown | {"stated_condition": stated}
+    edm = present(rest, EDM) if edm_prediction is None else Feature(value=edm_prediction, tensor="")
+    return shown | {"stated_condition": stated, "edm": edm}
 
 
 def _autoencoder_features(tensors: Shapes) -> dict[str, Feature]:
@@ -99,7 +114,12 @@ def prefixes(names: Iterable[str]) -> Mapping[str, int]:
 
 def expected_tensor(feature: str, value: int | str) -> str:
     """Return the tensor that would show that `feature` is `value`, or "" if no single one would."""
-    tables = {"autoencoder": AUTOENCODERS, "conditioner": CONDITIONERS, "vector": VECTORS}
+    tables = {
+        "autoencoder": AUTOENCODERS,
+        "conditioner": CONDITIONERS,
+        "vector": VECTORS,
+        "edm": EDM,
+    }
     return next((tensor for kind, tensor in tables.get(feature, ()) if kind == value), "")
 
 

@@ -9,6 +9,7 @@ from ldm_export.errors import UnknownModelError
 from ldm_export.families.records import Expected, Family, FamilyDefaults
 from ldm_export.families.table import FAMILIES
 from ldm_export.families.unused_tensors import UNSUPPORTED_FORMATS
+from ldm_runtime.specs.model import PredictionType
 
 Fingerprint = Mapping[str, Feature]
 
@@ -16,7 +17,11 @@ _MAX_PREFIXES = 6
 
 
 def match_family(
-    tensors: Tensors, families: Sequence[Family] = FAMILIES, *, takes_embeddings: bool = False
+    tensors: Tensors,
+    families: Sequence[Family] = FAMILIES,
+    *,
+    takes_embeddings: bool = False,
+    edm_prediction: PredictionType | None = None,
 ) -> tuple[Family, FamilyDefaults]:
     """Return the row that a checkpoint belongs to, and its family defaults.
 
@@ -24,11 +29,12 @@ def match_family(
         tensors: The checkpoint's.
         families: The table.
         takes_embeddings: Whether the configuration says so.
+        edm_prediction: Prediction type of a model of EDM whose scheduler says so.
 
     Raises:
         UnknownModelError: No row matches, or this version does not export the one that does.
     """
-    found = fingerprint(tensors, takes_embeddings=takes_embeddings)
+    found = fingerprint(tensors, takes_embeddings=takes_embeddings, edm_prediction=edm_prediction)
     family = recognise(found, families)
     if family is None:
         raise UnknownModelError(_unknown(tensors, found, families))

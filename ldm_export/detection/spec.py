@@ -6,11 +6,13 @@ defaults that has it, and every such feature is recorded with its source.
 
 import logging
 import math
+from functools import partial
 from typing import TypeVar
 
 from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
+from ldm_export.detection.edm import check_prediction, read_edm, read_statistics
 from ldm_export.detection.labels import label_names_of
 from ldm_export.detection.noise_augmentation import read_noise_augmentation
 from ldm_export.detection.noise_schedule import (
@@ -83,12 +85,16 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
     embedder, encoder = networks.find(ClassEmbedderSpec), networks.find(ImageEncoderSpec)
     has_null = embedder is None or embedder.null_class is not None
     prediction_type = _prediction_type(sources, unet, notes)
+    edm = notes.keep(read_edm(sources))
+    check_prediction(edm, prediction_type)
+    has_schedule = unet is not None and edm is None
     return ModelSpec(
         family=family,
         task=sources.family.task,
         weights=assignment.chosen,
         networks=networks,
-        alphas_cumprod=() if unet is None else notes.keep(_schedule(sources, prediction_type)),
+        alphas_cumprod=notes.keep(_schedule(sources, prediction_type)) if has_schedule else (),
+        edm=edm,
         prediction_type=prediction_type,
         null_prompt=_null_prompt(sources, notes),
         noise_augmentation=None
@@ -142,9 +148,11 @@ def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
 
 
 def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> AutoencoderSpec:
+    mean, std = notes.keep(read_statistics(sources))
+    read = partial(read_autoencoder, shapes, latents_mean=mean, latents_std=std)
     flag, own = sources.flags.latent_scale_factor, _own_scale_factor(sources)
     if flag is None and own is not None:
-        return read_autoencoder(shapes, latent_scale_factor=own)
+        return read(latent_scale_factor=own)
     if flag is None and sources.config.scale_by_std:
         raise WeightsError(
             "the configuration says scale_by_std, so that the scale factor was measured in "
@@ -159,7 +167,7 @@ def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> Autoencoder
             file=sources.file.latent_scale_factor,
         )
     )
-    return read_autoencoder(shapes, latent_scale_factor=factor)
+    return read(latent_scale_factor=factor)
 
 
 def _own_scale_factor(sources: Sources) -> float | None:

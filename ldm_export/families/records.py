@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from ldm_runtime.specs.model import NullPrompt, PredictionType, Task
+from ldm_runtime.specs.model import EdmSpec, NullPrompt, PredictionType, Task
 
 #: A value of `detection.fingerprint.fingerprint`, or the values of which one must be found.
 Expected = int | str | tuple[int | str, ...]
@@ -78,6 +78,8 @@ class FamilyDefaults:
             a measurement decides between them.
         blocks_removed: Whether the UNet was distilled into one with fewer blocks, so that it may
             lack its middle and its two halves may differ. In others, that is a fault of the file.
+        edm: Noise levels of a family of EDM; None of one with a training schedule, whose numbers
+            are the betas above.
     """
 
     task: Task
@@ -106,6 +108,7 @@ class FamilyDefaults:
     null_prompt: NullPrompt = "encoded"
     siblings: Mapping[PredictionType, int] = field(default_factory=dict)
     blocks_removed: bool = False
+    edm: EdmSpec | None = None
 
     def latent_size_of(self, prediction_type: PredictionType) -> int | None:
         """Return the native size of a model of these shapes that predicts this."""

@@ -24,6 +24,7 @@ from ldm_export.families.records import (
     recognised,
 )
 from ldm_export.families.unused_tensors import FOR_COMPARING
+from ldm_runtime.specs.model import EdmSpec
 
 _SD_1 = FamilyDefaults(
     task="text-to-image",
@@ -127,6 +128,17 @@ _SDXL = replace(
 #: Size, steps and scale are those of the example of `StableDiffusionXLInstructPix2PixPipeline` in
 #: diffusers 0.42.1, for sdxl-instructpix2pix-768.
 _SDXL_INSTRUCT_PIX2PIX = replace(_SDXL, task="image-editing", latent_size=96, guidance_scale=3.0)
+#: Steps and scale are of the model card of playground-v2.5-1024px-aesthetic, sampler and schedule
+#: those of its scheduler. Its files hold the statistics of its latents.
+_PLAYGROUND = replace(
+    _SDXL,
+    latent_scale_factor=0.5,
+    sampler="dpmpp_2m",
+    schedule="karras",
+    num_inference_steps=50,
+    guidance_scale=3.0,
+    edm=EdmSpec(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),
+)
 _SDXL_TEXT = (
     assignment("text_encoder", "conditioner.embedders.0.transformer.text_model.", "text_model."),
     *openclip("conditioner.embedders.1.model.", "text_encoder_2"),
@@ -184,6 +196,7 @@ def _sdxl(
     name: str,
     family_defaults: FamilyDefaults,
     text_encoders: tuple[Assignment, ...],
+    unused: tuple[tuple[str, str], ...] = (),
     **features: Expected,
 ) -> Family:
     """Return a row of SDXL, whose UNet takes a vector."""
@@ -193,7 +206,7 @@ def _sdxl(
         "middle": "attention",
         **features,
     }
-    return _family(name, family_defaults, text_encoders, (), **shown)
+    return _family(name, family_defaults, text_encoders, unused, **shown)
 
 
 def _family(
@@ -260,6 +273,14 @@ SD_FAMILIES: tuple[Family, ...] = (
     _unclip("stable-diffusion-2-unclip-h", _UNCLIP_H, vector_width=2048),
     _unclip("stable-diffusion-2-unclip-l", _UNCLIP_L, vector_width=1536),
     _sdxl("stable-diffusion-xl", _SDXL, _SDXL_TEXT, conditioner="clip + openclip"),
+    _sdxl(
+        "playground-v2.5",
+        _PLAYGROUND,
+        _SDXL_TEXT,
+        unused=((r"edm_(mean|std)", "statistics of latents, recorded in the bundle"),),
+        conditioner="clip + openclip",
+        edm="epsilon",
+    ),
     _sdxl(
         "stable-diffusion-xl-inpainting",
         replace(_SDXL, task="text-inpainting"),

@@ -12,6 +12,10 @@ and e is small wherever noise prevails, whatever the model makes of images that 
 on. The distance of the output itself from each target tells less: the shapes models all predict v,
 and on such images the output of some is nearer to the noise. The spread of the latents is checked
 as well.
+
+A model of EDM (Karras et al. 2022, arXiv:2206.00364) is given the same mixture, of latents divided
+by their standard deviation. Its output F is s * x0 - a * noise there, the negative of v, and either
+may be what it is trained for; it is called "epsilon" as diffusers calls it, with a slope of -a.
 """
 
 import logging
@@ -20,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +38,7 @@ from ldm_runtime.bundle.manifest import PredictionRecord
 from ldm_runtime.conditioning import Conditioning, encode_conditioning, open_tokenizer
 from ldm_runtime.latents.codec import encode_image
 from ldm_runtime.noise import TorchCpuGenerator
+from ldm_runtime.schedules import edm_timestep
 from ldm_runtime.specs.model import ModelSpec, PredictionType, latent_step
 
 _LOGGER = logging.getLogger(__name__)
@@ -60,7 +65,6 @@ _STATED_BY: Mapping[str, str] = MappingProxyType(
 #: factor was measured, and 0.9 to 1.3 for these images in the shapes models. Stable Diffusion's
 #: latents without its factor have 5.5.
 _LEAST_SPREAD, _MOST_SPREAD = 1 / 3, 3.0
-_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -86,6 +90,7 @@ def measure_prediction(
     latents = np.concatenate(
         [encode_image(network("vae_encoder"), image[None], spec) for image in images]
     )
+    latents = latents / spec.sigma_data
     _warn_of_spread(float(latents.std()), spec.autoencoder.latent_scale_factor)
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
     conditioning = [
@@ -94,17 +99,17 @@ def measure_prediction(
         )
         for image in images
     ]
-    signals = np.sqrt(np.array(spec.alphas_cumprod))
-    timesteps = [int(np.abs(signals - share).argmin()) for share in _SHARES]
+    levels = [_level(share, spec) for share in _SHARES]
     responses = np.array(
         [
-            _response(network("unet"), timestep, float(signals[timestep]), latents, conditioning)
-            for timestep in timesteps
+            _response(network("unet"), timestep, share, latents, conditioning)
+            for timestep, share in levels
         ]
     )
     if not np.isfinite(responses).all():
         return None
-    return _record(responses, signals[timesteps], key)
+    shares = np.array([share for _, share in levels])
+    return _record(responses[:, 0], responses[:, 1], _slopes(shares, spec), key)
 
 
 def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
@@ -137,6 +142,24 @@ def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
     return replace(spec, assumptions=tuple(assumptions))
 
 
+def _level(share: float, spec: ModelSpec) -> tuple[float, float]:
+    """Return the timestep nearest to where an image has a share of the mixture, and its share."""
+    if spec.edm is not None:
+        return edm_timestep(spec.edm.sigma_data * math.sqrt(1 / share**2 - 1)), share
+    signals = np.sqrt(np.array(spec.alphas_cumprod))
+    timestep = int(np.abs(signals - share).argmin())
+    return timestep, float(signals[timestep])
+
+
+def _slopes(
+    shares: npt.NDArray[np.float64], spec: ModelSpec
+) -> Mapping[PredictionType, npt.NDArray[np.float64]]:
+    """Return the slope of every output on noise that a model may have, at shares of the image."""
+    if spec.edm is not None:
+        return {"epsilon": -shares, "v_prediction": shares}
+    return {"epsilon": np.ones_like(shares), "v_prediction": shares, "sample": 0 * shares}
+
+
 def _stated_by(source: str) -> str:
     return _STATED_BY.get(source) or f"the {source} says"
 
@@ -164,13 +187,13 @@ def _warn_of_spread(spread: float, factor: float) -> None:
 
 def _response(
     unet: Runner,
-    timestep: int,
+    timestep: float,
     share: float,
     latents: Float32Array,
     conditioning: Sequence[Conditioning],
 ) -> npt.NDArray[np.float64]:
     """Return the slope of a UNet's output on the noise, and its correlation with x0."""
-    noise = TorchCpuGenerator(timestep).randn(latents.shape)
+    noise = TorchCpuGenerator(round(1000 * share)).randn(latents.shape)
     noisy = np.float32(share) * latents + np.float32(math.sqrt(1 - share**2)) * noise
     concat = [noisy, *_joined([each.concat for each in conditioning])]
     inputs = {
@@ -202,15 +225,17 @@ def _joined(parts: Sequence[npt.NDArray[_Number] | None]) -> list[npt.NDArray[_N
 
 
 def _record(
-    responses: npt.NDArray[np.float64], shares: npt.NDArray[np.float64], key: str
+    slopes: npt.NDArray[np.float64],
+    correlations: npt.NDArray[np.float64],
+    expected: Mapping[PredictionType, npt.NDArray[np.float64]],
+    key: str,
 ) -> PredictionRecord:
-    """Compare responses (timesteps, 2) with those of every prediction type."""
-    expected = {"epsilon": np.ones_like(shares), "v_prediction": shares, "sample": 0 * shares}
+    """Compare slopes at some noise levels with those of every prediction type."""
     deviations = {
-        kind: float(np.sqrt(np.mean((responses[:, 0] - expected[kind]) ** 2))) for kind in _TYPES
+        kind: float(np.sqrt(np.mean((slopes - those) ** 2))) for kind, those in expected.items()
     }
-    nearest = min(_TYPES, key=lambda kind: deviations[kind])
+    nearest = min(deviations, key=lambda kind: deviations[kind])
     is_clear = deviations[nearest] <= NEAR
     if nearest == "sample":
-        is_clear &= bool(responses[:, 1].mean() >= _FOLLOWS)
+        is_clear &= bool(correlations.mean() >= _FOLLOWS)
     return PredictionRecord(key=key, deviations=deviations, measured=nearest if is_clear else None)

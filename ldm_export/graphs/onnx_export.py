@@ -40,8 +40,16 @@ from ldm_export.graphs.precision import FP32_WEIGHTS, NodePrecision, all_fp32, f
 from ldm_export.graphs.weights_file import INLINE_BYTES, store_weights
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import GraphRecord, GraphVariant, WeightsDType
+from ldm_runtime.latents.codec import from_unet_scale
 from ldm_runtime.specs.components import COMPONENTS, DYNAMIC_AXES, Component, TensorSignature
-from ldm_runtime.specs.model import ModelSpec, axis_sizes, components_of, latent_step, value_counts
+from ldm_runtime.specs.model import (
+    ModelSpec,
+    axis_sizes,
+    components_of,
+    latent_step,
+    timestep_range,
+    value_counts,
+)
 from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec
 
 #: InstanceNormalization and plain attention: the forms every engine has kernels for.
@@ -65,8 +73,8 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
     the second batch size 3, another width and a context of two chunks. The UNet gets the fewest
     pixels that its downsampling steps allow; the autoencoder, whose first level has all of an
     image's pixels, gets 64x64 and 64x96 of those. The decoder's latents are as large as those of an
-    image are: of variance 1 in the UNet's scale. Of a text encoder's tokens, the second is a
-    learned embedding where it takes one.
+    image are: in the UNet's scale of variance 1, or of that of EDM. Of a text encoder's tokens, the
+    second is a learned embedding where it takes one.
 
     Returns:
         Lengths of the dynamic axes, and arrays by input name.
@@ -77,7 +85,6 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
     encoder = spec.find(TextEncoderSpec)
     tokens = 1 if encoder is None else encoder.max_tokens
     axes = _axes(component)
-    spread = 1 / spec.autoencoder.latent_scale_factor if name == "vae_decoder" else 1.0
     samples: list[tuple[SampleSize, Tensors]] = []
     for batch, height, width, chunks in ((1, 2 * step, 2 * step, 1), (3, 2 * step, 3 * step, 2)):
         rng = np.random.default_rng(batch)
@@ -85,9 +92,11 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
         lengths["context_tokens"] = chunks * tokens
         sizes, counts = _sizes(name, spec, lengths), value_counts(spec, name)
         arrays = {
-            tensor.name: _sample(tensor, sizes, counts, spec, rng, spread)
-            for tensor in component.inputs
+            tensor.name: _sample(tensor, sizes, counts, spec, rng) for tensor in component.inputs
         }
+        if name == "vae_decoder":
+            latents = np.float32(spec.sigma_data) * arrays["latents"]
+            arrays["latents"] = from_unet_scale(latents, spec.autoencoder)
         if "learned_embeddings" in arrays:
             arrays["tokens"][:, 1] = counts["tokens"]
         size = SampleSize(**{axis: length * (axis in axes) for axis, length in lengths.items()})
@@ -287,13 +296,12 @@ def _sample(
     counts: Mapping[str, int],
     spec: ModelSpec,
     rng: np.random.Generator,
-    spread: float,
 ) -> npt.NDArray[np.generic]:
     shape = [sizes[axis] for axis in tensor.axes]
     if tensor.name in counts:
         return rng.integers(counts[tensor.name], size=shape)
     if tensor.name == "timesteps":
-        return rng.uniform(0, len(spec.alphas_cumprod) - 1, size=shape).astype(np.float32)
+        return rng.uniform(*timestep_range(spec), size=shape).astype(np.float32)
     if tensor.name == "image":
         return rng.uniform(-1, 1, size=shape).astype(np.float32)
-    return np.float32(spread) * rng.standard_normal(shape, dtype=np.float32)
+    return rng.standard_normal(shape, dtype=np.float32)

@@ -13,12 +13,20 @@ _CODEBOOK = "quantize.embedding.weight"
 Kind = Literal["kl", "vq"]
 
 
-def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> AutoencoderSpec:
+def read_autoencoder(
+    shapes: Shapes,
+    *,
+    latent_scale_factor: float,
+    latents_mean: tuple[float, ...] = (),
+    latents_std: tuple[float, ...] = (),
+) -> AutoencoderSpec:
     """Return the record of an autoencoder from its parameters (as under `first_stage_model.`).
 
     Args:
         shapes: Shape of every parameter of encoder and decoder.
         latent_scale_factor: Multiplies its latents into the UNet's, which no shape tells.
+        latents_mean: Mean of each channel, subtracted before that; empty where it is not.
+        latents_std: Standard deviation of each channel, by which the difference is divided.
 
     Raises:
         WeightsError: A decisive tensor is missing, or encoder and decoder contradict each other.
@@ -60,6 +68,8 @@ def read_autoencoder(shapes: Shapes, *, latent_scale_factor: float) -> Autoencod
         embed_dim=embed_dim,
         codebook_size=_codebook_size(shapes, embed_dim) if kind == "vq" else None,
         latent_scale_factor=latent_scale_factor,
+        latents_mean=latents_mean,
+        latents_std=latents_std,
     )
 
 

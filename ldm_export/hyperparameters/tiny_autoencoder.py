@@ -21,6 +21,11 @@ def read_tiny_autoencoder(shapes: Shapes, autoencoder: AutoencoderSpec) -> Autoe
     Raises:
         WeightsError: A decisive tensor is missing, or its latents or images are not the other's.
     """
+    if autoencoder.latents_mean:
+        raise WeightsError(
+            "a tiny decoder takes latents that are scaled alone, and those of this model are "
+            "normalised per channel (latents_mean, latents_std); leave --tiny-decoder out"
+        )
     channels, latent_channels, *_ = shape_of(shapes, _FIRST, 4)
     convolutions = _numbers(_UPSAMPLED, shapes)
     image_channels = shape_of(shapes, f"decoder.layers.{convolutions[-1]}.weight", 4)[0]
@@ -38,6 +43,8 @@ def read_tiny_autoencoder(shapes: Shapes, autoencoder: AutoencoderSpec) -> Autoe
         embed_dim=latent_channels,
         codebook_size=None,
         latent_scale_factor=1.0,
+        latents_mean=(),
+        latents_std=(),
     )
     for what, mine, theirs in (
         ("channels of latents", latent_channels, autoencoder.embed_dim),

@@ -17,7 +17,7 @@ import numpy as np
 from ldm_export.checkpoint.file_fields import StatedSchedule, cosine_betas
 from ldm_export.errors import CheckpointError
 from ldm_export.intake.json_files import Entries
-from ldm_runtime.specs.model import PredictionType
+from ldm_runtime.specs.model import EdmSpec, PredictionType
 
 _MAX_TIMESTEPS = 100_000
 _DEFAULTS: Entries = MappingProxyType(
@@ -35,8 +35,12 @@ _DISTILLED: Entries = MappingProxyType(
 _OTHER_DEFAULTS: Mapping[object, Entries] = MappingProxyType(
     {"LCMScheduler": _DISTILLED, "TCDScheduler": _DISTILLED}
 )
-#: Schedulers whose models were trained with noise of another kind.
-_CONTINUOUS = ("EDM", "FlowMatch")
+_EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_EDM_DEFAULTS: Entries = MappingProxyType(
+    {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon"}
+)
+#: Beginnings of schedulers whose models were trained with noise of another kind.
+_OTHER_NOISE = ("EDM", "FlowMatch")
 
 _UNET: Entries = MappingProxyType(
     {
@@ -69,8 +73,6 @@ _AUTOENCODER: Entries = MappingProxyType(
         "act_fn": "silu",
         "norm_num_groups": 32,
         "shift_factor": None,
-        "latents_mean": None,
-        "latents_std": None,
     }
 )
 _ZEROS = "force_zeros_for_empty_prompt"
@@ -117,18 +119,17 @@ def scheduler_fields(path: Path, entries: Entries) -> dict[str, Any]:
         CheckpointError: The scheduler is of a kind that is not exported, or a value is impossible.
     """
     name = entries.get("_class_name")
-    if isinstance(name, str) and name.startswith(_CONTINUOUS):
+    if name in _EDM_SCHEDULERS:
+        return _edm_fields(path, {**_EDM_DEFAULTS, **entries})
+    if isinstance(name, str) and name.startswith(_OTHER_NOISE):
         raise CheckpointError(
             path,
             f"is of {name!a:.60}, whose models are trained without betas; models with a noise "
-            "schedule of betas are exported",
+            "schedule of betas are exported, and those of EDM",
         )
     stated = {**_OTHER_DEFAULTS.get(name, _DEFAULTS), **entries}
-    prediction_type = stated["prediction_type"]
-    if prediction_type not in get_args(PredictionType):
-        raise _unexpected(path, "prediction_type", prediction_type, get_args(PredictionType))
     return {
-        "prediction_type": prediction_type,
+        "prediction_type": _one_of(path, stated, "prediction_type", get_args(PredictionType)),
         "zero_terminal_snr": stated.get("rescale_betas_zero_snr") is True,
         "schedule": _schedule(path, stated),
     }
@@ -154,16 +155,21 @@ def unet_fields(path: Path, entries: Entries, factor: int | None) -> dict[str, A
 
 
 def autoencoder_fields(path: Path, entries: Entries) -> dict[str, Any]:
-    """Return what an autoencoder's configuration states: its scale factor.
+    """Return what an autoencoder's configuration states: the scale of its latents.
 
     Raises:
         CheckpointError: It is not an autoencoder of Stable Diffusion, or a value is impossible.
     """
     _check(path, entries, _AUTOENCODER)
+    fields: dict[str, Any] = {
+        name: _numbers(path, name, entries[name])
+        for name in ("latents_mean", "latents_std")
+        if entries.get(name) is not None
+    }
     factor = entries.get("scaling_factor")
-    if factor is None:
-        return {}
-    return {"latent_scale_factor": _positive(path, "scaling_factor", factor)}
+    if factor is not None:
+        fields["latent_scale_factor"] = _positive(path, "scaling_factor", factor)
+    return fields
 
 
 def downsampling_factor(path: Path, entries: Entries) -> int:
@@ -228,6 +234,17 @@ def feature_extractor_fields(path: Path, entries: Entries) -> dict[str, Any]:
     return fields
 
 
+def _edm_fields(path: Path, stated: Entries) -> dict[str, Any]:
+    """Return what a scheduler of EDM states: noise levels, and how the output is read."""
+    names = ("sigma_min", "sigma_max", "sigma_data")
+    levels = {name: _positive(path, name, stated[name]) for name in names}
+    predicted = ("epsilon", "v_prediction")
+    return {
+        "prediction_type": _one_of(path, stated, "prediction_type", predicted),
+        "edm": EdmSpec(**levels),
+    }
+
+
 def _schedule(path: Path, stated: Entries) -> StatedSchedule:
     trained = stated.get("trained_betas")
     if trained is not None:
@@ -284,6 +301,24 @@ def _integers(path: Path, name: str, value: object) -> tuple[int, ...]:
     if not values or not all(type(each) is int and 0 < each < 1 << 20 for each in values):
         raise _unexpected(path, name, value, ("a positive number", "a list of them"))
     return tuple(values)
+
+
+def _numbers(path: Path, name: str, value: object) -> tuple[float, ...]:
+    """Return numbers that are listed per channel, perhaps each in a list of its own."""
+    try:
+        numbers = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = np.array(math.nan)
+    if not np.isfinite(numbers).all():
+        raise _unexpected(path, name, value, ("a number per channel",))
+    return tuple(numbers.reshape(-1).tolist())
+
+
+def _one_of(path: Path, stated: Entries, name: str, choices: tuple[str, ...]) -> str:
+    if stated[name] not in choices:
+        raise _unexpected(path, name, stated[name], choices)
+    chosen: str = stated[name]
+    return chosen
 
 
 def _positive(path: Path, name: str, value: object) -> float:

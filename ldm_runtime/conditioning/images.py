@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork
 from ldm_runtime.conditioning.text import encode_text
-from ldm_runtime.latents.codec import encode_pixels, to_float
+from ldm_runtime.latents.codec import encode_pixels, to_float, to_unet_scale
 from ldm_runtime.latents.init_image import init_image
 from ldm_runtime.requests.resolved import ResolvedRequest, WholeImage
 from ldm_runtime.requests.sizes import latent_size, padded_size
@@ -117,8 +117,8 @@ def encode_text_and_masked_image(
     """
     pixels, region = _masked_pixels(request, spec)
     masked = np.where(region > 0, np.float32(0), pixels)
-    scale = np.float32(spec.autoencoder.latent_scale_factor)
-    latents = encode_pixels(network("vae_encoder"), masked, spec) * scale
+    unscaled = encode_pixels(network("vae_encoder"), masked, spec)
+    latents = to_unet_scale(unscaled, spec.autoencoder)
     concat = np.concatenate([_first_pixels(region, spec), latents], axis=1)
     text = encode_text(network, tokenizer, request, spec)
     return text.changed(lambda each: replace(each, concat=concat))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Runner, Tensors
-from ldm_runtime.specs.model import ModelSpec, value_counts
+from ldm_runtime.specs.model import ModelSpec, timestep_range, value_counts
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def ignored_inputs(
         if key in counts:
             other = (array + 1) % counts[key]
         elif key == "timesteps":
-            other = np.asarray(len(spec.alphas_cumprod) - 1 - array, dtype=array.dtype)
+            other = np.asarray(sum(timestep_range(spec)) - array, dtype=array.dtype)
         else:
             other = -array
         if np.array_equal(other, array):  # there is only one value

@@ -31,10 +31,8 @@ def summary(description: Mapping[str, Any]) -> str:
 def _bundle_lines(bundle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     spec, defaults, build = bundle["spec"], bundle["spec"]["defaults"], bundle["build"]
     yield "task", spec["task"]
-    yield (
-        "model",
-        f"{spec['family']}, predicts {spec['prediction_type']}, {bundle['weights_dtype']} weights",
-    )
+    predicts = f"predicts {spec['prediction_type']}{_edm(spec['edm'])}"
+    yield "model", f"{spec['family']}, {predicts}, {bundle['weights_dtype']} weights"
     if names := spec["label_names"]:
         yield "labels", f"{len(names)}, {', '.join(names[:_MOST_LABELS])}, ..."
     megabytes = f"{bundle['size_bytes'] / 1e6:.1f} MB on disk"
@@ -62,6 +60,10 @@ def _parity(components: Sequence[Mapping[str, Any]]) -> str:
     measured = ", ".join(f"{error:.1e} in {variant}" for variant, error in sorted(errors.items()))
     at_export = f"at export, largest error {measured}; " if measured else ""
     return f"{at_export}here: by `ldm verify`"
+
+
+def _edm(edm: Mapping[str, float] | None) -> str:
+    return "" if edm is None else f" (EDM, sigma {edm['sigma_min']:g} to {edm['sigma_max']:g})"
 
 
 def _short_lines(description: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

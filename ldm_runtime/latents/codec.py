@@ -6,6 +6,7 @@ from PIL import Image
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.specs.model import Decoder, ModelSpec
+from ldm_runtime.specs.networks import AutoencoderSpec
 from ldm_runtime.specs.tasks import runs_in_patches
 from ldm_runtime.tiling.patches import over_patches
 from ldm_runtime.tiling.tiles import decode_tiled
@@ -24,8 +25,35 @@ def encode_image(engine: Runner, pixels: npt.NDArray[np.uint8], spec: ModelSpec)
     Raises:
         ValueError: A side is not a multiple of the autoencoder's factor.
     """
-    scale = float(spec.autoencoder.latent_scale_factor)
-    return encode_pixels(engine, to_float(pixels), spec) * scale
+    return to_unet_scale(encode_pixels(engine, to_float(pixels), spec), spec.autoencoder)
+
+
+def to_unet_scale(latents: Float32Array, autoencoder: AutoencoderSpec) -> Float32Array:
+    """Turn latents (B, C, h, w) as the autoencoder has them into the UNet's.
+
+    They are scaled, in some models after each channel is normalised. Source: diffusers'
+    `StableDiffusionXLImg2ImgPipeline.prepare_latents`.
+    """
+    scale = float(autoencoder.latent_scale_factor)
+    if not autoencoder.latents_mean:
+        return latents * scale
+    mean, std = _statistics(autoencoder)
+    return (latents - mean) * scale / std
+
+
+def from_unet_scale(latents: Float32Array, autoencoder: AutoencoderSpec) -> Float32Array:
+    """Turn latents (B, C, h, w) of the UNet into the autoencoder's: `to_unet_scale` backwards."""
+    scale = float(autoencoder.latent_scale_factor)
+    if not autoencoder.latents_mean:
+        return latents / scale
+    mean, std = _statistics(autoencoder)
+    return latents * std / scale + mean
+
+
+def _statistics(autoencoder: AutoencoderSpec) -> Float32Array:
+    """Return mean and standard deviation of every channel: (2, C, 1, 1)."""
+    both = (autoencoder.latents_mean, autoencoder.latents_std)
+    return np.array(both, dtype=np.float32)[..., None, None]
 
 
 def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float32Array:
@@ -80,7 +108,7 @@ def decode_latents(
         ValueError: The tile size is not a multiple of the autoencoder's factor, or too small.
     """
     if decoder == "full":
-        latents = latents / float(spec.autoencoder.latent_scale_factor)
+        latents = from_unet_scale(latents, spec.autoencoder)
     factor = spec.autoencoder.factor
     if tile_size % factor:
         raise ValueError(f"tile_size {tile_size} is not a multiple of {factor}; make it one")

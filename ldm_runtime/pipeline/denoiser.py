@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.requests.guidance import GuidanceChain, guidance_chain
-from ldm_runtime.schedules import timestep_of
-from ldm_runtime.specs.model import PredictionType
+from ldm_runtime.schedules import edm_timestep, timestep_of
+from ldm_runtime.specs.model import EdmSpec, PredictionType
 
 Float32Array = npt.NDArray[np.float32]
 #: Maps (latents, timesteps, context) to the prediction; latents have unit variance here.
@@ -26,6 +26,7 @@ def to_x0(
     latents: Float32Array,
     sigma: float,
     prediction_type: PredictionType,
+    edm: EdmSpec | None = None,
 ) -> Float32Array:
     """Return the clean latents that a network's output implies.
 
@@ -34,15 +35,22 @@ def to_x0(
         latents: Noisy latents x0 + sigma * noise, shape (B, C, h, w).
         sigma: Noise level of `latents`.
         prediction_type: The quantity that the network was trained to predict.
+        edm: Scale of a model of EDM, whose "epsilon" is a network's output F as its source has it,
+            and whose "v_prediction" is -F; None for one with a training schedule.
 
-    Source: Salimans and Ho 2022 (arXiv:2202.00512), appendix D, rewritten in sigma.
+    Source: Salimans and Ho 2022 (arXiv:2202.00512), appendix D, rewritten in sigma; of EDM, Karras
+    et al. 2022 (arXiv:2206.00364), equation 7 and table 1, c_skip and c_out.
     """
     match prediction_type:
-        case "epsilon":
+        case "epsilon" if edm is None:
             return latents - sigma * prediction
+        case "epsilon":
+            return to_x0(-prediction, latents, sigma, "v_prediction", edm)
         case "v_prediction":
-            norm = math.hypot(1.0, sigma)
-            return latents / norm**2 - sigma / norm * prediction
+            sigma_data = 1.0 if edm is None else edm.sigma_data
+            norm = math.hypot(sigma_data, sigma)
+            c_out = -(sigma_data * sigma / norm)
+            return latents / (norm / sigma_data) ** 2 + c_out * prediction
         case "sample":
             return prediction
 
@@ -82,6 +90,8 @@ class GuidedDenoiser:
             guided.
         guidance_scale: 1 is the unguided conditional model, in a call of one sample per image.
         prediction_type: The quantity that the network was trained to predict.
+        edm: Scale of a model of EDM, which is told a noise level in place of a timestep; None for a
+            model with a training schedule.
         image_guidance_scale: Guidance by an image that only the first of three samples lacks; 1 is
             none.
         guidance_rescale: Share of `rescale_guidance`.
@@ -95,6 +105,7 @@ class GuidedDenoiser:
     context: Float32Array | None
     guidance_scale: float
     prediction_type: PredictionType
+    edm: EdmSpec | None = None
     image_guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
@@ -107,15 +118,20 @@ class GuidedDenoiser:
                 guidance without context.
         """
         self._check_context(len(latents))
-        batch = latents / math.hypot(1.0, sigma)
-        timestep = timestep_of(sigma, self.training_sigmas)
+        batch = latents / math.hypot(1.0 if self.edm is None else self.edm.sigma_data, sigma)
         predict = self._guided if self.is_guided(sigma) else self._conditional
-        return to_x0(predict(batch, timestep), latents, sigma, self.prediction_type)
+        prediction = predict(batch, self._timestep(sigma))
+        return to_x0(prediction, latents, sigma, self.prediction_type, self.edm)
 
     def is_guided(self, sigma: float) -> bool:
         """Whether guidance is on at a noise level, which multiplies the batch size."""
         low, high = self.guidance_interval or (0.0, math.inf)
         return bool(self._chain.scales) and low <= sigma <= high
+
+    def _timestep(self, sigma: float) -> float:
+        if self.edm is None:
+            return timestep_of(sigma, self.training_sigmas)
+        return edm_timestep(sigma)
 
     def _guided(self, batch: Float32Array, timestep: float) -> Float32Array:
         count = len(self._chain.samples)

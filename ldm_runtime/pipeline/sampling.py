@@ -307,6 +307,7 @@ def _denoiser(
             guidance_rescale=request.guidance_rescale,
             guidance_interval=request.guidance_interval,
             prediction_type=spec.prediction_type,
+            edm=spec.edm,
         )
 
     if not expert.conditioning.edits:

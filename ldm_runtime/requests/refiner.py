@@ -65,13 +65,23 @@ def check_refiner(spec: ModelSpec, refiner: ModelSpec) -> None:
             spec.autoencoder.latent_scale_factor,
             refiner.autoencoder.latent_scale_factor,
         ),
+        (
+            "as the means of latents",
+            spec.autoencoder.latents_mean,
+            refiner.autoencoder.latents_mean,
+        ),
+        (
+            "as the standard deviations of latents",
+            spec.autoencoder.latents_std,
+            refiner.autoencoder.latents_std,
+        ),
     ):
         if ours != other:
             raise BundleError(
                 f"the refiner has {other} {what}, and the bundle {ours}; give one of the same "
                 "latents"
             )
-    if not _are_close(spec.alphas_cumprod, refiner.alphas_cumprod):
+    if spec.edm != refiner.edm or not _are_close(spec.alphas_cumprod, refiner.alphas_cumprod):
         raise BundleError(
             "the refiner was trained with another noise schedule than the bundle; give one with "
             "the same"

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.conditions import check_condition, condition_of
+from ldm_runtime.requests.edm import check_schedule, check_timesteps, default_schedule
 from ldm_runtime.requests.micro_conditioning import (
     check_micro_conditioning,
     micro_conditioning_of,
@@ -40,6 +41,7 @@ from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import (
     SigmaTable,
     custom_sigmas,
+    edm_sigmas,
     rescale_zero_terminal_snr,
     sampling_sigmas,
     training_sigmas,
@@ -166,7 +168,7 @@ def sampler_of(request: ResolvedRequest) -> SamplerRecord:
 
 
 def sigma_table(spec: ModelSpec, *, zero_terminal_snr: bool) -> SigmaTable:
-    """Return the noise level of every training timestep.
+    """Return the noise level of every training timestep, or those of EDM in place of them.
 
     Args:
         spec: The model.
@@ -175,6 +177,8 @@ def sigma_table(spec: ModelSpec, *, zero_terminal_snr: bool) -> SigmaTable:
     Raises:
         BundleError: The model has no schedule.
     """
+    if spec.edm is not None:
+        return edm_sigmas(spec.edm.sigma_min, spec.edm.sigma_max)
     try:
         if zero_terminal_snr:
             return training_sigmas(rescale_zero_terminal_snr(spec.alphas_cumprod))
@@ -243,6 +247,7 @@ def _sampling(request: GenerationRequest, spec: ModelSpec) -> _Sampling:
     """Fill in what the model's defaults and the sampler's record say."""
     defaults = spec.defaults
     name = _first(request.sampler, defaults.sampler)
+    check_timesteps(request, name, spec)
     record = SAMPLERS[name]
     is_default = record.uses_eta and name == defaults.sampler
     eta = _first(request.eta, defaults.eta if is_default else record.default_eta)
@@ -274,8 +279,8 @@ def _sigmas(
         return CUSTOM, _custom_sigmas(request, request.sigmas)
     if request.schedule == CUSTOM:
         raise RequestError("schedule", f"{CUSTOM!r} means those in sigmas; give sigmas")
-    own = spec.defaults.schedule if record is SAMPLERS[spec.defaults.sampler] else None
-    schedule = _first(request.schedule, _first(own, record.schedule))
+    schedule = _first(request.schedule, default_schedule(record, spec))
+    check_schedule(schedule, spec)
     steps = _first(request.num_inference_steps, spec.defaults.num_inference_steps)
     try:
         return schedule, tuple(sampling_sigmas(table, steps, schedule, record.final_sigma))

@@ -23,7 +23,7 @@ _SAMPLER_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "ddpm": ("DDPMScheduler",),
         "ddim": ("DDIMScheduler",),
-        "euler": ("EulerDiscreteScheduler",),
+        "euler": ("EulerDiscreteScheduler", "EDMEulerScheduler"),
         "euler_ancestral": ("Euler a", "EulerAncestralDiscreteScheduler"),
         "lcm": ("LCMScheduler",),
         "tcd": ("TCDScheduler",),
@@ -35,7 +35,7 @@ _SAMPLER_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lms": ("LMSDiscreteScheduler",),
         "ipndm": ("IPNDMScheduler",),
         "deis": ("DEISMultistepScheduler",),
-        "dpmpp_2m": ("DPMSolverMultistepScheduler",),
+        "dpmpp_2m": ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"),
         "dpmpp_sde": ("DPMSolverSDEScheduler",),
         "unipc": ("UniPCMultistepScheduler",),
     }

@@ -88,6 +88,11 @@ class SamplerRecord:
     noise: Literal["fresh", "brownian"] = "fresh"
     calls_per_step: int = 1
 
+    @property
+    def goes_by_timestep(self) -> bool:
+        """Whether it needs a model's training timesteps, which those of EDM have not."""
+        return isinstance(self.function, ByTimestep)
+
     def of(self, earlier_sigma: EarlierSigma) -> Sampler:
         """Return the sampler of a model whose training schedule `earlier_sigma` knows."""
         if isinstance(self.function, ByTimestep):

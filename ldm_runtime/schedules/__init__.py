@@ -17,6 +17,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from ldm_runtime.schedules.edm import edm_sigmas, edm_timestep
 from ldm_runtime.schedules.ramps import exponential, karras, polyexponential
 from ldm_runtime.schedules.tables import (
     SigmaTable,
@@ -44,12 +45,15 @@ from ldm_runtime.schedules.timesteps import (
 )
 
 __all__ = [
+    "BY_SIGMA",
     "SCHEDULES",
     "FinalSigma",
     "Schedule",
     "SigmaTable",
     "custom_sigmas",
     "earlier_sigma",
+    "edm_sigmas",
+    "edm_timestep",
     "initial_scale",
     "most_steps",
     "rescale_zero_terminal_snr",
@@ -85,6 +89,9 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "from_399": from_399,
     }
 )
+
+#: The schedules that go by sigma alone; the others visit training timesteps.
+BY_SIGMA = ("karras", "exponential", "polyexponential")
 
 _MAY_REPEAT = "ldm_quadratic"
 # Those whose source starts from noise of unit variance divided by the scale of the latents.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self, TypeVar
 
+from ldm_runtime.schedules import edm_timestep
 from ldm_runtime.specs.components import COMPONENTS, Component, TensorSignature
 from ldm_runtime.specs.networks import AutoencoderSpec, Networks, NetworkSpec, UNetSpec
 
@@ -65,6 +66,26 @@ class NoiseAugmentation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EdmSpec:
+    """Noise levels and scale of a model of EDM, which has no training timesteps.
+
+    It was trained on a continuous range of noise levels, and its UNet is told the logarithm of one.
+    `pipeline.denoiser` has what its output means.
+
+    Source: Karras et al. 2022 (arXiv:2206.00364), table 1, "Ours".
+
+    Attributes:
+        sigma_min: Lowest noise level to sample at.
+        sigma_max: Highest noise level, at which sampling starts.
+        sigma_data: Standard deviation of clean latents in the UNet's scale.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assumption:
     """One hyperparameter that the weights cannot tell, and where it was taken from.
 
@@ -92,8 +113,10 @@ class ModelSpec:
         networks: Hyperparameters of its networks by name; every model has an "autoencoder", and
             some have a "tiny_autoencoder" that decodes its latents, too.
         alphas_cumprod: Training noise schedule, one value per training timestep; empty
-            without a UNet.
-        prediction_type: Output that the UNet was trained for.
+            without a UNet, and of EDM.
+        edm: Noise levels of a model of EDM, or None with a schedule of training timesteps.
+        prediction_type: Output that the UNet was trained for. Of EDM, "epsilon" is the output F of
+            the paper's equation 7, and "v_prediction" its negative.
         null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
         noise_augmentation: Noise on the embedding of an image; None for a model without.
         label_names: Names of the classes 0, 1, … of a class embedding, a layout encoder or a
@@ -106,6 +129,7 @@ class ModelSpec:
     weights: Literal["ema", "model"]
     networks: Networks
     alphas_cumprod: tuple[float, ...]
+    edm: EdmSpec | None
     prediction_type: PredictionType
     null_prompt: NullPrompt
     noise_augmentation: NoiseAugmentation | None
@@ -133,6 +157,11 @@ class ModelSpec:
         """The component that each decoder of the model is."""
         tiny: Mapping[Decoder, str] = {"tiny": "tiny_decoder"}
         return {"full": "vae_decoder", **(tiny if "tiny_autoencoder" in self.networks else {})}
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of clean latents in the UNet's scale, as training takes it to be."""
+        return 1.0 if self.edm is None else self.edm.sigma_data
 
     def find(self, record: type[_Record]) -> _Record | None:
         """Return the hyperparameters of the first network of a kind, or None without one."""
@@ -191,6 +220,13 @@ def _present(
     return tuple(
         tensor for tensor in tensors if axes.isdisjoint(tensor.axes) and tensor.name not in names
     )
+
+
+def timestep_range(spec: ModelSpec) -> tuple[float, float]:
+    """Return the lowest and the highest timestep that a model's UNet is told."""
+    if spec.edm is None:
+        return 0.0, float(len(spec.alphas_cumprod) - 1)
+    return edm_timestep(spec.edm.sigma_min), edm_timestep(spec.edm.sigma_max)
 
 
 def latent_step(spec: ModelSpec) -> int:

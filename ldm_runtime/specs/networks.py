@@ -112,6 +112,9 @@ class AutoencoderSpec:
         embed_dim: Channels of the latents.
         codebook_size: Vectors in the codebook, or None without one.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
+        latents_mean: Subtracted from each channel of the autoencoder's latents before that; empty
+            where latents are scaled alone.
+        latents_std: Divides each channel of the difference; empty likewise.
     """
 
     kind: Literal["kl", "vq", "tiny"]
@@ -125,6 +128,8 @@ class AutoencoderSpec:
     embed_dim: int
     codebook_size: int | None
     latent_scale_factor: float
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
 
     @property
     def factor(self) -> int:

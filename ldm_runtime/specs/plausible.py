@@ -11,7 +11,7 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
-from ldm_runtime.specs.model import ModelSpec, NoiseAugmentation
+from ldm_runtime.specs.model import EdmSpec, ModelSpec, NoiseAugmentation
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
@@ -41,8 +41,7 @@ def implausible_fields(spec: ModelSpec) -> Iterator[str]:
     for name, network in spec.networks.items():
         for field in (*_sizes(network), *_values(network)):
             yield f"networks.{name}.{field}"
-    if spec.unet is not None and not _is_schedule(spec.alphas_cumprod):
-        yield "alphas_cumprod"
+    yield from _noise(spec)
     yield from _of_augmentation(spec.noise_augmentation, spec.find(ImageEncoderSpec))
     defaults = spec.defaults
     for name, value, most in (
@@ -52,6 +51,23 @@ def implausible_fields(spec: ModelSpec) -> Iterator[str]:
     ):
         if not 1 <= value <= most:
             yield f"defaults.{name}"
+
+
+def _noise(spec: ModelSpec) -> Iterator[str]:
+    """Yield the fields about noise: a UNet has a training schedule, or is of EDM."""
+    if spec.edm is not None:
+        if spec.unet is None or not _is_edm(spec.edm):
+            yield "edm"
+        if spec.alphas_cumprod:
+            yield "alphas_cumprod"
+        if spec.prediction_type == "sample":
+            yield "prediction_type"
+    elif spec.unet is not None and not _is_schedule(spec.alphas_cumprod):
+        yield "alphas_cumprod"
+
+
+def _is_edm(edm: EdmSpec) -> bool:
+    return 0 < edm.sigma_min < edm.sigma_max < math.inf and 0 < edm.sigma_data < math.inf
 
 
 def _sizes(network: NetworkSpec) -> Iterator[str]:
@@ -134,11 +150,14 @@ def _are_finite(values: Sequence[float]) -> bool:
 
 
 def _autoencoder(network: AutoencoderSpec) -> dict[str, bool]:
+    mean, std, lengths = network.latents_mean, network.latents_std, (0, network.embed_dim)
     return {
         "image_channels": network.image_channels >= 1,
         "embed_dim": network.embed_dim >= 1,
         "channel_mult": _are_levels(network.channel_mult),
-        "latent_scale_factor": 0 < network.latent_scale_factor < float("inf"),
+        "latent_scale_factor": 0 < network.latent_scale_factor < math.inf,
+        "latents_mean": len(mean) in lengths and all(map(math.isfinite, mean)),
+        "latents_std": len(std) == len(mean) and all(0 < each < math.inf for each in std),
     }
 
 

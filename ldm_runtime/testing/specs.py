@@ -52,6 +52,8 @@ _AUTOENCODER = AutoencoderSpec(
     embed_dim=4,
     codebook_size=None,
     latent_scale_factor=0.18215,
+    latents_mean=(),
+    latents_std=(),
 )
 _TEXT_ENCODER = TextEncoderSpec(
     kind="clip",
@@ -122,6 +124,7 @@ TINY_SPEC = ModelSpec(
     alphas_cumprod=tuple(
         float(value) for value in np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     ),
+    edm=None,
     prediction_type="v_prediction",  # bounded, whatever the network says
     null_prompt="encoded",
     noise_augmentation=None,

@@ -15,6 +15,7 @@ SPEC = ModelSpec(
     task="text-to-image",
     weights="model",
     alphas_cumprod=tuple(schedule_buffers()["alphas_cumprod"].tolist()),
+    edm=None,
     prediction_type="epsilon",
     null_prompt="encoded",
     noise_augmentation=None,

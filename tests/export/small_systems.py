@@ -65,6 +65,7 @@ _PLAIN = ModelSpec(
     task="unconditional",
     weights="model",
     alphas_cumprod=(),
+    edm=None,
     prediction_type="epsilon",
     null_prompt="encoded",
     noise_augmentation=None,

@@ -161,6 +161,20 @@ SDXL = SmallFamily(
     autoencoder=replace(AUTOENCODER, latent_scale_factor=0.13025),
     text_encoders=_TEXT_OF_SDXL,
 )
+#: With the released statistics of latents, and far wider ranges of noise than a schedule has.
+PLAYGROUND = replace(
+    SDXL,
+    autoencoder=replace(
+        AUTOENCODER,
+        latent_scale_factor=0.5,
+        latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+        latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+    ),
+    extra={
+        "edm_mean": torch.tensor([-1.6574, 1.886, -1.383, 2.5155]).reshape(1, 4, 1, 1),
+        "edm_std": torch.tensor([8.4927, 5.9022, 6.5498, 5.2299]).reshape(1, 4, 1, 1),
+    },
+)
 SDXL_INPAINTING = replace(SDXL, unet=replace(_UNET_OF_SDXL, in_channels=9))
 #: diffusers knows the refiner's UNet by a context of width 1280 and the length of its vector.
 SDXL_REFINER = SmallFamily(
