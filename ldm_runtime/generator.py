@@ -153,8 +153,8 @@ class Generator(Closing):
     def encode(self, image: ImageInput) -> Float32Array:
         """Return the latents (1, C, h, w) of an image, in the UNet's scale.
 
-        They are the autoencoder's times its `latent_scale_factor`: of a KL autoencoder the mean of
-        the posterior, of a VQ autoencoder the vectors before the codebook.
+        They are the autoencoder's, scaled: of a KL autoencoder the mean of the posterior, of a VQ
+        autoencoder the vectors before the codebook.
 
         Args:
             image: Anything that `InputImage.read` can read; sides are multiples of the

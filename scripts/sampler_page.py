@@ -73,6 +73,18 @@ _SCHEDULES = """
 
 """
 
+_EDM = """
+## Models of EDM
+
+Playground 2.5 and CosXL were trained on a range of noise levels and not on timesteps (Karras et al.
+2022, arXiv:2206.00364). They take the schedules that go by sigma, `karras`, `exponential` and
+`polyexponential`, from the highest noise level to the lowest, and listed `sigmas`; and every
+sampler but `tcd`, which goes by timesteps. Unless a request says otherwise the schedule is the
+model's with every sampler: `karras` for Playground 2.5, `exponential` for CosXL. `dpmpp_2m` is
+diffusers' `EDMDPMSolverMultistepScheduler` and `euler` its `EDMEulerScheduler`: what differs is the
+first noise, which those multiply by sqrt(sigma² + 1) and these by sigma.
+"""
+
 _PRESETS = """
 ## Presets
 
@@ -114,7 +126,7 @@ def page(difference_of: Callable[[str], float]) -> str:
         f"* `{name}`: {(schedule.__doc__ or '').splitlines()[0]}\n"
         for name, schedule in SCHEDULES.items()
     ]
-    parts = [_INTRODUCTION, "\n", *table, _SCHEDULES, *schedules, _PRESETS, *_presets()]
+    parts = [_INTRODUCTION, "\n", *table, _SCHEDULES, *schedules, _EDM, _PRESETS, *_presets()]
     return "".join([*parts, _LDM_STEPS, *_ldm_steps()])
 
 

@@ -34,6 +34,7 @@ def as_spec(model: ReleasedModel) -> ModelSpec:
         prediction_type="epsilon",
         null_prompt="encoded",
         noise_augmentation=None,
+        scales_image=False,
         defaults=SamplingDefaults(
             height=side,
             width=side,

@@ -62,6 +62,7 @@ class FileFields:
         pixel_std: … and their standard deviation.
         augmentation_schedule: Noise schedule of the embeddings of images.
         null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
+        scales_image: Whether the UNet takes the latents of an image to edit in its own scale.
         edm: Noise levels, if the model is of EDM.
         latents_mean: Mean of each channel of the autoencoder's latents.
         latents_std: Standard deviation of each channel.
@@ -85,6 +86,7 @@ class FileFields:
     pixel_std: tuple[float, float, float] | None = None
     augmentation_schedule: StatedSchedule | None = None
     null_prompt: NullPrompt | None = None
+    scales_image: bool | None = None
     edm: EdmSpec | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None

@@ -100,6 +100,7 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         noise_augmentation=None
         if encoder is None
         else notes.keep(read_noise_augmentation(sources, encoder.embed_dim)),
+        scales_image=_scales_image(sources, notes),
         defaults=notes.keep(
             read_defaults(sources, autoencoder.factor, prediction_type, has_null=has_null)
         ),
@@ -114,6 +115,21 @@ def _null_prompt(sources: Sources, notes: _Notes) -> NullPrompt:
         return sources.family.null_prompt
     notes.append(assumed("null_prompt", stated, "file"))
     return stated
+
+
+def _scales_image(sources: Sources, notes: _Notes) -> bool:
+    """Return whether the UNet takes an image to edit in its own scale; no other task has one."""
+    if sources.family.task != "image-editing":
+        return False
+    return notes.keep(
+        first_stated(
+            "scales_image",
+            None,
+            None,
+            sources.family.scales_image,
+            file=sources.file.scales_image,
+        )
+    )
 
 
 def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpec | None:

@@ -78,6 +78,7 @@ class FamilyDefaults:
             a measurement decides between them.
         blocks_removed: Whether the UNet was distilled into one with fewer blocks, so that it may
             lack its middle and its two halves may differ. In others, that is a fault of the file.
+        scales_image: Whether the UNet takes the latents of an image to edit in its own scale.
         edm: Noise levels of a family of EDM; None of one with a training schedule, whose numbers
             are the betas above.
     """
@@ -108,6 +109,7 @@ class FamilyDefaults:
     null_prompt: NullPrompt = "encoded"
     siblings: Mapping[PredictionType, int] = field(default_factory=dict)
     blocks_removed: bool = False
+    scales_image: bool = False
     edm: EdmSpec | None = None
 
     def latent_size_of(self, prediction_type: PredictionType) -> int | None:

@@ -2,7 +2,8 @@
 
 Sources: the released configurations of CompVis/stable-diffusion (21f890f9),
 Stability-AI/stablediffusion (cf1d67a), Stability-AI/generative-models (0ad7de9) and
-timothybrooks/instruct-pix2pix (0dffd1e).
+timothybrooks/instruct-pix2pix (0dffd1e); for models of EDM `comfy/supported_models.py` of ComfyUI
+and the single-file loader of diffusers 0.42.1.
 """
 
 import re
@@ -139,6 +140,17 @@ _PLAYGROUND = replace(
     guidance_scale=3.0,
     edm=EdmSpec(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5),
 )
+#: Steps and scale are those of its demo, which also has an exponential grid. sigma_data and where
+#: the range ends are as in `V_PREDICTION_EDM` of ComfyUI; a file has the range itself.
+_COSXL = replace(
+    _SDXL,
+    prediction_type="v_prediction",
+    schedule="exponential",
+    num_inference_steps=20,
+    guidance_scale=7.0,
+    edm=EdmSpec(sigma_min=0.002, sigma_max=120.0, sigma_data=1.0),
+)
+_COSXL_RANGE = ((r"edm_vpred\.sigma_(min|max)", "range of noise levels, recorded in the bundle"),)
 _SDXL_TEXT = (
     assignment("text_encoder", "conditioner.embedders.0.transformer.text_model.", "text_model."),
     *openclip("conditioner.embedders.1.model.", "text_encoder_2"),
@@ -277,9 +289,26 @@ SD_FAMILIES: tuple[Family, ...] = (
         "playground-v2.5",
         _PLAYGROUND,
         _SDXL_TEXT,
-        unused=((r"edm_(mean|std)", "statistics of latents, recorded in the bundle"),),
+        ((r"edm_(mean|std)", "statistics of latents, recorded in the bundle"),),
         conditioner="clip + openclip",
         edm="epsilon",
+    ),
+    _sdxl(
+        "cosxl",
+        _COSXL,
+        _SDXL_TEXT,
+        _COSXL_RANGE,
+        conditioner="clip + openclip",
+        edm="v_prediction",
+    ),
+    _sdxl(
+        "cosxl-edit",
+        replace(_COSXL, task="image-editing", scales_image=True),
+        _SDXL_TEXT,
+        _COSXL_RANGE,
+        conditioner="clip + openclip",
+        conditioning_channels=4,
+        edm="v_prediction",
     ),
     _sdxl(
         "stable-diffusion-xl-inpainting",

@@ -154,8 +154,6 @@ def _components(folder: Path, index: Entries, without: frozenset[str]) -> frozen
         if name not in ignored and classes[name] not in read.get(name, ())
     ]
     faults += [f"it has no {name}" for name in of_unclip if name not in classes]
-    if index.get("is_cosxl_edit"):
-        faults.insert(0, "it is CosXL-Edit (is_cosxl_edit), which scales the latents of the image")
     if "unet" not in classes:
         faults.insert(0, "it has no unet")
     if faults:

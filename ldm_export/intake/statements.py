@@ -91,7 +91,9 @@ _FEATURE_EXTRACTOR: Entries = MappingProxyType(
 
 
 def pipeline_fields(path: Path, entries: Entries) -> dict[str, Any]:
-    """Return what a pipeline's settings state: of SDXL, what an empty negative prompt is.
+    """Return what a pipeline's settings state of SDXL.
+
+    These are what an empty negative prompt is, and the scale of the latents of an image to edit.
 
     Args:
         path: Their file, for errors.
@@ -100,12 +102,12 @@ def pipeline_fields(path: Path, entries: Entries) -> dict[str, Any]:
     Raises:
         CheckpointError: A value is impossible.
     """
-    zeros = entries.get(_ZEROS)
-    if zeros is None:
-        return {}
-    if not isinstance(zeros, bool):
-        raise _unexpected(path, _ZEROS, zeros, ("true", "false"))
-    return {"null_prompt": "zeros" if zeros else "encoded"}
+    stated: dict[str, Any] = {}
+    if (zeros := _choice(path, entries, _ZEROS)) is not None:
+        stated["null_prompt"] = "zeros" if zeros else "encoded"
+    if (scales := _choice(path, entries, "is_cosxl_edit")) is not None:
+        stated["scales_image"] = scales
+    return stated
 
 
 def scheduler_fields(path: Path, entries: Entries) -> dict[str, Any]:
@@ -312,6 +314,14 @@ def _numbers(path: Path, name: str, value: object) -> tuple[float, ...]:
     if not np.isfinite(numbers).all():
         raise _unexpected(path, name, value, ("a number per channel",))
     return tuple(numbers.reshape(-1).tolist())
+
+
+def _choice(path: Path, entries: Entries, name: str) -> bool | None:
+    """Return what an entry says, or None if it is not there."""
+    value = entries.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _unexpected(path, name, value, ("true", "false"))
+    return value
 
 
 def _one_of(path: Path, stated: Entries, name: str, choices: tuple[str, ...]) -> str:

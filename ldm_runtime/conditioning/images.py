@@ -134,9 +134,10 @@ def encode_text_and_image(
 
     K is the number of samples that guidance asks for, see `requests.guidance`. Only the last one
     sees the prompt, the others the negative prompt; one that sees nothing has zeros in place of the
-    image. Latents are unscaled, as the autoencoder has them. The image is padded to their size by
-    repeating its right and lower edge. Source: `edit_cli.py` of timothybrooks/instruct-pix2pix,
-    commit 0dffd1e.
+    image. Latents are unscaled, as the autoencoder has them, or in the UNet's scale if the model
+    says so. The image is padded to their size by repeating its right and lower edge. Source:
+    `edit_cli.py` of timothybrooks/instruct-pix2pix, commit 0dffd1e; of CosXL-Edit diffusers'
+    `StableDiffusionXLInstructPix2PixPipeline`.
 
     See `ldm_runtime.conditioning.encode_conditioning`.
     """
@@ -144,6 +145,8 @@ def encode_text_and_image(
     assert source is not None, "a request to edit has an image"
     pixels = source.padded(*padded_size(request, spec)).image.pixels
     latents = encode_pixels(network("vae_encoder"), to_float(pixels[None]), spec)
+    if spec.scales_image:
+        latents = to_unet_scale(latents, spec.autoencoder)
     samples = request.guidance.samples
     rows = [-1 if seen == "everything" else 0 for seen in samples]
     concat = np.concatenate(

@@ -36,7 +36,8 @@ class SamplingDefaults:
     """Defaults of fields that a request leaves open.
 
     Sizes are in pixels. Schedule and eta are of `sampler`: a request with another one has the
-    defaults of that. A schedule of None is the sampler's own.
+    defaults of that. A schedule of None is the sampler's own. Of EDM the schedule is of every
+    sampler.
     """
 
     height: int
@@ -119,6 +120,8 @@ class ModelSpec:
             the paper's equation 7, and "v_prediction" its negative.
         null_prompt: Whether guidance steers away from the encoded empty prompt, or from zeros.
         noise_augmentation: Noise on the embedding of an image; None for a model without.
+        scales_image: Whether the latents of an image to edit are concatenated in the UNet's scale,
+            and not as the autoencoder has them.
         label_names: Names of the classes 0, 1, … of a class embedding, a layout encoder or a
             segmentation encoder; empty if they are not known.
         assumptions: Values that the weights could not tell.
@@ -133,6 +136,7 @@ class ModelSpec:
     prediction_type: PredictionType
     null_prompt: NullPrompt
     noise_augmentation: NoiseAugmentation | None
+    scales_image: bool
     defaults: SamplingDefaults
     label_names: tuple[str, ...]
     assumptions: tuple[Assumption, ...]

@@ -128,6 +128,7 @@ TINY_SPEC = ModelSpec(
     prediction_type="v_prediction",  # bounded, whatever the network says
     null_prompt="encoded",
     noise_augmentation=None,
+    scales_image=False,
     defaults=SamplingDefaults(
         height=16,
         width=16,

@@ -19,6 +19,7 @@ SPEC = ModelSpec(
     prediction_type="epsilon",
     null_prompt="encoded",
     noise_augmentation=None,
+    scales_image=False,
     defaults=SamplingDefaults(
         height=SIZE,
         width=SIZE,

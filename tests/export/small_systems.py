@@ -69,6 +69,7 @@ _PLAIN = ModelSpec(
     prediction_type="epsilon",
     null_prompt="encoded",
     noise_augmentation=None,
+    scales_image=False,
     defaults=SamplingDefaults(
         height=SIZE,
         width=SIZE,

@@ -175,6 +175,14 @@ PLAYGROUND = replace(
         "edm_std": torch.tensor([8.4927, 5.9022, 6.5498, 5.2299]).reshape(1, 4, 1, 1),
     },
 )
+COSXL = replace(
+    SDXL,
+    extra={
+        "edm_vpred.sigma_max": torch.tensor(120.0),
+        "edm_vpred.sigma_min": torch.tensor(0.002),
+    },
+)
+COSXL_EDIT = replace(COSXL, unet=replace(_UNET_OF_SDXL, in_channels=8))
 SDXL_INPAINTING = replace(SDXL, unet=replace(_UNET_OF_SDXL, in_channels=9))
 #: diffusers knows the refiner's UNet by a context of width 1280 and the length of its vector.
 SDXL_REFINER = SmallFamily(

@@ -99,9 +99,9 @@ FAULTS = {
         with_entries(INDEX, controlnet=["diffusers", "ControlNetModel"]),
         "controlnet is 'ControlNetModel'",
     ),
-    "an editing model that scales the image": (
-        with_entries(INDEX, is_cosxl_edit=True),
-        r"it is CosXL-Edit \(is_cosxl_edit\), which scales the latents of the image",
+    "a scale of the image that is neither": (
+        with_entries(INDEX, is_cosxl_edit="yes"),
+        "is_cosxl_edit = 'yes', which is not exported; expected true or false",
     ),
     "another autoencoder": (
         with_entries("vae/config.json", _class_name="AsymmetricAutoencoderKL"),
@@ -128,8 +128,20 @@ FAULTS = {
         r"has both .*final_layer_norm\.bias.*one tensor of the text encoder",
     ),
     "continuous noise": (
-        with_entries(SCHEDULER, _class_name="EDMEulerScheduler"),
-        "'EDMEulerScheduler', whose models are trained without betas",
+        with_entries(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"),
+        "'FlowMatchEulerDiscreteScheduler', whose models are trained without betas",
+    ),
+    "a noise level of EDM below 0": (
+        with_entries(SCHEDULER, _class_name="EDMEulerScheduler", sigma_min=-1),
+        "sigma_min = -1, which is not exported; expected a positive number",
+    ),
+    "x0 of EDM": (
+        with_entries(SCHEDULER, _class_name="EDMEulerScheduler", prediction_type="sample"),
+        "prediction_type = 'sample', .*; expected epsilon or v_prediction",
+    ),
+    "statistics of latents that are no numbers": (
+        with_entries("vae/config.json", latents_mean=["a", 1, 2, 3]),
+        r"latents_mean = \['a', 1, 2, 3\], .*; expected a number per channel",
     ),
     "another kind of betas": (
         with_entries(SCHEDULER, beta_schedule="sigmoid"),

@@ -31,6 +31,13 @@ def test_a_bundle_is_eight_lines(lines, tiny_bundle, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 8
 
 
+def test_a_model_of_edm_says_so_with_its_noise_levels(tiny_bundle):
+    description = inspect(tiny_bundle, {})
+    description["spec"]["edm"] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+
+    assert "predicts v_prediction (EDM, sigma 0.002 to 80), float32" in summary(description)
+
+
 def test_backends_are_those_that_say_so_themselves(lines, tiny_bundle):
     able, _, names = lines["backends"].partition(" can run here, of ")
 
@@ -62,6 +69,7 @@ def test_the_largest_error_of_each_graph_is_shown():
             "task": "unconditional",
             "label_names": [],
             "family": "f",
+            "edm": None,
             "prediction_type": "epsilon",
             "defaults": {"width": 8, "height": 4},
         },
