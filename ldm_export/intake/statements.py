@@ -325,10 +325,10 @@ def _choice(path: Path, entries: Entries, name: str) -> bool | None:
 
 
 def _one_of(path: Path, stated: Entries, name: str, choices: tuple[str, ...]) -> str:
-    if stated[name] not in choices:
-        raise _unexpected(path, name, stated[name], choices)
-    chosen: str = stated[name]
-    return chosen
+    value = stated[name]
+    if not isinstance(value, str) or value not in choices:
+        raise _unexpected(path, name, value, choices)
+    return value
 
 
 def _positive(path: Path, name: str, value: object) -> float:

@@ -50,10 +50,11 @@ def from_unet_scale(latents: Float32Array, autoencoder: AutoencoderSpec) -> Floa
     return latents * std / scale + mean
 
 
-def _statistics(autoencoder: AutoencoderSpec) -> Float32Array:
-    """Return mean and standard deviation of every channel: (2, C, 1, 1)."""
-    both = (autoencoder.latents_mean, autoencoder.latents_std)
-    return np.array(both, dtype=np.float32)[..., None, None]
+def _statistics(autoencoder: AutoencoderSpec) -> tuple[Float32Array, Float32Array]:
+    """Return mean and standard deviation of every channel, (C, 1, 1) each."""
+    mean = np.array(autoencoder.latents_mean, dtype=np.float32)
+    std = np.array(autoencoder.latents_std, dtype=np.float32)
+    return mean[:, None, None], std[:, None, None]
 
 
 def encode_pixels(engine: Runner, image: Float32Array, spec: ModelSpec) -> Float32Array:

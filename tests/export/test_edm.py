@@ -11,9 +11,10 @@ from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.golden.prediction import confirmed, measure_prediction
 from ldm_export.graphs.onnx_export import sample_inputs
+from ldm_export.hyperparameters.tiny_autoencoder import read_tiny_autoencoder
 from ldm_runtime.specs.model import Assumption, EdmSpec
 from ldm_runtime.specs.networks import AutoencoderSpec
-from ldm_runtime.testing import FakeEngine
+from ldm_runtime.testing import FakeEngine, autoencoder_spec
 from tests.export.sd_layout import SDXL, TINY, FakeTensor, checkpoint, sdxl_checkpoint, with_values
 from tests.export.small_systems import small_system
 
@@ -116,6 +117,13 @@ def test_a_model_of_edm_does_not_predict_x0():
 def test_a_preset_of_training_timesteps_is_refused():
     with pytest.raises(ExportError, match="--preset lcm: schedule: 'consistency' visits training"):
         detect(sdxl_checkpoint() | STATISTICS, overrides=Overrides(preset="lcm"))
+
+
+def test_a_tiny_decoder_knows_nothing_of_statistics_of_latents():
+    autoencoder = autoencoder_spec(latents_mean=tuple(MEAN), latents_std=tuple(STD))
+
+    with pytest.raises(WeightsError, match=r"normalised per channel .*; leave --tiny-decoder out"):
+        read_tiny_autoencoder({}, autoencoder)
 
 
 def edm_model(prediction_type, edm):
