@@ -53,6 +53,14 @@ def test_nothing_then_the_image_then_the_prompt_as_well(tokenizer):
     np.testing.assert_array_equal(found.concat, np.concatenate([0 * latents, latents, latents]))
 
 
+def test_cosxl_edit_sees_the_image_in_the_scale_of_its_latents(tokenizer):
+    """As `StableDiffusionXLInstructPix2PixPipeline` of diffusers does with `is_cosxl_edit`."""
+    found, _ = encode(tokenizer, replace(SPEC, scales_image=True))
+
+    latents = np.float32(SPEC.autoencoder.latent_scale_factor) * latents_of(PICTURE)
+    np.testing.assert_array_equal(found.concat, np.concatenate([0 * latents, latents, latents]))
+
+
 @pytest.mark.parametrize(
     ("guidance_scale", "image_guidance_scale", "kept"),
     [(7.5, 1.5, [0, 1, 2]), (7.5, 1.0, [1, 2]), (2.0, 2.0, [0, 2]), (1.0, 1.0, [2])],
