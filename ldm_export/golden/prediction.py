@@ -90,7 +90,7 @@ def measure_prediction(
     latents = np.concatenate(
         [encode_image(network("vae_encoder"), image[None], spec) for image in images]
     )
-    latents = latents / spec.sigma_data
+    latents = latents / np.float32(spec.sigma_data)
     _warn_of_spread(float(latents.std()), spec.autoencoder.latent_scale_factor)
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
     conditioning = [

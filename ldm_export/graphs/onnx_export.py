@@ -95,7 +95,7 @@ def sample_inputs(name: str, spec: ModelSpec) -> list[tuple[SampleSize, Tensors]
             tensor.name: _sample(tensor, sizes, counts, spec, rng) for tensor in component.inputs
         }
         if name == "vae_decoder":
-            latents = np.float32(spec.sigma_data) * arrays["latents"]
+            latents = np.float32(spec.sigma_data) * arrays["latents"].astype(np.float32)
             arrays["latents"] = from_unet_scale(latents, spec.autoencoder)
         if "learned_embeddings" in arrays:
             arrays["tokens"][:, 1] = counts["tokens"]
