@@ -87,10 +87,8 @@ def measure_prediction(
         return None
     network, step = OneNetwork(open_reference), latent_step(spec)
     images = make_images(-(-_LATENT_SIDE // step) * step * spec.autoencoder.factor)[:_IMAGES]
-    latents = np.concatenate(
-        [encode_image(network("vae_encoder"), image[None], spec) for image in images]
-    )
-    latents = latents / np.float32(spec.sigma_data)
+    encoded = [encode_image(network("vae_encoder"), image[None], spec) for image in images]
+    latents: Float32Array = np.concatenate(encoded) / np.float32(spec.sigma_data)
     _warn_of_spread(float(latents.std()), spec.autoencoder.latent_scale_factor)
     tokenizer = None if vocabulary is None else open_tokenizer(vocabulary, spec)
     conditioning = [
