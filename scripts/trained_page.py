@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from models.shapes.catalog.models import MODELS
+from models.shapes.catalog.variants import VARIANTS
 from models.shapes.evaluation.intervals import share_text
 from models.shapes.evaluation.scores import WHOLE
 from models.shapes.evaluation.tasks import RESULTS, TaskRow, read_rows
@@ -49,6 +50,10 @@ _FROM: Mapping[str, str] = {
     "inpainting": "an image with a masked region of 5 to 50 %",
 }
 _SHORT = "a short caption, such as “a red circle”"
+_CAPTION: Mapping[str, str] = {
+    "shapes_inpainting": "a full caption (CLIP) and an image with a masked region of 5 to 50 %",
+}
+_HOLES = "for comparison: the masked region filled with the mean colour, without a model"
 _SCORES: Mapping[str, str] = {
     "class": "exactly one object, of the right kind and colour",
     "objects": "objects of the right kind and colour",
@@ -80,19 +85,25 @@ def page() -> str:
 
 
 def _shapes_lines() -> list[str]:
-    """Return the rows of the shapes model, full captions first."""
-    latest: dict[bool, dict[str, Any]] = {}
+    """Return the rows of the shapes model and its descendants, full captions first."""
+    latest: dict[tuple[str, bool], dict[str, Any]] = {}
     for line in SHAPES_ROWS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        latest[row["settings"].get("captions") == "short"] = row
-    return [
-        _line(
-            "shapes",
-            _SHORT if short else "a full caption (CLIP)",
-            (latest[short]["counts"]["images_right"], latest[short]["counts"]["images"]),
-        )
-        for short in sorted(latest)
-    ]
+        short = row["settings"].get("captions") == "short"
+        latest[row.get("model", "shapes"), short] = row
+    order = ("shapes", *VARIANTS)
+    lines = []
+    for name, short in sorted(latest, key=lambda each: (order.index(each[0]), each[1])):
+        row = latest[name, short]
+        given = _SHORT if short else _CAPTION.get(name, "a full caption (CLIP)")
+        lines.append(_line(name, given, _right(row["counts"])))
+        if row.get("counts_of_holes"):
+            lines.append(_line(name, _HOLES, _right(row["counts_of_holes"])))
+    return lines
+
+
+def _right(counts: Mapping[str, int]) -> tuple[float, float]:
+    return counts["images_right"], counts["images"]
 
 
 def _task_lines() -> list[str]:

@@ -18,13 +18,19 @@ from ldm_runtime import Generator
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
+from models.shapes.catalog.variants import VARIANTS
 from models.shapes.data import scenes
 from models.shapes.evaluation.detector_check import (
     DETECTOR_GOAL,
     DETECTOR_RENDERS,
     evaluate_detector,
 )
-from models.shapes.evaluation.held_out import SEED, evaluate_bundle, held_out_scenes
+from models.shapes.evaluation.held_out import (
+    SEED,
+    evaluate_bundle,
+    held_out_scenes,
+    tally_of_holes,
+)
 from models.shapes.evaluation.scoring import table
 
 
@@ -32,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=Path("engines"))
+    parser.add_argument(
+        "--model", choices=("shapes", *VARIANTS), default="shapes", help="(default: %(default)s)"
+    )
     parser.add_argument("--captions", type=int, default=200, help="how many (default: %(default)s)")
     parser.add_argument("--sampler", help="default: the bundle's")
     parser.add_argument("--steps", type=int, help="default: the bundle's")
@@ -81,12 +90,14 @@ def _run_bundle(args: argparse.Namespace) -> int:
     with Generator(args.bundle) as generator:
         wanted = held_out_scenes(args.captions, SEED)
         tally, seconds = evaluate_bundle(generator, wanted, settings, wording)
+        inpaints = generator.spec.task == "text-inpainting"
     if not args.json:
         print(table(tally))
         print(f"{seconds:.2f} s per image")
     from measuring.rows import commit, machine
 
     report = {
+        "model": args.model,
         "bundle": str(args.bundle),
         "bundle_sha256": sha256_of(args.bundle / MANIFEST_NAME),
         "commit": commit(),
@@ -97,6 +108,7 @@ def _run_bundle(args: argparse.Namespace) -> int:
             for name, share in tally.shares().items()
         },
         "counts": asdict(tally),
+        "counts_of_holes": asdict(tally_of_holes(wanted, wording)) if inpaints else None,
         "seconds_per_image": round(seconds, 4),
     }
     print(json.dumps(report))

@@ -15,6 +15,7 @@ import torch
 
 from ldm_export.detection.weight_assignment import ema_name
 from models.shapes.catalog.noise import TOLD
+from models.shapes.catalog.shapes_unet import UNET
 from models.shapes.data import scenes
 from models.shapes.training.autoencoder import AUTOENCODER, load_latents, train_autoencoder, under
 from models.shapes.training.checkpoint_writer import (
@@ -29,7 +30,7 @@ from models.shapes.training.clip_text import (
     unpacked_text,
 )
 from models.shapes.training.config_writer import write_config
-from models.shapes.training.diffusion import UNET, train_diffusion
+from models.shapes.training.diffusion import train_diffusion
 from models.shapes.training.trainer import HERE, WORK
 from models.shapes.training.velocity import alphas_cumprod
 

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldm_runtime import Generator
-from ldm_runtime.requests.request import parse_request
 from models.shapes.data import scenes
+from models.shapes.data.masks import Mask, mean_color_fill, random_mask
+from models.shapes.evaluation.scores import image_of
 from models.shapes.evaluation.scoring import InputImage, Tally, score_all
 
 #: Of the captions, not of the training scenes; caption i is generated from noise seed + i.
@@ -30,13 +32,27 @@ def evaluate_bundle(
     """Generate each scene's caption and return the tally and the mean seconds per image.
 
     Args:
-        generator: An open bundle.
+        generator: An open bundle; one that inpaints gets each scene's image with a hole in it.
         wanted: The scenes; image i is generated from noise SEED + i.
         settings: Further fields of the requests.
         wording: How much of a scene its caption tells.
     """
     images, seconds = generate_all(generator, wanted, settings, wording)
     return score_all(wanted, images, wording), sum(seconds) / max(len(wanted), 1)
+
+
+def tally_of_holes(wanted: Sequence[scenes.Scene], wording: scenes.Wording) -> Tally:
+    """Return the tally of images whose holes are filled with the mean colour of the rest.
+
+    It is what an image with a hole is worth without a model that fills it.
+    """
+    filled = [mean_color_fill(image_of(scene), hole(i)) for i, scene in enumerate(wanted)]
+    return score_all(wanted, filled, wording)
+
+
+def hole(index: int) -> Mask:
+    """Return the mask (64, 64) of the scene of an index, true where its image is missing."""
+    return random_mask(np.random.default_rng((SEED, index)))
 
 
 def generate_all(
@@ -49,7 +65,8 @@ def generate_all(
     images, seconds = [], []
     for index, scene in enumerate(wanted):
         started = time.perf_counter()
-        image = generate(generator, scenes.caption(scene, wording), SEED + index, settings)
+        given = {**settings, **_image_fields(generator, scene, index)}
+        image = generate(generator, scenes.caption(scene, wording), SEED + index, given)
         seconds.append(time.perf_counter() - started)
         images.append(np.asarray(image))
     return images, seconds
@@ -59,6 +76,14 @@ def generate(
     generator: Generator, caption: str, seed: int, settings: Mapping[str, object]
 ) -> Image.Image:
     """Return a bundle's image for a caption; `settings` are request fields."""
-    size = {"height": scenes.SIZE, "width": scenes.SIZE}
-    fields = {"prompt": caption, "seed": seed, **size, **settings}
-    return generator(parse_request(fields)).image
+    size = {} if "image" in settings else {"height": scenes.SIZE, "width": scenes.SIZE}
+    fields: dict[str, Any] = {"prompt": caption, "seed": seed, **size, **settings}
+    return generator(**fields).image
+
+
+def _image_fields(generator: Generator, scene: scenes.Scene, index: int) -> dict[str, object]:
+    """Return the image and the mask that a bundle needs, if it inpaints."""
+    if generator.spec.task != "text-inpainting":
+        return {}
+    mask = np.where(hole(index), np.uint8(255), np.uint8(0))
+    return {"image": image_of(scene), "mask_image": mask}

@@ -111,8 +111,8 @@ def params_of(model: ModelConfig) -> dict[str, Any]:
         "use_ema": model.use_ema,
     }
     if model.unet.context_dim is not None:
-        params["conditioning_key"] = "crossattn"
-    if model.unet.concat_channels:
+        params["conditioning_key"] = "hybrid" if model.unet.concat_channels else "crossattn"
+    elif model.unet.concat_channels:
         params["concat_mode"] = True
     return params | {
         "unet_config": {"params": _unet(model.unet)},

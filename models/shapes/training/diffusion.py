@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_export.networks.unet import UNet
-from ldm_runtime.testing import unet_spec
 from models.shapes.catalog.learning_rate import Cycle
 from models.shapes.catalog.noise import TOLD
+from models.shapes.catalog.shapes_unet import UNET
 from models.shapes.data import scenes
 from models.shapes.training.autoencoder import NUM_CHECKED, load_latents
 from models.shapes.training.clip_text import load_text_encoder, load_tokens
@@ -20,14 +20,6 @@ from models.shapes.training.precision import autocast
 from models.shapes.training.trainer import Trainer
 from models.shapes.training.velocity import velocity_loss
 
-#: The lowest level has 4x4 pixels: seen from there, left and right of a scene are neighbours.
-UNET = unet_spec(
-    model_channels=64,
-    channel_mult=(1, 1, 2),
-    num_res_blocks=1,
-    transformer_depth=(0, 1, 1),
-    context_dim=64,
-)
 #: At 10,500 steps places were right and outlines still improving fast; the restart is for those.
 #: Half of the captions are short from 18,500 on, where AdamW gave way to Muon, too.
 CYCLES = (
@@ -51,19 +43,22 @@ class CaptionLoss:
         unet: Predicts v.
         latents: Of every image, (N, 4, 16, 16).
         contexts: Of every caption, (N + 1, 77, 64); the last row is that of the empty caption.
+        concat: Channels that go with every image's latents into the UNet, (N, C, 16, 16), or None.
     """
 
     unet: Callable[..., Tensor]
     latents: Tensor
     contexts: Tensor
+    concat: Tensor | None = None
 
     def __call__(self, rows: Tensor, *, layout: bool) -> Tensor:
         """Return the loss on some rows of the data, in the first part of training or later."""
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            given = [noisy] if self.concat is None else [noisy, self.concat[rows]]
             with autocast():
                 context = self.contexts[self._captions(rows)].float()
-                prediction: Tensor = self.unet(noisy, timesteps, context)
+                prediction: Tensor = self.unet(torch.cat(given, dim=1), timesteps, context)
             return prediction
 
         return velocity_loss(predict, self.latents[rows], TOLD, layout=layout)
@@ -74,33 +69,55 @@ class CaptionLoss:
 
 
 def train_diffusion() -> None:
-    """Train the UNet to predict v.
-
-    Not compiled: compiled by torch 2.13, under autocast on a CPU, the lower levels got no gradient
-    (their last layers were exactly zero after 1,000 steps), and no caption changed an image.
-    """
-    sampled = load_scenes()
-    captions = [scenes.caption(scene, wording_of(row)) for row, scene in enumerate(sampled)]
+    """Train the UNet to predict v."""
     latents, _ = load_latents()
     torch.manual_seed(0)
     unet = UNet(UNET)
     _initialise(unet)
-    loss = CaptionLoss(unet=unet, latents=latents, contexts=_encode(captions))
-    trained = len(latents) - NUM_CHECKED
+    loss = CaptionLoss(unet=unet, latents=latents, contexts=load_contexts())
+    train_captioned("diffusion", unet, loss, CYCLES, LAYOUT_STEPS)
+
+
+def load_contexts() -> Tensor:
+    """Return the context of every caption of the data and of the empty one, (N + 1, 77, 64)."""
+    sampled = load_scenes()
+    return _encode([scenes.caption(scene, wording_of(row)) for row, scene in enumerate(sampled)])
+
+
+def train_captioned(
+    name: str,
+    unet: UNet,
+    loss: CaptionLoss,
+    cycles: Sequence[Cycle],
+    layout_steps: Sequence[range],
+) -> None:
+    """Train a UNet on images and their captions.
+
+    Not compiled: compiled by torch 2.13, under autocast on a CPU, the lower levels got no gradient
+    (their last layers were exactly zero after 1,000 steps), and no caption changed an image.
+
+    Args:
+        name: Of the training run.
+        unet: As it begins.
+        loss: Its loss; the last `NUM_CHECKED` rows are never trained on.
+        cycles: Steps and learning rates.
+        layout_steps: Ranges of steps in which high noise weighs more.
+    """
+    trained = len(loss.latents) - NUM_CHECKED
 
     @torch.no_grad()
     def check() -> dict[str, float]:
         torch.manual_seed(0)
-        rows = torch.split(torch.arange(trained, len(latents)), BATCH)
+        rows = torch.split(torch.arange(trained, len(loss.latents)), BATCH)
         losses = [loss(part, layout=False) for part in 4 * rows]
         return {"held_out_loss": torch.stack(losses).mean().item()}
 
     with sdpa_kernel(SDPBackend.MATH):  # three times as fast backward for so few tokens
         optimizer = muon(unet, ("input_blocks.0.", "out."))
-        Trainer("diffusion", unet, *CYCLES, optimizer=optimizer).run(
+        Trainer(name, unet, *cycles, optimizer=optimizer).run(
             lambda step: loss(
                 torch.randint(trained, (BATCH,)),
-                layout=any(step in steps for steps in LAYOUT_STEPS),
+                layout=any(step in steps for steps in layout_steps),
             ),
             check,
         )
