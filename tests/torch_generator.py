@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.graphs.torch_engine import TorchEngine
+from ldm_export.intake.opening import open_model
 from ldm_export.networks.loading import load_network
 from ldm_export.source import ExportOptions, open_source
 from ldm_export.steps import vocabulary_of
@@ -13,11 +13,12 @@ from tests.generated import drawn_by
 
 
 class TorchGenerator:
-    """A checkpoint opened by torch, called as a `Generator` is."""
+    """A checkpoint opened by torch, with other files' components, called as a `Generator` is."""
 
-    def __init__(self, path):
-        with open_checkpoint(path) as checkpoint:
-            source = open_source(ExportOptions(checkpoint=path, out=path), checkpoint, hashed=False)
+    def __init__(self, path, **components):
+        with open_model(path, **components) as checkpoint:
+            options = ExportOptions(checkpoint=path, out=path, **components)
+            source = open_source(options, checkpoint, hashed=False)
             self.spec = source.spec
             self.networks = {
                 name: TorchEngine(name, load_network(name, source.spec, source.weights(name)))

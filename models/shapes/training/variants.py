@@ -1,7 +1,7 @@
 """Training of the descendants of the shapes model, and their checkpoints: a UNet alone."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_export.networks.unet import UNet
 from models.shapes.catalog.noise import TOLD
@@ -75,10 +75,22 @@ def _encode_masked(count: int, scale: float) -> Tensor:
     for part in torch.split(torch.arange(first, len(images)), _BATCH):
         masks = torch.stack([torch.from_numpy(mask_of(row)) for row in part.tolist()])[:, None]
         with autocast():
-            mean, _ = encoder(torch.where(masks, 0.0, as_input(images[part]))).chunk(2, dim=1)
-        step = AUTOENCODER.factor
-        encoded.append(torch.cat([masks[..., ::step, ::step].float(), scale * mean.float()], 1))
+            encoded.append(masked_channels(encoder, as_input(images[part]), masks, scale))
     return torch.cat(encoded)
+
+
+def masked_channels(encoder: nn.Module, images: Tensor, masks: Tensor, scale: float) -> Tensor:
+    """Return what goes into the UNet beside the latents of images with holes, (B, 1 + 4, 16, 16).
+
+    Args:
+        encoder: Of the autoencoder.
+        images: From -1 to 1, (B, 3, 64, 64).
+        masks: True where they are missing, (B, 1, 64, 64).
+        scale: Brings latents into the UNet's scale.
+    """
+    mean, _ = encoder(torch.where(masks, 0.0, images)).chunk(2, dim=1)
+    step = AUTOENCODER.factor
+    return torch.cat([masks[..., ::step, ::step].float(), scale * mean.float()], dim=1)
 
 
 def pack_variant(variant: Variant) -> int:
