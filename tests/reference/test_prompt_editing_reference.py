@@ -17,8 +17,13 @@ from tests.reference.small_pipelines import (
     lowest_psnr,
     noise,
 )
+from tests.reference.twins import SCHEDULERS
 
-pytestmark = pytest.mark.reference
+pytestmark = [
+    pytest.mark.reference,
+    # torch's __array__ lacks NumPy 2's `copy`, and diffusers passes tensors to np.array.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 STEPS, SCALE = COMMON["num_inference_steps"], COMMON["guidance_scale"]
 A, B = "a large red circle", "a small blue square"
@@ -49,17 +54,20 @@ def plain_loop(pipeline, prompts, negative_prompts, latents):
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def test_the_prompts_change_at_their_steps(tmp_path):
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_the_prompts_change_at_their_steps(tmp_path, sampler):
     state = state_dict(SD_2)
     theirs = diffusers_pipeline(StableDiffusionPipeline, SD_2, state, tmp_path)
+    theirs.scheduler = SCHEDULERS[sampler]
     ours = open_networks(state, measured="epsilon")
-    unedited = generate(ours, prompt=A, **COMMON)
+    fields = {**COMMON, "sampler": sampler}
+    unedited = generate(ours, prompt=A, **fields)
 
     for prompt, negative, prompts, negatives in CASES:
         prompts = prompts or ["a red circle", "a blue circle"] * 3
         expected = as_arrays([plain_loop(theirs, prompts, negatives, noise(ours))])
 
-        image = generate(ours, prompt=prompt, **COMMON | {"negative_prompt": negative})
+        image = generate(ours, prompt=prompt, **fields | {"negative_prompt": negative})
 
         assert lowest_psnr(image, expected) >= 60, prompt
         assert lowest_psnr(unedited, expected) < 40, prompt
