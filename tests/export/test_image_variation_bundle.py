@@ -8,6 +8,7 @@ from PIL import Image
 from ldm_export.cli import main as ldm_export
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.cli.commands import main as ldm
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.pipeline.image_files import read_metadata
 from tests.reference.small_families import UNCLIP_H, state_dict
 
@@ -47,8 +48,8 @@ def test_a_checkpoint_becomes_a_bundle_that_varies_images(tmp_path, capsys):
     names = [each.name for each in manifest.components]
     assert names == ["text_encoder", "image_encoder", "unet", "vae_decoder", "vae_encoder"]
     paths = sorted(tmp_path.glob("b*.png"))
-    assert [Image.open(path).size for path in paths] == [(64, 64), (64, 64)]
+    assert [each.size for each in map(InputImage.read, paths)] == [(64, 64), (64, 64)]
     assert {read_metadata(path)["request"]["noise_level"] for path in paths} == {100}
-    first, second = (np.asarray(Image.open(path), dtype=np.float64) for path in paths)
+    first, second = (InputImage.read(path).pixels.astype(np.float64) for path in paths)
     assert first.std() > 5
     assert np.abs(first - second).mean() > 1
