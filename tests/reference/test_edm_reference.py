@@ -21,7 +21,7 @@ from tests.reference.small_families import (
     open_networks,
     state_dict,
 )
-from tests.reference.test_families_reference import (
+from tests.reference.small_pipelines import (
     COMMON,
     PROMPT,
     SEED,

@@ -162,10 +162,6 @@ FAULTS = {
         with_entries("unet/config.json", attention_head_dim=[4, 4, 8]),
         "attention_head_dim",
     ),
-    "latents of another mean": (
-        with_entries("vae/config.json", latents_mean=[1, 2, 3, 4]),
-        "latents_mean",
-    ),
     "another activation": (with_entries(TEXT, hidden_act="relu"), "hidden_act = 'relu'"),
     "a missing component": (
         lambda folder: (folder / "vae").rename(folder / "elsewhere"),
