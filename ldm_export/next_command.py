@@ -21,6 +21,7 @@ _NEEDS: Mapping[Task, tuple[str, ...]] = MappingProxyType(
         "text-inpainting": ("a red circle", "--image", "photo.png", "--mask-image", "mask.png"),
         "image-editing": ("make it a red circle", "--image", "photo.png"),
         "image-variation": ("--image", "photo.png"),
+        "depth-to-image": ("a red circle", "--depth-map", "depth.png"),
         "retrieval": ("--embeddings", "vectors.npy"),
         "autoencoder": ("--image", "photo.png"),
     }

@@ -1,4 +1,4 @@
-"""The hyperparameters of conditioners: encoders of text, images, classes and segmentation maps."""
+"""The hyperparameters of conditioners: encoders of text, images, classes, maps and depth."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,6 +10,7 @@ from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.overrides import Sources, assumed, first_stated
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
+from ldm_export.hyperparameters.depth_estimator import read_depth_estimator
 from ldm_export.hyperparameters.image_encoder import read_image_encoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.text_encoders import (
@@ -22,6 +23,7 @@ from ldm_runtime.specs.model import Assumption
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    DepthEstimatorSpec,
     ImageEncoderSpec,
     NetworkSpec,
     SegmentationEncoderSpec,
@@ -161,6 +163,18 @@ def segmentation_encoder_record(
     return spec, [assumption]
 
 
+def depth_estimator_record(
+    _sources: Sources, shapes: Shapes, _autoencoder: AutoencoderSpec
+) -> tuple[DepthEstimatorSpec, list[Assumption]]:
+    """Return the record of a depth estimator, and its assumed heads.
+
+    Raises:
+        WeightsError: Tensors are missing or contradict each other.
+    """
+    spec = read_depth_estimator(shapes)
+    return spec, [assumed("depth_estimator.num_heads", spec.num_heads, "family")]
+
+
 #: Readers of the hyperparameters of each conditioner from its tensors, by the name of its network:
 #: each returns a record, and its assumptions.
 CONDITIONER_READERS: Mapping[
@@ -173,6 +187,7 @@ CONDITIONER_READERS: Mapping[
         "image_encoder": image_encoder_record,
         "class_embedder": class_embedder_record,
         "segmentation_encoder": segmentation_encoder_record,
+        "depth_estimator": depth_estimator_record,
     }
 )
 

@@ -34,6 +34,7 @@ _CONDITIONERS: Mapping[str, tuple[Task, ...]] = {
     "FrozenCLIPEmbedder": ("text-to-image", "text-inpainting", "image-editing"),
     "FrozenOpenCLIPEmbedder": (
         *("text-to-image", "text-inpainting", "text-super-resolution", "image-variation"),
+        "depth-to-image",
     ),
 }
 #: Kind of each autoencoder of CompVis, likewise. Under a UNet, `VQModel` would decode without its

@@ -86,6 +86,8 @@ def _check_concat(spec: ModelSpec, unet: UNetSpec) -> None:
         expected, what = autoencoder.embed_dim + 1, "latents of the masked image and the mask"
     elif spec.task == "image-editing":
         expected, what = autoencoder.embed_dim, "latents of the image to edit"
+    elif spec.task == "depth-to-image":
+        expected, what = 1, "depth"
     elif spec.task in ("super-resolution", "text-super-resolution"):
         expected, what = autoencoder.image_channels, "the low-resolution image"
     if unet.concat_channels != expected:

@@ -26,8 +26,9 @@ from ldm_export.detection.spec import read_spec
 from ldm_export.detection.weight_assignment import assigned_weights
 from ldm_export.errors import ExportError, WeightsError
 from ldm_export.families.records import (
-    TINY_AUTOENCODER_PREFIX,
     TINY_DECODER,
+    Assignment,
+    Family,
     FamilyDefaults,
     WeightsChoice,
 )
@@ -94,8 +95,7 @@ def detect(
         takes_embeddings=takes_embeddings(config),
         edm_prediction=None if stated is None or stated.edm is None else stated.prediction_type,
     )
-    if any(name.startswith(TINY_AUTOENCODER_PREFIX) for name in known):
-        family = replace(family, assignments=(*family.assignments, TINY_DECODER))
+    family = replace(family, assignments=(*family.assignments, *_present(known, family)))
     _check_needed(flags, family_defaults)
     sources = Sources(
         tensors=known,
@@ -124,6 +124,17 @@ def detect(
         ignored=ignored,
         siblings=siblings,
     )
+
+
+def _present(tensors: Tensors, family: Family) -> list[Assignment]:
+    """Return the assignments of the components that a checkpoint need not have, but has."""
+    optional = (*family.optional, TINY_DECODER)
+    present = {
+        each.component
+        for each in optional
+        if any(name.startswith(each.checkpoint_prefix) for name in tensors)
+    }
+    return [each for each in optional if each.component in present]
 
 
 def _is_open(spec: ModelSpec) -> bool:

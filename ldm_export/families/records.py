@@ -127,7 +127,8 @@ class Family:
             that match, the one with the most features is chosen.
         family_defaults: Features that no shape tells, or None if this version does not export the
             family.
-        assignments: Weight assignments of its components.
+        assignments: Weight assignments of its components …
+        optional: … and of those that a checkpoint may lack.
         averaged: Components of which training may have kept a moving average.
         copies: Beginnings of names whose tensors may repeat others, and of those others.
         is_whole: Whether a checkpoint with these features has all that the model needs.
@@ -140,6 +141,7 @@ class Family:
     features: Mapping[str, Expected]
     family_defaults: FamilyDefaults | None = None
     assignments: tuple[Assignment, ...] = ()
+    optional: tuple[Assignment, ...] = ()
     averaged: tuple[str, ...] = ("unet",)
     copies: tuple[tuple[str, str], ...] = ()
     is_whole: bool = True
@@ -218,6 +220,17 @@ TINY_AUTOENCODER_PREFIX = "tiny_autoencoder."
 TINY_DECODER = assignment("tiny_decoder", f"{TINY_AUTOENCODER_PREFIX}decoder.", "decoder.")
 BERT = (assignment("text_encoder", "cond_stage_model.transformer.", "transformer."),)
 CLASS_EMBEDDER = (assignment("class_embedder", "cond_stage_model.embedding.", "embedding."),)
+_MIDAS = "depth_model.model."
+DEPTH_ESTIMATOR = tuple(
+    assignment("depth_estimator", f"{_MIDAS}{theirs}", ours)
+    for theirs, ours in (
+        ("pretrained.model.patch_embed.backbone.stages.", "backbone.levels."),  # codespell:ignore
+        ("pretrained.model.patch_embed.backbone.", "backbone."),
+        ("pretrained.model.", "model."),
+        ("pretrained.", ""),
+        ("scratch.", "scratch."),
+    )
+)
 SEGMENTATION_ENCODER = (
     assignment("segmentation_encoder", "cond_stage_model.channel_mapper.", "channel_mapper."),
 )

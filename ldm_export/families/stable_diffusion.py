@@ -14,6 +14,7 @@ from types import MappingProxyType
 from ldm_export.families.records import (
     AUTOENCODER,
     CLIP,
+    DEPTH_ESTIMATOR,
     IMAGE_ENCODER,
     UNET,
     Assignment,
@@ -72,6 +73,20 @@ _SD_2 = replace(
 
 _SD_2_INPAINTING = replace(
     _SD_2, task="text-inpainting", prediction_type="epsilon", latent_size=64, siblings={}
+)
+
+#: `depth2img.py` of `scripts/gradio` and `v2-midas-inference.yaml`; the released checkpoint is
+#: 512-depth-ema.
+_SD_2_DEPTH = replace(_SD_2_INPAINTING, task="depth-to-image")
+_UNUSED_OF_MIDAS = (
+    (
+        r"depth_model\.model\.pretrained\.model\.(norm|head)\..*",
+        "for classifying images, not for their depth",
+    ),
+    (
+        r"depth_model\.model\.scratch\.refinenet4\.resConfUnit1\..*",
+        "the coarsest feature map has none to add",
+    ),
 )
 
 #: `superresolution.py` samples so; the configuration has its own noise schedule.
@@ -171,16 +186,18 @@ def _stable_diffusion_2(
     prefix: str,
     family_defaults: FamilyDefaults = _SD_2,
     unused: tuple[tuple[str, str], ...] = (),
+    optional: tuple[Assignment, ...] = (),
     **features: Expected,
 ) -> Family:
     """Return a row of Stable Diffusion 2 whose text encoder has names after `prefix`."""
-    return _family(
+    row = _family(
         name,
         family_defaults,
         openclip(prefix),
         unused=((rf"{re.escape(prefix)}text_projection", FOR_COMPARING), *unused),
         **{"projection": "linear", "conditioner": conditioner, **features},
     )
+    return replace(row, optional=optional)
 
 
 def _unclip(name: str, family_defaults: FamilyDefaults, vector_width: int) -> Family:
@@ -266,11 +283,15 @@ SD_FAMILIES: tuple[Family, ...] = (
         _SD_2_INPAINTING,
         conditioning_channels=5,
     ),
-    recognised(
+    _stable_diffusion_2(
         "stable-diffusion-2-depth",
-        projection="linear",
+        "openclip",
+        "cond_stage_model.model.",
+        _SD_2_DEPTH,
+        unused=_UNUSED_OF_MIDAS,
+        optional=DEPTH_ESTIMATOR,
         conditioning_channels=1,
-        conditioner="openclip",
+        extra=("none", "depth estimator"),
     ),
     _stable_diffusion_2(
         "stable-diffusion-x4-upscaler",

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.golden.images import Pixels, make_images
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.layouts import LayoutObject, max_objects, num_labels
@@ -19,6 +20,7 @@ from ldm_runtime.schedules import most_steps
 from ldm_runtime.specs.model import ModelSpec, Task, size_step
 from ldm_runtime.specs.networks import (
     ClassEmbedderSpec,
+    DepthEstimatorSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
     UNetSpec,
@@ -77,6 +79,8 @@ def unguided_request(spec: ModelSpec, image: Pixels) -> ResolvedRequest:
             inputs |= {"prompt": "", "image": InputImage(image)}
         case "image-editing":
             inputs |= {"prompt": "", "image": InputImage(image), "image_guidance_scale": 1.0}
+        case "depth-to-image":
+            inputs = {"prompt": "", "depth_map": DepthMap(image.mean(axis=2))}
         case "inpainting":
             inputs["image"] = InputImage(image)
         case "super-resolution" | "text-super-resolution":
@@ -217,6 +221,20 @@ def _prompts_and_images_to_vary(spec: ModelSpec, size: Size) -> Iterator[Inputs]
         yield {**prompts, "image": _image(seed, sizes[seed]), **level}
 
 
+def _prompts_and_depths(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
+    """Yield an image, a depth map, and both; in place of the image, a map if it needs one."""
+    images = [_image(seed, size) for seed in range(len(_VARIED))]
+    maps = [DepthMap(image.gray()) for image in images]
+    estimates = spec.find(DepthEstimatorSpec) is not None
+    depths: tuple[Inputs, ...] = (
+        {"image": images[0]} if estimates else {"depth_map": maps[0]},
+        {"depth_map": maps[1]},
+        {"image": images[2], "depth_map": maps[0], "strength": 0.5},
+    )
+    for prompts, depth in zip(_prompts(spec, size), depths, strict=True):
+        yield {**prompts, **depth}
+
+
 def _neighbours(spec: ModelSpec, size: Size) -> Iterator[Inputs]:
     """Yield one, two and four vectors, of the length that CLIP's have in practice."""
     del size
@@ -257,6 +275,7 @@ _INPUTS: Mapping[Task, Callable[[ModelSpec, Size], Iterator[Inputs]]] = MappingP
         "text-inpainting": _prompts_and_masked_images,
         "image-editing": _prompts_and_images,
         "image-variation": _prompts_and_images_to_vary,
+        "depth-to-image": _prompts_and_depths,
         "retrieval": _neighbours,
         "autoencoder": _whole_images,
     }

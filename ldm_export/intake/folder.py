@@ -13,15 +13,18 @@ from typing import Any
 
 from ldm_export.checkpoint.checkpoint import Checkpoint
 from ldm_export.checkpoint.file_fields import FileFields
-from ldm_export.checkpoint.stored_tensors import StoredTensor
+from ldm_export.checkpoint.stored_tensors import StoredTensor, joined
 from ldm_export.errors import CheckpointError, UnknownModelError
+from ldm_export.hyperparameters.shapes import listed
 from ldm_export.intake.autoencoder_names import autoencoder_names
 from ldm_export.intake.component import StoredComponent, open_component
+from ldm_export.intake.depth_estimator_names import depth_estimator_names, projections
 from ldm_export.intake.image_encoders import image_encoder_of, image_normalizer_of
 from ldm_export.intake.json_files import Entries, read_json
 from ldm_export.intake.renaming import renamed
 from ldm_export.intake.statements import (
     autoencoder_fields,
+    check_depth_estimator,
     downsampling_factor,
     feature_extractor_fields,
     pipeline_fields,
@@ -47,6 +50,7 @@ _READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "text_encoder_2": _CLIP,
         "tokenizer": _TOKENIZERS,
         "tokenizer_2": _TOKENIZERS,
+        "depth_estimator": ("DPTForDepthEstimation",),
         "image_normalizer": ("StableUnCLIPImageNormalizer",),
     }
 )
@@ -117,6 +121,8 @@ def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Check
             intake.tensors |= autoencoder_of(intake.component("vae"))[0]
         _read_unet(intake, _read_autoencoder_config(intake) if "vae" in names else None)
         _read_text_encoders(intake, names, without)
+        if "depth_estimator" in names:
+            intake.tensors |= _depth_estimator_of(intake.component("depth_estimator"))
         if "image_normalizer" in names:
             _read_image_encoder(intake)
         intake.stated |= _scheduler_fields(intake, _SCHEDULER)
@@ -159,8 +165,8 @@ def _components(folder: Path, index: Entries, without: frozenset[str]) -> frozen
     if faults:
         raise UnknownModelError(
             f"{folder} is the pipeline {pipeline}, which is not exported: {', '.join(faults)}; "
-            "pipelines of Stable Diffusion are, with a UNet2DConditionModel, an AutoencoderKL and "
-            "CLIP text encoders"
+            "pipelines of Stable Diffusion are, with a UNet2DConditionModel, an AutoencoderKL, "
+            "CLIP text encoders and perhaps a DPT-Hybrid"
         )
     return frozenset(name for name in classes if classes[name] in read.get(name, ()))
 
@@ -244,6 +250,28 @@ def text_encoder_of(
         config = component.path / "config.json"
         fields |= text_encoder_fields(config, component.config, openclip=kind == "openclip")
     return placed(component, tensors, kind, place), fields
+
+
+def _depth_estimator_of(component: StoredComponent) -> dict[str, StoredTensor]:
+    """Return a depth estimator under its names in a single file.
+
+    Raises:
+        CheckpointError: It has tensors that are not known, projections that do not go together, or
+            is not one that is exported.
+    """
+    if component.config is not None:
+        check_depth_estimator(component.path / "config.json", component.config)
+    tensors = renamed(component, "depth estimator", depth_estimator_names(component.tensors))
+    for name, parts in projections(component.tensors).items():
+        missing = [part for part in parts if part not in component.tensors]
+        one = None if missing else joined([component.tensors[part] for part in parts])
+        if one is None:
+            raise CheckpointError(
+                component.path,
+                f"has no queries, keys and values that go together ({listed(parts)}); get it again",
+            )
+        tensors[name] = one
+    return tensors
 
 
 def _read_image_encoder(intake: _Intake) -> None:

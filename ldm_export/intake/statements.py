@@ -89,6 +89,30 @@ _FEATURE_EXTRACTOR: Entries = MappingProxyType(
     }
 )
 
+_DEPTH_ESTIMATOR: Entries = MappingProxyType(
+    {
+        "is_hybrid": True,
+        "hidden_act": "gelu",
+        "patch_size": 16,
+        "backbone_out_indices": [2, 5, 8, 11],
+        "readout_type": "project",
+        "reassemble_factors": [1, 1, 1, 0.5],
+        "use_batch_norm_in_fusion_residual": False,
+        "add_projection": False,
+        "head_in_index": -1,
+    }
+)
+_DEPTH_BACKBONE: Entries = MappingProxyType(
+    {
+        "model_type": "bit",
+        "layer_type": "bottleneck",
+        "hidden_act": "relu",
+        "num_groups": 32,
+        "width_factor": 1,
+        "output_stride": 32,
+    }
+)
+
 
 def pipeline_fields(path: Path, entries: Entries) -> dict[str, Any]:
     """Return what a pipeline's settings state of SDXL.
@@ -245,6 +269,20 @@ def _edm_fields(path: Path, stated: Entries) -> dict[str, Any]:
         "prediction_type": _one_of(path, stated, "prediction_type", predicted),
         "edm": EdmSpec(**levels),
     }
+
+
+def check_depth_estimator(path: Path, entries: Entries) -> None:
+    """Check that a depth estimator computes as that of Stable Diffusion 2, where no shape tells.
+
+    Its `layer_norm_eps` may be any: 1e-12 in its folders and 1e-6 in its checkpoints.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    _check(path, entries, _DEPTH_ESTIMATOR)
+    backbone = entries.get("backbone_config")
+    if isinstance(backbone, Mapping):
+        _check(path, backbone, _DEPTH_BACKBONE)
 
 
 def _schedule(path: Path, stated: Entries) -> StatedSchedule:

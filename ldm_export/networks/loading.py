@@ -15,6 +15,7 @@ from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.bert import BertTextEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
+from ldm_export.networks.depth_estimator import DepthEstimator
 from ldm_export.networks.openclip import ClipImageEncoder, OpenClipTextEncoder
 from ldm_export.networks.tiny_autoencoder import TinyDecoder
 from ldm_export.networks.unet import UNet
@@ -23,6 +24,7 @@ from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    DepthEstimatorSpec,
     ImageEncoderSpec,
     NetworkSpec,
     SegmentationEncoderSpec,
@@ -53,6 +55,7 @@ _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyT
         ImageEncoderSpec: ClipImageEncoder,
         ClassEmbedderSpec: ClassEmbedder,
         SegmentationEncoderSpec: SpatialRescaler,
+        DepthEstimatorSpec: DepthEstimator,
         UNetSpec: UNet,
     }
 )

@@ -22,7 +22,7 @@ from ldm_runtime.requests.resolved import ResolvedRequest
 PROMPT = "a large red circle left of a small blue square on a white background"
 #: The fields that a bundle of another task takes from its first golden request.
 _CONDITIONS = (
-    *("prompt", "class_label", "layout", "segmentation", "embeddings"),
+    *("prompt", "class_label", "layout", "segmentation", "embeddings", "depth_map"),
     *("image", "mask_image", "outpaint"),
 )
 _DEFAULTS: Mapping[str, object] = MappingProxyType({})

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from ldm_runtime.conditioning.class_labels import encode_class_label
 from ldm_runtime.conditioning.contract import Conditioner, Conditioning, OpenNetwork
+from ldm_runtime.conditioning.depth import encode_text_and_depth
 from ldm_runtime.conditioning.embedded_guidance import embed_guidance
 from ldm_runtime.conditioning.image_embedding import encode_text_and_image_embedding
 from ldm_runtime.conditioning.images import (
@@ -59,6 +60,7 @@ CONDITIONERS: Mapping[Task, Conditioner] = MappingProxyType(
         "text-inpainting": Conditioner(encode_text_and_masked_image, ("vae_encoder",)),
         "image-editing": Conditioner(encode_text_and_image, ("vae_encoder",)),
         "image-variation": Conditioner(encode_text_and_image_embedding),
+        "depth-to-image": Conditioner(encode_text_and_depth),
         "retrieval": Conditioner(encode_embeddings),
         "autoencoder": _NO_CONDITIONING,
     }

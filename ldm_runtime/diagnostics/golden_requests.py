@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.segmentation import SegmentationMap
@@ -100,8 +101,8 @@ def _encode_classes(classes: SegmentationMap) -> bytes:
     return _file_of(lambda file: Image.fromarray(classes.ids).save(file, format="PNG"))
 
 
-def _encode_embeddings(embeddings: Embeddings) -> bytes:
-    return _file_of(lambda file: np.save(file, embeddings.values, allow_pickle=False))
+def _encode_values(array: Embeddings | DepthMap) -> bytes:
+    return _file_of(lambda file: np.save(file, array.values, allow_pickle=False))
 
 
 def _file_of(write: Callable[[io.BytesIO], None]) -> bytes:
@@ -116,6 +117,7 @@ ATTACHMENTS: Mapping[str, Attachment] = MappingProxyType(
         "image": Attachment("image.png", InputImage.to_png_bytes),
         "mask_image": Attachment("mask_image.png", InputImage.to_png_bytes),
         "segmentation": Attachment("segmentation.png", _encode_classes),
-        "embeddings": Attachment("embeddings.npy", _encode_embeddings),
+        "embeddings": Attachment("embeddings.npy", _encode_values),
+        "depth_map": Attachment("depth_map.npy", _encode_values),
     }
 )

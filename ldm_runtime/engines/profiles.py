@@ -33,6 +33,7 @@ _LONGEST_CONTEXT: Mapping[Task, int] = MappingProxyType(
         "text-inpainting": 4,
         "image-editing": 4,
         "image-variation": 4,
+        "depth-to-image": 4,
         "retrieval": 21,
     }
 )

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from ldm_runtime.errors import RequestError
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -128,6 +129,11 @@ def image(name: str, value: object) -> InputImage:
 def segmentation(name: str, value: object) -> SegmentationMap:
     """Accept anything that `SegmentationMap.read` can read."""
     return _read(name, value, SegmentationMap.read, "map")
+
+
+def depth_map(name: str, value: object) -> DepthMap:
+    """Accept anything that `DepthMap.read` can read."""
+    return _read(name, value, DepthMap.read, "map")
 
 
 def embeddings(name: str, value: object) -> Embeddings:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -190,6 +191,7 @@ _CHECKS: Mapping[Any, Callable[..., object]] = MappingProxyType(
         InputImage: checks.image,
         SegmentationMap: checks.segmentation,
         Embeddings: checks.embeddings,
+        DepthMap: checks.depth_map,
         InitialLatents: checks.latents,
     }
 )

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import numpy.typing as npt
 from PIL import Image
 
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -80,6 +81,7 @@ DecoderName = Decoder
 FileInput: TypeAlias = str | os.PathLike[str] | bytes
 ImageInput: TypeAlias = FileInput | Image.Image | npt.NDArray[Any] | InputImage
 SegmentationInput: TypeAlias = FileInput | Image.Image | npt.NDArray[Any] | SegmentationMap
+DepthInput: TypeAlias = FileInput | Image.Image | npt.NDArray[Any] | DepthMap
 EmbeddingsInput: TypeAlias = FileInput | npt.NDArray[Any] | Embeddings
 LatentsInput: TypeAlias = FileInput | npt.NDArray[Any] | InitialLatents
 #: Objects, each a `LayoutObject` or such as `{"label": 3, "box": [0.1, 0.2, 0.5, 0.9]}`.
@@ -94,6 +96,7 @@ class RequestFields(TypedDict, total=False):
     layout: LayoutInput | None
     segmentation: SegmentationInput | None
     embeddings: EmbeddingsInput | None
+    depth_map: DepthInput | None
     negative_prompt: str | None
     literal_prompt: bool
     clip_skip: int

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, TypeVar, Unpack, get_args
 
 from ldm_runtime.errors import RequestError
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -118,6 +119,16 @@ class GenerationRequest:
             "Conditioning",
             metavar="FILE",
             example="--embeddings vectors.npy",
+        ),
+    ] = None
+    depth_map: Annotated[
+        DepthMap | None,
+        about(
+            "gray image or .npy: how near each pixel is, the nearest highest; default: estimated "
+            "from --image",
+            "Conditioning",
+            metavar="FILE",
+            example="--depth-map depth.png",
         ),
     ] = None
     negative_prompt: Annotated[

@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -14,7 +15,7 @@ from ldm_runtime.requests.request import GenerationRequest
 def request_to_json(request: GenerationRequest) -> dict[str, Any]:
     """Return the fields of a request as JSON values.
 
-    Images, segmentation maps, embeddings and latents are given by their hash and size alone.
+    Images, maps, embeddings and latents are given by their hash and size alone.
     """
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     return {name: _description(value) for name, value in values.items()}
@@ -22,7 +23,7 @@ def request_to_json(request: GenerationRequest) -> dict[str, Any]:
 
 def _description(value: object) -> object:
     match value:
-        case InputImage() | SegmentationMap():
+        case InputImage() | SegmentationMap() | DepthMap():
             width, height = value.size
             return {"sha256": value.sha256, "width": width, "height": height}
         case Embeddings():

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.conditions import check_condition, condition_of
+from ldm_runtime.requests.depth import depth_of
 from ldm_runtime.requests.edm import check_schedule, check_timesteps, default_schedule
 from ldm_runtime.requests.micro_conditioning import (
     check_micro_conditioning,
@@ -90,6 +91,7 @@ def resolve(
     check_unknown(request, spec)
     request = with_preset_fields(request, spec)
     condition, image = condition_of(request, spec), _image_of(request)
+    depth = depth_of(request, spec)
     models = [spec] if refiner is None else [spec, refiner]
     for each in models:
         check_condition(condition, each)
@@ -106,6 +108,7 @@ def resolve(
     resolved = ResolvedRequest(
         task=spec.task,
         condition=condition,
+        depth=depth,
         source_image=image,
         noise_level=_noise_level(request, spec),
         height=size[0],

@@ -8,6 +8,7 @@ images, so it is what travels: to the metadata of a PNG, into a batch, to anothe
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -131,6 +132,26 @@ RequestImage = NoImage | WholeImage | MaskedImage | OutpaintedImage
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoDepth:
+    """No depth: the model is of another task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatedDepth:
+    """The depth that the model's depth estimator sees in the image of the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenDepth:
+    """A depth map that the request brings."""
+
+    depth_map: DepthMap
+
+
+Depth = NoDepth | EstimatedDepth | GivenDepth
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeededNoise:
     """First noise from the seed of each image."""
 
@@ -214,6 +235,7 @@ class ResolvedRequest:
     Attributes:
         task: The model's task, which gives the fields of a request their meaning.
         condition: The condition of the UNet.
+        depth: The depth that the result follows, if that is the task.
         source_image: The image that the request brings, to start from, to enlarge or to encode.
         noise_level: Noise added to the image to enlarge, or to the embedding of the image to vary,
             in timesteps; 0 in other tasks.
@@ -247,6 +269,7 @@ class ResolvedRequest:
 
     task: Task
     condition: Condition
+    depth: Depth
     source_image: RequestImage
     noise_level: int
     height: int
@@ -327,6 +350,8 @@ class ResolvedRequest:
         """
         known = {**_condition_fields(self.condition), **_image_fields(self.source_image)}
         known |= {"height": self.height, "width": self.width, "seed": self.seed}
+        if isinstance(self.depth, GivenDepth):
+            known["depth_map"] = self.depth.depth_map
         known |= self.micro_conditioning.changed_fields((self.height, self.width))
         if self.passes:
             known |= _sampling_fields(self)

@@ -4,13 +4,14 @@ from typing import Any
 
 import msgspec
 
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.requests.request import FIELDS, GenerationRequest
 
-_FILES = (InputImage, SegmentationMap, Embeddings, InitialLatents)
+_FILES = (InputImage, SegmentationMap, DepthMap, Embeddings, InitialLatents)
 
 
 def request_schema() -> dict[str, Any]:

@@ -54,7 +54,7 @@ def image_size(
     Raises:
         RequestError: The model cannot generate such a size, or not from such an image.
     """
-    default = _default_size(image, condition, spec)
+    default = _default_size(request, image, condition, spec)
     height = default[0] if request.height is None else request.height
     width = default[1] if request.width is None else request.width
     if task_record(spec).size == "enlarged":
@@ -103,7 +103,9 @@ def tile_size(request: GenerationRequest, size: Size, spec: ModelSpec) -> int:
     return tile
 
 
-def _default_size(image: RequestImage, condition: Condition, spec: ModelSpec) -> Size:
+def _default_size(
+    request: GenerationRequest, image: RequestImage, condition: Condition, spec: ModelSpec
+) -> Size:
     """Return height and width where the request leaves them open.
 
     An image or map that a request brings keeps its size, whatever that is: an image of which a
@@ -111,6 +113,8 @@ def _default_size(image: RequestImage, condition: Condition, spec: ModelSpec) ->
     """
     if isinstance(condition, SegmentationCondition):
         width, height = condition.segmentation.size
+    elif isinstance(image, NoImage) and request.depth_map is not None:
+        width, height = request.depth_map.size
     elif isinstance(image, NoImage) or task_record(spec).image == "embedding":
         return spec.defaults.height, spec.defaults.width
     elif task_record(spec).size == "enlarged":

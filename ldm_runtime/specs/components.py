@@ -14,6 +14,7 @@ from typing import Literal
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    DepthEstimatorSpec,
     ImageEncoderSpec,
     NetworkSpec,
     SegmentationEncoderSpec,
@@ -169,6 +170,17 @@ _ROWS = (
         counts={"segmentation": "num_classes"},
         samples_per_image=1,
         trace_seconds=1.0,
+    ),
+    Component(
+        name="depth_estimator",
+        network="depth_estimator",
+        record=DepthEstimatorSpec,
+        role="conditioner",
+        inputs=(_tensor("image", ("batch", "image_channels", "side", "side")),),
+        outputs=(_tensor("depth", ("batch", "side", "side")),),
+        lengths={"image_channels": "image_channels", "side": "side"},
+        samples_per_image=1,
+        trace_seconds=15.0,
     ),
     Component(
         name="unet",

@@ -24,6 +24,7 @@ Task = Literal[
     "text-inpainting",
     "image-editing",
     "image-variation",
+    "depth-to-image",
     "retrieval",
     "autoencoder",
 ]

@@ -277,6 +277,45 @@ class ImageEncoderSpec:
         return 1 + (self.image_size // self.patch_size) ** 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class DepthEstimatorSpec:
+    """Hyperparameters of a depth estimator, DPT-Hybrid of MiDaS.
+
+    A residual network of three levels, from whose last one 12 transformer layers go on; what two
+    levels and two of the layers see is fused from coarse to fine.
+
+    Attributes:
+        image_channels: Channels of the image.
+        stem_channels: Channels after the first convolution.
+        level_channels: Channels of each level of the residual network …
+        bottleneck_channels: … and inside its residual blocks.
+        level_blocks: Residual blocks of each level.
+        width: Channels of a token.
+        num_heads: Attention heads.
+        feed_forward_dim: Inner width of the feed-forward layers.
+        grid: Tokens per side of the image, for each of which there is a position embedding.
+        fusion_channels: Channels of what is fused.
+        head_channels: Channels before the last convolution.
+    """
+
+    image_channels: int
+    stem_channels: int
+    level_channels: tuple[int, ...]
+    bottleneck_channels: tuple[int, ...]
+    level_blocks: tuple[int, ...]
+    width: int
+    num_heads: int
+    feed_forward_dim: int
+    grid: int
+    fusion_channels: int
+    head_channels: int
+
+    @property
+    def side(self) -> int:
+        """Height and width of the image in pixels, of which a token has 16 by 16."""
+        return 16 * self.grid
+
+
 NetworkSpec = (
     UNetSpec
     | AutoencoderSpec
@@ -284,6 +323,7 @@ NetworkSpec = (
     | ImageEncoderSpec
     | ClassEmbedderSpec
     | SegmentationEncoderSpec
+    | DepthEstimatorSpec
 )
 
 _Record = TypeVar("_Record", bound=NetworkSpec)

@@ -15,6 +15,7 @@ from ldm_runtime.specs.model import EdmSpec, ModelSpec, NoiseAugmentation
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    DepthEstimatorSpec,
     Depths,
     ImageEncoderSpec,
     NetworkSpec,
@@ -30,6 +31,8 @@ _MAX_SIZE = 2**31 - 1
 _MAX_STEPS = 100_000
 _LEAST_FEATURES = 4  # of the guidance scale: two frequencies
 _MAX_TIMESTEPS = 100_000
+_LEVELS = 3  # of a depth estimator's residual network
+_MAX_GRID = 64  # images of 1024 pixels
 _LEAST_TOKENS, _MAX_TOKENS = 3, 65536  # the first, the last and one between
 #: Share of the image in the first training timestep, at least, and in the last, at most; models of
 #: the papers go from 0.998 or more to 0.005 or less.
@@ -113,6 +116,8 @@ def _values(network: NetworkSpec) -> Iterator[str]:
                 "out_channels": network.out_channels >= 1,
                 "num_downsampling_steps": network.num_downsampling_steps < _MAX_LEVELS,
             }
+        case DepthEstimatorSpec():
+            found = _depth_estimator(network)
     yield from (name for name, holds in found.items() if not holds)
 
 
@@ -147,6 +152,16 @@ def _of_augmentation(
 
 def _are_finite(values: Sequence[float]) -> bool:
     return all(math.isfinite(value) for value in values)
+
+
+def _depth_estimator(network: DepthEstimatorSpec) -> dict[str, bool]:
+    per_level = ("level_channels", "bottleneck_channels", "level_blocks")
+    counts = {name: getattr(network, name) for name in per_level}
+    return {
+        **{name: len(each) == _LEVELS and min(each) >= 1 for name, each in counts.items()},
+        "num_heads": network.num_heads >= 1 and network.width % network.num_heads == 0,
+        "grid": 1 <= network.grid <= _MAX_GRID,
+    }
 
 
 def _autoencoder(network: AutoencoderSpec) -> dict[str, bool]:

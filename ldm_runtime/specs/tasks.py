@@ -138,6 +138,12 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             noise_level=(0, 999),  # as in `stableunclip.py`
             has_null=True,
         ),
+        # No second pass: the depth would have to be resized again; no margins, which have none.
+        "depth-to-image": TaskRecord(
+            needs=(("prompt",), ("image", "depth_map")),
+            permits=_SAMPLING | _DECODING | _PROMPTS | {"strength", "mask_image"},
+            has_null=True,
+        ),
         "retrieval": TaskRecord(needs=(("embeddings",),), permits=_GENERATION, has_null=True),
         "autoencoder": TaskRecord(needs=(("image",),), permits=_DECODING, image="condition"),
     }

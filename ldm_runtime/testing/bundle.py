@@ -166,7 +166,9 @@ def _golden_latents(passes: ImagePasses, engines: Mapping[str, FakeEngine]) -> F
     if passes.spec.unet is None:
         assert passes.start is not None, "an autoencoder has an image to encode"
         return passes.start.latents
-    *_, last = sample_latents(engines["unet"], passes.conditioning, passes.request, passes.spec)
+    *_, last = sample_latents(
+        engines["unet"], passes.conditioning, passes.request, passes.spec, start=passes.start
+    )
     return last.latents
 
 

@@ -15,6 +15,7 @@ from ldm_runtime.specs.model import ModelSpec, Task, components_of
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    DepthEstimatorSpec,
     ImageEncoderSpec,
     SegmentationEncoderSpec,
     TextEncoderSpec,
@@ -185,6 +186,20 @@ def _segmentation_encoder(spec: ModelSpec) -> TinyNetwork:
     )
 
 
+def _depth_estimator(spec: ModelSpec) -> TinyNetwork:
+    """Return the weighted mean of each pixel's colours."""
+    record = spec.network(DepthEstimatorSpec)
+    return TinyNetwork(
+        shapes={"kernel": (1, record.image_channels, 1, 1)},
+        nodes=(
+            Node(op="Conv", inputs=("image", "kernel"), output="mixed"),
+            Node(op="Squeeze", inputs=("mixed", "second"), output="depth"),
+        ),
+        function=lambda inputs, w: _convolve(inputs["image"], w["kernel"])[:, 0],
+        axes={"second": (1,)},
+    )
+
+
 def _unet(spec: ModelSpec) -> TinyNetwork:
     record = spec.network(UNetSpec)
     context_dim, channels = record.context_dim, record.out_channels
@@ -307,6 +322,7 @@ _NETWORKS: Mapping[object, Callable[[ModelSpec], TinyNetwork]] = MappingProxyTyp
         ImageEncoderSpec: _image_encoder,
         ClassEmbedderSpec: _class_embedder,
         SegmentationEncoderSpec: _segmentation_encoder,
+        DepthEstimatorSpec: _depth_estimator,
         UNetSpec: _unet,
         "decoder": _vae_decoder,
         "encoder": _vae_encoder,

@@ -58,6 +58,10 @@ _GOLDEN: Mapping[Task, tuple[Mapping[str, object], ...]] = MappingProxyType(
             {"image": _IMAGE, **_GUIDED},
             {"prompt": "red", "image": _IMAGE[:8], "noise_level": 500, **_UNGUIDED},
         ),
+        "depth-to-image": (
+            {"prompt": "red", "image": _IMAGE, "strength": 1.0, **_GUIDED},
+            {"prompt": "a circle", "depth_map": _ROWS * _COLUMNS, **_UNGUIDED},
+        ),
         "retrieval": (
             {"embeddings": np.eye(2, 8, dtype=np.float32) + 0.5, **_GUIDED},
             {"embeddings": np.ones((1, 8), dtype=np.float32), **_UNGUIDED},

@@ -11,6 +11,7 @@ from ldm_runtime.specs.model import ModelSpec, NoiseAugmentation, SamplingDefaul
 from ldm_runtime.specs.networks import (
     AutoencoderSpec,
     ClassEmbedderSpec,
+    DepthEstimatorSpec,
     ImageEncoderSpec,
     Networks,
     NetworkSpec,
@@ -176,6 +177,20 @@ _IMAGE_ENCODER = ImageEncoderSpec(
 )
 _MAPS = SegmentationEncoderSpec(num_classes=6, out_channels=3, num_downsampling_steps=1)
 
+_DEPTHS = DepthEstimatorSpec(
+    image_channels=3,
+    stem_channels=32,
+    level_channels=(32, 32, 32),
+    bottleneck_channels=(32, 32, 32),
+    level_blocks=(1, 1, 1),
+    width=_WIDTH,
+    num_heads=1,
+    feed_forward_dim=_WIDTH,
+    grid=1,
+    fusion_channels=2,
+    head_channels=1,
+)
+
 
 def tiny_spec(task: Task = "text-to-image") -> ModelSpec:
     """Return the tiny model of a task. Images have twice the sides of their latents."""
@@ -229,6 +244,12 @@ _SPECS: Mapping[Task, ModelSpec] = MappingProxyType(
                 mean=(0.5,) * _IMAGE_ENCODER.embed_dim,
                 std=(2.0,) * _IMAGE_ENCODER.embed_dim,
             ),
+        ),
+        "depth-to-image": replace(
+            TINY_SPEC.with_networks(
+                unet=replace(TINY_SPEC.network(UNetSpec), in_channels=5), depth_estimator=_DEPTHS
+            ),
+            task="depth-to-image",
         ),
         "retrieval": _spec("retrieval"),
         "autoencoder": replace(

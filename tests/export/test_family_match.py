@@ -7,7 +7,7 @@ from ldm_export.detection.fingerprint import fingerprint
 from ldm_export.detection.match import match_family, recognise
 from ldm_export.errors import UnknownModelError
 from ldm_export.families.table import FAMILIES
-from tests.export.sd_layout import SD1, SD2, TINY, FakeTensor, checkpoint
+from tests.export.sd_layout import SD1, TINY, FakeTensor, checkpoint
 
 CLIP = "cond_stage_model.transformer.text_model."
 TOKENS = f"{CLIP}embeddings.token_embedding.weight"
@@ -22,7 +22,6 @@ def changed(tensors, *, without=(), **added):
 LABELS = "model.diffusion_model.label_emb"
 
 RECOGNISED = {
-    "stable-diffusion-2-depth": checkpoint(replace(SD2, in_channels=5)),
     "a latent diffusion model with vector conditioning": changed(
         checkpoint(TINY), **{f"{LABELS}.0.0.weight": (128, 77)}
     ),

@@ -44,7 +44,8 @@ def test_every_model_has_as_many_weights_as_its_sources_say(name):
 
 def test_every_task_of_the_paper_is_measured():
     of_stable_diffusion = {
-        *("text-inpainting", "image-editing", "image-variation", "text-super-resolution")
+        *("text-inpainting", "image-editing", "image-variation", "text-super-resolution"),
+        "depth-to-image",
     }
     tasks = {model.task for model in PAPER_MODELS.values()}
     assert tasks == {*get_args(Task)} - of_stable_diffusion

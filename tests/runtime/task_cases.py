@@ -19,6 +19,7 @@ NEEDED = {
     "text-inpainting": {"prompt": "red", "image": PICTURE, "mask_image": PICTURE},
     "image-editing": {"prompt": "make it red", "image": PICTURE},
     "image-variation": {"image": PICTURE},
+    "depth-to-image": {"prompt": "red", "depth_map": MAP},
     "retrieval": {"embeddings": np.eye(3, 8, dtype=np.float32)},
     "autoencoder": {"image": PICTURE},
 }

@@ -275,6 +275,7 @@ COMMANDS = {
     "text-inpainting": (["red", "--image", "photo.png", "--mask-image", "mask.png"], (32, 24)),
     "image-editing": (["make it red", "--image", "photo.png"], (32, 24)),
     "image-variation": (["--image", "photo.png", "--noise-level", "700"], (16, 16)),
+    "depth-to-image": (["red", "--depth-map", "map.png"], (32, 24)),
     "retrieval": (["--embeddings", "vectors.npy"], (16, 16)),
     "autoencoder": (["--image", "photo.png"], (32, 24)),
 }

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pytest
 
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -17,6 +18,7 @@ RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(256, size=(4, 6, 3), dtype=np.uint8)
 IDS = RNG.integers(256, size=(6, 9), dtype=np.uint8)
 VECTORS = RNG.standard_normal((3, 8), dtype=np.float32)
+DEPTHS = RNG.standard_normal((5, 7), dtype=np.float32)
 LATENTS = RNG.standard_normal((2, 4, 3, 5), dtype=np.float32)
 
 #: A class, values that it takes, and the attribute that gives them back.
@@ -24,6 +26,7 @@ KINDS = [
     (InputImage, PIXELS, "pixels"),
     (SegmentationMap, IDS, "ids"),
     (Embeddings, VECTORS, "values"),
+    (DepthMap, DEPTHS, "values"),
     (InitialLatents, LATENTS, "values"),
 ]
 every_kind = pytest.mark.parametrize(
@@ -67,6 +70,7 @@ def test_it_is_equal_by_its_values_and_shape_wherever_it_was_read_from(kind, val
     [
         (InputImage(PIXELS), b"P6\n6 4\n255\n" + PIXELS.tobytes()),
         (SegmentationMap(IDS), b"P5\n9 6\n255\n" + IDS.tobytes()),
+        (DepthMap(DEPTHS), b"Pf\n7 5\n-1.0\n" + DEPTHS.astype("<f4").tobytes()),
         (Embeddings(VECTORS), b"3 8\n" + VECTORS.astype("<f4").tobytes()),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 
 from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.backends import BACKENDS, BackendName
+from ldm_runtime.inputs.depth_maps import DepthMap
 from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
@@ -17,6 +18,7 @@ from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.noise import NOISES
 from ldm_runtime.requests.input_types import (
+    DepthInput,
     EmbeddingsInput,
     ImageInput,
     LatentsInput,
@@ -39,6 +41,7 @@ INPUTS = {
     InputImage: ImageInput,
     SegmentationMap: SegmentationInput,
     Embeddings: EmbeddingsInput,
+    DepthMap: DepthInput,
     InitialLatents: LatentsInput,
     tuple[LayoutObject, ...]: LayoutInput,
     tuple[float, ...]: NumbersInput,

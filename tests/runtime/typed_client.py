@@ -38,6 +38,7 @@ def inputs() -> None:
     GenerationRequest(PROMPT, image=pixels, mask_image=Image.new("L", (64, 64)))
     GenerationRequest(layout=[{"label": 3, "box": [0.1, 0.2, 0.5, 0.9]}])
     GenerationRequest(segmentation="map.png", embeddings=np.ones((1, 8), dtype=np.float32))
+    GenerationRequest(PROMPT, depth_map="depth.png", image=pixels)
     GenerationRequest(PROMPT, sigmas=[14.6, 6.3, 2.5], guidance_interval=(0.3, 5), noise="numpy")
     GenerationRequest(PROMPT, sigmas=np.linspace(14, 1, 8), outpaint=[0, 0, 8, 8])
     GenerationRequest(PROMPT, original_size=(512, 768), crop_top_left=[0, 8], aesthetic_score=7)
