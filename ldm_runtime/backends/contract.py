@@ -99,9 +99,9 @@ class Abilities:
     Attributes:
         variant: Precision of the graphs that its engines run, on which the bounds of `ldm verify`
             depend.
-        precisions: Precisions that its engines can compute in, the most exact first.
-        fastest: Returns the one of them that engines compute in unless told otherwise; None is the
-            only one.
+        reduced: Precisions below that of the graphs that its engines can compute in as well.
+        fastest: Returns the precision that engines compute in unless told otherwise; None is that
+            of the graphs.
         limited_shapes: Whether an engine takes the shapes of its profiles and no others.
         min_shared_samples: Smallest batch size from which on results are batch-invariant, bit for
             bit; see `ldm_runtime.pipeline.batching`.
@@ -111,18 +111,23 @@ class Abilities:
     """
 
     variant: GraphVariant
-    precisions: tuple[Precision, ...]
     limited_shapes: bool
     min_shared_samples: int
     is_prepared: Callable[[Manifest | None], bool]
     survives_fork: bool = False
+    reduced: tuple[Precision, ...] = ()
     fastest: Callable[[], Precision] | None = None
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Precisions that engines can compute in, the most exact first."""
+        return (self.variant, *self.reduced)
 
     def precision_of(self, options: "RunOptions") -> Precision:
         """Return the precision that engines compute in."""
         if options.precision is not None:
             return options.precision
-        return self.precisions[0] if self.fastest is None else self.fastest()
+        return self.variant if self.fastest is None else self.fastest()
 
 
 def always_prepared(_manifest: Manifest | None) -> bool:

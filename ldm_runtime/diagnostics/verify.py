@@ -143,7 +143,7 @@ def verify(
         raise BundleError(f"{bundle} has no golden outputs to compare with; export it again")
     options = RunOptions(trust_engines=trust_engines, precision=precision)
     chosen = get_backend(choose_backend(backend, manifest, bundle=bundle, options=options))
-    options = replace(options, precision=precision or chosen.ABILITIES.precisions[0])
+    options = replace(options, precision=precision or chosen.ABILITIES.variant)
     verification = _Verification(
         bundle=bundle,
         manifest=manifest,

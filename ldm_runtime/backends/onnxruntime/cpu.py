@@ -1,46 +1,43 @@
 """ONNX Runtime on the CPU: the backend that runs everywhere, and the reference for the others."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import (
     Abilities,
-    BoundInputs,
     EngineSource,
-    Runner,
     RunOptions,
     Tensors,
     always_prepared,
     lacks_graph,
 )
-from ldm_runtime.backends.host_memory import check_memory
+from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
 from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, describe
 from ldm_runtime.backends.processors import compute_threads
-from ldm_runtime.backends.signatures import check_inputs, check_names, check_outputs
+from ldm_runtime.backends.signatures import check_names
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
-from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec, axis_sizes
 
 ABILITIES = Abilities(
     variant="fp32",
-    precisions=("fp32",),
     limited_shapes=False,
     min_shared_samples=2,
     is_prepared=always_prepared,
     survives_fork=True,
 )
 
+_ERRORS = NativeErrors(library="ONNX Runtime", classes=NATIVE_ERRORS, describe=describe)
 _PROVIDERS = ("CPUExecutionProvider",)
 
 
-class OnnxRuntimeEngine(Closing):
+class OnnxRuntimeEngine(HostEngine):
     """One graph in ONNX Runtime's CPU provider.
 
     Denormals count as zero. Weights next to the graph are memory-mapped by ONNX Runtime. Any number
@@ -70,41 +67,21 @@ class OnnxRuntimeEngine(Closing):
         spinning: bool = False,
         spec: ModelSpec | None = None,
     ) -> None:
-        self._component = component
-        self._spec, self._held = spec, 0
-        self._outputs = [signature.name for signature in component.outputs]
-        self._sizes = sizes
+        super().__init__(component, sizes, _ERRORS, spec)
         self._session: Any = _open_session(path, compute_threads(threads), spinning=spinning)
         check_names(path, [each.name for each in self._session.get_inputs()], component)
 
-    def run(self, inputs: Tensors) -> dict[str, npt.NDArray[Any]]:
-        """Run once; see `ldm_runtime.backends.contract.Runner`."""
-        session, name = self._session, self._component.name
-        if session is None:
-            raise BackendError(f"the {name} engine is closed; open the bundle again")
-        lengths = check_inputs(self._component, self._sizes, inputs)
-        held = self._held
-        if self._spec is not None:
-            held = check_memory(name, self._spec, lengths, held)
+    def _opened(self) -> Compute | None:
+        session = self._session
+        return None if session is None else partial(self._compute, session)
+
+    def _compute(self, session: Any, feed: Tensors) -> dict[str, npt.NDArray[Any]]:  # noqa: ANN401
+        names = [signature.name for signature in self._component.outputs]
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = SILENT
-        feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
-        try:
-            with flushed_denormals():
-                outputs = session.run(self._outputs, feed, run_options)
-        except NATIVE_ERRORS as error:
-            shapes = ", ".join(f"{key} {array.shape}" for key, array in feed.items())
-            raise BackendError(
-                f"ONNX Runtime failed in {name} with {shapes}: {describe(error)}"
-            ) from error
-        self._held = max(self._held, held)
-        named = dict(zip(self._outputs, outputs, strict=True))
-        check_outputs(self._component, lengths, named)
-        return named
-
-    def bind(self, constants: Tensors) -> Runner:
-        """Fix some inputs; on the CPU there is nothing to upload."""
-        return BoundInputs(runner=self, constants=constants)
+        with flushed_denormals():
+            outputs = session.run(names, dict(feed), run_options)
+        return dict(zip(names, outputs, strict=True))
 
     def close(self) -> None:
         """Release the session; calls that are running finish."""

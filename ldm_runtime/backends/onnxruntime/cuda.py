@@ -56,7 +56,6 @@ def _is_prepared(_manifest: Manifest | None) -> bool:
 
 ABILITIES = Abilities(
     variant="fp16",
-    precisions=("fp16",),
     limited_shapes=False,
     min_shared_samples=1,
     is_prepared=_is_prepared,

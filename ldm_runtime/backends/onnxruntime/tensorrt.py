@@ -33,7 +33,6 @@ PROVIDER = Provider(
 
 ABILITIES = Abilities(
     variant="fp16",
-    precisions=("fp16",),
     limited_shapes=False,
     min_shared_samples=1,
     is_prepared=always_prepared,

@@ -25,7 +25,6 @@ PROVIDER = Provider(name="NvTensorRTRTXExecutionProvider", options={}, memory="c
 
 ABILITIES = Abilities(
     variant="fp16",
-    precisions=("fp16",),
     limited_shapes=False,
     min_shared_samples=1,
     is_prepared=always_prepared,

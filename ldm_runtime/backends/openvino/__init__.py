@@ -1,4 +1,4 @@
-"""OpenVINO as a backend: the fastest one on a CPU, in fp32 or where it can in bf16.
+"""OpenVINO as a backend of CPUs: in fp32, or in bf16 where the processor has it.
 
 Its package is optional, so that it is imported only where an engine is opened or asked about.
 """
@@ -38,10 +38,10 @@ def _fastest() -> Precision:
 
 ABILITIES = Abilities(
     variant="fp32",
-    precisions=("fp32", "bf16"),
     limited_shapes=False,
     min_shared_samples=1,
     is_prepared=_is_installed,
+    reduced=("bf16",),
     fastest=_fastest,
 )
 
@@ -76,13 +76,14 @@ def why_not(
         )
     if reason := lacks_graph("openvino", "fp32", manifest):
         return reason
-    try:
-        from ldm_runtime.backends.openvino.library import has_bf16
+    from ldm_runtime.backends.openvino.library import has_bf16
 
-        if options.precision == "bf16" and not has_bf16():
-            return "this processor has no bf16; use --precision fp32"
+    try:
+        can_reduce = has_bf16()
     except BackendError as error:
         return str(error)
+    if options.precision == "bf16" and not can_reduce:
+        return "this processor has no bf16; use --precision fp32"
     return None
 
 

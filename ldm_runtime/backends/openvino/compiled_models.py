@@ -21,7 +21,7 @@ from ldm_runtime.engines.trust import cache_folder, is_own_folder
 _LOGGER = logging.getLogger(__name__)
 _FOLDER = "openvino"
 #: Most bytes of compiled models on disk; the components that were opened longest ago go first. One
-#: of Stable Diffusion 1.5's UNet in bf16 has 1.7 GB.
+#: holds the weights once more, those of Stable Diffusion 1.5's UNet in bf16 in 1.7 GB.
 MOST_BYTES = 20_000_000_000
 
 Key = TypeVar("Key")

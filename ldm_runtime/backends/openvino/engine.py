@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.backends.contract import BoundInputs, Precision, Runner, Tensors
-from ldm_runtime.backends.host_memory import check_memory
+from ldm_runtime.backends.contract import Precision, Tensors
+from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
 from ldm_runtime.backends.openvino.compiled_models import Latest
 from ldm_runtime.backends.openvino.library import load_openvino
 from ldm_runtime.backends.processors import compute_threads
-from ldm_runtime.backends.signatures import check_inputs, check_names, check_outputs
+from ldm_runtime.backends.signatures import check_names
 from ldm_runtime.bundle.manifest import ComponentRecord
-from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec
 
@@ -44,7 +42,7 @@ class Compilation:
     cache: Path | None = None
 
 
-class OpenVinoEngine(Closing):
+class OpenVinoEngine(HostEngine):
     """One graph in OpenVINO's CPU plugin.
 
     Every new set of shapes is compiled, which takes seconds for a large network; the last ones are
@@ -72,57 +70,38 @@ class OpenVinoEngine(Closing):
         *,
         spec: ModelSpec | None = None,
     ) -> None:
-        self._component, self._sizes, self._spec = component, sizes, spec
-        self._held = 0
-        self._settings: dict[str, Any] = {
+        super().__init__(component, sizes, _ERRORS, spec)
+        settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _HINTS[compilation.precision],
             "INFERENCE_NUM_THREADS": compute_threads(compilation.threads),
             "ENABLE_CPU_PINNING": False,  # or two processes would share one core
             "CPU_DENORMALS_OPTIMIZATION": True,
         }
-        self._core: Any = load_openvino().Core()
+        core = load_openvino().Core()
         if compilation.cache is not None:
-            self._core.set_property({"CACHE_DIR": str(compilation.cache)})
-        self._model: Any = _read(self._core, path)
-        names = [each.get_any_name() for each in self._model.inputs]
-        check_names(path, names, component)
-        self._compiled: Latest[_Shapes, _CompiledModel] | None = Latest(self._compile, KEPT_SHAPES)
+            core.set_property({"CACHE_DIR": str(compilation.cache)})
+        model = _read(core, path)
+        check_names(path, [each.get_any_name() for each in model.inputs], component)
 
-    def run(self, inputs: Tensors) -> dict[str, npt.NDArray[Any]]:
-        """Run once; see `ldm_runtime.backends.contract.Runner`."""
-        compiled, name = self._compiled, self._component.name
-        if compiled is None:
-            raise BackendError(f"the {name} engine is closed; open the bundle again")
-        lengths = check_inputs(self._component, self._sizes, inputs)
-        held = self._held
-        if self._spec is not None:
-            held = check_memory(name, self._spec, lengths, held)
-        feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
-        shapes = tuple(sorted((key, array.shape) for key, array in feed.items()))
-        try:
-            outputs = compiled[shapes].run(feed)
-        except RuntimeError as error:
-            described = ", ".join(f"{key} {array.shape}" for key, array in feed.items())
-            raise BackendError(
-                f"OpenVINO failed in {name} with {described}: {_first_line(error)}"
-            ) from error
-        self._held = max(self._held, held)
-        check_outputs(self._component, lengths, outputs)
-        return {each.name: outputs[each.name] for each in self._component.outputs}
+        def compiled(shapes: _Shapes) -> _CompiledModel:
+            shaped = model.clone()
+            shaped.reshape({name: list(shape) for name, shape in shapes})
+            return _CompiledModel(core.compile_model(shaped, "CPU", settings))
 
-    def bind(self, constants: Tensors) -> Runner:
-        """Fix some inputs; on the CPU there is nothing to upload."""
-        return BoundInputs(runner=self, constants=constants)
+        self._compiled: Latest[_Shapes, _CompiledModel] | None = Latest(compiled, KEPT_SHAPES)
+
+    def _opened(self) -> Compute | None:
+        compiled = self._compiled
+        return None if compiled is None else lambda feed: compiled[_shapes_of(feed)].run(feed)
 
     def close(self) -> None:
         """Release the models; calls that are running finish."""
-        self._compiled = self._model = self._core = None
+        self._compiled = None
 
-    def _compile(self, shapes: _Shapes) -> "_CompiledModel":
-        model = self._model.clone()
-        model.reshape({name: list(shape) for name, shape in shapes})
-        return _CompiledModel(self._core.compile_model(model, "CPU", self._settings))
+
+def _shapes_of(feed: Tensors) -> _Shapes:
+    return tuple(sorted((name, array.shape) for name, array in feed.items()))
 
 
 class _CompiledModel:
@@ -155,3 +134,6 @@ def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
     return (told or lines or [type(error).__name__])[0].rstrip(" .;")
+
+
+_ERRORS = NativeErrors(library="OpenVINO", classes=(RuntimeError,), describe=_first_line)

@@ -41,7 +41,6 @@ def _is_prepared(manifest: Manifest | None) -> bool:
 
 ABILITIES = Abilities(
     variant="fp16",
-    precisions=("fp16",),
     limited_shapes=True,
     min_shared_samples=1,
     is_prepared=_is_prepared,
