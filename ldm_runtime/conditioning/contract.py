@@ -93,3 +93,11 @@ class Conditioner(NamedTuple):
 
     encode: Encode
     others: tuple[str, ...] = ()
+
+
+def with_noise(values: Float32Array, noise: Float32Array, kept: float) -> Float32Array:
+    """Return values under noise of unit variance, of which a share is kept in the square.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239), equation 4.
+    """
+    return np.float32(np.sqrt(kept)) * values + np.float32(np.sqrt(1 - kept)) * noise

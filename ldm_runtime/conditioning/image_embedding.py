@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork
+from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork, with_noise
 from ldm_runtime.conditioning.micro_conditioning import sinusoidal_features
 from ldm_runtime.conditioning.text import encode_text
 from ldm_runtime.inputs.images import InputImage
@@ -78,8 +78,7 @@ def augmented_embeddings(
     """Return the vectors (N, 2 * D) of an embedding (1, D) with noise (N, D), and of its level."""
     mean, std = (np.array(each, np.float32) for each in (augmentation.mean, augmentation.std))
     kept = augmentation.alphas_cumprod[noise_level]
-    normalised = (embedding - mean) / std
-    noisy = np.float32(np.sqrt(kept)) * normalised + np.float32(np.sqrt(1 - kept)) * noise
+    noisy = with_noise((embedding - mean) / std, noise, kept)
     level = sinusoidal_features([noise_level], embedding.shape[1])
     levels = np.broadcast_to(level, noise.shape)
     return np.concatenate([noisy * std + mean, levels], axis=1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork
+from ldm_runtime.conditioning.contract import Conditioning, Float32Array, OpenNetwork, with_noise
 from ldm_runtime.conditioning.text import encode_text
 from ldm_runtime.latents.codec import encode_pixels, to_float, to_unet_scale
 from ldm_runtime.latents.init_image import init_image
@@ -54,10 +54,9 @@ def encode_text_and_low_resolution(
     """
     image = encode_low_resolution(network, tokenizer, request, spec).concat
     assert image is not None, "it returns nothing else"
-    kept = augmentation_alphas()[request.noise_level]
     noise = augmentation_noise(image.shape)
     class_labels = np.array([request.noise_level], dtype=np.int64)
-    concat = np.float32(np.sqrt(kept)) * image + np.float32(np.sqrt(1 - kept)) * noise
+    concat = with_noise(image, noise, augmentation_alphas()[request.noise_level])
     text = encode_text(network, tokenizer, request, spec)
     return text.changed(lambda each: replace(each, class_labels=class_labels, concat=concat))
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.inputs.frozen_array import FrozenRaster
+from ldm_runtime.inputs.frozen_array import FrozenRaster, as_float32
 from ldm_runtime.inputs.images import FORMATS
 from ldm_runtime.inputs.npy_files import MAX_HEADER, decode_npy
 from ldm_runtime.inputs.reading import (
@@ -47,15 +47,13 @@ class DepthMap(FrozenRaster):
 
     def __init__(self, values: npt.NDArray[Any], source: str | None = None) -> None:
         _check(values.dtype, values.shape, "the array")
-        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
-            narrow = np.asarray(values, dtype=np.dtype("<f4"))
+        narrow = as_float32(values)
         if not np.isfinite(narrow).all():
             row, column = np.argwhere(~np.isfinite(narrow))[0]
             raise ValueError(
                 f"the depth in row {row}, column {column} is NaN, infinite or too large for "
                 "float32; give every pixel a depth"
             )
-        narrow = narrow + np.float32(0)  # which makes zeros of negative zeros
         # The header of a gray PFM.
         super().__init__(narrow, "Pf\n{1} {0}\n-1.0\n".format(*narrow.shape), source)
 

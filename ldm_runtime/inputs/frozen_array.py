@@ -8,6 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 
+def as_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return numbers in float32, without negative zeros; those beyond its range are infinite."""
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(values, dtype=np.dtype("<f4"))
+    return narrow + np.float32(0)  # which makes zeros of negative zeros
+
+
 class FrozenArray:
     """Base of the arrays that requests carry: immutable, hashable, compared by value.
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ldm_runtime.inputs.frozen_array import FrozenArray
+from ldm_runtime.inputs.frozen_array import FrozenArray, as_float32
 from ldm_runtime.inputs.npy_files import MAX_HEADER, decode_npy
 from ldm_runtime.inputs.reading import FORMS, read_bytes, shown
 
@@ -35,11 +35,9 @@ class InitialLatents(FrozenArray):
 
     def __init__(self, values: npt.NDArray[Any], source: str | None = None) -> None:
         _check(values.dtype, values.shape, "the array")
-        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
-            narrow = np.asarray(values, dtype=np.dtype("<f4"))
+        narrow = as_float32(values)
         if not np.isfinite(narrow).all():
             raise ValueError("the latents hold NaN, infinity or a number too large for float32")
-        narrow = narrow + np.float32(0)  # which makes zeros of negative zeros
         super().__init__(narrow, "{} {} {} {}\n".format(*narrow.shape), source)
 
     @classmethod

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ldm_runtime.requests.guidance import GuidanceChain, guidance_chain
 from ldm_runtime.schedules import edm_timestep, timestep_of
-from ldm_runtime.specs.model import EdmSpec, PredictionType
+from ldm_runtime.specs.model import EdmSpec, PredictionType, sigma_data_of
 
 Float32Array = npt.NDArray[np.float32]
 #: Maps (latents, timesteps, context) to the prediction; latents have unit variance here.
@@ -47,7 +47,7 @@ def to_x0(
         case "epsilon":
             return to_x0(-prediction, latents, sigma, "v_prediction", edm)
         case "v_prediction":
-            sigma_data = 1.0 if edm is None else edm.sigma_data
+            sigma_data = sigma_data_of(edm)
             norm = math.hypot(sigma_data, sigma)
             c_out = -(sigma_data * sigma / norm)
             return latents / (norm / sigma_data) ** 2 + c_out * prediction
@@ -118,7 +118,7 @@ class GuidedDenoiser:
                 guidance without context.
         """
         self._check_context(len(latents))
-        batch = latents / math.hypot(1.0 if self.edm is None else self.edm.sigma_data, sigma)
+        batch = latents / math.hypot(sigma_data_of(self.edm), sigma)
         predict = self._guided if self.is_guided(sigma) else self._conditional
         prediction = predict(batch, self._timestep(sigma))
         return to_x0(prediction, latents, sigma, self.prediction_type, self.edm)

@@ -166,7 +166,7 @@ class ModelSpec:
     @property
     def sigma_data(self) -> float:
         """Standard deviation of clean latents in the UNet's scale, as training takes it to be."""
-        return 1.0 if self.edm is None else self.edm.sigma_data
+        return sigma_data_of(self.edm)
 
     def find(self, record: type[_Record]) -> _Record | None:
         """Return the hyperparameters of the first network of a kind, or None without one."""
@@ -225,6 +225,11 @@ def _present(
     return tuple(
         tensor for tensor in tensors if axes.isdisjoint(tensor.axes) and tensor.name not in names
     )
+
+
+def sigma_data_of(edm: EdmSpec | None) -> float:
+    """Return the standard deviation of clean latents: 1 but for EDM, see `ModelSpec.sigma_data`."""
+    return 1.0 if edm is None else edm.sigma_data
 
 
 def timestep_range(spec: ModelSpec) -> tuple[float, float]:
