@@ -28,6 +28,7 @@ from models.shapes import demo
 from models.shapes.catalog.models import MODELS, TrainedModel
 from models.shapes.data import scenes
 from models.shapes.data.labels import box_of, class_colors, label_names, label_of, scene_map
+from models.shapes.data.masks import mask_image
 from models.shapes.evaluation.scores import EvaluationPrompt, image_of, shrink
 
 HERE, ROOT = demo.HERE, demo.ROOT
@@ -118,7 +119,7 @@ def write_inputs(folder: Path) -> None:
         "map": scene_map(prompt.scene),
         "image": image_of(prompt.scene),
         "small": shrink(prompt.truth),
-        "mask": np.where(prompt.mask, np.uint8(255), np.uint8(0)),
+        "mask": mask_image(prompt.mask),
     }
     for name, pixels in images.items():
         Image.fromarray(pixels).save(folder / f"{name}.png")

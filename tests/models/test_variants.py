@@ -11,6 +11,7 @@ from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
 from models.shapes.catalog.variants import VARIANTS
 from models.shapes.data import scenes
+from models.shapes.data.masks import mask_image
 from models.shapes.evaluation import held_out
 from models.shapes.evaluation.scores import image_of
 from models.shapes.training.variants import config_of, masked_channels
@@ -31,9 +32,8 @@ def opened(request):
 
 def fields_of(index):
     (*_, scene) = held_out.held_out_scenes(index + 1, held_out.SEED)
-    mask = np.where(held_out.hole(index), np.uint8(255), np.uint8(0))
-    image = image_of(scene)
-    return scene, {"prompt": scenes.caption(scene), "image": image, "mask_image": mask}
+    given = {"image": image_of(scene), "mask_image": mask_image(held_out.hole(index))}
+    return scene, {"prompt": scenes.caption(scene), **given}
 
 
 def test_it_is_what_the_catalog_says_and_small_enough_to_come_along(opened):

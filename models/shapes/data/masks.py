@@ -63,6 +63,11 @@ def _distance(
     return away
 
 
+def mask_image(mask: Mask) -> npt.NDArray[np.uint8]:
+    """Return a mask as an image: white where the image is missing."""
+    return np.where(mask, np.uint8(255), np.uint8(0))
+
+
 def visible_share(thing: scenes.Thing, mask: Mask) -> float:
     """Return how much of a thing lies outside a mask, 0 to 1."""
     covered = scenes.coverage(thing)

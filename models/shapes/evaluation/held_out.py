@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_runtime import Generator
 from models.shapes.data import scenes
-from models.shapes.data.masks import Mask, mean_color_fill, random_mask
+from models.shapes.data.masks import Mask, mask_image, mean_color_fill, random_mask
 from models.shapes.evaluation.scores import image_of
 from models.shapes.evaluation.scoring import InputImage, Tally, score_all
 
@@ -85,5 +85,4 @@ def _image_fields(generator: Generator, scene: scenes.Scene, index: int) -> dict
     """Return the image and the mask that a bundle needs, if it inpaints."""
     if generator.spec.task != "text-inpainting":
         return {}
-    mask = np.where(hole(index), np.uint8(255), np.uint8(0))
-    return {"image": image_of(scene), "mask_image": mask}
+    return {"image": image_of(scene), "mask_image": mask_image(hole(index))}

@@ -18,7 +18,7 @@ from measuring.rows import ROOT, Row, append_line, commit, machine
 from models.shapes.catalog.models import MODELS, TrainedModel
 from models.shapes.data import scenes
 from models.shapes.data.labels import box_of, label_of, scene_map
-from models.shapes.data.masks import random_mask
+from models.shapes.data.masks import mask_image, random_mask
 from models.shapes.evaluation import detector_check, frechet, held_out, results
 from models.shapes.evaluation.scores import GOALS, EvaluationPrompt, score_all, scores, shrink
 from models.shapes.evaluation.scoring import InputImage
@@ -84,8 +84,7 @@ def _of_layout(prompt: EvaluationPrompt) -> dict[str, Any]:
 
 def _of_mask(prompt: EvaluationPrompt) -> dict[str, Any]:
     assert prompt.mask is not None, "inpainting needs a mask"
-    mask = np.where(prompt.mask, np.uint8(255), np.uint8(0))
-    return {"image": prompt.truth, "mask_image": mask}
+    return {"image": prompt.truth, "mask_image": mask_image(prompt.mask)}
 
 
 #: The fields of a request for a prompt.

@@ -52,13 +52,13 @@ def load_corpus(model: TrainedModel) -> Corpus:
     sampled = load_scenes()
     rows = rows_of(sampled, model)
     first = model.most_rows if model.task == "inpainting" else NUM_SCENES
-    latents = _cached(f"{model.autoencoder.run}_latents", lambda: _encode(model, first))
+    latents = cached(f"{model.autoencoder.run}_latents", lambda: _encode(model, first))
     scale = 1 / latents.std().item()
     masks: list[Mask | None] = [None] * len(rows)
     masked = None
     if model.task == "inpainting":
         found = [mask_of(row) for row in rows]
-        encoded = _cached("masked_latents", lambda: _encode_masked(model.autoencoder, first))
+        encoded = cached("masked_latents", lambda: _encode_masked(model.autoencoder, first))
         latent_masks = torch.stack([latent_mask(mask) for mask in found])
         masked, masks = torch.cat([encoded[rows], latent_masks], dim=1), [*found]
     return Corpus(
@@ -148,9 +148,10 @@ def _latents(
         return torch.cat([encoder(prepare(part)).float() for part in parts])
 
 
-def _cached(name: str, make: Callable[[], Tensor]) -> Tensor:
+def cached(name: str, make: Callable[[], Tensor]) -> Tensor:
+    """Return a tensor from a file of the working folder, which is made if it is not there."""
     path = WORK / f"{name}.pt"
     if not path.exists():
         torch.save(make(), path)
-    cached: Tensor = torch.load(path, weights_only=True)
-    return cached
+    tensor: Tensor = torch.load(path, weights_only=True)
+    return tensor

@@ -17,7 +17,7 @@ from models.shapes.training.autoencoder import (
 from models.shapes.training.checkpoint_writer import averaged_state, write_checkpoint
 from models.shapes.training.clip_text import TEXT_ENCODER
 from models.shapes.training.config_writer import ModelConfig, write_model_config
-from models.shapes.training.corpus import mask_of
+from models.shapes.training.corpus import cached, mask_of
 from models.shapes.training.diffusion import CaptionLoss, load_contexts, train_captioned
 from models.shapes.training.precision import autocast
 from models.shapes.training.trainer import HERE, WORK
@@ -35,7 +35,7 @@ def train_variant(variant: Variant) -> None:
         unet=unet,
         latents=latents[rows],
         contexts=contexts[rows.start :],
-        concat=_load_concat(variant, scale),
+        concat=cached(f"{variant.name}_concat", lambda: _encode_masked(variant.most_rows, scale)),
     )
     train_captioned(variant.name, unet, loss, variant.cycles, variant.layout_steps)
 
@@ -52,21 +52,9 @@ def _first(variant: Variant) -> UNet:
     return unet
 
 
-def _load_concat(variant: Variant, scale: float) -> Tensor:
-    """Return mask and latents of the masked image for the last rows of the data, made once.
-
-    As `scripts/inpaint_st.py` of Runway's stable-diffusion makes them: 1 in the mask is missing,
-    and there the image is 0, gray; both in the size of the latents, (N, 1 + 4, 16, 16).
-    """
-    path = WORK / f"{variant.name}_concat.pt"
-    if not path.exists():
-        torch.save(_encode_masked(variant.most_rows, scale), path)
-    concat: Tensor = torch.load(path, weights_only=True)
-    return concat
-
-
 @torch.no_grad()
 def _encode_masked(count: int, scale: float) -> Tensor:
+    """Return what goes into the UNet beside the latents of the last `count` images."""
     images, _ = load_data()
     state = torch.load(WORK / "autoencoder.pt", weights_only=True)
     encoder, _ = load_autoencoder(state["ema"])
@@ -81,6 +69,9 @@ def _encode_masked(count: int, scale: float) -> Tensor:
 
 def masked_channels(encoder: nn.Module, images: Tensor, masks: Tensor, scale: float) -> Tensor:
     """Return what goes into the UNet beside the latents of images with holes, (B, 1 + 4, 16, 16).
+
+    As `scripts/inpaint_st.py` of Runway's stable-diffusion makes them: 1 in the mask is missing,
+    and there the image is 0, gray.
 
     Args:
         encoder: Of the autoencoder.
