@@ -1,7 +1,7 @@
 """What the checkpoint of `small_checkpoint` is, without detecting it."""
 
 from ldm_runtime.specs.model import ModelSpec, SamplingDefaults
-from ldm_runtime.specs.networks import Networks
+from ldm_runtime.specs.networks import DepthEstimatorSpec, Networks
 from tests.export.small_checkpoint import (
     AUTOENCODER,
     SIZE,
@@ -32,4 +32,18 @@ SPEC = ModelSpec(
     label_names=(),
     assumptions=(),
     networks=Networks(unet=UNET, autoencoder=AUTOENCODER, text_encoder=TEXT_ENCODER),
+)
+#: A grid of 4 by 4 tokens: images of 64 by 64 pixels.
+DEPTH_ESTIMATOR = DepthEstimatorSpec(
+    image_channels=3,
+    stem_channels=32,
+    level_channels=(128, 128, 256),
+    bottleneck_channels=(32, 32, 64),
+    level_blocks=(1, 2, 1),
+    width=128,
+    num_heads=2,
+    feed_forward_dim=256,
+    grid=4,
+    fusion_channels=32,
+    head_channels=32,
 )

@@ -13,7 +13,7 @@ from ldm_export.hyperparameters.depth_estimator import read_depth_estimator
 from ldm_export.networks.depth_estimator import DepthEstimator, StandardisedConv2d
 from ldm_runtime.specs.networks import DepthEstimatorSpec
 from tests.export.sd_layout import SD2, FakeTensor, checkpoint
-from tests.export.small_spec import SPEC
+from tests.export.small_spec import DEPTH_ESTIMATOR, SPEC
 from tests.export.test_onnx_export import random_network, samples
 
 #: Of 512-depth-ema.
@@ -30,23 +30,10 @@ RELEASED = DepthEstimatorSpec(
     fusion_channels=256,
     head_channels=32,
 )
-#: Images of 64 by 64 pixels.
 SMALL = replace(
     SPEC.with_networks(
         unet=replace(SPEC.unet, in_channels=5),
-        depth_estimator=DepthEstimatorSpec(
-            image_channels=3,
-            stem_channels=32,
-            level_channels=(128, 128, 256),
-            bottleneck_channels=(32, 32, 64),
-            level_blocks=(1, 2, 1),
-            width=128,
-            num_heads=2,
-            feed_forward_dim=256,
-            grid=4,
-            fusion_channels=32,
-            head_channels=32,
-        ),
+        depth_estimator=DEPTH_ESTIMATOR,
     ),
     task="depth-to-image",
 )

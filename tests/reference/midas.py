@@ -12,22 +12,9 @@ from transformers import BitConfig, DPTConfig, DPTForDepthEstimation
 from ldm_export.networks.depth_estimator import DepthEstimator
 from ldm_runtime.specs.networks import DepthEstimatorSpec
 from tests.export.small_checkpoint import randomise
+from tests.export.small_spec import DEPTH_ESTIMATOR
 
 PREFIX = "depth_model.model."
-#: A grid of 4 by 4 tokens: images of 64 by 64 pixels.
-DEPTH_ESTIMATOR = DepthEstimatorSpec(
-    image_channels=3,
-    stem_channels=32,
-    level_channels=(128, 128, 256),
-    bottleneck_channels=(32, 32, 64),
-    level_blocks=(1, 2, 1),
-    width=128,
-    num_heads=2,
-    feed_forward_dim=256,
-    grid=4,
-    fusion_channels=32,
-    head_channels=32,
-)
 _HALVES = (
     ("backbone.levels.", "pretrained.model.patch_embed.backbone.stages."),
     ("backbone.", "pretrained.model.patch_embed.backbone."),

@@ -15,7 +15,8 @@ from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPi
 
 from ldm_runtime.conditioning.depth import resized
 from ldm_runtime.diagnostics.measures import max_relative_error
-from tests.reference.midas import DEPTH_ESTIMATOR, load_depth_estimator, midas_tensors
+from tests.export.small_spec import DEPTH_ESTIMATOR
+from tests.reference.midas import load_depth_estimator, midas_tensors
 from tests.reference.small_families import SD_2, open_folder_networks, open_networks, state_dict
 from tests.reference.test_families_reference import (
     COMMON,
