@@ -214,15 +214,18 @@ def openclip(prefix: str, component: str = "text_encoder") -> tuple[Assignment, 
 
 #: Beginning of the names of what adds noise to the embedding of an image.
 NOISE_AUGMENTOR_PREFIX = "noise_augmentor."
-IMAGE_ENCODER = (assignment("image_encoder", "embedder.model.visual."),)
+#: Beginning of the names of CLIP's image encoder.
+IMAGE_ENCODER_PREFIX = "embedder.model.visual."
+IMAGE_ENCODER = (assignment("image_encoder", IMAGE_ENCODER_PREFIX),)
 #: Beginning of the names of a tiny autoencoder, which any model may have in addition.
 TINY_AUTOENCODER_PREFIX = "tiny_autoencoder."
 TINY_DECODER = assignment("tiny_decoder", f"{TINY_AUTOENCODER_PREFIX}decoder.", "decoder.")
 BERT = (assignment("text_encoder", "cond_stage_model.transformer.", "transformer."),)
 CLASS_EMBEDDER = (assignment("class_embedder", "cond_stage_model.embedding.", "embedding."),)
-_MIDAS = "depth_model.model."
+#: Beginning of the names of a depth estimator.
+DEPTH_ESTIMATOR_PREFIX = "depth_model.model."
 DEPTH_ESTIMATOR = tuple(
-    assignment("depth_estimator", f"{_MIDAS}{theirs}", ours)
+    assignment("depth_estimator", f"{DEPTH_ESTIMATOR_PREFIX}{theirs}", ours)
     for theirs, ours in (
         ("pretrained.model.patch_embed.backbone.stages.", "backbone.levels."),  # codespell:ignore
         ("pretrained.model.patch_embed.backbone.", "backbone."),

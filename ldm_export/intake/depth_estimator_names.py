@@ -6,8 +6,7 @@ Source: `DPTForDepthEstimation` of transformers 5 and its `convert_dpt_hybrid_to
 import re
 from collections.abc import Iterable
 
-#: Beginning of the depth estimator's names in a single file.
-DEPTH_ESTIMATOR_PREFIX = "depth_model.model."
+from ldm_export.families.records import DEPTH_ESTIMATOR_PREFIX
 
 _BACKBONE = "pretrained.model.patch_embed.backbone."
 _SPELLINGS = tuple(

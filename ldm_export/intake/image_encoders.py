@@ -9,14 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 from ldm_export.checkpoint.stored_tensors import StoredTensor
-from ldm_export.families.records import NOISE_AUGMENTOR_PREFIX
+from ldm_export.families.records import IMAGE_ENCODER_PREFIX, NOISE_AUGMENTOR_PREFIX
 from ldm_export.intake.component import StoredComponent
 from ldm_export.intake.renaming import renamed
 from ldm_export.intake.statements import image_encoder_fields
 from ldm_export.intake.text_encoder_names import openclip_tensors
 
-#: Beginning of the names of an image encoder in a single file.
-_PLACE = "embedder.model.visual."
 _VISION_MODEL = "vision_model."
 _POSITIONS = "embeddings.position_ids"
 _OUTSIDE: Mapping[str, str] = MappingProxyType(
@@ -48,7 +46,7 @@ def image_encoder_of(
     """
     plain = {name.removeprefix(_VISION_MODEL): tensor for name, tensor in component.tensors.items()}
     plain.pop(_POSITIONS, None)
-    tensors, unknown = openclip_tensors(plain, _PLACE, _OUTSIDE)
+    tensors, unknown = openclip_tensors(plain, IMAGE_ENCODER_PREFIX, _OUTSIDE)
     renamed(component, "image encoder", dict.fromkeys(unknown))
     if component.config is None:
         return tensors, {}

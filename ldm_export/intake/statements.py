@@ -215,13 +215,9 @@ def text_encoder_fields(path: Path, entries: Entries, *, openclip: bool) -> dict
     Raises:
         CheckpointError: It is not one that is exported, or a value is impossible.
     """
-    _check(path, entries, _ENCODER)
-    activation = entries.get("hidden_act", "quick_gelu")
     expected = ("gelu",) if openclip else ("quick_gelu", "gelu")
-    if activation not in expected:
-        raise _unexpected(path, "hidden_act", activation, expected)
-    heads = _integers(path, "num_attention_heads", entries.get("num_attention_heads", 8))
-    return {"text_num_heads": heads[0], "text_activation": activation}
+    heads, activation = _encoder(path, {"num_attention_heads": 8, **entries}, expected)
+    return {"text_num_heads": heads, "text_activation": activation}
 
 
 def image_encoder_fields(path: Path, entries: Entries) -> dict[str, Any]:
@@ -230,12 +226,16 @@ def image_encoder_fields(path: Path, entries: Entries) -> dict[str, Any]:
     Raises:
         CheckpointError: It is not one that is exported, or a value is impossible.
     """
-    _check(path, entries, _ENCODER)
-    activation = entries.get("hidden_act", "quick_gelu")
-    if activation not in ("quick_gelu", "gelu"):
-        raise _unexpected(path, "hidden_act", activation, ("quick_gelu", "gelu"))
-    heads = _integers(path, "num_attention_heads", entries.get("num_attention_heads", 12))
-    return {"image_num_heads": heads[0], "image_activation": activation}
+    stated = {"num_attention_heads": 12, **entries}
+    heads, activation = _encoder(path, stated, ("quick_gelu", "gelu"))
+    return {"image_num_heads": heads, "image_activation": activation}
+
+
+def _encoder(path: Path, stated: Entries, activations: tuple[str, ...]) -> tuple[int, str]:
+    """Return the heads and the activation of one of CLIP's encoders."""
+    _check(path, stated, _ENCODER)
+    activation = _one_of(path, {"hidden_act": "quick_gelu", **stated}, "hidden_act", activations)
+    return _integers(path, "num_attention_heads", stated["num_attention_heads"])[0], activation
 
 
 def feature_extractor_fields(path: Path, entries: Entries) -> dict[str, Any]:
