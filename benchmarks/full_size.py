@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines_full_size import measure_bundle
+from export_full_size import write_checkpoint
 from ldm_runtime.backends.host_memory import available_bytes
 from ldm_runtime.errors import LdmError
 from measuring.rows import append_line, commit, machine
@@ -139,13 +140,6 @@ def measured_row(model: ReleasedModel, folder: Path | None, *, engines: bool) ->
     except (RuntimeError, LdmError, OSError) as error:
         row["failure"] = str(error)
     return row
-
-
-def write_checkpoint(path: Path, model: ReleasedModel) -> None:
-    """Write a random checkpoint; it loads torch, so do it in another process."""
-    from released import random_checkpoints
-
-    random_checkpoints.write_checkpoint(path, model)
 
 
 def _measure(model: ReleasedModel, place: Path, *, engines: bool) -> Row:

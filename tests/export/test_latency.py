@@ -325,10 +325,10 @@ def test_the_steps_of_an_export_add_up_to_its_time():
 def test_the_random_checkpoint_is_a_model_without_layers_at_zero(half, tmp_path):
     model = export_full_size.tiny(export_full_size.stable_diffusion_1())
     encoder = replace(model.networks["text_encoder"], num_layers=1)
-    model = replace(model, networks=model.networks.changed(text_encoder=encoder))
+    model = replace(model, half=half, networks=model.networks.changed(text_encoder=encoder))
     path = tmp_path / "random.ckpt"
 
-    export_full_size.write_checkpoint(path, model, half=half)
+    export_full_size.write_checkpoint(path, model)
 
     with open_checkpoint(path) as checkpoint:
         detection = detect(checkpoint.tensors, config=None, overrides=Overrides())
