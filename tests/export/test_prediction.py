@@ -5,19 +5,19 @@ import numpy as np
 import pytest
 
 from ldm_export import export
-from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.errors import ExportError
 from ldm_export.golden.prediction import NEAR, confirmed, measure_prediction
 from ldm_export.graphs.torch_engine import TorchEngine
-from ldm_export.networks.loading import build_network, load_network
-from ldm_export.source import ExportOptions, open_source
+from ldm_export.networks.loading import build_network
 from ldm_export.steps import vocabulary_of
 from ldm_runtime.bundle.manifest import PredictionRecord
 from ldm_runtime.specs.model import Assumption
 from ldm_runtime.testing import FakeEngine
+from models.shapes.catalog.variants import VARIANTS
 from tests.conftest import SHAPES_CHECKPOINT
 from tests.export.small_spec import SPEC
 from tests.export.small_systems import SMALL_SYSTEMS, small_system
+from tests.torch_generator import TorchGenerator
 
 FOLDER = SHAPES_CHECKPOINT.parent
 TRAINED = sorted(path.stem for path in FOLDER.glob("*.ckpt"))
@@ -51,7 +51,7 @@ def trained():
 
     def measure(name, target="v_prediction"):
         if name not in opened:
-            opened[name] = opened_model(FOLDER / f"{name}.ckpt")
+            opened[name] = opened_model(name)
         spec, networks = opened[name]
         known = {**networks, "unet": OtherTarget(networks["unet"], spec, target)}
         return measure_prediction(spec, vocabulary_of(spec), known.__getitem__, "key")
@@ -59,14 +59,11 @@ def trained():
     return measure
 
 
-def opened_model(path):
-    with open_checkpoint(path) as checkpoint:
-        source = open_source(ExportOptions(checkpoint=path, out=path), checkpoint, hashed=False)
-        networks = {
-            name: TorchEngine(name, load_network(name, source.spec, source.weights(name)))
-            for name in source.detection.weights
-        }
-    return source.spec, networks
+def opened_model(name):
+    """Open a model, if it is a UNet alone with the rest of the shapes model."""
+    rest = dict.fromkeys(("vae", "text_encoder"), SHAPES_CHECKPOINT) if name in VARIANTS else {}
+    model = TorchGenerator(FOLDER / f"{name}.ckpt", **rest)
+    return model.spec, model.networks
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -138,7 +135,7 @@ def test_outputs_that_say_nothing_or_are_no_numbers_are_undecided(value):
 
 @pytest.mark.parametrize(("factor", "warned"), [(1, False), (0.2, True), (5.5, True)])
 def test_latents_far_from_unit_variance_are_a_warning_with_their_spread(factor, warned, caplog):
-    spec, networks = opened_model(FOLDER / "unconditional.ckpt")
+    spec, networks = opened_model("unconditional")
     scaled = replace(
         spec.autoencoder, latent_scale_factor=factor * spec.autoencoder.latent_scale_factor
     )
