@@ -37,7 +37,7 @@ def edges(record):
 def values():
     texts = {"prompt", "negative_prompt"}
     pairs = ("original_size", "crop_top_left", "target_size")
-    files = {"image", "mask_image", "segmentation", "embeddings", "latents", *texts}
+    files = {"image", "mask_image", "segmentation", "depth_map", "embeddings", "latents", *texts}
     for name, record in FIELDS.items():
         if name not in {*files, *pairs, "layout", "outpaint", "sigmas", "guidance_interval"}:
             yield from ((name, value) for value in edges(record))
