@@ -68,14 +68,14 @@ def why_not(
     _bundle: Path | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
 ) -> str | None:
-    """Say why a bundle cannot run: without the package, the graphs or the precision."""
+    """Say why a bundle cannot run: without the graphs, the package or the precision."""
+    if reason := lacks_graph("openvino", "fp32", manifest):
+        return reason
     if not _is_installed():
         return (
             "backend 'openvino' needs the package 'openvino', which is not installed; "
             f"install {extra('openvino')}"
         )
-    if reason := lacks_graph("openvino", "fp32", manifest):
-        return reason
     from ldm_runtime.backends.openvino.library import has_bf16
 
     try:
