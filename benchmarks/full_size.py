@@ -1,4 +1,4 @@
-"""Measure every model of the latent-diffusion paper at its released size, with random weights.
+"""Measure released models at their full size, with random weights: the paper's, and SD 1 to SDXL.
 
     python benchmarks/full_size.py                  # all rows that are not there yet: hours
     python benchmarks/full_size.py --only bsr_sr    # one of them
@@ -8,8 +8,8 @@
 For each: write a checkpoint, export it with `ldm-export` in its own process, run the golden
 outputs again, run the fp16 graphs at full size, build TensorRT-RTX engines (no GPU needed). A row
 is appended to `results/full_size.jsonl` as soon as it is measured (`--smoke` needs `--results` for
-that), so that the command goes on where it was interrupted. The largest model takes 17 GB of disk
-until its row is there, and 11 GB of memory.
+that), so that the command goes on where it was interrupted. The largest model takes 28 GB of disk
+until its row is there, and 15 GB of memory.
 """
 
 import argparse
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results/full_size.jsonl"
 _PROBE = Path(__file__).parent / "released/full_size_probe.py"
-#: For every weight: of disk, a checkpoint in fp32, a bundle in fp16, an engine file and the files
-#: of its build; of memory, for writing a checkpoint and exporting its largest network.
-_DISK_A_WEIGHT, _MEMORY_A_WEIGHT = 10, 6
+#: Bytes for every weight, beside those of the checkpoint: of disk, a bundle in fp16, an engine file
+#: and the files of its build; of memory, for writing the checkpoint or exporting a network.
+_DISK_A_WEIGHT, _MEMORY_A_WEIGHT = 6, 2
 _SPARE_BYTES = 1_500_000_000
 #: Fields of a `ModelSpec` that must come back from the checkpoint as they went in.
 _HYPERPARAMETERS = ("task", "networks")
@@ -205,14 +205,15 @@ def _fault(row: Mapping[str, Any]) -> str | None:
 
 def _check_room(model: ReleasedModel, place: Path) -> None:
     weights = 1e6 * sum(model.parameters_millions)
+    checkpoint_bytes = (2 if model.half else 4) * weights
     free = shutil.disk_usage(place).free
-    if free < (wanted := _DISK_A_WEIGHT * weights + _SPARE_BYTES):
+    if free < (wanted := checkpoint_bytes + _DISK_A_WEIGHT * weights + _SPARE_BYTES):
         raise RuntimeError(
             f"{place.parent} has {free / 1e9:.0f} GB free, but this takes {wanted / 1e9:.0f} GB; "
             "give --folder another place"
         )
     available = available_bytes(swap=False)
-    if available < (wanted := _MEMORY_A_WEIGHT * weights + _SPARE_BYTES):
+    if available < (wanted := checkpoint_bytes + _MEMORY_A_WEIGHT * weights + _SPARE_BYTES):
         raise RuntimeError(
             f"{available / 1e9:.1f} GB of memory are free, but this takes {wanted / 1e9:.1f} GB; "
             "wait for other programs to end"

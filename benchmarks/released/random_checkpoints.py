@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ldm_export.families.records import DEPTH_ESTIMATOR
 from ldm_export.networks.loading import build_network
 from ldm_runtime.specs.model import ModelSpec, SamplingDefaults, components_of
 from ldm_runtime.specs.networks import AutoencoderSpec, TextEncoderSpec
@@ -71,13 +72,20 @@ def parameter_shapes(model: ReleasedModel) -> Iterator[tuple[str, tuple[int, ...
     """Yield names and shapes of a checkpoint's weights, with those that nothing uses."""
     spec = as_spec(model)
     for component in components_of(spec):
-        prefix = model.prefixes.get(component) or _prefix(component, spec)
         for name, parameter in build_network(component, spec).named_parameters():
-            yield prefix + name, tuple(parameter.shape)
+            yield _stored_name(component, name, model, spec), tuple(parameter.shape)
     encoder = spec.find(TextEncoderSpec)
     if encoder is not None and encoder.kind == "bert":
         yield from _unused_head(encoder)
     yield from model.unused.items()
+
+
+def _stored_name(component: str, name: str, model: ReleasedModel, spec: ModelSpec) -> str:
+    """Return what a checkpoint calls a network's parameter."""
+    if component == "depth_estimator":
+        row = next(each for each in DEPTH_ESTIMATOR if name.startswith(each.parameter_prefix))
+        return row.checkpoint_prefix + name.removeprefix(row.parameter_prefix)
+    return (model.prefixes.get(component) or _prefix(component, spec)) + name
 
 
 def _prefix(component: str, spec: ModelSpec) -> str:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ldm_runtime.specs.networks import ImageEncoderSpec, Networks
+from ldm_runtime.specs.networks import DepthEstimatorSpec, ImageEncoderSpec, Networks
 from ldm_runtime.testing import autoencoder_spec, text_encoder_spec, unet_spec
 from released.records import ReleasedModel
 
@@ -66,13 +66,14 @@ def _openclip(prefix: str, **unused: tuple[int, ...]) -> Mapping[str, tuple[int,
 def _stable_diffusion_2(
     name: str,
     prefixes: Mapping[str, str] = MappingProxyType({}),
+    unused: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     **fields: Any,  # noqa: ANN401
 ) -> ReleasedModel:
     """Return a row of a model with the text tower of OpenCLIP ViT-H/14."""
     return _stable_diffusion(
         name,
         prefixes={"text_encoder": "cond_stage_model.model.", **prefixes},
-        unused=_openclip("cond_stage_model.model.", text_projection=(1024, 1024)),
+        unused={**_openclip("cond_stage_model.model.", text_projection=(1024, 1024)), **unused},
         **fields,
     )
 
@@ -93,6 +94,19 @@ def _sdxl(name: str, *prefixes: str, **fields: Any) -> ReleasedModel:  # noqa: A
         **fields,
     )
 
+
+#: What DPT-Hybrid has and no depth depends on: its transformer's end and half of a fusion.
+_UNUSED_BY_MIDAS = {
+    "depth_model.model.pretrained.model.norm.weight": (768,),
+    "depth_model.model.pretrained.model.norm.bias": (768,),
+    "depth_model.model.pretrained.model.head.weight": (1000, 768),
+    "depth_model.model.pretrained.model.head.bias": (1000,),
+    **{
+        f"depth_model.model.scratch.refinenet4.resConfUnit1.conv{layer}.{kind}": shape
+        for layer in (1, 2)
+        for kind, shape in (("weight", (256, 256, 3, 3)), ("bias", (256,)))
+    },
+}
 
 _AUTOENCODER = autoencoder_spec()
 _SDXL_AUTOENCODER = autoencoder_spec(latent_scale_factor=0.13025)
@@ -125,6 +139,30 @@ _MODELS = (
         "v2-1_768-ema-pruned",
         parameters_millions=(865.91, 83.65, 354.03),
         networks=Networks(unet=_SD_2_UNET, autoencoder=_AUTOENCODER, text_encoder=_VIT_H),
+    ),
+    _stable_diffusion_2(
+        "512-depth-ema",
+        unused=_UNUSED_BY_MIDAS,
+        task="depth-to-image",
+        parameters_millions=(865.91, 83.65, 354.03 + 123.15),
+        networks=Networks(
+            unet=replace(_SD_2_UNET, in_channels=5),
+            autoencoder=_AUTOENCODER,
+            text_encoder=_VIT_H,
+            depth_estimator=DepthEstimatorSpec(
+                image_channels=3,
+                stem_channels=64,
+                level_channels=(256, 512, 1024),
+                bottleneck_channels=(64, 128, 256),
+                level_blocks=(3, 4, 9),
+                width=768,
+                num_heads=12,
+                feed_forward_dim=3072,
+                grid=24,
+                fusion_channels=256,
+                head_channels=32,
+            ),
+        ),
     ),
     _stable_diffusion_2(
         "x4-upscaler-ema",

@@ -20,7 +20,7 @@ from released.paper_models import PAPER_MODELS
 from released.released_models import MODELS
 
 HYPERPARAMETERS = ("task", "networks")
-_CONDITIONERS = ("cond_stage_model.", "conditioner.", "embedder.")
+_CONDITIONERS = ("cond_stage_model.", "conditioner.", "embedder.", "depth_model.")
 
 
 def millions(model):
