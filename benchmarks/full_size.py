@@ -135,20 +135,21 @@ def measured_row(model: ReleasedModel, folder: Path | None, *, engines: bool) ->
     try:
         with tempfile.TemporaryDirectory(prefix="ldm-full-size-", dir=folder) as place:
             _check_room(model, Path(place))
-            row |= _measure(model, Path(place), engines=engines)
+            _measure(row, model, Path(place), engines=engines)
             row["failure"] = _fault(row)
     except (RuntimeError, LdmError, OSError) as error:
         row["failure"] = str(error)
     return row
 
 
-def _measure(model: ReleasedModel, place: Path, *, engines: bool) -> Row:
+def _measure(row: Row, model: ReleasedModel, place: Path, *, engines: bool) -> None:
+    """Add what is measured to a row, part by part: what is there stays if a later one fails."""
     from ldm_runtime.bundle.manifest import load_manifest
 
     checkpoint, bundle = place / "random.ckpt", place / "engines"
     print("  writing a random checkpoint", file=sys.stderr, flush=True)
     run_apart(write_checkpoint, "writing the checkpoint", checkpoint, model)
-    row: Row = {"checkpoint_bytes": checkpoint.stat().st_size}
+    row["checkpoint_bytes"] = checkpoint.stat().st_size
     row["export"] = asdict(measure_export(checkpoint, bundle, "fp16"))
     checkpoint.unlink()
     row |= _of_manifest(load_manifest(bundle), model)
@@ -159,7 +160,6 @@ def _measure(model: ReleasedModel, place: Path, *, engines: bool) -> Row:
     if engines:
         print("  engines", file=sys.stderr, flush=True)
         row |= _engines(bundle, place)
-    return row
 
 
 def _of_manifest(manifest: "Manifest", model: ReleasedModel) -> Row:

@@ -1,14 +1,17 @@
 """The steps of an export: the files that each writes, and their sources."""
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from torch import nn
 
+from ldm_export.errors import PrecisionError
 from ldm_export.golden.outputs import golden_folders, write_golden
 from ldm_export.golden.prediction import measure_prediction
 from ldm_export.golden.preview import PAIRS_FILE, fit_preview, write_pairs
@@ -21,14 +24,19 @@ from ldm_export.graphs.onnx_export import (
     sample_inputs,
     write_graphs,
 )
-from ldm_export.graphs.parity import Sample
+from ldm_export.graphs.parity import Sample, check_rounding
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import load_network
 from ldm_export.source import Source
 from ldm_export.workspace import ExportStep
 from ldm_runtime.backends.contract import Tensors
-from ldm_runtime.bundle.manifest import ComponentRecord, PredictionRecord, PreviewRecord
+from ldm_runtime.bundle.manifest import (
+    ComponentRecord,
+    PredictionRecord,
+    PreviewRecord,
+    WeightsDType,
+)
 from ldm_runtime.diagnostics.dependence import warn_of_ignored_inputs
 from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
 from ldm_runtime.requests.request_json import request_to_json
@@ -47,6 +55,8 @@ _VOCABULARY_FILES: Mapping[str, str] = MappingProxyType(
     }
 )
 _ENCODER = "vae_encoder"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Fit:
@@ -159,11 +169,10 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
     _write_golden_component(folder / f"golden/components/{name}.npz", inputs[0][1], expected[0])
     if name == _ENCODER:
         write_pairs(place / PAIRS_FILE, engine, source.spec)
-    changed = round_stored(network, source.options.weights_dtype)
-    stored = [engine.run(arrays) for _, arrays in inputs] if changed else expected
-    options = source.options
-    variants = VARIANTS if options.fp16 else VARIANTS[:1]
-    graphs = write_graphs(name, network, source.spec, place, options.weights_dtype, variants)
+    arrays_only = [arrays for _, arrays in inputs]
+    network, dtype, stored = _as_stored(name, source, network, arrays_only, expected)
+    variants = VARIANTS if source.options.fp16 else VARIANTS[:1]
+    graphs = write_graphs(name, network, source.spec, place, dtype, variants)
     del network, engine
     give_back_memory()  # torch's copy of the weights goes before ONNX Runtime reads its own
     samples = [
@@ -182,6 +191,39 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
         parity=measured.parity,
         key=source.key(name),
     )
+
+
+def _as_stored(
+    name: str,
+    source: Source,
+    network: nn.Module,
+    inputs: Sequence[Tensors],
+    expected: Sequence[Tensors],
+) -> tuple[nn.Module, WeightsDType, Sequence[Tensors]]:
+    """Return a network as the bundle stores it, the type of its weights, and its outputs.
+
+    Its weights are rounded in place; where fp16 cannot hold them, all of them stay in fp32.
+
+    Args:
+        name: The component.
+        source: The checkpoint.
+        network: The component with the checkpoint's own weights.
+        inputs: Sets of inputs …
+        expected: … and the network's outputs for them.
+    """
+    dtype = source.options.weights_dtype
+    try:
+        changed = round_stored(network, dtype)
+        outputs = expected
+        if changed:
+            engine = TorchEngine(name, network)
+            outputs = [engine.run(arrays) for arrays in inputs]
+            check_rounding(name, expected, outputs)
+    except PrecisionError as error:
+        _LOGGER.warning("%s; the weights of the %s are stored in fp32", error, name)
+        exact = load_network(name, source.spec, source.weights(name))
+        return exact, "float32", expected
+    return network, dtype, outputs
 
 
 def _write_golden_component(path: Path, inputs: Tensors, outputs: Tensors) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ldm_runtime.backends import BackendName, get_backend
 from ldm_runtime.backends.contract import Precision, RunOptions
+from ldm_runtime.backends.turns import Turns
 from ldm_runtime.bundle.manifest import PreviewRecord
 from ldm_runtime.closing import Closing
 from ldm_runtime.conditioning import conditioning_components
@@ -79,6 +80,9 @@ class Generator(Closing):
             default of 1 bounds memory, costs a CPU little, and makes every image independent of
             how many were asked for to the last bit, which larger batches promise only as far as
             the backend is batch-invariant.
+        low_memory: Whether one network at a time is in memory: each is opened when it runs, and
+            closed when another one is to run, which costs a request the time to open them. The
+            images are the same. Threads that share the generator wait for each other.
         check_hashes: Whether to compare the files with the manifest's hashes, not only sizes.
         sha256: Hash that `manifest.json` must have, as `ldm inspect` prints it; since that file has
             the hashes of all others, it pins the whole bundle. None takes any bundle.
@@ -105,6 +109,7 @@ class Generator(Closing):
         precision: Precision | None = None,
         threads: int | None = None,
         batch_size: int | None = None,
+        low_memory: bool = False,
         check_hashes: bool = True,
         sha256: str | None = None,
         trust_engines: bool = False,
@@ -125,6 +130,7 @@ class Generator(Closing):
             check_hashes=check_hashes,
             options=options,
             textual_inversions=textual_inversions or {},
+            turns=Turns() if low_memory else None,
         )
         opened = open_bundle(bundle, opening, sha256=sha256)
         self._refiner = None if refiner is None else open_bundle(refiner, opening)
@@ -330,7 +336,12 @@ class Generator(Closing):
         return [name for name in components_of(self.spec) if name not in waits]
 
     def _open_networks(self) -> None:
-        """Open the networks that requests take; a refiner's wait until it has steps to make."""
+        """Open the networks that requests take; a refiner's wait until it has steps to make.
+
+        Where networks take turns in memory, each waits until it runs.
+        """
+        if self._network.takes_turns:
+            return
         with ExitStack() as opened:
             opened.push(self._network)
             for name in self._needed_components():

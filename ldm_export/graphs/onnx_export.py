@@ -28,7 +28,7 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import rewrite
 from torch import nn
 
-from ldm_export.errors import ExportError
+from ldm_export.errors import ExportError, PrecisionError
 from ldm_export.graphs.parity import SampleSize
 from ldm_export.graphs.passes import (
     AssignPrecision,
@@ -108,7 +108,7 @@ def round_stored(network: nn.Module, dtype: WeightsDType) -> bool:
     """Round a network's weights to the stored type, in place; return whether any changed.
 
     Raises:
-        ExportError: A weight is beyond the range of `dtype`.
+        PrecisionError: A weight is beyond the range of `dtype`; those before it are rounded.
     """
     changed = False
     if dtype == "float16":
@@ -116,9 +116,9 @@ def round_stored(network: nn.Module, dtype: WeightsDType) -> bool:
             if parameter.nbytes > INLINE_BYTES and name not in FP32_WEIGHTS:
                 rounded = parameter.data.half()
                 if rounded.isinf().any():
-                    raise ExportError(
+                    raise PrecisionError(
                         f"weight {name!r} reaches {parameter.data.abs().max():.3g}, beyond the "
-                        "range of float16; store the weights with --weights-dtype fp32"
+                        "range of float16"
                     )
                 changed |= bool((rounded != parameter.data).any())
                 parameter.data.copy_(rounded)

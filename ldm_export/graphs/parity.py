@@ -85,6 +85,30 @@ def measure(
     return tuple(records)
 
 
+def check_rounding(name: str, expected: Sequence[Tensors], stored: Sequence[Tensors]) -> None:
+    """Check that a network's outputs survive the rounding of its weights.
+
+    Args:
+        name: The component.
+        expected: Torch's outputs over the checkpoint's own weights, for every set of inputs.
+        stored: Those over the rounded weights.
+
+    Raises:
+        PrecisionError: They differ by so much that no graph over these weights could pass.
+    """
+    worst = max(
+        relative_l2(rounded[output], array)
+        for wanted, rounded in zip(expected, stored, strict=True)
+        for output, array in wanted.items()
+    )
+    bound = MAX_RELATIVE_L2 - MAX_RELATIVE_ERROR  # a graph has an error of its own
+    if not worst <= bound:  # NaN is above every bound
+        raise PrecisionError(
+            f"rounding the weights of {name} to fp16 changes what it computes: relative L2 error "
+            f"{worst:.2e}, more than {bound:.0e}"
+        )
+
+
 def _parity(
     variant: GraphVariant, reference: str, sample: Sample, outputs: Tensors
 ) -> ParityRecord:
@@ -107,8 +131,6 @@ def _check_bound(name: str, record: ParityRecord) -> None:
     else:
         measured, value, bound = "relative L2 error", record.relative_l2, MAX_RELATIVE_L2
         advice = "these weights lose too much in fp16"
-        if record.variant == "fp32":
-            advice += "; store them with --weights-dtype fp32"
     if value <= bound:  # NaN is above every bound
         return
     kind = PrecisionError if record.variant == "fp16" else ExportError

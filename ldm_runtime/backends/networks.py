@@ -5,12 +5,14 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from weakref import WeakSet
 
 import numpy as np
 
 from ldm_runtime.backends.contract import Engine, Runner, Tensors, bind_constants
+from ldm_runtime.backends.turns import TakingTurns, Turns
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 
@@ -59,14 +61,22 @@ class OpenNetworks(Closing):
         owner: What holds the networks, for error messages.
         survives_fork: Whether a forked process can open engines; with CUDA it cannot, nor with
             OpenVINO.
+        turns: Given, one network at a time is in memory, of all bundles that share it: each is
+            opened when it runs, and closed when another one is to run.
     """
 
     def __init__(
-        self, open_engine: Callable[[str], Engine], owner: str, *, survives_fork: bool
+        self,
+        open_engine: Callable[[str], Engine],
+        owner: str,
+        *,
+        survives_fork: bool,
+        turns: Turns | None = None,
     ) -> None:
         self._open_engine = open_engine
         self._owner = owner
         self._survives_fork = survives_fork
+        self._turns = turns
         self._is_forked = False
         self._closed = False
         self._start()
@@ -80,16 +90,34 @@ class OpenNetworks(Closing):
             BundleError: A file of it is missing or altered.
         """
         with self._lock:
-            if self._closed:
-                raise BackendError(f"{self._owner} is closed; open it again")
-            if self._is_forked and not self._survives_fork:
-                raise BackendError(
-                    f"{self._owner} was opened before this process was forked, and its backend "
-                    "does not follow a fork; open it in every process, or start them by spawning"
+            self._check_usable()
+            if self._turns is not None:
+                open_engine = partial(self._open_now, name)
+                runner = TakingTurns(
+                    turns=self._turns, key=(id(self), name), open_engine=open_engine
                 )
+                return FiniteOutputs(name=name, runner=runner)
             if name not in self._opened:
                 self._opened[name] = self._engines.enter_context(self._open_engine(name))
             return FiniteOutputs(name=name, runner=self._opened[name])
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise BackendError(f"{self._owner} is closed; open it again")
+        if self._is_forked and not self._survives_fork:
+            raise BackendError(
+                f"{self._owner} was opened before this process was forked, and its backend "
+                "does not follow a fork; open it in every process, or start them by spawning"
+            )
+
+    def _open_now(self, name: str) -> Engine:
+        self._check_usable()  # it may have been closed since the network was asked for
+        return self._open_engine(name)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether each is opened when it runs, and closed when another one is to run."""
+        return self._turns is not None
 
     @property
     def is_closed(self) -> bool:
@@ -101,6 +129,8 @@ class OpenNetworks(Closing):
         with self._lock:
             self._closed = True
         self._engines.close()
+        if self._turns is not None:
+            self._turns.close()
 
     def _start(self) -> None:
         self._lock = Lock()
@@ -112,6 +142,8 @@ class OpenNetworks(Closing):
         for inherited in (self._engines, self._opened):
             # A reference that is never dropped, or the destructors would run at the latest on exit.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+        if self._turns is not None:
+            self._turns.abandon()
         self._is_forked = True
         self._start()
 

@@ -32,6 +32,11 @@ def build_parser() -> Parser:
     add_generate_arguments(generating)
     engine = generating.add_argument_group("Engine")
     add_backend_arguments(engine)
+    engine.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="hold one network at a time in memory: slower to start, the same images",
+    )
     add_trust_arguments(engine)
     generating.set_defaults(run=generate)
     verifying = commands.add_parser("verify", help="compare this machine's images with torch's")

@@ -70,6 +70,7 @@ def generate(args: argparse.Namespace) -> int:
         backend=args.backend,
         precision=args.precision,
         threads=args.threads,
+        low_memory=args.low_memory,
         sha256=args.sha256,
         trust_engines=args.trust_engines,
         textual_inversions=given_inversions(args),

@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm_runtime.backends import BackendName, choose_backend, get_backend
 from ldm_runtime.backends.contract import Engine, EngineSource, RunOptions, SharedResources
 from ldm_runtime.backends.networks import OpenNetworks
+from ldm_runtime.backends.turns import Turns
 from ldm_runtime.bundle.files import checked_file, sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from ldm_runtime.conditioning import open_tokenizer
@@ -27,6 +28,7 @@ class OpeningOptions:
     check_hashes: bool
     options: RunOptions
     textual_inversions: Mapping[str, FileInput] = field(default_factory=dict)
+    turns: Turns | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +98,8 @@ def _networks(
         return module.open_engine(source(component=manifest.component(name)))
 
     owner = f"the generator of {folder}"
-    return OpenNetworks(open_engine, owner, survives_fork=module.ABILITIES.survives_fork)
+    follows = module.ABILITIES.survives_fork
+    return OpenNetworks(open_engine, owner, survives_fork=follows, turns=options.turns)
 
 
 def _tokenizer(folder: Path, manifest: Manifest, options: OpeningOptions) -> Tokenizer | None:

@@ -1,6 +1,7 @@
 """Networks that half precision cannot hold, and bundles that do without it."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from ldm_export import steps
 from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
-from ldm_export.graphs.parity import MAX_RELATIVE_L2
+from ldm_export.graphs.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2
 from ldm_export.graphs.precision import FP32_ISLANDS, WHOLE_NETWORK
 from ldm_export.source import ExportOptions, open_source
 from ldm_runtime.backends.onnxruntime.tensorrt import PROVIDER, provider_for
@@ -84,6 +85,44 @@ def test_a_decoder_beyond_half_precision_is_exported_in_fp32_with_one_warning(bu
     assert of_gpus
     assert max(of_gpus) <= MAX_RELATIVE_L2
     assert provider_for(record).options["trt_fp16_enable"] == "0"
+
+
+def hide(decoder):
+    """Give a decoder weights that fp16 rounds to zero, after larger ones: it computes the same."""
+    decoder.post_quant_conv.weight[0] *= 1e6
+    decoder.post_quant_conv.bias[0] *= 1e6
+    decoder.decoder.conv_in.weight[:, 0] /= 1e6
+
+
+def enlarge(decoder):
+    """Give a decoder weights beyond fp16, before smaller ones: it computes the same."""
+    attention = decoder.decoder.mid.attn_1
+    for parameter in attention.v.parameters():
+        parameter *= 1e6
+    attention.proj_out.weight /= 1e6
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hide, "rounding the weights of vae_decoder to fp16 changes what it computes"),
+        (enlarge, r"weight '.*attn_1.v.weight' reaches .*, beyond the range of float16"),
+    ],
+)
+def test_weights_that_fp16_cannot_hold_are_stored_in_fp32_with_one_warning(
+    build, change, reason, caplog
+):
+    networks = random_networks()
+    change(networks.vae_decoder)
+
+    with caplog.at_level(logging.WARNING):
+        record, folder = build(networks, fp16=False)
+
+    (warning,) = [each.message for each in caplog.records if each.name == "ldm_export.steps"]
+    assert re.search(f"{reason}.*; the weights of the vae_decoder are stored in fp32", warning)
+    weights = sum(each.nbytes for each in networks.vae_decoder.parameters())
+    assert (folder / "weights.bin").stat().st_size > 0.9 * weights
+    assert max(each.max_relative_error for each in record.parity) < MAX_RELATIVE_ERROR
 
 
 def test_a_decoder_within_half_precision_has_an_fp16_graph(build):
