@@ -81,6 +81,19 @@ def _add_bundle_flags(parser: Parser) -> None:
         "else TensorRT-RTX if it is installed, else none)",
     )
     parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="write the outermost blocks of the UNet as a graph of their own as well, which "
+        "requests with --reuse take",
+    )
+    parser.add_argument(
+        "--reuse-blocks",
+        type=int,
+        metavar="N",
+        help="--reuse with that many blocks of either half of the UNet (default: all of the first "
+        "level)",
+    )
+    parser.add_argument(
         "--no-fp16",
         dest="fp16",
         action="store_false",
@@ -296,6 +309,9 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
             width=args.width,
             label_names=None if args.label_names is None else _label_names(args.label_names),
             ignore=tuple(args.ignore),
+            reuse=args.reuse_blocks
+            if args.reuse_blocks is not None
+            else ("default" if args.reuse else None),
         ),
         weights_dtype="float32" if args.weights_dtype == "fp32" else "float16",
         replace=args.replace,

@@ -330,9 +330,11 @@ class Generator(Closing):
     def _needed_components(self) -> list[str]:
         """Return the networks that requests take; others wait until one asks for them.
 
-        Those are the image encoder, mostly, and a tiny decoder.
+        Those are the image encoder, mostly, a tiny decoder, and a UNet's outermost blocks alone.
         """
-        waits = {"vae_encoder", "tiny_decoder"}.difference(conditioning_components(self.spec))
+        waits = {"vae_encoder", "tiny_decoder", "unet_shallow"}.difference(
+            conditioning_components(self.spec)
+        )
         return [name for name in components_of(self.spec) if name not in waits]
 
     def _open_networks(self) -> None:

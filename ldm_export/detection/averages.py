@@ -69,7 +69,7 @@ def warn_of_averages(tensors: Tensors, used: Mapping[str, Mapping[str, str]]) ->
         used: Per component, checkpoint tensor name by network parameter name.
     """
     names = (name for component in used.values() for name in component.values())
-    averages = [name for name in names if name.startswith(EMA_PREFIX)]
+    averages = [name for name in dict.fromkeys(names) if name.startswith(EMA_PREFIX)]
     if not averages:
         return
     found = compare_averages(tensors, averages)

@@ -22,6 +22,7 @@ from ldm_export.detection.ignored_tensors import Ignored, ignored_by, ignored_no
 from ldm_export.detection.match import match_family
 from ldm_export.detection.overrides import Overrides, Sources, first_stated
 from ldm_export.detection.own_sections import SamplingFields
+from ldm_export.detection.shallow_unet import shallow_weights
 from ldm_export.detection.spec import read_spec
 from ldm_export.detection.weight_assignment import assigned_weights
 from ldm_export.errors import ExportError, WeightsError
@@ -119,7 +120,7 @@ def detect(
     siblings = frozenset(family_defaults.siblings) if _is_open(spec) else frozenset()
     return Detection(
         spec=spec,
-        weights=assignment.weights,
+        weights={**assignment.weights, **shallow_weights(assignment.weights, spec)},
         unused=unused,
         ignored=ignored,
         siblings=siblings,
@@ -191,7 +192,7 @@ def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
     """Check that flags are about features that this checkpoint has."""
     unneeded = []
     if family_defaults.task == "autoencoder":
-        unneeded += ["num_heads", "num_head_channels", "prediction_type", "preset"]
+        unneeded += ["num_heads", "num_head_channels", "prediction_type", "preset", "reuse"]
     if family_defaults.task != "class-to-image":
         unneeded += ["null_class"]
     if family_defaults.task not in ("class-to-image", "layout-to-image", "semantic-synthesis"):

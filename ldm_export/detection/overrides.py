@@ -1,7 +1,7 @@
 """The precedence of what no shape tells: flag, configuration, the file itself, family defaults."""
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.compvis_config import ConfigFields
@@ -28,6 +28,8 @@ class Overrides:
         preset: Name of the settings of a distilled model, in `ldm_runtime.requests.presets`.
         label_names: Names of labels 0, 1, … of a model of classes, layouts or segmentation maps.
         ignore: Shell patterns over the names of tensors that are left out.
+        reuse: Outermost blocks of the UNet that become a graph of their own, for feature reuse;
+            "default" is `default_shallow_blocks`, and None is without that graph.
     """
 
     weights: WeightsChoice | None = None
@@ -41,6 +43,7 @@ class Overrides:
     preset: str | None = None
     label_names: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
+    reuse: int | Literal["default"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from ldm_export.detection.noise_schedule import (
 )
 from ldm_export.detection.overrides import Overrides, Sources, assumed, first_stated
 from ldm_export.detection.sampling_defaults import read_defaults
+from ldm_export.detection.shallow_unet import with_shallow_graph
 from ldm_export.detection.weight_assignment import WeightAssignment, component_shapes
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
@@ -144,7 +145,7 @@ def _unet(sources: Sources, shapes: dict[str, Shapes], notes: _Notes) -> UNetSpe
     )
     field = "num_heads" if num_heads else "num_head_channels"
     notes.append(assumed(f"unet.{field}", num_heads or num_head_channels, source))
-    return unet
+    return with_shallow_graph(unet, sources.flags.reuse)
 
 
 def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:

@@ -68,6 +68,7 @@ def read_unet(
         guidance_dim=_columns(shapes, "time_embedding.cond_proj.weight"),
         scale_shift_norm=_scale_shift_norm(shapes),
         resblock_updown=resampling == "residual blocks",
+        shallow_blocks=None,
     )
 
 

@@ -18,7 +18,7 @@ from ldm_export.networks.conditioners import ClassEmbedder, SpatialRescaler
 from ldm_export.networks.depth_estimator import DepthEstimator
 from ldm_export.networks.openclip import ClipImageEncoder, OpenClipTextEncoder
 from ldm_export.networks.tiny_autoencoder import TinyDecoder
-from ldm_export.networks.unet import UNet
+from ldm_export.networks.unet import ShallowUNet, UNet
 from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import (
@@ -48,7 +48,7 @@ class Weight(Protocol):
         ...
 
 
-#: The torch module of every kind of network except the autoencoder, by the class of its record.
+#: The torch module of every kind of network that is one component, by the class of its record.
 _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyType(
     {
         TextEncoderSpec: lambda record: _TEXT_ENCODERS[record.kind](record),
@@ -56,11 +56,14 @@ _MODULES: Mapping[type[NetworkSpec], Callable[[Any], nn.Module]] = MappingProxyT
         ClassEmbedderSpec: ClassEmbedder,
         SegmentationEncoderSpec: SpatialRescaler,
         DepthEstimatorSpec: DepthEstimator,
-        UNetSpec: UNet,
     }
 )
 _TEXT_ENCODERS: Mapping[str, Callable[[TextEncoderSpec], nn.Module]] = MappingProxyType(
     {"clip": ClipTextEncoder, "openclip": OpenClipTextEncoder, "bert": BertTextEncoder}
+)
+#: The modules of a UNet, by component: the whole, and its outermost blocks.
+_UNETS: Mapping[str, Callable[[UNetSpec], nn.Module]] = MappingProxyType(
+    {"unet": UNet, "unet_shallow": ShallowUNet}
 )
 #: The modules of an autoencoder's two halves, by role; of a tiny one, its decoder alone.
 _HALVES: Mapping[str, Callable[[AutoencoderSpec], nn.Module]] = MappingProxyType(
@@ -79,6 +82,8 @@ def build_network(component: str, spec: ModelSpec) -> nn.Module:
         if isinstance(record, AutoencoderSpec):
             halves = _TINY_HALVES if record.kind == "tiny" else _HALVES
             network = halves[row.role](record)
+        elif isinstance(record, UNetSpec):
+            network = _UNETS[component](record)
         else:
             network = _MODULES[row.record](record)
     return network.eval().requires_grad_(False)

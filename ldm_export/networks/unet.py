@@ -68,7 +68,7 @@ class UNet(nn.Module):
         vector: Tensor | None = None,
         class_labels: Tensor | None = None,
         guidance: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict from noisy latents.
 
         Args:
@@ -81,28 +81,48 @@ class UNet(nn.Module):
             guidance: Features of the guidance scale (B, guidance_dim), or None for a UNet without.
 
         Returns:
-            Prediction (B, out_channels, h, w).
+            Prediction (B, out_channels, h, w), and with `spec.shallow_blocks` the deep features
+            (B, deep_channels, h, w) that enter as many output blocks, the last ones.
         """
         assert (context is None) == (self.spec.context_dim is None)
+        features = timestep_embedding(timesteps, self.spec.model_channels).to(latents.dtype)
+        embedding = self._embed(features, vector, class_labels, guidance)
+        hidden, skips = self._down(latents, embedding, context)
+        hidden = self.middle_block(hidden, embedding, context)
+        deep = hidden
+        for block in self.output_blocks:
+            if len(skips) == self.spec.shallow_blocks:
+                deep = hidden
+            hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding, context)
+        prediction: Tensor = self.out(hidden)
+        return prediction if self.spec.shallow_blocks is None else (prediction, deep)
+
+    def _embed(
+        self,
+        features: Tensor,
+        vector: Tensor | None,
+        class_labels: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """Return the embedding of a timestep's features, vector or class, and guidance scale."""
         assert (vector is None) == (self.spec.vector_dim is None)
         assert (class_labels is None) == (self.spec.num_classes is None)
         assert (guidance is None) == (self.spec.guidance_dim is None)
-        features = timestep_embedding(timesteps, self.spec.model_channels).to(latents.dtype)
         if guidance is not None:
             features = features + self.time_embedding["cond_proj"](guidance)
-        embedding = self.time_embed(features)
+        embedding: Tensor = self.time_embed(features)
         label = class_labels if vector is None else vector
-        if label is not None:
-            embedding = embedding + self.label_emb(label)
+        return embedding if label is None else embedding + self.label_emb(label)
+
+    def _down(
+        self, latents: Tensor, embedding: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the features after the way down, and those that are skipped to the way up."""
         hidden, skips = latents, []
         for block in self.input_blocks:
             hidden = block(hidden, embedding, context)
             skips.append(hidden)
-        hidden = self.middle_block(hidden, embedding, context)
-        for block in self.output_blocks:
-            hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding, context)
-        prediction: Tensor = self.out(hidden)
-        return prediction
+        return hidden, skips
 
     def _encoder(self) -> tuple[nn.ModuleList, list[int]]:
         spec, channels = self.spec, self.spec.model_channels
@@ -167,3 +187,57 @@ class UNet(nn.Module):
             return [AttentionBlock(self.spec, channels)]
         to_itself = level not in self.spec.cross_attention_only
         return [SpatialTransformer(self.spec, channels, depth, to_itself=to_itself)]
+
+
+class ShallowUNet(UNet):
+    """The outermost blocks of a UNet, which take what is between them from an earlier call.
+
+    Deep features change slowly from step to step of sampling, so that one call of the whole UNet
+    serves several steps. Parameters have the names that they have in the whole.
+
+    Source: Ma et al. 2023, DeepCache (arXiv:2312.00858).
+    """
+
+    def __init__(self, spec: UNetSpec) -> None:
+        super().__init__(spec)
+        assert spec.shallow_blocks is not None, "the component of a UNet that has a shallow graph"
+        del self.middle_block
+        self.input_blocks = self.input_blocks[: spec.shallow_blocks]
+        last = dict(list(self.output_blocks.named_children())[-spec.shallow_blocks :])
+        self.output_blocks = nn.ModuleDict(last)  # type: ignore[assignment]  # numbered as before
+
+    def forward(  # noqa: PLR0913  (the inputs of the graph, in their order)
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        vector: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        guidance: Tensor | None = None,
+        deep_features: Tensor | None = None,
+    ) -> Tensor:
+        """Predict from noisy latents and deep features.
+
+        Args:
+            latents: As for `UNet.forward`, and likewise `timesteps`, `vector`, `class_labels` and
+                `guidance`.
+            timesteps: (B,).
+            context: (B, T, context_dim), or None if none of these blocks attends to it.
+            vector: (B, vector_dim), or None.
+            class_labels: (B,), or None.
+            guidance: (B, guidance_dim), or None.
+            deep_features: (B, deep_channels, h, w), from a call of the whole.
+
+        Returns:
+            Prediction (B, out_channels, h, w).
+        """
+        assert deep_features is not None, "the last input of the graph"
+        assert (context is None) == (self.spec.shallow_context_dim is None)
+        features = timestep_embedding(timesteps, self.spec.model_channels).to(latents.dtype)
+        embedding = self._embed(features, vector, class_labels, guidance)
+        _, skips = self._down(latents, embedding, context)
+        hidden = deep_features
+        for block in self.output_blocks.children():
+            hidden = block(torch.cat([hidden, skips.pop()], dim=1), embedding, context)
+        prediction: Tensor = self.out(hidden)
+        return prediction

@@ -21,7 +21,7 @@ from ldm_runtime.specs.networks import Networks
 from ldm_runtime.specs.plausible import implausible_fields
 from ldm_runtime.specs.tasks import takes_prompts
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 MANIFEST_NAME = "manifest.json"
 _MAX_BYTES = 16 << 20
 

@@ -15,6 +15,7 @@ from ldm_runtime.conditioning import used_inversions
 from ldm_runtime.latents.previews import preview_image
 from ldm_runtime.pipeline.batching import SharedRunner, in_order, run_together
 from ldm_runtime.pipeline.deadline import Deadline
+from ldm_runtime.pipeline.feature_reuse import open_unet
 from ldm_runtime.pipeline.open_model import OpenModel
 from ldm_runtime.pipeline.passes import (
     GeneratedImages,
@@ -154,10 +155,10 @@ class ImagePipeline:
             advance = partial(pass_run.send, last.latents)
 
     def _sample(self, wanted: Pass, shared: Callable[[Runner], Runner]) -> Iterator[Step]:
-        unet, refiner = shared(self.model.network("unet")), wanted.refiner
-        if refiner is not None:
-            open_unet = refiner.open_unet
-            refiner = replace(refiner, open_unet=lambda: shared(open_unet()))
+        reuse, refiner = wanted.request.reuse, wanted.refiner
+        unet = open_unet(self.model, reuse, shared)
+        if refiner is not None and self.refiner is not None:
+            refiner = replace(refiner, open_unet=partial(open_unet, self.refiner, reuse, shared))
         for step in sample_latents(
             *(unet, wanted.conditioning, wanted.request, self.model.spec),
             images=wanted.images,

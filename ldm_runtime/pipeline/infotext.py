@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ldm_runtime.requests.resolved import NoImage, PromptCondition, Refiner, ResolvedRequest
+from ldm_runtime.requests.resolved import (
+    NoImage,
+    NoReuse,
+    PromptCondition,
+    Refiner,
+    ResolvedRequest,
+)
 from ldm_runtime.requests.sampler_names import known_sampler, known_schedule
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
@@ -213,6 +219,8 @@ def _optional_values(request: ResolvedRequest) -> dict[str, object]:
     labels = {name: label for label, name in _NOISES.items() if label != "NV"}
     if request.noise != _NOISES["GPU"]:
         values["RNG"] = labels.get(request.noise, request.noise)
+    if not isinstance(request.reuse, NoReuse):
+        values["Feature reuse"] = request.reuse.rule
     return values
 
 
@@ -324,6 +332,7 @@ _READERS: Mapping[str, Callable[[str], dict[str, Any]]] = MappingProxyType(
         "Clip skip": lambda value: {"clip_skip": max(int(value) - 1, 0)},
         "RNG": lambda value: {"noise": _NOISES[value]},
         "Hires upscale": _number("hires_scale"),
+        "Feature reuse": lambda value: {"reuse": value},
     }
 )
 

@@ -59,6 +59,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "vae_tile_size": "tile_size",
         "crops_coords_top_left": "crop_top_left",
         "refiner_switch_at": "refiner_start",
+        "cache_interval": "reuse",
         "label": "class_label",
         "class_labels": "class_label",
         "boxes": "layout",

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -38,6 +39,14 @@ def text(name: str, value: object) -> str:
             name, f"is not valid Unicode at character {error.start}; was it typed in UTF-8?"
         ) from error
     return value
+
+
+def text_like(name: str, value: object, *, pattern: str, hint: str) -> str:
+    """Accept text of a form."""
+    found = text(name, value)
+    if re.fullmatch(pattern, found) is None:
+        raise RequestError(name, f"is {shown(found)}; {hint}")
+    return found
 
 
 # NumPy's numbers are welcome and become Python's, so that records compare and encode.

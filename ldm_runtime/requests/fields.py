@@ -36,6 +36,7 @@ def about(
     low: float | None = None,
     high: float | None = None,
     choices: Sequence[str] = (),
+    pattern: str = "",
     **extra: object,
 ) -> msgspec.Meta:
     """Describe a field of a request, for `typing.Annotated`.
@@ -46,16 +47,19 @@ def about(
         low: Lowest value.
         high: Highest value.
         choices: All values there are.
+        pattern: Regular expression of the whole text, of a field of text that has a form.
         extra: `metavar`, `flags` in addition to its name, an `example` of its use, a `hint` for
             values out of range, `none_is_empty` for text that None leaves empty, and `or_name` for
             numbers that have names.
     """
     null = {"type": ["string", "null"]} if extra.get("none_is_empty") else {}
-    schema = _bounds_schema(low, high) | null
+    form = {"pattern": f"^({pattern})$"} if pattern else {}
+    schema = _bounds_schema(low, high) | null | form
+    bounds = {"low": low, "high": high, "choices": tuple(choices), "pattern": pattern}
     return msgspec.Meta(
         description=text,
         extra_json_schema=schema or None,
-        extra={"group": group, "low": low, "high": high, "choices": tuple(choices), **extra},
+        extra={"group": group, **bounds, **extra},
     )
 
 
@@ -143,6 +147,8 @@ def _check_of(kind: Any, extra: Mapping[str, Any]) -> Check:  # noqa: ANN401  (a
     """Return the check of a field from its type and its bounds."""
     if extra["choices"]:
         return partial(checks.choice, choices=extra["choices"])
+    if extra.get("pattern"):
+        return partial(checks.text_like, pattern=extra["pattern"], hint=extra["hint"])
     if extra.get("none_is_empty"):
         return checks.optional_text
     bounds = {name: extra[name] for name in ("low", "high", "hint") if extra.get(name) is not None}

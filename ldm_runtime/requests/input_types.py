@@ -126,6 +126,7 @@ class RequestFields(TypedDict, total=False):
     denoising_end: float | None
     denoising_start: float | None
     refiner_start: float | None
+    reuse: str | None
     num_images: int
     image: ImageInput | None
     noise_level: int | None

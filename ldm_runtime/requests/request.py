@@ -46,6 +46,9 @@ MAX_CLIP_SKIP = 100
 MAX_NOISE_LEVEL = 999
 MAX_SIGMA = 16383.0  # Brownian paths end at 2^14
 
+#: Rules of feature reuse: see `reuse.reuse_of`.
+REUSE = r"deep:[1-9][0-9]{0,5}|change:[0-9]{1,3}(\.[0-9]{1,9})?"
+
 #: The schedule of a request whose noise levels are listed in `sigmas`.
 CUSTOM = "custom"
 
@@ -396,6 +399,18 @@ class GenerationRequest:
             low=0.0,
             high=1.0,
             metavar="SHARE",
+        ),
+    ] = None
+    reuse: Annotated[
+        str | None,
+        about(
+            "compute all of the UNet in one call of N alone (deep:N), or where its deep features "
+            "changed by X (change:X), the outermost blocks in all others; default: never",
+            "Sampling",
+            pattern=REUSE,
+            metavar="RULE",
+            hint="give deep:3 for a whole call of the UNet in every 3, or change:0.1 for one where "
+            "features changed by a tenth",
         ),
     ] = None
     num_images: Annotated[

@@ -29,6 +29,7 @@ from ldm_runtime.requests.resolved import (
     SeededNoise,
     WholeImage,
 )
+from ldm_runtime.requests.reuse import reuse_of
 from ldm_runtime.requests.sampling_passes import sampling_passes
 from ldm_runtime.requests.scheduled_prompts import check_prompts
 from ldm_runtime.requests.sizes import Size, image_size, latents_covering, tile_size
@@ -132,6 +133,7 @@ def resolve(
         first_noise=_first_noise(request, size, spec),
         denoising_end=_first(request.denoising_end, 1.0),
         refiner=refiner_of(request, passes, spec, refiner),
+        reuse=reuse_of(request, passes, spec, refiner),
         passes=passes,
         decoder=request.decoder,
         tile_size=tile_size(request, _last_size(passes, size), spec),

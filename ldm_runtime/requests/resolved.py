@@ -204,6 +204,38 @@ class Refiner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoReuse:
+    """No feature reuse: every call computes the whole UNet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseByInterval:
+    """One call of `interval` computes the whole UNet, the others its outermost blocks."""
+
+    interval: int
+
+    @property
+    def rule(self) -> str:
+        """The rule as a request states it."""
+        return f"deep:{self.interval}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseByChange:
+    """The whole UNet is computed where its deep features would have changed by `threshold`."""
+
+    threshold: float
+
+    @property
+    def rule(self) -> str:
+        """The rule as a request states it."""
+        return f"change:{self.threshold:.9f}".rstrip("0").rstrip(".")
+
+
+Reuse = NoReuse | ReuseByInterval | ReuseByChange
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingPass:
     """One run of the sampler over the same noise levels.
 
@@ -262,6 +294,7 @@ class ResolvedRequest:
         first_noise: The noise that the first pass starts from, or latents in its place.
         denoising_end: Share of the noise schedule after which the first pass stops.
         refiner: Where a second model takes over, if there is one.
+        reuse: Which calls compute the whole UNet, and not its outermost blocks alone.
         passes: Runs of the sampler, one after the other; none without sampling.
         decoder: The model's own decoder, or its tiny one.
         tile_size: Decode in tiles of that many pixels; 0 decodes in one piece.
@@ -293,6 +326,7 @@ class ResolvedRequest:
     first_noise: FirstNoise
     denoising_end: float
     refiner: NoRefiner | Refiner
+    reuse: Reuse
     passes: tuple[SamplingPass, ...]
     decoder: Decoder
     tile_size: int
@@ -443,4 +477,6 @@ def _end_fields(request: ResolvedRequest) -> dict[str, object]:
         known["denoising_end"] = request.denoising_end
     if isinstance(request.refiner, Refiner):
         known["refiner_start"] = request.refiner.start
+    if not isinstance(request.reuse, NoReuse):
+        known["reuse"] = request.reuse.rule
     return known

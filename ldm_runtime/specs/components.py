@@ -60,6 +60,8 @@ class Component:
         counts: Attribute of `record` that says how many values each integer input may take; None
             there means that the model does not have that input. A text encoder's token `vocab_size`
             stands for a learned embedding.
+        needs: Attribute of `record` that is None for a model without this component; empty for a
+            component of every model with the network.
         samples_per_image: Batch size that one image asks of it with guidance; of the UNet one more
             where an image guides as well, see `tasks.samples_per_image`.
         trace_seconds: Estimated seconds to trace and compare it on two cores, whatever its size.
@@ -73,6 +75,7 @@ class Component:
     outputs: tuple[TensorSignature, ...]
     lengths: Mapping[str, str]
     counts: Mapping[str, str] = field(default_factory=dict)
+    needs: str = ""
     samples_per_image: int
     trace_seconds: float
 
@@ -129,6 +132,56 @@ _DECODERS = tuple(
         ("tiny_decoder", "tiny_autoencoder", 2.0),
     )
 )
+_DEEP_FEATURES = _tensor("deep_features", ("batch", "deep_channels", "height", "width"))
+_UNET_INPUTS = (
+    _tensor("latents", ("batch", "unet_channels", "height", "width")),
+    _tensor("timesteps", ("batch",)),
+    _tensor("context", ("batch", "context_tokens", "context_dim")),
+    _tensor("vector", ("batch", "vector_dim")),
+    _tensor("class_labels", ("batch",), "int64"),
+    _tensor("guidance", ("batch", "guidance_dim")),
+)
+_UNET_LENGTHS = {
+    "unet_channels": "in_channels",
+    "latent_channels": "out_channels",
+    "deep_channels": "deep_channels",
+    "context_dim": "context_dim",
+    "vector_dim": "vector_dim",
+    "guidance_dim": "guidance_dim",
+}
+#: The UNet and, for feature reuse, its outermost blocks alone, which take what is between them from
+#: an earlier call of the whole. Two graphs, not one with a branch: every engine then knows at build
+#: time what it computes. Only bundles that were exported for reuse have the second, and the output
+#: of the first that feeds it. It is a component like any other, in its own folder and with its own
+#: weights file, a copy of a few percent of the UNet's: ONNX names files in the folder of the graph
+#: alone, and a backend opens, checks and builds a component from one graph and one such file.
+_UNETS = (
+    Component(
+        name="unet",
+        network="unet",
+        record=UNetSpec,
+        role="denoiser",
+        inputs=_UNET_INPUTS,
+        outputs=(_tensor("prediction", _LATENTS), _DEEP_FEATURES),
+        lengths=_UNET_LENGTHS,
+        counts={"class_labels": "num_classes"},
+        samples_per_image=2,
+        trace_seconds=18.0,
+    ),
+    Component(
+        name="unet_shallow",
+        network="unet",
+        record=UNetSpec,
+        role="denoiser",
+        inputs=(*_UNET_INPUTS, _DEEP_FEATURES),
+        outputs=(_tensor("prediction", _LATENTS),),
+        lengths={**_UNET_LENGTHS, "context_dim": "shallow_context_dim"},
+        counts={"class_labels": "num_classes"},
+        needs="shallow_blocks",
+        samples_per_image=2,
+        trace_seconds=4.0,
+    ),
+)
 _ROWS = (
     *_TEXT_ENCODERS,
     Component(
@@ -182,31 +235,7 @@ _ROWS = (
         samples_per_image=1,
         trace_seconds=15.0,
     ),
-    Component(
-        name="unet",
-        network="unet",
-        record=UNetSpec,
-        role="denoiser",
-        inputs=(
-            _tensor("latents", ("batch", "unet_channels", "height", "width")),
-            _tensor("timesteps", ("batch",)),
-            _tensor("context", ("batch", "context_tokens", "context_dim")),
-            _tensor("vector", ("batch", "vector_dim")),
-            _tensor("class_labels", ("batch",), "int64"),
-            _tensor("guidance", ("batch", "guidance_dim")),
-        ),
-        outputs=(_tensor("prediction", _LATENTS),),
-        lengths={
-            "unet_channels": "in_channels",
-            "latent_channels": "out_channels",
-            "context_dim": "context_dim",
-            "vector_dim": "vector_dim",
-            "guidance_dim": "guidance_dim",
-        },
-        counts={"class_labels": "num_classes"},
-        samples_per_image=2,
-        trace_seconds=18.0,
-    ),
+    *_UNETS,
     *_DECODERS,
     Component(
         name="vae_encoder",

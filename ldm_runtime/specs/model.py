@@ -198,6 +198,7 @@ def components_of(spec: ModelSpec) -> Mapping[str, Component]:
         )
         for name, row in COMPONENTS.items()
         if row.network in spec.networks
+        and (not row.needs or getattr(spec.networks[row.network], row.needs) is not None)
     }
 
 

@@ -44,6 +44,8 @@ class UNetSpec:
             timestep, in a latent consistency model; None where guidance is two predictions.
         scale_shift_norm: Whether the time embedding scales and shifts, and is not added.
         resblock_updown: Whether residual blocks change the resolution, and not convolutions.
+        shallow_blocks: Outermost blocks of either half, all of the first level, that are also a
+            graph of their own, for feature reuse; None for a UNet without that graph.
     """
 
     in_channels: int
@@ -65,6 +67,31 @@ class UNetSpec:
     guidance_dim: int | None
     scale_shift_norm: bool
     resblock_updown: bool
+    shallow_blocks: int | None
+
+    @property
+    def deep_channels(self) -> int | None:
+        """Channels of the deep features that enter the outermost blocks on the way up."""
+        if self.shallow_blocks is None:
+            return None
+        is_whole_level = self.shallow_blocks == self.most_shallow_blocks
+        below = 1 if is_whole_level and len(self.channel_mult) > 1 else 0
+        return self.channel_mult[below] * self.model_channels
+
+    @property
+    def most_shallow_blocks(self) -> int:
+        """The largest `shallow_blocks` there can be: the blocks of the first level."""
+        return len(self.output_depths(0))
+
+    @property
+    def shallow_context_dim(self) -> int | None:
+        """Width of the context of the outermost blocks, or None if none of them attends to it."""
+        number = self.shallow_blocks
+        if number is None or self.attention == "qkv":
+            return None
+        # The first block of the way down is a convolution.
+        depths = (*self.input_depths(0)[: number - 1], *self.output_depths(0)[-number:])
+        return self.context_dim if any(depths) else None
 
     @property
     def concat_channels(self) -> int:

@@ -178,6 +178,7 @@ def _autoencoder(network: AutoencoderSpec) -> dict[str, bool]:
 
 def _unet(network: UNetSpec) -> dict[str, bool]:
     heads = (network.num_heads, network.num_head_channels)
+    blocks, shallow = _unet_blocks(network), network.shallow_blocks
     return {
         "in_channels": network.in_channels >= network.out_channels,
         "out_channels": network.out_channels >= 1,
@@ -187,7 +188,9 @@ def _unet(network: UNetSpec) -> dict[str, bool]:
         < len(network.channel_mult),
         "num_classes": network.num_classes != 0,
         "guidance_dim": network.guidance_dim is None or network.guidance_dim >= _LEAST_FEATURES,
-        **_unet_blocks(network),
+        **blocks,
+        "shallow_blocks": shallow is None
+        or (all(blocks.values()) and 1 <= shallow <= network.most_shallow_blocks),
     }
 
 

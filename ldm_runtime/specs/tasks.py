@@ -24,7 +24,7 @@ _SAMPLING = frozenset(
         ),
         *("guidance_scale", "guidance_rescale", "guidance_interval"),
         *("noise", "variation_seed", "variation_strength", "latents", "num_images"),
-        *("denoising_end", "denoising_start"),
+        *("denoising_end", "denoising_start", "reuse"),
     }
 )
 _PROMPTS = frozenset(

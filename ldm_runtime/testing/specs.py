@@ -40,6 +40,7 @@ _UNET = UNetSpec(
     guidance_dim=None,
     scale_shift_norm=False,
     resblock_updown=False,
+    shallow_blocks=None,
 )
 _AUTOENCODER = AutoencoderSpec(
     kind="kl",

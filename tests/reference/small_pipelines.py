@@ -19,6 +19,7 @@ from ldm_runtime.pipeline.image_pipeline import ImagePipeline
 from ldm_runtime.pipeline.open_model import OpenModel, Origin
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.tasks import takes_prompts
 from tests.reference.small_families import SDXL_REFINER
 from tests.reference.twins import (
     TRAINED,
@@ -76,7 +77,9 @@ def as_open(model):
     )
     return OpenModel(
         network=model.network,
-        tokenizer=open_tokenizer(VOCABULARY, model.spec, model.words),
+        tokenizer=open_tokenizer(VOCABULARY, model.spec, model.words)
+        if takes_prompts(model.spec)
+        else None,
         spec=model.spec,
         origin=Origin(bundle_sha256="", build=build),
     )

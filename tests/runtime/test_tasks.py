@@ -47,6 +47,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "refiner_start": 0.5,
     "denoising_end": 0.5,
     "denoising_start": 0.5,
+    "reuse": "deep:2",
     "num_images": 2,
     "decoder": "tiny",
     "tile_size": 64,

@@ -21,13 +21,14 @@ from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, desc
 from ldm_runtime.backends.signatures import check_names
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.errors import BackendError
+from ldm_runtime.specs.components import COMPONENTS
 from ldm_runtime.specs.model import axis_sizes
 from ldm_runtime.version import extra
 
 _LOGGER = logging.getLogger(__name__)
 
 # A CUDA graph pays off where a network is called in a loop; capturing one costs two calls.
-_LOOPED = "unet"
+_LOOPED = "denoiser"
 # Operators that dominate the run time: none of these may end up on the CPU unnoticed.
 _HEAVY = ("Conv", "MatMul", "Gemm", "Attention")
 _CPU = "CPUExecutionProvider"
@@ -148,7 +149,7 @@ def open_on(provider: Provider, source: EngineSource) -> DeviceEngine:
     wanted = (
         provider.graph_option is not None
         and source.options.cuda_graphs
-        and source.component.name == _LOOPED
+        and COMPONENTS[source.component.name].role == _LOOPED
     )
     preload_libraries()
     try:
