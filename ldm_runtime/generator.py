@@ -46,7 +46,7 @@ from ldm_runtime.requests.input_types import (
 from ldm_runtime.requests.refiner import check_refiner
 from ldm_runtime.requests.request import GenerationRequest, takes_fields
 from ldm_runtime.requests.resolution import resolve
-from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.requests.resolved import NoReuse, ResolvedRequest
 from ldm_runtime.requests.task_checks import check_decoder
 from ldm_runtime.specs.model import ModelSpec, components_of
 from ldm_runtime.specs.tasks import samples_per_image, task_record
@@ -352,7 +352,14 @@ class Generator(Closing):
 
     def _resolve(self, request: GenerationRequest | ResolvedRequest) -> ResolvedRequest:
         refiner = None if self._refiner is None else self._refiner.model.spec
-        return resolve(request, self.spec, refiner)
+        resolved = resolve(request, self.spec, refiner)
+        if self._network.takes_turns and not isinstance(resolved.reuse, NoReuse):
+            raise RequestError(
+                "reuse",
+                "does not go with low_memory, which would open the whole UNet for each of its "
+                "calls; leave one of them out",
+            )
+        return resolved
 
     def _preview_record(self) -> PreviewRecord:
         if self.manifest.preview is None:

@@ -14,6 +14,7 @@ from ldm_export.networks.loading import build_network, parameter_names
 from ldm_export.source import ExportOptions
 from ldm_runtime import Generator
 from ldm_runtime.diagnostics.verify import verify
+from ldm_runtime.errors import RequestError
 from ldm_runtime.specs.model import components_of
 from ldm_runtime.specs.networks import UNetSpec
 from tests.export.sd_layout import FakeTensor
@@ -68,6 +69,15 @@ def test_its_graphs_reuse_features_as_torch_does(bundle, backend):
     assert error < 0.01  # of weights in half precision
     assert np.abs(whole.latents - expected.latents).max() > 10 * error
     np.testing.assert_array_equal(every_call.latents, whole.latents)
+
+
+@pytest.mark.slow
+def test_networks_that_take_turns_in_memory_reuse_nothing(bundle):
+    with (
+        Generator(bundle, backend="onnxruntime", threads=1, low_memory=True) as generator,
+        pytest.raises(RequestError, match=r"^reuse: does not go with low_memory, which would open"),
+    ):
+        generator(PROMPT, reuse="deep:2", **FIELDS)
 
 
 @pytest.mark.slow
