@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo gallery test check docs bench gpu-report clean distclean
+.PHONY: help demo gallery test check docs bench peers gpu-report clean distclean
 
 help:
 	@echo "make demo       export the small model that comes along and generate out/demo.png"
@@ -15,6 +15,7 @@ help:
 	@echo "make check      format, lint, imports, types, spelling, words and workflows"
 	@echo "make docs       write the pages and pictures of docs/ that come from the code"
 	@echo "make bench      measure this machine"
+	@echo "make peers      install the programs that benchmarks/latency.py --peers compares, each apart"
 	@echo "make gpu-report run all that needs an NVIDIA GPU and write out/gpu-report.txt, to be sent"
 	@echo "make clean      remove caches and build outputs; distclean also the environments"
 
@@ -45,9 +46,21 @@ docs: .venv/test.stamp
 	.venv/bin/python -m scripts.floors
 	.venv/bin/python -m scripts.released_page
 	.venv/bin/python -m scripts.trained_page
+	.venv/bin/python -m scripts.peers_page
 
 bench: .venv/demo.stamp
 	.venv/bin/python benchmarks/latency.py
+
+# Each in an environment of its own, since their pins contradict each other; stable-diffusion.cpp is
+# compiled, which takes a C++ compiler, CMake and a few minutes. `make -k peers` goes on after a failure.
+PEERS ?= diffusers openvino_genai optimum_onnx stable_diffusion_cpp
+peers: $(PEERS:%=.venv-peers/%/.installed)
+
+.venv-peers/%/.installed: benchmarks/peers/environments/%.txt
+	@echo "installing into .venv-peers/$*"
+	$(PYTHON) -m venv --clear .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 gpu-report: .venv/test.stamp
 	.venv/bin/python scripts/gpu_report.py
@@ -57,7 +70,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-wheel*
+	rm -rf .venv .venv-peers .venv-wheel*
 
 # What the demo needs is installed first and alone, so that it does not wait for the test tools.
 .venv/demo.stamp: $(PINS)

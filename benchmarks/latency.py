@@ -9,6 +9,15 @@ and with the commit in its rows. It prints the machine's own limits and a table;
 
 prints one line of JSON, to keep, and the rest to standard error. Every repetition is its own
 process, which generates twice; backends take turns.
+
+    python benchmarks/latency.py --model sd15
+
+measures a released model with random weights, whose checkpoint and bundle are kept in
+`.cache/full-size/`, and
+
+    python benchmarks/latency.py --peers
+
+measures other programs beside this one, with the same weights; `make peers` installs them.
 """
 
 import sys
@@ -35,34 +44,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     args = _parse(argv)
     try:
-        _run(args)
+        return _run(args)
     except LdmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parse(argv: Sequence[str] | None) -> "argparse.Namespace":
     from ldm_runtime.cli.bench import add_bench_arguments
     from ldm_runtime.cli.messages import add_message_flags
     from ldm_runtime.cli.parsing import Parser
+    from peers.flags import add_peer_arguments
+    from released.cached_models import SHORT_NAMES
 
     parser = Parser(prog="latency.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, help="folder made by ldm-export (default: shapes)")
+    subject = parser.add_mutually_exclusive_group()
+    subject.add_argument("--bundle", type=Path, help="folder made by ldm-export (default: shapes)")
+    subject.add_argument(
+        "--model", choices=tuple(SHORT_NAMES), help="a released model with random weights"
+    )
+    parser.add_argument(
+        "--narrow", action="store_true", help="its layers, narrow: to try the command out"
+    )
     add_bench_arguments(parser)
+    add_peer_arguments(parser)
     add_message_flags(parser)
     return parser.parse_args(argv)
 
 
-def _run(args: "argparse.Namespace") -> None:
+def _run(args: "argparse.Namespace") -> int:
     from ldm_runtime.cli.bench import measure_bundle
     from measuring.rows import commit
     from measuring.shapes_bundle import shapes_bundle
+    from peers.flags import compare
+    from released.cached_models import random_bundle
 
-    measure_bundle(args.bundle or shapes_bundle(), args, commit())
+    if args.peers:
+        return compare(args)
+    if args.model:
+        bundle = random_bundle(args.model, narrow=args.narrow)
+    else:
+        bundle = args.bundle or shapes_bundle()
+    measure_bundle(bundle, args, commit())
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,8 +13,13 @@ CHECKPOINT = ROOT / "models/shapes/shapes.ckpt"
 CACHE = ROOT / "out/engines"
 
 
-def shapes_bundle(checkpoint: Path = CHECKPOINT, cache: Path = CACHE) -> Path:
-    """Return the bundle of the shapes model, exported if it is not there or not of this checkpoint.
+def shapes_bundle() -> Path:
+    """Return the bundle of the shapes model; see `exported_bundle`."""
+    return exported_bundle(CHECKPOINT, CACHE)
+
+
+def exported_bundle(checkpoint: Path, cache: Path) -> Path:
+    """Return a checkpoint's bundle, exported if it is not there or not of this checkpoint.
 
     Raises:
         LdmError: It cannot be exported, or another model's bundle is in its place.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 if TYPE_CHECKING:
     from ldm_runtime import Generator
     from ldm_runtime.backends import Backend, BackendName
-    from ldm_runtime.backends.contract import Engine, EngineSource, Runner, Tensors
+    from ldm_runtime.backends.contract import Engine, EngineSource, Precision, Runner, Tensors
     from ldm_runtime.requests.resolved import ResolvedRequest
 
 #: Packages that a deployment must not need; one of them in the process would falsify its memory.
@@ -39,6 +39,8 @@ class Job:
         fields: Fields of the request, for `subject.open_subject`.
         batch_size: Images in one call.
         trust_engines: Whether TensorRT may run engines that were not built on this machine.
+        precision: Precision to compute in; None is the backend's own choice.
+        threads: Threads that compute; None is the generator's own choice.
     """
 
     bundle: str
@@ -46,6 +48,8 @@ class Job:
     fields: dict[str, Any]
     batch_size: int
     trust_engines: bool
+    precision: "Precision | None" = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,16 @@ class TimedEngine(TimedRunner):
         self.close()
 
 
+def time_engines(backend: "Backend", clock: Clock) -> None:
+    """Let every engine that a backend opens tell a clock, for the rest of this process."""
+    plain_open = backend.open_engine
+
+    def open_timed(source: "EngineSource") -> TimedEngine:
+        return TimedEngine(plain_open(source), source.component.name, clock)
+
+    cast("Any", backend).open_engine = open_timed
+
+
 def measure(job: Job, backend: "Backend", imported: float) -> Findings:
     """Open the bundle, generate twice, and open it once more.
 
@@ -142,10 +156,6 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
     from ldm_runtime.benchmark.subject import open_subject
 
     clock, request = Clock(), open_subject(Path(job.bundle), job.fields).request
-    plain_open = backend.open_engine
-
-    def open_timed(source: "EngineSource") -> TimedEngine:
-        return TimedEngine(plain_open(source), source.component.name, clock)
 
     def load() -> tuple[Generator, float]:
         started = time.perf_counter()
@@ -153,12 +163,14 @@ def measure(job: Job, backend: "Backend", imported: float) -> Findings:
         generator = Generator(
             job.bundle,
             backend=name,
+            precision=job.precision,
+            threads=job.threads,
             batch_size=job.batch_size,
             trust_engines=job.trust_engines,
         )
         return generator, time.perf_counter() - started
 
-    cast("Any", backend).open_engine = open_timed  # for the rest of this process
+    time_engines(backend, clock)
     generator, first_load = load()
     with generator:
         first_calls, first_whole = _generate(generator, request, clock)

@@ -1,12 +1,12 @@
-"""The measurements of a bundle: every backend in turn, one process after another."""
+"""The measurements of a bundle: every backend and precision in turn, one process after another."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 
 from ldm_runtime.backends import BACKENDS, choose_backend
-from ldm_runtime.backends.contract import RunOptions
+from ldm_runtime.backends.contract import Precision, RunOptions
+from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.benchmark import process
 from ldm_runtime.benchmark.ceilings import Ceilings
 from ldm_runtime.benchmark.children import run_child
@@ -16,99 +16,131 @@ from ldm_runtime.benchmark.subject import Subject
 from ldm_runtime.benchmark.work import Work
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
-from ldm_runtime.errors import LdmError
+from ldm_runtime.errors import BackendError, LdmError
 
 _FLOAT32_BYTES = 4
 
 
-def runnable_backends(names: Sequence[str], subject: Subject) -> tuple[list[str], list[str]]:
-    """Return the backends to measure and, for those that cannot run here, the reasons.
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """A backend, and the precision and threads that it computes with; None is its own choice."""
+
+    backend: str
+    precision: Precision | None = None
+    threads: int | None = None
+
+
+def runnable_configurations(
+    names: Sequence[str],
+    subject: Subject,
+    *,
+    precisions: Sequence[Precision] = (),
+    threads: int | None = None,
+) -> tuple[list[Configuration], list[str]]:
+    """Return the configurations to measure and, for those that cannot run here, the reasons.
 
     Args:
-        names: Those that were asked for; none is every one that can run.
+        names: Backends that were asked for; none is every one that can run.
         subject: The request and its bundle.
+        precisions: Precisions to measure each backend in; none is its own choice.
+        threads: Threads that compute.
 
     Raises:
-        BackendError: One that was asked for cannot run, or there is none at all.
+        BackendError: A backend that was asked for cannot run in any of the precisions, or there is
+            none at all.
     """
-    options = RunOptions(trust_engines=subject.trust_engines)
-    choose = partial(
-        choose_backend, manifest=subject.manifest, bundle=subject.bundle, options=options
-    )
-    if names:
-        return [choose(name) for name in dict.fromkeys(names)], []
-    able, reasons = [], []
-    for name in BACKENDS:
-        try:
-            able.append(choose(name))
-        except LdmError as error:
-            reasons.append(f"{name}: {error}")
+
+    def choose(name: str, precision: Precision | None) -> str:
+        options = RunOptions(trust_engines=subject.trust_engines, precision=precision)
+        return choose_backend(name, subject.manifest, bundle=subject.bundle, options=options)
+
+    able: list[Configuration] = []
+    reasons: list[str] = []
+    for name in dict.fromkeys(names or BACKENDS):
+        failures: list[LdmError] = []
+        wanted: Sequence[Precision | None] = list(dict.fromkeys(precisions)) or [None]
+        for precision in wanted:
+            try:
+                backend = choose(name, precision)
+            except LdmError as error:
+                failures.append(error)
+                continue
+            able.append(Configuration(backend=backend, precision=precision, threads=threads))
+        if names and len(failures) == len(wanted):
+            raise failures[0]
+        reasons += [f"{name}: {error}" for error in failures]
     if not able:
-        choose("auto")  # raises, with every reason
-    return able, reasons
+        choose("auto", None)  # raises, with every reason
+        raise BackendError(f"nothing to measure: {'; '.join(reasons)}")
+    return list(dict.fromkeys(able)), reasons
 
 
 def find(
-    subject: Subject, backends: Sequence[str], repetitions: int
-) -> Iterator[tuple[str, Findings]]:
-    """Run every backend in its own process, in turns, and yield the findings of each process.
+    subject: Subject, configurations: Sequence[Configuration], repetitions: int
+) -> Iterator[tuple[Configuration, Findings]]:
+    """Run every configuration in its own process, in turns, and yield each process's findings.
 
     In turns, so that a disturbance of the machine does not hit one backend alone.
 
     Args:
         subject: The bundle and its request.
-        backends: The backends.
-        repetitions: Processes per backend.
+        configurations: The configurations.
+        repetitions: Processes per configuration.
 
     Raises:
         LdmError: A process failed.
     """
     for _ in range(repetitions):
-        for backend in backends:
+        for configuration in configurations:
             job = Job(
                 bundle=str(subject.bundle),
-                backend=backend,
+                backend=configuration.backend,
+                precision=configuration.precision,
+                threads=configuration.threads,
                 fields=dict(subject.fields),
                 batch_size=subject.request.num_images,
                 trust_engines=subject.trust_engines,
             )
-            yield backend, _run(job)
+            yield configuration, _run(job)
 
 
-def as_rows(subject: Subject, found: Sequence[tuple[str, Findings]], commit: str) -> list[Row]:
-    """Return one row per backend, part and state, with the repetitions in order.
+def as_rows(
+    subject: Subject, configuration: Configuration, findings: Sequence[Findings], commit: str
+) -> list[Row]:
+    """Return one row per part and state of a configuration, with the repetitions in order.
 
     Args:
         subject: The bundle and its request.
-        found: The findings, by backend.
+        configuration: The configuration.
+        findings: Of each of its processes.
         commit: The code that was measured, as a row says it.
     """
+    backend, precision = configuration.backend, findings[0].precision
+    settings = {"precision": precision, "threads": compute_threads(configuration.threads)}
+    blank = Row(
+        name="",
+        backend=backend,
+        commit=commit,
+        bundle_sha256=sha256_of(subject.bundle / MANIFEST_NAME),
+        device=f"{machine()}; {backend} {findings[0].version} in {precision}",
+        settings=subject.settings | settings,
+        seconds=(),
+    )
+    peak = max(each.peak_bytes for each in findings)
     rows = []
-    sha256, host = sha256_of(subject.bundle / MANIFEST_NAME), machine()
-    for backend in dict.fromkeys(name for name, _ in found):
-        findings = [each for name, each in found if name == backend]
-        blank = Row(
-            name="",
-            backend=backend,
-            commit=commit,
-            bundle_sha256=sha256,
-            device=f"{host}; {backend} {findings[0].version} in {findings[0].precision}",
-            settings={},
-            seconds=(),
-        )
-        peak = max(each.peak_bytes for each in findings)
-        for state in ("first", "steady"):
-            parts: list[dict[str, float]] = [getattr(each, state) for each in findings]
-            rows += [
+    for state in ("first", "steady"):
+        parts: list[dict[str, float]] = [getattr(each, state) for each in findings]
+        for part in parts[0]:
+            measured = {"state": state, "calls": _calls(findings, part)}
+            rows.append(
                 replace(
                     blank,
                     name=part,
-                    settings=subject.settings | {"state": state, "calls": _calls(findings, part)},
+                    settings={**blank.settings, **measured},
                     seconds=tuple(each[part] for each in parts),
                     peak_bytes=peak if part == IMAGE and state == "steady" else None,
                 )
-                for part in parts[0]
-            ]
+            )
     return rows
 
 

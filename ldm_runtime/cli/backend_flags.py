@@ -24,6 +24,11 @@ def add_backend_arguments(parser: argparse._ActionsContainer) -> None:
         choices=get_args(Precision),
         help="precision that networks compute in (default: the backend's fastest)",
     )
+    add_threads_argument(parser)
+
+
+def add_threads_argument(parser: argparse._ActionsContainer) -> None:
+    """Add `--threads`."""
     parser.add_argument(
         *("-t", "--threads"),
         type=positive,

@@ -3,12 +3,13 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from ldm_runtime.cli.backend_flags import backend_name
+from ldm_runtime.backends.contract import Precision
+from ldm_runtime.cli.backend_flags import add_threads_argument, backend_name
 from ldm_runtime.cli.messages import reporting
 from ldm_runtime.cli.parsing import add_json_flag, image_size, positive
 from ldm_runtime.cli.trust_flags import add_trust_arguments
@@ -18,6 +19,7 @@ from ldm_runtime.version import version
 
 if TYPE_CHECKING:
     from ldm_runtime.benchmark.process import Findings
+    from ldm_runtime.benchmark.runs import Configuration
     from ldm_runtime.benchmark.subject import Subject
 
 _REPETITIONS = 10
@@ -45,11 +47,19 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="only this one; may be repeated (default: all that can run here)",
     )
     parser.add_argument(
-        "--repetitions",
+        "--precision",
+        action="append",
+        choices=get_args(Precision),
+        help="precision that networks compute in; may be repeated, and backends without it are "
+        "left out with a sentence (default: each backend's fastest)",
+    )
+    add_threads_argument(parser)
+    parser.add_argument(
+        *("--repetitions", "--repeat"),
         type=positive,
-        default=_REPETITIONS,
         metavar="N",
-        help="processes per backend, each of which generates twice (default: %(default)s)",
+        help="processes per backend and precision, each of which generates twice (default: "
+        f"{_REPETITIONS})",
     )
     add_trust_arguments(parser)
     add_json_flag(parser, "print one line of JSON, and the report to standard error")
@@ -83,15 +93,19 @@ def measure_bundle(bundle: Path, args: argparse.Namespace, commit: str) -> None:
     if args.batch > 1:
         fields["num_images"] = args.batch
     subject = open_subject(bundle, fields, sha256=args.sha256, trust_engines=args.trust_engines)
-    backends, reasons = runs.runnable_backends(args.backend or [], subject)
+    configurations, reasons = runs.runnable_configurations(
+        args.backend or [], subject, precisions=args.precision or [], threads=args.threads
+    )
     ceilings = measure_apart()
     show = _shown(args)
     show("\n".join(report.heading(subject, ceilings, reasons)))
-    found = _find(subject, backends, args)
-    rows = runs.as_rows(subject, found, commit)
-    for backend in backends:
-        of_backend = [row for row in rows if row.backend == backend]
-        show("\n".join(report.table(of_backend, subject, ceilings)))
+    found = _find(subject, configurations, args)
+    rows = []
+    for each in configurations:
+        findings = [findings for configuration, findings in found if configuration == each]
+        of_one = runs.as_rows(subject, each, findings, commit)
+        show("\n".join(report.table(of_one, subject, ceilings)))
+        rows += of_one
     show("\n! slowest repetition more than 10 % above the median: something else was running")
     show(f"measured in {time.monotonic() - started:.0f} s")
     if args.json:
@@ -99,17 +113,18 @@ def measure_bundle(bundle: Path, args: argparse.Namespace, commit: str) -> None:
 
 
 def _find(
-    subject: "Subject", backends: list[str], args: argparse.Namespace
-) -> list[tuple[str, "Findings"]]:
+    subject: "Subject", configurations: Sequence["Configuration"], args: argparse.Namespace
+) -> list[tuple["Configuration", "Findings"]]:
     """Measure, with a bar on a terminal alone."""
     from ldm_runtime.benchmark.runs import find
 
     found = []
-    names = [f"process {number}" for number in range(1, len(backends) * args.repetitions + 1)]
+    repetitions = args.repetitions or _REPETITIONS
+    names = [f"process {number + 1}" for number in range(len(configurations) * repetitions)]
     silent: nullcontext[Progress] = nullcontext(Silent())
     with reporting(args) if sys.stderr.isatty() else silent as progress:
         progress.plan(dict.fromkeys(names))
-        measured = find(subject, backends, args.repetitions)
+        measured = find(subject, configurations, repetitions)
         for name in names:
             progress.begin(name)
             found.append(next(measured))

@@ -20,12 +20,13 @@ from ldm_export.networks.loading import build_network, load_network
 from ldm_runtime.benchmark import runs
 from ldm_runtime.benchmark.process import Findings
 from ldm_runtime.benchmark.report import summed
+from ldm_runtime.benchmark.runs import Configuration
 from ldm_runtime.benchmark.subject import open_subject
 from ldm_runtime.benchmark.work import network_work
 from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.testing import TINY_SPEC, write_tiny_bundle
 from measuring.rows import ROOT, Row, as_line, commit
-from measuring.shapes_bundle import shapes_bundle
+from measuring.shapes_bundle import exported_bundle
 from tests.export import small_checkpoint
 
 SMALL_SPEC = TINY_SPEC.with_networks(
@@ -272,25 +273,25 @@ def test_a_process_that_loads_torch_is_no_measurement(bundle, monkeypatch):
     )
 
     with pytest.raises(LdmError, match="loaded torch"):
-        list(runs.find(subject, ["onnxruntime"], 1))
+        list(runs.find(subject, [Configuration(backend="onnxruntime")], 1))
 
 
 def test_a_failing_process_gives_its_reason(bundle):
     subject = replace(open_subject(bundle), bundle=Path("/nowhere"))
 
     with pytest.raises(LdmError, match=r"onnxruntime failed: /nowhere/manifest\.json not"):
-        list(runs.find(subject, ["onnxruntime"], 1))
+        list(runs.find(subject, [Configuration(backend="onnxruntime")], 1))
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(bundle):
     subject = open_subject(bundle)
 
     with pytest.raises(BackendError, match="unknown backend"):
-        runs.runnable_backends(["onnxruntime", "abacus"], subject)
+        runs.runnable_configurations(["onnxruntime", "abacus"], subject)
 
 
 def test_the_cached_bundle_is_reused_while_the_checkpoint_is_absent(bundle, tmp_path):
-    assert shapes_bundle(tmp_path / "absent.ckpt", bundle) == bundle
+    assert exported_bundle(tmp_path / "absent.ckpt", bundle) == bundle
 
 
 def test_another_models_bundle_in_the_cache_is_left_alone(bundle, tmp_path):
@@ -298,12 +299,12 @@ def test_another_models_bundle_in_the_cache_is_left_alone(bundle, tmp_path):
     checkpoint.write_bytes(b"a checkpoint")
 
     with pytest.raises(LdmError, match=r"was made from tiny, not from shapes\.ckpt"):
-        shapes_bundle(checkpoint, bundle)
+        exported_bundle(checkpoint, bundle)
 
 
 def test_without_bundle_and_checkpoint_the_error_names_what_to_give(tmp_path):
     with pytest.raises(LdmError, match="give --bundle"):
-        shapes_bundle(tmp_path / "absent.ckpt", tmp_path / "engines")
+        exported_bundle(tmp_path / "absent.ckpt", tmp_path / "engines")
 
 
 def test_the_steps_of_an_export_add_up_to_its_time():

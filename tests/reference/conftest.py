@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from released.compvis_files import compvis_config
 from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
 from tests.reference.diffusers_folder import small_pipeline
 from tests.reference.twins import (
     SCHEDULERS,
     clip_tokenizer,
-    compvis_config,
     load_autoencoder,
     load_text_encoder,
     load_unet,

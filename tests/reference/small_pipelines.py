@@ -20,12 +20,12 @@ from ldm_runtime.pipeline.open_model import OpenModel, Origin
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.specs.tasks import takes_prompts
+from released.compvis_files import compvis_config
 from tests.reference.small_families import SDXL_REFINER
 from tests.reference.twins import (
     TRAINED,
     VOCABULARY,
     clip_tokenizer,
-    compvis_config,
     load_autoencoder,
     load_text_encoder,
     load_unet,

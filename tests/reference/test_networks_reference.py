@@ -14,10 +14,10 @@ import torch
 from ldm_export.networks.autoencoder import LatentDecoder, LatentEncoder
 from ldm_export.networks.clip import ClipTextEncoder
 from ldm_export.networks.unet import UNet
+from released.compvis_files import compvis_config
 from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
 from tests.reference.first_stage_twin import load_first_stage
 from tests.reference.twins import (
-    compvis_config,
     load_autoencoder,
     load_text_encoder,
     load_unet,

@@ -27,10 +27,11 @@ from models.shapes.catalog.models import MODELS
 from models.shapes.data import scenes
 from models.shapes.evaluation.scores import image_of, shrink
 from models.shapes.training.autoencoder import under
+from released.compvis_files import compvis_config
 from tests.reference.bert_twin import load_bert
 from tests.reference.drawings import SEED, STEPS, assert_same_pictures, generators, twins_pictures
 from tests.reference.first_stage_twin import load_first_stage
-from tests.reference.twins import compvis_config, load_unet
+from tests.reference.twins import load_unet
 from tests.reference.unet_2d_twin import load_unet_2d
 from tests.torch_generator import TorchGenerator
 

@@ -1,12 +1,14 @@
 """`ldm bench`, which needs a bundle and nothing that the runtime does not have."""
 
+import json
 import re
 
 import pytest
 
+from ldm_runtime.benchmark.runs import Configuration, runnable_configurations
 from ldm_runtime.benchmark.subject import open_subject
 from ldm_runtime.cli.commands import main
-from ldm_runtime.errors import RequestError
+from ldm_runtime.errors import BackendError, RequestError
 from ldm_runtime.requests.resolved import PromptCondition
 from ldm_runtime.testing import write_tiny_bundle
 from tests.runtime.task_cases import NEEDED
@@ -66,3 +68,31 @@ def test_a_bundle_that_is_not_there_is_one_sentence(tmp_path, capsys):
 def test_a_bundle_with_another_hash_is_not_measured(bundles, capsys):
     assert main(["bench", str(bundles / "text-to-image"), "--sha256", "0" * 64]) == 1
     assert "sha256" in capsys.readouterr().err
+
+
+def test_every_backend_is_measured_in_every_precision_that_it_has(bundles):
+    subject = open_subject(bundles / "text-to-image")
+
+    able, reasons = runnable_configurations(
+        ["onnxruntime"], subject, precisions=["fp32", "bf16", "fp32"], threads=2
+    )
+
+    assert able == [Configuration(backend="onnxruntime", precision="fp32", threads=2)]
+    assert reasons == ["onnxruntime: onnxruntime computes in fp32, not in bf16"]
+
+
+def test_a_backend_without_any_of_the_precisions_is_an_error(bundles):
+    subject = open_subject(bundles / "text-to-image")
+
+    with pytest.raises(BackendError, match="onnxruntime computes in fp32, not in bf16"):
+        runnable_configurations(["onnxruntime"], subject, precisions=["bf16"])
+
+
+def test_the_precision_and_the_threads_are_settings_of_a_row(bundles, capsys):
+    flags = "--precision fp32 --threads 1 --backend onnxruntime --repetitions 1 --json --quiet"
+
+    assert main(["bench", str(bundles / "text-to-image"), *flags.split()]) == 0
+
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    settings = [each["settings"] for each in rows]
+    assert {(each["precision"], each["threads"]) for each in settings} == {("fp32", 1)}
