@@ -59,7 +59,8 @@ peers: $(PEERS:%=.venv-peers/%/.installed)
 .venv-peers/%/.installed: benchmarks/peers/environments/%.txt
 	@echo "installing into .venv-peers/$*"
 	$(PYTHON) -m venv --clear .venv-peers/$*
-	.venv-peers/$*/bin/python -m pip install --quiet --requirement $<
+	# The files name everything: torchvision, which optimum-intel asks for, is there for CUDA alone.
+	.venv-peers/$*/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
 gpu-report: .venv/test.stamp

@@ -39,7 +39,7 @@ def python_of(environment: str | None) -> Path:
 
 def run_in(
     environment: str | None,
-    command: Sequence[str | Path],
+    command: Sequence[str],
     *,
     threads: int | None = None,
     cache: Path | None = None,
@@ -56,7 +56,7 @@ def run_in(
         PeerError: The environment is not there, or the command failed; its last words.
     """
     done = subprocess.run(
-        [str(python_of(environment)), *map(str, command)],
+        [str(python_of(environment)), *command],
         env=_variables(environment, threads, cache),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -77,7 +77,7 @@ def ask(
     Raises:
         PeerError: See `run_in`.
     """
-    command = [WORKERS / worker, json.dumps(job)]
+    command = [str(WORKERS / worker), json.dumps(job)]
     printed = run_in(environment, command, threads=threads, cache=cache)
     answer: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
     return answer

@@ -1,8 +1,8 @@
 """The same random weights in the form that each entrant reads, made once by the peer's own tool."""
 
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +52,13 @@ class Weights:
             return random_bundle(MODEL, narrow=self.narrow)
         path = self.folder / name
         if not path.is_dir():
-            partial = path.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             print(f"writing {path}, once", file=sys.stderr, flush=True)
-            _WRITERS[name](self, partial)
-            partial.rename(path)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="partial-", dir=self.folder) as place:
+                partial = Path(place) / name
+                partial.mkdir()
+                _WRITERS[name](self, partial)
+                partial.rename(path)
         return path
 
 
@@ -79,7 +80,7 @@ def _write_diffusers(weights: Weights, out: Path) -> None:
             "timestep_spacing": SCHEDULE,
         },
     }
-    run_in("diffusers", [WORKERS / "write_diffusers.py", json.dumps(job)])
+    run_in("diffusers", [str(WORKERS / "write_diffusers.py"), json.dumps(job)])
 
 
 def _write_openvino(weights: Weights, out: Path) -> None:

@@ -19,7 +19,7 @@ def compvis_config(unet: UNetSpec, autoencoder: AutoencoderSpec) -> dict[str, An
     depths = {depth for depth in (*unet.transformer_depth, unet.middle_depth) if depth}
     (depth,) = depths  # the configurations of that time have one number
     heads = {"num_heads": unet.num_heads, "num_head_channels": unet.num_head_channels}
-    unet_params = {
+    unet_params: dict[str, Any] = {
         "in_channels": unet.in_channels,
         "out_channels": unet.out_channels,
         "model_channels": unet.model_channels,

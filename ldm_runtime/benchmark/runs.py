@@ -116,14 +116,14 @@ def as_rows(
         commit: The code that was measured, as a row says it.
     """
     backend, precision = configuration.backend, findings[0].precision
-    settings = {"precision": precision, "threads": compute_threads(configuration.threads)}
     blank = Row(
         name="",
         backend=backend,
         commit=commit,
         bundle_sha256=sha256_of(subject.bundle / MANIFEST_NAME),
         device=f"{machine()}; {backend} {findings[0].version} in {precision}",
-        settings=subject.settings | settings,
+        settings=subject.settings
+        | {"precision": precision, "threads": compute_threads(configuration.threads)},
         seconds=(),
     )
     peak = max(each.peak_bytes for each in findings)
@@ -131,12 +131,12 @@ def as_rows(
     for state in ("first", "steady"):
         parts: list[dict[str, float]] = [getattr(each, state) for each in findings]
         for part in parts[0]:
-            measured = {"state": state, "calls": _calls(findings, part)}
+            of_part = {"state": state, "calls": _calls(findings, part)}
             rows.append(
                 replace(
                     blank,
                     name=part,
-                    settings={**blank.settings, **measured},
+                    settings={**blank.settings, **of_part},
                     seconds=tuple(each[part] for each in parts),
                     peak_bytes=peak if part == IMAGE and state == "steady" else None,
                 )

@@ -17,9 +17,8 @@ def open_model(job: Job) -> Opened:
 
     torch.set_num_threads(job.threads)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job.precision]
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        job.weights, torch_dtype=dtype, local_files_only=True
-    )
+    kind: Any = StableDiffusionPipeline  # which is not typed
+    pipeline = kind.from_pretrained(job.weights, torch_dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     if job.options.get("compile"):
         pipeline.unet.to(memory_format=torch.channels_last)

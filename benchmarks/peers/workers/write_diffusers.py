@@ -36,7 +36,8 @@ def main() -> None:
             local_files_only=True,
         )
         network.save_pretrained(out / name)
-    EulerDiscreteScheduler(**job["scheduler"]).save_pretrained(out / "scheduler")
+    scheduler: Any = EulerDiscreteScheduler  # whose base classes are not typed
+    scheduler(**job["scheduler"]).save_pretrained(out / "scheduler")
     (out / "text_encoder").mkdir()
     tensors = {
         name.removeprefix(_TEXT_PREFIX): value.contiguous()
