@@ -95,18 +95,25 @@ PEERS: Mapping[str, Entrant] = {
     )
 }
 
-_OWN_PRECISIONS = {"onnxruntime": ("fp32",), "openvino": ("fp32", "bf16")}
-OWN: Mapping[str, Entrant] = {
-    backend: Entrant(
-        name=f"{OURS} {backend}",
+
+def _own(backend: str, precisions: tuple[str, ...], **options: Any) -> Entrant:  # noqa: ANN401
+    """Return this package with one of its backends and with options of its generator."""
+    return Entrant(
+        name=" ".join([OURS, backend, *(name.replace("_", "-") for name in options)]),
         environment=None,
         worker="ldm_deploy_worker.py",
         form="bundle",
         precisions=precisions,
-        options={"backend": backend},
+        options={"backend": backend, "generator": options},
     )
-    for backend, precisions in _OWN_PRECISIONS.items()
-}
+
+
+#: This package in all the ways in which it is compared.
+OWN: Sequence[Entrant] = (
+    _own("onnxruntime", ("fp32",)),
+    _own("openvino", ("fp32", "bf16")),
+    _own("openvino", ("bf16",), low_memory=True),
+)
 
 
 def starts(entrants: Sequence[Entrant], precisions: Sequence[str] = ()) -> list[Start]:

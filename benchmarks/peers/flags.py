@@ -90,5 +90,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _entrants(args: argparse.Namespace) -> list[Entrant]:
     """Return the peers, the reference of images first, and this package's own entrants."""
-    own = list(OWN) if not args.backend else [name for name in OWN if name in args.backend]
-    return [*(PEERS[name] for name in PEERS if name in args.peers), *(OWN[name] for name in own)]
+    peers = [entrant for name, entrant in PEERS.items() if name in args.peers]
+    return peers + [
+        entrant for entrant in OWN if not args.backend or entrant.options["backend"] in args.backend
+    ]

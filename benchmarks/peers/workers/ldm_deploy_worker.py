@@ -1,4 +1,4 @@
-"""This package as an entrant: a bundle, the backend of the job's options."""
+"""This package as an entrant: a bundle, with the backend and the generator's own options."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,16 @@ def open_model(job: Job) -> Opened:
     from ldm_runtime.backends import get_backend
     from ldm_runtime.benchmark.process import Clock, time_engines
 
-    backend, clock = get_backend(job.options["backend"]), Clock()
-    time_engines(backend, clock)
+    name: Any = job.options["backend"]
     precision: Any = job.precision
+    clock = Clock()
+    time_engines(get_backend(name), clock)
     generator = Generator(
-        job.weights, backend=job.options["backend"], precision=precision, threads=job.threads
+        job.weights,
+        backend=name,
+        precision=precision,
+        threads=job.threads,
+        **job.options["generator"],
     )
 
     def generate() -> tuple[Any, Sequence[float]]:
@@ -32,7 +37,7 @@ def open_model(job: Job) -> Opened:
         )
         return result.images[0], clock.take()["unet"]
 
-    return Opened(generate, ("ldm-deploy", "numpy", job.options["backend"]))
+    return Opened(generate, ("ldm-deploy", "numpy", name))
 
 
 if __name__ == "__main__":
