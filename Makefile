@@ -53,13 +53,13 @@ bench: .venv/demo.stamp
 
 # Each in an environment of its own, since their pins contradict each other; stable-diffusion.cpp is
 # compiled, which takes a C++ compiler, CMake and a few minutes. `make -k peers` goes on after a failure.
+# The files name all that is installed: torchvision, which optimum-intel asks for, is there for CUDA alone.
 PEERS ?= diffusers openvino_genai optimum_onnx stable_diffusion_cpp
 peers: $(PEERS:%=.venv-peers/%/.installed)
 
 .venv-peers/%/.installed: benchmarks/peers/environments/%.txt
 	@echo "installing into .venv-peers/$*"
 	$(PYTHON) -m venv --clear .venv-peers/$*
-	# The files name everything: torchvision, which optimum-intel asks for, is there for CUDA alone.
 	.venv-peers/$*/bin/python -m pip install --quiet --no-deps --requirement $<
 	touch $@
 
