@@ -9,12 +9,13 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from ldm_export.detection.overrides import Overrides
+from released.compvis_files import compvis_config
 from tests.export.small_checkpoint import TEXT_ENCODER, UNET
 from tests.export.small_systems import SIZE, small_system
 from tests.reference.deep_cache import DeepCache
 from tests.reference.small_families import SD_2, SmallFamily, open_networks, state_dict
 from tests.reference.small_pipelines import COMMON, PROMPT, diffusers_pipeline, noise, result_of
-from tests.reference.twins import compvis_config, load_unet
+from tests.reference.twins import load_unet
 
 pytestmark = [
     pytest.mark.reference,
