@@ -21,7 +21,7 @@ CHART = ROOT / "docs/peers.svg"
 ROWS = ROOT / "benchmarks/results/peers.jsonl"
 
 _INTRODUCTION = """\
-# Time and memory beside other programs
+# Time and memory next to other programs
 
 <!-- Written by `python -m scripts.peers_page`; change that script, not this page. -->
 
