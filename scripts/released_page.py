@@ -17,7 +17,7 @@ PAGE = ROOT / "docs/released-models.md"
 ROWS = ROOT / "benchmarks/results/full_size.jsonl"
 
 _INTRODUCTION = """\
-# The paper's released models at their released size
+# Released models at their released size
 
 <!-- Written by `python -m scripts.released_page`; change that script, not this page. -->
 
@@ -26,7 +26,8 @@ its released layout and size with random weights. Then it is recognised, exporte
 are generated again, its fp16 graphs run at its own size and are searched for values beyond fp16 (an
 autoencoder alone at no more than 256×256 pixels), and its TensorRT-RTX engines are built without a
 GPU for compute capability 8.0, 8.6, 8.9, 12.0 and 12.1. `benchmarks/full_size.py` does it all; the
-machine is a virtual one with 2 cores of an AMD EPYC and 24 GB, on 2026-11-26.
+machine is a virtual one with 2 cores of an AMD EPYC and 24 GB, on 2026-11-26; for those of Stable
+Diffusion on 2026-12-02, of which SDXL and others have no row yet.
 
 """
 
