@@ -18,7 +18,12 @@ from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.file_fields import file_fields
-from ldm_export.detection.ignored_tensors import Ignored, ignored_by, ignored_notes
+from ldm_export.detection.ignored_tensors import (
+    Ignored,
+    ignored_by,
+    ignored_notes,
+    without_ignored,
+)
 from ldm_export.detection.match import match_family
 from ldm_export.detection.overrides import Overrides, Sources, first_stated
 from ldm_export.detection.own_sections import SamplingFields
@@ -109,7 +114,8 @@ def detect(
     wanted, source = _wanted_weights(sources, has_only_averages=bool(lost))
     ignored = ignored_by(flags.ignore, tensors)
     assignment = assigned_weights(known, family, wanted, source, ignored)
-    spec = read_spec(sources, family.name, assignment)
+    kept = without_ignored(known, ignored, assignment.unused)
+    spec = read_spec(replace(sources, tensors=kept), family.name, assignment)
     notes = ignored_notes(ignored, assignment.unused)
     spec = replace(spec, assumptions=(*spec.assumptions, *notes))
     check_architecture(config, spec)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
+from ldm_export.detection.features import Tensors
 from ldm_export.detection.overrides import assumed
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.shapes import listed
@@ -39,6 +40,21 @@ def ignored_by(patterns: Sequence[str], names: Collection[str]) -> Ignored:
 def ignored_reason(ignored: Ignored, name: str) -> str:
     """Return why the user leaves a tensor out, or "" for one that no pattern matches."""
     return f"left out by --ignore {ignored[name]!a}" if name in ignored else ""
+
+
+def without_ignored(tensors: Tensors, ignored: Ignored, unused: Mapping[str, str]) -> Tensors:
+    """Return the tensors without those that patterns leave out, so that no value of them is read.
+
+    Args:
+        tensors: A checkpoint's.
+        ignored: The tensors that patterns match.
+        unused: Reason why a tensor is in no component, by its name.
+    """
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in ignored or unused.get(name) != ignored_reason(ignored, name)
+    }
 
 
 def check_not_needed(

@@ -15,7 +15,7 @@ from ldm_export.hyperparameters.tiny_autoencoder import read_tiny_autoencoder
 from ldm_runtime.specs.model import Assumption, EdmSpec
 from ldm_runtime.specs.networks import AutoencoderSpec
 from ldm_runtime.testing import FakeEngine, autoencoder_spec
-from tests.export.sd_layout import SDXL, TINY, FakeTensor, checkpoint, sdxl_checkpoint, with_values
+from tests.export.sd_layout import SD2, SDXL, TINY, checkpoint, sdxl_checkpoint, with_values
 from tests.export.small_systems import small_system
 
 MEAN, STD = [-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299]
@@ -104,9 +104,26 @@ def test_marks_that_cannot_be_are_an_error(marks, message):
         detect(sdxl_checkpoint() | marks)
 
 
-def test_marks_in_a_file_of_another_family_are_not_ignored():
-    with pytest.raises(WeightsError, match="belong to no component"):
-        detect(checkpoint(TINY) | {"edm_mean": FakeTensor(shape=(1, 4, 1, 1))})
+@pytest.mark.parametrize("marks", [STATISTICS, RANGE], ids=["statistics", "range"])
+@pytest.mark.parametrize(
+    ("tensors", "family"),
+    [
+        (checkpoint(TINY), "stable-diffusion-1"),
+        (checkpoint(SD2), "stable-diffusion-2"),
+        (sdxl_checkpoint(replace(SDXL, in_channels=9)), "stable-diffusion-xl-inpainting"),
+    ],
+    ids=["sd1", "sd2", "sdxl-inpainting"],
+)
+def test_marks_in_a_file_of_a_family_without_edm_are_ignored_on_request_alone(
+    marks, tensors, family
+):
+    """They change what every step computes, so that it is for the user to say they do not count."""
+    with pytest.raises(WeightsError, match=rf"no component .*{min(marks)}.*--ignore 'PATTERN'"):
+        detect(tensors | marks)
+
+    spec = detect(tensors | marks, overrides=Overrides(ignore=("edm_*",))).spec
+    assert (spec.family, spec.edm, len(spec.alphas_cumprod)) == (family, None, 1000)
+    assert spec.autoencoder.latents_mean == ()
 
 
 def test_a_model_of_edm_does_not_predict_x0():
