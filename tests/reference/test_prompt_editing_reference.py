@@ -5,14 +5,16 @@ The loop takes the embeddings of a text for every step, as they are listed here 
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from tests.reference.small_families import SD_2, open_networks, state_dict
+from tests.reference.small_families import SD_2, SDXL, open_networks, state_dict
 from tests.reference.small_pipelines import (
     COMMON,
+    SIDE,
     as_arrays,
     diffusers_pipeline,
+    diffusers_xl_pipeline,
     generate,
     lowest_psnr,
     noise,
@@ -36,6 +38,24 @@ CASES = [
 ]
 
 
+def conditions(pipeline, text, negative_text):
+    """Return the inputs of a UNet of Stable Diffusion 2, or of SDXL with its vector."""
+    if isinstance(pipeline, StableDiffusionPipeline):
+        cond, uncond = pipeline.encode_prompt(text, "cpu", 1, True, negative_text)
+        return {"encoder_hidden_states": torch.cat([uncond, cond])}
+    cond, uncond, pooled, negative_pooled = pipeline.encode_prompt(
+        text, device="cpu", negative_prompt=negative_text
+    )
+    sizes = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 2)
+    return {
+        "encoder_hidden_states": torch.cat([uncond, cond]),
+        "added_cond_kwargs": {
+            "text_embeds": torch.cat([negative_pooled, pooled]),
+            "time_ids": sizes,
+        },
+    }
+
+
 @torch.no_grad()
 def plain_loop(pipeline, prompts, negative_prompts, latents):
     """Return the image that a pipeline's networks generate from one pair of texts per step."""
@@ -43,10 +63,8 @@ def plain_loop(pipeline, prompts, negative_prompts, latents):
     scheduler.set_timesteps(STEPS)
     latents = latents * scheduler.init_noise_sigma
     for timestep, *texts in zip(scheduler.timesteps, prompts, negative_prompts, strict=True):
-        cond, uncond = pipeline.encode_prompt(texts[0], "cpu", 1, True, texts[1])
         joined = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-        context = torch.cat([uncond, cond])
-        predicted = pipeline.unet(joined, timestep, encoder_hidden_states=context).sample
+        predicted = pipeline.unet(joined, timestep, **conditions(pipeline, *texts)).sample
         uncond, cond = predicted.chunk(2)
         latents = scheduler.step(uncond + SCALE * (cond - uncond), timestep, latents).prev_sample
     decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
@@ -71,3 +89,17 @@ def test_the_prompts_change_at_their_steps(tmp_path, sampler):
 
         assert lowest_psnr(image, expected) >= 60, prompt
         assert lowest_psnr(unedited, expected) < 40, prompt
+
+
+def test_both_text_encoders_of_sdxl_see_the_prompts_of_each_step(tmp_path):
+    state = state_dict(SDXL)
+    theirs = diffusers_xl_pipeline(StableDiffusionXLPipeline, SDXL, state, tmp_path)
+    ours = open_networks(state)
+    prompt, negative, prompts, negatives = CASES[1]
+    expected = as_arrays([plain_loop(theirs, prompts, negatives, noise(ours))])
+
+    image = generate(ours, prompt=prompt, **COMMON | {"negative_prompt": negative})
+
+    assert lowest_psnr(image, expected) >= 60
+    unedited = generate(ours, prompt=A, **COMMON | {"negative_prompt": "blurry"})
+    assert lowest_psnr(unedited, expected) < 40

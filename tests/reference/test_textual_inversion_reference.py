@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from ldm_runtime import Generator
@@ -17,10 +17,11 @@ from ldm_runtime.inputs.textual_inversion import read_learned_words
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
 from tests.export.small_checkpoint import TEXT_ENCODER
-from tests.reference.small_families import SDXL, open_networks, state_dict
+from tests.reference.small_families import SD_2, SDXL, open_networks, state_dict
 from tests.reference.small_pipelines import (
     COMMON,
     as_arrays,
+    diffusers_pipeline,
     diffusers_xl_pipeline,
     generate,
     lowest_psnr,
@@ -121,6 +122,25 @@ def test_words_in_both_prompts_give_the_context_of_transformers(
     expected = torch.cat([uncond, cond]).numpy()
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_word_of_stable_diffusion_2_gives_the_images_of_diffusers(tmp_path):
+    state = state_dict(SD_2)
+    theirs = diffusers_pipeline(StableDiffusionPipeline, SD_2, state, tmp_path)
+    ours = open_networks(state, measured="epsilon")
+    (encoder,) = SD_2.text_encoders.values()
+    path = tmp_path / "learned_embeds.safetensors"
+    save_file({"<cat>": vectors(2, encoder.width)}, path)
+    theirs.load_textual_inversion(str(path), token="<cat>")
+    fields = COMMON | {"negative_prompt": "blurry, <cat>"}
+    expected = theirs(PROMPT, latents=noise(ours), **fields)
+    others = generate(ours, prompt=PROMPT, **fields)
+
+    ours.words = read_learned_words({"<cat>": path}, ours.spec)
+    images = generate(ours, prompt=PROMPT, **fields)
+
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    assert lowest_psnr(others, as_arrays(expected.images)) < 40
 
 
 @pytest.mark.parametrize("names", [("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1")])
