@@ -53,6 +53,8 @@ _SHORT = "a short caption, such as “a red circle”"
 _CAPTION: Mapping[str, str] = {
     "shapes_inpainting": "a full caption (CLIP) and an image with a masked region of 5 to 50 %",
 }
+_AS_NOISE = "for comparison: the same file read as predicting noise (`--prediction-type epsilon`)"
+_SCHEDULE_CUT = "for comparison: the same file without its mark `ztsnr`"
 _HOLES = "for comparison: the masked region filled with the mean colour, without a model"
 _SCORES: Mapping[str, str] = {
     "class": "exactly one object, of the right kind and colour",
@@ -67,6 +69,7 @@ _SCORES: Mapping[str, str] = {
     "kept": "images whose known pixels are exact",
     "readable": "images with everything that shows by half or more",
 }
+_NEARLY_ZERO = 1e-6  # the runtime's last alphas_cumprod of zero terminal SNR is 2**-24
 _DECIBELS = frozenset({"psnr", "plain_psnr"})
 
 
@@ -86,20 +89,48 @@ def page() -> str:
 
 def _shapes_lines() -> list[str]:
     """Return the rows of the shapes model and its descendants, full captions first."""
-    latest: dict[tuple[str, bool], dict[str, Any]] = {}
-    for line in SHAPES_ROWS.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        short = row["settings"].get("captions") == "short"
-        latest[row.get("model", "shapes"), short] = row
+    latest = _latest_of_shapes()
     order = ("shapes", *VARIANTS)
     lines = []
-    for name, short in sorted(latest, key=lambda each: (order.index(each[0]), each[1])):
-        row = latest[name, short]
+    for key in sorted(latest, key=lambda each: (order.index(each[0]), *each[1:])):
+        (name, short, misread), row = key, latest[key]
         given = _SHORT if short else _CAPTION.get(name, "a full caption (CLIP)")
-        lines.append(_line(name, given, _right(row["counts"])))
+        lines.append(_line(name, misread or given, _right(row["counts"])))
         if row.get("counts_of_holes"):
             lines.append(_line(name, _HOLES, _right(row["counts_of_holes"])))
     return lines
+
+
+def _latest_of_shapes() -> dict[tuple[str, bool, str], dict[str, Any]]:
+    """Return the last row by model, short captions or not, and how the file was misread, if so."""
+    latest: dict[tuple[str, bool, str], dict[str, Any]] = {}
+    for line in SHAPES_ROWS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        name, short = row.get("model", "shapes"), row["settings"].get("captions") == "short"
+        latest[name, short, _misread(name, row)] = row
+    return latest
+
+
+def _misread(name: str, row: Mapping[str, Any]) -> str:
+    """Return what a bundle was told wrongly of a model, all of which predict v; "" for nothing."""
+    if row.get("prediction_type", "v_prediction") != "v_prediction":
+        return _AS_NOISE
+    ends_in_noise = row.get("last_alpha_cumprod", 1.0) < _NEARLY_ZERO
+    is_cut = name in VARIANTS and VARIANTS[name].noise.zero_terminal_snr and not ends_in_noise
+    return _SCHEDULE_CUT if is_cut else ""
+
+
+def whole_images() -> dict[str, tuple[float, float]]:
+    """Return the images that are right and all of them, by model; of full captions, if of any."""
+    found = {
+        name: _right(row["counts"])
+        for (name, short, misread), row in _latest_of_shapes().items()
+        if not short and not misread
+    }
+    for (name, short), row in _latest().items():
+        if not short and WHOLE in row.metrics:
+            found[name] = row.metrics[WHOLE]
+    return found
 
 
 def _right(counts: Mapping[str, int]) -> tuple[float, float]:

@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--short-captions", action="store_true", help='generate from captions like "a red circle"'
     )
+    parser.add_argument("--threads", type=int, help="threads that compute (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--results", type=Path, help="file to append the JSON line to")
     parser.add_argument("--detector", action="store_true", help="test the detector, no bundle")
@@ -87,10 +88,10 @@ def _run_bundle(args: argparse.Namespace) -> int:
         "guidance_scale": args.guidance_scale,
     }
     wording = scenes.SHORT if args.short_captions else scenes.FULL
-    with Generator(args.bundle) as generator:
+    with Generator(args.bundle, threads=args.threads) as generator:
         wanted = held_out_scenes(args.captions, SEED)
         tally, seconds = evaluate_bundle(generator, wanted, settings, wording)
-        inpaints = generator.spec.task == "text-inpainting"
+        spec = generator.spec
     if not args.json:
         print(table(tally))
         print(f"{seconds:.2f} s per image")
@@ -102,13 +103,17 @@ def _run_bundle(args: argparse.Namespace) -> int:
         "bundle_sha256": sha256_of(args.bundle / MANIFEST_NAME),
         "commit": commit(),
         "device": machine(),
+        "prediction_type": spec.prediction_type,
+        "last_alpha_cumprod": spec.alphas_cumprod[-1],
         "settings": settings | ({"captions": "short"} if args.short_captions else {}),
         "shares": {
             name: share if share is None else round(share, 4)
             for name, share in tally.shares().items()
         },
         "counts": asdict(tally),
-        "counts_of_holes": asdict(tally_of_holes(wanted, wording)) if inpaints else None,
+        "counts_of_holes": (
+            asdict(tally_of_holes(wanted, wording)) if spec.task == "text-inpainting" else None
+        ),
         "seconds_per_image": round(seconds, 4),
     }
     print(json.dumps(report))

@@ -1,6 +1,6 @@
 """Train the descendants of the shapes model, and write a checkpoint of each.
 
-    python models/shapes/train_variants.py train NAME    # such as shapes_inpainting; half an hour
+    python models/shapes/train_variants.py train NAME    # such as shapes_inpainting; 40 minutes
     python models/shapes/train_variants.py pack NAME     # models/shapes/NAME.ckpt and NAME.yaml
 
 It needs what `train.py` leaves, or its `unpack`; it goes on from the last saved state, and logs to

@@ -1,5 +1,6 @@
 """The descendants of the shapes model: what they are given in training, and what they generate."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from models.shapes.data.masks import mask_image
 from models.shapes.evaluation import held_out
 from models.shapes.evaluation.scores import image_of
 from models.shapes.training.variants import config_of, masked_channels
+from models.shapes.training.velocity import alphas_cumprod
 from tests.torch_generator import TorchGenerator
 
 FOLDER = Path(__file__).parents[2] / "models/shapes"
@@ -23,11 +25,20 @@ IMAGES, STEPS = 6, 12
 MOST_BYTES = 10_000_000
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=list(VARIANTS))
-def opened(request):
-    """A variant, opened with the rest of the shapes model."""
-    path = FOLDER / f"{request.param.name}.ckpt"
-    return request.param, TorchGenerator(path, vae=SHAPES, text_encoder=SHAPES)
+@cache
+def opened(name):
+    """Open a variant with the rest of the shapes model."""
+    return TorchGenerator(FOLDER / f"{name}.ckpt", vae=SHAPES, text_encoder=SHAPES)
+
+
+@pytest.fixture(scope="module")
+def inpainting():
+    return opened("shapes_inpainting")
+
+
+@pytest.fixture(scope="module")
+def zero_snr():
+    return opened("shapes_zero_snr")
 
 
 def fields_of(index):
@@ -36,19 +47,20 @@ def fields_of(index):
     return scene, {"prompt": scenes.caption(scene), **given}
 
 
-def test_it_is_what_the_catalog_says_and_small_enough_to_come_along(opened):
-    variant, generator = opened
-    spec, config = generator.spec, config_of(variant)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+def test_it_is_what_the_catalog_says_and_small_enough_to_come_along(variant):
+    spec, config = opened(variant.name).spec, config_of(variant)
 
     assert (FOLDER / f"{variant.name}.ckpt").stat().st_size <= MOST_BYTES
     assert (spec.task, spec.unet) == (variant.task, variant.unet)
     assert spec.networks["text_encoder"] == config.text_encoder
     assert spec.defaults.height == config.latent_size * config.autoencoder.factor
     assert {name: getattr(spec.defaults, name) for name in variant.sampling} == variant.sampling
+    np.testing.assert_allclose(spec.alphas_cumprod[:-1], alphas_cumprod(variant.noise)[:-1])
 
 
-def test_in_training_it_is_given_what_the_runtime_gives_it(opened):
-    _, generator = opened
+def test_in_training_it_is_given_what_the_runtime_gives_it(inpainting):
+    generator = inpainting
     _, fields = fields_of(3)
     request = resolve(GenerationRequest(**fields), generator.spec)
     images = torch.from_numpy(fields["image"]).movedim(2, 0)[None] / 127.5 - 1
@@ -69,12 +81,12 @@ def test_in_training_it_is_given_what_the_runtime_gives_it(opened):
     assert 0 < given[:, 0].mean() < 1
 
 
-def test_it_fills_holes_as_captions_say_and_keeps_the_rest(opened):
-    _, generator = opened
+def test_it_fills_holes_as_captions_say_and_keeps_the_rest(inpainting):
     wanted, images = [], []
     for index in range(IMAGES):
         scene, fields = fields_of(index)
-        image = generator(seed=held_out.SEED + index, num_inference_steps=STEPS, **fields).images[0]
+        seed = held_out.SEED + index
+        image = inpainting(seed=seed, num_inference_steps=STEPS, **fields).images[0]
         kept = fields["mask_image"] == 0
         assert np.array_equal(np.asarray(image)[kept], fields["image"][kept])
         wanted.append(scene)
@@ -88,14 +100,13 @@ def test_it_fills_holes_as_captions_say_and_keeps_the_rest(opened):
     assert tally.objects_right > holes.objects_right
 
 
-def test_another_caption_fills_a_hole_with_another_thing(opened):
-    _, generator = opened
+def test_another_caption_fills_a_hole_with_another_thing(inpainting):
     _, fields = fields_of(0)
     fields |= {"mask_image": np.full((64, 64), 255, np.uint8), "num_inference_steps": STEPS}
 
     red, blue = (
         np.asarray(
-            generator(
+            inpainting(
                 **{**fields, "prompt": f"a large {color} circle on a white background", "seed": 1}
             ).images[0]
         ).astype(int)
@@ -108,3 +119,30 @@ def test_another_caption_fills_a_hole_with_another_thing(opened):
 
     assert covered(red, 0) > 0.05 > covered(blue, 0)
     assert covered(blue, 2) > 0.05 > covered(red, 2)
+
+
+def test_the_marks_of_its_file_say_what_it_predicts_and_that_sampling_begins_with_noise(zero_snr):
+    """Its configuration does not: a file that is shared alone says it, too."""
+    spec = zero_snr.spec
+    stated = {each.field: (each.value, each.source) for each in spec.assumptions}
+
+    assert "parameterization" not in (FOLDER / "shapes_zero_snr.yaml").read_text()
+    assert stated["prediction_type"] == ("v_prediction", "file")
+    assert stated["alphas_cumprod"] == ("rescaled to zero terminal SNR", "file")
+    assert spec.alphas_cumprod[-1] == 2**-24
+
+
+def test_from_nothing_but_noise_it_generates_what_captions_say(zero_snr):
+    wanted = held_out.held_out_scenes(IMAGES, held_out.SEED)
+    images = [
+        np.asarray(
+            zero_snr(
+                prompt=scenes.caption(scene),
+                seed=held_out.SEED + index,
+                num_inference_steps=2 * STEPS,
+            ).images[0]
+        )
+        for index, scene in enumerate(wanted)
+    ]
+
+    assert held_out.score_all(wanted, images, scenes.FULL).images_right >= IMAGES - 2

@@ -42,6 +42,7 @@ class ModelConfig:
         segmentation_encoder: Encoder of segmentation maps, if any.
         class_dropout: Share of classes that training replaced by the last.
         schedule: First and last beta, and how many there are.
+        says_prediction_type: Whether it says that the UNet predicts v; the checkpoint does if not.
         latent_size: Height and width in latent pixels.
         use_ema: Whether the checkpoint holds moving averages, to sample with.
         sampling: Sampling defaults, as fields of a request.
@@ -56,6 +57,7 @@ class ModelConfig:
     segmentation_encoder: SegmentationEncoderSpec | None = None
     class_dropout: float = 0.0
     schedule: tuple[float, float, int]
+    says_prediction_type: bool = True
     latent_size: int
     use_ema: bool = False
     sampling: Mapping[str, str | float] = field(default_factory=dict)
@@ -104,7 +106,7 @@ def params_of(model: ModelConfig) -> dict[str, Any]:
         "linear_start": start,
         "linear_end": end,
         "timesteps": timesteps,
-        "parameterization": "v",
+        **({"parameterization": "v"} if model.says_prediction_type else {}),
         "image_size": model.latent_size,
         "channels": model.unet.out_channels,
         "scale_by_std": True,

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_export.networks.unet import UNet
 from models.shapes.catalog.learning_rate import Cycle
-from models.shapes.catalog.noise import TOLD
+from models.shapes.catalog.noise import TOLD, Noise
 from models.shapes.catalog.shapes_unet import UNET
 from models.shapes.data import scenes
 from models.shapes.training.autoencoder import NUM_CHECKED, load_latents
@@ -44,12 +44,14 @@ class CaptionLoss:
         latents: Of every image, (N, 4, 16, 16).
         contexts: Of every caption, (N + 1, 77, 64); the last row is that of the empty caption.
         concat: Channels that go with every image's latents into the UNet, (N, C, 16, 16), or None.
+        noise: The noise that is added.
     """
 
     unet: Callable[..., Tensor]
     latents: Tensor
     contexts: Tensor
     concat: Tensor | None = None
+    noise: Noise = TOLD
 
     def __call__(self, rows: Tensor, *, layout: bool) -> Tensor:
         """Return the loss on some rows of the data, in the first part of training or later."""
@@ -61,7 +63,7 @@ class CaptionLoss:
                 prediction: Tensor = self.unet(torch.cat(given, dim=1), timesteps, context)
             return prediction
 
-        return velocity_loss(predict, self.latents[rows], TOLD, layout=layout)
+        return velocity_loss(predict, self.latents[rows], self.noise, layout=layout)
 
     def _captions(self, rows: Tensor) -> Tensor:
         dropped = torch.rand(len(rows)) < CAPTION_DROPOUT

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm_export.networks.unet import UNet
-from models.shapes.catalog.noise import TOLD
 from models.shapes.catalog.variants import Variant
 from models.shapes.data import scenes
 from models.shapes.training.autoencoder import (
@@ -35,7 +34,8 @@ def train_variant(variant: Variant) -> None:
         unet=unet,
         latents=latents[rows],
         contexts=contexts[rows.start :],
-        concat=cached(f"{variant.name}_concat", lambda: _encode_masked(variant.most_rows, scale)),
+        concat=_concat(variant, scale),
+        noise=variant.noise,
     )
     train_captioned(variant.name, unet, loss, variant.cycles, variant.layout_steps)
 
@@ -50,6 +50,13 @@ def _first(variant: Variant) -> UNet:
     widened[:, : known.shape[1]] = known
     unet.load_state_dict({**weights, name: widened})
     return unet
+
+
+def _concat(variant: Variant, scale: float) -> Tensor | None:
+    """Return what goes into a variant's UNet beside the latents of its data, if anything does."""
+    if variant.task != "text-inpainting":
+        return None
+    return cached(f"{variant.name}_concat", lambda: _encode_masked(variant.most_rows, scale))
 
 
 @torch.no_grad()
@@ -90,6 +97,7 @@ def pack_variant(variant: Variant) -> int:
     _, scale = load_latents()
     weights = averaged_state({}, {}, state["ema"])
     weights["scale_factor"] = torch.tensor(scale)
+    weights |= {marker: torch.empty(0) for marker in variant.markers}
     path = HERE / f"{variant.name}.ckpt"
     write_checkpoint(path, weights, state["step"])
     write_model_config(HERE / f"{variant.name}.yaml", config_of(variant))
@@ -103,7 +111,8 @@ def config_of(variant: Variant) -> ModelConfig:
         unet=variant.unet,
         autoencoder=AUTOENCODER,
         text_encoder=TEXT_ENCODER,
-        schedule=TOLD.schedule,
+        schedule=variant.noise.schedule,
+        says_prediction_type="v_pred" not in variant.markers,
         latent_size=scenes.SIZE // AUTOENCODER.factor,
         sampling=variant.sampling,
     )

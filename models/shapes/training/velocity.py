@@ -33,10 +33,14 @@ def alphas_of(noise: Noise) -> Tensor:
 
 def alphas_cumprod(noise: Noise) -> Tensor:
     """Return a schedule, (T,) float64."""
-    roots = torch.linspace(
+    roots_of_betas = torch.linspace(
         noise.start**0.5, noise.end**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64
     )
-    return torch.cumprod(1 - roots.square(), dim=0)
+    alphas = torch.cumprod(1 - roots_of_betas.square(), dim=0)
+    if not noise.zero_terminal_snr:
+        return alphas
+    roots = alphas.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
 
 
 def velocity_loss(predict: Predict, clean: Tensor, noise: Noise, *, layout: bool) -> Tensor:
