@@ -28,6 +28,17 @@ def pytest_addoption(parser):
         action="store_true",
         help="on Linux, let no test open an internet socket",
     )
+    parser.addoption(
+        "--families",
+        type=Path,
+        metavar="FILE",
+        help="append to FILE how far the images of each family are from a reference's",
+    )
+    parser.addoption(
+        "--graphs",
+        action="store_true",
+        help="compare families through their ONNX graphs, too: half a minute each",
+    )
 
 
 def pytest_configure(config):

@@ -140,6 +140,15 @@ _SPECS: Mapping[str, ModelSpec] = {
         autoencoder=replace(_KL, latent_scale_factor=0.18215),
         text_encoder=_WORDS,
     ),
+    "text-vq": _spec(
+        100,
+        1.0,
+        0.0,
+        family="ldm-text-vq",
+        task="text-to-image",
+        unet=_CROSS,
+        text_encoder=_WORDS,
+    ),
     "layout-to-image": _spec(
         200,
         1.0,
@@ -202,8 +211,8 @@ _BETAS: Mapping[str, tuple[float, float]] = {
     "inpainting": (0.0015, 0.0205),
     "retrieval": (0.0015, 0.015),
 }
-#: Every task, and "churches" (KL, scale-shift), "class-guided" (one head, a null class) and
-#: "autoencoder-kl" besides.
+#: Every task, and "churches" (KL, scale-shift), "class-guided" (one head, a null class), "text-vq"
+#: and "autoencoder-kl" besides.
 SMALL_SYSTEMS = tuple(_SPECS)
 
 
@@ -273,7 +282,7 @@ def _unneeded(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     match name:
         case "churches":
             return {"scale_factor": torch.tensor(0.75)}
-        case "text-to-image" | "layout-to-image":
+        case "text-to-image" | "text-vq" | "layout-to-image":
             tokens = state["cond_stage_model.transformer.token_emb.weight"]
             logits = "cond_stage_model.transformer.to_logits"
             return {f"{logits}.weight": tokens.clone(), f"{logits}.bias": tokens[:, 0].clone()}

@@ -37,6 +37,7 @@ class Traces:
             self._known[key] = ir.to_proto(self._trace(name, network, spec))
         model = ir.from_proto(self._known[key])
         for parameter, tensor in network.named_parameters():
-            value = model.graph.initializers[parameter]
-            value.const_value = ir.tensor(tensor.numpy(), name=parameter)
+            value = model.graph.initializers.get(parameter)
+            if value is not None:  # layers that context does not pass are in no graph
+                value.const_value = ir.tensor(tensor.numpy(), name=parameter)
         return model

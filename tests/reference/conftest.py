@@ -3,10 +3,12 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from released.compvis_files import compvis_config
 from tests.export.small_checkpoint import AUTOENCODER, TEXT_ENCODER, UNET
 from tests.reference.diffusers_folder import small_pipeline
+from tests.reference.family_comparison import Comparison
 from tests.reference.twins import (
     SCHEDULERS,
     clip_tokenizer,
@@ -14,6 +16,26 @@ from tests.reference.twins import (
     load_text_encoder,
     load_unet,
 )
+
+
+@pytest.fixture
+def means(monkeypatch):
+    """Let diffusers take the mean of an image's latents, as ours do, in place of a sample."""
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+
+
+@pytest.fixture
+def compare(request, tmp_path_factory, traces):
+    """Compares the images of a family with those of another implementation."""
+    return Comparison(
+        results=request.config.getoption("--families"),
+        through_graphs=request.config.getoption("--graphs"),
+        test=request.node.nodeid.rpartition("/")[2],
+        folder=tmp_path_factory.mktemp("graphs"),
+        traces=traces,
+    )
 
 
 @pytest.fixture(scope="package")

@@ -195,6 +195,7 @@ SDXL_REFINER = SmallFamily(
     },
 )
 SDXL_INSTRUCT_PIX2PIX = replace(SDXL, unet=replace(_UNET_OF_SDXL, in_channels=8))
+SD_1 = SmallFamily(unet=UNET, text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER})
 SD_1_INPAINTING = SmallFamily(
     unet=replace(UNET, in_channels=9), text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER}
 )

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from transformers import CLIPTextModelWithProjection
 
+from ldm_export.steps import vocabulary_of
 from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.pipeline.deadline import Deadline
@@ -19,12 +20,10 @@ from ldm_runtime.pipeline.image_pipeline import ImagePipeline
 from ldm_runtime.pipeline.open_model import OpenModel, Origin
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
-from ldm_runtime.specs.tasks import takes_prompts
 from released.compvis_files import compvis_config
 from tests.reference.small_families import SDXL_REFINER
 from tests.reference.twins import (
     TRAINED,
-    VOCABULARY,
     clip_tokenizer,
     load_autoencoder,
     load_text_encoder,
@@ -72,14 +71,13 @@ def result_of(model, refiner=None, **fields):
 
 
 def as_open(model):
+    vocabulary = vocabulary_of(model.spec)
     build = BuildRecord(
         checkpoint="", checkpoint_sha256="", components=(), versions={}, seconds=0.0
     )
     return OpenModel(
         network=model.network,
-        tokenizer=open_tokenizer(VOCABULARY, model.spec, model.words)
-        if takes_prompts(model.spec)
-        else None,
+        tokenizer=vocabulary and open_tokenizer(vocabulary, model.spec, model.words),
         spec=model.spec,
         origin=Origin(bundle_sha256="", build=build),
     )

@@ -16,7 +16,6 @@ from ldm_export.intake.unet_names import UNET_PREFIX, unet_names
 from ldm_export.networks.loading import check_weights
 from ldm_export.networks.unet import UNet
 from tests.export.sd_layout import SD1, SD2, SDXL, FakeTensor, checkpoint, sdxl_checkpoint
-from tests.export.small_checkpoint import TEXT_ENCODER, UNET
 from tests.reference import small_families
 from tests.reference.diffusers_folder import randomised
 from tests.reference.distilled_unets import (
@@ -26,7 +25,6 @@ from tests.reference.distilled_unets import (
     small_unet,
 )
 from tests.reference.small_families import (
-    SmallFamily,
     open_folder_networks,
     open_networks,
     state_dict,
@@ -51,7 +49,7 @@ pytestmark = [
 
 #: Everything but the UNet of the small models.
 ORIGINALS = {
-    "sd1": SmallFamily(unet=UNET, text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER}),
+    "sd1": small_families.SD_1,
     "sd2": small_families.SD_2,
     "sdxl": small_families.SDXL,
 }
@@ -79,17 +77,14 @@ def small_model(name, folder):
 
 
 @pytest.mark.parametrize("name", DISTILLED)
-def test_a_folder_that_diffusers_saved_generates_its_images(tmp_path, name):
+def test_a_folder_that_diffusers_saved_generates_its_images(tmp_path, compare, name):
     _, theirs = small_model(name, tmp_path)
     folder = tmp_path / "folder"
     theirs.save_pretrained(folder)
     ours = open_folder_networks(folder)
     expected = theirs(PROMPT, latents=noise(ours), **COMMON)
 
-    images = generate(ours, prompt=PROMPT, **COMMON)
-
-    assert ours.spec.family == name
-    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    compare(name, ours, as_arrays(expected.images), prompt=PROMPT, **COMMON)
 
 
 @pytest.mark.parametrize("name", ["ssd-1b", "segmind-vega"])

@@ -59,16 +59,19 @@ def pipeline_of(family, folder, scheduler, kind=StableDiffusionXLPipeline, **opt
 @pytest.mark.parametrize(
     ("sampler", "schedule"), [("dpmpp_2m", "karras"), ("euler", "exponential")]
 )
-def test_playground_generates_the_images_of_diffusers(tmp_path, sampler, schedule):
+def test_playground_generates_the_images_of_diffusers(tmp_path, compare, sampler, schedule):
     theirs = pipeline_of(PLAYGROUND, tmp_path, SCHEDULERS[sampler](sigma_schedule=schedule))
     ours = open_networks(state_dict(PLAYGROUND))
     expected = theirs(PROMPT, latents=noise(ours, 2), num_images_per_prompt=2, **COMMON)
     names = {"sampler": sampler, "schedule": schedule}
 
-    images = generate(ours, prompt=PROMPT, num_images=2, **names, **COMMON)
-
-    assert ours.spec.family == "playground-v2.5"
-    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    compare(
+        *("playground-v2.5", ours, as_arrays(expected.images)),
+        prompt=PROMPT,
+        num_images=2,
+        **names,
+        **COMMON,
+    )
 
 
 def test_playground_changes_an_image_as_diffusers_does(tmp_path, monkeypatch):
@@ -104,20 +107,22 @@ def test_a_folder_of_playground_is_read_by_its_scheduler_and_its_autoencoder(tmp
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 
-def test_cosxl_generates_the_images_of_diffusers(tmp_path):
+def test_cosxl_generates_the_images_of_diffusers(tmp_path, compare):
     scheduler = EDMDPMSolverMultistepScheduler(sigma_schedule="exponential", **NOISE_OF_COSXL)
     theirs = pipeline_of(COSXL, tmp_path, scheduler)
     ours = open_networks(state_dict(COSXL))
     expected = theirs(PROMPT, latents=noise(ours), **COMMON)
 
-    images = generate(ours, prompt=PROMPT, sampler="dpmpp_2m", **COMMON)
-
-    assert ours.spec.family == "cosxl"
-    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    compare(
+        *("cosxl", ours, as_arrays(expected.images)),
+        prompt=PROMPT,
+        sampler="dpmpp_2m",
+        **COMMON,
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"image_guidance_scale": 1.0}])
-def test_cosxl_edit_edits_as_diffusers_does(tmp_path, changes):
+def test_cosxl_edit_edits_as_diffusers_does(tmp_path, compare, changes):
     scheduler = EDMEulerScheduler(sigma_schedule="exponential", **NOISE_OF_COSXL)
     kind = StableDiffusionXLInstructPix2PixPipeline
     theirs = pipeline_of(COSXL_EDIT, tmp_path, scheduler, kind, is_cosxl_edit=True)
@@ -125,10 +130,13 @@ def test_cosxl_edit_edits_as_diffusers_does(tmp_path, changes):
     fields = {"image": image, "image_guidance_scale": 1.5, **COMMON, **changes}
     expected = theirs(PROMPT, latents=noise(ours), **fields)
 
-    images = generate(ours, prompt=PROMPT, sampler="euler", **fields)
-
-    assert (ours.spec.family, ours.spec.scales_image) == ("cosxl-edit", True)
-    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    assert ours.spec.scales_image
+    compare(
+        *("cosxl-edit", ours, as_arrays(expected.images)),
+        prompt=PROMPT,
+        sampler="euler",
+        **fields,
+    )
 
 
 def test_a_run_of_edm_stops_and_goes_on_in_the_middle_of_the_range_of_log_sigma():

@@ -13,11 +13,10 @@ from diffusers import (
 
 from ldm_export.intake.unet_names import UNET_PREFIX, unet_names
 from ldm_runtime.conditioning.embedded_guidance import guidance_features
-from tests.export.small_checkpoint import TEXT_ENCODER, UNET
 from tests.reference.diffusers_folder import randomised
 from tests.reference.small_families import (
+    SD_1,
     SDXL,
-    SmallFamily,
     open_folder_networks,
     open_networks,
     state_dict,
@@ -32,6 +31,7 @@ from tests.reference.small_pipelines import (
     generate,
     lowest_psnr,
 )
+from tests.reference.test_distilled_reference import small_model
 from tests.reference.twins import TRAINED
 
 pytestmark = [
@@ -40,7 +40,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
 
-SD_1 = SmallFamily(unet=UNET, text_encoders={"cond_stage_model.transformer.": TEXT_ENCODER})
 SIZE = {"height": SIDE, "width": SIDE}
 TRAINED_WITH = {name: TRAINED[name] for name in ("beta_start", "beta_end", "beta_schedule")}
 FEATURES = 32
@@ -77,7 +76,7 @@ def small_lcm(folder):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 8.5])
-def test_a_folder_that_diffusers_saved_generates_its_images(tmp_path, guidance_scale):
+def test_a_folder_that_diffusers_saved_generates_its_images(tmp_path, compare, guidance_scale):
     _, theirs = small_lcm(tmp_path)
     folder = tmp_path / "folder"
     theirs.save_pretrained(folder)
@@ -85,16 +84,15 @@ def test_a_folder_that_diffusers_saved_generates_its_images(tmp_path, guidance_s
     generator = torch.Generator().manual_seed(SEED)
     expected = theirs(PROMPT, guidance_scale=guidance_scale, generator=generator, **SIZE)
 
-    images = generate(ours, prompt=PROMPT, sampler=None, guidance_scale=guidance_scale, **SIZE)
+    fields = {"prompt": PROMPT, "sampler": None, "guidance_scale": guidance_scale}
+    compare("stable-diffusion-1-lcm", ours, as_arrays(expected.images), **fields, **SIZE)
 
     defaults = ours.spec.defaults
-    assert ours.spec.family == "stable-diffusion-1-lcm"
     assert (defaults.sampler, defaults.num_inference_steps, defaults.guidance_scale) == (
         "lcm",
         4,
         8.5,
     )
-    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 
 def test_the_guidance_scale_changes_the_image(tmp_path):
@@ -125,9 +123,21 @@ def test_a_single_file_with_the_tensor_of_diffusers_generates_its_images(tmp_pat
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 
 
-def test_sdxl_as_a_latent_consistency_model_generates_the_images_of_diffusers(tmp_path):
-    state = state_dict(SDXL)
-    theirs = diffusers_xl_pipeline(StableDiffusionXLPipeline, SDXL, state, tmp_path)
+def small_sdxl(folder):
+    return diffusers_xl_pipeline(StableDiffusionXLPipeline, SDXL, state_dict(SDXL), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [
+        ("stable-diffusion-xl-lcm", small_sdxl),
+        ("ssd-1b-lcm", lambda folder: small_model("ssd-1b", folder)[1]),
+    ],
+)
+def test_sdxl_as_a_latent_consistency_model_generates_the_images_of_diffusers(
+    tmp_path, compare, name, opened
+):
+    theirs = opened(tmp_path)
     theirs.register_modules(
         unet=with_guidance_input(theirs.unet), scheduler=LCMScheduler(**TRAINED_WITH)
     )
@@ -139,10 +149,8 @@ def test_sdxl_as_a_latent_consistency_model_generates_the_images_of_diffusers(tm
         PROMPT, guidance_scale=6.0, num_inference_steps=4, generator=generator, **SIZE
     )
 
-    images = generate(ours, prompt=PROMPT, sampler=None, guidance_scale=6.0, **SIZE)
-
-    assert ours.spec.family == "stable-diffusion-xl-lcm"
-    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+    fields = {"prompt": PROMPT, "sampler": None, "guidance_scale": 6.0}
+    compare(name, ours, as_arrays(expected.images), **fields, **SIZE)
 
 
 @pytest.mark.parametrize("count", [256, 32, 7])
