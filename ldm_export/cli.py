@@ -90,8 +90,8 @@ def _add_bundle_flags(parser: Parser) -> None:
         "--reuse-blocks",
         type=int,
         metavar="N",
-        help="--reuse with that many blocks of either half of the UNet (default: all of the first "
-        "level)",
+        help="--reuse with that many blocks of either half of the UNet: more are slower and change "
+        "images less (default: 1)",
     )
     parser.add_argument(
         "--no-fp16",

@@ -29,7 +29,7 @@ class Overrides:
         label_names: Names of labels 0, 1, … of a model of classes, layouts or segmentation maps.
         ignore: Shell patterns over the names of tensors that are left out.
         reuse: Outermost blocks of the UNet that become a graph of their own, for feature reuse;
-            "default" is `default_shallow_blocks`, and None is without that graph.
+            "default" is `shallow_unet.DEFAULT_BLOCKS`, and None is without that graph.
     """
 
     weights: WeightsChoice | None = None

@@ -8,13 +8,11 @@ from ldm_export.errors import ExportError
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import UNetSpec
 
+#: Blocks of either half unless a flag says otherwise: on the shapes model the smallest number is as
+#: good as the next at the same speed, and can be faster (`models/shapes/evaluate_reuse.py`).
+DEFAULT_BLOCKS = 1
 #: Parts of a UNet that its outermost blocks need as well, by the beginnings of their names.
 _AROUND = ("time_embed.", "time_embedding.", "label_emb.", "out.")
-
-
-def default_shallow_blocks(unet: UNetSpec) -> int:
-    """Return how many blocks of either half the shallow graph has unless a flag says otherwise."""
-    return unet.most_shallow_blocks
 
 
 def with_shallow_graph(unet: UNetSpec, wanted: int | Literal["default"] | None) -> UNetSpec:
@@ -25,7 +23,7 @@ def with_shallow_graph(unet: UNetSpec, wanted: int | Literal["default"] | None) 
     """
     if wanted is None:
         return unet
-    number = default_shallow_blocks(unet) if wanted == "default" else wanted
+    number = DEFAULT_BLOCKS if wanted == "default" else wanted
     most = unet.most_shallow_blocks
     if not 1 <= number <= most:
         raise ExportError(

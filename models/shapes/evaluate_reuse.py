@@ -5,8 +5,9 @@ r"""Measure what feature reuse costs a model and saves: the same prompts and noi
     python models/shapes/evaluate_reuse.py --report
 
 The rules take turns at every prompt, after the image without one, so that a disturbance of the
-machine does not hit one alone. Appends a row per rule to `benchmarks/results/feature_reuse.jsonl`;
-`--report` prints the table of docs/steering.md from the latest of each.
+machine does not hit one alone. Every 20 prompts become a row per rule in
+`benchmarks/results/feature_reuse.jsonl`; a run that was stopped goes on with `--first`. `--report`
+prints the table of docs/steering.md from all rows of the latest bundle of each model.
 """
 
 import argparse
@@ -14,10 +15,12 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +36,8 @@ from models.shapes.evaluation.tasks import SEED, TaskRow
 RESULTS = ROOT / "benchmarks/results/feature_reuse.jsonl"
 RULES = ("deep:2", "deep:3", "deep:5")
 NONE = "none"
-_PROMPTS = 100
+_PROMPTS, _PIECE = 100, 20
+_ERROR = "squared_error"  # of an image, with that without reuse
 _PEAK = 255
 #: Every model of a task of its own, and the model of full captions that the others descend from.
 _MODELS: Mapping[str, TrainedModel] = MappingProxyType(
@@ -48,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bundle", type=Path, default=Path("engines"))
     parser.add_argument("--rules", nargs="+", default=RULES, help="default: deep:2 deep:3 deep:5")
     parser.add_argument("--images", type=int, default=_PROMPTS, help="default: %(default)s")
+    parser.add_argument("--first", type=int, default=0, help="prompts to leave out before them")
     parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument("--backend", default="onnxruntime", help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="threads that compute (default: all cores)")
@@ -62,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.report and args.model is None:
         parser.error("give --model and --bundle, or --report")
-    if args.images < 1:
-        parser.error(f"--images must be at least 1, got {args.images}")
+    if args.images < 1 or args.first < 0:
+        parser.error(f"--images from 1 on and --first from 0, got {args.images}, {args.first}")
     try:
         if not args.report:
             with Generator(args.bundle, backend=args.backend, threads=args.threads) as generator:
@@ -76,27 +81,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(generator: Generator, model: TrainedModel, args: argparse.Namespace) -> list[TaskRow]:
-    """Generate and score the images of every rule, and of none; return a row for each.
+def measure(
+    generator: Generator, model: TrainedModel, args: argparse.Namespace
+) -> Iterator[TaskRow]:
+    """Generate and score the images of every rule, and of none; yield a row of each per piece.
 
     Raises:
         LdmError: The bundle was exported without --reuse, or a rule is none.
     """
-    prompts = tasks.held_out_prompts(model, args.images, SEED)
-    rules = (NONE, *args.rules)
-    images: dict[str, list[InputImage]] = {rule: [] for rule in rules}
-    seconds: dict[str, list[float]] = {rule: [] for rule in rules}
+    rules, end = (NONE, *args.rules), args.first + args.images
+    prompts = tasks.held_out_prompts(model, end, SEED)
     for rule in rules:  # opens and warms up
         _generate(generator, model, prompts[0], 0, {"reuse": rule, "steps": 2})
-    for index, prompt in enumerate(prompts):
-        for rule in rules:
+    for first in range(args.first, end, _PIECE):
+        indices = range(first, min(first + _PIECE, end))
+        images: dict[str, list[InputImage]] = {rule: [] for rule in rules}
+        seconds: dict[str, list[float]] = {rule: [] for rule in rules}
+        for index, rule in product(indices, rules):
             started = time.perf_counter()
             fields = {"reuse": rule, "steps": args.steps}
-            images[rule].append(_generate(generator, model, prompt, index, fields))
+            images[rule].append(_generate(generator, model, prompts[index], index, fields))
             seconds[rule].append(time.perf_counter() - started)
-    return [
-        _row(generator, model, prompts, args.steps, rule, images, seconds[rule]) for rule in rules
-    ]
+        piece = prompts[first : indices.stop]
+        for rule in rules:
+            metrics = score_all(model.task, piece, images[rule])
+            settings = _settings(generator, args.steps) | {"first": first, "images": len(piece)}
+            yield TaskRow(
+                name=model.name,
+                backend=generator.backend,
+                commit=commit(),
+                bundle_sha256=generator.bundle_sha256,
+                device=machine(),
+                settings=settings | {"reuse": rule},
+                seconds=tuple(seconds[rule]),
+                task=model.task,
+                metrics={**metrics, _ERROR: _squared_error(images[rule], images[NONE])},
+                scores=scores(metrics),
+                distances={},
+            )
 
 
 def _generate(
@@ -114,65 +136,60 @@ def _generate(
     return np.asarray(generator(seed=SEED + index, **fields).images[0])
 
 
-def _row(  # noqa: PLR0913  (what was measured)
-    generator: Generator,
-    model: TrainedModel,
-    prompts: Sequence[EvaluationPrompt],
-    steps: int | None,
-    rule: str,
-    images: Mapping[str, Sequence[InputImage]],
-    seconds: Sequence[float],
-) -> TaskRow:
-    metrics = score_all(model.task, prompts, images[rule])
+def _settings(generator: Generator, steps: int | None) -> dict[str, Any]:
     unet = generator.spec.unet
-    assert unet is not None, "every model here but the autoencoder has a UNet"
-    settings = tasks.settings_of(generator.spec, steps) | {"images": len(prompts), "seed": SEED}
-    psnr = {} if rule == NONE else {"psnr_to_whole": _psnr(images[rule], images[NONE])}
-    return TaskRow(
-        name=model.name,
-        backend=generator.backend,
-        commit=commit(),
-        bundle_sha256=generator.bundle_sha256,
-        device=machine(),
-        settings=settings | {"reuse": rule, "shallow_blocks": unet.shallow_blocks or 0},
-        seconds=tuple(seconds),
-        task=model.task,
-        metrics=metrics,
-        scores=scores(metrics) | psnr,
-        distances={},
-    )
+    assert unet is not None, "every model here has a UNet"
+    blocks = unet.shallow_blocks or 0
+    return tasks.settings_of(generator.spec, steps) | {"seed": SEED, "shallow_blocks": blocks}
 
 
-def _psnr(images: Sequence[InputImage], others: Sequence[InputImage]) -> float:
-    """Return the PSNR in dB of images with others, of the mean error of all."""
+def _squared_error(
+    images: Sequence[InputImage], others: Sequence[InputImage]
+) -> tuple[float, float]:
+    """Return the sum of the mean squared errors of images, and how many they are."""
     pairs = zip(images, others, strict=True)
     errors = [float(np.square(one.astype(float) - other).mean()) for one, other in pairs]
-    mean = statistics.fmean(errors)
-    return 10 * math.log10(_PEAK**2 / mean) if mean else math.inf
+    return sum(errors), len(errors)
 
 
 def report(rows: Sequence[TaskRow]) -> str:
-    """Return a table in Markdown: a line per model, number of blocks and rule, the latest of each.
+    """Return a table in Markdown: a line per model, number of blocks and rule.
 
-    Speed is the mean time of an image without reuse over that with the rule, of the same run.
+    Speed is the mean time of an image without reuse over that with the rule, of the same prompts.
     """
-    latest = {
-        (row.name, row.settings["shallow_blocks"], row.settings["reuse"]): row for row in rows
-    }
+    groups: dict[tuple[object, ...], dict[object, TaskRow]] = {}
+    latest = {(row.name, row.settings["shallow_blocks"]): row.bundle_sha256 for row in rows}
+    for row in rows:
+        kind = row.name, row.settings["shallow_blocks"]
+        if row.bundle_sha256 == latest[kind]:
+            piece = row.settings["num_inference_steps"], row.settings["first"]
+            groups.setdefault((*kind, row.settings["reuse"]), {})[piece] = row
     lines = [
-        "| model | steps | blocks | rule | whole images | PSNR | per image | faster |",
+        "| model | prompts | blocks | rule | whole images | PSNR | per image | faster |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (name, blocks, rule), row in latest.items():
-        whole = latest[name, blocks, NONE]
-        spent, most = statistics.fmean(row.seconds), statistics.fmean(whole.seconds)
-        psnr = row.scores.get("psnr_to_whole")
+    for (name, blocks, rule), pieces in groups.items():
+        without = groups[name, blocks, NONE]
+        right, asked = _sum_of(pieces.values(), WHOLE)
+        error, number = _sum_of(pieces.values(), _ERROR)
+        psnr = "" if not error else f"{10 * math.log10(_PEAK**2 * number / error):.1f} dB"
+        spent = _mean_seconds(pieces.values())
+        most = _mean_seconds(without[piece] for piece in pieces)
+        label = rule if rule == NONE else f"`{rule}`"
         lines.append(
-            f"| `{name}` | {row.settings['num_inference_steps']} | {blocks} | "
-            f"{'none' if rule == NONE else f'`{rule}`'} | {row.scores[WHOLE]:.1%} | "
-            f"{'' if psnr is None else f'{psnr:.1f} dB'} | {spent:.3f} s | {most / spent:.2f}× |"
+            f"| `{name}` | {asked:.0f} | {blocks} | {label} | {right / asked:.1%} | {psnr} | "
+            f"{spent:.3f} s | {most / spent:.2f}× |"
         )
     return "\n".join(lines)
+
+
+def _sum_of(rows: Iterable[TaskRow], metric: str) -> tuple[float, float]:
+    reached, possible = zip(*(row.metrics[metric] for row in rows), strict=True)
+    return sum(reached), sum(possible)
+
+
+def _mean_seconds(rows: Iterable[TaskRow]) -> float:
+    return statistics.fmean(seconds for row in rows for seconds in row.seconds)
 
 
 if __name__ == "__main__":
