@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ldm_export.graphs.fp16_range import FP16_MAX, largest_value, watched_graph
 from ldm_export.memory import give_back_memory
 from ldm_runtime import Generator
-from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
+from ldm_runtime.backends.denormals import flushed_denormals
 from ldm_runtime.benchmark.process import forget_peak, peak_bytes
 from ldm_runtime.bundle.manifest import Manifest, load_manifest
 from ldm_runtime.diagnostics.verify import verify

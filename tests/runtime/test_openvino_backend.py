@@ -184,6 +184,15 @@ def test_threads_share_an_engine_and_get_their_own_results(tiny_bundle):
     assert all(np.array_equal(results[number], expected[number]) for number in range(6))
 
 
+def test_the_thread_of_the_caller_still_has_denormals_afterwards(tiny_bundle):
+    smallest = np.float32(1e-45)
+
+    with open_component(tiny_bundle, "unet") as engine:
+        engine.run(random_inputs("unet"))
+
+        assert smallest * np.float32(1) > 0
+
+
 def test_results_belong_to_the_caller(tiny_bundle):
     inputs = random_inputs("unet")
     with open_component(tiny_bundle, "unet") as engine:

@@ -15,8 +15,8 @@ from ldm_runtime.backends.contract import (
     always_prepared,
     lacks_graph,
 )
+from ldm_runtime.backends.denormals import flushed_denormals
 from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
-from ldm_runtime.backends.onnxruntime.denormals import flushed_denormals
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, describe
 from ldm_runtime.backends.processors import compute_threads

@@ -2,8 +2,8 @@
 
 ONNX Runtime sets this mode for the threads it starts, but computes on the calling thread too. There
 it sets it once per process, for the caller that creates the first session, and never resets it:
-later callers stay slow, and NumPy in that first thread no longer sees denormals. Hence this switch,
-which holds for one block on one thread.
+later callers stay slow, and NumPy in that first thread no longer sees denormals. OpenVINO leaves it
+on wherever it compiled or ran. Hence this switch, which holds for one block on one thread.
 """
 
 import ctypes
