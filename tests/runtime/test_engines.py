@@ -391,9 +391,9 @@ def test_a_profile_that_the_library_refuses_is_an_error(tmp_path, vendor):
 def test_ctrl_c_cancels_the_build_and_leaves_no_plan(bundle, vendor, ctrl_c_raises):
     vendor.hangs = True
     ctrl_c = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
-    ctrl_c.start()
 
     with pytest.raises(KeyboardInterrupt):
+        ctrl_c.start()  # in here: on a busy machine it may come before the build begins
         add_engines(bundle, RTX)
 
     assert list(bundle.glob("tensorrt/**/*.plan")) == []
