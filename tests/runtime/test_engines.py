@@ -390,11 +390,13 @@ def test_a_profile_that_the_library_refuses_is_an_error(tmp_path, vendor):
 
 def test_ctrl_c_cancels_the_build_and_leaves_no_plan(bundle, vendor, ctrl_c_raises):
     vendor.hangs = True
-    ctrl_c = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
+
+    def build():
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+        add_engines(bundle, RTX)  # which a busy machine may not have begun by then
 
     with pytest.raises(KeyboardInterrupt):
-        ctrl_c.start()  # in here: on a busy machine it may come before the build begins
-        add_engines(bundle, RTX)
+        build()
 
     assert list(bundle.glob("tensorrt/**/*.plan")) == []
     assert "engine build" not in {thread.name for thread in threading.enumerate()}
