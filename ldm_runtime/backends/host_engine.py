@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import BoundInputs, Runner, Tensors
+from ldm_runtime.backends.denormals import flushed_denormals
 from ldm_runtime.backends.host_memory import check_memory
 from ldm_runtime.backends.signatures import check_inputs, check_outputs
 from ldm_runtime.bundle.manifest import ComponentRecord
@@ -36,7 +37,7 @@ class NativeErrors:
 
 
 class HostEngine(Closing):
-    """One graph in a library that computes on the CPU.
+    """One graph in a library that computes on the CPU, where denormals count as zero.
 
     Args:
         component: Its inputs and outputs.
@@ -70,7 +71,8 @@ class HostEngine(Closing):
             held = check_memory(name, self._spec, lengths, held)
         feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
         try:
-            outputs = compute(feed)
+            with flushed_denormals():
+                outputs = compute(feed)
         except self._errors.classes as error:
             shapes = ", ".join(f"{key} {array.shape}" for key, array in feed.items())
             raise BackendError(

@@ -79,8 +79,7 @@ class OnnxRuntimeEngine(HostEngine):
         names = [signature.name for signature in self._component.outputs]
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = SILENT
-        with flushed_denormals():
-            outputs = session.run(names, dict(feed), run_options)
+        outputs = session.run(names, dict(feed), run_options)
         return dict(zip(names, outputs, strict=True))
 
     def close(self) -> None:

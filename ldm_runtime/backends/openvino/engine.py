@@ -9,7 +9,6 @@ from typing import Any
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import Precision, Tensors
-from ldm_runtime.backends.denormals import flushed_denormals
 from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
 from ldm_runtime.backends.openvino.compiled_models import Latest
 from ldm_runtime.backends.openvino.library import load_openvino
@@ -88,8 +87,7 @@ class OpenVinoEngine(HostEngine):
         def compiled(shapes: _Shapes) -> _CompiledModel:
             shaped = model.clone()
             shaped.reshape({name: list(shape) for name, shape in shapes})
-            with flushed_denormals():  # a mode that OpenVINO sets on this thread, and leaves on
-                return _CompiledModel(core.compile_model(shaped, "CPU", settings))
+            return _CompiledModel(core.compile_model(shaped, "CPU", settings))
 
         self._compiled: Latest[_Shapes, _CompiledModel] | None = Latest(compiled, KEPT_SHAPES)
 
@@ -118,8 +116,7 @@ class _CompiledModel:
             request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
-        with flushed_denormals():
-            outputs = request.infer(dict(feed), share_inputs=True)
+        outputs = request.infer(dict(feed), share_inputs=True)
         found = {each.get_any_name(): outputs[each] for each in self._compiled.outputs}
         self._idle.append(request)
         return found
