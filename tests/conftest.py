@@ -10,15 +10,6 @@ from pathlib import Path
 
 import pytest
 
-try:
-    from hypothesis import settings
-except ModuleNotFoundError:  # where only tests of the GPU run
-    pass
-else:
-    # How long one example may take depends on what else the machine does.
-    settings.register_profile("any machine", deadline=None)
-    settings.load_profile("any machine")
-
 SHAPES_CHECKPOINT = Path(__file__).parents[1] / "models/shapes/shapes.ckpt"
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what the process that starts them has
