@@ -1,6 +1,5 @@
 """Networks of a bundle: opened when first needed, their outputs checked, closed together."""
 
-import ctypes
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ from weakref import WeakSet
 import numpy as np
 
 from ldm_runtime.backends.contract import Engine, Runner, Tensors, bind_constants
-from ldm_runtime.backends.turns import TakingTurns, Turns
+from ldm_runtime.backends.turns import TakingTurns, Turns, never_drop
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import BackendError
 
@@ -139,9 +138,7 @@ class OpenNetworks(Closing):
 
     def abandon(self) -> None:
         """Start without engines in a forked process, and let those of its parent be."""
-        for inherited in (self._engines, self._opened):
-            # A reference that is never dropped, or the destructors would run at the latest on exit.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+        never_drop((self._engines, self._opened))
         if self._turns is not None:
             self._turns.abandon()
         self._is_forked = True

@@ -9,6 +9,11 @@ from threading import Lock
 from ldm_runtime.backends.contract import Engine, Tensors
 
 
+def never_drop(inherited: object) -> None:
+    """Keep what a forked process has of its parent: no destructor of it runs, not even on exit."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+
+
 class Turns:
     """The one engine that is open, of one bundle or of several that share their memory.
 
@@ -39,8 +44,7 @@ class Turns:
 
     def abandon(self) -> None:
         """Start without an engine in a forked process, and let that of its parent be."""
-        # A reference that is never dropped, or the destructor would run at the latest on exit.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._open))
+        never_drop(self._open)
         self._start()
 
     def _start(self) -> None:
