@@ -14,7 +14,6 @@ until its row is there, and 15 GB of memory.
 
 import argparse
 import hashlib
-import json
 import shutil
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from engines_full_size import measure_bundle
 from export_full_size import write_checkpoint
 from ldm_runtime.backends.host_memory import available_bytes
 from ldm_runtime.errors import LdmError
-from measuring.rows import append_line, commit, machine
+from measuring.rows import append_line, commit, machine, read_records
 from measuring.watched_export import ask, measure_export, run_apart
 from released.full_size_report import report
 from released.narrow_models import narrowed
@@ -109,7 +108,7 @@ def kept_rows(results: Path | None) -> list[Row]:
     """Return the rows of a file, or none if it is not there."""
     if results is None or not results.is_file():
         return []
-    return [json.loads(line) for line in results.read_text().splitlines()]
+    return read_records(results)
 
 
 def is_measured(rows: Sequence[Row], model: ReleasedModel, *, engines: bool) -> bool:

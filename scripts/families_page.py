@@ -5,8 +5,6 @@ sizes are of `benchmarks/full_size.py`, and the scores of the trained models of
 `models/shapes/evaluate.py` and `evaluate_tasks.py`.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 from ldm_export.families.records import Family
 from ldm_export.families.table import FAMILIES
+from measuring.rows import read_records
+from scripts.pages import write_page
 from scripts.released_page import ROWS as RELEASED_ROWS
 from scripts.trained_page import whole_images
 
@@ -103,15 +103,12 @@ Row = Mapping[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=PAGE)
-    parser.parse_args(argv).out.write_text(page(), encoding="utf-8")
-    return 0
+    return write_page(__doc__, PAGE, page, argv)
 
 
 def page() -> str:
     """Return the page."""
-    measured, released = lowest_psnr(read_rows(ROWS)), _largest(read_rows(RELEASED_ROWS))
+    measured, released = lowest_psnr(read_records(ROWS)), _largest(read_records(RELEASED_ROWS))
     lines = [
         _line(kind, names, measured.get(kind, {}), released) for kind, names in groups().items()
     ]
@@ -142,11 +139,6 @@ def kind_of(family: Family) -> Family:
         kinds,
         key=lambda each: (len(each.features.keys() & _SIZES - {"classes"}), -len(each.features)),
     )
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a results file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def lowest_psnr(rows: Iterable[Row]) -> dict[str, dict[str, float]]:

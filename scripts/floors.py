@@ -4,7 +4,6 @@ The layers are those that import-linter holds (pyproject.toml), and the text of 
 beginning of its docstring, so that the diagram says nothing that the code does not.
 """
 
-import argparse
 import ast
 import sys
 import textwrap
@@ -12,6 +11,8 @@ import tomllib
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+
+from scripts.pages import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 DIAGRAM = ROOT / "docs/floors.svg"
@@ -27,10 +28,7 @@ _MOST_SIDE_BY_SIDE = 4  # rooms; the text of more would not fit
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the diagram."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DIAGRAM)
-    parser.parse_args(argv).out.write_text(diagram(), encoding="utf-8")
-    return 0
+    return write_page(__doc__, DIAGRAM, diagram, argv)
 
 
 def diagram() -> str:

@@ -5,12 +5,12 @@ the last one at full size, or the one that `--run` names.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from measuring.rows import read_records
 from peers.race import Row
 from peers.report import PRECISIONS, Summary, latest_run, summaries, table, versions
 from peers.weights import MODEL
@@ -57,15 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ROWS.is_file():
         sys.stderr.write(f"no {ROWS.name}, so no page: nothing was measured yet\n")
         return 0
-    rows = rows_of_run(read_rows(ROWS), args.run)
+    rows = rows_of_run(read_records(ROWS), args.run)
     PAGE.write_text(page(rows), encoding="utf-8")
     CHART.write_text(chart(rows), encoding="utf-8")
     return 0
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return all rows of a file, one line of JSON each."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def rows_of_run(rows: Sequence[Row], run: str | None = None) -> list[Row]:

@@ -4,13 +4,13 @@ The rows are those that `benchmarks/full_size.py` wrote, so that the page says n
 measured.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from measuring.rows import read_records
 from released.full_size_report import report
+from scripts.pages import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/released-models.md"
@@ -49,16 +49,12 @@ _LEGEND = """
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=PAGE)
-    parser.parse_args(argv).out.write_text(page(), encoding="utf-8")
-    return 0
+    return write_page(__doc__, PAGE, page, argv)
 
 
 def page() -> str:
     """Return the page."""
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    return _INTRODUCTION + "\n".join(report(rows)) + "\n" + _LEGEND
+    return _INTRODUCTION + "\n".join(report(read_records(ROWS))) + "\n" + _LEGEND
 
 
 if __name__ == "__main__":

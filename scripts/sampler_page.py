@@ -4,10 +4,10 @@ Runs every sampler next to its diffusers reference to measure how far they are a
 minute and needs the packages of the tests.
 """
 
-import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from ldm_runtime.requests.presets import PRESETS, Preset
 from ldm_runtime.samplers import SAMPLERS, SamplerRecord
 from ldm_runtime.schedules import SCHEDULES, training_sigmas
+from scripts.pages import write_page
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/samplers.md"
 COLUMNS = (
@@ -110,12 +111,8 @@ The default, `leading`, makes S steps with the same k; `ldm` does what LDM does:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=PAGE)
-    out = parser.parse_args(argv).out
     importlib.import_module("diffusers.utils.logging").set_verbosity_error()
-    out.write_text(page(largest_difference), encoding="utf-8")
-    return 0
+    return write_page(__doc__, PAGE, partial(page, largest_difference), argv)
 
 
 def page(difference_of: Callable[[str], float]) -> str:

@@ -4,18 +4,18 @@ The rows are the last ones that `models/shapes/evaluate.py --results` and `evalu
 for each model and kind of caption.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from measuring.rows import read_records
 from models.shapes.catalog.models import MODELS
 from models.shapes.catalog.variants import VARIANTS
 from models.shapes.evaluation.intervals import share_text
 from models.shapes.evaluation.scores import WHOLE
 from models.shapes.evaluation.tasks import RESULTS, TaskRow, read_rows
+from scripts.pages import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/trained-models.md"
@@ -75,10 +75,7 @@ _DECIBELS = frozenset({"psnr", "plain_psnr"})
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=PAGE)
-    parser.parse_args(argv).out.write_text(page(), encoding="utf-8")
-    return 0
+    return write_page(__doc__, PAGE, page, argv)
 
 
 def page() -> str:
@@ -104,8 +101,7 @@ def _shapes_lines() -> list[str]:
 def _latest_of_shapes() -> dict[tuple[str, bool, str], dict[str, Any]]:
     """Return the last row by model, short captions or not, and how the file was misread, if so."""
     latest: dict[tuple[str, bool, str], dict[str, Any]] = {}
-    for line in SHAPES_ROWS.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_records(SHAPES_ROWS):
         name, short = row.get("model", "shapes"), row["settings"].get("captions") == "short"
         latest[name, short, _misread(name, row)] = row
     return latest

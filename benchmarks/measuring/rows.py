@@ -1,5 +1,6 @@
 """The rows of the benchmarks, with the commit that they were measured at."""
 
+import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,16 @@ from typing import Any
 
 from ldm_runtime.benchmark.rows import Row, as_line, machine, usable_cpus
 
-__all__ = ["ROOT", "Row", "append_line", "as_line", "commit", "machine", "usable_cpus"]
+__all__ = [
+    "ROOT",
+    "Row",
+    "append_line",
+    "as_line",
+    "commit",
+    "machine",
+    "read_records",
+    "usable_cpus",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +27,11 @@ def append_line(results: Path, record: Mapping[str, Any]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         file.write(as_line(record) + "\n")
+
+
+def read_records(results: Path) -> list[dict[str, Any]]:
+    """Return the records of a results file."""
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
 def commit() -> str:

@@ -13,7 +13,7 @@ import pytest
 import latency
 from ldm_runtime.errors import LdmError
 from ldm_runtime.testing import write_tiny_bundle
-from measuring.rows import ROOT
+from measuring.rows import ROOT, read_records
 from peers import environment, flags, report
 from peers.entrants import OWN, PEERS, PINS, WORKERS, Entrant, starts
 from peers.race import Race, Task
@@ -338,7 +338,7 @@ def test_the_committed_page_and_chart_are_those_of_the_committed_rows():
     if not peers_page.ROWS.is_file():
         assert not peers_page.PAGE.exists()
         return
-    rows = peers_page.rows_of_run(peers_page.read_rows(peers_page.ROWS))
+    rows = peers_page.rows_of_run(read_records(peers_page.ROWS))
 
     assert peers_page.PAGE.read_text(encoding="utf-8") == peers_page.page(rows), "run `make docs`"
     assert peers_page.CHART.read_text(encoding="utf-8") == peers_page.chart(rows)

@@ -6,6 +6,7 @@ import pytest
 
 from ldm_export.intake.opening import open_model
 from ldm_export.source import ExportOptions, open_source
+from measuring.rows import read_records
 from models.shapes.catalog.variants import VARIANTS
 from scripts import families_page, released_page, trained_page
 from tests.reference.family_comparison import BOUNDS, CODEBOOK_BOUND
@@ -20,7 +21,7 @@ def test_the_committed_page_is_up_to_date(script):
 
 def test_every_family_that_is_exported_is_compared_with_a_reference():
     """A new family comes with a test that calls `compare`, and with its row."""
-    lowest = families_page.lowest_psnr(families_page.read_rows(families_page.ROWS))
+    lowest = families_page.lowest_psnr(read_records(families_page.ROWS))
 
     assert lowest.keys() == families_page.groups().keys()
     for family, psnr in lowest.items():
