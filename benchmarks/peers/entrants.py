@@ -35,11 +35,6 @@ class Entrant:
     precisions: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is this package."""
-        return self.name.startswith(OURS)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Start:

@@ -1,9 +1,9 @@
 """diffusers as an entrant: a folder of its own, eager or compiled by torch."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from protocol import Clock, Job, Opened, main
+from pipelines import opened_pipeline
+from protocol import Job, Opened, main
 
 
 def open_model(job: Job) -> Opened:
@@ -19,28 +19,13 @@ def open_model(job: Job) -> Opened:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job.precision]
     kind: Any = StableDiffusionPipeline  # which is not typed
     pipeline = kind.from_pretrained(job.weights, torch_dtype=dtype, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
     if job.options.get("compile"):
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.unet.forward = torch.compile(pipeline.unet.forward, dynamic=False)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, dynamic=False)
-    clock = Clock()
-    pipeline.unet.forward = clock.timed(pipeline.unet.forward)
     noise = torch.from_numpy(np.load(job.noise)).to(dtype)
-
-    def generate() -> tuple[Any, Sequence[float]]:
-        result = pipeline(
-            job.prompt,
-            width=job.width,
-            height=job.height,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance_scale,
-            latents=noise.clone(),
-        )
-        return result.images[0], clock.take()
-
-    return Opened(generate, ("diffusers", "torch", "transformers"))
+    return opened_pipeline(job, pipeline, noise, ("diffusers", "torch", "transformers"))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,7 @@ def open_model(job: Job) -> Opened:
 
     def generate() -> tuple[Any, Sequence[float]]:
         result = generator.generate(
-            job.prompt,
-            width=job.width,
-            height=job.height,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance_scale,
+            **job.request(),
             sampler="euler",
             schedule=job.options["schedule"],
             seed=job.seed,

@@ -44,15 +44,7 @@ def open_model(job: Job) -> Opened:
     )
 
     def generate() -> tuple[Any, Sequence[float]]:
-        pixels = pipeline.generate(
-            job.prompt,
-            width=job.width,
-            height=job.height,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance_scale,
-            num_images_per_prompt=1,
-            generator=Noise(),
-        )
+        pixels = pipeline.generate(**job.request(), num_images_per_prompt=1, generator=Noise())
         durations = pipeline.get_performance_metrics().raw_metrics.unet_inference_durations
         image = Image.fromarray(pixels.data[0])
         return image, [each / _MICROSECONDS for each in durations]

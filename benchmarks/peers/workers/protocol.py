@@ -52,6 +52,16 @@ class Job:
     cache: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    def request(self) -> dict[str, Any]:
+        """Return the arguments by which diffusers and all that follow its names are called."""
+        return {
+            "prompt": self.prompt,
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+
 
 @dataclass(frozen=True)
 class Opened:
