@@ -7,29 +7,19 @@ import torch
 
 from ldm_export.detection.detect import detect
 from ldm_export.errors import WeightsError
+from ldm_export.families.records import DEPTH_ESTIMATOR_PREFIX
 from ldm_export.graphs.onnx_export import write_graphs
 from ldm_export.graphs.parity import measure
 from ldm_export.hyperparameters.depth_estimator import read_depth_estimator
 from ldm_export.networks.depth_estimator import DepthEstimator, StandardisedConv2d
 from ldm_runtime.specs.networks import DepthEstimatorSpec
+from released.released_models import MODELS
 from tests.export.sd_layout import SD2, FakeTensor, checkpoint
 from tests.export.small_spec import DEPTH_ESTIMATOR, SPEC
 from tests.export.test_onnx_export import random_network, samples
 
-#: Of 512-depth-ema.
-RELEASED = DepthEstimatorSpec(
-    image_channels=3,
-    stem_channels=64,
-    level_channels=(256, 512, 1024),
-    bottleneck_channels=(64, 128, 256),
-    level_blocks=(3, 4, 9),
-    width=768,
-    num_heads=12,
-    feed_forward_dim=3072,
-    grid=24,
-    fusion_channels=256,
-    head_channels=32,
-)
+_MODEL = MODELS["512-depth-ema"]
+RELEASED = _MODEL.networks.of(DepthEstimatorSpec)
 SMALL = replace(
     SPEC.with_networks(
         unet=replace(SPEC.unet, in_channels=5),
@@ -39,14 +29,9 @@ SMALL = replace(
 )
 #: Tensors of the released file that no depth depends on.
 UNUSED = {
-    "pretrained.model.norm.weight": (768,),
-    "pretrained.model.norm.bias": (768,),
-    "pretrained.model.head.weight": (1000, 768),
-    "pretrained.model.head.bias": (1000,),
-    "scratch.refinenet4.resConfUnit1.conv1.weight": (256, 256, 3, 3),
-    "scratch.refinenet4.resConfUnit1.conv1.bias": (256,),
-    "scratch.refinenet4.resConfUnit1.conv2.weight": (256, 256, 3, 3),
-    "scratch.refinenet4.resConfUnit1.conv2.bias": (256,),
+    name.removeprefix(DEPTH_ESTIMATOR_PREFIX): shape
+    for name, shape in _MODEL.unused.items()
+    if name.startswith(DEPTH_ESTIMATOR_PREFIX)
 }
 
 

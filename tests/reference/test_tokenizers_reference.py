@@ -5,8 +5,6 @@ them it orders the accents of some newer scripts differently, and BERT's tokeniz
 accents and punctuation for letters; such text is left out, and tests count what this excuses.
 """
 
-import gzip
-import json
 import sys
 import unicodedata
 from importlib.util import find_spec
@@ -20,6 +18,7 @@ from transformers import BertTokenizerFast, CLIPTokenizer
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from ldm_runtime.text import ClipTokenizer, WordPieceTokenizer
+from released.compvis_files import write_clip_vocabulary
 
 pytestmark = pytest.mark.reference
 
@@ -67,17 +66,8 @@ def ours():
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """Transformers' tokenizer, from a vocabulary put together as OpenAI's CLIP does it."""
-    merges = gzip.decompress(VOCABULARY.read_bytes()).decode().split("\n")[1:48895]
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(0xAE, 0x100)]
-    symbols = [chr(byte) for byte in visible]
-    symbols += [chr(0x100 + index) for index in range(0x100 - len(visible))]
-    vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols)]
-    vocabulary += [merge.replace(" ", "") for merge in merges]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     folder = tmp_path_factory.mktemp("clip")
-    ids = {token: index for index, token in enumerate(vocabulary)}
-    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    write_clip_vocabulary(folder)
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
