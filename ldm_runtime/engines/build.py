@@ -164,9 +164,12 @@ def _in_a_thread(build: Callable[[], Any], monitor: Any) -> Any:  # noqa: ANN401
         finally:
             done.set()
 
-    threading.Thread(target=work, name="engine build").start()
     try:
+        threading.Thread(target=work, name="engine build").start()
         done.wait()
+    except RuntimeError:  # no thread could be started, so there is none to wait for
+        done.set()
+        raise
     finally:
         monitor.is_cancelled = True  # has no effect on a build that is done
         done.wait()

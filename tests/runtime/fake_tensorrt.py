@@ -2,6 +2,8 @@
 
 import enum
 import json
+import os
+import signal
 import time
 from types import ModuleType
 
@@ -105,7 +107,7 @@ class FakeTensorRT(ModuleType):
     Attributes:
         configs: One a finished build.
         complaint: What the logger is told before a build answers None; "" lets builds succeed.
-        hangs: Whether a build goes on until it is cancelled.
+        is_interrupted: Whether Ctrl-C arrives during a build, which goes on until it is cancelled.
     """
 
     ILogger, IProgressMonitor = Logger, Monitor
@@ -116,7 +118,7 @@ class FakeTensorRT(ModuleType):
     def __init__(self, name="tensorrt", version="11.4.0.106"):
         super().__init__(name)
         self.__version__ = version
-        self.configs, self.complaint, self.hangs = [], "", False
+        self.configs, self.complaint, self.is_interrupted = [], "", False
 
     def Builder(self, logger):  # noqa: N802  (the vendor's name)
         return Builder(self, logger)
@@ -140,7 +142,9 @@ class Builder:
         monitor = config.progress_monitor
         monitor.phase_start("Building engine", None, 2)
         monitor.phase_start("Timing", "Building engine", 4)
-        while self.module.hangs:
+        if self.module.is_interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        while self.module.is_interrupted:
             if not monitor.step_complete("Timing", 0):
                 self.logger.log(Severity.ERROR, "BuildCanceled")
                 return None

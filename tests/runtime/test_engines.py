@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shutil
 import signal
@@ -389,14 +388,10 @@ def test_a_profile_that_the_library_refuses_is_an_error(tmp_path, vendor):
 
 
 def test_ctrl_c_cancels_the_build_and_leaves_no_plan(bundle, vendor, ctrl_c_raises):
-    vendor.hangs = True
-
-    def build():
-        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
-        add_engines(bundle, RTX)  # which a busy machine may not have begun by then
+    vendor.is_interrupted = True
 
     with pytest.raises(KeyboardInterrupt):
-        build()
+        add_engines(bundle, RTX)
 
     assert list(bundle.glob("tensorrt/**/*.plan")) == []
     assert "engine build" not in {thread.name for thread in threading.enumerate()}
