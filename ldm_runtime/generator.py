@@ -27,6 +27,7 @@ from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.latents.codec import decode_latents, encode_image
+from ldm_runtime.pipeline.continuous import ContinuousBatch
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.image_pipeline import ImagePipeline
 from ldm_runtime.pipeline.opening import OpeningOptions, open_bundle
@@ -320,6 +321,21 @@ class Generator(Closing):
                 resolved, deadlines, max_samples=most, min_samples=fewest
             )
         return report_results(results, len(resolved), sys.stderr) if progress else results
+
+    def open_batch(self, *, max_batch: int = 4) -> ContinuousBatch:
+        """Return a batch to which requests can be added while others run, as a server does.
+
+        Args:
+            max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
+        """
+        check_positive("max_batch", max_batch)
+        return ContinuousBatch(
+            self._pipeline,
+            resolve=self._resolve,
+            preview=self._preview_record,
+            max_samples=samples_per_image(self.spec, "unet") * max_batch,
+            min_samples=get_backend(self.backend).ABILITIES.min_shared_samples,
+        )
 
     def close(self) -> None:
         """Close the networks. Closing twice is harmless."""

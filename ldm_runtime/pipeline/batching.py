@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from queue import SimpleQueue
 from threading import Thread
@@ -28,6 +29,10 @@ from ldm_runtime.errors import ShapeError
 Item = TypeVar("Item")
 #: Makes items with the network it is given, which it uses only in the thread that it runs in.
 Loop = Callable[["SharedRunner"], Iterator[Item]]
+#: Returns a network as a loop is to see it, whose calls are shared.
+Share = Callable[[Runner], "SharedRunner"]
+#: Makes items with networks that it opens itself and shares.
+SharingLoop = Callable[[Share], Iterator[Item]]
 
 
 def run_together(
@@ -60,7 +65,8 @@ def run_together(
     """
     if max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, got {max_samples}")
-    return _LoopScheduler(loops, engine, min_samples, max_samples).items()
+    scheduler: LoopScheduler[Item] = LoopScheduler(max_samples=max_samples, min_samples=min_samples)
+    return _run_all((_given(engine, loop) for loop in loops), scheduler)
 
 
 def in_order(results: Generator[tuple[int, Item], None, None]) -> Generator[Item, None, None]:
@@ -101,12 +107,16 @@ class _Call:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _LoopItem(Generic[Item]):
+class LoopItem(Generic[Item]):
+    """An item that a loop made."""
+
     item: Item
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _LoopEnd:
+class LoopEnd:
+    """The end of a loop, and the error that ended it, if one did."""
+
     error: BaseException | None = None
 
 
@@ -117,34 +127,24 @@ class _Stopped(BaseException):
 class _LoopThread(Generic[Item]):
     """A thread for one loop, which computes only while `resume` waits for it."""
 
-    def __init__(self, loop: Loop[Item], engine: Runner) -> None:
+    def __init__(self, loop: SharingLoop[Item]) -> None:
         self._answers: SimpleQueue[Tensors] = SimpleQueue()
-        self._events: SimpleQueue[_Call | _LoopItem[Item] | _LoopEnd] = SimpleQueue()
+        self._events: SimpleQueue[_Call | LoopItem[Item] | LoopEnd] = SimpleQueue()
         self._stopping = False
         # In a copy of the caller's context, which holds NumPy's errstate; a daemon, so that the
         # process can end while a half-consumed generator is still referred to.
         work = copy_context().run
-        self._thread = Thread(
-            target=work, args=(self._work, loop, engine), name="ldm-loop", daemon=True
-        )
+        self._thread = Thread(target=work, args=(self._work, loop), name="ldm-loop", daemon=True)
         self._thread.start()
 
-    def resume(self, answer: Tensors) -> _Call | _LoopItem[Item] | None:
-        """Run the loop until it needs the network, has made an item or ends (None).
+    def resume(self, answer: Tensors) -> _Call | LoopItem[Item] | LoopEnd:
+        """Run the loop until it needs the network, has made an item or ends.
 
         Args:
             answer: The outputs of the network, if the loop waits for them.
         """
         self._answers.put(answer)
-        event = self._events.get()
-        if not isinstance(event, _LoopEnd):
-            return event
-        if event.error is None:
-            return None
-        try:
-            raise event.error
-        finally:
-            del event  # else its traceback and this frame would keep each other alive
+        return self._events.get()
 
     def stop(self) -> None:
         """Unwind the loop from where it waits, or else from its next call or item."""
@@ -155,7 +155,7 @@ class _LoopThread(Generic[Item]):
         """Wait for the end of a stopped loop."""
         self._thread.join()
 
-    def wait_for(self, event: _Call | _LoopItem[Item]) -> Tensors:
+    def wait_for(self, event: _Call | LoopItem[Item]) -> Tensors:
         """Pass an event to `resume` and return its next answer; called in the loop's thread."""
         if not self._stopping:
             self._events.put(event)
@@ -164,18 +164,18 @@ class _LoopThread(Generic[Item]):
             raise _Stopped
         return answer
 
-    def _work(self, loop: Loop[Item], engine: Runner) -> None:
+    def _work(self, loop: SharingLoop[Item]) -> None:
         self._answers.get()
         try:
-            shared = SharedRunner(ask=self.wait_for, engine=engine)
-            for item in () if self._stopping else loop(shared):
-                self.wait_for(_LoopItem(item=item))
+            share = partial(SharedRunner, ask=self.wait_for)
+            for item in () if self._stopping else loop(lambda engine: share(engine=engine)):
+                self.wait_for(LoopItem(item=item))
         except _Stopped:
             return
-        except BaseException as error:  # noqa: BLE001  (`resume` raises it)
-            self._events.put(_LoopEnd(error=error))
+        except BaseException as error:  # noqa: BLE001  (the scheduler's caller gets it)
+            self._events.put(LoopEnd(error=error))
         else:
-            self._events.put(_LoopEnd())
+            self._events.put(LoopEnd())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -238,66 +238,48 @@ class _JoiningNetwork:
         return self._bound
 
 
-class _LoopScheduler(Generic[Item]):
-    """Scheduler of loops, started in order, and of the calls that they wait for."""
+class LoopScheduler(Generic[Item]):
+    """Loops that come and go, and the network calls that they share; used by one thread.
 
-    def __init__(
-        self, loops: Iterable[Loop[Item]], engine: Runner, min_samples: int, max_samples: int
-    ) -> None:
-        self._loops = enumerate(loops)
-        self._engine = engine
+    Loops have numbers, in which the lowest is the earliest: that one is always served first.
+
+    Args:
+        max_samples: Batch size of a shared call. A loop that asks for more has separate calls.
+        min_samples: Smallest batch size that a loop must ask for to share a call.
+
+    Raises:
+        ValueError: `max_samples` is less than 1.
+    """
+
+    def __init__(self, *, max_samples: int, min_samples: int = 1) -> None:
+        if max_samples < 1:
+            raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         self._networks: list[tuple[Runner, _JoiningNetwork]] = []
         self._min_samples, self._max_samples = min_samples, max_samples
         self._threads: dict[int, _LoopThread[Item]] = {}
         self._waiting: dict[int, _Call] = {}
 
-    def items(self) -> Generator[tuple[int, Item], None, None]:
-        """Run all loops to their ends."""
-        try:
-            yield from self._begin()
-            while self._waiting:
-                chosen = self._choose()
-                calls = [self._waiting.pop(index) for index in chosen]
-                answers = self._network(calls[0].engine).run(calls)
-                for index, answer in zip(chosen, answers, strict=True):
-                    yield from self._resume(index, answer)
-                yield from self._begin()
-        finally:
-            for thread in self._threads.values():
-                thread.stop()
-            for thread in self._threads.values():
-                thread.join()
-
-    def _begin(self) -> Iterator[tuple[int, Item]]:
-        """Start loops as long as the waiting ones do not fill a batch."""
-        while self._has_room() and (begun := next(self._loops, None)):
-            index, loop = begun
-            self._threads[index] = _LoopThread(loop, self._engine)
-            yield from self._resume(index, {})
-
-    def _has_room(self) -> bool:
+    @property
+    def has_room(self) -> bool:
+        """Whether the waiting calls do not fill a shared one."""
         return sum(call.samples for call in self._waiting.values()) < self._max_samples
 
-    def _resume(self, index: int, answer: Tensors) -> Iterator[tuple[int, Item]]:
-        """Run a loop to its next call or its end, and yield the items that it makes."""
-        event = self._threads[index].resume(answer)
-        while isinstance(event, _LoopItem):
-            yield index, event.item
-            event = self._threads[index].resume({})
-        if event is None:
-            self._threads.pop(index).join()
-        else:
-            self._waiting[index] = event
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a loop waits for a network."""
+        return bool(self._waiting)
 
-    def _network(self, engine: Runner) -> _JoiningNetwork:
-        """Return the network that answers the calls of an engine."""
-        for known, network in self._networks:
-            if known == engine:
-                return network
-        self._networks.append((engine, _JoiningNetwork(engine)))
-        return self._networks[-1][1]
+    def begin(self, index: int, loop: SharingLoop[Item]) -> Iterator[LoopItem[Item] | LoopEnd]:
+        """Start a loop and yield its events up to its first call, or to its end.
 
-    def _choose(self) -> list[int]:
+        Args:
+            index: Its number, which no other loop has.
+            loop: The loop.
+        """
+        self._threads[index] = _LoopThread(loop)
+        yield from self._resume(index, {})
+
+    def next_call(self) -> list[int]:
         """Return the loops of the next call: the earliest, and those that fit with it."""
         earliest, *others = sorted(self._waiting)
         chosen, room = [earliest], self._max_samples - self._waiting[earliest].samples
@@ -308,10 +290,97 @@ class _LoopScheduler(Generic[Item]):
                 room -= samples
         return chosen
 
+    def call(self, chosen: Sequence[int]) -> Iterator[tuple[int, LoopItem[Item] | LoopEnd]]:
+        """Call the network once for some loops, and yield the events of each up to its next call.
+
+        An error of the network is raised at once; the loops then wait as before.
+
+        Args:
+            chosen: From `next_call`, or some of those.
+        """
+        calls = [self._waiting[index] for index in chosen]
+        answers = self._network(calls[0].engine).run(calls)
+        for index in chosen:
+            del self._waiting[index]
+        for index, answer in zip(chosen, answers, strict=True):
+            for event in self._resume(index, answer):
+                yield index, event
+
+    def stop(self, index: int) -> None:
+        """Stop a loop where it waits, without events; a loop that has ended is left alone."""
+        self._waiting.pop(index, None)
+        if thread := self._threads.pop(index, None):
+            thread.stop()
+            thread.join()
+
+    def close(self) -> None:
+        """Stop all loops."""
+        for thread in self._threads.values():
+            thread.stop()
+        for index in list(self._threads):
+            self.stop(index)
+
+    def _resume(self, index: int, answer: Tensors) -> Iterator[LoopItem[Item] | LoopEnd]:
+        """Run a loop to its next call or its end, and yield its events."""
+        while thread := self._threads.get(index):  # may be stopped after any event
+            event = thread.resume(answer)
+            if isinstance(event, _Call):
+                self._waiting[index] = event
+                return
+            if isinstance(event, LoopEnd):
+                self._threads.pop(index).join()
+                yield event
+                return
+            yield event
+            answer = {}
+
+    def _network(self, engine: Runner) -> _JoiningNetwork:
+        """Return the network that answers the calls of an engine."""
+        for known, network in self._networks:
+            if known == engine:
+                return network
+        self._networks.append((engine, _JoiningNetwork(engine)))
+        return self._networks[-1][1]
+
     def _can_join(self, index: int, other: int) -> bool:
         calls = [self._waiting[index], self._waiting[other]]
         same = calls[0].engine == calls[1].engine and calls[0].signature == calls[1].signature
         return same and min(call.samples for call in calls) >= self._min_samples
+
+
+def _run_all(
+    loops: Iterable[SharingLoop[Item]], scheduler: LoopScheduler[Item]
+) -> Generator[tuple[int, Item], None, None]:
+    """Yield the items of all loops, and raise the first error."""
+    with closing(scheduler):
+        for index, event in _events(loops, scheduler):
+            if isinstance(event, LoopItem):
+                yield index, event.item
+            elif event.error is not None:
+                try:
+                    raise event.error
+                finally:
+                    del event  # else its traceback and this frame would keep each other alive
+
+
+def _events(
+    loops: Iterable[SharingLoop[Item]], scheduler: LoopScheduler[Item]
+) -> Iterator[tuple[int, LoopItem[Item] | LoopEnd]]:
+    """Run all loops to their ends; start each as soon as the waiting ones leave room."""
+    numbered = enumerate(loops)
+    while True:
+        while scheduler.has_room and (begun := next(numbered, None)):
+            index, loop = begun
+            for event in scheduler.begin(index, loop):
+                yield index, event
+        if not scheduler.is_waiting:
+            return
+        yield from scheduler.call(scheduler.next_call())
+
+
+def _given(engine: Runner, loop: Loop[Item]) -> SharingLoop[Item]:
+    """Return a loop that is given one network."""
+    return lambda share: loop(share(engine))
 
 
 def _join(calls: Sequence[Tensors]) -> Tensors:

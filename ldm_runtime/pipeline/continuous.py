@@ -1,0 +1,197 @@
+"""Continuous batching: requests come and go between any two calls of the UNet they share."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import TypeAlias
+
+from ldm_runtime.bundle.manifest import PreviewRecord
+from ldm_runtime.closing import Closing
+from ldm_runtime.pipeline.batching import LoopEnd, LoopItem, LoopScheduler, Share
+from ldm_runtime.pipeline.deadline import Deadline
+from ldm_runtime.pipeline.image_pipeline import ImagePipeline, for_caller
+from ldm_runtime.pipeline.passes import GeneratedImages
+from ldm_runtime.pipeline.request_run import RequestRun
+from ldm_runtime.pipeline.results import Result
+from ldm_runtime.pipeline.sampling import Step
+from ldm_runtime.requests.request import GenerationRequest
+from ldm_runtime.requests.resolved import ResolvedRequest
+
+_LOGGER = logging.getLogger(__name__)
+
+#: A finished step of one image; the end of a request; or the error that ended it.
+BatchEvent: TypeAlias = Step | Result | Exception
+#: A request, with its defaults filled in or not.
+AnyRequest: TypeAlias = GenerationRequest | ResolvedRequest
+_LoopEvent: TypeAlias = LoopItem[Step | GeneratedImages] | LoopEnd
+
+
+class ContinuousBatch(Closing):
+    """Requests that share calls of one model's UNet, while others are added and cancelled.
+
+    Any requests do: prompts, seeds, steps, samplers and guidance may differ. Those of another image
+    size wait for a call of their own. The earliest image is in every call, so none can starve. On
+    the CPU every result is what `Generator.generate` returns, bit for bit.
+
+    A request that fails ends with its error and leaves the others alone. When a shared call of the
+    UNet fails, as for want of memory, its images are computed one by one.
+
+    It is used by one thread, and nothing runs between two calls of `advance`.
+
+    Args:
+        pipeline: The pipeline of the model.
+        resolve: Fills in the defaults of a request, for the model.
+        preview: Returns how steps get small images.
+        max_samples: Most samples in a shared call, see `LoopScheduler`.
+        min_samples: Fewest samples of a request in a shared call.
+    """
+
+    def __init__(
+        self,
+        pipeline: ImagePipeline,
+        *,
+        resolve: Callable[[AnyRequest], ResolvedRequest],
+        preview: Callable[[], PreviewRecord],
+        max_samples: int,
+        min_samples: int,
+    ) -> None:
+        self._pipeline, self._resolve, self._preview = pipeline, resolve, preview
+        self._scheduler: LoopScheduler[Step | GeneratedImages] = LoopScheduler(
+            max_samples=max_samples, min_samples=min_samples
+        )
+        self._requests: dict[int, _Request] = {}
+        self._images: dict[int, _Image] = {}
+        self._queue: deque[_Image] = deque()
+        self._request_numbers, self._image_numbers = count(), count()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether an image that is added now would join the next call, if its size allows it."""
+        return not self._queue and self._scheduler.has_room
+
+    def add(
+        self,
+        request: AnyRequest,
+        *,
+        previews: bool = False,
+        deadline_seconds: float | None = None,
+    ) -> int:
+        """Add a request, whose images are begun by the next calls of `advance`.
+
+        Args:
+            request: The request.
+            previews: Whether steps carry small images of the predicted x0.
+            deadline_seconds: How long it may take from its first call of a network on, waiting for
+                the others included.
+
+        Returns:
+            The number of the request, which its events have.
+
+        Raises:
+            RequestError: A field is wrong, or the model cannot do what the request asks for.
+            BundleError: There should be previews, and the bundle was exported without.
+        """
+        request = self._resolve(request)
+        preview = self._preview() if previews else None
+        run = self._pipeline.run_of(request, Deadline(deadline_seconds))
+        number = next(self._request_numbers)
+        self._requests[number] = _Request(run=run, preview=preview)
+        self._queue.extend(
+            _Image(request=number, index=index) for index in range(request.num_images)
+        )
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Stop a request, which then has no more events; one that has ended is left alone."""
+        if self._requests.pop(number, None) is None:
+            return
+        self._queue = deque(each for each in self._queue if each.request != number)
+        for loop, image in list(self._images.items()):
+            if image.request == number:
+                del self._images[loop]
+                self._scheduler.stop(loop)
+
+    def advance(self) -> list[tuple[int, BatchEvent]]:
+        """Begin images as far as there is room, call the UNet once, and return what happened.
+
+        Returns:
+            Events with the numbers of their requests, in the order that they happened.
+        """
+        return list(self._events())
+
+    def close(self) -> None:
+        """Stop all requests. Closing twice is harmless."""
+        for number in list(self._requests):
+            self.cancel(number)
+        self._scheduler.close()
+
+    def _events(self) -> Iterator[tuple[int, BatchEvent]]:
+        while self._queue and self._scheduler.has_room:
+            image, loop = self._queue.popleft(), next(self._image_numbers)
+            self._images[loop] = image
+            steps = partial(self._requests[image.request].steps, image.index)
+            for event in self._scheduler.begin(loop, steps):
+                yield from self._after(loop, event)
+        if self._scheduler.is_waiting:
+            for loop, event in self._call(self._scheduler.next_call()):
+                yield from self._after(loop, event)
+
+    def _call(self, chosen: list[int]) -> Iterator[tuple[int, _LoopEvent]]:
+        """Call the UNet for some images at once; one by one if that fails."""
+        try:
+            yield from self._scheduler.call(chosen)
+        except Exception as error:  # noqa: BLE001  (the request's caller gets it)
+            if len(chosen) == 1:
+                self._scheduler.stop(chosen[0])
+                yield chosen[0], LoopEnd(error=error)
+                return
+            _LOGGER.warning("%d images are computed one by one: %s", len(chosen), error)
+            for loop in chosen:
+                if loop in self._images:  # else the failure of another image has ended its request
+                    yield from self._call([loop])
+
+    def _after(self, loop: int, event: _LoopEvent) -> Iterator[tuple[int, BatchEvent]]:
+        """Note an event of an image, and yield what the request's caller is to know."""
+        image = self._images[loop]
+        if isinstance(event, LoopEnd):
+            del self._images[loop]
+            if event.error is None:
+                return
+            if not isinstance(event.error, Exception):
+                raise event.error
+            self.cancel(image.request)
+            yield image.request, event.error
+            return
+        request = self._requests[image.request]
+        if isinstance(event.item, Step):
+            yield image.request, for_caller(event.item, request.preview)
+            return
+        request.generated[image.index] = event.item
+        if len(request.generated) == request.run.request.num_images:
+            del self._requests[image.request]
+            generated = [images for _, images in sorted(request.generated.items())]
+            yield image.request, request.run.result(generated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    """One image of a request: the numbers of both."""
+
+    request: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Request:
+    run: RequestRun
+    preview: PreviewRecord | None
+    generated: dict[int, GeneratedImages] = field(default_factory=dict)
+
+    def steps(self, image: int, share: Share) -> Iterator[Step | GeneratedImages]:
+        return self.run.images(range(image, image + 1), share)
