@@ -38,7 +38,7 @@ check: .venv/test.stamp
 	.venv/bin/lint-imports
 	.venv/bin/mypy
 	.venv/bin/codespell
-	.venv/bin/codespell --dictionary scripts/words.txt ldm_runtime ldm_export docs README.md CONTRIBUTING.md
+	.venv/bin/codespell --dictionary scripts/words.txt ldm_runtime ldm_export ldm_serve docs README.md CONTRIBUTING.md
 	.venv/bin/zizmor --offline --quiet .github
 
 docs: .venv/test.stamp
@@ -84,5 +84,5 @@ distclean: clean
 .venv/test.stamp: $(PINS)
 	@echo "installing into .venv, which takes a few minutes the first time"
 	$(PYTHON) -m venv .venv
-	$(PIP) hatchling --editable '.[export,cpu,openvino,tensorrt-rtx,test]'
+	$(PIP) hatchling --editable '.[export,cpu,openvino,serve,tensorrt-rtx,test]'
 	touch .venv/demo.stamp $@

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from ldm_runtime.cli.backend_flags import add_backend_arguments
@@ -18,6 +19,8 @@ from ldm_runtime.cli.trust_flags import add_trust_arguments
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError, RequestError
 
+#: Entry points of other packages: functions that add a command to the subparsers of `ldm`.
+COMMANDS_GROUP = "ldm_runtime.commands"
 _INTERRUPTED = 130
 
 
@@ -60,6 +63,8 @@ def build_parser() -> Parser:
     completing = commands.add_parser("completion", help="print a script for a shell's completion")
     completing.add_argument("shell", choices=SHELLS)
     completing.set_defaults(run=_completion)
+    for point in entry_points(group=COMMANDS_GROUP):
+        point.load()(commands)
     for command in (generating, verifying, inspecting, diagnosing, building):
         add_json_flag(command)
     for command in commands.choices.values():

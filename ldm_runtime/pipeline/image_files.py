@@ -6,12 +6,13 @@ the text chunk `parameters`, or in the EXIF user comment.
 """
 
 import html
+import io
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 from warnings import catch_warnings
 
 import msgspec
@@ -28,6 +29,9 @@ METADATA_KEY = "ldm-deploy"
 INFOTEXT_KEY = "parameters"
 #: Quality of JPEG files, of 100. PNG and WebP files keep every pixel.
 JPEG_QUALITY = 95
+
+#: Formats of image files, as they are called in APIs.
+FormatName = Literal["png", "jpeg", "webp"]
 
 _MAX_DEPTH = 50  # of metadata; that of a request has 4
 _COMMENT_PREFIX = b"UNICODE\0"
@@ -76,6 +80,43 @@ def save_image(
             raise RequestError(
                 "path", f"{path}: the metadata does not fit into {name} ({error}); save it as .png"
             ) from error
+
+
+def encode_image_file(
+    image: Image.Image,
+    name: FormatName,
+    metadata: Mapping[str, Any],
+    infotext: str | None = None,
+    *,
+    quality: int | None = None,
+) -> bytes:
+    """Return the bytes of an image file with its metadata.
+
+    Args:
+        image: The image.
+        name: Its format.
+        metadata: The metadata, as `read_metadata` returns it.
+        infotext: Text for other programs.
+        quality: Quality of a JPEG, or of a WebP that is not lossless then, from 0 to 100; None is
+            that of `save_image`.
+
+    Raises:
+        RequestError: The metadata does not fit into a file of that format.
+    """
+    file = io.BytesIO()
+    text = msgspec.json.encode(metadata).decode()
+    try:
+        if name == "png":
+            _write_png(image, file, text, infotext)
+        elif name == "jpeg":
+            _write_jpeg(image, file, text, infotext, quality=quality)
+        else:
+            _write_webp(image, file, text, infotext, quality=quality)
+    except ValueError as error:
+        raise RequestError(
+            "output_format", f"the metadata does not fit into {name} ({error}); ask for png"
+        ) from error
+    return file.getvalue()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -130,14 +171,30 @@ def _write_png(image: Image.Image, file: BinaryIO, metadata: str, infotext: str 
     image.save(file, format="PNG", pnginfo=text)
 
 
-def _write_jpeg(image: Image.Image, file: BinaryIO, metadata: str, infotext: str | None) -> None:
+def _write_jpeg(
+    image: Image.Image,
+    file: BinaryIO,
+    metadata: str,
+    infotext: str | None,
+    *,
+    quality: int | None = None,
+) -> None:
     texts = {"exif": _exif(infotext), "xmp": _xmp(metadata)}
+    quality = JPEG_QUALITY if quality is None else quality
     # Colours at full resolution: the edges of flat shapes would bleed otherwise.
-    image.save(file, format="JPEG", quality=JPEG_QUALITY, subsampling="4:4:4", **texts)
+    image.save(file, format="JPEG", quality=quality, subsampling="4:4:4", **texts)
 
 
-def _write_webp(image: Image.Image, file: BinaryIO, metadata: str, infotext: str | None) -> None:
-    image.save(file, format="WEBP", lossless=True, exif=_exif(infotext), xmp=_xmp(metadata))
+def _write_webp(
+    image: Image.Image,
+    file: BinaryIO,
+    metadata: str,
+    infotext: str | None,
+    *,
+    quality: int | None = None,
+) -> None:
+    kind: dict[str, Any] = {"lossless": True} if quality is None else {"quality": quality}
+    image.save(file, format="WEBP", exif=_exif(infotext), xmp=_xmp(metadata), **kind)
 
 
 #: Writer of every format.

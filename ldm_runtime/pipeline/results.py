@@ -15,7 +15,7 @@ from PIL import Image
 from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import image_format, is_folder, pattern_paths, save_numbered
-from ldm_runtime.pipeline.image_files import save_image
+from ldm_runtime.pipeline.image_files import FormatName, encode_image_file, save_image
 from ldm_runtime.pipeline.infotext import InfotextModel, model_name, write_infotext
 from ldm_runtime.pipeline.open_model import Origin
 from ldm_runtime.requests.request_json import request_to_json
@@ -133,6 +133,36 @@ class Result:
             self.save(path, index)
         return paths
 
+    def encoded(
+        self, index: int = 0, file_format: FormatName = "png", *, quality: int | None = None
+    ) -> bytes:
+        """Return the bytes of the file of image `index`, as `save` writes it.
+
+        Args:
+            index: Index of the image.
+            file_format: Format of the file.
+            quality: Quality of a JPEG, or of a WebP that is not lossless then, from 0 to 100.
+
+        Raises:
+            RequestError: The metadata does not fit into a file of that format.
+        """
+        image, metadata = self.images[index], self.metadata(index)
+        infotext = self.infotext(index)
+        return encode_image_file(image, file_format, metadata, infotext, quality=quality)
+
+    def infotext(self, index: int = 0) -> str | None:
+        """Return the text that AUTOMATIC1111's web UI would write into the file of an image.
+
+        None is for a request without a prompt, which that does not know.
+        """
+        return write_infotext(
+            self.request.of_image(index),
+            model=_checkpoint(self.build),
+            refiner=None if self.refiner is None else _checkpoint(self.refiner.build),
+            version=version(),
+            textual_inversions=self.textual_inversions,
+        )
+
     def metadata(self, index: int = 0) -> dict[str, Any]:
         """Return the metadata of image `index`, from which it can be generated again, alone."""
         refiner = {} if self.refiner is None else {"refiner_sha256": self.refiner.bundle_sha256}
@@ -146,16 +176,10 @@ class Result:
         }
 
     def _write(self, index: int, path: Path, *, replace: bool = False) -> None:
-        infotext = write_infotext(
-            self.request.of_image(index),
-            model=_checkpoint(self.build),
-            refiner=None if self.refiner is None else _checkpoint(self.refiner.build),
-            version=version(),
-            textual_inversions=self.textual_inversions,
-        )
         image_format(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(self.images[index], path, self.metadata(index), infotext, replace=replace)
+        metadata, infotext = self.metadata(index), self.infotext(index)
+        save_image(self.images[index], path, metadata, infotext, replace=replace)
 
 
 def _checkpoint(build: BuildRecord) -> InfotextModel:

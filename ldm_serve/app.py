@@ -1,0 +1,82 @@
+"""The application: every route behind the gate, and the start and end of the workers."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from ldm_serve.access import Gate
+from ldm_serve.answers import error_answer
+from ldm_serve.board import JobBoard
+from ldm_serve.errors import ServeError
+from ldm_serve.executors.contract import Executor
+from ldm_serve.executors.process import ProcessExecutor
+from ldm_serve.routes.health import health_routes
+from ldm_serve.routes.jobs import JobRoutes
+from ldm_serve.routes.openai_images import OpenAIRoutes
+from ldm_serve.served_models import ServedModels
+from ldm_serve.settings import ServeSettings
+from ldm_serve.site import Site
+
+
+def create_app(settings: ServeSettings, executor: Executor | None = None) -> Starlette:
+    """Return the ASGI application, whose `state.site` is the server.
+
+    Args:
+        settings: What it serves, to whom, and how much of it.
+        executor: Where requests are generated; None is worker processes.
+
+    Raises:
+        BundleError: A folder is not a bundle.
+    """
+    models = ServedModels(settings.bundles)
+    if executor is None:
+        executor = ProcessExecutor(
+            settings.bundles,
+            settings.engine,
+            workers=settings.workers,
+            stall_seconds=settings.stall_seconds,
+        )
+    site = Site(models=models, board=JobBoard(executor, settings.limits), settings=settings)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await site.board.start()
+        try:
+            yield
+        finally:
+            await site.board.close(settings.drain_seconds)
+
+    app = Starlette(
+        routes=_routes(site),
+        middleware=[Middleware(Gate, access=settings.access)],
+        exception_handlers={HTTPException: _http_error, ServeError: _serve_error},
+        lifespan=lifespan,
+    )
+    app.state.site = site
+    return app
+
+
+def _routes(site: Site) -> list[BaseRoute]:
+    return [*health_routes(site), *JobRoutes(site).routes(), *OpenAIRoutes(site).routes()]
+
+
+async def _serve_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServeError), "it is registered for that"
+    return error_answer(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer in our form what Starlette refuses by itself: unknown paths and methods."""
+    assert isinstance(error, HTTPException), "it is registered for that"
+    status = error.status_code
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    message = f"{request.method} is not answered here" if status == 405 else "there is no such path"
+    answer = error_answer(ServeError(status, codes.get(status, "http_error"), message))
+    answer.headers.update(error.headers or {})
+    return answer

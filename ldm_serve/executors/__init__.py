@@ -1,0 +1,1 @@
+"""Executors: where requests are generated. The protocol, and its implementations."""

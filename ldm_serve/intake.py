@@ -1,0 +1,114 @@
+"""From the fields that a client sends to a request that is checked and within the limits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm_runtime.errors import LdmError
+from ldm_runtime.inputs.depth_maps import DepthMap
+from ldm_runtime.inputs.embeddings import Embeddings
+from ldm_runtime.inputs.images import InputImage
+from ldm_runtime.inputs.initial_latents import InitialLatents
+from ldm_runtime.inputs.layouts import LayoutObject
+from ldm_runtime.inputs.reading import is_data_url
+from ldm_runtime.inputs.segmentation import SegmentationMap
+from ldm_runtime.requests.request import FIELDS, parse_request
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_serve.errors import ServeError, from_runtime, invalid
+from ldm_serve.served_models import ServedModel
+from ldm_serve.settings import Limits
+
+#: Types of fields whose text would name a file of the server.
+_FILES = (
+    InputImage,
+    SegmentationMap,
+    DepthMap,
+    Embeddings,
+    InitialLatents,
+    tuple[LayoutObject, ...],
+)
+_FILE_FIELDS = frozenset(name for name, record in FIELDS.items() if record.kind in _FILES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A request that the model can do and the server allows.
+
+    Attributes:
+        model: The model.
+        request: The request with everything filled in.
+        fields: The fields as they came, with the seed that was chosen: they decide every byte of
+            the images.
+    """
+
+    model: ServedModel
+    request: ResolvedRequest
+    fields: dict[str, Any]
+
+
+def check_request(fields: Mapping[str, Any], model: ServedModel, limits: Limits) -> Checked:
+    """Check the fields of a request, fill in its seed, and compare it with the limits.
+
+    Images are decoded here, within the bounds of `ldm_runtime.inputs.reading`. No file is read and
+    no address is fetched.
+
+    Args:
+        fields: Fields of a `GenerationRequest`; images and maps are `data:` URLs.
+        model: The model.
+        limits: The limits.
+
+    Raises:
+        ServeError: A field is unknown, of the wrong type or out of range; the model cannot do what
+            the request asks for; or it is beyond a limit.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in _FILE_FIELDS.intersection(given):
+        if isinstance(given[name], str) and not is_data_url(given[name]):
+            raise invalid(
+                name, f"{name}: send a data: URL; this server opens no files or addresses"
+            )
+    for name in ("prompt", "negative_prompt"):
+        text = given.get(name)
+        if isinstance(text, str) and len(text) > limits.max_prompt_characters:
+            most = limits.max_prompt_characters
+            raise invalid(name, f"{name}: has {len(text)} characters; at most {most} are read")
+    try:
+        request = resolve(parse_request(given), model.spec)
+    except LdmError as error:
+        raise from_runtime(error) from error
+    _check_limits(request, limits)
+    return Checked(model=model, request=request, fields={**given, "seed": request.seed})
+
+
+def cost(request: ResolvedRequest) -> float:
+    """Return the cost of a request in megapixel steps: a sampler step of a million pixels is 1.
+
+    A guided step counts once per sample of the UNet. A model that only encodes and decodes takes
+    one step.
+    """
+    passes = [(each.width * each.height, len(each.steps)) for each in request.passes]
+    steps = sum(pixels * count for pixels, count in passes) or request.width * request.height
+    samples = len(request.guidance.scales) + 1
+    return steps * samples * request.num_images / 1e6
+
+
+def _check_limits(request: ResolvedRequest, limits: Limits) -> None:
+    if request.num_images > limits.max_images:
+        raise _beyond("num_images", f"{request.num_images} images", f"{limits.max_images}")
+    pixels = max([request.width * request.height, *(p.width * p.height for p in request.passes)])
+    if pixels > limits.max_pixels:
+        raise _beyond("width", f"{pixels} pixels in an image", f"{limits.max_pixels}")
+    steps = sum(len(each.steps) for each in request.passes)
+    if steps > limits.max_steps:
+        raise _beyond("num_inference_steps", f"{steps} steps", f"{limits.max_steps}")
+    if cost(request) > limits.max_cost:
+        raise _beyond(
+            "num_inference_steps",
+            f"a cost of {cost(request):.0f} megapixel steps",
+            f"{limits.max_cost:g}; ask for fewer steps or images, or smaller ones",
+        )
+
+
+def _beyond(field: str, found: str, limit: str) -> ServeError:
+    return invalid(field, f"{field}: {found} is beyond this server's limit of {limit}", "limit")

@@ -1,0 +1,120 @@
+"""The models of a server, as far as their manifests say: no network is opened here."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.requests.request import FIELDS
+from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.schedules import SCHEDULES
+from ldm_runtime.specs.model import ModelSpec, size_step
+from ldm_runtime.specs.networks import ClassEmbedderSpec
+from ldm_runtime.specs.tasks import task_record
+from ldm_runtime.suggestions import did_you_mean
+from ldm_serve.errors import ServeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model that requests can name.
+
+    Attributes:
+        name: Its name.
+        spec: What it is.
+        bundle_sha256: Hash of its manifest.
+        created: When its manifest was written, in seconds since 1970.
+        has_previews: Whether steps can have previews.
+    """
+
+    name: str
+    spec: ModelSpec
+    bundle_sha256: str
+    created: int
+    has_previews: bool
+
+    def description(self) -> dict[str, Any]:
+        """Return what a client needs to know to ask it for images."""
+        spec, record = self.spec, task_record(self.spec)
+        defaults = spec.defaults
+        embedder = spec.find(ClassEmbedderSpec)
+        return {
+            "name": self.name,
+            "task": spec.task,
+            "family": spec.family,
+            "bundle_sha256": self.bundle_sha256,
+            "needs": [list(group) for group in record.needs],
+            "takes": sorted(record.takes),
+            "image": record.image,
+            "previews": self.has_previews,
+            "size_step": size_step(spec),
+            "labels": list(spec.label_names),
+            "classes": None if embedder is None else embedder.num_classes,
+            "defaults": {
+                "width": defaults.width,
+                "height": defaults.height,
+                "sampler": defaults.sampler,
+                "num_inference_steps": defaults.num_inference_steps,
+                "guidance_scale": defaults.guidance_scale,
+            },
+            "samplers": list(SAMPLERS),
+            "schedules": list(SCHEDULES),
+            "fields": {name: FIELDS[name].text for name in FIELDS if name in record.takes},
+        }
+
+
+class ServedModels(Mapping[str, ServedModel]):
+    """All models of a server by name; the first is the default.
+
+    Args:
+        bundles: Folder of every model.
+
+    Raises:
+        BundleError: A folder is not a bundle.
+    """
+
+    def __init__(self, bundles: Mapping[str, Path]) -> None:
+        models = {name: _served(name, folder) for name, folder in bundles.items()}
+        self._models = MappingProxyType(models)
+
+    def __getitem__(self, name: str) -> ServedModel:
+        return self._models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model of that name, or the default for None.
+
+        Raises:
+            ServeError: There is none.
+        """
+        if name is None:
+            return next(iter(self.values()))
+        if name not in self:
+            names = ", ".join(self)
+            raise ServeError(
+                404,
+                "model_not_found",
+                f"there is no model {name!r}{did_you_mean(name, self)}; this server has {names}",
+                param="model",
+            )
+        return self[name]
+
+
+def _served(name: str, folder: Path) -> ServedModel:
+    manifest = load_manifest(folder)
+    path = folder / MANIFEST_NAME
+    return ServedModel(
+        name=name,
+        spec=manifest.spec,
+        bundle_sha256=sha256_of(path),
+        created=int(path.stat().st_mtime),
+        has_previews=manifest.preview is not None,
+    )

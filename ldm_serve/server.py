@@ -1,0 +1,65 @@
+"""The HTTP server: uvicorn, which stops taking requests the moment it is told to end."""
+
+import logging
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from ldm_serve.settings import ServeSettings
+from ldm_serve.site import Site
+
+_LOGGER = logging.getLogger(__name__)
+#: Seconds that clients have to fetch their answers after the last request has ended.
+_GRACE_SECONDS = 5
+
+
+class Server(uvicorn.Server):
+    """A server of one application; SIGTERM and SIGINT drain it, and once more ends it at once.
+
+    Args:
+        app: From `create_app`.
+        settings: Of the application.
+        host: Address to listen on.
+        port: Port to listen on; 0 is any free one.
+        uds: Path of a Unix domain socket to listen on instead.
+    """
+
+    def __init__(
+        self, app: Starlette, settings: ServeSettings, *, host: str, port: int, uds: Path | None
+    ) -> None:
+        site: Site = app.state.site
+        self._board = site.board
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                uds=None if uds is None else str(uds),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=64 * 2**10,
+                timeout_graceful_shutdown=round(settings.drain_seconds) + _GRACE_SECONDS,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take no more requests, let those that have come go on, and end."""
+        self._board.drain()
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        if self.started:
+            _LOGGER.warning("listening on %s", self._address())
+
+    def _address(self) -> str:
+        if self.config.uds is not None:
+            return self.config.uds
+        (first, *_) = (each for server in self.servers for each in server.sockets)
+        host, port, *_ = first.getsockname()
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"

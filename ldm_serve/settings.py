@@ -1,0 +1,104 @@
+"""Settings of a server: what it serves, to whom, and how much of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm_runtime.backends import BackendName
+from ldm_runtime.backends.contract import Precision
+
+#: Bytes of a body that may hold images, and of one that may not.
+MAX_IMAGE_BODY_BYTES = 32 * 2**20
+MAX_TEXT_BODY_BYTES = 256 * 2**10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of a request and of a queue; a request beyond them is refused before it waits.
+
+    Attributes:
+        max_images: Most images of a request.
+        max_pixels: Most pixels of an image.
+        max_steps: Most steps of an image.
+        max_cost: Most megapixel steps of a request: pixels times steps times images, twice that
+            with guidance, by a million.
+        max_prompt_characters: Longest prompt.
+        max_queue: Most requests that wait.
+        max_queue_per_key: Most requests of one key that wait or run.
+        requests_per_minute: Requests of one key per minute, in the long run; a key may bring as
+            many at once.
+        kept_results: Finished jobs that are kept until they are asked for.
+        kept_seconds: How long they are kept at most.
+    """
+
+    max_images: int = 10
+    max_pixels: int = 2048 * 2048
+    max_steps: int = 200
+    max_cost: float = 2000.0
+    max_prompt_characters: int = 32_000
+    max_queue: int = 64
+    max_queue_per_key: int = 32
+    requests_per_minute: float = 600.0
+    kept_results: int = 256
+    kept_seconds: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How workers open a bundle; the arguments of `Generator` of the same names.
+
+    Attributes:
+        backend: Backend.
+        precision: Precision; None is the backend's own choice.
+        threads: Threads of a worker that compute; None is one per core.
+        low_memory: Whether one network at a time is in memory.
+        trust_engines: Whether to run TensorRT engines that were built elsewhere.
+        max_batch: Most images in one call of the UNet.
+        memory_budget_bytes: Most bytes of the weights that a worker holds open, at least one
+            model; None has no limit. Least recently used models are closed first.
+    """
+
+    backend: BackendName = "auto"
+    precision: Precision | None = None
+    threads: int | None = None
+    low_memory: bool = False
+    trust_engines: bool = False
+    max_batch: int = 4
+    memory_budget_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may call.
+
+    Attributes:
+        keys: Secret keys by the names they have in logs and metrics; without any, everyone may.
+        hosts: Names in the `Host` header that are answered; empty answers all, which is safe only
+            with keys: a page on the web could otherwise rebind its name to this machine.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    hosts: frozenset[str] = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Everything that decides what a server does.
+
+    Attributes:
+        bundles: Folder of every model, by the model's name; the first is the default.
+        engine: How workers open them.
+        limits: Bounds of requests.
+        access: Who may call.
+        workers: Worker processes.
+        drain_seconds: How long requests that have come may go on after the server is told to end.
+        stall_seconds: How long a worker may be silent over a request before it is replaced.
+    """
+
+    bundles: Mapping[str, Path]
+    engine: EngineSettings = EngineSettings()
+    limits: Limits = Limits()
+    access: Access = Access()
+    workers: int = 1
+    drain_seconds: float = 30.0
+    stall_seconds: float = 300.0
