@@ -78,7 +78,7 @@ class JobBoard:
         end = time.monotonic() + seconds
         while (self._running or self._queue) and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        for job in [*self._running.values(), *self._queue]:
+        for job in [*self._queue, *self._running.values()]:
             self._end(job, "failed", error=unavailable("the server has ended"))
         await self._executor.close()
 

@@ -52,7 +52,7 @@ class ServedModel:
             "previews": self.has_previews,
             "size_step": size_step(spec),
             "labels": list(spec.label_names),
-            "classes": None if embedder is None else embedder.num_classes,
+            "classes": None if embedder is None else _classes(embedder),
             "defaults": {
                 "width": defaults.width,
                 "height": defaults.height,
@@ -106,6 +106,11 @@ class ServedModels(Mapping[str, ServedModel]):
                 param="model",
             )
         return self[name]
+
+
+def _classes(embedder: ClassEmbedderSpec) -> int:
+    """Return how many classes a request can name, which the null class is not one of."""
+    return embedder.num_classes - (embedder.null_class is not None)
 
 
 def _served(name: str, folder: Path) -> ServedModel:

@@ -1,0 +1,289 @@
+import asyncio
+
+import pytest
+
+from ldm_serve.board import JobBoard, Wish
+from ldm_serve.errors import ServeError
+from ldm_serve.intake import check_request
+from ldm_serve.served_models import ServedModels
+from ldm_serve.settings import Limits
+from tests.serve.fake_executor import FakeExecutor
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return ServedModels({"tiny": bundle}).find(None)
+
+
+@pytest.fixture
+def board(model):
+    """Runs a scenario with a board over a fake executor."""
+
+    def run(scenario, room=1, **limits):
+        async def main():
+            executor = FakeExecutor(room)
+            board = JobBoard(executor, Limits(**limits))
+            await board.start()
+            return await scenario(board, executor)
+
+        return asyncio.run(main())
+
+    return run
+
+
+@pytest.fixture
+def submit(model):
+    def submit(board, key="a", wish=None, **fields):
+        checked = check_request({"prompt": "red", **fields}, model, Limits())
+        return board.submit(key, checked, wish or Wish())
+
+    return submit
+
+
+def refusal(function, *arguments, **options):
+    with pytest.raises(ServeError) as error:
+        function(*arguments, **options)
+    return error.value
+
+
+def test_a_job_goes_from_the_queue_to_its_images(board, submit):
+    async def scenario(board, executor):
+        first, second = submit(board), submit(board)
+        states = [(first.state, board.position(first)), (second.state, board.position(second))]
+        executor.step(first.id, 5)
+        progress = first.progress
+        executor.finish(first.id)
+        executor.finish(second.id, b"second")
+        result = await second.outcome()
+        return states, progress, first, second, result
+
+    states, progress, first, second, result = board(scenario)
+
+    assert states == [("generating", None), ("queued", 0)]
+    assert progress == 0.5
+    assert (first.state, second.state) == ("completed", "completed")
+    assert result.images == [b"second"]
+
+
+def test_keys_take_turns(board, submit):
+    async def scenario(board, executor):
+        running = submit(board, "flood")
+        for _ in range(5):
+            submit(board, "flood")
+        other = submit(board, "other")
+        positions = [board.position(other)]
+        executor.finish(running.id)
+        positions.append(board.position(other))
+        executor.finish(next(iter(executor.works)))
+        return positions, other.state
+
+    assert board(scenario) == ([1, 0], "generating")
+
+
+def test_a_key_that_has_its_share_is_told_when_to_come_back(board, submit):
+    async def scenario(board, executor):
+        submit(board)
+        submit(board)
+        mine = refusal(submit, board)
+        other = submit(board, "b")
+        executor.finish(next(iter(executor.works)))
+        return mine, other.state, submit(board).state
+
+    error, other, again = board(scenario, max_queue_per_key=2)
+
+    assert (error.status, error.code, error.kind) == (429, "queue_full", "rate_limit_error")
+    assert 1 <= int(error.headers["Retry-After"]) <= 120
+    assert (other, again) == ("queued", "queued")
+
+
+def test_a_full_queue_is_said_to_be(board, submit):
+    async def scenario(board, executor):
+        for key in "abc":
+            submit(board, key)
+        return refusal(submit, board, "d"), refusal(board.check_readiness)
+
+    error, readiness = board(scenario, max_queue=2)
+
+    assert (error.status, str(error)) == (429, "2 requests wait; ask again later")
+    assert (readiness.status, str(readiness)) == (503, "the queue is full")
+
+
+def test_a_server_whose_first_worker_is_not_ready_refuses(board, submit):
+    async def scenario(board, executor):
+        executor.is_ready = False
+        before = refusal(submit, board)
+        executor.is_ready = True
+        board.check_readiness()
+        executor.is_ready, executor.room = False, 0  # it died, and is being replaced
+        waiting = submit(board)
+        return before, waiting.state, refusal(board.check_readiness)
+
+    before, state, readiness = board(scenario)
+
+    assert (before.status, before.retry_after) == (503, 5)
+    assert "the model is being opened" in str(before)
+    assert state == "queued"
+    assert "no worker is ready" in str(readiness)
+
+
+def test_a_draining_server_finishes_what_has_come(board, submit):
+    async def scenario(board, executor):
+        job, waiting = submit(board), submit(board)
+        closing = asyncio.ensure_future(board.close(5))
+        await asyncio.sleep(0)
+        error = refusal(submit, board)
+        executor.finish(job.id)
+        executor.finish(waiting.id)
+        await closing
+        return error, job.state, waiting.state, executor.is_closed
+
+    error, *states = board(scenario)
+
+    assert (error.status, str(error)) == (503, "the server is ending; ask another one")
+    assert states == ["completed", "completed", True]
+
+
+def test_what_is_left_when_time_is_up_gets_an_error(board, submit):
+    async def scenario(board, executor):
+        job, waiting = submit(board), submit(board)
+        await board.close(0.01)
+        return job, waiting, executor
+
+    job, waiting, executor = board(scenario)
+
+    assert (job.state, waiting.state) == ("failed", "failed")
+    assert str(job.error) == "the server has ended"
+    assert executor.cancelled == [job.id]
+
+
+def test_a_deadline_counts_the_wait(board, submit):
+    async def scenario(board, executor):
+        running = submit(board, wish=Wish(deadline_seconds=0.02))
+        waiting = submit(board, wish=Wish(deadline_seconds=0.01))
+        await asyncio.sleep(0.05)
+        return running, waiting, executor.cancelled, submit(board).state
+
+    running, waiting, cancelled, after = board(scenario)
+
+    for job in (running, waiting):
+        assert (job.error.status, job.error.code) == (504, "deadline_exceeded")
+        assert job.error.headers["x-should-retry"] == "false"
+    assert cancelled == [running.id]
+    assert after == "generating"
+
+
+def test_a_cancelled_job_makes_room(board, submit):
+    async def scenario(board, executor):
+        jobs = [submit(board) for _ in range(3)]
+        board.cancel(jobs[1])
+        board.cancel(jobs[0])
+        board.cancel(jobs[0])
+        return jobs, executor.cancelled
+
+    jobs, cancelled = board(scenario)
+
+    assert [job.state for job in jobs] == ["cancelled", "cancelled", "generating"]
+    assert cancelled == [jobs[0].id]
+
+
+def test_a_job_is_its_keys_own(board, submit):
+    async def scenario(board, executor):
+        job = submit(board, "a")
+        found = board.find("a", job.id) is job and board.find(None, job.id) is job
+        return (
+            found,
+            board.jobs_of("a") == [job],
+            board.jobs_of("b"),
+            refusal(board.find, "b", job.id),
+        )
+
+    *found, error = board(scenario)
+
+    assert found == [True, True, []]
+    assert (error.status, error.code) == (404, "job_not_found")
+
+
+def test_old_results_are_forgotten(board, submit):
+    async def scenario(board, executor):
+        jobs = []
+        for _ in range(3):
+            jobs.append(submit(board))
+            executor.finish(jobs[-1].id)
+        return [refusal(board.find, None, jobs[0].id).code, board.find(None, jobs[1].id).state]
+
+    assert board(scenario, kept_results=2) == ["job_not_found", "completed"]
+
+
+def test_results_are_kept_for_a_while_only(board, submit):
+    async def scenario(board, executor):
+        job = submit(board)
+        executor.finish(job.id)
+        kept = board.find(None, job.id) is job
+        await asyncio.sleep(0.03)
+        return kept, refusal(board.find, None, job.id).status
+
+    assert board(scenario, kept_seconds=0.02) == (True, 404)
+
+
+def test_a_failure_of_the_executor_reaches_the_client(board, submit):
+    async def scenario(board, executor):
+        job = submit(board)
+        executor.fail(job.id)
+        with pytest.raises(ServeError) as error:
+            await job.outcome()
+        return error.value
+
+    error = board(scenario)
+
+    assert (error.status, error.code, error.should_retry) == (500, "worker_crash", False)
+
+
+def test_a_slow_follower_sees_the_latest_state_and_the_end(board, submit):
+    async def scenario(board, executor):
+        job = submit(board)
+        seen = []
+
+        async def follow():
+            async for _ in job.changes():
+                seen.append((job.state, job.steps.get(0, 0)))
+
+        following = asyncio.ensure_future(follow())
+        await asyncio.sleep(0)
+        for step in range(1, 10):
+            executor.step(job.id, step)
+        await asyncio.sleep(0)
+        executor.finish(job.id)
+        await following
+        return seen
+
+    assert board(scenario) == [("generating", 0), ("generating", 9), ("completed", 9)]
+
+
+def test_a_step_back_of_a_replayed_job_is_shown(board, submit):
+    async def scenario(board, executor):
+        job = submit(board, num_images=2)
+        executor.step(job.id, 8)
+        executor.step(job.id, 4, image=1)
+        before = job.progress
+        executor.step(job.id, 1)
+        return before, job.progress
+
+    assert board(scenario, room=2) == (0.6, 0.25)
+
+
+def test_what_happens_is_counted(board, submit):
+    async def scenario(board, executor):
+        done, failed, gone = submit(board), submit(board), submit(board)
+        executor.finish(done.id)
+        executor.fail(failed.id)
+        board.cancel(gone)
+        return board.metrics.text().decode()
+
+    text = board(scenario)
+
+    for outcome in ("ok", "failed", "cancelled"):
+        assert f'ldm_requests_total{{model="tiny",outcome="{outcome}"}} 1.0' in text
+    assert 'ldm_images_total{model="tiny"} 1.0' in text
+    assert "ldm_queue_depth 0.0" in text
+    assert "ldm_inflight 0.0" in text
+    assert "ldm_workers 1.0" in text

@@ -1,0 +1,295 @@
+"""Executors under fire: every image is that of the generator, whatever happens to workers."""
+
+import asyncio
+import io
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm_runtime import Generator
+from ldm_serve.executors.inline import InlineExecutor
+from ldm_serve.executors.messages import Failed, Finished, Progress, Work
+from ldm_serve.executors.process import ProcessExecutor
+from ldm_serve.settings import EngineSettings
+from tests.serve.conftest import serving
+
+SETTINGS = EngineSettings(backend="onnxruntime", threads=1)
+QUICK = {"prompt": "red", "seed": 3, "num_inference_steps": 4}
+SLOW = {"prompt": "red", "seed": 1, "width": 256, "height": 256, "num_inference_steps": 200}
+
+
+@pytest.fixture(scope="module")
+def expected(bundle):
+    """Returns the image of some fields, generated without a server."""
+    with Generator(bundle, threads=1) as generator:
+        yield lambda fields: generator(**fields).image.tobytes()
+
+
+class Events:
+    """The events of an executor's jobs, as they come."""
+
+    def __init__(self):
+        self.found, self.changed = [], asyncio.Event()
+
+    def report(self, event):
+        self.found.append(event)
+        self.changed.set()
+
+    async def until(self, is_done, seconds=30):
+        async with asyncio.timeout(seconds):
+            while not (done := is_done()):
+                self.changed.clear()
+                await self.changed.wait()
+        return done
+
+    async def end_of(self, job):
+        ends = (Finished, Failed)
+        return await self.until(
+            lambda: next((e for e in self.found if e.job == job and isinstance(e, ends)), None)
+        )
+
+    async def step_of(self, job, step=1):
+        await self.until(
+            lambda: any(
+                isinstance(e, Progress) and e.job == job and e.step >= step for e in self.found
+            )
+        )
+
+
+def run(executor, scenario):
+    """Run a scenario with a started executor, which is closed at the end."""
+
+    async def main():
+        events = Events()
+        await executor.start(events.report, events.changed.set)
+        try:
+            await events.until(lambda: executor.stats().is_ready)
+            return await scenario(executor, events)
+        finally:
+            await executor.close()
+
+    return asyncio.run(main())
+
+
+def work(job, fields, model="tiny", **options):
+    return Work(job=job, model=model, fields=fields, **options)
+
+
+def pixels(event, index=0):
+    return Image.open(io.BytesIO(event.images[index])).tobytes()
+
+
+def worker_pids(executor):
+    return [worker.process.pid for worker in executor._workers]
+
+
+@pytest.fixture(params=["inline", "process"])
+def executor(request, bundle):
+    kind = {"inline": InlineExecutor, "process": ProcessExecutor}[request.param]
+    return kind({"tiny": bundle}, SETTINGS)
+
+
+def test_images_are_those_of_the_generator(executor, expected):
+    async def scenario(executor, events):
+        for job in "ab":
+            executor.submit(work(job, {**QUICK, "seed": ord(job)}))
+        return [await events.end_of(job) for job in "ab"], executor.stats()
+
+    (first, second), stats = run(executor, scenario)
+
+    assert pixels(first) == expected({**QUICK, "seed": ord("a")})
+    assert pixels(second) == expected({**QUICK, "seed": ord("b")})
+    assert (stats.is_ready, stats.room, stats.workers, stats.restarts) == (True, 4, 1, 0)
+    assert (stats.backend, stats.precision) == ("onnxruntime", "fp32")
+
+
+def test_wrong_fields_and_deadlines_fail_alone(executor):
+    async def scenario(executor, events):
+        executor.submit(work("wrong", {"prompt": "red", "height": 17}))
+        executor.submit(work("late", SLOW, deadline_seconds=1e-3))
+        executor.submit(work("good", QUICK))
+        return [await events.end_of(job) for job in ("wrong", "late", "good")]
+
+    wrong, late, good = run(executor, scenario)
+
+    assert (wrong.status, wrong.code, wrong.param) == (400, "invalid_value", "height")
+    assert (late.status, late.code) == (504, "deadline_exceeded")
+    assert isinstance(good, Finished)
+
+
+def test_a_cancelled_job_says_no_more(executor):
+    async def scenario(executor, events):
+        executor.submit(work("slow", SLOW))
+        await events.step_of("slow")
+        executor.cancel("slow")
+        seen = len(events.found)
+        executor.submit(work("next", QUICK))
+        await events.end_of("next")
+        return [event.job for event in events.found[seen:]], executor.stats().room
+
+    jobs, room = run(executor, scenario)
+
+    assert set(jobs) == {"next"}
+    assert room == 4
+
+
+def test_the_jobs_of_a_killed_worker_are_run_again(bundle, expected):
+    async def scenario(executor, events):
+        jobs = {
+            f"job{seed}": {**SLOW, "seed": seed, "num_inference_steps": 40} for seed in range(3)
+        }
+        for job, fields in jobs.items():
+            executor.submit(work(job, fields))
+        await events.step_of("job0", 5)
+        os.kill(worker_pids(executor)[0], signal.SIGKILL)
+        return {job: await events.end_of(job) for job in jobs}, jobs, executor.stats().restarts
+
+    ends, jobs, restarts = run(ProcessExecutor({"tiny": bundle}, SETTINGS), scenario)
+
+    assert restarts == 1
+    for job, fields in jobs.items():
+        assert pixels(ends[job]) == expected(fields)
+
+
+def test_a_job_that_ends_two_workers_is_not_tried_again(bundle, expected):
+    async def scenario(executor, events):
+        executor.submit(work("poison", SLOW))
+        for _ in range(2):
+            seen = len(events.found)
+            await events.until(lambda seen=seen: len(events.found) > seen)
+            pid = worker_pids(executor)[0]
+            os.kill(pid, signal.SIGKILL)
+            await events.until(lambda pid=pid: pid not in worker_pids(executor))
+        poison = await events.end_of("poison")
+        executor.submit(work("good", QUICK))
+        return poison, await events.end_of("good")
+
+    poison, good = run(ProcessExecutor({"tiny": bundle}, SETTINGS), scenario)
+
+    assert (poison.status, poison.code) == (500, "worker_crash")
+    assert pixels(good) == expected(QUICK)
+
+
+def test_a_worker_that_stalls_is_replaced(bundle, expected):
+    async def scenario(executor, events):
+        executor.submit(work("job", {**SLOW, "num_inference_steps": 40}))
+        await events.step_of("job", 3)
+        os.kill(worker_pids(executor)[0], signal.SIGSTOP)
+        return await events.end_of("job"), executor.stats().restarts
+
+    executor = ProcessExecutor({"tiny": bundle}, SETTINGS, stall_seconds=1.0)
+    end, restarts = run(executor, scenario)
+
+    assert restarts == 1
+    assert pixels(end) == expected({**SLOW, "num_inference_steps": 40})
+
+
+def test_two_workers_share_the_work(bundle):
+    async def scenario(executor, events):
+        await events.until(lambda: executor.stats().room == 8)
+        for number in range(6):
+            executor.submit(work(f"job{number}", QUICK))
+        images = [worker.images() for worker in executor._workers]
+        for number in range(6):
+            await events.end_of(f"job{number}")
+        return images
+
+    assert run(ProcessExecutor({"tiny": bundle}, SETTINGS, workers=2), scenario) == [3, 3]
+
+
+def test_a_bundle_that_cannot_be_opened_is_the_reason(bundle, tmp_path):
+    async def scenario():
+        executor = ProcessExecutor({"tiny": tmp_path}, SETTINGS)
+        changed = asyncio.Event()
+        await executor.start(lambda _: None, changed.set)
+        async with asyncio.timeout(30):
+            await changed.wait()
+        stats = executor.stats()
+        await executor.close()
+        return stats
+
+    stats = asyncio.run(scenario())
+
+    assert not stats.is_ready
+    assert "ended with status 1" in stats.reason
+
+
+def test_models_are_closed_for_others_within_the_budget(bundles):
+    names = ("text-to-image", "class-to-image")
+    sizes = [sum(f.stat().st_size for f in (bundles / name).rglob("*.bin")) for name in names]
+    settings = EngineSettings(
+        backend="onnxruntime", threads=1, memory_budget_bytes=max(sizes) + min(sizes) - 1
+    )
+    fields = {"text-to-image": QUICK, "class-to-image": {"class_label": 2, "seed": 1}}
+
+    async def scenario(executor, events):
+        ends = []
+        for number in range(3):
+            for name in names:
+                executor.submit(work(f"{name}{number}", fields[name], model=name))
+        for number in range(3):
+            for name in names:
+                ends.append(pixels(await events.end_of(f"{name}{number}")))
+        return ends
+
+    ends = run(ProcessExecutor({name: bundles / name for name in names}, settings), scenario)
+
+    for index, name in enumerate(names):
+        with Generator(bundles / name, threads=1) as generator:
+            assert set(ends[index::2]) == {generator(**fields[name]).image.tobytes()}
+
+
+def test_closing_leaves_no_process(bundle):
+    async def scenario(executor, events):
+        executor.submit(work("slow", SLOW))
+        await events.step_of("slow")
+        return worker_pids(executor)
+
+    executor = ProcessExecutor({"tiny": bundle}, SETTINGS)
+    begun = time.monotonic()
+    (pid,) = run(executor, scenario)
+
+    assert not Path(f"/proc/{pid}").exists()
+    assert time.monotonic() - begun < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends workers with their parent")
+def test_workers_end_with_a_killed_server(bundle, tmp_path):
+    with serving(tmp_path, bundle) as server:
+        (pid,) = server.workers()
+        server.process.kill()
+        server.process.wait()
+
+        end = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+            if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+                break
+            time.sleep(0.02)
+        else:
+            assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, expected):
+    body = {"prompt": "red", "size": "256x256", "seed": 1, "num_inference_steps": 60}
+    body |= {"response_format": "file"}
+    with (
+        serving(tmp_path, bundle) as server,
+        server.client(timeout=60) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answer = pool.submit(client.post, "/v1/images/generations", json=body)
+        while not client.get("/api/jobs").json()["jobs"]:
+            time.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+
+        image = Image.open(io.BytesIO(answer.result().content))
+
+        server.process.wait(30)
+    assert server.process.returncode in (0, -signal.SIGTERM)
+    assert image.tobytes() == expected({**SLOW, "num_inference_steps": 60})
