@@ -6,11 +6,12 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo gallery test check docs bench peers gpu-report clean distclean
+.PHONY: help demo gallery serve test check docs bench peers gpu-report clean distclean
 
 help:
 	@echo "make demo       export the small model that comes along and generate out/demo.png"
 	@echo "make gallery    export the examples of every other task and generate a sheet of each"
+	@echo "make serve      serve the small model over HTTP, on this machine alone"
 	@echo "make test       all tests, then the runtime's against the wheel, without torch"
 	@echo "make check      format, lint, imports, types, spelling, words and workflows"
 	@echo "make docs       write the pages and pictures of docs/ that come from the code"
@@ -24,6 +25,12 @@ demo: .venv/demo.stamp
 
 gallery: .venv/demo.stamp
 	.venv/bin/python models/shapes/gallery.py
+
+serve: .venv/serve.stamp engines/manifest.json
+	.venv/bin/ldm serve engines/
+
+engines/manifest.json: .venv/demo.stamp
+	.venv/bin/python models/shapes/demo.py
 
 # One worker per core, one thread per worker: most tests are too small to share, exports do not scale.
 # In the order of the files: else those of few tests come last, and few tests are slow ones.
@@ -83,8 +90,12 @@ distclean: clean
 	$(PIP) --editable '.[export,cpu]'
 	touch $@
 
+.venv/serve.stamp: .venv/demo.stamp
+	$(PIP) --editable '.[serve]'
+	touch $@
+
 .venv/test.stamp: $(PINS)
 	@echo "installing into .venv, which takes a few minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(PIP) hatchling --editable '.[export,cpu,openvino,serve,tensorrt-rtx,test]'
-	touch .venv/demo.stamp $@
+	touch .venv/demo.stamp .venv/serve.stamp $@

@@ -1,4 +1,4 @@
-"""Write docs/floors.svg, the rooms of both packages by layer: `python -m scripts.floors`.
+"""Write docs/floors.svg, the rooms of all packages by layer: `python -m scripts.floors`.
 
 The layers are those that import-linter holds (pyproject.toml), and the text of a room is the
 beginning of its docstring, so that the diagram says nothing that the code does not.
@@ -20,6 +20,7 @@ DIAGRAM = ROOT / "docs/floors.svg"
 _PACKAGES = {
     "ldm_runtime": "ldm_runtime: one request, from the top down",
     "ldm_export": "ldm_export: one export, from the top down",
+    "ldm_serve": "ldm_serve: one call, from the top down",
 }
 _WIDTH, _MARGIN, _TITLE, _GAP = 580, 16, 38, 8  # pixels
 _CHARACTER, _LINE = 5.6, 13  # size of the small text, in pixels

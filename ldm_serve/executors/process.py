@@ -32,8 +32,8 @@ from ldm_serve.settings import EngineSettings
 
 _LOGGER = logging.getLogger(__name__)
 
-#: How often a job is begun: a second death of its worker is the job's fault.
-_MAX_ATTEMPTS = 2
+#: How often a job is begun: in company, then twice alone, where its worker dies of nothing else.
+_MAX_ATTEMPTS = 3
 #: Seconds before a dead worker is replaced, doubled with every death in a row.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 30.0
 #: Seconds that a worker may take to end when it is told to.
@@ -54,14 +54,16 @@ class _Process:
     heard: float = field(default_factory=time.monotonic)
 
     def images(self) -> int:
+        """Return how many images it works on."""
         return sum(work.num_images for work in self.jobs.values())
 
 
 class ProcessExecutor:
     """Generates in worker processes. The jobs of one that dies are run again by another.
 
-    A job whose worker dies twice fails, so that no request can end one worker after the other. A
-    worker that is silent over a job for too long is killed and replaced likewise.
+    It runs them one by one, so that a job which ends its worker takes no others with it. One that
+    has ended three workers fails. A worker that is silent over a job for too long is killed and
+    replaced likewise.
 
     Args:
         bundles: Folder of every model; each worker opens the first at its start.
@@ -81,7 +83,7 @@ class ProcessExecutor:
         self._bundles, self._settings = dict(bundles), settings
         self._count, self._stall_seconds = workers, stall_seconds
         self._workers: list[_Process] = []
-        self._again: deque[Work] = deque()
+        self._again: deque[Work] = deque()  # jobs that have no worker
         self._attempts: dict[str, int] = {}
         self._restarts, self._deaths_in_a_row = 0, 0
         self._is_closing = False
@@ -113,7 +115,7 @@ class ProcessExecutor:
     def stats(self) -> ExecutorStats:
         """See `Executor`."""
         ready = [each for each in self._workers if each.ready is not None]
-        room = sum(self._settings.max_batch - each.images() for each in ready)
+        room = sum(self._room(each) for each in ready)
         first = ready[0].ready if ready else None
         return ExecutorStats(
             is_ready=bool(ready),
@@ -219,17 +221,27 @@ class ProcessExecutor:
                     _LOGGER.error("worker %s is silent; it is replaced", worker.process.pid)
                     worker.process.kill()
 
+    def _room(self, worker: _Process) -> int:
+        """Return how many more images a worker takes; none beside a job that may have ended one."""
+        if any(self._attempts[job] for job in worker.jobs):
+            return 0
+        return self._settings.max_batch - worker.images()
+
     def _hand_out(self) -> None:
         """Give jobs to the ready workers that have most room."""
         while self._again:
-            ready = [each for each in self._workers if each.ready is not None]
-            if not ready:
+            job, *_ = self._again
+            is_suspect = self._attempts[job.job] > 0
+            free = [
+                each
+                for each in self._workers
+                if each.ready is not None
+                and (not each.jobs if is_suspect else self._room(each) > 0)
+            ]
+            if not free:
                 return
-            worker = min(ready, key=_Process.images)
-            is_free = worker.images() < self._settings.max_batch
-            if not is_free:
-                return
-            job = self._again.popleft()
+            worker = max(free, key=self._room)
+            self._again.popleft()
             if not worker.jobs:
                 worker.heard = time.monotonic()
             worker.jobs[job.job] = job
@@ -274,5 +286,5 @@ def _poisonous(work: Work) -> Failed:
         job=work.job,
         status=500,
         code="worker_crash",
-        message="the request ended two workers and is not tried again",
+        message="the request ended three workers and is not tried again",
     )

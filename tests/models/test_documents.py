@@ -26,7 +26,9 @@ from models.shapes.catalog.models import MODELS
 from models.shapes.data.labels import label_names
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+#: Its blocks talk to a server: tests/serve/test_serving_page.py.
+_SERVED = {"serving.md"}
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in _SERVED)
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"(\w+=|(echo .*\| )?(ldm|ldm-export) (?!completion))")
 #: Pages whose commands export a checkpoint; `--estimate` checks what they say without the work.

@@ -157,10 +157,10 @@ def test_the_jobs_of_a_killed_worker_are_run_again(bundle, expected):
         assert pixels(ends[job]) == expected(fields)
 
 
-def test_a_job_that_ends_two_workers_is_not_tried_again(bundle, expected):
+def test_a_job_that_ends_three_workers_is_not_tried_again(bundle, expected):
     async def scenario(executor, events):
         executor.submit(work("poison", SLOW))
-        for _ in range(2):
+        for _ in range(3):
             seen = len(events.found)
             await events.until(lambda seen=seen: len(events.found) > seen)
             pid = worker_pids(executor)[0]
@@ -174,6 +174,28 @@ def test_a_job_that_ends_two_workers_is_not_tried_again(bundle, expected):
 
     assert (poison.status, poison.code) == (500, "worker_crash")
     assert pixels(good) == expected(QUICK)
+
+
+def test_a_job_that_ends_its_workers_takes_no_other_with_it(bundle, expected):
+    async def scenario(executor, events):
+        executor.submit(work("poison", SLOW))
+        for seed in range(3):
+            executor.submit(
+                work(f"good{seed}", {**QUICK, "num_inference_steps": 200, "seed": seed})
+            )
+        await events.step_of("good2")
+        while "poison" in executor._attempts:
+            for worker in list(executor._workers):
+                if "poison" in worker.jobs:
+                    worker.process.kill()
+            await asyncio.sleep(0.01)
+        return [await events.end_of(job) for job in ("poison", "good0", "good1", "good2")]
+
+    poison, *good = run(ProcessExecutor({"tiny": bundle}, SETTINGS), scenario)
+
+    assert poison.code == "worker_crash"
+    for seed, end in enumerate(good):
+        assert pixels(end) == expected({**QUICK, "num_inference_steps": 200, "seed": seed})
 
 
 def test_a_worker_that_stalls_is_replaced(bundle, expected):

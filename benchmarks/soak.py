@@ -1,0 +1,294 @@
+"""Soak a server: clients, good and bad, while its workers are killed and stopped.
+
+    python benchmarks/soak.py --seconds 600 --results benchmarks/results/soak.jsonl
+
+Every answer is compared with the golden hash of its request, which one generator made before
+without a server. Faults are killed workers, stopped workers, clients that go away, slow readers,
+malformed and oversized bodies, wrong fields and cancelled jobs, in an order that the seed decides.
+Prints one line of JSON, and fails if a request is lost or an image is wrong.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_runtime import Generator
+from ldm_runtime.testing import write_tiny_bundle
+from measuring.rows import append_line, as_line, commit, machine
+from serving.running_server import Connection, RunningServer, json_of, serving
+
+#: Answers that a client may get; all others count as lost.
+_EXPECTED = frozenset({200, 202, 400, 413, 429, 503})
+_PROMPTS = ("red", "blue circle", "a green square left of a red one", "nothing at all")
+_SAMPLERS = ("ddim", "euler", "dpmpp_2m", "heun", "euler_ancestral", "unipc")
+#: Seconds between two blows to the workers, and that a stopped one is silent before it is replaced.
+_PAUSE, _STALL = 3.0, 1.5
+_SLOW_READS = 20
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What the clients saw; written by all of them.
+
+    Attributes:
+        statuses: Answers by status.
+        faults: Faults by kind.
+        wrong: Requests whose image was not the golden one.
+        lost: Requests that got no answer, or one that is not expected, with what it was.
+        seconds: Time of every good request.
+        memory: Pairs of good requests so far and bytes of the server's memory.
+    """
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """A request in OpenAI's form, and the hash of the file that it must bring."""
+
+    body: dict[str, Any]
+    sha256: str
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--clients", type=int, default=6, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="file to append the row to")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: 0 if nothing was lost or wrong, 1 otherwise."""
+    args = build_parser().parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="ldm-soak-") as folder:
+        bundle = Path(folder) / "tiny"
+        write_tiny_bundle(bundle)
+        golden = golden_requests(bundle, args.seed)
+        flags = ("--workers", args.workers, "--threads", 1, "--stall-seconds", _STALL)
+        with serving(Path(folder), (bundle, *flags, "--requests-per-minute", 1e6)) as server:
+            tally = soak(server, golden, args)
+            row = _row(server, tally, args)
+    print(as_line(row))
+    if args.results is not None:
+        append_line(args.results, row)
+    for sentence in (*tally.lost[:5], *tally.wrong[:5]):
+        print(sentence, file=sys.stderr)
+    return 1 if tally.lost or tally.wrong else 0
+
+
+def golden_requests(bundle: Path, seed: int, count: int = 48) -> list[Golden]:
+    """Return requests with the hashes of their files, generated one by one."""
+    rng, golden = random.Random(seed), []
+    with Generator(bundle, backend="onnxruntime", threads=1) as generator:
+        for _ in range(count):
+            fields = {
+                "prompt": rng.choice(_PROMPTS),
+                "seed": rng.randrange(2**32),
+                "num_inference_steps": rng.randint(2, 30),
+                "sampler": rng.choice(_SAMPLERS),
+                "guidance_scale": rng.choice((1.0, 3.0, 7.5)),
+            }
+            side = rng.choice((16, 24, 32))
+            data = generator.generate(**fields, width=side, height=side).encoded()
+            body = {**fields, "size": f"{side}x{side}", "response_format": "file"}
+            golden.append(Golden(body=body, sha256=hashlib.sha256(data).hexdigest()))
+    return golden
+
+
+def soak(server: RunningServer, golden: Sequence[Golden], args: argparse.Namespace) -> Tally:
+    """Let clients and faults loose on a server, and return what the clients saw."""
+    tally, end = Tally(), time.monotonic() + args.seconds
+    threads = [
+        threading.Thread(target=_client, args=(server, golden, tally, end, args.seed * 1000 + each))
+        for each in range(args.clients)
+    ]
+    threads.append(threading.Thread(target=_blows, args=(server, tally, end, args.seed)))
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < end:
+        time.sleep(min(5.0, args.seconds / 50))
+        tally.memory.append((tally.statuses[200], server.memory_bytes()))
+    for thread in threads:
+        thread.join()
+    return tally
+
+
+def _client(
+    server: RunningServer, golden: Sequence[Golden], tally: Tally, end: float, seed: int
+) -> None:
+    """Ask for images, and now and then misbehave, until the end."""
+    rng = random.Random(seed)
+    bad = (_go_away, _read_slowly, _malformed, _oversized, _wrong_field, _cancel)
+    while time.monotonic() < end:
+        wanted = rng.choice(golden)
+        act: Callable[[RunningServer, Golden, Tally], None] = _ask
+        if rng.random() < 0.06:
+            act = rng.choice(bad)
+            tally.faults[act.__name__.strip("_")] += 1
+        try:
+            act(server, wanted, tally)
+        except OSError as error:
+            tally.lost.append(f"{act.__name__}: {error!r}")
+
+
+def _ask(server: RunningServer, wanted: Golden, tally: Tally) -> None:
+    """Ask for an image as a patient client does: a refusal is followed by another try."""
+    begun = time.monotonic()
+    for _ in itertools.count():
+        answer = server.post("/v1/images/generations", wanted.body)
+        _note(answer.status, tally, str(answer.body[:200]))
+        if answer.status not in (429, 503):
+            break
+        if "retry-after" not in answer.headers:
+            tally.lost.append(f"{answer.status} without Retry-After")
+        time.sleep(0.2)
+    tally.seconds.append(time.monotonic() - begun)
+    if answer.status == 200 and hashlib.sha256(answer.body).hexdigest() != wanted.sha256:
+        tally.wrong.append(f"{wanted.body} gave another image")
+
+
+def _go_away(server: RunningServer, wanted: Golden, tally: Tally) -> None:
+    connection = Connection(server.path)
+    body = {**wanted.body, "num_inference_steps": 200}
+    connection.request("POST", "/v1/images/generations", _encoded(body), _JSON)
+    time.sleep(0.02)
+    connection.close()
+
+
+def _read_slowly(server: RunningServer, wanted: Golden, tally: Tally) -> None:
+    connection = Connection(server.path)
+    body = {**wanted.body, "stream": True, "partial_images": 3}
+    del body["response_format"]
+    connection.request("POST", "/v1/images/generations", _encoded(body), _JSON)
+    answer = connection.getresponse()
+    _note(answer.status, tally, "slow reader")
+    for _ in range(_SLOW_READS):
+        answer.read(64)
+        time.sleep(0.05)
+    rest = answer.read()
+    if answer.status == 200 and b"completed" not in rest:
+        tally.lost.append(f"a stream ended without its image: {rest[-200:]!r}")
+    connection.close()
+
+
+def _malformed(server: RunningServer, wanted: Golden, tally: Tally) -> None:
+    _expect(server, b'{"prompt": "\\ud800', 400, tally)
+
+
+def _oversized(server: RunningServer, wanted: Golden, tally: Tally) -> None:
+    _expect(server, _encoded({"prompt": "x" * 300_000}), 413, tally)
+
+
+def _wrong_field(server: RunningServer, wanted: Golden, tally: Tally) -> None:
+    _expect(server, _encoded({**wanted.body, "quality": "high"}), 400, tally)
+
+
+def _cancel(server: RunningServer, wanted: Golden, tally: Tally) -> None:
+    request = {"prompt": "red", "num_inference_steps": 200, "width": 64, "height": 64}
+    answer = server.post("/api/jobs", {"request": request})
+    _note(answer.status, tally, "a job")
+    if answer.status == 202:
+        path = f"/api/jobs/{json_of(answer)['id']}/cancel"
+        server.post(path, {})
+
+
+def _expect(server: RunningServer, body: bytes, status: int, tally: Tally) -> None:
+    answer = server.post("/v1/images/generations", body)
+    _note(answer.status, tally, str(answer.body[:200]))
+    if answer.status != status:
+        tally.lost.append(f"{answer.status} and not {status}")
+
+
+def _blows(server: RunningServer, tally: Tally, end: float, seed: int) -> None:
+    """Kill or stop a worker every few seconds."""
+    rng = random.Random(seed)
+    while time.monotonic() < end - 2 * _STALL:
+        time.sleep(rng.uniform(0.5, 1.5) * _PAUSE)
+        workers = server.workers()
+        if not workers:
+            continue
+        kind = rng.choice(("kill_worker", "stop_worker"))
+        number = signal.SIGKILL if kind == "kill_worker" else signal.SIGSTOP
+        try:
+            os.kill(rng.choice(workers), number)
+        except ProcessLookupError:
+            continue
+        tally.faults[kind] += 1
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def _encoded(body: object) -> bytes:
+    return json.dumps(body).encode()
+
+
+def _note(status: int, tally: Tally, what: str) -> None:
+    tally.statuses[status] += 1
+    if status not in _EXPECTED:
+        tally.lost.append(f"{status}: {what}")
+
+
+def _row(server: RunningServer, tally: Tally, args: argparse.Namespace) -> dict[str, Any]:
+    seconds = np.asarray(tally.seconds)
+    return {
+        "benchmark": "soak",
+        "commit": commit(),
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": {
+            "seconds": args.seconds,
+            "seed": args.seed,
+            "clients": args.clients,
+            "workers": args.workers,
+        },
+        "requests": sum(tally.statuses.values()),
+        "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
+        "faults": dict(tally.faults),
+        "num_faults": sum(tally.faults.values()),
+        "lost": len(tally.lost),
+        "wrong": len(tally.wrong),
+        "worker_restarts": server.metric("ldm_worker_restarts_total"),
+        "p50_seconds": round(float(np.percentile(seconds, 50)), 4),
+        "p95_seconds": round(float(np.percentile(seconds, 95)), 4),
+        "max_seconds": round(float(seconds.max()), 4),
+        "memory_mb_per_1000_requests": _slope(tally.memory),
+    }
+
+
+def _slope(memory: Sequence[tuple[int, int]]) -> float | None:
+    """Return the growth of the server's memory after the first third of the samples."""
+    late = memory[len(memory) // 3 :]
+    if len({requests for requests, _ in late}) < 2:
+        return None
+    requests, sizes = (np.asarray(each, dtype=float) for each in zip(*late, strict=True))
+    return round(float(np.polyfit(requests, sizes, 1)[0]) * 1000 / 1e6, 4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

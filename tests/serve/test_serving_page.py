@@ -1,0 +1,72 @@
+"""The blocks of docs/serving.md, against a server of the tiny bundle."""
+
+import functools
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from PIL import Image
+
+from ldm_runtime import Generator
+from ldm_runtime.cli.commands import build_parser
+from ldm_serve.cli import settings_of
+
+PAGE = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_blocks_of_python_run(server, bundle, tmp_path, monkeypatch):
+    client = httpx2.Client(transport=httpx2.HTTPTransport(uds=str(server.socket)))
+    monkeypatch.setattr(openai, "OpenAI", functools.partial(openai.OpenAI, http_client=client))
+    monkeypatch.chdir(tmp_path)
+    script = "".join(block for language, block in BLOCKS if language == "python")
+    Path("page.py").write_text(script, encoding="utf-8")
+
+    runpy.run_path("page.py")
+
+    (prompt,) = re.findall(r'prompt="(.*)"', PAGE)
+    with Generator(bundle, threads=1) as generator, Image.open("served.png") as image:
+        assert image.tobytes() == generator(prompt, seed=7).image.tobytes()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()],
+)
+def test_the_commands_are_accepted(line):
+    words = [word for word in shlex.split(line, comments=True) if not word.startswith("LDM_")]
+
+    assert words[:2] == ["ldm", "serve"]
+    assert settings_of(
+        build_parser().parse_args(words[1:]), {"LDM_SERVE_KEYS": f"alice:{'k' * 22}"}
+    ).bundles
+
+
+def test_every_path_of_the_table_is_answered(client):
+    paths = {
+        path
+        for row in re.findall(r"^\| (`(?:GET|POST) .*?) \|", PAGE, re.MULTILINE)
+        for path in re.findall(r"/[\w/]+", row)
+    }
+
+    assert len(paths) >= 12
+    for path in paths:
+        assert (
+            client.get(path.replace("/ID", "/none")).json().get("error", {}).get("code")
+            != "not_found"
+        ), path
+
+
+def test_every_code_of_the_table_is_one_of_the_code():
+    root = Path(__file__).parents[2] / "ldm_serve"
+    sources = "".join(path.read_text(encoding="utf-8") for path in root.rglob("*.py"))
+    rows = re.findall(r"^\| (\d{3}) \| (.*?) \|", PAGE, re.MULTILINE)
+
+    assert {int(status) for status, _ in rows} >= {400, 401, 404, 413, 429, 500, 503, 504}
+    for _, codes in rows:
+        for code in re.findall(r"`(\w+)`", codes):
+            assert f'"{code}"' in sources
