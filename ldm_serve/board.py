@@ -57,6 +57,7 @@ class JobBoard:
         self._buckets = TokenBuckets(limits.requests_per_minute)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._was_ready = self._is_draining = False
+        self._kept_bytes = 0
         self._mean_seconds = 1.0
         self.metrics = Metrics(lambda: len(self._queue), executor.stats)
 
@@ -258,6 +259,7 @@ class JobBoard:
             del self._per_key[job.key]
         job.end(state, result, error)
         self._over[job.id] = job
+        self._kept_bytes += job.result_bytes
         self._forget_old()
         self._count(job, began=began)
         if began:
@@ -274,14 +276,20 @@ class JobBoard:
             self._mean_seconds += _LATEST * (served - self._mean_seconds)
 
     def _forget_old(self) -> None:
-        """Forget the oldest finished jobs beyond the limits."""
-        oldest_kept = time.monotonic() - self._limits.kept_seconds
+        """Forget the oldest finished jobs beyond the limits; the latest is always kept."""
+        limits = self._limits
         while self._over:
             job = next(iter(self._over.values()))
-            is_old = job.finished is not None and job.finished < oldest_kept
-            if len(self._over) <= self._limits.kept_results and not is_old:
+            age = time.monotonic() - (job.finished or 0.0)
+            is_much = len(self._over) > 1 and self._kept_bytes > limits.kept_bytes
+            if (
+                len(self._over) <= limits.kept_results
+                and age <= limits.kept_seconds
+                and not is_much
+            ):
                 return
             self._over.popitem(last=False)
+            self._kept_bytes -= job.result_bytes
 
     def _full(self, message: str) -> ServeError:
         return _too_many("queue_full", f"{message}; ask again later", self.expected_wait())

@@ -59,6 +59,11 @@ class Job:
         return self.work.job
 
     @property
+    def result_bytes(self) -> int:
+        """Bytes of its images, which wait to be fetched."""
+        return 0 if self.result is None else sum(map(len, self.result.images))
+
+    @property
     def is_over(self) -> bool:
         """Whether it has ended, in whichever way."""
         return self.state in ("completed", "failed", "cancelled")

@@ -28,6 +28,7 @@ class Limits:
         requests_per_minute: Requests of one key per minute, in the long run; a key may bring as
             many at once.
         kept_results: Finished jobs that are kept until they are asked for.
+        kept_bytes: Most bytes of their images in all.
         kept_seconds: How long they are kept at most.
     """
 
@@ -40,6 +41,7 @@ class Limits:
     max_queue_per_key: int = 32
     requests_per_minute: float = 600.0
     kept_results: int = 256
+    kept_bytes: int = 256 * 2**20
     kept_seconds: float = 600.0
 
 

@@ -214,6 +214,19 @@ def test_old_results_are_forgotten(board, submit):
     assert board(scenario, kept_results=2) == ["job_not_found", "completed"]
 
 
+def test_results_are_kept_up_to_some_bytes_and_the_latest_always(board, submit):
+    async def scenario(board, executor):
+        jobs = [submit(board) for _ in range(3)]
+        for job in jobs[:2]:
+            executor.finish(job.id, b"x" * 50)
+        both = [board.find(None, job.id) for job in jobs[:2]]
+        executor.finish(jobs[2].id, b"x" * 500)
+        gone = [refusal(board.find, None, job.id).status for job in jobs[:2]]
+        return both == jobs[:2], gone, board.find(None, jobs[2].id) is jobs[2]
+
+    assert board(scenario, kept_bytes=100) == (True, [404, 404], True)
+
+
 def test_results_are_kept_for_a_while_only(board, submit):
     async def scenario(board, executor):
         job = submit(board)

@@ -262,6 +262,25 @@ def test_a_client_that_waits_for_less_gets_a_deadline(ask):
     assert error.value.response.headers["x-should-retry"] == "false"
 
 
+def test_a_client_that_leaves_a_stream_ends_its_request(ask, client):
+    events = ask.images.generate(
+        prompt="red",
+        size="256x256",
+        stream=True,
+        partial_images=3,
+        extra_body={"seed": 1, "num_inference_steps": 200},
+    )
+    assert len(client.get("/api/jobs").json()["jobs"]) == 1
+
+    next(iter(events))
+    events.close()
+
+    end = time.monotonic() + 10
+    while client.get("/api/jobs").json()["jobs"] and time.monotonic() < end:
+        time.sleep(0.02)
+    assert client.get("/api/jobs").json() == {"jobs": []}
+
+
 def test_a_client_that_goes_away_leaves_the_workers_free(ask, client):
     slow = {"seed": 1, "num_inference_steps": 200}
 
