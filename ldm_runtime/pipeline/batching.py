@@ -241,21 +241,26 @@ class _JoiningNetwork:
 class LoopScheduler(Generic[Item]):
     """Loops that come and go, and the network calls that they share; used by one thread.
 
-    Loops have numbers, in which the lowest is the earliest: that one is always served first.
+    Loops have numbers, in which the lowest is the earliest.
 
     Args:
         max_samples: Batch size of a shared call. A loop that asks for more has separate calls.
         min_samples: Smallest batch size that a loop must ask for to share a call.
+        takes_turns: Whether the next call is of the loop that has waited longest, so that none
+            waits for the end of another whose calls it cannot share; else it is of the earliest.
 
     Raises:
         ValueError: `max_samples` is less than 1.
     """
 
-    def __init__(self, *, max_samples: int, min_samples: int = 1) -> None:
+    def __init__(
+        self, *, max_samples: int, min_samples: int = 1, takes_turns: bool = False
+    ) -> None:
         if max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         self._networks: list[tuple[Runner, _JoiningNetwork]] = []
         self._min_samples, self._max_samples = min_samples, max_samples
+        self._takes_turns = takes_turns
         self._threads: dict[int, _LoopThread[Item]] = {}
         self._waiting: dict[int, _Call] = {}
 
@@ -280,12 +285,13 @@ class LoopScheduler(Generic[Item]):
         yield from self._resume(index, {})
 
     def next_call(self) -> list[int]:
-        """Return the loops of the next call: the earliest, and those that fit with it."""
-        earliest, *others = sorted(self._waiting)
-        chosen, room = [earliest], self._max_samples - self._waiting[earliest].samples
+        """Return the loops of the next call: the one whose turn it is, and those that fit."""
+        # A loop that has been answered is put in anew, so the order is that of waiting.
+        first, *others = self._waiting if self._takes_turns else sorted(self._waiting)
+        chosen, room = [first], self._max_samples - self._waiting[first].samples
         for index in others:
             samples = self._waiting[index].samples
-            if samples <= room and self._can_join(index, earliest):
+            if samples <= room and self._can_join(index, first):
                 chosen.append(index)
                 room -= samples
         return chosen

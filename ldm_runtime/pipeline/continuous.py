@@ -33,8 +33,8 @@ class ContinuousBatch(Closing):
     """Requests that share calls of one model's UNet, while others are added and cancelled.
 
     Any requests do: prompts, seeds, steps, samplers and guidance may differ. Those of another image
-    size wait for a call of their own. The earliest image is in every call, so none can starve. On
-    the CPU every result is what `Generator.generate` returns, bit for bit.
+    size take turns with calls of their own, so no request waits for the end of another. On the CPU
+    every result is what `Generator.generate` returns, bit for bit.
 
     A request that fails ends with its error and leaves the others alone. When a shared call of the
     UNet fails, as for want of memory, its images are computed one by one.
@@ -60,7 +60,7 @@ class ContinuousBatch(Closing):
     ) -> None:
         self._pipeline, self._resolve, self._preview = pipeline, resolve, preview
         self._scheduler: LoopScheduler[Step | GeneratedImages] = LoopScheduler(
-            max_samples=max_samples, min_samples=min_samples
+            max_samples=max_samples, min_samples=min_samples, takes_turns=True
         )
         self._requests: dict[int, _Request] = {}
         self._images: dict[int, _Image] = {}

@@ -98,6 +98,17 @@ def test_requests_share_calls_of_the_unet(generator, monkeypatch):
     assert sizes == [2, 4, 4, 4, 2]  # two samples each, with guidance; the second came a step late
 
 
+def test_no_request_waits_for_the_end_of_another_size(generator):
+    with generator.open_batch(max_batch=4) as batch:
+        long = batch.add(GenerationRequest("red", height=24, num_inference_steps=50))
+        batch.advance()
+        short = batch.add(GenerationRequest("red", num_inference_steps=3))
+        events = [event for _ in range(6) for event in batch.advance()]
+
+        assert [type(event) for number, event in events if number == short][-1] is Result
+        assert sum(number == long for number, _ in events) == 3
+
+
 def test_a_cancelled_request_has_no_more_events_and_leaves_the_others(generator):
     expected = generator.generate(REQUESTS[0])
     with generator.open_batch(max_batch=8) as batch:
