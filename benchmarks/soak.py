@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ldm_runtime import Generator
+from ldm_runtime.requests.request import parse_request
 from ldm_runtime.testing import write_tiny_bundle
 from measuring.rows import append_line, as_line, commit, machine
 from serving.running_server import Connection, RunningServer, json_of, serving
@@ -114,7 +115,8 @@ def golden_requests(bundle: Path, seed: int, count: int = 48) -> list[Golden]:
                 "guidance_scale": rng.choice((1.0, 3.0, 7.5)),
             }
             side = rng.choice((16, 24, 32))
-            data = generator.generate(**fields, width=side, height=side).encoded()
+            request = parse_request({**fields, "width": side, "height": side})
+            data = generator.generate(request).encoded()
             body = {**fields, "size": f"{side}x{side}", "response_format": "file"}
             golden.append(Golden(body=body, sha256=hashlib.sha256(data).hexdigest()))
     return golden

@@ -210,13 +210,13 @@ def test_capabilities_have_the_limits_and_the_schema(client):
     assert found["engine"] == {"backend": "onnxruntime", "precision": "fp32"}
     jsonschema.validate({"prompt": "red", "seed": 3}, found["request_schema"])
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"promt": "red"}, found["request_schema"])
+        jsonschema.validate({"prompd": "red"}, found["request_schema"])
 
 
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"request": {"promt": "red"}}, "promt", "invalid_value"),
+        ({"request": {"prompd": "red"}}, "prompd", "invalid_value"),
         ({"request": {"prompt": "red", "seed": "1"}}, "seed", "invalid_value"),
         ({"request": {"prompt": "red"}, "previews": 1}, "previews", "invalid_value"),
         ({"request": {"prompt": "red"}, "model": "none"}, "model", "model_not_found"),

@@ -216,7 +216,7 @@ def test_edits_that_are_wrong_say_why(ask, files, param, message):
         ({"extra_body": {"seed": "7"}}, "seed", "Expected `int"),
         ({"extra_body": {"sampler": "eular"}}, "sampler", "euler"),
         ({"extra_body": {"num_inference_steps": 1000}}, "num_inference_steps", "limit of 200"),
-        ({"extra_body": {"promt": "x"}}, "promt", "unknown field"),
+        ({"extra_body": {"prompd": "x"}}, "prompd", "unknown field"),
         ({"prompt": "x" * 32_001}, "prompt", "32001 characters"),
     ],
 )
