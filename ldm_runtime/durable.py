@@ -60,17 +60,20 @@ def whole_file(path: Path, *, replace: bool = True, synced: bool = True) -> Iter
         partial.unlink(missing_ok=True)
 
 
-def remove_stale_parts(folder: Path) -> None:
+def remove_stale_parts(folder: Path, seconds: float = _STALE_SECONDS) -> None:
     """Remove what processes that were killed while they wrote to a folder have left there.
 
-    Parts are hidden and an hour old at least: a file takes seconds.
+    Args:
+        folder: The folder; its parts are hidden files.
+        seconds: Age from which a part is stale. A file takes seconds, so an hour is safe; 0 is
+            for a folder that the caller has locked.
     """
-    before = time.time() - _STALE_SECONDS
+    before = time.time() - seconds
     try:
         with os.scandir(folder) as entries:
             parts = [entry for entry in entries if _PART.fullmatch(entry.name)]
         for part in parts:
-            if part.stat(follow_symlinks=False).st_mtime < before:
+            if part.stat(follow_symlinks=False).st_mtime <= before:
                 os.unlink(part)
     except OSError as error:
         _LOGGER.debug("parts of files in %s stay: %s", folder, error.strerror)

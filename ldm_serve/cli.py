@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm_runtime.cli.backend_flags import add_backend_arguments
 from ldm_runtime.cli.parsing import Parser, positive
 from ldm_runtime.errors import RequestError
-from ldm_serve.settings import Access, EngineSettings, Limits, ServeSettings
+from ldm_serve.engine_flags import add_engine_arguments, add_worker_arguments, engine_settings
+from ldm_serve.settings import Access, Limits, ServeSettings
 
 #: Environment variable with a key, or several with their names: `name:key,name:key`.
 KEYS_VARIABLE = "LDM_SERVE_KEYS"
@@ -34,16 +34,7 @@ def add_serve_command(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_listening(parser.add_argument_group("Address"))
     _add_work(parser.add_argument_group("Work"))
     _add_limits(parser.add_argument_group("Limits"))
-    engine = parser.add_argument_group("Engine")
-    add_backend_arguments(engine)
-    engine.add_argument(
-        "--low-memory", action="store_true", help="hold one network at a time in memory"
-    )
-    engine.add_argument(
-        "--trust-engines",
-        action="store_true",
-        help="run TensorRT engines that were not built on this machine, which are code",
-    )
+    add_engine_arguments(parser)
     parser.set_defaults(run=serve)
 
 
@@ -84,15 +75,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
     budget = args.memory_budget_gb
     return ServeSettings(
         bundles=_bundles(args.bundles),
-        engine=EngineSettings(
-            backend=args.backend,
-            precision=args.precision,
-            threads=args.threads,
-            low_memory=args.low_memory,
-            trust_engines=args.trust_engines,
-            max_batch=args.max_batch,
-            memory_budget_bytes=None if budget is None else int(budget * 1e9),
-        ),
+        engine=engine_settings(args, None if budget is None else int(budget * 1e9)),
         limits=Limits(
             max_images=args.max_images,
             max_pixels=args.max_pixels,
@@ -142,20 +125,7 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_work(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--workers",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="worker processes, each with the models in memory (default: 1)",
-    )
-    group.add_argument(
-        "--max-batch",
-        type=positive,
-        default=4,
-        metavar="N",
-        help="most images in one call of the UNet (default: 4)",
-    )
+    add_worker_arguments(group)
     group.add_argument(
         "--memory-budget-gb",
         type=_amount,

@@ -8,6 +8,10 @@ from ldm_runtime.errors import DeadlineError, LdmError, RequestError
 MAX_RETRY_AFTER_SECONDS = 120
 
 
+class BatchError(LdmError):
+    """A batch cannot go on; the next run of the same command does, once the reason is gone."""
+
+
 class ServeError(Exception):
     """An answer that is an error.
 

@@ -107,8 +107,8 @@ def _condition(bundle: Path, manifest: Manifest) -> dict[str, object]:
         raise BundleError(f"{bundle} has no golden request to measure; export it again")
     folder = manifest.golden[0]
     request = load_golden_request(checked_file(bundle, manifest, f"{folder}/{REQUEST_FILE}").parent)
-    for name, attachment in ATTACHMENTS.items():
+    for name, file in ATTACHMENTS.items():
         if getattr(request, name) is not None:
-            checked_file(bundle, manifest, f"{folder}/{attachment.file}")
+            checked_file(bundle, manifest, f"{folder}/{file}")
     found = {name: getattr(request, name) for name in _CONDITIONS}
     return {name: value for name, value in found.items() if value is not None}

@@ -1,11 +1,12 @@
 """Resolved requests, from the flags of `ldm generate` or a file with one request per line."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -35,6 +36,20 @@ _NUMBERED: Mapping[str, Callable[[Any, Sequence[str]], object]] = MappingProxyTy
 _JSON_SUFFIXES, _PROMPT_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt",)
 
 
+class RequestLine(NamedTuple):
+    """A request that a line of a file holds.
+
+    Attributes:
+        number: Number of the line, from 1.
+        place: Name of the file and number of the line, for messages.
+        request: The request.
+    """
+
+    number: int
+    place: str
+    request: GenerationRequest
+
+
 def read_requests(
     args: argparse.Namespace, spec: ModelSpec, refiner: ModelSpec | None = None
 ) -> list[ResolvedRequest]:
@@ -52,7 +67,9 @@ def read_requests(
     names = None if args.label_names is None else _label_names(args.label_names)
     given = given_fields(args)
     if args.requests is not None:
-        return _requests_of_lines(args, given, names, partial(resolve, spec=spec, refiner=refiner))
+        return list(
+            _resolved_lines(args, given, names, partial(resolve, spec=spec, refiner=refiner))
+        )
     if args.like is not None:
         given = recorded_fields(args.like, given, args.bundle, given_inversions(args), args.refiner)
     if names is not None and not given.keys() & {"class_label", "layout"}:
@@ -62,38 +79,86 @@ def read_requests(
     return [resolve(request, spec, refiner)]
 
 
-def _requests_of_lines(
-    args: argparse.Namespace,
-    given: Mapping[str, object],
-    names: Sequence[str] | None,
-    resolved: _Resolve,
-) -> list[ResolvedRequest]:
-    """Return a request for each line that is not blank."""
-    if args.like is not None:
-        raise RequestError("like", "cannot be combined with --requests; give one of them")
-    data, place = read_data(args.requests, "requests"), place_of(args.requests)
-    is_json = _is_json(args.requests, data)
-    for name in given:
-        if is_json or name == "prompt":
-            raise RequestError(name, "cannot be combined with --requests, whose lines set it")
-    requests = []
-    for number, line in enumerate(data.splitlines(), start=1):
+def requests_of_lines(
+    lines: Iterable[bytes],
+    place: str,
+    *,
+    is_json: bool,
+    given: Mapping[str, object] = MappingProxyType({}),
+    names: Sequence[str] | None = None,
+) -> Iterator[RequestLine]:
+    """Yield the request of each line that is not blank, one at a time.
+
+    Args:
+        lines: The lines of a file, in UTF-8.
+        place: Name of the file, for messages.
+        is_json: Whether lines are JSON objects, see `is_json`; else they are prompts.
+        given: Further fields of a prompt's request.
+        names: Names of labels; None leaves them for the bundle's own.
+
+    Raises:
+        RequestError: A line is not a request, or there is none.
+    """
+    is_empty = True
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            here = f"{place}, line {number}"
+            is_empty, here = False, f"{place}, line {number}"
             fields = _json_fields(line, here) if is_json else _prompt_fields(line, here, given)
-            requests.append(_request_of_line(fields, here, names, resolved))
-    if not requests:
+            with at_line(here):
+                request = parse_request(_with_labels(fields, names))
+            yield RequestLine(number, here, request)
+    if is_empty:
         what = "JSON object" if is_json else "prompt"
         raise RequestError("requests", f"{place} is empty; write one {what} per line")
-    return requests
 
 
-def _is_json(name: str, data: bytes) -> bool:
-    """Return whether lines are JSON: by the suffix of the file, or else by the first character."""
+def is_json(name: str, data: bytes) -> bool:
+    """Return whether lines are JSON: by the suffix of the file, or else by the first character.
+
+    Args:
+        name: Name of the file.
+        data: Its first line that is not blank, or more.
+    """
     suffix = Path(name).suffix.lower()
     if suffix in _JSON_SUFFIXES + _PROMPT_SUFFIXES:
         return suffix in _JSON_SUFFIXES
     return data.lstrip().startswith(b"{")
+
+
+@contextmanager
+def at_line(place: str) -> Iterator[None]:
+    """Name the place of a line in what the block finds wrong with its request.
+
+    Raises:
+        RequestError: The block raises one.
+    """
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError("requests", f"{place}: {error}") from error
+
+
+def _resolved_lines(
+    args: argparse.Namespace,
+    given: Mapping[str, object],
+    names: Sequence[str] | None,
+    resolved: _Resolve,
+) -> Iterator[ResolvedRequest]:
+    """Yield the requests of the file that a command line names."""
+    if args.like is not None:
+        raise RequestError("like", "cannot be combined with --requests; give one of them")
+    data = read_data(args.requests, "requests")
+    has_json = is_json(args.requests, data)
+    for name in given:
+        if has_json or name == "prompt":
+            raise RequestError(name, "cannot be combined with --requests, whose lines set it")
+    place = place_of(args.requests)
+    for line in requests_of_lines(
+        data.splitlines(), place, is_json=has_json, given=given, names=names
+    ):
+        with at_line(line.place):
+            request = resolved(line.request)
+        yield request
 
 
 def _json_fields(line: bytes, place: str) -> dict[str, object]:
@@ -105,15 +170,6 @@ def _json_fields(line: bytes, place: str) -> dict[str, object]:
 
 def _prompt_fields(line: bytes, place: str, given: Mapping[str, object]) -> dict[str, object]:
     return {**given, "prompt": decoded(line, "requests", place).strip()}
-
-
-def _request_of_line(
-    fields: Mapping[str, object], place: str, names: Sequence[str] | None, resolved: _Resolve
-) -> ResolvedRequest:
-    try:
-        return resolved(parse_request(_with_labels(fields, names)))
-    except RequestError as error:
-        raise RequestError("requests", f"{place}: {error}") from error
 
 
 def _label_names(path: Path) -> Sequence[str]:

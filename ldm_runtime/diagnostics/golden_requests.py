@@ -3,43 +3,35 @@
 A bundle stores its golden requests so, to generate them again without the original inputs.
 """
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.errors import BundleError, RequestError
-from ldm_runtime.inputs.depth_maps import DepthMap
-from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import InputImage
-from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.pipeline.passes import ImagePasses
 from ldm_runtime.pipeline.sampling import batches, sample_latents
 from ldm_runtime.requests.request import GenerationRequest, parse_request
-from ldm_runtime.requests.request_json import request_to_json
+from ldm_runtime.requests.request_json import encode_input, request_to_json
 
 REQUEST_FILE = "request.json"
 #: All golden images of a bundle in one.
 SHEET_FILE = "golden/sheet.png"
-
-
-class Attachment(NamedTuple):
-    """A field of a request that is stored as a separate file.
-
-    Attributes:
-        file: Its name.
-        encode: Returns its contents.
-    """
-
-    file: str
-    encode: Callable[[Any], bytes]
+#: The fields of a request that are stored as separate files, with the names of those.
+ATTACHMENTS: Mapping[str, str] = MappingProxyType(
+    {
+        "image": "image.png",
+        "mask_image": "mask_image.png",
+        "segmentation": "segmentation.png",
+        "embeddings": "embeddings.npy",
+        "depth_map": "depth_map.npy",
+    }
+)
 
 
 def load_golden_request(folder: Path) -> GenerationRequest:
@@ -51,9 +43,9 @@ def load_golden_request(folder: Path) -> GenerationRequest:
     path = folder / REQUEST_FILE
     try:
         fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        for name, attachment in ATTACHMENTS.items():
+        for name, file in ATTACHMENTS.items():
             if fields.get(name) is not None:
-                fields[name] = _located(folder, attachment.file, fields[name])
+                fields[name] = _located(folder, file, fields[name])
         return parse_request(fields)
     except (OSError, ValueError, RequestError) as error:
         raise BundleError(f"{path} is malformed: {error}; export the bundle again") from error
@@ -67,11 +59,11 @@ def save_golden_request(folder: Path, request: GenerationRequest) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     fields = request_to_json(request)
-    for name, attachment in ATTACHMENTS.items():
+    for name, file in ATTACHMENTS.items():
         value = getattr(request, name)
         if value is not None:
-            (folder / attachment.file).write_bytes(attachment.encode(value))
-            fields[name] = attachment.file
+            (folder / file).write_bytes(encode_input(value))
+            fields[name] = file
     text = msgspec.json.format(msgspec.json.encode(fields), indent=1)
     (folder / REQUEST_FILE).write_bytes(text)
 
@@ -95,29 +87,3 @@ def _located(folder: Path, file: str, named: object) -> Path:
     if named != file:
         raise ValueError(f"it names {named!r} and not {file!r}")
     return folder / file
-
-
-def _encode_classes(classes: SegmentationMap) -> bytes:
-    return _file_of(lambda file: Image.fromarray(classes.ids).save(file, format="PNG"))
-
-
-def _encode_values(array: Embeddings | DepthMap) -> bytes:
-    return _file_of(lambda file: np.save(file, array.values, allow_pickle=False))
-
-
-def _file_of(write: Callable[[io.BytesIO], None]) -> bytes:
-    file = io.BytesIO()
-    write(file)
-    return file.getvalue()
-
-
-#: The fields of a request that are stored as separate files.
-ATTACHMENTS: Mapping[str, Attachment] = MappingProxyType(
-    {
-        "image": Attachment("image.png", InputImage.to_png_bytes),
-        "mask_image": Attachment("mask_image.png", InputImage.to_png_bytes),
-        "segmentation": Attachment("segmentation.png", _encode_classes),
-        "embeddings": Attachment("embeddings.npy", _encode_values),
-        "depth_map": Attachment("depth_map.npy", _encode_values),
-    }
-)

@@ -307,9 +307,9 @@ def _check_golden(
 def _load_golden(bundle: Path, manifest: Manifest, folder: str) -> _Golden:
     locate = partial(checked_file, bundle, manifest, hashed=False)
     request = load_golden_request(locate(f"{folder}/{REQUEST_FILE}").parent)
-    for name, attachment in ATTACHMENTS.items():
+    for name, file in ATTACHMENTS.items():
         if getattr(request, name) is not None:
-            locate(f"{folder}/{attachment.file}")
+            locate(f"{folder}/{file}")
     path = locate(f"{folder}/golden.npz")
     with _readable(path), np.load(path, allow_pickle=False) as arrays:
         latents = arrays["latents"]

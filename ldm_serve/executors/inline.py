@@ -39,7 +39,7 @@ class InlineExecutor:
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._jobs: dict[str, int] = {}
         self._ready: Ready | None = None
-        self._reason = "the model is being opened"
+        self._reason, self._is_over = "the model is being opened", False
         self._thread: threading.Thread | None = None
 
     async def start(self, report: Callable[[Event], None], changed: Callable[[], None]) -> None:
@@ -65,7 +65,7 @@ class InlineExecutor:
         return ExecutorStats(
             is_ready=ready is not None,
             room=self._settings.max_batch - sum(self._jobs.values()),
-            workers=1,
+            workers=0 if self._is_over else 1,
             restarts=0,
             backend="" if ready is None else ready.backend,
             precision="" if ready is None else ready.precision,
@@ -88,11 +88,12 @@ class InlineExecutor:
         self._changed()
 
     def _crashed(self, reason: str) -> None:
-        self._ready, self._reason = None, reason
+        self._ready, self._reason, self._is_over = None, reason, True
         for job in list(self._jobs):
             self._received(
                 Failed(job=job, status=500, code="worker_crash", message="the worker has ended")
             )
+        self._changed()
 
     def _work(self) -> None:
         """Work until told to quit; runs in the worker's thread."""

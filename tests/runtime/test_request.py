@@ -10,7 +10,9 @@ from ldm_runtime.inputs.layouts import LayoutObject
 from ldm_runtime.requests.aliases import ALIASES
 from ldm_runtime.requests.fields import MAX_SEED
 from ldm_runtime.requests.request import FIELDS, GenerationRequest, parse_request
-from ldm_runtime.requests.request_json import request_to_json
+from ldm_runtime.requests.request_json import request_to_fields, request_to_json
+from ldm_runtime.specs.tasks import TASKS
+from ldm_runtime.testing import tiny_requests
 
 PICTURE = np.zeros((8, 8, 3), dtype=np.uint8)
 BOX = {"label": 3, "box": [0.25, 0, 1, 0.5]}
@@ -289,3 +291,19 @@ def test_replacing_a_field_checks_it():
     assert dataclasses.replace(request, seed=2) == GenerationRequest("red", sigmas=[3, 1], seed=2)
     with pytest.raises(RequestError, match="seed: must be a whole number"):
         dataclasses.replace(request, seed="2")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_request_can_be_sent_as_json(task):
+    for request in tiny_requests(task):
+        assert parse_request(json.loads(json.dumps(request_to_fields(request)))) == request
+
+
+def test_latents_that_are_sent_as_json_are_the_same():
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8))
+    request = GenerationRequest("red", latents=latents, num_images=2, guidance_interval=(0.1, 3))
+
+    fields = json.loads(json.dumps(request_to_fields(request)))
+
+    assert parse_request(fields) == request
+    assert fields.keys() == {"prompt", "latents", "num_images", "guidance_interval"}

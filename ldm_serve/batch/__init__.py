@@ -1,0 +1,1 @@
+"""Batches: files of requests whose images go to a folder, which any number of runs complete."""

@@ -1,0 +1,143 @@
+"""The units of a batch: images, each with the request that generates it alone."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.cli.request_lines import at_line, is_json, requests_of_lines
+from ldm_runtime.errors import RequestError
+from ldm_runtime.inputs.reading import without_byte_order_mark
+from ldm_runtime.requests.request import MAX_IMAGES, GenerationRequest
+from ldm_runtime.requests.request_json import request_to_json
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.specs.model import ModelSpec
+from ldm_runtime.specs.tasks import task_record
+
+#: Open seeds lie below: torch's generator uses 32 bits, and every image needs one.
+_OPEN_SEEDS = 2**32 - MAX_IMAGES
+#: Bytes of a file that are read to tell JSON from prompts.
+_HEAD_BYTES = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One image of a batch.
+
+    Attributes:
+        line: Number of the line that asks for it, from 1.
+        image: Its index in the request of that line.
+        request: The request of this image alone; a pure function of the file and the batch's seed.
+        name: Hash of that request and of the bundle.
+    """
+
+    line: int
+    image: int
+    request: ResolvedRequest
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchModel:
+    """The model of a batch, as far as its manifest says.
+
+    Attributes:
+        spec: What it is.
+        bundle_sha256: Hash of its manifest.
+    """
+
+    spec: ModelSpec
+    bundle_sha256: str
+
+    @classmethod
+    def of_bundle(cls, folder: Path) -> "BatchModel":
+        """Read the manifest of a bundle.
+
+        Raises:
+            BundleError: The folder is not a bundle.
+        """
+        spec = load_manifest(folder).spec
+        return cls(spec=spec, bundle_sha256=sha256_of(folder / MANIFEST_NAME))
+
+
+class RequestFile:
+    """A file with a request per line, of which one is in memory at a time.
+
+    Every iteration reads the file from its beginning and yields the same units.
+
+    Args:
+        path: The file, as `ldm generate --requests` reads it.
+        model: The model.
+        batch_seed: Decides the seeds that requests leave open, together with their lines.
+
+    Raises:
+        RequestError: It is not a file.
+    """
+
+    def __init__(self, path: Path, model: BatchModel, batch_seed: int) -> None:
+        if not path.is_file():
+            raise RequestError(
+                "requests", f"{path} is not a file; give one with a request per line"
+            )
+        self._path, self._model, self._batch_seed = path, model, batch_seed
+
+    def __iter__(self) -> Iterator[Unit]:
+        """Yield the images in the order of the lines.
+
+        Raises:
+            RequestError: A line is not a request that the model can do, or there is none.
+            OSError: The file cannot be read.
+        """
+        with self._path.open("rb") as file:
+            has_json = is_json(str(self._path), file.read(_HEAD_BYTES))
+        for line in requests_of_lines(self._lines(), str(self._path), is_json=has_json):
+            with at_line(line.place):
+                seeded = self._with_seeds(line.request, line.number)
+                request = resolve(seeded, self._model.spec)
+            yield from self._units(request, line.number)
+
+    def _lines(self) -> Iterator[bytes]:
+        with self._path.open("rb") as file:
+            try:
+                yield without_byte_order_mark(file.readline(), str(self._path))
+            except ValueError as error:
+                raise RequestError("requests", str(error)) from error
+            yield from file
+
+    def _with_seeds(self, request: GenerationRequest, line: int) -> GenerationRequest:
+        """Fill in open seeds: the same in every run, and others for every line."""
+        if not task_record(self._model.spec).samples:
+            return request
+        if request.seed is None:
+            request = replace(request, seed=self._open_seed("seed", line))
+        if request.is_variation and request.variation_seed is None:
+            request = replace(request, variation_seed=self._open_seed("variation_seed", line))
+        return request
+
+    def _open_seed(self, field: str, line: int) -> int:
+        digest = hashlib.sha256(f"{self._batch_seed} {field} {line}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") % _OPEN_SEEDS
+
+    def _units(self, request: ResolvedRequest, line: int) -> Iterator[Unit]:
+        for image in range(request.num_images):
+            alone = request.of_image(image)
+            name = request_sha256(alone, self._model.bundle_sha256)
+            yield Unit(line=line, image=image, request=alone, name=name)
+
+
+def request_sha256(request: ResolvedRequest, bundle_sha256: str) -> str:
+    """Return the hexadecimal sha256 of a request to a bundle.
+
+    It is that of the JSON of both with sorted keys and without spaces: of the request the fields
+    that are not at their defaults, images and maps by their own hashes, as in the metadata of an
+    image. It does not depend on the backend, on the precision or on who asks.
+    """
+    fields, usual = request_to_json(request.as_request()), request_to_json(GenerationRequest())
+    given = {name: value for name, value in fields.items() if value != usual[name]}
+    text = {"bundle_sha256": bundle_sha256, "request": given}
+    return hashlib.sha256(msgspec.json.encode(text, order="sorted")).hexdigest()
