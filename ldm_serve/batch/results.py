@@ -81,7 +81,7 @@ _decoder = msgspec.json.Decoder(ResultLine)
 class ResultLog(Closing):
     """The result lines of a batch: appended whole or not at all, one per image.
 
-    What a killed process left of a line is ignored, and gone after `keep`.
+    What a killed process left of a line is removed.
 
     Args:
         path: The file.
@@ -94,9 +94,12 @@ class ResultLog(Closing):
         self._path = path
         self._descriptor = _opened(path)
         self._outcomes: dict[Place, Outcome] = {}
-        for _, line in self._lines():
+        end = 0
+        for data, line in self._lines():
+            end += len(data) if data.endswith(b"\n") else 0
             if line is not None:
                 self._outcomes[line.place] = line.outcome
+        os.ftruncate(self._descriptor, end)  # so that no line is appended to a part of one
 
     def outcome(self, unit: Unit) -> Outcome | None:
         """Return what became of this very request, if the log says so."""
@@ -142,7 +145,7 @@ class ResultLog(Closing):
             self._descriptor = -1
 
     def _lines(self) -> Iterator[tuple[bytes, ResultLine | None]]:
-        """Yield the lines as they are, with what they say; None for one that is not whole."""
+        """Yield the lines as they are, with what they say; None for one that says nothing."""
         with self._path.open("rb") as file:
             for data in file:
                 try:

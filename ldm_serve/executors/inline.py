@@ -62,9 +62,10 @@ class InlineExecutor:
     def stats(self) -> ExecutorStats:
         """See `Executor`."""
         ready = self._ready
+        room = self._settings.max_batch - sum(self._jobs.values())
         return ExecutorStats(
             is_ready=ready is not None,
-            room=self._settings.max_batch - sum(self._jobs.values()),
+            room=0 if ready is None else room,
             workers=0 if self._is_over else 1,
             restarts=0,
             backend="" if ready is None else ready.backend,

@@ -74,10 +74,11 @@ class HashExecutor:
 
 
 def run_batch(requests, out, bundle, executor=None, **options):
-    """Run a batch and return its counts."""
+    """Run a batch of a bundle, or of a `BatchModel`, and return its counts."""
     executor = HashExecutor() if executor is None else executor
+    model = bundle if isinstance(bundle, BatchModel) else BatchModel.of_bundle(bundle)
     with BatchFolder(out) as folder:
-        units = RequestFile(requests, BatchModel.of_bundle(bundle), folder.seed)
+        units = RequestFile(requests, model, folder.seed)
         run = BatchRun(units, folder, model="model", **options)
         if missing := run.survey():
             asyncio.run(run.generate(executor, missing, Silent()))

@@ -93,7 +93,7 @@ class TestImages:
         assert not found
 
     def test_share_calls_in_worker_processes(self, bundle, tmp_path):
-        np.save(tmp_path / "noise.npy", np.full((2, 4, 4, 4), 0.5, dtype=np.float32))
+        np.save(tmp_path / "noise.npy", np.full((2, 4, 8, 8), 0.5, dtype=np.float32))
         size = {"width": 16, "height": 16}
         requests = [
             {"prompt": "a red circle", "seed": 5, "num_images": 3, "num_inference_steps": 7},
@@ -195,7 +195,10 @@ class TestRefusals:
         ("text", "message"),
         [
             ('{"prompt": "a"}\n{"prompt": 3}\n', "r.jsonl, line 2: prompt: must be text, got 3"),
-            ('{"prompt": "a"}\n{"promt": "a"}\n', "r.jsonl, line 2: promt: is not a field"),
+            (
+                '{"prompt": "a"}\n{"prompd": "a"}\n',
+                "r.jsonl, line 2: prompd: unknown field (did you mean",
+            ),
             ('{"prompt": "a"}\n\n{"prompt"\n', "r.jsonl, line 3 is not a JSON object"),
             ('{"prompt": "a", "width": 17}\n', "r.jsonl, line 1: width: 17 is not a multiple"),
             ('{"prompt": "a", "image": "none.png"}\n', "r.jsonl, line 1: image: none.png cannot"),
@@ -265,7 +268,7 @@ class TestResume:
         killed, whole = tmp_path / "killed", tmp_path / "whole"
         moments = random.Random(0)
         kills = 0
-        for count in (0, 1, 7, 14, 30):
+        for count in (0, 7, 30):
             process = started(file, killed, bundle, "--workers", 2)
             wait_for_lines(killed, count, process)
             time.sleep(moments.uniform(0, 0.05))
@@ -277,7 +280,7 @@ class TestResume:
 
         assert last.returncode == 0, errors
         assert output.strip() == str(killed / "results.jsonl")
-        assert kills == 5
+        assert kills == 3
         whole.mkdir()
         shutil.copy(killed / "batch.json", whole)
         assert ldm_batch(file, whole, bundle, "--executor", "inline") == 0
@@ -335,7 +338,7 @@ class TestResume:
         run_batch(file, tmp_path / "out", bundle)
         log = tmp_path / "out/results.jsonl"
         whole, expected = log.read_bytes(), without_seconds(tmp_path / "out")
-        for length in range(0, len(whole), 7):
+        for length in [*range(0, len(whole), 7), len(whole) - 1]:
             log.write_bytes(whole[:length])
             counts = run_batch(file, tmp_path / "out", bundle)
 
@@ -490,20 +493,20 @@ class TestFullDisk:
 
 class TestMemory:
     def test_does_not_grow_with_the_requests(self, bundle, tmp_path):
-        """1,000 lines of 20 kB: they are 20 MB, and what the executor has at most is 80 kB."""
-        file = write_lines(tmp_path / "r.jsonl", *prompts(1000, negative_prompt="x" * 20_000))
-        executor = HashExecutor(room=4)
+        """200 lines of 20 kB: they are 4 MB, and what the executor has at most is 80 kB."""
+        file = write_lines(tmp_path / "r.jsonl", *prompts(200, negative_prompt="x" * 20_000))
+        executor, model = HashExecutor(room=4), BatchModel.of_bundle(bundle)
 
         tracemalloc.start()
         try:
-            counts = run_batch(file, tmp_path / "out", bundle, executor)
+            counts = run_batch(file, tmp_path / "out", model, executor)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
 
-        assert counts.generated == 1000
+        assert counts.generated == 200
         assert executor.most_running == 4
-        assert peak < 4e6
+        assert peak < 2e6
 
 
 def test_needs_nothing_of_the_extra_serve(bundle, tmp_path):
