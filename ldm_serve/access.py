@@ -17,7 +17,7 @@ from ldm_serve.settings import MAX_IMAGE_BODY_BYTES, MAX_TEXT_BODY_BYTES, Access
 
 _LOGGER = logging.getLogger(__name__)
 
-#: Name of whoever calls a server without keys.
+#: Name of the caller of a server without keys.
 ANYONE = "anyone"
 #: Paths that need no key: the page, which asks for one itself, and probes, which say nothing.
 PUBLIC_PATHS = frozenset({"/", "/page.js", "/page.css", "/livez", "/readyz", "/health"})

@@ -16,7 +16,7 @@ JobState = Literal["queued", "generating", "completed", "failed", "cancelled"]
 
 
 def new_job_id() -> str:
-    """Return an identifier that nobody can guess: it alone gives access to the images of a job."""
+    """Return an identifier that no one can guess: it alone gives access to the images of a job."""
     return secrets.token_urlsafe(16)
 
 

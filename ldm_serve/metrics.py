@@ -47,7 +47,7 @@ class Metrics:
         self._stage_seconds = Histogram(
             "ldm_stage_seconds",
             "Time of a request in each network, waiting for others in shared calls included.",
-            ["model", "stage"],
+            ["model", "stage"],  # codespell:ignore
             buckets=_SECONDS,
             registry=self._registry,
         )
@@ -79,9 +79,9 @@ class Metrics:
         """Count the images of a request, and its times."""
         self._images.labels(model).inc(images)
         self._request_seconds.labels(model).observe(seconds)
-        for stage, spent in timings.items():
-            if stage != "total":
-                self._stage_seconds.labels(model, stage).observe(spent)
+        for network, spent in timings.items():
+            if network != "total":
+                self._stage_seconds.labels(model, network).observe(spent)
 
     def text(self) -> bytes:
         """Return all metrics as Prometheus reads them."""

@@ -286,7 +286,7 @@ class LoopScheduler(Generic[Item]):
 
     def next_call(self) -> list[int]:
         """Return the loops of the next call: the one whose turn it is, and those that fit."""
-        # A loop that has been answered is put in anew, so the order is that of waiting.
+        # A loop that has been answered is put in again, so the order is that of waiting.
         first, *others = self._waiting if self._takes_turns else sorted(self._waiting)
         chosen, room = [first], self._max_samples - self._waiting[first].samples
         for index in others:
