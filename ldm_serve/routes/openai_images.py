@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -127,21 +127,11 @@ class OpenAIRoutes:
 
     async def edits(self, request: Request) -> Response:
         """Generate images from a prompt, an image, and a mask whose transparent pixels change."""
-        try:
-            form = request.form(
-                max_files=_MAX_FORM_FILES,
-                max_fields=_MAX_FORM_FIELDS,
-                max_part_size=_MAX_PART_BYTES,
-            )
-            async with form as parts:
-                files = {name: value for name, value in parts.multi_items() if _is_file(value)}
-                texts = {
-                    name: value for name, value in parts.multi_items() if isinstance(value, str)
-                }
-                images = [*parts.getlist("image"), *parts.getlist("image[]")]
-                inputs = await _edit_inputs(images, files)
-        except HTTPException as error:  # of Starlette's parser
-            raise invalid(None, f"the form cannot be read: {error.detail}") from error
+        parts = await _form_of(request)
+        files = {name: value for name, value in parts.multi_items() if _is_file(value)}
+        texts = {name: value for name, value in parts.multi_items() if isinstance(value, str)}
+        images = [*parts.getlist("image"), *parts.getlist("image[]")]
+        inputs = await _edit_inputs(images, files)
         return await self._answer(request, convert(texts, ImageRequest), inputs, "image_edit")
 
     async def variations(self, _: Request) -> Response:
@@ -210,6 +200,34 @@ _USAGE = {
     "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
+
+
+class _FormInMemory(MultiPartParser):
+    """Keeps uploads in memory, which the limit of the body bounds: none is ever on the disk."""
+
+    spool_max_size = 0  # of no spooled file, as in the standard library
+
+
+async def _form_of(request: Request) -> FormData:
+    """Return the parts of a form.
+
+    Raises:
+        ServeError: The body is not a form, or not a whole one.
+    """
+    kind = request.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):
+        raise invalid(None, f"the body must be multipart/form-data, not {kind or 'of no type'}")
+    parser = _FormInMemory(
+        request.headers,
+        request.stream(),
+        max_files=_MAX_FORM_FILES,
+        max_fields=_MAX_FORM_FIELDS,
+        max_part_size=_MAX_PART_BYTES,
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise invalid(None, f"the form cannot be read: {error.message}") from error
 
 
 def _model_json(model: ServedModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import resource
 import threading
 import time
 
@@ -160,6 +161,38 @@ def test_an_edit_starts_from_the_image(ask, generator):
 
     expected = generator("blue", image=image, seed=3, strength=0.5).image
     assert decoded(answer.data[0].b64_json).tobytes() == expected.tobytes()
+
+
+def test_uploads_are_never_on_the_disk(ask, server, generator):
+    """With no room for a byte, an upload of some megabytes is answered as ever."""
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    unlimited = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, -1))
+    try:
+        answer = ask.images.edit(
+            image=("a.png", png(image)), prompt="blue", size="16x16", extra_body={"seed": 3}
+        )
+    finally:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, unlimited)
+
+    assert len(png(image)) > 2e6
+    expected = generator("blue", image=image, seed=3, width=16, height=16).image
+    assert decoded(answer.data[0].b64_json).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("application/json", "must be multipart/form-data, not application/json"),
+        ("multipart/form-data", "Missing boundary"),
+        ("multipart/form-data; boundary=x", "cannot be read"),
+    ],
+)
+def test_an_edit_that_is_no_form_says_so(client, kind, message):
+    answer = client.post("/v1/images/edits", content=b"{}", headers={"content-type": kind})
+
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
 
 
 def test_transparent_pixels_of_the_mask_change_and_others_are_kept(ask):
