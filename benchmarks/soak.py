@@ -3,17 +3,19 @@
     python benchmarks/soak.py --seconds 600 --results benchmarks/results/soak.jsonl
 
 Every answer is compared with the golden hash of its request, which one generator made before
-without a server. Faults are killed workers, stopped workers, clients that go away, slow readers,
-malformed and oversized bodies, wrong fields and cancelled jobs, in an order that the seed decides.
-Prints one line of JSON, and fails if a request is lost or an image is wrong.
+without a server. Faults are killed workers, stopped workers, a full disk, clients that go away,
+slow readers, malformed and oversized bodies, wrong fields and cancelled jobs, in an order that the
+seed decides. Prints a line of JSON, and fails if a request is lost or an image wrong or made twice.
 """
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ldm_runtime import Generator
 from ldm_runtime.requests.request import parse_request
@@ -45,19 +48,19 @@ _SLOW_READS = 20
 
 @dataclass(kw_only=True)
 class Tally:
-    """What the clients saw; written by all of them.
+    """What the clients saw; all of them append, which needs no lock.
 
     Attributes:
-        statuses: Answers by status.
-        faults: Faults by kind.
+        statuses: Status of every answer.
+        faults: Kind of every fault.
         wrong: Requests whose image was not the golden one.
         lost: Requests that got no answer, or one that is not expected, with what it was.
         seconds: Time of every good request.
         memory: Pairs of good requests so far and bytes of the server's memory.
     """
 
-    statuses: Counter[int] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
+    statuses: list[int] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -66,9 +69,16 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """A request in OpenAI's form, and the hash of the file that it must bring."""
+    """A request in OpenAI's form, and the hash of the file that it must bring.
+
+    Attributes:
+        body: Its fields.
+        image: The file to edit, if it is an edit.
+        sha256: Hash of the answer.
+    """
 
     body: dict[str, Any]
+    image: bytes | None
     sha256: str
 
 
@@ -84,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: 0 if nothing was lost or wrong, 1 otherwise."""
+    """Run the command: 0 if nothing was lost, wrong or made twice, 1 otherwise."""
     args = build_parser().parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="ldm-soak-") as folder:
         bundle = Path(folder) / "tiny"
@@ -99,15 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         append_line(args.results, row)
     for sentence in (*tally.lost[:5], *tally.wrong[:5]):
         print(sentence, file=sys.stderr)
-    return 1 if tally.lost or tally.wrong else 0
+    return 1 if tally.lost or tally.wrong or row["duplicate"] else 0
 
 
 def golden_requests(bundle: Path, seed: int, count: int = 48) -> list[Golden]:
-    """Return requests with the hashes of their files, generated one by one."""
+    """Return requests with the hashes of their files, generated one by one; a sixth are edits."""
     rng, golden = random.Random(seed), []
+    upload = _large_png(seed)
     with Generator(bundle, backend="onnxruntime", threads=1) as generator:
-        for _ in range(count):
-            fields = {
+        for number in range(count):
+            fields: dict[str, Any] = {
                 "prompt": rng.choice(_PROMPTS),
                 "seed": rng.randrange(2**32),
                 "num_inference_steps": rng.randint(2, 30),
@@ -115,11 +126,21 @@ def golden_requests(bundle: Path, seed: int, count: int = 48) -> list[Golden]:
                 "guidance_scale": rng.choice((1.0, 3.0, 7.5)),
             }
             side = rng.choice((16, 24, 32))
-            request = parse_request({**fields, "width": side, "height": side})
-            data = generator.generate(request).encoded()
+            image = upload if number % 6 == 0 else None
+            size = {"width": side, "height": side}
+            data = generator.generate(parse_request({**fields, **size, "image": image})).encoded()
             body = {**fields, "size": f"{side}x{side}", "response_format": "file"}
-            golden.append(Golden(body=body, sha256=hashlib.sha256(data).hexdigest()))
+            sha256 = hashlib.sha256(data).hexdigest()
+            golden.append(Golden(body=body, image=image, sha256=sha256))
     return golden
+
+
+def _large_png(seed: int) -> bytes:
+    """Return an image of more bytes than a form's parser usually keeps in memory."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (620, 620, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 def soak(server: RunningServer, golden: Sequence[Golden], args: argparse.Namespace) -> Tally:
@@ -134,7 +155,7 @@ def soak(server: RunningServer, golden: Sequence[Golden], args: argparse.Namespa
         thread.start()
     while time.monotonic() < end:
         time.sleep(min(5.0, args.seconds / 50))
-        tally.memory.append((tally.statuses[200], server.memory_bytes()))
+        tally.memory.append((len(tally.seconds), server.memory_bytes()))
     for thread in threads:
         thread.join()
     return tally
@@ -151,7 +172,7 @@ def _client(
         act: Callable[[RunningServer, Golden, Tally], None] = _ask
         if rng.random() < 0.06:
             act = rng.choice(bad)
-            tally.faults[act.__name__.strip("_")] += 1
+            tally.faults.append(act.__name__.strip("_"))
         try:
             act(server, wanted, tally)
         except OSError as error:
@@ -162,7 +183,10 @@ def _ask(server: RunningServer, wanted: Golden, tally: Tally) -> None:
     """Ask for an image as a patient client does: a refusal is followed by another try."""
     begun = time.monotonic()
     for _ in itertools.count():
-        answer = server.post("/v1/images/generations", wanted.body)
+        if wanted.image is None:
+            answer = server.post("/v1/images/generations", wanted.body)
+        else:
+            answer = server.post_form("/v1/images/edits", wanted.body, wanted.image)
         _note(answer.status, tally, str(answer.body[:200]))
         if answer.status not in (429, 503):
             break
@@ -227,20 +251,36 @@ def _expect(server: RunningServer, body: bytes, status: int, tally: Tally) -> No
 
 
 def _blows(server: RunningServer, tally: Tally, end: float, seed: int) -> None:
-    """Kill or stop a worker every few seconds."""
+    """Every few seconds, kill or stop a worker, or leave the server no room on the disk."""
     rng = random.Random(seed)
     while time.monotonic() < end - 2 * _STALL:
         time.sleep(rng.uniform(0.5, 1.5) * _PAUSE)
+        kind = rng.choice(("kill_worker", "stop_worker", "full_disk"))
         workers = server.workers()
-        if not workers:
+        if kind == "full_disk":
+            _fill_disk(server.process.pid)
+        elif not workers or not _signalled(rng.choice(workers), _SIGNALS[kind]):
             continue
-        kind = rng.choice(("kill_worker", "stop_worker"))
-        number = signal.SIGKILL if kind == "kill_worker" else signal.SIGSTOP
-        try:
-            os.kill(rng.choice(workers), number)
-        except ProcessLookupError:
-            continue
-        tally.faults[kind] += 1
+        tally.faults.append(kind)
+
+
+_SIGNALS = {"kill_worker": signal.SIGKILL, "stop_worker": signal.SIGSTOP}
+
+
+def _signalled(process: int, number: signal.Signals) -> bool:
+    """Send a signal, and return whether the process was there."""
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _fill_disk(process: int) -> None:
+    """For a second, let every byte that a process writes to a file be one too many."""
+    unlimited = resource.prlimit(process, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    time.sleep(1.0)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, unlimited)
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -251,13 +291,15 @@ def _encoded(body: object) -> bytes:
 
 
 def _note(status: int, tally: Tally, what: str) -> None:
-    tally.statuses[status] += 1
+    tally.statuses.append(status)
     if status not in _EXPECTED:
         tally.lost.append(f"{status}: {what}")
 
 
 def _row(server: RunningServer, tally: Tally, args: argparse.Namespace) -> dict[str, Any]:
-    seconds = np.asarray(tally.seconds)
+    seconds, faults = np.asarray(tally.seconds), Counter(tally.faults)
+    statuses = Counter(tally.statuses)
+    may_have_images = statuses[200] + statuses[202] + faults["go_away"]
     return {
         "benchmark": "soak",
         "commit": commit(),
@@ -269,12 +311,13 @@ def _row(server: RunningServer, tally: Tally, args: argparse.Namespace) -> dict[
             "clients": args.clients,
             "workers": args.workers,
         },
-        "requests": sum(tally.statuses.values()),
-        "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
-        "faults": dict(tally.faults),
-        "num_faults": sum(tally.faults.values()),
+        "requests": len(tally.statuses),
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
+        "faults": dict(faults),
+        "num_faults": len(tally.faults),
         "lost": len(tally.lost),
         "wrong": len(tally.wrong),
+        "duplicate": max(0, int(server.metric("ldm_images_total")) - may_have_images),
         "worker_restarts": server.metric("ldm_worker_restarts_total"),
         "p50_seconds": round(float(np.percentile(seconds, 50)), 4),
         "p95_seconds": round(float(np.percentile(seconds, 95)), 4),

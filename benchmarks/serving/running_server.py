@@ -62,6 +62,19 @@ class RunningServer:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._call("POST", path, data, {"Content-Type": "application/json"})
 
+    def post_form(self, path: str, fields: Mapping[str, object], image: bytes) -> Answer:
+        """Return the answer to a POST of a form with an image."""
+        boundary = "part-of-the-form"
+        parts = [
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+            for name, value in fields.items()
+        ]
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="i.png"\r\n'
+        head += "Content-Type: image/png\r\n\r\n"
+        data = "".join([*parts, head]).encode() + image + f"\r\n--{boundary}--\r\n".encode()
+        kind = f"multipart/form-data; boundary={boundary}"
+        return self._call("POST", path, data, {"Content-Type": kind})
+
     def metric(self, name: str) -> float:
         """Return the sum of a metric over its labels."""
         text = self.get("/metrics").body.decode()

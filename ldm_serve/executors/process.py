@@ -222,7 +222,7 @@ class ProcessExecutor:
                     worker.process.kill()
 
     def _room(self, worker: _Process) -> int:
-        """Return how many more images a worker takes; none next to a job that may have ended one."""
+        """Return how many more images a worker takes; none with a job that may have ended one."""
         if any(self._attempts[job] for job in worker.jobs):
             return 0
         return self._settings.max_batch - worker.images()
