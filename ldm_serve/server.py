@@ -13,7 +13,7 @@ from ldm_serve.site import Site
 
 _LOGGER = logging.getLogger(__name__)
 #: Seconds that clients have to fetch their answers after the last request has ended.
-_GRACE_SECONDS = 5
+GRACE_SECONDS = 5
 
 
 class Server(uvicorn.Server):
@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=64 * 2**10,
-                timeout_graceful_shutdown=round(settings.drain_seconds) + _GRACE_SECONDS,
+                timeout_graceful_shutdown=round(settings.drain_seconds) + GRACE_SECONDS,
             )
         )
 
