@@ -5,30 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_runtime.errors import LdmError
-from ldm_runtime.inputs.depth_maps import DepthMap
-from ldm_runtime.inputs.embeddings import Embeddings
-from ldm_runtime.inputs.images import InputImage
-from ldm_runtime.inputs.initial_latents import InitialLatents
-from ldm_runtime.inputs.layouts import LayoutObject
-from ldm_runtime.inputs.reading import is_data_url
-from ldm_runtime.inputs.segmentation import SegmentationMap
-from ldm_runtime.requests.request import FIELDS, parse_request
+from ldm_runtime.requests.remote_fields import parse_remote_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_serve.errors import ServeError, from_runtime, invalid
 from ldm_serve.served_models import ServedModel
 from ldm_serve.settings import Limits
-
-#: Types of fields whose text would name a file of the server.
-_FILES = (
-    InputImage,
-    SegmentationMap,
-    DepthMap,
-    Embeddings,
-    InitialLatents,
-    tuple[LayoutObject, ...],
-)
-_FILE_FIELDS = frozenset(name for name, record in FIELDS.items() if record.kind in _FILES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +45,13 @@ def check_request(fields: Mapping[str, Any], model: ServedModel, limits: Limits)
             the request asks for; or it is beyond a limit.
     """
     given = {name: value for name, value in fields.items() if value is not None}
-    for name in _FILE_FIELDS.intersection(given):
-        if isinstance(given[name], str) and not is_data_url(given[name]):
-            raise invalid(
-                name, f"{name}: send a data: URL; this server opens no files or addresses"
-            )
     for name in ("prompt", "negative_prompt"):
         text = given.get(name)
         if isinstance(text, str) and len(text) > limits.max_prompt_characters:
             most = limits.max_prompt_characters
             raise invalid(name, f"{name}: has {len(text)} characters; at most {most} are read")
     try:
-        request = resolve(parse_request(given), model.spec)
+        request = resolve(parse_remote_request(given), model.spec)
     except LdmError as error:
         raise from_runtime(error) from error
     _check_limits(request, limits)

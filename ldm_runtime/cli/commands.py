@@ -15,6 +15,7 @@ from ldm_runtime.cli.generate import add_generate_arguments, generate
 from ldm_runtime.cli.messages import add_message_flags, print_any_text, say, show_messages
 from ldm_runtime.cli.parsing import USAGE, Parser, add_json_flag
 from ldm_runtime.cli.reports import doctor, inspect, verify
+from ldm_runtime.cli.triton import add_triton_arguments, triton
 from ldm_runtime.cli.trust_flags import add_trust_arguments
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError, RequestError
@@ -60,12 +61,15 @@ def build_parser() -> Parser:
     building = commands.add_parser("build-engines", help="build TensorRT engines into a bundle")
     add_builder_arguments(building)
     building.set_defaults(run=build_engines)
+    exporting = commands.add_parser("triton", help="add a bundle to a Triton model repository")
+    add_triton_arguments(exporting)
+    exporting.set_defaults(run=triton)
     completing = commands.add_parser("completion", help="print a script for a shell's completion")
     completing.add_argument("shell", choices=SHELLS)
     completing.set_defaults(run=_completion)
     for point in entry_points(group=COMMANDS_GROUP):
         point.load()(commands)
-    for command in (generating, verifying, inspecting, diagnosing, building):
+    for command in (generating, verifying, inspecting, diagnosing, building, exporting):
         add_json_flag(command)
     for command in commands.choices.values():
         add_message_flags(command)
