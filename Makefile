@@ -97,5 +97,5 @@ distclean: clean
 .venv/test.stamp: $(PINS)
 	@echo "installing into .venv, which takes a few minutes the first time"
 	$(PYTHON) -m venv .venv
-	$(PIP) hatchling --editable '.[export,cpu,openvino,serve,tensorrt-rtx,test]'
+	$(PIP) hatchling --editable '.[export,cpu,openvino,otel,serve,tensorrt-rtx,test]'
 	touch .venv/demo.stamp .venv/serve.stamp $@

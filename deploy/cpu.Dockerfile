@@ -2,7 +2,7 @@
 #   docker build -f deploy/cpu.Dockerfile -t ldm-deploy:cpu .
 FROM python:3.13.9-slim-trixie AS build
 # Extras of pyproject.toml; and packages of your own, such as ray[serve] for deploy/kuberay.yaml.
-ARG EXTRAS=cpu,serve
+ARG EXTRAS=cpu,serve,otel
 ARG PACKAGES=""
 WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./

@@ -2,8 +2,8 @@
 #   docker build -f deploy/cuda.Dockerfile -t ldm-deploy:cuda .
 FROM ubuntu:24.04 AS build
 # Extras of pyproject.toml; without TensorRT, whose wheels come from pypi.nvidia.com and take gigabytes,
-# EXTRAS=cuda,serve.
-ARG EXTRAS=cuda,tensorrt,serve
+# EXTRAS=cuda,serve,otel.
+ARG EXTRAS=cuda,tensorrt,serve,otel
 ARG PACKAGES=""
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends python3.12-venv && \

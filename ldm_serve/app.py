@@ -22,14 +22,18 @@ from ldm_serve.routes.openai_images import OpenAIRoutes
 from ldm_serve.served_models import ServedModels
 from ldm_serve.settings import ServeSettings
 from ldm_serve.site import Site
+from ldm_serve.tracing import Tracing, TracingMiddleware
 
 
-def create_app(settings: ServeSettings, executor: Executor | None = None) -> Starlette:
+def create_app(
+    settings: ServeSettings, executor: Executor | None = None, tracing: Tracing | None = None
+) -> Starlette:
     """Return the ASGI application, whose `state.site` is the server.
 
     Args:
         settings: What it serves, to whom, and how much of it.
         executor: Where requests are generated; None is worker processes.
+        tracing: Makes spans of OpenTelemetry, and is closed at the end; None makes none.
 
     Raises:
         BundleError: A folder is not a bundle.
@@ -42,7 +46,8 @@ def create_app(settings: ServeSettings, executor: Executor | None = None) -> Sta
             workers=settings.workers,
             stall_seconds=settings.stall_seconds,
         )
-    site = Site(models=models, board=JobBoard(executor, settings.limits), settings=settings)
+    board = JobBoard(executor, settings.limits)
+    site = Site(models=models, board=board, settings=settings, tracing=tracing)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -51,10 +56,13 @@ def create_app(settings: ServeSettings, executor: Executor | None = None) -> Sta
             yield
         finally:
             await site.board.close(settings.drain_seconds)
+            if tracing is not None:
+                await tracing.close()
 
+    traced = [] if tracing is None else [Middleware(TracingMiddleware, tracing=tracing)]
     app = Starlette(
         routes=_routes(site),
-        middleware=[Middleware(Gate, access=settings.access)],
+        middleware=[*traced, Middleware(Gate, access=settings.access)],
         exception_handlers={HTTPException: _http_error, ServeError: _serve_error},
         lifespan=lifespan,
     )

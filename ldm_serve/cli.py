@@ -49,9 +49,10 @@ def serve(args: argparse.Namespace) -> int:
     # Only here, so that `ldm --help` works without the extra.
     from ldm_serve.app import create_app
     from ldm_serve.server import Server
+    from ldm_serve.tracing import open_tracing
 
     logging.getLogger("ldm_serve").setLevel(logging.INFO if args.verbose else logging.WARNING)
-    app = create_app(settings)
+    app = create_app(settings, tracing=open_tracing(os.environ))
     server = Server(app, settings, host=args.host, port=args.port, uds=args.uds)
     server.run()
     return 0 if server.started else 1

@@ -16,6 +16,7 @@ from ldm_serve.intake import check_request
 from ldm_serve.jobs import Job
 from ldm_serve.served_models import ServedModels
 from ldm_serve.settings import ServeSettings
+from ldm_serve.tracing import Tracing
 
 #: Header in which OpenAI's client says how many seconds it waits for an answer.
 _TIMEOUT_HEADER = "x-stainless-read-timeout"
@@ -29,11 +30,13 @@ class Site:
         models: The models.
         board: All jobs.
         settings: The settings.
+        tracing: Makes spans of OpenTelemetry, if it is on.
     """
 
     models: ServedModels
     board: JobBoard
     settings: ServeSettings
+    tracing: Tracing | None = None
 
     async def submit(
         self, request: Request, fields: Mapping[str, Any], model: str | None, wish: Wish
@@ -58,11 +61,14 @@ class Site:
             self.board.check_ready()
             limits = self.settings.limits
             checked = await run_in_threadpool(check_request, fields, served, limits)
-            return self.board.submit(key, checked, wish)
+            job = self.board.submit(key, checked, wish)
         except ServeError as error:
             rejected = error.status in (429, 503)
             self.board.metrics.refused(name, "rejected" if rejected else "invalid")
             raise
+        if self.tracing is not None:
+            self.tracing.follow(job)
+        return job
 
     async def images_of(self, request: Request, job: Job) -> Finished:
         """Wait for the images of a job, which is cancelled when the client goes away.

@@ -9,11 +9,11 @@ from ldm_serve.app import create_app
 from ldm_serve.settings import ServeSettings
 
 
-def calling(settings: ServeSettings, executor, scenario):
+def calling(settings: ServeSettings, executor, scenario, tracing=None):
     """Run `scenario(client, site)` with an HTTP client of an application, which is ended then."""
 
     async def main():
-        app = create_app(settings, executor)
+        app = create_app(settings, executor, tracing)
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),
