@@ -1,5 +1,6 @@
 """The files of deploy/, against schemas of Kubernetes and KubeRay, hadolint and our own parsers."""
 
+import itertools
 import json
 import re
 import shlex
@@ -13,15 +14,23 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from ldm_runtime.cli.commands import build_parser
+from ldm_runtime.cli.commands import build_parser, main
 from ldm_serve.cli import KEYS_VARIABLE, settings_of
 from ldm_serve.server import GRACE_SECONDS
+from tests.runtime.triton_configs import config_of, tensors
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 DOCKERFILES = sorted(DEPLOY.glob("*.Dockerfile"))
 KUBERNETES = "1.37"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+#: Lines of a shell that the page has and no test runs.
+LINES = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
 KEYS = {KEYS_VARIABLE: f"alice:{'k' * 22}"}
 
 
@@ -234,3 +243,57 @@ def test_ray_serves_with_flags_of_ldm_serve_and_the_time_to_drain():
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
     needed = deployment["num_replicas"] * deployment["ray_actor_options"]["num_gpus"]
     assert gpus * workers["replicas"] == needed
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_lines_of_the_page_name_what_there_is(line):
+    words = shlex.split(line, comments=True)
+
+    for word in words:
+        assert not word.startswith("deploy/") or (ROOT / word).is_file(), word
+    while "=" in words[0]:
+        words.pop(0)
+    if words[:2] == ["ldm", "serve"]:
+        assert settings(words[2:])[1].bundles
+    else:
+        assert words[0] in ("docker", "kubectl", "curl")
+
+
+def test_the_container_is_run_as_it_was_made():
+    (line,) = (line for line in LINES if line.startswith("docker run"))
+    words = shlex.split(line)
+    (path,) = DEPLOY.glob(f"{words[-1].partition(':')[2]}.Dockerfile")
+    stage = dict(last_stage(path))
+
+    _, found = settings(json.loads(stage["CMD"])[1:])
+
+    options = dict(itertools.pairwise(words))
+    assert options["-e"] == KEYS_VARIABLE
+    assert options["-p"].split(":")[1] == stage["EXPOSE"]
+    assert options["-v"].split(":")[1:] == [str(found.bundles["engines"]), "ro"]
+    (extras,) = re.findall(r"`--build-arg EXTRAS=([\w,]+)`", PAGE)
+    assert set(extras.split(",")) < EXTRAS.keys()
+
+
+def test_the_secret_of_the_page_is_that_of_the_pods():
+    (line,) = (line for line in LINES if "create secret" in line)
+    pod = document("kubernetes.yaml", "Deployment")["spec"]["template"]["spec"]
+    (environment,) = pod["containers"][0]["env"]
+
+    reference = environment["valueFrom"]["secretKeyRef"]
+    assert f"secret generic {reference['name']} --from-literal={reference['key']}=" in line
+
+
+def test_the_call_of_triton_is_one_that_its_model_takes(bundle, tmp_path):
+    (line,) = (line for line in LINES if line.startswith("curl"))
+    words = shlex.split(line)
+    assert main(["triton", str(bundle), "--out", str(tmp_path), "--name", "sd15"]) == 0
+    config = config_of(tmp_path / words[1].split("/")[3])
+
+    (given,) = json.loads(words[words.index("-d") + 1])["inputs"]
+
+    required = {each.name: each for each in config.input if not each.optional}
+    assert given["name"] in required
+    assert len(required) == 1
+    assert tensors(required.values())[given["name"]] == ("TYPE_STRING", given["shape"][1:])
+    assert (given["datatype"], len(given["data"])) == ("BYTES", given["shape"][0])
