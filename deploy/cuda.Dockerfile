@@ -1,7 +1,7 @@
 # The server on NVIDIA GPUs, with TensorRT and ONNX Runtime's CUDA provider. From the repository's root:
 #   docker build -f deploy/cuda.Dockerfile -t ldm-deploy:cuda .
 FROM ubuntu:24.04 AS build
-# Extras of pyproject.toml; without TensorRT, whose wheels come from pypi.nvidia.com and take gigabytes,
+# Extras of pyproject.toml; without TensorRT, whose wheels come from NVIDIA and take gigabytes,
 # EXTRAS=cuda,serve,otel.
 ARG EXTRAS=cuda,tensorrt,serve,otel
 ARG PACKAGES=""
