@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 from warnings import catch_warnings
 
 import msgspec
@@ -119,6 +119,36 @@ def encode_image_file(
     return file.getvalue()
 
 
+class ImageTexts(NamedTuple):
+    """The texts of an image file.
+
+    Attributes:
+        metadata: The metadata as JSON; None if it has none.
+        infotext: The text for AUTOMATIC1111's web UI; None if it has none.
+    """
+
+    metadata: str | None
+    infotext: str | None
+
+
+def read_texts(file: Path | BinaryIO, name: str) -> ImageTexts:
+    """Return the texts of an image file, without decoding a pixel.
+
+    Args:
+        file: Its path, or the file.
+        name: Its name in error messages.
+
+    Raises:
+        LdmError: The file is not an image of a known format.
+    """
+    try:
+        # Pillow warns of damaged EXIF data, which then has no text.
+        with catch_warnings(action="ignore"), Image.open(file, formats=list(_WRITERS)) as image:
+            return _texts(image)
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        raise LdmError(f"{name} cannot be read as PNG, JPEG or WebP: {error}") from error
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of an image file, without decoding a pixel.
 
@@ -128,12 +158,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         LdmError: The file is not an image of a known format, or has no such metadata.
     """
-    try:
-        # Pillow warns of damaged EXIF data, which then has no text.
-        with catch_warnings(action="ignore"), Image.open(path, formats=list(_WRITERS)) as image:
-            metadata, infotext = _texts(image)
-    except (*_DAMAGE, Image.DecompressionBombError) as error:
-        raise LdmError(f"{path} cannot be read as PNG, JPEG or WebP: {error}") from error
+    texts = read_texts(path, str(path))
+    metadata, infotext = texts.metadata, texts.infotext
     if metadata is not None:
         return _decoded(metadata, path)
     if infotext is not None and (read := read_infotext(infotext)) is not None:
@@ -226,17 +252,17 @@ def _xmp(metadata: str) -> bytes:
     return _XMP.format(html.escape(metadata)).encode()
 
 
-def _texts(image: Image.Image) -> tuple[str | None, str | None]:
-    """Return the metadata and the infotext of an opened image, each None if it has none."""
+def _texts(image: Image.Image) -> ImageTexts:
+    """Return the texts of an opened image."""
     if isinstance(image, PngImagePlugin.PngImageFile):
         # Not `image.text`, which decodes the pixels to look for text behind them.
         found = image.info.get(METADATA_KEY), image.info.get(INFOTEXT_KEY)
         metadata, infotext = (str(each) if isinstance(each, str) else None for each in found)
-        return metadata, infotext
+        return ImageTexts(metadata, infotext)
     xmp = image.info.get("xmp")
     attribute = _XMP_METADATA.search(xmp) if isinstance(xmp, bytes) else None
     metadata = None if attribute is None else html.unescape(attribute[1].decode(errors="replace"))
-    return metadata, _user_comment(image)
+    return ImageTexts(metadata, _user_comment(image))
 
 
 def _user_comment(image: Image.Image) -> str | None:

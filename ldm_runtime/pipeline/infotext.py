@@ -23,7 +23,12 @@ from ldm_runtime.requests.resolved import (
     Refiner,
     ResolvedRequest,
 )
-from ldm_runtime.requests.sampler_names import known_sampler, known_schedule
+from ldm_runtime.requests.sampler_names import (
+    WEB_UI_SCHEDULES,
+    known_sampler,
+    known_schedule,
+    web_ui_sampler,
+)
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
 from ldm_runtime.specs.tasks import TASKS
@@ -31,44 +36,29 @@ from ldm_runtime.specs.tasks import TASKS
 #: Most characters that are read: `read_infotext` looks at text from strangers.
 MAX_CHARACTERS = 100_000
 
-#: The web UI's names; those of samplers and schedules that it lacks stay as they are here.
-_SAMPLERS: Mapping[str, str] = MappingProxyType(
-    {
-        "ddim": "DDIM",
-        "plms": "PLMS",
-        "euler": "Euler",
-        "euler_ancestral": "Euler a",
-        "lms": "LMS",
-        "heun": "Heun",
-        "lcm": "LCM",
-        "unipc": "UniPC",
-        "dpm2": "DPM2",
-        "dpm2_ancestral": "DPM2 a",
-        "dpmpp_2s_ancestral": "DPM++ 2S a",
-        "dpmpp_2m": "DPM++ 2M",
-        "dpmpp_sde": "DPM++ SDE",
-        "dpmpp_2m_sde": "DPM++ 2M SDE",
-        "dpmpp_3m_sde": "DPM++ 3M SDE",
-    }
-)
-_SCHEDULES: Mapping[str, str] = MappingProxyType(
-    {
-        "linspace": "Uniform",
-        "karras": "Karras",
-        "exponential": "Exponential",
-        "polyexponential": "Polyexponential",
-        "sgm_uniform": "SGM Uniform",
-        "beta": "Beta",
-    }
-)
-#: Its random generators; without a name it takes the GPU's.
-_NOISES: Mapping[str, str] = MappingProxyType(
+#: The web UI's random generators; without a name it takes the GPU's.
+WEB_UI_NOISES: Mapping[str, str] = MappingProxyType(
     {"CPU": "torch-cpu", "GPU": "torch-cuda", "NV": "torch-cuda"}
 )
 _NEGATIVE = "Negative prompt:"
 _LEAST_PARAMETERS = 3
 _JSON = json.JSONDecoder()
 _SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfotextParts:
+    """The parts of such a text, as they stand there.
+
+    Attributes:
+        prompt: The prompt.
+        negative_prompt: The negative prompt; empty without one.
+        values: The names and values of the last line.
+    """
+
+    prompt: str
+    negative_prompt: str
+    values: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +131,8 @@ def write_infotext(
         return None
     values = {
         "Steps": request.num_inference_steps,
-        "Sampler": _SAMPLERS.get(request.sampler, request.sampler),
-        "Schedule type": _SCHEDULES.get(request.schedule),
+        "Sampler": web_ui_sampler(request.sampler),
+        "Schedule type": WEB_UI_SCHEDULES.get(request.schedule),
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
@@ -162,24 +152,33 @@ def write_infotext(
     return f"{condition.prompt}{negative}\n{listed}".strip().replace("\0", " ")
 
 
+def infotext_parts(text: str) -> InfotextParts | None:
+    """Return the parts of a text of the web UI, or None if it is not one."""
+    if len(text) > MAX_CHARACTERS:
+        return None
+    *lines, last = text.strip().split("\n")
+    values = _parameters(last)
+    if len(values) < _LEAST_PARAMETERS or "Steps" not in values:
+        return None
+    prompt, negative = _prompts(lines)
+    return InfotextParts(prompt=prompt, negative_prompt=negative, values=values)
+
+
 def read_infotext(text: str) -> Infotext | None:
     """Return the contents of a text of the web UI, or None if it is not one.
 
     The fields are not checked: `request.parse_request` does that.
     """
-    if len(text) > MAX_CHARACTERS:
+    parts = infotext_parts(text)
+    if parts is None:
         return None
-    *lines, last = text.strip().split("\n")
-    parameters = _parameters(last)
-    if len(parameters) < _LEAST_PARAMETERS or "Steps" not in parameters:
-        return None
-    prompt, negative = _prompts(lines)
-    request: dict[str, Any] = {"prompt": prompt}
-    if negative:
-        request["negative_prompt"] = negative
+    request: dict[str, Any] = {"prompt": parts.prompt}
+    if parts.negative_prompt:
+        request["negative_prompt"] = parts.negative_prompt
+    parameters = parts.values
     others = {name: value for name, value in parameters.items() if not _take(request, name, value)}
     if "RNG" not in parameters:
-        request["noise"] = _NOISES["GPU"]
+        request["noise"] = WEB_UI_NOISES["GPU"]
     if "hires_scale" in request and "strength" in request:
         request["hires_strength"] = request.pop("strength")
     for name, field in _without_effect(request, others).items():
@@ -216,8 +215,8 @@ def _optional_values(request: ResolvedRequest) -> dict[str, object]:
         values["Image CFG scale"] = f"{request.image_guidance_scale:g}"
     if SAMPLERS[request.sampler].uses_eta:
         values["Eta"] = f"{request.eta:g}"
-    labels = {name: label for label, name in _NOISES.items() if label != "NV"}
-    if request.noise != _NOISES["GPU"]:
+    labels = {name: label for label, name in WEB_UI_NOISES.items() if label != "NV"}
+    if request.noise != WEB_UI_NOISES["GPU"]:
         values["RNG"] = labels.get(request.noise, request.noise)
     if not isinstance(request.reuse, NoReuse):
         values["Feature reuse"] = request.reuse.rule
@@ -330,7 +329,7 @@ _READERS: Mapping[str, Callable[[str], dict[str, Any]]] = MappingProxyType(
         "Denoising strength": _number("strength"),
         "Eta": _number("eta"),
         "Clip skip": lambda value: {"clip_skip": max(int(value) - 1, 0)},
-        "RNG": lambda value: {"noise": _NOISES[value]},
+        "RNG": lambda value: {"noise": WEB_UI_NOISES[value]},
         "Hires upscale": _number("hires_scale"),
         "Feature reuse": lambda value: {"reuse": value},
     }

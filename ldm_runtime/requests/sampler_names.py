@@ -44,6 +44,42 @@ _SCHEDULE_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"linspace": ("Uniform", "Normal")}
 )
 
+#: Names in A1111's web UI; those of samplers and schedules that it lacks stay as they are here.
+WEB_UI_SAMPLERS: Mapping[str, str] = MappingProxyType(
+    {
+        "ddim": "DDIM",
+        "plms": "PLMS",
+        "euler": "Euler",
+        "euler_ancestral": "Euler a",
+        "lms": "LMS",
+        "heun": "Heun",
+        "lcm": "LCM",
+        "unipc": "UniPC",
+        "dpm2": "DPM2",
+        "dpm2_ancestral": "DPM2 a",
+        "dpmpp_2s_ancestral": "DPM++ 2S a",
+        "dpmpp_2m": "DPM++ 2M",
+        "dpmpp_sde": "DPM++ SDE",
+        "dpmpp_2m_sde": "DPM++ 2M SDE",
+        "dpmpp_3m_sde": "DPM++ 3M SDE",
+    }
+)
+WEB_UI_SCHEDULES: Mapping[str, str] = MappingProxyType(
+    {
+        "linspace": "Uniform",
+        "karras": "Karras",
+        "exponential": "Exponential",
+        "polyexponential": "Polyexponential",
+        "sgm_uniform": "SGM Uniform",
+        "beta": "Beta",
+    }
+)
+
+
+def web_ui_sampler(sampler: str) -> str:
+    """Return the name of a sampler in A1111's web UI, or its name here if that lacks it."""
+    return WEB_UI_SAMPLERS.get(sampler, sampler)
+
 
 def known_sampler(name: str) -> tuple[str, str | None]:
     """Return the sampler that a name of any program means, and the schedule that the name carries.

@@ -1,5 +1,6 @@
 """Texts of AUTOMATIC1111's web UI: strings as it writes them, and those written here."""
 
+import io
 import time
 
 import numpy as np
@@ -9,10 +10,11 @@ from PIL import Image, PngImagePlugin
 from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.diagnostics.inspection import inspect
 from ldm_runtime.errors import LdmError, RequestError
-from ldm_runtime.pipeline.image_files import read_metadata, save_image
+from ldm_runtime.pipeline.image_files import read_metadata, read_texts, save_image
 from ldm_runtime.pipeline.infotext import (
     MAX_CHARACTERS,
     InfotextModel,
+    infotext_parts,
     model_name,
     read_infotext,
     write_infotext,
@@ -46,6 +48,33 @@ def text_of(spec=TINY_SPEC, **fields):
     request = resolve(GenerationRequest(**{"prompt": "red", "seed": 7} | fields), spec)
     model = InfotextModel(name="model, v1: a", sha256="0123456789abcdef")
     return write_infotext(request, model=model, refiner=None, version="1.0")
+
+
+def test_parts_are_as_they_stand_there():
+    parts = infotext_parts(TWO_PASSES)
+
+    assert (parts.prompt, parts.negative_prompt) == (
+        "first line\nsecond line, <lora:thing:0.8>",
+        "ugly\nand blurry",
+    )
+    assert list(parts.values)[:3] == ["Steps", "Sampler", "Schedule type"]
+    assert (parts.values["CFG scale"], parts.values["Size"]) == ("5.5", "512x768")
+    assert parts.values["Lora hashes"] == 'thing: 0123abcd, "b": 4567'
+    assert infotext_parts("a prompt\nand no more") is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_texts_of_a_file_are_those_it_was_written_with(tmp_path, suffix):
+    path = tmp_path / f"image.{suffix}"
+    save_image(Image.new("RGB", (8, 8)), path, {"seed": 1}, PLAIN, replace=True)
+
+    with path.open("rb") as file:
+        texts = read_texts(file, "the image")
+
+    assert texts.infotext == PLAIN
+    assert read_metadata(path) == {"seed": 1}
+    with pytest.raises(LdmError, match="the page cannot be read as PNG, JPEG or WebP"):
+        read_texts(io.BytesIO(b"<html>"), "the page")
 
 
 @pytest.mark.parametrize(
