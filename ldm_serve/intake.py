@@ -20,8 +20,8 @@ class Checked:
     Attributes:
         model: The model.
         request: The request with everything filled in.
-        fields: The fields as they came, with the seed that was chosen: they decide every byte of
-            the images.
+        fields: The fields as they came, with the seeds that were chosen: they decide every byte
+            of the images.
     """
 
     model: ServedModel
@@ -55,7 +55,10 @@ def check_request(fields: Mapping[str, Any], model: ServedModel, limits: Limits)
     except LdmError as error:
         raise from_runtime(error) from error
     _check_limits(request, limits)
-    return Checked(model=model, request=request, fields={**given, "seed": request.seed})
+    seeds = {"seed": request.seed}
+    if request.is_variation:
+        seeds["variation_seed"] = request.variation_seed
+    return Checked(model=model, request=request, fields={**given, **seeds})
 
 
 def cost(request: ResolvedRequest) -> float:

@@ -37,6 +37,13 @@ def test_a_seed_is_chosen_once(model):
     assert check_request(first.fields, model, Limits()).request == first.request
 
 
+def test_a_seed_to_vary_towards_is_chosen_once(model):
+    checked = check_request({"prompt": "red", "variation_strength": 0.5}, model, Limits())
+
+    assert checked.fields["variation_seed"] == checked.request.variation_seed
+    assert check_request(checked.fields, model, Limits()).request == checked.request
+
+
 def test_fields_of_none_are_left_out(model):
     fields = {"prompt": "red", "seed": 1, "height": None, "sampler": None}
 
