@@ -1,5 +1,6 @@
 """The gate before every route: who calls, from which page, and how much they send."""
 
+import base64
 import hmac
 import logging
 import secrets
@@ -24,7 +25,7 @@ PUBLIC_PATHS = frozenset({"/", "/page.js", "/page.css", "/livez", "/readyz", "/h
 #: Images whose address alone gives access to them, as OpenAI's do.
 PUBLIC_PREFIX = "/files/"
 #: Paths whose bodies hold no image.
-_TEXT_PATHS = frozenset({"/v1/images/generations"})
+_TEXT_PATHS = frozenset({"/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/options"})
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -66,7 +67,7 @@ class Gate:
             _check_length(headers, limit)
             await self._app(scope, _bounded(receive, limit), call.send)
         except ServeError as error:
-            await call.answer(error_answer(error), receive)
+            await call.answer(error_answer(error, scope["path"]), receive)
         except Exception:
             _LOGGER.exception("request %s", call.request_id)
             failure = ServeError(
@@ -76,7 +77,7 @@ class Gate:
                 kind="server_error",
                 should_retry=False,
             )
-            await call.answer(error_answer(failure), receive)
+            await call.answer(error_answer(failure, scope["path"]), receive)
         finally:
             call.log(scope)
 
@@ -94,16 +95,31 @@ class Gate:
         keys = self._access.keys
         if not keys:
             return ANYONE
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            # All are compared, so that the time tells nothing of which came close.
-            found = [name for name, key in keys.items() if _is_same(given.strip(), key)]
-            if found:
-                return found[0]
+        given = _given_key(headers.get("authorization", ""))
+        # All are compared, so that the time tells nothing of which came close.
+        found = [name for name, key in keys.items() if _is_same(given, key)]
+        if given and found:
+            return found[0]
         if path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIX):
             return ANYONE
         message = "send a valid key, as in `Authorization: Bearer …`"
         raise ServeError(401, "invalid_api_key", message, kind="authentication_error")
+
+
+def _given_key(authorization: str) -> str:
+    """Return the key of a header, empty without one.
+
+    Clients of AUTOMATIC1111's API know user names and passwords alone; the key is the password.
+    """
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip()
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _is_same(given: str, key: str) -> bool:

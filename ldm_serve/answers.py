@@ -17,6 +17,7 @@ _PLACE = re.compile(r"`\$\.?([^`]*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
 _SHOWN = 200
+_DETAILED = "/sdapi/"
 
 
 def json_answer(value: object, status: int = 200) -> Response:
@@ -24,9 +25,15 @@ def json_answer(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-def error_answer(error: ServeError) -> Response:
-    """Return the answer that an error is."""
-    answer = json_answer(error.body, error.status)
+def error_answer(error: ServeError, path: str) -> Response:
+    """Return the answer that an error is.
+
+    Args:
+        error: The error.
+        path: Path of the call. Clients of AUTOMATIC1111's API look for a `detail`.
+    """
+    detail = {"detail": str(error)} if path.startswith(_DETAILED) else {}
+    answer = json_answer(error.body | detail, error.status)
     answer.headers.update(error.headers)
     return answer
 
@@ -57,14 +64,19 @@ def decode_json(body: bytes, kind: type[_T]) -> _T:
         raise invalid(None, f"the body is not JSON: {error}"[:_SHOWN], "invalid_json") from error
 
 
-def convert(value: object, kind: type[_T]) -> _T:
-    """Return text fields of a form as a type.
+def convert(value: object, kind: type[_T], *, strict: bool = False) -> _T:
+    """Return the fields of a form as a type.
+
+    Args:
+        value: The fields.
+        kind: The type.
+        strict: Whether text is only text; in a form of texts it may be a number.
 
     Raises:
         ServeError: They are of another form.
     """
     try:
-        return msgspec.convert(value, kind, strict=False)
+        return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as error:
         raise _explained(str(error)) from error
 

@@ -16,6 +16,7 @@ from ldm_serve.board import JobBoard
 from ldm_serve.errors import ServeError
 from ldm_serve.executors.contract import Executor
 from ldm_serve.executors.process import ProcessExecutor
+from ldm_serve.routes.a1111.routes import A1111Routes
 from ldm_serve.routes.health import health_routes
 from ldm_serve.routes.jobs import JobRoutes
 from ldm_serve.routes.openai_images import OpenAIRoutes
@@ -71,12 +72,13 @@ def create_app(
 
 
 def _routes(site: Site) -> list[BaseRoute]:
-    return [*health_routes(site), *JobRoutes(site).routes(), *OpenAIRoutes(site).routes()]
+    interfaces = (JobRoutes(site), OpenAIRoutes(site), A1111Routes(site))
+    return [*health_routes(site), *(each for routes in interfaces for each in routes.routes())]
 
 
-async def _serve_error(_: Request, error: Exception) -> Response:
+async def _serve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError), "it is registered for that"
-    return error_answer(error)
+    return error_answer(error, request.scope["path"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -85,6 +87,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     status = error.status_code
     codes = {404: "not_found", 405: "method_not_allowed"}
     message = f"{request.method} is not answered here" if status == 405 else "there is no such path"
-    answer = error_answer(ServeError(status, codes.get(status, "http_error"), message))
+    named = ServeError(status, codes.get(status, "http_error"), message)
+    answer = error_answer(named, request.scope["path"])
     answer.headers.update(error.headers or {})
     return answer

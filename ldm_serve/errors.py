@@ -1,5 +1,6 @@
 """Errors of the server: what each says, its HTTP status, and its names in OpenAI's API."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ldm_runtime.errors import DeadlineError, LdmError, RequestError
@@ -38,6 +39,18 @@ class ServeError(Exception):
         super().__init__(message)
         self.status, self.kind, self.code, self.param = status, kind, code, param
         self.retry_after, self.should_retry = retry_after, should_retry
+
+    def rename_field(self, names: Mapping[str, str]) -> None:
+        """Give the offending field the name that it has in another interface.
+
+        Args:
+            names: The other interface's names by those of `GenerationRequest`.
+        """
+        if self.param is not None and (name := names.get(self.param)):
+            message = str(self)
+            if message.startswith(f"{self.param}:"):
+                self.args = (name + message.removeprefix(self.param),)
+            self.param = name
 
     @property
     def body(self) -> dict[str, Any]:

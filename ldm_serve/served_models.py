@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.inputs.reading import shown
 from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
@@ -26,6 +27,7 @@ class ServedModel:
         name: Its name.
         spec: What it is.
         bundle_sha256: Hash of its manifest.
+        checkpoint_sha256: Hash of the checkpoint that it was exported from.
         created: When its manifest was written, in seconds since 1970.
         has_previews: Whether steps can have previews.
     """
@@ -33,8 +35,14 @@ class ServedModel:
     name: str
     spec: ModelSpec
     bundle_sha256: str
+    checkpoint_sha256: str
     created: int
     has_previews: bool
+
+    @property
+    def short_hash(self) -> str:
+        """The first digits of the hash of its checkpoint, as many as A1111's web UI shows."""
+        return self.checkpoint_sha256[:10]
 
     def description(self) -> dict[str, Any]:
         """Return what a client needs to know to ask it for images."""
@@ -98,13 +106,10 @@ class ServedModels(Mapping[str, ServedModel]):
         if name is None:
             return next(iter(self.values()))
         if name not in self:
-            names = ", ".join(self)
-            raise ServeError(
-                404,
-                "model_not_found",
-                f"there is no model {name!r}{did_you_mean(name, self)}; this server has {names}",
-                param="model",
-            )
+            names, shortened = ", ".join(self), shown(name)
+            hint = did_you_mean(shortened, self)
+            message = f"there is no model {shortened!r}{hint}; this server has {names}"
+            raise ServeError(404, "model_not_found", message, param="model")
         return self[name]
 
 
@@ -120,6 +125,7 @@ def _served(name: str, folder: Path) -> ServedModel:
         name=name,
         spec=manifest.spec,
         bundle_sha256=sha256_of(path),
+        checkpoint_sha256=manifest.build.checkpoint_sha256,
         created=int(path.stat().st_mtime),
         has_previews=manifest.preview is not None,
     )

@@ -158,7 +158,7 @@ class OpenAIRoutes:
             fields = {**_fields(body), **inputs}
             job = await self._site.submit(request, fields, body.model, wish)
         except ServeError as error:
-            error.param = _PARAMS.get(error.param or "", error.param)
+            error.rename_field(_PARAMS)
             raise
         if body.stream:
             return events_answer(self._events(job, body.partial_images or 0, kind))

@@ -1,3 +1,5 @@
+import base64
+
 import pytest
 
 from ldm_serve.settings import MAX_TEXT_BODY_BYTES, Access, ServeSettings
@@ -24,6 +26,10 @@ def bearer(key):
     return {"Authorization": f"Bearer {key}"}
 
 
+def basic(text):
+    return {"Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
+
+
 def get(*paths, headers=None):
     async def scenario(client, _):
         return [await client.get(path, headers=headers) for path in paths]
@@ -32,7 +38,19 @@ def get(*paths, headers=None):
 
 
 @pytest.mark.parametrize(
-    "headers", [{}, bearer("wrong"), bearer(""), bearer("a" * 31), {"Authorization": "a" * 32}]
+    "headers",
+    [
+        {},
+        bearer("wrong"),
+        bearer(""),
+        bearer("a" * 31),
+        {"Authorization": "a" * 32},
+        basic("alice:wrong"),
+        basic("alice:"),
+        basic("a" * 32),
+        {"Authorization": "Basic ////"},
+        {"Authorization": f"Basic {'a' * 32}"},
+    ],
 )
 def test_without_a_valid_key_there_is_no_answer(call, headers):
     (answer,) = call(get("/v1/models", headers=headers), keys=KEYS)
@@ -44,6 +62,12 @@ def test_without_a_valid_key_there_is_no_answer(call, headers):
 def test_any_valid_key_opens(call):
     for key in KEYS.values():
         (answer,) = call(get("/v1/models", headers=bearer(key)), keys=KEYS)
+        assert answer.status_code == 200
+
+
+def test_a_key_may_be_the_password_of_any_user(call):
+    for name in ("alice", "someone", ""):
+        (answer,) = call(get("/v1/models", headers=basic(f"{name}:{KEYS['bob']}")), keys=KEYS)
         assert answer.status_code == 200
 
 
