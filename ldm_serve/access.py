@@ -26,6 +26,8 @@ PUBLIC_PATHS = frozenset({"/", "/page.js", "/page.css", "/livez", "/readyz", "/h
 PUBLIC_PREFIX = "/files/"
 #: Paths whose bodies hold no image.
 _TEXT_PATHS = frozenset({"/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/options"})
+#: Digits of a length that is compared; Python reads no number of more than 4,300.
+_MAX_LENGTH_DIGITS = 18
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -131,15 +133,19 @@ def _check_origin(method: str, headers: Headers) -> None:
     origin = headers.get("origin")
     if method in _SAFE_METHODS or origin is None:
         return
-    if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    try:
+        site = urlsplit(origin).netloc
+    except ValueError:
+        site = ""
+    if site.lower() != headers.get("host", "").lower():
         raise ServeError(403, "wrong_origin", "pages of other sites may not call this server")
 
 
 def _check_length(headers: Headers, limit: int) -> None:
     length = headers.get("content-length", "0")
-    if not length.isdecimal():
+    if not (length.isascii() and length.isdecimal()):
         raise ServeError(400, "invalid_length", "Content-Length is not a number")
-    if int(length) > limit:
+    if len(length) > _MAX_LENGTH_DIGITS or int(length) > limit:
         raise _too_large(limit)
 
 

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
+from ldm_runtime.inputs.reading import shown
 from ldm_serve.buckets import TokenBuckets
 from ldm_serve.errors import ServeError, cancelled, deadline_passed, unavailable
 from ldm_serve.executors.contract import Executor, ExecutorStats
@@ -176,7 +177,8 @@ class JobBoard:
         waiting = (each for each in self._queue if each.id == job_id)
         job = self._running.get(job_id) or self._over.get(job_id) or next(waiting, None)
         if job is None or (key is not None and job.key != key):
-            raise ServeError(404, "job_not_found", f"there is no job {job_id!r}, or no longer")
+            name = shown(job_id)
+            raise ServeError(404, "job_not_found", f"there is no job {name!r}, or no longer")
         return job
 
     def jobs_of(self, key: str) -> list[Job]:

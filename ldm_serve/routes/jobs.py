@@ -59,7 +59,7 @@ class JobRoutes:
             Route("/api/jobs/{job}", self.one),
             Route("/api/jobs/{job}/cancel", self.cancel, methods=["POST"]),
             Route("/api/jobs/{job}/events", self.events),
-            Route("/files/{job}/{index:int}", self.image),
+            Route("/files/{job}/{index}", self.image),
         ]
 
     async def models(self, _: Request) -> Response:
@@ -127,13 +127,14 @@ class JobRoutes:
 
     async def image(self, request: Request) -> Response:
         """Answer with an image; the identifier of its job is all that it takes."""
-        job, index = (
-            self._board.find(None, request.path_params["job"]),
-            request.path_params["index"],
-        )
-        if job.result is None or index >= len(job.result.images):
+        job = self._board.find(None, request.path_params["job"])
+        images = [] if job.result is None else job.result.images
+        # Compared as text: Python does not read every number that a path may hold.
+        wanted = request.path_params["index"]
+        found = [image for index, image in enumerate(images) if str(index) == wanted]
+        if not found:
             raise ServeError(404, "image_not_found", "there is no such image")
-        return Response(job.result.images[index], media_type=f"image/{job.work.format}")
+        return Response(found[0], media_type=f"image/{job.work.format}")
 
     def _found(self, request: Request) -> Job:
         return self._board.find(request.state.key, request.path_params["job"])

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ldm_runtime.inputs.reading import shown
 from ldm_serve.answers import convert, events_answer, json_answer, read_json
 from ldm_serve.board import Wish
 from ldm_serve.errors import ServeError, invalid
@@ -128,10 +129,13 @@ class OpenAIRoutes:
     async def edits(self, request: Request) -> Response:
         """Generate images from a prompt, an image, and a mask whose transparent pixels change."""
         parts = await _form_of(request)
-        files = {name: value for name, value in parts.multi_items() if _is_file(value)}
-        texts = {name: value for name, value in parts.multi_items() if isinstance(value, str)}
-        images = [*parts.getlist("image"), *parts.getlist("image[]")]
-        inputs = await _edit_inputs(images, files)
+        try:
+            files = {name: value for name, value in parts.multi_items() if _is_file(value)}
+            texts = {name: value for name, value in parts.multi_items() if isinstance(value, str)}
+            images = [*parts.getlist("image"), *parts.getlist("image[]")]
+            inputs = await _edit_inputs(images, files)
+        finally:
+            await parts.close()
         return await self._answer(request, convert(texts, ImageRequest), inputs, "image_edit")
 
     async def variations(self, _: Request) -> Response:
@@ -216,7 +220,8 @@ async def _form_of(request: Request) -> FormData:
     """
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/form-data"):
-        raise invalid(None, f"the body must be multipart/form-data, not {kind or 'of no type'}")
+        named = shown(kind) or "of no type"
+        raise invalid(None, f"the body must be multipart/form-data, not {named}")
     parser = _FormInMemory(
         request.headers,
         request.stream(),
