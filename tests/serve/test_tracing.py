@@ -127,7 +127,7 @@ def test_no_span_has_a_prompt_a_job_or_a_key(bundle, tmp_path):
         spans = server.spans(4)
     text = "".join(span.to_json() for span in spans.values())
     job = url.split("/")[-2]
-    assert "/files/{job}/{index:int}" in text
+    assert "/files/{job}/{index}" in text
     for secret in (PROMPT, job, KEY, "alice", "wrong"):
         assert secret not in text
 
