@@ -20,6 +20,7 @@ from ldm_serve.routes.a1111.routes import A1111Routes
 from ldm_serve.routes.health import health_routes
 from ldm_serve.routes.jobs import JobRoutes
 from ldm_serve.routes.openai_images import OpenAIRoutes
+from ldm_serve.routes.page import page_routes
 from ldm_serve.served_models import ServedModels
 from ldm_serve.settings import ServeSettings
 from ldm_serve.site import Site
@@ -73,7 +74,8 @@ def create_app(
 
 def _routes(site: Site) -> list[BaseRoute]:
     interfaces = (JobRoutes(site), OpenAIRoutes(site), A1111Routes(site))
-    return [*health_routes(site), *(each for routes in interfaces for each in routes.routes())]
+    described = (each for routes in interfaces for each in routes.routes())
+    return [*page_routes(), *health_routes(site), *described]
 
 
 async def _serve_error(request: Request, error: Exception) -> Response:

@@ -8,13 +8,15 @@ from typing import Any
 
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.inputs.layouts import max_objects
 from ldm_runtime.inputs.reading import shown
 from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import SCHEDULES
+from ldm_runtime.specs.micro_conditioning import micro_conditioning_kind
 from ldm_runtime.specs.model import ModelSpec, size_step
-from ldm_runtime.specs.networks import ClassEmbedderSpec
-from ldm_runtime.specs.tasks import task_record
+from ldm_runtime.specs.networks import ClassEmbedderSpec, SegmentationEncoderSpec, TextEncoderSpec
+from ldm_runtime.specs.tasks import can_guide, embeds_guidance, task_record
 from ldm_runtime.suggestions import did_you_mean
 from ldm_serve.errors import ServeError
 
@@ -47,20 +49,22 @@ class ServedModel:
     def description(self) -> dict[str, Any]:
         """Return what a client needs to know to ask it for images."""
         spec, record = self.spec, task_record(self.spec)
-        defaults = spec.defaults
-        embedder = spec.find(ClassEmbedderSpec)
+        defaults, takes = spec.defaults, usable_fields(spec)
         return {
             "name": self.name,
             "task": spec.task,
             "family": spec.family,
             "bundle_sha256": self.bundle_sha256,
             "needs": [list(group) for group in record.needs],
-            "takes": sorted(record.takes),
+            "takes": sorted(takes),
             "image": record.image,
+            "size": record.size,
+            "enlargement": spec.autoencoder.factor if record.size == "enlarged" else 1,
             "previews": self.has_previews,
             "size_step": size_step(spec),
             "labels": list(spec.label_names),
-            "classes": None if embedder is None else _classes(embedder),
+            "classes": _num_classes(spec),
+            "max_objects": _max_objects(spec),
             "defaults": {
                 "width": defaults.width,
                 "height": defaults.height,
@@ -70,8 +74,50 @@ class ServedModel:
             },
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),
-            "fields": {name: FIELDS[name].text for name in FIELDS if name in record.takes},
+            "fields": {name: FIELDS[name].text for name in FIELDS if name in takes},
         }
+
+
+def usable_fields(spec: ModelSpec) -> frozenset[str]:
+    """Return the fields that requests to a model can use.
+
+    They are those of its task, without what only other models of the task have: guidance, the
+    numbers of SDXL, a shallow UNet, a second decoder. A server opens no refiner.
+    """
+    unusable = {"refiner_start"}
+    if not can_guide(spec):
+        unusable |= {"negative_prompt", "guidance_rescale", "guidance_interval"}
+        unusable |= set() if embeds_guidance(spec) else {"guidance_scale"}
+    kind = micro_conditioning_kind(spec)
+    if kind is None:
+        unusable |= {"original_size", "crop_top_left"}
+    if kind != "target size":
+        unusable.add("target_size")
+    if kind != "aesthetic score":
+        unusable |= {"aesthetic_score", "negative_aesthetic_score"}
+    if spec.unet is None or spec.unet.shallow_blocks is None:
+        unusable.add("reuse")
+    if len(spec.decoders) == 1:
+        unusable.add("decoder")
+    return task_record(spec).takes - unusable
+
+
+def _num_classes(spec: ModelSpec) -> int | None:
+    """Return how many classes a request can name, of images or of pixels; None if there are none.
+
+    The null class is not one of them.
+    """
+    embedder, maps = spec.find(ClassEmbedderSpec), spec.find(SegmentationEncoderSpec)
+    if embedder is not None:
+        return embedder.num_classes - (embedder.null_class is not None)
+    return None if maps is None else maps.num_classes
+
+
+def _max_objects(spec: ModelSpec) -> int | None:
+    """Return how many objects a layout may have; None if a model takes no layouts."""
+    if "layout" not in task_record(spec).takes:
+        return None
+    return max_objects(spec.network(TextEncoderSpec))
 
 
 class ServedModels(Mapping[str, ServedModel]):
@@ -111,11 +157,6 @@ class ServedModels(Mapping[str, ServedModel]):
             message = f"there is no model {shortened!r}{hint}; this server has {names}"
             raise ServeError(404, "model_not_found", message, param="model")
         return self[name]
-
-
-def _classes(embedder: ClassEmbedderSpec) -> int:
-    """Return how many classes a request can name, which the null class is not one of."""
-    return embedder.num_classes - (embedder.null_class is not None)
 
 
 def _served(name: str, folder: Path) -> ServedModel:
