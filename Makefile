@@ -35,10 +35,12 @@ engines/manifest.json: .venv/demo.stamp
 # One worker per core, one thread per worker: most tests are too small to share, exports do not scale.
 # In the order of the files: else those of few tests come last, and few tests are slow ones.
 # A worker that dies ends the run: pytest-xdist would replace it, and then wait for its tests for ever.
+# The page's tests need Debian's package chromium and the loopback network, and come by themselves.
 test: .venv/test.stamp
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet" --no-sockets --numprocesses=auto --dist=loadfile \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet and not browser" --no-sockets --numprocesses=auto --dist=loadfile \
 		--max-worker-restart=0 \
 		--no-loadscope-reorder --cov=ldm_runtime --cov-fail-under=95
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser tests/browser
 	scripts/test_wheel.sh
 
 check: .venv/test.stamp

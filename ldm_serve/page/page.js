@@ -548,6 +548,7 @@ function pixel(red, green, blue, alpha) {
 function paintBox(name, chooser, palette, describe) {
   const canvas = make('canvas', { role: 'img' });
   const painting = new Painting(canvas, palette);
+  chooser.input.setAttribute('aria-label', 'Paint'); // without the names of all classes
   const size = make('input', { type: 'range', min: 1, max: 100, value: 20, 'aria-label': 'Brush size in percent of the width' });
   const changed = () => canvas.setAttribute('aria-label', `${labelOf(name)}: ${describe(painting)}`);
   const button = (text, act) => {
