@@ -1032,13 +1032,14 @@ async function generate() {
   setRunning(true);
   say('Sending…');
   if (matchMedia('(width < 56rem)').matches) $('result').scrollIntoView();
+  const { model } = page; // another may be chosen meanwhile
   try {
     const request = await collect();
     page.job = await submit(request);
     if (page.isCancelled) await cancel();
     const job = await follow(page.job);
     if (job.state === 'failed') throw new Refusal(job.error.message, job.error);
-    if (job.state === 'completed') await keepResults(job, request);
+    if (job.state === 'completed') await keepResults(job, request, model);
     if (job.state === 'cancelled') ended('Cancelled.');
   } catch (error) {
     setRunning(false);
@@ -1064,12 +1065,12 @@ async function cancel() {
 }
 
 /** Fetch the images of a job, since the server forgets them, and show the first. */
-async function keepResults(job, request) {
+async function keepResults(job, request, model) {
   const results = await Promise.all(job.images.map(async ({ url, seed, metadata }) => {
     const blob = await (await call(url)).blob();
     const { width, height, timings: { total: seconds } } = job;
     const fields = fieldsAlone(request, metadata.request);
-    return { url: URL.createObjectURL(blob), blob, seed, metadata, fields, model: page.model, width, height, seconds };
+    return { url: URL.createObjectURL(blob), blob, seed, metadata, fields, model, width, height, seconds };
   }));
   page.results.unshift(...results);
   for (const old of page.results.splice(MOST_KEPT)) if (old !== page.pinned) URL.revokeObjectURL(old.url);

@@ -53,6 +53,14 @@ def shown_bytes(page):
     return download.value.path().read_bytes()
 
 
+def copied(page, name):
+    """Return what a button copies."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name=f"Copy as {name}").click()
+    wait_for(lambda: said(page) == f"Copied as {name}.")
+    return page.evaluate("navigator.clipboard.readText()")
+
+
 def decoded(data_url):
     """Return the pixels of a data: URL of an image."""
     data = base64.b64decode(data_url.partition(",")[2])

@@ -9,6 +9,7 @@ from tests.browser.conftest import serving, wait_for
 from tests.browser.page_actions import (
     ask_for_much,
     choose,
+    copied,
     field,
     focused,
     generate,
@@ -243,14 +244,6 @@ def test_a_png_without_settings_is_one_sentence(page, tmp_path, content, reason)
     drop(page, path)
 
     page.get_by_role("alert").filter(has_text=f"noise.png {reason}").wait_for()
-
-
-def copied(page, name):
-    """Return what a button copies."""
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.get_by_role("button", name=f"Copy as {name}").click()
-    wait_for(lambda: said(page) == f"Copied as {name}.")
-    return page.evaluate("navigator.clipboard.readText()")
 
 
 @pytest.mark.parametrize("prompt", ["true", 'say "it\'s" \\ 大 <b>', "toString"])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import NAMES, wait_for
+from tests.browser.conftest import NAMES, TASKS, wait_for
 from tests.browser.page_actions import (
     choose,
+    copied,
     decoded,
     drag,
     field,
@@ -160,6 +161,24 @@ def test_a_segmentation_map_may_be_a_file(page, tmp_path):
     request = generate(page)
 
     np.testing.assert_array_equal(decoded(request["segmentation"]), pixels)
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+def test_the_copied_python_holds_the_inputs(page, bundles, tmp_path, monkeypatch, task):
+    choose(page, task)
+    if task == "layout-to-image":
+        page.get_by_role("button", name="Add a box").click()
+    elif task == "text-inpainting":
+        field(page, "image").set_input_files(noise_png(tmp_path))
+    if task != "layout-to-image":
+        drag(page, page.get_by_role("img", name="%"), (0.1, 0.5), (0.5, 0.5))
+    generate(page)
+    (tmp_path / task).symlink_to(bundles[task])
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(copied(page, "Python"), "copied", "exec"), {})  # noqa: S102
+
+    assert (tmp_path / "image.png").read_bytes() == shown_bytes(page)
 
 
 def test_a_result_becomes_the_input_of_the_next_request(page):
