@@ -6,13 +6,13 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo gallery serve test check docs bench peers gpu-report clean distclean
+.PHONY: help demo gallery serve test test-page check docs bench peers gpu-report clean distclean
 
 help:
 	@echo "make demo       export the small model that comes along and generate out/demo.png"
 	@echo "make gallery    export the examples of every other task and generate a sheet of each"
 	@echo "make serve      serve the small model over HTTP, on this machine alone"
-	@echo "make test       all tests, then the runtime's against the wheel, without torch"
+	@echo "make test       all tests, those of the page if there is chromium, then the wheel's, without torch"
 	@echo "make check      format, lint, imports, types, spelling, words and workflows"
 	@echo "make docs       write the pages and pictures of docs/ that come from the code"
 	@echo "make bench      measure this machine"
@@ -35,13 +35,17 @@ engines/manifest.json: .venv/demo.stamp
 # One worker per core, one thread per worker: most tests are too small to share, exports do not scale.
 # In the order of the files: else those of few tests come last, and few tests are slow ones.
 # A worker that dies ends the run: pytest-xdist would replace it, and then wait for its tests for ever.
-# The page's tests need Debian's package chromium and the loopback network, and come by themselves.
+# The page's tests need Debian's package chromium and the loopback network, and come after the others.
 test: .venv/test.stamp
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet and not browser" --no-sockets --numprocesses=auto --dist=loadfile \
 		--max-worker-restart=0 \
 		--no-loadscope-reorder --cov=ldm_runtime --cov-fail-under=95
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser tests/browser
+	@if command -v chromium >/dev/null; then $(MAKE) test-page; \
+		else echo "chromium is not on this machine: the page is not tested"; fi
 	scripts/test_wheel.sh
+
+test-page: .venv/test.stamp
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser tests/browser
 
 check: .venv/test.stamp
 	.venv/bin/ruff format --check
