@@ -196,6 +196,7 @@ function kindOf(name) {
   return { ...schema, ...(schema.anyOf?.find(each => each.type !== 'null') ?? {}) };
 }
 
+/** A text of one line, or of several rows. */
 function textControl(name, { rows = 0, placeholder = '' } = {}) {
   const input = rows ? make('textarea', { rows, placeholder }) : make('input', { type: 'text', placeholder });
   return labelled(name, input, {
@@ -204,6 +205,7 @@ function textControl(name, { rows = 0, placeholder = '' } = {}) {
   });
 }
 
+/** A number within the bounds of the schema and of the server; empty is the default. */
 function numberControl(name, kind) {
   const step = ['width', 'height'].includes(name) ? page.model.size_step : kind.type === 'integer' ? 1 : 'any';
   const least = ['width', 'height'].includes(name) ? step : kind.minimum;
@@ -261,6 +263,7 @@ function selectControl(name, values) {
   });
 }
 
+/** A box to tick. */
 function checkControl(name) {
   const input = make('input', { type: 'checkbox' });
   return labelled(name, input, { read: () => input.checked, write: value => { input.checked = Boolean(value); } });
@@ -305,6 +308,7 @@ function classList(names) {
   return 'class-names';
 }
 
+/** The class of an image. */
 function classControl(name) {
   const { input, read, write } = classChooser();
   return labelled(name, input, { read, write });
@@ -558,7 +562,8 @@ function paintBox(name, chooser, palette, describe) {
   };
   const fill = (...sides) => {
     painting.remember();
-    painting.rectangle(...sides.map((percent, index) => Math.round(percent / 100 * (index % 2 ? painting.height : painting.width))), chooser.read());
+    const pixels = sides.map((percent, index) => Math.round(percent / 100 * (index % 2 ? painting.height : painting.width)));
+    painting.rectangle(...pixels, chooser.read());
   };
   const tools = make('div', { className: 'row' },
     make('label', {}, 'Paint ', chooser.input), make('label', {}, 'Brush ', size),
@@ -593,7 +598,8 @@ function rectangleForm(fill, button) {
   const inputs = Object.values(sides).map(value => make('input', { type: 'number', min: 0, max: 100, value }));
   const fields = Object.keys(sides).map((text, index) => make('label', {}, `${text} %`, inputs[index]));
   const act = button('Fill rectangle', () => fill(...inputs.map(input => Number(input.value))));
-  return make('details', {}, make('summary', { textContent: 'Paint a rectangle by numbers' }), make('div', { className: 'numbers' }, ...fields, act));
+  const numbers = make('div', { className: 'numbers' }, ...fields, act);
+  return make('details', {}, make('summary', { textContent: 'Paint a rectangle by numbers' }), numbers);
 }
 
 /** Return how large something is to be painted so that it stays quick, in the proportions of an image. */
@@ -835,7 +841,7 @@ function makeControl(name) {
 
 /** Build the form of a model; values of fields that it shares with the last one stay. */
 async function showModel(model) {
-  const kept = Object.fromEntries([...page.controls.values()].filter(each => !FILE_FIELDS.has(each.name)).map(each => [each.name, valueOrNothing(each)]));
+  const kept = [...page.controls.values()].filter(each => !FILE_FIELDS.has(each.name)).map(each => [each.name, valueOrNothing(each)]);
   page.model = model;
   page.controls = new Map();
   page.restored = new Set();
@@ -849,7 +855,7 @@ async function showModel(model) {
   place($('more').lastElementChild, Object.keys(page.properties).filter(name => takes(name) && !placed.has(name)));
   $('start').hidden = needsImage || !start.length;
   $('more').hidden = !$('more').lastElementChild.children.length;
-  for (const [name, value] of Object.entries(kept)) if (value !== undefined) page.controls.get(name)?.write(value);
+  for (const [name, value] of kept) if (value !== undefined) page.controls.get(name)?.write(value);
   sizeChanged();
   $('onward').hidden = !page.controls.has('image');
 }
@@ -877,9 +883,11 @@ function sizeChanged() {
   for (const name of ['layout', 'segmentation']) page.controls.get(name)?.resize(width, height);
 }
 
+/** Offer the models, if there are several. */
 function showModels() {
   if (page.models.length < 2) return;
-  const select = make('select', { id: 'field-model' }, ...page.models.map(({ name, task }) => make('option', { value: name, textContent: `${name} (${task})` })));
+  const options = page.models.map(({ name, task }) => make('option', { value: name, textContent: `${name} (${task})` }));
+  const select = make('select', { id: 'field-model' }, ...options);
   select.addEventListener('change', () => showModel(page.models.find(each => each.name === select.value)));
   $('model').replaceChildren(make('label', { htmlFor: select.id, textContent: 'Model' }), select);
 }
@@ -935,6 +943,7 @@ function clearErrors() {
   for (const name of page.controls.keys()) clearError(name);
 }
 
+/** Take the error of a field away. */
 function clearError(name) {
   const target = page.controls.get(name)?.target;
   if (!target?.hasAttribute('aria-invalid')) return;
@@ -972,6 +981,7 @@ function askForKey() {
   $('key').focus();
 }
 
+/** Say something to the eye. */
 function say(text) {
   $('status').textContent = text;
 }
@@ -1115,7 +1125,8 @@ function showResult(result) {
 function showHistory() {
   $('past').hidden = false;
   $('history').replaceChildren(...page.results.map(result => {
-    const button = make('button', { type: 'button', 'aria-pressed': result === page.shown }, make('img', { src: result.url, alt: titleOf(result) }));
+    const image = make('img', { src: result.url, alt: titleOf(result) });
+    const button = make('button', { type: 'button', 'aria-pressed': result === page.shown }, image);
     button.addEventListener('click', () => showResult(result));
     return make('li', {}, button);
   }));
@@ -1132,9 +1143,15 @@ function showComparison() {
     make('img', { src: result.url, alt: titleOf(result) }), make('figcaption', { textContent: `${index ? 'Second' : 'First'}: seed ${result.seed}` })));
   const [first, second] = pair.map(({ metadata, model }) => ({ model: model.name, ...metadata.request }));
   const names = Object.keys(first).filter(name => toJson(first[name]) !== toJson(second[name]));
-  const cell = value => make('td', { textContent: isFileSummary(value) ? value.sha256.slice(0, 8) : typeof value === 'string' ? value : toJson(value ?? null) });
+  const cell = value => make('td', { textContent: settingText(value) });
   $('comparison').querySelector('tbody').replaceChildren(...names.map(name =>
     make('tr', {}, make('th', { scope: 'row', textContent: labelOf(name) }), cell(first[name]), cell(second[name]))));
+}
+
+/** Return the value of a setting as text; a file is the beginning of its hash. */
+function settingText(value) {
+  if (isFileSummary(value)) return value.sha256.slice(0, 8);
+  return typeof value === 'string' ? value : toJson(value ?? null);
 }
 
 /** Begin to compare the shown image with others, or end that. */
@@ -1176,7 +1193,9 @@ result.save("image.png")
 /** Return a value in Python's words; JSON has the same numbers and texts. */
 function pythonLiteral(value) {
   if (Array.isArray(value)) return `[${value.map(pythonLiteral).join(', ')}]`;
-  if (value !== null && typeof value === 'object') return `{${Object.entries(value).map(pair => pair.map(pythonLiteral).join(': ')).join(', ')}}`;
+  if (value !== null && typeof value === 'object') {
+    return `{${Object.entries(value).map(pair => pair.map(pythonLiteral).join(': ')).join(', ')}}`;
+  }
   return PYTHON_NAMES.get(value) ?? toJson(value);
 }
 
