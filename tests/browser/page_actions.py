@@ -22,7 +22,7 @@ def field(page, name):
 
 def ask_for_much(page):
     """Ask for images that take long enough to look at their progress and to cancel them."""
-    much = {"width": 512, "height": 512, "num_inference_steps": 200, "num_images": 4}
+    much = {"width": 256, "height": 256, "num_inference_steps": 200, "num_images": 10}
     for name, value in much.items():
         field(page, name).fill(str(value))
 

@@ -66,7 +66,7 @@ def test_progress_and_previews_are_shown_while_steps_are_done(page):
     bar = page.get_by_role("progressbar", name="Progress")
     first = int(bar.get_attribute("aria-valuenow"))
     wait_for(lambda: int(bar.get_attribute("aria-valuenow")) > first)
-    assert "of 800" in bar.get_attribute("aria-valuetext")
+    assert "of 2000" in bar.get_attribute("aria-valuetext")
     assert page.locator("#result").get_attribute("aria-busy") == "true"
     page.get_by_role("button", name="Cancel").click()
     wait_for(lambda: said(page) == "Cancelled.")
