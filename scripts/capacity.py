@@ -63,9 +63,7 @@ class Assumptions:
 
 
 _NOTES = {
-    "gpus_per_server": "behind one queue",
     "peak_tflops": "H100 SXM, NVIDIA's data sheet",
-    "max_batch": "the default of `--max-batch`",
     "fixed_share": "launches of kernels, and what a small batch leaves idle",
     "variation": "half to one and a half times the steps, all as frequent",
     "failure_hours": "419 in 54 days of 16,384 GPUs: Llama 3, arXiv 2407.21783, section 3.3.4",
@@ -201,9 +199,9 @@ def _inputs(assumed: Assumptions, known: Measured) -> Iterator[str]:
     yield f"| operations of an image | {flops / 1e12:.1f} × 10¹² | counted: Stable Diffusion 1.5 |"
     source = "measured on a CPU, the UNet in `latency.jsonl`; **assumed** of GPUs"
     yield f"| share of the peak | {100 * known.efficiency:.0f} % | {source} |"
-    size = f"{known.bundle_bytes / 1e9:.2f} GB"
-    yield f"| bundle | {size} | measured: `export_full_size.jsonl` |"
-    yield f"| import | {known.import_seconds:.2f} s | measured: `latency.jsonl` |"
+    size, seconds = f"{known.bundle_bytes / 1e9:.2f} GB", f"{known.import_seconds:.2f} s"
+    source = "measured: `export_full_size.jsonl` and `latency.jsonl`"
+    yield f"| bundle, and import | {size}, {seconds} | {source} |"
     plain = []
     for field in fields(assumed):
         flag, value = f"`--{_flag(field.name)}`", f"{getattr(assumed, field.name):,g}"

@@ -256,7 +256,7 @@ def test_the_lines_of_the_page_name_what_there_is(line):
     if words[:2] == ["ldm", "serve"]:
         assert settings(words[2:])[1].bundles
     else:
-        assert words[0] in ("docker", "kubectl", "curl")
+        assert words[0] in ("docker", "kubectl", "curl", "cd")
 
 
 def test_the_container_is_run_as_it_was_made():
@@ -273,6 +273,16 @@ def test_the_container_is_run_as_it_was_made():
     assert options["-v"].split(":")[1:] == [str(found.bundles["engines"]), "ro"]
     (extras,) = re.findall(r"`--build-arg EXTRAS=([\w,]+)`", PAGE)
     assert set(extras.split(",")) < EXTRAS.keys()
+
+
+def test_ray_is_given_flags_of_ldm_serve_by_the_page_and_by_the_file():
+    (line,) = (line for line in LINES if "serve run" in line)
+    usage = line.removeprefix("cd deploy && ")
+
+    assert usage in (DEPLOY / "ray_serve.py").read_text()
+    *command, module, flags = shlex.split(usage)
+    assert (command, module) == (["serve", "run"], "ray_serve:application")
+    assert settings(shlex.split(flags.removeprefix("flags=")))[1].bundles
 
 
 def test_the_secret_of_the_page_is_that_of_the_pods():
