@@ -277,7 +277,7 @@ def test_a_first_stage_is_shown_by_latents_and_what_they_become(tmp_path):
         latents = engines["vae_encoder"].run({"image": pixels})["moments"]
         (decoded,) = engines["vae_decoder"].run({"latents": latents})["image"]
         with np.load(tmp_path / name / "golden.npz") as arrays:
-            np.testing.assert_allclose(arrays["latents"], latents, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(arrays["latents"], latents, rtol=1e-4, atol=1e-4)
         with Image.open(tmp_path / name / "0.png") as image:
             wanted = np.clip(decoded / 2 + 0.5, 0, 1).transpose(1, 2, 0) * 255
             np.testing.assert_allclose(np.asarray(image), wanted, atol=1)
