@@ -26,6 +26,16 @@ def test_every_look_has_its_own_label_and_a_name():
     assert len(set(labels.label_names())) == 24
 
 
+def test_every_class_of_a_map_has_the_name_of_what_is_there():
+    names = labels.class_names()
+
+    assert len(set(names)) == labels.NUM_CLASSES
+    assert names[labels.background_class("gray", gradient=True)] == "gray gradient"
+    (red_cross,) = set(labels.class_map([thing("cross")], "white", gradient=False).flat) - {0}
+    assert names[0] == "white plain"
+    assert names[red_cross] == "red cross"
+
+
 @pytest.mark.parametrize("kind", scenes.SHAPES)
 def test_a_box_holds_all_of_its_thing_and_no_more(kind):
     one = thing(kind, x=30.3, y=27.8, radius=11.4)

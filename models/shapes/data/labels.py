@@ -84,6 +84,12 @@ def background_class(background: str, *, gradient: bool) -> int:
     return 2 * _BACKGROUNDS.index(background) + int(gradient)
 
 
+def class_names() -> list[str]:
+    """Return the names of the classes of pixels, such as "white gradient", in order."""
+    backgrounds = [f"{name}{kind}" for name in _BACKGROUNDS for kind in (" plain", " gradient")]
+    return [*backgrounds, *label_names()]
+
+
 def class_map(things: Iterable[scenes.Thing], background: str, *, gradient: bool) -> ClassIds:
     """Return the class (SIZE, SIZE) of every pixel of a scene, or of a reading of an image."""
     ids = np.full((scenes.SIZE, scenes.SIZE), background_class(background, gradient=gradient))

@@ -1,10 +1,13 @@
 """Writes a trained model as one CompVis checkpoint, in fp16, with its configuration next to it."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import torch
 
 from models.shapes.catalog.models import TrainedModel
 from models.shapes.data import scenes
-from models.shapes.data.labels import label_names
+from models.shapes.data.labels import class_names, label_names
 from models.shapes.training.bert_text import load_words
 from models.shapes.training.checkpoint_writer import (
     averaged_state,
@@ -20,8 +23,14 @@ from models.shapes.training.trainer import HERE
 from models.shapes.training.velocity import alphas_cumprod
 from models.shapes.training.vq import halves_of, load_vq
 
-#: Tasks whose requests name the labels of things.
-_LABELLED = ("class-to-image", "layout-to-image")
+#: Names of what the requests of a task number.
+_NAMES: Mapping[str, Callable[[], list[str]]] = MappingProxyType(
+    {
+        "class-to-image": label_names,
+        "layout-to-image": label_names,
+        "semantic-synthesis": class_names,
+    }
+)
 #: Bytes that a checkpoint may have, so that all of them can come along.
 MOST_BYTES = 12_000_000
 
@@ -63,5 +72,5 @@ def config_of(model: TrainedModel) -> ModelConfig:
         schedule=model.noise.schedule,
         latent_size=scenes.SIZE // spec.factor,
         sampling=model.sampling,
-        label_names=tuple(label_names()) if model.task in _LABELLED else (),
+        label_names=tuple(_NAMES.get(model.task, list)()),
     )
