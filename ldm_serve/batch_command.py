@@ -4,12 +4,14 @@ import argparse
 import asyncio
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
 from ldm_runtime.cli.messages import reporting, say
 from ldm_runtime.cli.parsing import Parser, add_json_flag
+from ldm_runtime.errors import RequestError
 from ldm_serve.engine_flags import add_engine_arguments, add_worker_arguments, engine_settings
 from ldm_serve.executors.contract import Executor
 from ldm_serve.settings import EngineSettings
@@ -53,9 +55,21 @@ def add_batch_command(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--executor",
         choices=tuple(_EXECUTORS),
         default="process",
-        help="where images are generated: worker processes, or this one (default: process)",
+        help="where images are generated: worker processes, this one, or the nodes of a Ray "
+        "cluster (default: process)",
     )
     add_worker_arguments(work)
+    cluster = parser.add_argument_group("Ray")
+    cluster.add_argument(
+        "--address", metavar="HOST:PORT", help="running cluster, of which this machine is a node"
+    )
+    cluster.add_argument(
+        "--worker-gpus",
+        type=_gpus,
+        default=0.0,
+        metavar="N",
+        help="GPUs that a worker takes of its node, which may be a part of one (default: 0)",
+    )
     add_engine_arguments(parser)
     add_json_flag(parser, "print the counts as JSON")
     parser.set_defaults(run=batch)
@@ -65,7 +79,8 @@ def batch(args: argparse.Namespace) -> int:
     """Run `ldm batch`.
 
     Raises:
-        RequestError: A request or a flag is wrong; nothing is generated then.
+        RequestError: A request or a flag is wrong, or a cluster has no token; nothing is generated
+            then.
         BundleError: The bundle is not one, or incomplete.
         BatchError: The folder cannot be written to, or no worker stays alive.
     """
@@ -74,6 +89,8 @@ def batch(args: argparse.Namespace) -> int:
     from ldm_serve.batch.run import BatchRun
     from ldm_serve.batch.units import BatchModel, RequestFile
 
+    if args.address is not None and args.executor != "ray":
+        raise RequestError("address", f"is of --executor ray, not of {args.executor}")
     model = BatchModel.of_bundle(args.bundle)
     with BatchFolder(args.out) as folder:
         units = RequestFile(args.requests, model, folder.seed)
@@ -93,6 +110,15 @@ def batch(args: argparse.Namespace) -> int:
     return 1 if counts.failed else 0
 
 
+def _gpus(text: str) -> float:
+    """Return a number of GPUs as Ray takes it."""
+    with suppress(ValueError):
+        gpus = float(text)
+        if 0 <= gpus <= 1 or (gpus > 0 and gpus.is_integer()):
+            return gpus
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a part of 1")
+
+
 def _inline(args: argparse.Namespace, settings: EngineSettings) -> Executor:
     from ldm_serve.executors.inline import InlineExecutor
 
@@ -105,6 +131,22 @@ def _process(args: argparse.Namespace, settings: EngineSettings) -> Executor:
     return ProcessExecutor({_MODEL: args.bundle}, settings, workers=args.workers)
 
 
+def _ray(args: argparse.Namespace, settings: EngineSettings) -> Executor:
+    if args.address is None:
+        raise RequestError(
+            "address", "--executor ray needs --address HOST:PORT, the head of a running cluster"
+        )
+    from ldm_serve.executors.ray import RayExecutor
+
+    return RayExecutor(
+        {_MODEL: args.bundle},
+        settings,
+        address=args.address,
+        workers=args.workers,
+        gpus=args.worker_gpus,
+    )
+
+
 _EXECUTORS: Mapping[str, Callable[[argparse.Namespace, EngineSettings], Executor]] = (
-    MappingProxyType({"process": _process, "inline": _inline})
+    MappingProxyType({"process": _process, "inline": _inline, "ray": _ray})
 )

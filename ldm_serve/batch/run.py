@@ -16,7 +16,7 @@ from ldm_serve.executors.messages import Event, Failed, Finished, Work
 
 #: Most parts of a run that progress tells of.
 _PARTS = 20
-#: Deaths of workers, with no image in between, after which there is no use in more.
+#: Deaths per worker, with no image in between, after which there is no use in more.
 _MAX_DEATHS = 5
 
 
@@ -55,6 +55,7 @@ class BatchRun:
         self._running: dict[str, Unit] = {}
         self._events: deque[Event] = deque()
         self._generated = self._found = self._failed = self._restarts = 0
+        self._workers = 1
 
     @property
     def counts(self) -> BatchCounts:
@@ -158,8 +159,9 @@ class BatchRun:
 
     def _check_workers(self, stats: ExecutorStats) -> None:
         """Give up on workers that end before they have done anything."""
-        is_over = stats.workers == 0 and stats.restarts == 0  # it replaces none
-        if not stats.is_ready and (is_over or stats.restarts - self._restarts >= _MAX_DEATHS):
+        self._workers = max(self._workers, stats.workers)
+        is_hopeless = stats.restarts - self._restarts >= _MAX_DEATHS * self._workers
+        if not stats.is_ready and (stats.is_over or is_hopeless):
             raise BatchError(f"no worker stays alive: {stats.reason}")
 
 

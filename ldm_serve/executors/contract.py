@@ -16,6 +16,7 @@ class ExecutorStats:
         room: Images that could be begun at once.
         workers: Workers that live.
         restarts: Workers that were replaced since the start.
+        is_over: Whether no worker lives and none will.
         backend: Backend that runs the networks, once it is known.
         precision: Precision that they compute in.
         reason: Why it is not ready, in a sentence.
@@ -25,6 +26,7 @@ class ExecutorStats:
     room: int
     workers: int
     restarts: int
+    is_over: bool = False
     backend: str = ""
     precision: str = ""
     reason: str = ""

@@ -68,6 +68,7 @@ class InlineExecutor:
             room=0 if ready is None else room,
             workers=0 if self._is_over else 1,
             restarts=0,
+            is_over=self._is_over,
             backend="" if ready is None else ready.backend,
             precision="" if ready is None else ready.precision,
             reason="" if ready is not None else self._reason,

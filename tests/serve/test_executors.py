@@ -86,7 +86,7 @@ def pixels(event, index=0):
 
 
 def worker_pids(executor):
-    return [worker.process.pid for worker in executor._workers]
+    return [worker.process.pid for worker in executor._pool.workers]
 
 
 @pytest.fixture(params=["inline", "process"])
@@ -184,8 +184,8 @@ def test_a_job_that_ends_its_workers_takes_no_other_with_it(bundle, expected):
                 work(f"good{seed}", {**QUICK, "num_inference_steps": 200, "seed": seed})
             )
         await events.step_of("good2")
-        while "poison" in executor._attempts:
-            for worker in list(executor._workers):
+        while "poison" in executor._pool._attempts:
+            for worker in list(executor._pool.workers):
                 if "poison" in worker.jobs:
                     worker.process.kill()
             await asyncio.sleep(0.01)
@@ -217,7 +217,7 @@ def test_two_workers_share_the_work(bundle):
         await events.until(lambda: executor.stats().room == 8)
         for number in range(6):
             executor.submit(work(f"job{number}", QUICK))
-        images = [worker.images() for worker in executor._workers]
+        images = [worker.images() for worker in executor._pool.workers]
         for number in range(6):
             await events.end_of(f"job{number}")
         return images
