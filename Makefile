@@ -6,13 +6,14 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo gallery serve test test-page check docs bench peers gpu-report clean distclean
+.PHONY: help demo gallery serve test test-page test-ray check docs bench peers gpu-report clean distclean
 
 help:
 	@echo "make demo       export the small model that comes along and generate out/demo.png"
 	@echo "make gallery    export the examples of every other task and generate a sheet of each"
 	@echo "make serve      serve the small model over HTTP, on this machine alone"
 	@echo "make test       all tests, those of the page if there is chromium, then the wheel's, without torch"
+	@echo "make test-ray   the tests that start a Ray cluster on this machine, which takes two minutes"
 	@echo "make check      format, lint, imports, types, spelling, words and workflows"
 	@echo "make docs       write the pages and pictures of docs/ that come from the code"
 	@echo "make bench      measure this machine"
@@ -37,7 +38,7 @@ engines/manifest.json: .venv/demo.stamp
 # A worker that dies ends the run: pytest-xdist would replace it, and then wait for its tests for ever.
 # The page's tests need Debian's package chromium and the loopback network, and come after the others.
 test: .venv/test.stamp
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet and not browser" --no-sockets --numprocesses=auto --dist=loadfile \
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not gpu and not quiet and not browser and not ray" --no-sockets --numprocesses=auto --dist=loadfile \
 		--max-worker-restart=0 \
 		--no-loadscope-reorder --cov=ldm_runtime --cov-fail-under=95
 	@if command -v chromium >/dev/null; then $(MAKE) test-page; \
@@ -46,6 +47,10 @@ test: .venv/test.stamp
 
 test-page: .venv/test.stamp
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m browser tests/browser
+
+# Ray is large and needs sockets, hence an environment of its own and no part of `make test`.
+test-ray: .venv-ray/test.stamp
+	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/serve/test_ray.py
 
 check: .venv/test.stamp
 	.venv/bin/ruff format --check
@@ -87,7 +92,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-peers .venv-wheel*
+	rm -rf .venv .venv-peers .venv-ray .venv-wheel*
 
 # What the demo needs is installed first and alone, so that it does not wait for the test tools.
 .venv/demo.stamp: $(PINS)
@@ -98,6 +103,13 @@ distclean: clean
 
 .venv/serve.stamp: .venv/demo.stamp
 	$(PIP) --editable '.[serve]'
+	touch $@
+
+.venv-ray/test.stamp: $(PINS)
+	@echo "installing into .venv-ray"
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,serve,ray]' \
+		httpx2 pytest pytest-timeout
 	touch $@
 
 .venv/test.stamp: $(PINS)

@@ -16,7 +16,7 @@ class ExecutorStats:
         room: Images that could be begun at once.
         workers: Workers that live.
         restarts: Workers that were replaced since the start.
-        is_over: Whether no worker lives and none will.
+        is_over: Whether no worker lives and none will be started.
         backend: Backend that runs the networks, once it is known.
         precision: Precision that they compute in.
         reason: Why it is not ready, in a sentence.

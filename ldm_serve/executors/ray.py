@@ -63,7 +63,7 @@ class RayExecutor:
     ) -> None:
         self._bundles, self._address = bundles, address
         self._settings = replace(settings, threads=settings.threads or 1)
-        self._resources = {"num_cpus": self._settings.threads, "num_gpus": gpus}
+        self._cpus, self._gpus = settings.threads or 1, gpus
         self._count, self._stall_seconds = workers, stall_seconds
         self._pool: WorkerPool[_Actor] = WorkerPool(settings.max_batch)
         self._refused: set[str] = set()  # identifiers of nodes
@@ -111,7 +111,7 @@ class RayExecutor:
         self._connection.close()
 
     def _spawn(self) -> None:
-        options = {**_ONCE, **self._resources}
+        options = {**_ONCE, "num_cpus": self._cpus, "num_gpus": self._gpus}
         if self._refused:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._refused)})"}
         actor_class = ray.remote(RayWorker).options(**options)
@@ -189,8 +189,8 @@ class RayExecutor:
         self._spawn()
 
     def _refuse(self, actor: _Actor, error: NodeError) -> None:
-        """Place the worker of a node elsewhere, if there is another node."""
-        nodes = live_nodes()
+        """Place the worker of a node elsewhere, if another node is large enough."""
+        nodes = live_nodes(self._cpus, self._gpus)
         self._reason = f"node {nodes.get(error.node, error.node)} {error}"
         _LOGGER.error("%s", self._reason)
         ray.kill(actor.handle)

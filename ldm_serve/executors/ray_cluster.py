@@ -1,7 +1,7 @@
 """The Ray cluster of a batch: connected to with token authentication, or not at all.
 
 Ray is imported at this one place, because its authentication and its usage statistics are decided
-when it is. Whoever reaches a cluster without authentication runs code on all of its nodes
+when it is. All who reach a cluster without authentication can run code on its nodes
 (CVE-2023-48022), hence Ray has tokens from 2.52 on:
 https://docs.ray.io/en/latest/ray-security/token-auth.html
 """
@@ -63,18 +63,24 @@ def connected(address: str) -> Iterator[None]:
     _refuse_without_token(host)
     _check_answer(host, port)
     _connect(address)
-    try:
-        for node_address in live_nodes().values():
-            _refuse_without_token(node_address)
-        with redirect_stdout(_Messages()):
+    with redirect_stdout(_Messages()):
+        try:
+            for node_address in live_nodes().values():
+                _refuse_without_token(node_address)
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()  # prints what it has held back
 
 
-def live_nodes() -> dict[str, str]:
-    """Return the addresses of the nodes that live, by their identifiers."""
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+def live_nodes(cpus: float = 0, gpus: float = 0) -> dict[str, str]:
+    """Return the addresses of the nodes that live and have so much, by their identifiers."""
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["Resources"].get("CPU", 0) >= cpus
+        and node["Resources"].get("GPU", 0) >= gpus
+    }
 
 
 def this_node() -> str:
