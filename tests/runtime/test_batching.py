@@ -23,6 +23,7 @@ from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks, tiny_requests, tiny_spec
+from tests.runtime.ctrl_c import output_of_interrupted
 
 SECONDS = 30  # what no test here takes unless a thread waits for ever
 
@@ -417,14 +418,12 @@ def test_an_error_leaves_no_arrays_behind():
 
 @pytest.mark.parametrize("place", ["loop", "network"])
 def test_an_interrupt_stops_the_loops_wherever_it_arrives(place):
-    """In a process of its own, so that no interrupt can reach what runs the tests."""
     code = f"""
-import os, signal, threading, time
+import time
 import numpy as np
 from ldm_runtime.pipeline.batching import run_together
 from ldm_runtime.testing import FakeEngine
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 signals = iter([signal.SIGINT])
 
 def interrupt(value):
@@ -449,11 +448,7 @@ except KeyboardInterrupt:
     print("interrupted", [each.name for each in threading.enumerate()])
 """
 
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS - 5
-    )
-
-    assert done.stdout == "interrupted ['MainThread']\n", done.stderr
+    assert output_of_interrupted(code) == "interrupted ['MainThread']\n"
 
 
 def test_a_process_ends_although_a_generator_is_half_consumed():

@@ -1,10 +1,8 @@
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from ldm_runtime.engines.records import (
 from ldm_runtime.engines.store import add_engines
 from ldm_runtime.engines.trust import is_trusted_engine
 from ldm_runtime.errors import BundleError, EngineBuildError
+from tests.runtime.ctrl_c import output_of_interrupted
 from tests.runtime.fake_tensorrt import GPU_NAME, FakeTensorRT
 
 GPU = Gpu(name=GPU_NAME, compute_capability=(9, 0), driver_version="13.0")
@@ -99,14 +98,6 @@ def vendor(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     return module
-
-
-@pytest.fixture
-def ctrl_c_raises():
-    """Ctrl-C as in a terminal; a job in the background begins with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def write_manifest(bundle, manifest):
@@ -387,14 +378,24 @@ def test_a_profile_that_the_library_refuses_is_an_error(tmp_path, vendor):
         build_engine(Path("x"), replace(RECORD.build_spec, profiles=(bad,)), tmp_path / "a.plan")
 
 
-def test_ctrl_c_cancels_the_build_and_leaves_no_plan(bundle, vendor, ctrl_c_raises):
-    vendor.is_interrupted = True
+def test_ctrl_c_cancels_the_build_and_leaves_no_plan(bundle):
+    code = f"""
+from pathlib import Path
+from ldm_runtime.engines.build_specs import EngineOptions
+from ldm_runtime.engines.store import add_engines
+from tests.runtime.fake_tensorrt import FakeTensorRT
 
-    with pytest.raises(KeyboardInterrupt):
-        add_engines(bundle, RTX)
+module = FakeTensorRT()
+module.is_interrupted = True
+sys.modules["tensorrt_rtx"] = module
+try:
+    add_engines(Path({str(bundle)!r}), EngineOptions(builder="tensorrt_rtx"))
+except KeyboardInterrupt:
+    print("interrupted", [each.name for each in threading.enumerate()])
+"""
 
+    assert output_of_interrupted(code) == "interrupted ['MainThread']\n"
     assert list(bundle.glob("tensorrt/**/*.plan")) == []
-    assert "engine build" not in {thread.name for thread in threading.enumerate()}
     assert_whole(bundle)
 
 
