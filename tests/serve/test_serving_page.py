@@ -33,17 +33,27 @@ def test_the_blocks_of_python_run(server, bundle, tmp_path, monkeypatch):
         assert image.tobytes() == generator(prompt, seed=7).image.tobytes()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()],
-)
-def test_the_commands_are_accepted(line):
-    words = [word for word in shlex.split(line, comments=True) if not word.startswith("LDM_")]
+def words_of(line):
+    """Return the words of a command, without variables before it."""
+    return [word for word in shlex.split(line, comments=True) if not word.startswith("LDM_")]
 
-    assert words[:2] == ["ldm", "serve"]
-    assert settings_of(
-        build_parser().parse_args(words[1:]), {"LDM_SERVE_KEYS": f"alice:{'k' * 22}"}
-    ).bundles
+
+LINES = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+COMMANDS = [words for words in map(words_of, LINES) if words[0] == "ldm"]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_the_commands_are_accepted(words):
+    args = build_parser().parse_args(words[1:])
+
+    if words[1] == "serve":
+        assert settings_of(args, {"LDM_SERVE_KEYS": f"alice:{'k' * 22}"}).bundles
+    else:
+        assert args.command == words[1]
+
+
+def test_the_page_shows_both_commands():
+    assert {words[1] for words in COMMANDS} == {"serve", "batch"}
 
 
 def test_every_path_of_the_table_is_answered(client):
