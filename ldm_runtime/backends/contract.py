@@ -246,5 +246,11 @@ class EngineSource:
         files.add(self.component.weights_file)
         return tuple(record.sha256 for record in self.manifest.files if record.path in files)
 
+    @property
+    def weights_bytes(self) -> int:
+        """The size of the component's weights."""
+        files = {record.path: record.size_bytes for record in self.manifest.files}
+        return files[self.component.weights_file]
+
     def _checked(self, path: str) -> Path:
         return checked_file(self.bundle, self.manifest, path, hashed=self.check_hashes)

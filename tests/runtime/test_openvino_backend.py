@@ -20,7 +20,7 @@ from ldm_runtime.backends import choose_backend, get_backend
 from ldm_runtime.backends.contract import EngineSource, RunOptions
 from ldm_runtime.backends.openvino import library
 from ldm_runtime.backends.openvino.compiled_models import Latest, cache_for
-from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
+from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine, kept_shapes
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.measures import psnr, relative_l2
 from ldm_runtime.diagnostics.verify import verify
@@ -209,6 +209,15 @@ def test_the_last_shapes_are_kept_and_no_more():
 
     assert [latest[key] for key in "ababcba"] == list("ababcba")
     assert made == list("abca")  # a was the one not used for longest when c came
+
+
+def test_small_networks_keep_more_shapes_than_large_ones(tiny_bundle, cache):
+    with get_backend("openvino").open_engine(source_of(tiny_bundle)) as engine:
+        for batch in (1, 2, 3, 4):
+            engine.run(random_inputs("unet", batch=batch))
+        assert len(engine._compiled._values) == 4
+
+    assert [kept_shapes(size) for size in (0, 10**6, 3 * 10**8, 10**9, 10**10)] == [16, 16, 3, 2, 2]
 
 
 @pytest.mark.parametrize(

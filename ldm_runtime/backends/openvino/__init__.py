@@ -49,7 +49,7 @@ ABILITIES = Abilities(
 def open_engine(source: EngineSource) -> "OpenVinoEngine":
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
     from ldm_runtime.backends.openvino.compiled_models import cache_for
-    from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
+    from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine, kept_shapes
 
     path = source.graph("fp32")
     component = source.component
@@ -58,6 +58,7 @@ def open_engine(source: EngineSource) -> "OpenVinoEngine":
         threads=source.threads,
         # What was not compared with the hashes must not be found by them later.
         cache=cache_for(source.hashes("fp32")) if source.check_hashes else None,
+        kept=kept_shapes(source.weights_bytes),
     )
     sizes = axis_sizes(source.manifest.spec, component.name)
     return OpenVinoEngine(path, component, sizes, compilation, spec=source.manifest.spec)

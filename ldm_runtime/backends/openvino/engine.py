@@ -18,9 +18,9 @@ from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec
 
-#: Compiled shapes of a component that stay in memory. Each has its own copy of the weights, in the
-#: order and precision of its kernels.
-KEPT_SHAPES = 2
+#: Compiled shapes of a component that stay in memory, at least and at most, and bytes of weights
+#: that they may have together. Each has its own copy, in the order and precision of its kernels.
+FEWEST_SHAPES, MOST_SHAPES, MOST_BYTES = 2, 16, 1_000_000_000
 _HINTS: Mapping[str, str] = {"fp32": "f32", "bf16": "bf16"}
 
 #: The lengths of every axis of every input, by which a compiled model is known.
@@ -35,11 +35,25 @@ class Compilation:
         precision: "fp32", or "bf16" inside while inputs and outputs stay in fp32.
         threads: Compute threads; None is one per physical core that this process may use.
         cache: Folder of compiled models, or None without one.
+        kept: Compiled shapes that stay in memory.
     """
 
     precision: Precision
     threads: int | None = None
     cache: Path | None = None
+    kept: int = FEWEST_SHAPES
+
+
+def kept_shapes(weights_bytes: int) -> int:
+    """Return how many compiled shapes of a component stay in memory.
+
+    Requests that share calls of a network differ in their number from call to call, so that fewer
+    would be compiled again and again.
+
+    Args:
+        weights_bytes: Size of its weights.
+    """
+    return max(FEWEST_SHAPES, min(MOST_SHAPES, MOST_BYTES // max(1, weights_bytes)))
 
 
 class OpenVinoEngine(HostEngine):
@@ -89,7 +103,7 @@ class OpenVinoEngine(HostEngine):
             shaped.reshape({name: list(shape) for name, shape in shapes})
             return _CompiledModel(core.compile_model(shaped, "CPU", settings))
 
-        self._compiled: Latest[_Shapes, _CompiledModel] | None = Latest(compiled, KEPT_SHAPES)
+        self._compiled: Latest[_Shapes, _CompiledModel] | None = Latest(compiled, compilation.kept)
 
     def _opened(self) -> Compute | None:
         compiled = self._compiled
