@@ -20,19 +20,16 @@ from ldm_runtime.inputs.reading import NamedBytes, read_bytes
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.networks import TextEncoderSpec
 from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.lazy_tensors import open_tensors
 from ldm_runtime.tensor_files.pickle_reader import PickleContents
-from ldm_runtime.tensor_files.safetensors_header import is_safetensors, read_safetensors_header
 from ldm_runtime.tensor_files.tensor_extent import TensorExtent, check_name
-from ldm_runtime.tensor_files.tensor_values import tensor_values
-from ldm_runtime.tensor_files.torch_archive import ZIP_MAGIC, open_torch_archive
-from ldm_runtime.tensor_files.torch_legacy import is_torch_legacy, open_torch_legacy
 from ldm_runtime.tensor_files.torch_records import TensorRecord
 from ldm_runtime.tensor_files.torch_state_dict import FindTensor
 from ldm_runtime.text import LearnedWord
 
 #: Most bytes of a file: fifty times what the longest word of SDXL needs.
 _MAX_BYTES = 32 << 20
-_HEAD_BYTES = 512
+_WANTED = "give a textual inversion as .pt, .bin or .safetensors"
 _BRACKETS = frozenset("()[]\\")  # the syntax of a prompt
 #: The kind of text encoder that a tensor is for, by its name in files for two.
 _KINDS: Mapping[str, str] = MappingProxyType({"clip_l": "clip", "clip_g": "openclip"})
@@ -90,7 +87,8 @@ def _read(word: str, file: object, encoders: Encoders) -> LearnedWord:
         )
     named = read_bytes(file, _MAX_BYTES)
     try:
-        tensors = dict(_tensors(named.data))
+        lazy, _ = open_tensors(np.frombuffer(named.data, np.uint8), _pickled_extents, _WANTED)
+        tensors = {name: tensor.numpy() for name, tensor in lazy.items()}
         vectors = {
             name: _checked(tensors[key], name, encoders[name])
             for name, key in _keys_of(tensors, encoders).items()
@@ -102,34 +100,6 @@ def _read(word: str, file: object, encoders: Encoders) -> LearnedWord:
         text=word,
         vectors=MappingProxyType(vectors),
         sha256=hashlib.sha256(named.data).hexdigest(),
-    )
-
-
-def _tensors(data: bytes) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    """Yield the tensors of a file by name.
-
-    Raises:
-        FormatError: The file is not one of those formats, or is damaged.
-    """
-    buffer = np.frombuffer(data, dtype=np.uint8)
-    for name, extent in _extents(data).items():
-        try:
-            yield name, tensor_values(extent, buffer)
-        except FormatError as error:
-            raise FormatError(f"has a tensor {name!r} which {error}") from error
-
-
-def _extents(data: bytes) -> Mapping[str, TensorExtent]:
-    head, view = data[:_HEAD_BYTES], memoryview(data)
-    if head.startswith(ZIP_MAGIC):
-        return _pickled_extents(*open_torch_archive(view))
-    if is_torch_legacy(head):
-        return _pickled_extents(*open_torch_legacy(view))
-    if is_safetensors(head):
-        return read_safetensors_header(view)[0]
-    raise FormatError(
-        "is neither a torch nor a safetensors file; give a textual inversion as .pt, .bin or "
-        ".safetensors"
     )
 
 

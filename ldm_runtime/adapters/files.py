@@ -1,0 +1,176 @@
+"""Files of adapters, such as LoRA: their layers by component and name, read when they are used.
+
+Both formats of torch and safetensors are read; a pickle is interpreted and runs nothing, see
+`tensor_files.pickle_reader`.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_runtime.adapters.layers import AdapterLayer
+from ldm_runtime.adapters.peft_header import Settings, alpha_of, is_rank_stabilised, peft_settings
+from ldm_runtime.adapters.spellings import (
+    LayerName,
+    Spelled,
+    is_checkpoint,
+    understood,
+    unsupported,
+)
+from ldm_runtime.tensor_files.errors import FormatError
+from ldm_runtime.tensor_files.lazy_tensors import LazyTensor, open_tensors
+from ldm_runtime.tensor_files.pickle_reader import PickleContents
+from ldm_runtime.tensor_files.tensor_extent import TensorExtent
+from ldm_runtime.tensor_files.torch_state_dict import FindTensor, state_dict_of
+
+__all__ = ["AdapterFile", "LayerName", "read_adapter"]
+
+_WANTED = "give an adapter as .safetensors, .pt, .bin or .ckpt"
+_SUPPORTED = "LoRA, LoCon, LoHa, LoKr, DoRA and full differences are read"
+
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """An adapter.
+
+    Attributes:
+        name: The file's name in messages.
+        sha256: Of the file, in hexadecimal digits.
+        layers: Its layers; a name is the component ("unet", "text_encoder" or "text_encoder_2") and
+            the path of the layer, joined with "_".
+        metadata: The file's own metadata: untrusted text, to be escaped before it is shown.
+    """
+
+    name: str
+    sha256: str
+    layers: Mapping[LayerName, AdapterLayer]
+    metadata: Mapping[str, str]
+
+
+def read_adapter(file: str | os.PathLike[str] | bytes) -> AdapterFile:
+    """Read the names of an adapter's tensors; values are read when a layer is applied.
+
+    Args:
+        file: A path or the bytes of a file. A path is mapped into memory, and must neither shrink
+            nor be overwritten while the adapter is in use.
+
+    Raises:
+        ValueError: In one sentence, why it cannot be read, or that it is not an adapter or of a
+            kind that is not supported.
+    """
+    name, data = _opened(file)
+    try:
+        tensors, metadata = open_tensors(data, _state_dict, _WANTED)
+        layers = _layers(tensors, peft_settings(metadata))
+    except FormatError as error:
+        raise ValueError(f"{name} {error}") from error
+    return AdapterFile(
+        name=name,
+        sha256=hashlib.sha256(data.data).hexdigest(),
+        layers=MappingProxyType(layers),
+        metadata=metadata,
+    )
+
+
+def _opened(file: str | os.PathLike[str] | bytes) -> tuple[str, npt.NDArray[np.uint8]]:
+    """Return the name of a file in messages, and its bytes."""
+    if isinstance(file, bytes):
+        name, data = "the data", np.frombuffer(file, dtype=np.uint8)
+    else:
+        name, data = str(file)[:255], _mapped(Path(file))
+    if not data.size:
+        raise ValueError(f"{name} is empty; get the file again")
+    return name, data
+
+
+def _mapped(path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a file")
+        if status.st_size == 0:
+            return np.empty(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)[:255]} cannot be read: {reason}") from error
+
+
+def _state_dict(pickled: PickleContents, find: FindTensor) -> Mapping[str, TensorExtent]:
+    return state_dict_of(pickled, find).tensors
+
+
+def _layers(tensors: Tensors, settings: Settings) -> dict[LayerName, AdapterLayer]:
+    """Return the layers that the tensors of a file make up.
+
+    Raises:
+        FormatError: The file is not an adapter, or a tensor of it is not understood.
+    """
+    names = {key: understood(key) for key in tensors}
+    known = {key: name for key, name in names.items() if name is not None}
+    _check_kind(names.keys() - known.keys(), tensors)
+    groups: dict[LayerName, dict[str, str]] = {}
+    for key, name in known.items():
+        first = groups.setdefault(name.layer, {}).setdefault(name.tensor, key)
+        if first != key:
+            raise FormatError(
+                f"has both {first} and {key}, which are two spellings of one tensor; delete one"
+            )
+    return {
+        layer: _layer([known[key] for key in keys.values()], keys, tensors, settings)
+        for layer, keys in groups.items()
+    }
+
+
+def _check_kind(unknown: Iterable[str], tensors: Tensors) -> None:
+    """Check that every tensor is of a known kind of layer, or say what the file is."""
+    left = [key for key in tensors if key in set(unknown)]
+    if len(left) == len(tensors) and is_checkpoint(left):
+        raise FormatError(
+            "is a model's own weights and not an adapter; export a checkpoint with `ldm-export`"
+        )
+    if found := unsupported(tensors):
+        raise FormatError(
+            f"holds {found[1]} (tensor {found[0]!r}), which is not supported: {_SUPPORTED}; merge "
+            "it into the checkpoint with the program that trained it, and export that"
+        )
+    if left:
+        shown = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
+        raise FormatError(
+            f"holds {len(left)} tensors of {len(tensors)} that are of no known kind of adapter "
+            f"({shown}): {_SUPPORTED}; give such a file"
+        )
+
+
+def _layer(
+    names: list[Spelled], keys: Mapping[str, str], tensors: Tensors, settings: Settings
+) -> AdapterLayer:
+    """Return one layer.
+
+    Args:
+        names: The names of its tensors, of which the first names the layer.
+        keys: Its tensors' names in the file by those in the layer.
+        tensors: All tensors of the file.
+        settings: PEFT's.
+    """
+    component = names[0].layer[0]
+    try:
+        return AdapterLayer(
+            name=names[0].shown,
+            tensors=MappingProxyType({tensor: tensors[key] for tensor, key in keys.items()}),
+            header_alpha=alpha_of(settings, component, names[0].path),
+            rank_stabilised=is_rank_stabilised(settings, component),
+        )
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"is not a valid adapter: {error}") from error
