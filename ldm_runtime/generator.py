@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ldm_runtime.adapters.merging import Adapters
 from ldm_runtime.backends import BackendName, get_backend
 from ldm_runtime.backends.contract import Precision, RunOptions
 from ldm_runtime.backends.turns import Turns
@@ -93,9 +94,12 @@ class Generator(Closing):
         textual_inversions: Words that prompts may use, each with its file of learned embeddings:
             a path, a `data:` URL or the bytes, in a format of AUTOMATIC1111's web UI or of
             diffusers.
+        adapters: LoRAs and their relatives, each a file with the factor of its updates, merged into
+            the weights in memory: of kohya's trainers, LyCORIS, PEFT or diffusers. The bundle and a
+            refiner stay as they are. TensorRT's engines have their weights built in and take none.
 
     Raises:
-        RequestError: A textual inversion cannot be read, or is for another model.
+        RequestError: A textual inversion or an adapter cannot be read, or is for another model.
         BundleError: A bundle is incomplete or altered, or not the one with that hash; or the
             refiner has other latents.
         BackendError: The backend cannot run here.
@@ -116,6 +120,7 @@ class Generator(Closing):
         trust_engines: bool = False,
         options: RunOptions | None = None,
         textual_inversions: Mapping[str, FileInput] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         check_positive("threads", threads)
         check_positive("batch_size", batch_size)
@@ -131,10 +136,13 @@ class Generator(Closing):
             check_hashes=check_hashes,
             options=options,
             textual_inversions=textual_inversions or {},
+            adapters=adapters or {},
             turns=Turns() if low_memory else None,
         )
         opened = open_bundle(bundle, opening, sha256=sha256)
-        self._refiner = None if refiner is None else open_bundle(refiner, opening)
+        self._refiner = (
+            None if refiner is None else open_bundle(refiner, replace(opening, adapters={}))
+        )
         if self._refiner is not None:
             check_refiner(opened.model.spec, self._refiner.model.spec)
         self.bundle, self.manifest, self.backend = opened.folder, opened.manifest, opened.backend

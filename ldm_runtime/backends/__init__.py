@@ -150,11 +150,20 @@ def choose_backend(
     *,
     bundle: Path | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
+    changed: bool = False,
 ) -> str:
     """Return the name of the backend to use: that of `name`, or for "auto" the first that can run.
 
     The environment variable `LDM_BACKEND` says what "auto" means, where it is set. Passing over a
     backend that the bundle or the machine was prepared for is logged, with the reason.
+
+    Args:
+        name: "auto", or a name in `BACKENDS` or `BACKEND_ALIASES`.
+        manifest: The bundle's; None is for any bundle.
+        entries: The backends.
+        bundle: The bundle's folder, for backends that run more than the manifest describes.
+        options: How its engines would run.
+        changed: Whether they would run with changed weights, see `contract.WeightChanges`.
 
     Raises:
         BackendError: `name` cannot run this bundle here, or for "auto" none can.
@@ -163,12 +172,12 @@ def choose_backend(
         name = os.environ.get(BACKEND_VARIABLE) or name
     name = BACKEND_ALIASES.get(name, name)
     if name != "auto":
-        if reason := why_not(name, manifest, bundle, entries, options=options):
+        if reason := why_not(name, manifest, bundle, entries, options=options, changed=changed):
             raise BackendError(reason)
         return name
     reasons: dict[str, str] = {}
     for candidate in (name for name, entry in entries.items() if entry.automatic):
-        reason = why_not(candidate, manifest, bundle, entries, options=options)
+        reason = why_not(candidate, manifest, bundle, entries, options=options, changed=changed)
         if reason is None:
             for passed_over, why in reasons.items():
                 if _is_prepared(passed_over, manifest, entries):
@@ -185,6 +194,7 @@ def why_not(
     entries: Mapping[str, BackendEntry] = BACKENDS,
     *,
     options: RunOptions = DEFAULT_OPTIONS,
+    changed: bool = False,
 ) -> str | None:
     """Say why a backend cannot run a bundle (None: any bundle) here; None if it can."""
     try:
@@ -195,6 +205,8 @@ def why_not(
     wanted, able = options.precision, backend.ABILITIES.precisions
     if reason is None and wanted is not None and wanted not in able:
         return f"{name} computes in {' or '.join(able)}, not in {wanted}"
+    if reason is None and changed and not backend.ABILITIES.takes_weights:
+        return f"{name} has its weights built in, so that it takes no adapters; use another backend"
     return reason
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import numpy.typing as npt
@@ -22,6 +22,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 #: Arrays by the names of `ldm_runtime.specs.components.COMPONENTS`.
 Tensors = Mapping[str, npt.NDArray[Any]]
+NO_TENSORS: Tensors = MappingProxyType({})
 
 
 class Runner(Protocol):
@@ -108,6 +109,7 @@ class Abilities:
         is_prepared: Whether the user prepared this machine or this bundle (None: any bundle) for
             the backend, so that choosing another one is logged.
         survives_fork: Whether a process that is forked after engines were opened can open its own.
+        takes_weights: Whether engines run with other weights than those of the bundle.
     """
 
     variant: GraphVariant
@@ -115,6 +117,7 @@ class Abilities:
     min_shared_samples: int
     is_prepared: Callable[[Manifest | None], bool]
     survives_fork: bool = False
+    takes_weights: bool = False
     reduced: tuple[Precision, ...] = ()
     fastest: Callable[[], Precision] | None = None
 
@@ -199,6 +202,33 @@ class SharedResources:
             return cast("Resource", self._resources[name])
 
 
+class WeightChanges(Protocol):
+    """Changes of a bundle's weights, such as adapters."""
+
+    @property
+    def key(self) -> str:
+        """A text that is the same for the same changes only."""
+        ...
+
+    def changed_weights(self, component: ComponentRecord, graph: Path) -> Tensors:
+        """Return the weights of a graph that are not those of its weight file, by their names.
+
+        Each has the shape and type of the one in whose place it is.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoChanges:
+    """The weights of the bundle, as they are."""
+
+    key: str = ""
+
+    def changed_weights(self, component: ComponentRecord, graph: Path) -> Tensors:
+        """Return no weights; see `WeightChanges`."""
+        return NO_TENSORS
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSource:
     """One component of one bundle, for a backend to open.
@@ -211,6 +241,7 @@ class EngineSource:
         check_hashes: Whether to compare the contents of files with the manifest, or only sizes.
         options: How the engine runs.
         shared: Resources that it shares with the other engines of its generator.
+        changes: Changes of its weights, for a backend that takes them.
     """
 
     bundle: Path
@@ -220,6 +251,7 @@ class EngineSource:
     check_hashes: bool = True
     options: RunOptions = RunOptions()
     shared: SharedResources = field(default_factory=SharedResources, compare=False)
+    changes: WeightChanges = NoChanges()
 
     def graph(self, variant: GraphVariant) -> Path:
         """Check a graph and its weights, and return the path of the graph.
@@ -240,11 +272,16 @@ class EngineSource:
             f"export the bundle again{', without --no-fp16' if variant == 'fp16' else ''}"
         )
 
+    def changed_weights(self, path: Path) -> Tensors:
+        """Return the weights of the graph at `path` that are not those of its weight file."""
+        return self.changes.changed_weights(self.component, path)
+
     def hashes(self, variant: GraphVariant) -> tuple[str, ...]:
-        """Return the manifest's SHA-256 of a graph and its weights, which define the network."""
+        """Return hashes of a graph and its weights, of all that defines the network."""
         files = {graph.file for graph in self.component.graphs if graph.variant == variant}
         files.add(self.component.weights_file)
-        return tuple(record.sha256 for record in self.manifest.files if record.path in files)
+        hashes = [record.sha256 for record in self.manifest.files if record.path in files]
+        return (*hashes, self.changes.key) if self.changes.key else tuple(hashes)
 
     @property
     def weights_bytes(self) -> int:

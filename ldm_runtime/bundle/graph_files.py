@@ -4,14 +4,14 @@ A graph can leave any tensor in a file next to it, and a runtime opens that file
 the names are read from the graph before it is loaded, by a walk over its protocol buffer: of all
 messages only those that can lead to a tensor are entered.
 
-Source: onnx/onnx.proto of ONNX 1.20 for the numbers of fields; the encoding page of the protocol
-buffers documentation for the rest.
+Source: onnx/onnx.proto of ONNX 1.20 for the numbers of fields.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
+from ldm_runtime.bundle.protocol_buffer import BYTES, fields
 from ldm_runtime.errors import BundleError
 
 _MAX_DEPTH = 64  # of messages in each other; a graph in an attribute is three more
@@ -32,7 +32,6 @@ _FIELDS: Mapping[str, Mapping[int, str]] = MappingProxyType(
         "Tensor": {13: "Entry"},
     }
 )
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _KEY, _VALUE = 1, 2  # fields of an entry of external data
 
 
@@ -78,48 +77,21 @@ def external_files(data: bytes) -> set[str]:
             names |= _location(data, start, end)
             continue
         inner = _FIELDS[message]
-        for number, first, last in _fields(data, start, end):
+        for number, first, last in _messages(data, start, end):
             if number in inner:
                 waiting.append((inner[number], first, last, depth + 1))
     return names
 
 
 def _location(data: bytes, start: int, end: int) -> set[str]:
-    entry = {number: data[first:last] for number, first, last in _fields(data, start, end)}
+    entry = {number: data[first:last] for number, first, last in _messages(data, start, end)}
     if entry.get(_KEY) != _LOCATION:
         return set()
     return {entry.get(_VALUE, b"").decode()}
 
 
-def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _messages(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yield number, first byte and end of every field of a message that has a length."""
-    position = start
-    while position < end:
-        tag, position = _varint(data, position)
-        kind = tag & 7
-        if kind == _BYTES:
-            length, position = _varint(data, position)
-            yield tag >> 3, position, position + length
-            position += length
-        elif kind == _VARINT:
-            _, position = _varint(data, position)
-        elif kind in (_FIXED64, _FIXED32):
-            position += 8 if kind == _FIXED64 else 4
-        else:
-            raise ValueError(f"a field at byte {position} is of the unknown kind {kind}")
-    if position != end:
-        raise ValueError(f"a field reaches beyond byte {end}, where its message ends")
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return the number at a position, and the position after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            break
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise ValueError(f"a number at byte {position} has no end")
+    for field in fields(data, start, end):
+        if field.kind == BYTES:
+            yield field.number, field.start, field.end

@@ -36,6 +36,16 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> Mapping[str, Any]:
         "name is it; may be repeated",
     )
     groups["Conditioning"].add_argument(
+        "--adapter",
+        "--lora",
+        type=file_and_scale,
+        action="append",
+        default=[],
+        metavar="FILE[@SCALE]",
+        help="a LoRA or a relative of it, merged into the model with a factor of 1 or SCALE; may "
+        "be repeated",
+    )
+    groups["Conditioning"].add_argument(
         "--requests",
         metavar="FILE",
         help="generate a request per line, several at once: JSON objects (.jsonl), or prompts "
@@ -87,6 +97,29 @@ def given_inversions(args: argparse.Namespace) -> dict[str, Path]:
         twice = next(word for word in words if words.count(word) > 1)
         raise RequestError("textual_inversion", f"gives {twice!r} twice; rename one of them")
     return given
+
+
+def given_adapters(args: argparse.Namespace) -> dict[Path, float]:
+    """Return the scales of `--adapter` by file.
+
+    Raises:
+        RequestError: A file is given twice.
+    """
+    given = dict(args.adapter)
+    if len(given) < len(args.adapter):
+        files = [file for file, _ in args.adapter]
+        twice = next(file for file in files if files.count(file) > 1)
+        raise RequestError("adapter", f"gives {twice} twice; give it once, with one scale")
+    return given
+
+
+def file_and_scale(text: str) -> tuple[Path, float]:
+    """Read a file and the scale after its last "@"; without a number there, all is the file."""
+    file, _, scale = text.rpartition("@")
+    try:
+        return (Path(file), float(scale)) if file else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def _word_and_file(text: str) -> tuple[str, Path]:

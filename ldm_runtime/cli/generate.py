@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm_runtime.bundle.manifest import load_manifest
-from ldm_runtime.cli.flags import add_request_arguments, given_inversions
+from ldm_runtime.cli.flags import add_request_arguments, given_adapters, given_inversions
 from ldm_runtime.cli.messages import reporting
 from ldm_runtime.cli.outputs import add_output_arguments, image_writer
 from ldm_runtime.cli.request_lines import read_requests
@@ -74,6 +74,7 @@ def generate(args: argparse.Namespace) -> int:
         sha256=args.sha256,
         trust_engines=args.trust_engines,
         textual_inversions=given_inversions(args),
+        adapters=given_adapters(args),
     ) as generator:
         where = f"{generator.backend} in {generator.precision}"
         _LOGGER.info("%s: %s on %s", args.bundle, generator.spec.family, where)

@@ -35,19 +35,21 @@ def recorded_fields(
     changes: Mapping[str, object],
     bundle: Path,
     inversions: Mapping[str, Path],
+    adapters: Mapping[Path, float],
     refiner: Path | None = None,
 ) -> dict[str, object]:
     """Return the fields of the request that made an image, changed.
 
     A recorded field that depends on a changed one is left out: another sampler gets its own eta and
     schedule, and a preset all that it sets. Another bundle than the one that made the image, and
-    other textual inversions, are warned of.
+    other textual inversions or adapters, are warned of.
 
     Args:
         path: The image.
         changes: The fields to change.
         bundle: The bundle that is to generate it again.
         inversions: Files of the textual inversions that are to be used, by word.
+        adapters: Scales of the adapters that are to be used, by file.
         refiner: The bundle that is to make its last steps, if one is.
 
     Raises:
@@ -61,6 +63,7 @@ def recorded_fields(
     if refiner is not None:
         _compare_refiners(path, metadata, refiner)
     _compare_inversions(path, metadata, inversions)
+    _compare_adapters(path, metadata, adapters)
     recorded = {name: value for name, value in request.items() if value is not None}
     for name in changes:
         for replaced in _REPLACED.get(name, ()):
@@ -107,3 +110,19 @@ def _compare_inversions(
                 "image will differ. --textual-inversion gives it",
                 *(path, word, sha256),
             )
+
+
+def _compare_adapters(
+    path: Path, metadata: Mapping[str, Any], adapters: Mapping[Path, float]
+) -> None:
+    recorded = metadata.get("adapters")
+    used = {(sha256_of(file), scale) for file, scale in adapters.items() if file.is_file()}
+    for adapter in recorded if isinstance(recorded, list) else ():
+        if not isinstance(adapter, dict) or (adapter.get("sha256"), adapter.get("scale")) in used:
+            continue
+        name, sha256 = str(adapter.get("name")), str(adapter.get("sha256"))
+        _LOGGER.warning(
+            "%s was generated with the adapter %s (%.12s) at a scale of %s, which is not given "
+            "here; the image will differ. --adapter %s@%s gives it",
+            *(path, name, sha256, adapter.get("scale"), name, adapter.get("scale")),
+        )

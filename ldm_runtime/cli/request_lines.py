@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ldm_runtime.cli.flags import given_fields, given_inversions
+from ldm_runtime.cli.flags import given_adapters, given_fields, given_inversions
 from ldm_runtime.cli.recorded import recorded_fields
 from ldm_runtime.cli.standard_input import decoded, place_of, read_data
 from ldm_runtime.errors import RequestError
@@ -71,7 +71,14 @@ def read_requests(
             _resolved_lines(args, given, names, partial(resolve, spec=spec, refiner=refiner))
         )
     if args.like is not None:
-        given = recorded_fields(args.like, given, args.bundle, given_inversions(args), args.refiner)
+        given = recorded_fields(
+            args.like,
+            given,
+            args.bundle,
+            given_inversions(args),
+            given_adapters(args),
+            args.refiner,
+        )
     if names is not None and not given.keys() & {"class_label", "layout"}:
         raise RequestError("label_names", "needs --class-label or --layout")
     request = parse_request(_with_labels(given, names))

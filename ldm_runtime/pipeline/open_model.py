@@ -9,16 +9,33 @@ from ldm_runtime.text import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterOrigin:
+    """An adapter that is merged into a model.
+
+    Attributes:
+        name: Name of its file.
+        sha256: Hash of the file.
+        scale: Factor of its updates.
+    """
+
+    name: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """Origin of a model, for results.
 
     Attributes:
         bundle_sha256: Hash of the bundle's manifest.
         build: Provenance of the bundle: its checkpoint and what it was made with.
+        adapters: Adapters that are merged into its weights, in their order.
     """
 
     bundle_sha256: str
     build: BuildRecord
+    adapters: tuple[AdapterOrigin, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

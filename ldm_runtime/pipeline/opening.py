@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from ldm_runtime.adapters.merging import Adapters, MergedAdapters, read_adapters
 from ldm_runtime.backends import BackendName, choose_backend, get_backend
 from ldm_runtime.backends.contract import Engine, EngineSource, RunOptions, SharedResources
 from ldm_runtime.backends.networks import OpenNetworks
@@ -14,7 +15,7 @@ from ldm_runtime.bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.textual_inversion import read_learned_words
-from ldm_runtime.pipeline.open_model import OpenModel, Origin
+from ldm_runtime.pipeline.open_model import AdapterOrigin, OpenModel, Origin
 from ldm_runtime.requests.input_types import FileInput
 from ldm_runtime.text import Tokenizer
 
@@ -28,6 +29,7 @@ class OpeningOptions:
     check_hashes: bool
     options: RunOptions
     textual_inversions: Mapping[str, FileInput] = field(default_factory=dict)
+    adapters: Adapters = field(default_factory=dict)
     turns: Turns | None = None
 
 
@@ -61,19 +63,30 @@ def open_bundle(
         sha256: Hash that its manifest must have; None takes any.
 
     Raises:
-        RequestError: A textual inversion cannot be read, or is for another model.
+        RequestError: A textual inversion or an adapter cannot be read, or is for another model.
         BundleError: The bundle is incomplete or altered, or not the one with that hash.
         BackendError: The backend cannot run here.
     """
     folder = Path(bundle).resolve()  # some files are opened later, wherever that is
     manifest = load_manifest(folder, sha256=sha256)
-    backend = choose_backend(options.backend, manifest, bundle=folder, options=options.options)
-    networks = _networks(folder, manifest, backend, options)
+    adapters = _adapters(folder, manifest, options)
+    backend = choose_backend(
+        options.backend,
+        manifest,
+        bundle=folder,
+        options=options.options,
+        changed=bool(adapters.adapters),
+    )
+    networks = _networks(folder, manifest, backend, options, adapters)
     model = OpenModel(
         network=networks,
         tokenizer=_tokenizer(folder, manifest, options),
         spec=manifest.spec,
-        origin=Origin(bundle_sha256=sha256_of(folder / MANIFEST_NAME), build=manifest.build),
+        origin=Origin(
+            bundle_sha256=sha256_of(folder / MANIFEST_NAME),
+            build=manifest.build,
+            adapters=_origins(adapters),
+        ),
     )
     return OpenBundle(
         folder=folder, manifest=manifest, backend=backend, networks=networks, model=model
@@ -81,7 +94,11 @@ def open_bundle(
 
 
 def _networks(
-    folder: Path, manifest: Manifest, backend: str, options: OpeningOptions
+    folder: Path,
+    manifest: Manifest,
+    backend: str,
+    options: OpeningOptions,
+    adapters: MergedAdapters,
 ) -> OpenNetworks:
     module = get_backend(backend)
     source = partial(
@@ -92,6 +109,7 @@ def _networks(
         check_hashes=options.check_hashes,
         options=options.options,
         shared=SharedResources(),
+        changes=adapters,
     )
 
     def open_engine(name: str) -> Engine:
@@ -100,6 +118,20 @@ def _networks(
     owner = f"the generator of {folder}"
     follows = module.ABILITIES.survives_fork
     return OpenNetworks(open_engine, owner, survives_fork=follows, turns=options.turns)
+
+
+def _adapters(folder: Path, manifest: Manifest, options: OpeningOptions) -> MergedAdapters:
+    try:
+        return MergedAdapters(read_adapters(options.adapters), folder, manifest)
+    except ValueError as error:
+        raise RequestError("adapters", str(error)) from error
+
+
+def _origins(adapters: MergedAdapters) -> tuple[AdapterOrigin, ...]:
+    return tuple(
+        AdapterOrigin(name=Path(each.file.name).name, sha256=each.file.sha256, scale=each.scale)
+        for each in adapters.adapters
+    )
 
 
 def _tokenizer(folder: Path, manifest: Manifest, options: OpeningOptions) -> Tokenizer | None:

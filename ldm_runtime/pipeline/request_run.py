@@ -78,6 +78,7 @@ class RequestRun:
             build=self.model.origin.build,
             refiner=None if passes.refiner is None or self.refiner is None else self.refiner.origin,
             textual_inversions=used_inversions(self.model.tokenizer, passes.request),
+            adapters=self.model.origin.adapters,
         )
 
     def _open_passes(self) -> ImagePasses:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
@@ -17,7 +17,7 @@ from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import image_format, is_folder, pattern_paths, save_numbered
 from ldm_runtime.pipeline.image_files import FormatName, encode_image_file, save_image
 from ldm_runtime.pipeline.infotext import InfotextModel, model_name, write_infotext
-from ldm_runtime.pipeline.open_model import Origin
+from ldm_runtime.pipeline.open_model import AdapterOrigin, Origin
 from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.version import version
@@ -40,6 +40,7 @@ class Result:
         build: Provenance of the bundle: its checkpoint and what it was made with.
         refiner: Origin of the model that made the last steps, if one did.
         textual_inversions: Hash of the file of every learned word in the prompts, by word.
+        adapters: Adapters that were merged into the model.
     """
 
     images: list[Image.Image]
@@ -50,6 +51,7 @@ class Result:
     build: BuildRecord
     refiner: Origin | None
     textual_inversions: Mapping[str, str] = field(default_factory=dict)
+    adapters: tuple[AdapterOrigin, ...] = ()
 
     @property
     def image(self) -> Image.Image:
@@ -167,11 +169,13 @@ class Result:
         """Return the metadata of image `index`, from which it can be generated again, alone."""
         refiner = {} if self.refiner is None else {"refiner_sha256": self.refiner.bundle_sha256}
         words = {"textual_inversions": dict(self.textual_inversions)}
+        adapters = {"adapters": [asdict(each) for each in self.adapters]}
         return {
             "request": request_to_json(self.request.of_image(index).as_request()),
             "bundle_sha256": self.bundle_sha256,
             **refiner,
             **(words if self.textual_inversions else {}),
+            **(adapters if self.adapters else {}),
             "version": version(),
         }
 

@@ -81,6 +81,8 @@ _HINTS: Mapping[str, str] = MappingProxyType(
         "threads": "give it to Generator(…)",
         "textual_inversion": "give textual_inversions to Generator(…)",
         "textual_inversions": "give it to Generator(…)",
+        "adapters": "give it to Generator(…)",
+        "lora": "give adapters to Generator(…)",
         "previews": "give it to the generator's call, next to the request",
         "deadline_seconds": "give it to the generator's call, next to the request",
         "on_step": "give it to the generator's call, next to the request",

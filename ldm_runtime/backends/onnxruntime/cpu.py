@@ -8,6 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import (
+    NO_TENSORS,
     Abilities,
     EngineSource,
     RunOptions,
@@ -18,7 +19,12 @@ from ldm_runtime.backends.contract import (
 from ldm_runtime.backends.denormals import flushed_denormals
 from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
-from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, describe
+from ldm_runtime.backends.onnxruntime.session import (
+    NATIVE_ERRORS,
+    SILENT,
+    describe,
+    take_weights,
+)
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.backends.signatures import check_names
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
@@ -31,6 +37,7 @@ ABILITIES = Abilities(
     min_shared_samples=2,
     is_prepared=always_prepared,
     survives_fork=True,
+    takes_weights=True,
 )
 
 _ERRORS = NativeErrors(library="ONNX Runtime", classes=NATIVE_ERRORS, describe=describe)
@@ -51,13 +58,14 @@ class OnnxRuntimeEngine(HostEngine):
             process may use.
         spinning: Whether idle threads wait by running in circles; see `RunOptions`.
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
+        weights: Weights that replace those of the weights file, by name.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph, or there are more threads than
             `processors.MAX_THREADS`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (all but the graph by name)
         self,
         path: Path,
         component: ComponentRecord,
@@ -66,9 +74,12 @@ class OnnxRuntimeEngine(HostEngine):
         threads: int | None = None,
         spinning: bool = False,
         spec: ModelSpec | None = None,
+        weights: Tensors = NO_TENSORS,
     ) -> None:
         super().__init__(component, sizes, _ERRORS, spec)
-        self._session: Any = _open_session(path, compute_threads(threads), spinning=spinning)
+        session_options = _session_options(compute_threads(threads), spinning=spinning)
+        self._weights: list[object] = take_weights(session_options, weights)
+        self._session: Any = _open_session(path, session_options)
         check_names(path, [each.name for each in self._session.get_inputs()], component)
 
     def _opened(self) -> Compute | None:
@@ -84,18 +95,20 @@ class OnnxRuntimeEngine(HostEngine):
 
     def close(self) -> None:
         """Release the session; calls that are running finish."""
-        self._session = None
+        self._session, self._weights = None, []
 
 
 def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
+    path = source.graph("fp32")
     return OnnxRuntimeEngine(
-        source.graph("fp32"),
+        path,
         source.component,
         axis_sizes(source.manifest.spec, source.component.name),
         threads=source.threads,
         spinning=source.options.spinning,
         spec=source.manifest.spec,
+        weights=source.changed_weights(path),
     )
 
 
@@ -111,12 +124,16 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _open_session(path: Path, threads: int, *, spinning: bool) -> Any:  # noqa: ANN401  (ships no types)
+def _session_options(threads: int, *, spinning: bool) -> Any:  # noqa: ANN401  (ships no types)
     session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = SILENT
     session_options.intra_op_num_threads = threads
     session_options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     session_options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return session_options
+
+
+def _open_session(path: Path, session_options: Any) -> Any:  # noqa: ANN401
     try:
         with flushed_denormals():
             return onnxruntime.InferenceSession(path, session_options, providers=list(_PROVIDERS))

@@ -59,6 +59,7 @@ ABILITIES = Abilities(
     limited_shapes=False,
     min_shared_samples=1,
     is_prepared=_is_prepared,
+    takes_weights=True,
 )
 
 

@@ -13,11 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from ldm_runtime.backends.contract import EngineSource
+from ldm_runtime.backends.contract import NO_TENSORS, EngineSource, Tensors
 from ldm_runtime.backends.onnxruntime.device import Array, Buffer, DeviceEngine
 from ldm_runtime.backends.onnxruntime.library import onnxruntime
 from ldm_runtime.backends.onnxruntime.packages import conflict, installed_packages
-from ldm_runtime.backends.onnxruntime.session import NATIVE_ERRORS, SILENT, describe
+from ldm_runtime.backends.onnxruntime.session import (
+    NATIVE_ERRORS,
+    SILENT,
+    describe,
+    take_weights,
+)
 from ldm_runtime.backends.signatures import check_names
 from ldm_runtime.engines.gpu import Gpu, find_gpu
 from ldm_runtime.errors import BackendError
@@ -86,15 +91,25 @@ class OrtSession:
         path: The graph.
         provider: Where to run it.
         records_graphs: Whether to capture CUDA graphs.
+        weights: Weights that replace those of the weights file, by name.
 
     Raises:
         BackendError: It cannot be loaded there, or ONNX Runtime placed it elsewhere.
     """
 
-    def __init__(self, path: Path, provider: Provider, *, records_graphs: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        provider: Provider,
+        *,
+        records_graphs: bool,
+        weights: Tensors = NO_TENSORS,
+    ) -> None:
         self.records_graphs = records_graphs
         self._provider = provider
-        self._session: Any = _create(path, provider, records_graphs)
+        session_options = _session_options()
+        self._weights: list[object] = take_weights(session_options, weights)
+        self._session: Any = _create(path, provider, session_options, records_graphs)
         self.inputs = [each.name for each in self._session.get_inputs()]
         placed = [
             (subgraph.ep_name, node.op_type)
@@ -133,7 +148,7 @@ class OrtSession:
 
     def close(self) -> None:
         """Release the session."""
-        self._session = None
+        self._session, self._weights = None, []
 
 
 def open_on(provider: Provider, source: EngineSource) -> DeviceEngine:
@@ -152,13 +167,14 @@ def open_on(provider: Provider, source: EngineSource) -> DeviceEngine:
         and COMPONENTS[source.component.name].role == _LOOPED
     )
     preload_libraries()
+    weights = source.changed_weights(path)
     try:
-        opened = OrtSession(path, provider, records_graphs=wanted)
+        opened = OrtSession(path, provider, records_graphs=wanted, weights=weights)
     except BackendError as error:
         if not wanted or "graph capture" not in str(error):
             raise
         _LOGGER.warning("%s; running without CUDA graphs", error)
-        opened = OrtSession(path, provider, records_graphs=False)
+        opened = OrtSession(path, provider, records_graphs=False, weights=weights)
     check_names(path, opened.inputs, source.component)
     spec = source.manifest.spec
     return DeviceEngine(
@@ -290,11 +306,20 @@ def library_folders(searched: Path) -> list[Path]:
     return sorted(each for place in places for name in folders for each in place.glob(f"*/{name}"))
 
 
-def _create(path: Path, provider: Provider, records_graphs: bool) -> Any:  # noqa: ANN401
+def _session_options() -> Any:  # noqa: ANN401
     session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = SILENT
     session_options.intra_op_num_threads = 1  # the CPU only computes shapes
     session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return session_options
+
+
+def _create(
+    path: Path,
+    provider: Provider,
+    session_options: Any,  # noqa: ANN401
+    records_graphs: bool,
+) -> Any:  # noqa: ANN401
     options = dict(provider.options)
     if records_graphs:
         options[str(provider.graph_option)] = "1"

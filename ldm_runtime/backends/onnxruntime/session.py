@@ -1,8 +1,10 @@
-"""Helpers for ONNX Runtime sessions: native errors as one sentence."""
+"""Helpers for ONNX Runtime sessions: native errors as one sentence, weights from memory."""
 
 import re
+from typing import Any
 
-from ldm_runtime.backends.onnxruntime.library import native
+from ldm_runtime.backends.contract import Tensors
+from ldm_runtime.backends.onnxruntime.library import native, onnxruntime
 
 #: Log level at which ONNX Runtime prints nothing: its errors are raised.
 SILENT = 4
@@ -32,6 +34,18 @@ _ADVICE = (
         "this package has no code for this GPU; use `--backend onnxruntime` or another version",
     ),
 )
+
+
+def take_weights(session_options: Any, weights: Tensors) -> list[object]:  # noqa: ANN401
+    """Let a session load weights from memory instead of the weight file of its graph.
+
+    Returns:
+        What must live as long as the session.
+    """
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    if values:
+        session_options.add_external_initializers(list(weights), values)
+    return values
 
 
 def describe(error: Exception) -> str:

@@ -41,6 +41,7 @@ ABILITIES = Abilities(
     limited_shapes=False,
     min_shared_samples=1,
     is_prepared=_is_installed,
+    takes_weights=True,
     reduced=("bf16",),
     fastest=_fastest,
 )
@@ -61,7 +62,14 @@ def open_engine(source: EngineSource) -> "OpenVinoEngine":
         kept=kept_shapes(source.weights_bytes),
     )
     sizes = axis_sizes(source.manifest.spec, component.name)
-    return OpenVinoEngine(path, component, sizes, compilation, spec=source.manifest.spec)
+    return OpenVinoEngine(
+        path,
+        component,
+        sizes,
+        compilation,
+        spec=source.manifest.spec,
+        weights=source.changed_weights(path),
+    )
 
 
 def why_not(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ldm_runtime.backends.contract import Precision, Tensors
+from ldm_runtime.backends.contract import NO_TENSORS, Precision, Tensors
 from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
 from ldm_runtime.backends.openvino.compiled_models import Latest
 from ldm_runtime.backends.openvino.library import load_openvino
@@ -69,6 +69,7 @@ class OpenVinoEngine(HostEngine):
         sizes: Lengths of the fixed axes, from `specs.model.axis_sizes`.
         compilation: How it is compiled.
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
+        weights: Weights that replace those of the weights file, by name.
 
     Raises:
         BackendError: OpenVINO cannot load the graph, or there are more threads than
@@ -83,6 +84,7 @@ class OpenVinoEngine(HostEngine):
         compilation: Compilation,
         *,
         spec: ModelSpec | None = None,
+        weights: Tensors = NO_TENSORS,
     ) -> None:
         super().__init__(component, sizes, _ERRORS, spec)
         settings = {
@@ -97,6 +99,7 @@ class OpenVinoEngine(HostEngine):
             core.set_property({"CACHE_DIR": str(compilation.cache)})
         model = _read(core, path)
         check_names(path, [each.get_any_name() for each in model.inputs], component)
+        _replace_weights(model, weights)
 
         def compiled(shapes: _Shapes) -> _CompiledModel:
             shaped = model.clone()
@@ -141,6 +144,17 @@ def _read(core: Any, path: Path) -> Any:  # noqa: ANN401
         return core.read_model(path)
     except RuntimeError as error:
         raise BackendError(f"OpenVINO cannot load {path}: {_first_line(error)}") from error
+
+
+def _replace_weights(model: Any, weights: Tensors) -> None:  # noqa: ANN401
+    """Put weights in the place of constants that have their names."""
+    openvino = load_openvino()
+    constants = {each.get_friendly_name(): each for each in model.get_ops()} if weights else {}
+    for name, array in weights.items():
+        old = constants[name]
+        new = openvino.op.Constant(array)
+        new.set_friendly_name(name)
+        openvino.utils.replace_node(old, new)
 
 
 def _first_line(error: Exception) -> str:
