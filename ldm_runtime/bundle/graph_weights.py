@@ -59,7 +59,7 @@ class StoredWeight:
         """
         laid_out = parameter.T if self.is_transposed else parameter
         largest = float(np.abs(parameter).max(initial=0.0))
-        if not largest <= np.finfo(self.dtype).max:
+        if not largest <= float(np.finfo(self.dtype).max):
             raise ValueError(f"reaches {largest:.3g}, beyond the range of {self.dtype.name}")
         return np.ascontiguousarray(laid_out.reshape(self.shape), dtype=self.dtype)
 
