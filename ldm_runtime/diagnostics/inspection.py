@@ -1,4 +1,4 @@
-"""Description of a file or folder as a dictionary: a bundle, an image, or another known format.
+"""Description of a file or folder: a bundle, an image, an adapter, or another known format.
 
 Packages add formats through the entry point group `ldm_runtime.inspectors`: functions from a path
 to a dictionary, or to None for a file of another format.
@@ -16,6 +16,7 @@ import msgspec
 from ldm_runtime.backends import BACKENDS, why_not
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, encode_networks, load_manifest
+from ldm_runtime.diagnostics.adapter_inspection import inspect_adapter
 from ldm_runtime.engines.records import load_engine_records
 from ldm_runtime.errors import LdmError
 from ldm_runtime.escaping import printable
@@ -40,7 +41,7 @@ def inspect(
     What an image says of itself is under "metadata": it may say anything.
 
     Args:
-        path: A bundle, an image made by `ldm generate`, or what an inspector knows.
+        path: A bundle, an image made by `ldm generate`, an adapter, or what an inspector knows.
         inspectors: Loader of each inspector; None is those of the installed packages.
 
     Raises:
@@ -53,13 +54,15 @@ def inspect(
         return found or _inspect_bundle(path)
     if _starts_like_image(path):
         return {"kind": "image", "path": str(path), "metadata": read_metadata(path)}
+    if path.is_file() and (adapter := inspect_adapter(path)) is not None:
+        return adapter
     found, missing = _ask_inspectors(path, known)
     if found is not None:
         return found
     hint = (
         f"these inspectors do not load: {', '.join(missing)}; install {extra('export')}"
         if missing
-        else "it is not a bundle, nor an image or checkpoint of a known format"
+        else "it is not a bundle, nor an image, adapter or checkpoint of a known format"
     )
     raise LdmError(f"cannot tell what {path} is: {hint}")
 

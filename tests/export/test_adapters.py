@@ -15,6 +15,7 @@ from ldm_runtime.backends.onnxruntime import cpu
 from ldm_runtime.bundle.graph_weights import stored_weights
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.cli import main
+from ldm_runtime.diagnostics.inspection import inspect
 from ldm_runtime.errors import BackendError, BundleError
 from ldm_runtime.pipeline.image_files import read_metadata
 from tests.export.small_checkpoint import SIZE, random_networks
@@ -112,6 +113,18 @@ def test_images_say_which_adapters_were_merged(
     assert (tmp_path / "c.png").read_bytes() == (tmp_path / "a.png").read_bytes()
     assert main(["generate", "red", *where, *adapted, *adapted]) == 2
     assert "adapter: gives style.safetensors twice" in capsys.readouterr().err
+
+
+def test_inspect_says_what_an_adapter_is(tmp_path, capsys):
+    path = query_adapter(tmp_path / "style.safetensors")
+
+    assert main(["inspect", str(path)]) == 0
+
+    shown = capsys.readouterr().out
+    assert "adapter" in shown
+    assert inspect(path)["layers"] == {"unet": 1}
+    assert inspect(path)["kinds"] == {"LoRA": 1}
+    assert inspect(path)["ranks"] == [2]
 
 
 @pytest.mark.parametrize(
