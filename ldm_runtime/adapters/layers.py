@@ -188,9 +188,9 @@ def _check_names(layer: AdapterLayer) -> None:
 
 def _missing(parts: frozenset[str]) -> str:
     """Return what is wrong with the tensors of a layer, as the end of a clause."""
-    sets = [each - parts for kind in KINDS for each in kind.complete if parts and parts < each]
-    if sets:
-        return f" without {_listed(min(sets, key=len))}"
+    sets = [each - parts for kind in KINDS for each in kind.complete if parts and parts <= each]
+    if lacking := min(sets, key=len, default=None):
+        return f" without {_listed(lacking)}"
     return ", which is not a known kind of layer"
 
 
