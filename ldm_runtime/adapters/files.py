@@ -7,7 +7,7 @@ Both formats of torch and safetensors are read; a pickle is interpreted and runs
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from ldm_runtime.adapters.spellings import (
     LayerName,
     Spelled,
     is_checkpoint,
+    is_textual_inversion,
     understood,
     unsupported,
 )
@@ -34,6 +35,7 @@ __all__ = ["AdapterFile", "LayerName", "read_adapter"]
 
 _WANTED = "give an adapter as .safetensors, .pt, .bin or .ckpt"
 _SUPPORTED = "LoRA, LoCon, LoHa, LoKr, DoRA and full differences are read"
+_EMBEDDING = "is a textual inversion and not an adapter; give it as `textual_inversions`"
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -85,6 +87,8 @@ def _opened(file: str | os.PathLike[str] | bytes) -> tuple[str, npt.NDArray[np.u
     """Return the name of a file in messages, and its bytes."""
     if isinstance(file, bytes):
         name, data = "the data", np.frombuffer(file, dtype=np.uint8)
+    elif not isinstance(file, str | os.PathLike):
+        raise ValueError(f"an adapter is a {type(file).__name__}; give a path or bytes of a file")
     else:
         name, data = str(file)[:255], _mapped(Path(file))
     if not data.size:
@@ -106,6 +110,8 @@ def _mapped(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _state_dict(pickled: PickleContents, find: FindTensor) -> Mapping[str, TensorExtent]:
+    if isinstance(pickled.root, dict) and "string_to_param" in pickled.root:
+        raise FormatError(_EMBEDDING)
     return state_dict_of(pickled, find).tensors
 
 
@@ -131,9 +137,11 @@ def _layers(tensors: Tensors, settings: Settings) -> dict[LayerName, AdapterLaye
     }
 
 
-def _check_kind(unknown: Iterable[str], tensors: Tensors) -> None:
+def _check_kind(unknown: Set[str], tensors: Tensors) -> None:
     """Check that every tensor is of a known kind of layer, or say what the file is."""
-    left = [key for key in tensors if key in set(unknown)]
+    left = [key for key in tensors if key in unknown]
+    if left and is_textual_inversion(tensors):
+        raise FormatError(_EMBEDDING)
     if len(left) == len(tensors) and is_checkpoint(left):
         raise FormatError(
             "is a model's own weights and not an adapter; export a checkpoint with `ldm-export`"

@@ -79,6 +79,7 @@ _UNSUPPORTED: Mapping[str, re.Pattern[str]] = MappingProxyType(
         ),
     }
 )
+_EMBEDDING = re.compile(r"emb_params|clip_[lg]|text_encoders_\d")
 _CHECKPOINT = re.compile(
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner|down_blocks"
     r"|text_model|decoder|encoder)\."
@@ -132,6 +133,11 @@ def unsupported(keys: Iterable[str]) -> tuple[str, str] | None:
 def is_checkpoint(keys: Iterable[str]) -> bool:
     """Return whether names, none of which is understood, are those of a model's own weights."""
     return any(_CHECKPOINT.match(key) for key in keys)
+
+
+def is_textual_inversion(keys: Iterable[str]) -> bool:
+    """Return whether names, none of which is understood, are those of learned words."""
+    return all(_EMBEDDING.fullmatch(key) for key in keys)
 
 
 def _component(name: str) -> tuple[str, str]:

@@ -226,6 +226,13 @@ def _differences(adapter):
     return tensors
 
 
+def test_a_textual_inversion_in_a_pickle_is_one_sentence(tmp_path):
+    torch.save({"string_to_param": {"*": torch.ones(1, 8)}}, tmp_path / "cat.pt")
+
+    with pytest.raises(ValueError, match=r"cat\.pt is a textual inversion and not an adapter;"):
+        read_adapter(tmp_path / "cat.pt")
+
+
 # --- PEFT -----------------------------------------------------------------------------------------
 
 TARGETS = {"target_modules": list(LAYERS)}

@@ -402,7 +402,15 @@ CASES = {
     ),
     "an embedding": (
         safetensors({"emb_params": WEIGHT}),
-        r"holds 1 tensors of 1 that are of no known kind of adapter \(emb_params\)",
+        r"is a textual inversion and not an adapter; give it as `textual_inversions`",
+    ),
+    "an embedding for SDXL": (
+        safetensors({"clip_l": WEIGHT, "clip_g": WEIGHT}),
+        r"is a textual inversion and not an adapter; give it as `textual_inversions`",
+    ),
+    "something else": (
+        safetensors({"a": WEIGHT}),
+        r"holds 1 tensors of 1 that are of no known kind of adapter \(a\)",
     ),
     "a misspelt name": (
         safetensors(lora() | {f"{LAYER}.lora_dwon.weight": DOWN}),
@@ -492,6 +500,11 @@ def test_a_path_that_cannot_be_read_is_one_sentence(path):
         read_adapter(path)
 
 
+def test_what_is_neither_a_path_nor_bytes_is_one_sentence():
+    with pytest.raises(ValueError, match="an adapter is a int; give a path or bytes of a file"):
+        read_adapter(3)
+
+
 def test_an_empty_file_is_one_sentence(tmp_path):
     path = tmp_path / "empty.safetensors"
     path.touch()
@@ -504,6 +517,20 @@ def test_an_empty_file_is_one_sentence(tmp_path):
 
 MISFITS = {
     "more inputs": (lora(), (2, 3), "lora_down 1x2, lora_up 2x1"),
+    "a transposed weight": (
+        kohya(lora_down_weight=np.ones((1, 3), "f4"), lora_up_weight=UP),
+        (3, 2),
+        "lora_down 1x3, lora_up 2x1",
+    ),
+    "a transposed weight with a core": (
+        kohya(
+            lora_down_weight=np.ones((1, 3), "f4"),
+            lora_up_weight=UP,
+            lora_mid_weight=np.ones((1, 1, 1, 1), "f4"),
+        ),
+        (3, 2),
+        "lora_mid 1x1x1x1",
+    ),
     "more outputs": (lora(), (3, 2), "lora_down 1x2, lora_up 2x1"),
     "a kernel": (lora(), (2, 2, 3, 3), "lora_down 1x2"),
     "a norm": (lora(), (2,), "lora_down 1x2"),
