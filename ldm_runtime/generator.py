@@ -149,6 +149,7 @@ class Generator(Closing):
         self.precision = get_backend(self.backend).ABILITIES.precision_of(options)
         self.spec = opened.model.spec
         self.bundle_sha256 = opened.model.origin.bundle_sha256
+        self._adapters = [(each.name, each.scale) for each in opened.model.origin.adapters]
         self._batch_size = batch_size or 1
         self._network = opened.networks
         self._pipeline = ImagePipeline(
@@ -163,7 +164,8 @@ class Generator(Closing):
         where = f"{self.backend} in {self.precision}"
         if self._refiner is not None:
             state = f" refined by {str(self._refiner.folder)!r},{state}"
-        return f"Generator({str(self.bundle)!r},{state} {self.spec.task}, {size}, {where})"
+        merged = "".join(f", {name}@{scale:g}" for name, scale in self._adapters)
+        return f"Generator({str(self.bundle)!r},{state} {self.spec.task}, {size}, {where}{merged})"
 
     def encode(self, image: ImageInput) -> Float32Array:
         """Return the latents (1, C, h, w) of an image, in the UNet's scale.

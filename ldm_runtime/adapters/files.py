@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.adapters.layers import AdapterLayer
-from ldm_runtime.adapters.peft_header import Settings, alpha_of, is_rank_stabilised, peft_settings
+from ldm_runtime.adapters.peft_header import (
+    Settings,
+    alpha_of,
+    is_rank_stabilised,
+    peft_settings,
+    settings_next_to,
+)
 from ldm_runtime.adapters.spellings import (
     LayerName,
     Spelled,
@@ -46,7 +52,8 @@ class AdapterFile:
 
     Attributes:
         name: The file's name in messages.
-        sha256: Of the file, in hexadecimal digits.
+        sha256: Of the file, in hexadecimal digits; of one that PEFT saved, of the settings next to
+            it as well.
         layers: Its layers; a name is the component ("unet", "text_encoder" or "text_encoder_2") and
             the path of the layer, joined with "_".
         metadata: The file's own metadata: untrusted text, to be escaped before it is shown.
@@ -72,15 +79,22 @@ def read_adapter(file: str | os.PathLike[str] | bytes) -> AdapterFile:
     name, data = _opened(file)
     try:
         tensors, metadata = open_tensors(data, _state_dict, _WANTED)
-        layers = _layers(tensors, peft_settings(metadata))
+        settings, more = ({}, b"") if isinstance(file, bytes) else settings_next_to(Path(file))
+        layers = _layers(tensors, settings or peft_settings(metadata))
     except FormatError as error:
         raise ValueError(f"{name} {error}") from error
     return AdapterFile(
         name=name,
-        sha256=hashlib.sha256(data.data).hexdigest(),
+        sha256=_sha256(data, more),
         layers=MappingProxyType(layers),
         metadata=metadata,
     )
+
+
+def _sha256(data: npt.NDArray[np.uint8], more: bytes) -> str:
+    digest = hashlib.sha256(data.data)
+    digest.update(more)
+    return digest.hexdigest()
 
 
 def _opened(file: str | os.PathLike[str] | bytes) -> tuple[str, npt.NDArray[np.uint8]]:

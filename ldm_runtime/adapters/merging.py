@@ -151,6 +151,13 @@ class MergedAdapters:
                 f"{file.name} changes {len(unknown)} layers that this model has not, such as "
                 f"{layer} of its {component}; give an adapter for this model"
             )
+        first: dict[Target, LayerName] = {}
+        for name in file.layers.keys() & self._targets.keys():
+            if (other := first.setdefault(self._targets[name], name)) != name:
+                raise ValueError(
+                    f"{file.name} has one layer under two names, {other[1]} and {name[1]}; delete "
+                    "one of them"
+                )
 
     def _is_beyond(self, name: LayerName) -> bool:
         """Say whether a layer of a text encoder comes after the last one that the model runs."""

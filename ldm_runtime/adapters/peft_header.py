@@ -1,4 +1,4 @@
-"""The settings of PEFT that diffusers keeps in the header of an adapter's file: alpha above all.
+"""The settings of PEFT, alpha above all: in a file's header as diffusers saves it, or next to it.
 
 Source: `_save_lora_weights` in loaders/lora_base.py of diffusers 0.42, and `get_pattern_key` in
 utils/other.py of PEFT 0.21. The rank is not read: the tensors have it.
@@ -8,10 +8,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from ldm_runtime.tensor_files.errors import FormatError
 
 _KEY = "lora_adapter_metadata"
+_SAVED_BY_PEFT, _CONFIG, _MAX_BYTES = "adapter_model", "adapter_config.json", 1 << 20
 _PREFIXES = ("unet.", "text_encoder.", "text_encoder_2.")
 _EXPRESSION = re.compile(r"[*+?()\[\]{}|\\$]")
 
@@ -24,12 +26,37 @@ def peft_settings(metadata: Mapping[str, str]) -> Settings:
     Raises:
         FormatError: They are not a JSON object.
     """
+    return _settings(metadata.get(_KEY, "{}"), _KEY)
+
+
+def settings_next_to(file: Path) -> tuple[Settings, bytes]:
+    """Return the settings next to a file that PEFT itself saved, and the bytes that they are from.
+
+    Both are empty for any other file.
+
+    Raises:
+        FormatError: They are not there, or not a JSON object.
+    """
+    if file.stem != _SAVED_BY_PEFT:
+        return {}, b""
+    path = file.with_name(_CONFIG)
     try:
-        settings = json.loads(metadata.get(_KEY, "{}"))
+        with path.open("rb") as opened:
+            data = opened.read(_MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise FormatError(
+            f"is a file of PEFT, whose alpha is in {_CONFIG} next to it; put that there"
+        ) from error
+    return _settings(data.decode(errors="replace"), _CONFIG), data
+
+
+def _settings(text: str, place: str) -> Settings:
+    try:
+        settings = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"has a {_KEY} that is not JSON: {error}") from error
+        raise FormatError(f"has a {place} that is not JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise FormatError(f"has a {_KEY} that is not a JSON object; save the adapter again")
+        raise FormatError(f"has a {place} that is not a JSON object; save the adapter again")
     return settings
 
 

@@ -148,12 +148,28 @@ def test_an_adapter_that_cannot_be_read_is_refused(small_bundle_fp32):
         Generator(small_bundle_fp32, adapters={"nowhere.safetensors": 1.0}, **OPTIONS)
 
 
+def test_a_layer_under_two_names_is_refused(small_bundle_fp32, tmp_path):
+    path = tmp_path / "style.safetensors"
+    names = ("mid_block_attentions_0", "middle_block_1")
+    tensors = {
+        f"lora_unet_{name}_transformer_blocks_0_attn1_to_q.diff": np.ones((64, 64), np.float32)
+        for name in names
+    }
+    save_file(tensors, path)
+
+    with pytest.raises(
+        RequestError, match=r"adapters: .*style.safetensors has one layer under two"
+    ):
+        Generator(small_bundle_fp32, adapters={path: 1.0}, **OPTIONS)
+
+
 def test_a_weight_beyond_half_precision_is_refused(small_bundle_fp16, small_bundle_fp32, tmp_path):
     path = query_adapter(tmp_path / "style.safetensors", strength=1e6)
 
     with pytest.raises(RequestError, match=r"adapters: .*to_q.weight: reaches .* of float16"):
         Generator(small_bundle_fp16, adapters={path: 1.0}, **OPTIONS)
-    Generator(small_bundle_fp32, adapters={path: 1.0}, **OPTIONS).close()
+    with Generator(small_bundle_fp32, adapters={path: 1.0}, **OPTIONS) as generator:
+        assert repr(generator).endswith("onnxruntime in fp32, style.safetensors@1)")
 
 
 def test_a_weight_inside_a_graph_is_not_left_as_it_is(small_bundle_fp16, tmp_path):

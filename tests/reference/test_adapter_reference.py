@@ -322,13 +322,20 @@ def test_a_scale_of_lora_is_that_of_peft(network, tmp_path, scale):
     assert_adapted(path, before, merged_weights(network), scale)
 
 
-def test_a_folder_of_peft_has_the_names_of_its_wrapper(network, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "patterns", "rank-stabilised", "dora", "loha", "lokr"])
+def test_a_file_that_peft_saves_has_its_settings_next_to_it(network, tmp_path, kind):
     before = weights(network)
-    config = LoraConfig(r=3, lora_alpha=3, init_lora_weights=False, **TARGETS)
-    model = get_peft_model(network, config)
+    model = get_peft_model(network, PEFT[kind])
+    train(model)
 
     model.save_pretrained(tmp_path)
 
-    assert_adapted(
-        tmp_path / "adapter_model.safetensors", before, merged_weights(model.base_model.model)
-    )
+    path = tmp_path / "adapter_model.safetensors"
+    assert_adapted(path, before, merged_weights(model.base_model.model))
+    whole = read_adapter(path).sha256
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace("}", " }", 1))
+    assert read_adapter(path).sha256 != whole
+    config.unlink()
+    with pytest.raises(ValueError, match=r"alpha is in adapter_config.json next to it; put that"):
+        read_adapter(path)
