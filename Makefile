@@ -68,6 +68,7 @@ docs: .venv/test.stamp
 	.venv/bin/python -m scripts.trained_page
 	.venv/bin/python -m scripts.peers_page
 	.venv/bin/python -m scripts.families_page
+	.venv/bin/python -m scripts.serving_figures
 
 bench: .venv/demo.stamp
 	.venv/bin/python benchmarks/latency.py

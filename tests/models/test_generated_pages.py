@@ -8,13 +8,13 @@ from ldm_export.intake.opening import open_model
 from ldm_export.source import ExportOptions, open_source
 from measuring.rows import read_records
 from models.shapes.catalog.variants import VARIANTS
-from scripts import families_page, released_page, trained_page
+from scripts import families_page, released_page, serving_figures, trained_page
 from tests.reference.family_comparison import BOUNDS, CODEBOOK_BOUND
 
 MODELS = Path(__file__).parents[2] / "models/shapes"
 
 
-@pytest.mark.parametrize("script", [families_page, released_page, trained_page])
+@pytest.mark.parametrize("script", [families_page, released_page, serving_figures, trained_page])
 def test_the_committed_page_is_up_to_date(script):
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run `make docs`"
 
