@@ -15,7 +15,7 @@ from ldm_serve.answers import error_answer
 from ldm_serve.board import JobBoard
 from ldm_serve.errors import ServeError
 from ldm_serve.executors.contract import Executor
-from ldm_serve.executors.process import ProcessExecutor
+from ldm_serve.executors.making import make_executor
 from ldm_serve.routes.a1111.routes import A1111Routes
 from ldm_serve.routes.health import health_routes
 from ldm_serve.routes.jobs import JobRoutes
@@ -34,19 +34,17 @@ def create_app(
 
     Args:
         settings: What it serves, to whom, and how much of it.
-        executor: Where requests are generated; None is worker processes.
+        executor: Where requests are generated; None is the one that the settings ask for.
         tracing: Makes spans of OpenTelemetry, and is closed at the end; None makes none.
 
     Raises:
         BundleError: A folder is not a bundle.
+        LdmError: The executor cannot be had; see `make_executor`.
     """
     models = ServedModels(settings.bundles)
     if executor is None:
-        executor = ProcessExecutor(
-            settings.bundles,
-            settings.engine,
-            workers=settings.workers,
-            stall_seconds=settings.stall_seconds,
+        executor = make_executor(
+            settings.bundles, settings.engine, settings.workers, reports_steps=True
         )
     board = JobBoard(executor, settings.limits)
     site = Site(models=models, board=board, settings=settings, tracing=tracing)

@@ -3,18 +3,17 @@
 import argparse
 import asyncio
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 
 from ldm_runtime.cli.messages import reporting, say
 from ldm_runtime.cli.parsing import Parser, add_json_flag
-from ldm_runtime.errors import RequestError
-from ldm_serve.engine_flags import add_engine_arguments, add_worker_arguments, engine_settings
-from ldm_serve.executors.contract import Executor
-from ldm_serve.settings import EngineSettings
+from ldm_serve.engine_flags import (
+    add_engine_arguments,
+    add_worker_arguments,
+    engine_settings,
+    worker_settings,
+)
 
 #: Name that workers have for the model.
 _MODEL = "model"
@@ -50,26 +49,7 @@ def add_batch_command(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="try images again that failed in an earlier run",
     )
-    work = parser.add_argument_group("Work")
-    work.add_argument(
-        "--executor",
-        choices=tuple(_EXECUTORS),
-        default="process",
-        help="where images are generated: worker processes, this one, or the nodes of a Ray "
-        "cluster (default: process)",
-    )
-    add_worker_arguments(work)
-    cluster = parser.add_argument_group("Ray")
-    cluster.add_argument(
-        "--address", metavar="HOST:PORT", help="running cluster, of which this machine is a node"
-    )
-    cluster.add_argument(
-        "--worker-gpus",
-        type=_gpus,
-        default=0.0,
-        metavar="N",
-        help="GPUs that a worker takes of its node, which may be a part of one (default: 0)",
-    )
+    add_worker_arguments(parser, ("process", "inline", "ray"))
     add_engine_arguments(parser)
     add_json_flag(parser, "print the counts as JSON")
     parser.set_defaults(run=batch)
@@ -83,14 +63,15 @@ def batch(args: argparse.Namespace) -> int:
             then.
         BundleError: The bundle is not one, or incomplete.
         BatchError: The folder cannot be written to, or no worker stays alive.
+        ClusterError: No Ray cluster answers at the address.
     """
     # Only here, so that other commands start without them.
     from ldm_serve.batch.folder import RESULTS_NAME, BatchFolder
     from ldm_serve.batch.run import BatchRun
     from ldm_serve.batch.units import BatchModel, RequestFile
+    from ldm_serve.executors.making import make_executor
 
-    if args.address is not None and args.executor != "ray":
-        raise RequestError("address", f"is of --executor ray, not of {args.executor}")
+    workers = worker_settings(args)
     model = BatchModel.of_bundle(args.bundle)
     with BatchFolder(args.out) as folder:
         units = RequestFile(args.requests, model, folder.seed)
@@ -98,7 +79,9 @@ def batch(args: argparse.Namespace) -> int:
         missing = run.survey()
         if missing:
             with reporting(args) as progress:
-                executor = _EXECUTORS[args.executor](args, engine_settings(args))
+                executor = make_executor(
+                    {_MODEL: args.bundle}, engine_settings(args), workers, reports_steps=False
+                )
                 asyncio.run(run.generate(executor, missing, progress))
     counts, results = run.counts, args.out / RESULTS_NAME
     print(json.dumps({**asdict(counts), "results": str(results)}) if args.json else results)
@@ -108,45 +91,3 @@ def batch(args: argparse.Namespace) -> int:
             f"failed, as {results} says; --retry-failed tries them again"
         )
     return 1 if counts.failed else 0
-
-
-def _gpus(text: str) -> float:
-    """Return a number of GPUs as Ray takes it."""
-    with suppress(ValueError):
-        gpus = float(text)
-        if 0 <= gpus <= 1 or (gpus > 0 and gpus.is_integer()):
-            return gpus
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a part of 1")
-
-
-def _inline(args: argparse.Namespace, settings: EngineSettings) -> Executor:
-    from ldm_serve.executors.inline import InlineExecutor
-
-    return InlineExecutor({_MODEL: args.bundle}, settings)
-
-
-def _process(args: argparse.Namespace, settings: EngineSettings) -> Executor:
-    from ldm_serve.executors.process import ProcessExecutor
-
-    return ProcessExecutor({_MODEL: args.bundle}, settings, workers=args.workers)
-
-
-def _ray(args: argparse.Namespace, settings: EngineSettings) -> Executor:
-    if args.address is None:
-        raise RequestError(
-            "address", "--executor ray needs --address HOST:PORT, the head of a running cluster"
-        )
-    from ldm_serve.executors.ray import RayExecutor
-
-    return RayExecutor(
-        {_MODEL: args.bundle},
-        settings,
-        address=args.address,
-        workers=args.workers,
-        gpus=args.worker_gpus,
-    )
-
-
-_EXECUTORS: Mapping[str, Callable[[argparse.Namespace, EngineSettings], Executor]] = (
-    MappingProxyType({"process": _process, "inline": _inline, "ray": _ray})
-)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from ldm_runtime.cli.parsing import Parser, positive
 from ldm_runtime.errors import RequestError
-from ldm_serve.engine_flags import add_engine_arguments, add_worker_arguments, engine_settings
+from ldm_serve.engine_flags import (
+    add_engine_arguments,
+    add_worker_arguments,
+    engine_settings,
+    worker_settings,
+)
 from ldm_serve.settings import Access, Limits, ServeSettings
 
 #: Environment variable with a key, or several with their names: `name:key,name:key`.
@@ -32,7 +37,7 @@ def add_serve_command(commands: "argparse._SubParsersAction[Parser]") -> None:
         "like its folder unless named (default: engines)",
     )
     _add_listening(parser.add_argument_group("Address"))
-    _add_work(parser.add_argument_group("Work"))
+    _add_work(parser)
     _add_limits(parser.add_argument_group("Limits"))
     add_engine_arguments(parser)
     parser.set_defaults(run=serve)
@@ -44,6 +49,7 @@ def serve(args: argparse.Namespace) -> int:
     Raises:
         RequestError: A flag is wrong, or the address is open to others and there is no key.
         BundleError: A folder is not a bundle.
+        ClusterError: No Ray cluster answers at the address.
     """
     settings = settings_of(args, os.environ)
     # Only here, so that `ldm --help` works without the extra.
@@ -87,9 +93,8 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
             requests_per_minute=args.requests_per_minute,
         ),
         access=Access(keys=keys, hosts=(hosts | _LOOPBACK) if hosts or is_local else frozenset()),
-        workers=args.workers,
+        workers=worker_settings(args, stall_seconds=args.stall_seconds),
         drain_seconds=args.drain_seconds,
-        stall_seconds=args.stall_seconds,
     )
 
 
@@ -125,8 +130,8 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_work(group: argparse._ArgumentGroup) -> None:
-    add_worker_arguments(group)
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    group = add_worker_arguments(parser, ("process", "ray"))
     group.add_argument(
         "--memory-budget-gb",
         type=_amount,

@@ -1,28 +1,57 @@
 """Flags of the workers of `ldm serve` and `ldm batch`, and the settings that they make."""
 
 import argparse
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import MappingProxyType
 
 from ldm_runtime.cli.backend_flags import add_backend_arguments
 from ldm_runtime.cli.parsing import positive
-from ldm_serve.settings import EngineSettings
+from ldm_runtime.errors import RequestError
+from ldm_serve.settings import EngineSettings, ExecutorName, WorkerSettings
+
+_PLACES: Mapping[ExecutorName, str] = MappingProxyType(
+    {"process": "worker processes", "inline": "this one", "ray": "the nodes of a Ray cluster"}
+)
 
 
-def add_worker_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add `--workers` and `--max-batch`."""
-    group.add_argument(
+def add_worker_arguments(
+    parser: argparse.ArgumentParser, executors: Sequence[ExecutorName]
+) -> argparse._ArgumentGroup:
+    """Add the flags that say where and by how many workers images are generated.
+
+    Args:
+        parser: The parser of a command.
+        executors: Executors that the command offers, the default first and Ray's last.
+
+    Returns:
+        The group of those that have nothing to do with Ray.
+    """
+    work = parser.add_argument_group("Work")
+    *places, last = (_PLACES[each] for each in executors)
+    work.add_argument(
+        "--executor",
+        choices=executors,
+        default=executors[0],
+        help=f"where images are generated: {', '.join(places)}, or {last} "
+        f"(default: {executors[0]})",
+    )
+    work.add_argument(
         "--workers",
         type=positive,
         default=1,
         metavar="N",
         help="worker processes, each with the models in memory (default: 1)",
     )
-    group.add_argument(
+    work.add_argument(
         "--max-batch",
         type=positive,
         default=4,
         metavar="N",
         help="most images in one call of the UNet (default: 4)",
     )
+    _add_cluster_arguments(parser.add_argument_group("Ray"))
+    return work
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +68,34 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def worker_settings(
+    args: argparse.Namespace, *, stall_seconds: float = WorkerSettings.stall_seconds
+) -> WorkerSettings:
+    """Return the settings of a command line that has the flags of `add_worker_arguments`.
+
+    Args:
+        args: The command line.
+        stall_seconds: How long a worker may be silent over a request before it is replaced.
+
+    Raises:
+        RequestError: Flags of Ray lack each other.
+    """
+    if args.executor == "ray" and args.address is None:
+        raise RequestError(
+            "address", "--executor ray needs --address HOST:PORT, the head of a running cluster"
+        )
+    for name in ("address", "worker_gpus"):
+        if getattr(args, name) and args.executor != "ray":
+            raise RequestError(name, f"is of --executor ray, not of {args.executor}")
+    return WorkerSettings(
+        executor=args.executor,
+        count=args.workers,
+        stall_seconds=stall_seconds,
+        address=args.address,
+        gpus=args.worker_gpus,
+    )
+
+
 def engine_settings(
     args: argparse.Namespace, memory_budget_bytes: int | None = None
 ) -> EngineSettings:
@@ -52,3 +109,25 @@ def engine_settings(
         max_batch=args.max_batch,
         memory_budget_bytes=memory_budget_bytes,
     )
+
+
+def _add_cluster_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--address", metavar="HOST:PORT", help="running cluster, of which this machine is a node"
+    )
+    group.add_argument(
+        "--worker-gpus",
+        type=_gpus,
+        default=0.0,
+        metavar="N",
+        help="GPUs that a worker takes of its node, which may be a part of one (default: 0)",
+    )
+
+
+def _gpus(text: str) -> float:
+    """Return a number of GPUs as Ray takes it."""
+    with suppress(ValueError):
+        gpus = float(text)
+        if 0 <= gpus <= 1 or (gpus > 0 and gpus.is_integer()):
+            return gpus
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a part of 1")

@@ -13,6 +13,10 @@ class BatchError(LdmError):
     """A batch cannot go on; the next run of the same command does, once the reason is gone."""
 
 
+class ClusterError(LdmError):
+    """No Ray cluster answers at an address, or none that takes this token."""
+
+
 class ServeError(Exception):
     """An answer that is an error.
 

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ldm_runtime.backends import BackendName
 from ldm_runtime.backends.contract import Precision
 
+#: Names of the executors: worker processes, a thread of this process, actors of a Ray cluster.
+ExecutorName = Literal["process", "inline", "ray"]
 #: Bytes of a body that may hold images, and of one that may not.
 MAX_IMAGE_BODY_BYTES = 32 * 2**20
 MAX_TEXT_BODY_BYTES = 256 * 2**10
@@ -70,6 +73,25 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Where requests are generated, and by how many workers.
+
+    Attributes:
+        executor: Name of the executor.
+        count: How many workers; the inline executor has one.
+        stall_seconds: How long a worker may be silent over a request before it is replaced.
+        address: Host and port of the Ray cluster, as in "10.0.0.5:6379".
+        gpus: GPUs of its node that a worker of the cluster takes.
+    """
+
+    executor: ExecutorName = "process"
+    count: int = 1
+    stall_seconds: float = 300.0
+    address: str | None = None
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Access:
     """Who may call.
 
@@ -92,15 +114,13 @@ class ServeSettings:
         engine: How workers open them.
         limits: Bounds of requests.
         access: Who may call.
-        workers: Worker processes.
+        workers: Where requests are generated, and by how many workers.
         drain_seconds: How long requests that have come may go on after the server is told to end.
-        stall_seconds: How long a worker may be silent over a request before it is replaced.
     """
 
     bundles: Mapping[str, Path]
     engine: EngineSettings = EngineSettings()
     limits: Limits = Limits()
     access: Access = Access()
-    workers: int = 1
+    workers: WorkerSettings = WorkerSettings()
     drain_seconds: float = 30.0
-    stall_seconds: float = 300.0

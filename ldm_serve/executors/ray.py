@@ -38,8 +38,8 @@ class RayExecutor:
     """Generates in actors of a Ray cluster, whose nodes have the bundles in the same folders.
 
     Jobs of an actor that dies, alone or with its node, are run again by another: see `WorkerPool`.
-    A node with another bundle is refused and gets no more actors. Steps are not reported, so that
-    those of a large cluster do not all come to one process.
+    A node with another bundle is refused and gets no more actors. The constructor waits until the
+    cluster answers, and `close` leaves it.
 
     Args:
         bundles: Folder of every model; each worker opens the first at its start.
@@ -49,9 +49,16 @@ class RayExecutor:
         workers: How many workers. Those for which no node has room wait.
         gpus: GPUs of its node that a worker takes.
         stall_seconds: How long a worker may be silent over a job.
+        reports_steps: Whether steps are reported, all that an actor has done at once: those of a
+            large cluster are many messages to one process.
+
+    Raises:
+        RequestError: The address is none, or there is no token.
+        ClusterError: No cluster answers.
+        OSError: A bundle cannot be read.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what a cluster has to know)
         self,
         bundles: Mapping[str, Path],
         settings: EngineSettings,
@@ -60,8 +67,10 @@ class RayExecutor:
         workers: int = 1,
         gpus: float = 0.0,
         stall_seconds: float = 300.0,
+        reports_steps: bool = False,
     ) -> None:
-        self._bundles, self._address = bundles, address
+        self._required = NodeBundles.of_this_machine(bundles)
+        self._reports_steps = reports_steps
         self._settings = replace(settings, threads=settings.threads or 1)
         self._cpus, self._gpus = settings.threads or 1, gpus
         self._count, self._stall_seconds = workers, stall_seconds
@@ -71,17 +80,11 @@ class RayExecutor:
         self._reason = "no node has room for a worker yet, or the model is being opened"
         self._tasks: set[asyncio.Task[None]] = set()
         self._connection = ExitStack()
+        self._connection.enter_context(connected(address))
 
     async def start(self, report: Callable[[Event], None], changed: Callable[[], None]) -> None:
-        """See `Executor`; waits until the cluster answers.
-
-        Raises:
-            RequestError: The address is none, or there is no token.
-            BatchError: No cluster answers.
-        """
+        """See `Executor`."""
         self._report, self._changed = report, changed
-        self._required = NodeBundles.of_this_machine(self._bundles)
-        self._connection.enter_context(connected(self._address))
         for _ in range(self._count):
             self._spawn()
 
@@ -135,6 +138,8 @@ class RayExecutor:
             self._pool.take(actor, decode_report(ready))
             self._hand_out()
             self._changed()
+            if self._reports_steps:
+                self._keep(self._follow(actor))
             await self._watch(actor)
         finally:
             opening.cancel()
@@ -151,6 +156,19 @@ class RayExecutor:
             self._report(event)
         self._hand_out()
         self._changed()
+
+    async def _follow(self, actor: _Actor) -> None:
+        """Report the steps of an actor; of steps that are faster than its answers, the latest."""
+        while actor in self._pool.workers:
+            try:
+                steps = await actor.handle.next_steps.remote()
+            except ray.exceptions.RayError as error:
+                self._died(actor, error)
+                return
+            for step in steps:
+                event = self._pool.take(actor, decode_report(step))
+                if event is not None:
+                    self._report(event)
 
     async def _watch(self, actor: _Actor) -> None:
         """Ask an actor how far it is, and replace it if it is silent over a job."""

@@ -1,4 +1,4 @@
-"""The Ray cluster of a batch: connected to with token authentication, or not at all.
+"""The Ray cluster of a batch or a server: connected to with token authentication, or not at all.
 
 Ray is imported at this one place, because its authentication and its usage statistics are decided
 when it is. All who reach a cluster without authentication can run code on its nodes
@@ -10,6 +10,7 @@ import io
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from ldm_runtime.errors import RequestError
-from ldm_serve.errors import BatchError
+from ldm_serve.errors import ClusterError
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def connected(address: str) -> Iterator[None]:
 
     Raises:
         RequestError: It is not such an address, or there is no token.
-        BatchError: No cluster with this token answers there.
+        ClusterError: No cluster with this token answers there.
     """
     host, port = _parts(address)
     _refuse_without_token(host)
@@ -104,6 +105,7 @@ def sentence(error: Exception) -> str:
 
 
 def _connect(address: str) -> None:
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except ray.exceptions.AuthenticationError as error:
@@ -111,10 +113,13 @@ def _connect(address: str) -> None:
             "address", f"no token for the Ray cluster at {address}; {_TOKEN_ADVICE}"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BatchError(
+        raise ClusterError(
             f"no Ray cluster with this token and a node on this machine answers at {address}: "
             f"{sentence(error)}; give the address and the token of one"
         ) from error
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not terminated:  # Ray's exits with an error
+            signal.signal(signal.SIGTERM, terminated)
 
 
 class _Messages(io.TextIOBase):
@@ -141,7 +146,7 @@ def _check_answer(host: str, port: int) -> None:
     try:
         socket.create_connection((host, port), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise BatchError(
+        raise ClusterError(
             f"no Ray cluster answers at {host}:{port}: {error}; give the address of its head"
         ) from error
 

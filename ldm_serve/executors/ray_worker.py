@@ -1,6 +1,7 @@
 """The worker of a Ray cluster: an actor that generates on the node where Ray has placed it."""
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from ldm_serve.executors.messages import (
 )
 from ldm_serve.executors.ray_cluster import this_node
 from ldm_serve.settings import EngineSettings
+
+#: How many jobs that were cancelled are known, for those that come after it.
+_KNOWN_CANCELLED = 256
 
 
 class NodeError(Exception):
@@ -95,7 +99,9 @@ class RayWorker:
         self._bundles = bundles
         self._executor = InlineExecutor(bundles.folders, settings)
         self._ends: dict[str, asyncio.Future[Finished | Failed | None]] = {}
-        self._changed = asyncio.Event()
+        self._cancelled: deque[str] = deque(maxlen=_KNOWN_CANCELLED)
+        self._steps: dict[str, bytes] = {}  # of each job the latest that has not been asked for
+        self._changed, self._stepped = asyncio.Event(), asyncio.Event()
         self._events = 0
 
     async def open(self) -> bytes:
@@ -127,6 +133,8 @@ class RayWorker:
         self._check()
         work = decode_order(data)
         assert isinstance(work, Work), "other orders have methods of their own"
+        if work.job in self._cancelled:
+            return b""
         end = self._ends[work.job] = asyncio.get_running_loop().create_future()
         self._executor.submit(work)
         event = await end
@@ -134,10 +142,20 @@ class RayWorker:
         return b"" if event is None else encode(event)
 
     async def cancel(self, job: str) -> None:
-        """Stop a job within a step."""
+        """Stop a job within a step, also one that this call has overtaken."""
         self._executor.cancel(job)
+        self._steps.pop(job, None)
         if end := self._ends.pop(job, None):
             end.set_result(None)
+        else:
+            self._cancelled.append(job)
+
+    async def next_steps(self) -> list[bytes]:
+        """Wait for steps, and return the latest `Progress` of every job that has done some."""
+        await self._stepped.wait()
+        self._stepped.clear()
+        steps, self._steps = self._steps, {}
+        return list(steps.values())
 
     async def count_events(self) -> int:
         """Return how many steps and ends of jobs there were, which grows while it works."""
@@ -146,7 +164,11 @@ class RayWorker:
     def _report(self, event: Event) -> None:
         self._events += 1
         if isinstance(event, Finished | Failed):
+            self._steps.pop(event.job, None)
             self._ends.pop(event.job).set_result(event)
+        else:
+            self._steps[event.job] = encode(event)
+            self._stepped.set()
 
     def _check(self) -> None:
         stats = self._executor.stats()

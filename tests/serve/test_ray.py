@@ -1,7 +1,9 @@
-"""`ldm batch` on a Ray cluster on loopback: the images of one process, whatever dies."""
+"""`ldm batch` and `ldm serve` on a Ray cluster on loopback: the images of one process always."""
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import os
 import signal
@@ -9,9 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Ray reads them when it is imported. Without the first, it takes the machine's own address and
 # listens on all of them.
@@ -31,14 +36,23 @@ from ldm_serve.batch.folder import BatchFolder
 from ldm_serve.batch.run import BatchRun
 from ldm_serve.batch.units import BatchModel, RequestFile
 from ldm_serve.errors import BatchError
+from ldm_serve.executors.inline import InlineExecutor
+from ldm_serve.executors.messages import Work, encode
 from ldm_serve.executors.ray import RayExecutor
-from ldm_serve.settings import EngineSettings
+from ldm_serve.executors.ray_worker import NodeBundles, RayWorker
+from ldm_serve.routes.jobs import data_url
+from ldm_serve.settings import EngineSettings, ServeSettings
+from tests.serve.asgi import calling
 from tests.serve.batches import results_of
+from tests.serve.conftest import serving
+from tests.serve.test_jobs import events_of, finished, submit
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 SETTINGS = EngineSettings(backend="onnxruntime", threads=1, max_batch=2)
 STORE_BYTES = 80 * 2**20
+QUICK = {"prompt": "red", "seed": 3, "num_inference_steps": 4}
+SLOW = {"prompt": "red", "seed": 1, "width": 256, "height": 256, "num_inference_steps": 150}
 #: A dead node is noticed after about a second.
 QUICK_HEALTH = {
     "health_check_initial_delay_ms": 0,
@@ -138,6 +152,12 @@ def workers():
         for pid in processes_with(os.environ["RAY_AUTH_TOKEN"])
         if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::RayWorker")
     ]
+
+
+def cpu_seconds(pid):
+    """Return how long a process has computed."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def arguments(requests, out, bundle, *flags):
@@ -332,18 +352,19 @@ def test_a_bundle_that_cannot_be_opened_ends_the_batch(cluster, nodes, requests,
         run_here(cluster, requests, tmp_path / "out", tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("command", ["batch", "serve"])
 class TestRefusals:
-    def refused(self, address, requests, bundle, tmp_path, **variables):
-        """Return the one message of the command on a cluster that it refuses."""
-        flags = ["--executor", "ray", "--address", address]
+    @pytest.fixture
+    def refused(self, command, requests, bundle, tmp_path):
+        """Returns the one message of the command on a cluster that it refuses."""
+        words = arguments(requests, tmp_path / "out", bundle)
+        words = words if command == "batch" else ["serve", str(bundle)]
+        return lambda address, **variables: self.message(words, address, tmp_path, **variables)
+
+    def message(self, words, address, tmp_path, **variables):
+        flags = ["--executor", "ray", "--address", address, "--quiet"]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "ldm_runtime",
-                *arguments(requests, tmp_path / "out", bundle, *flags),
-                "--quiet",
-            ],
+            [sys.executable, "-m", "ldm_runtime", *words, *flags],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -355,47 +376,47 @@ class TestRefusals:
         (message,) = done.stderr.splitlines()
         return message
 
-    def test_of_other_machines_without_authentication(self, requests, bundle, tmp_path):
+    def test_of_other_machines_without_authentication(self, refused):
         """The address is one for documentation, RFC 5737: nothing is sent there."""
-        message = self.refused(
-            "192.0.2.1:6379", requests, bundle, tmp_path, RAY_AUTH_MODE="disabled"
-        )
+        message = refused("192.0.2.1:6379", RAY_AUTH_MODE="disabled")
 
         assert "192.0.2.1 can be reached from other machines" in message
         assert "RAY_AUTH_MODE=token" in message
 
-    def test_without_a_token(self, cluster, requests, bundle, tmp_path):
-        message = self.refused(cluster.address, requests, bundle, tmp_path, RAY_AUTH_TOKEN="")
+    def test_without_a_token(self, cluster, refused):
+        message = refused(cluster.address, RAY_AUTH_TOKEN="")
 
         assert f"address: no token for the Ray cluster at {cluster.address}; " in message
 
     @pytest.mark.parametrize("address", ["ray://localhost:10001", "auto", "localhost"])
-    def test_of_what_is_no_address(self, address, requests, bundle, tmp_path):
-        message = self.refused(address, requests, bundle, tmp_path)
+    def test_of_what_is_no_address(self, address, refused):
+        message = refused(address)
 
         assert f"{address!r} is not HOST:PORT" in message
 
-    def test_of_nodes_that_others_reach(self, cluster, nodes, monkeypatch):
-        """The head is on loopback, but what its nodes say of themselves is not."""
-        from ldm_serve.executors import ray_cluster
 
-        monkeypatch.setattr(ray_cluster, "live_nodes", lambda: {"a": "192.0.2.1"})
-        monkeypatch.setattr(ray_cluster, "_MODE", "OF_THIS_TEST")
-        monkeypatch.setenv("OF_THIS_TEST", "disabled")
+def test_nodes_that_others_reach_are_refused(cluster, nodes, monkeypatch):
+    """The head is on loopback, but what its nodes say of themselves is not."""
+    from ldm_serve.executors import ray_cluster
 
-        with (
-            pytest.raises(RequestError, match=r"192\.0\.2\.1 can be reached"),
-            ray_cluster.connected(cluster.address),
-        ):
-            pass
-        assert not ray_cluster.ray.is_initialized()
+    monkeypatch.setattr(ray_cluster, "live_nodes", lambda: {"a": "192.0.2.1"})
+    monkeypatch.setattr(ray_cluster, "_MODE", "OF_THIS_TEST")
+    monkeypatch.setenv("OF_THIS_TEST", "disabled")
+
+    with (
+        pytest.raises(RequestError, match=r"192\.0\.2\.1 can be reached"),
+        ray_cluster.connected(cluster.address),
+    ):
+        pass
+    assert not ray_cluster.ray.is_initialized()
 
 
 def test_an_address_without_a_cluster_is_one_sentence(requests, bundle, tmp_path, capsys):
     flags = ["--executor", "ray", "--address", "127.0.0.1:1", "--quiet"]
 
-    assert main(arguments(requests, tmp_path / "out", bundle, *flags)) == 1
-    assert "no Ray cluster answers at 127.0.0.1:1: " in capsys.readouterr().err
+    for words in (arguments(requests, tmp_path / "out", bundle), ["serve", str(bundle)]):
+        assert main([*words, *flags]) == 1
+        assert "no Ray cluster answers at 127.0.0.1:1: " in capsys.readouterr().err
 
 
 def test_flags_of_ray_need_each_other(requests, bundle, tmp_path, capsys):
@@ -403,3 +424,156 @@ def test_flags_of_ray_need_each_other(requests, bundle, tmp_path, capsys):
     assert "--executor ray needs --address HOST:PORT" in capsys.readouterr().err
     assert main(arguments(requests, tmp_path / "out", bundle, "--address", "127.0.0.1:1")) == 2
     assert "is of --executor ray, not of process" in capsys.readouterr().err
+
+
+def noisy_image():
+    """Return an image as a `data:` URL that is too large for Ray to send along with a call."""
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return data_url(file.getvalue(), "png")
+
+
+def decode_image(url):
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+@pytest.fixture(scope="class")
+def flags(cluster, bundles):
+    with added(cluster, 2):
+        models = (bundles / "text-to-image", bundles / "class-to-image")
+        yield *models, "--executor", "ray", "--address", cluster.address, "--max-batch", 1
+
+
+@pytest.fixture(scope="class")
+def server(flags, tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server"), *flags) as server:
+        yield server
+    wait_until(lambda: not workers(), "actors have ended with their server")
+
+
+@pytest.fixture
+def client(server):
+    with server.client(timeout=120) as client:
+        yield client
+
+
+class TestServer:
+    """`ldm serve` on two nodes, of which one worker takes one and tests have the other."""
+
+    def inline(self, bundles, calls):
+        """Return the files that a server with the inline executor answers with."""
+        models = {name: bundles / name for name in ("text-to-image", "class-to-image")}
+        settings = ServeSettings(bundles=models, engine=SETTINGS)
+
+        async def scenario(client, site):
+            while (await client.get("/readyz")).status_code != 200:
+                await asyncio.sleep(0.02)
+            return [await self.file(client, *call) for call in calls]
+
+        return calling(settings, InlineExecutor(models, SETTINGS), scenario)
+
+    async def file(self, client, model, request):
+        job = (await client.post("/api/jobs", json={"model": model, "request": request})).json()
+        while not (state := (await client.get(f"/api/jobs/{job['id']}")).json())["images"]:
+            await asyncio.sleep(0.02)
+        return (await client.get(state["images"][0]["url"])).content
+
+    def image(self, client, job):
+        """Return the file of a job, and how often workers were replaced until then."""
+        state = finished(client, job, seconds=120)
+        assert state["state"] == "completed", state
+        (restarts,) = (
+            int(float(line.split()[1]))
+            for line in client.get("/metrics").text.splitlines()
+            if line.startswith("ldm_worker_restarts_total ")
+        )
+        return client.get(state["images"][0]["url"]).content, restarts
+
+    def wait_for_steps(self, client, job, count=3):
+        url = f"/api/jobs/{job['id']}"
+        wait_until(lambda: client.get(url).json()["steps"][0] >= count, "steps")
+
+    def test_images_of_all_models_are_those_of_the_inline_executor(self, client, bundles):
+        calls = [
+            ("text-to-image", QUICK),
+            ("class-to-image", {"class_label": 2, "seed": 1}),
+            ("text-to-image", {**QUICK, "image": noisy_image(), "width": 16, "height": 16}),
+        ]
+
+        found = [self.image(client, submit(client, fields, model=name)) for name, fields in calls]
+
+        assert found == [(image, 0) for image in self.inline(bundles, calls)]
+
+    def test_steps_come_with_previews(self, client):
+        job = submit(client, SLOW, previews=True)
+
+        events = events_of(client, job)
+
+        assert events[-1][0] == "completed"
+        steps = [state["steps"][0] for _, state in events]
+        assert steps == sorted(steps)
+        assert len(set(steps)) > 20
+        previews = [state["preview"] for _, state in events if "preview" in state]
+        assert len(previews) > 20
+        image = decode_image(previews[0])
+        assert (image.format, image.size) == ("PNG", (128, 128))
+
+    def test_a_worker_that_dies_is_replaced_and_its_request_run_again(self, client, bundles):
+        job = submit(client, SLOW)
+        self.wait_for_steps(client, job)
+        os.kill(workers()[0], signal.SIGKILL)
+        wait_until(lambda: client.get("/readyz").status_code == 503, "the death is noticed")
+
+        image = self.image(client, job)
+
+        assert client.get("/readyz").status_code == 200
+        assert image == (*self.inline(bundles, [("text-to-image", SLOW)]), 1)
+
+    def test_a_cancelled_job_leaves_its_worker_idle_within_a_step(self, client):
+        slow = submit(client, {**SLOW, "width": 512, "height": 512, "num_images": 8})
+        self.wait_for_steps(client, slow)
+        (worker,) = workers()
+
+        client.post(f"/api/jobs/{slow['id']}/cancel")
+        time.sleep(0.5)
+        begun = cpu_seconds(worker)
+        time.sleep(1)
+
+        assert cpu_seconds(worker) - begun < 0.1
+        assert client.get(f"/api/jobs/{slow['id']}").json()["state"] == "cancelled"
+
+    def test_that_is_told_to_end_finishes_what_has_come(self, server, flags, bundles, tmp_path):
+        body = {"prompt": "red", "size": "256x256", "seed": 1, "num_inference_steps": 150}
+        with (
+            serving(tmp_path, *flags) as other,
+            other.client(timeout=60) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            url = "/v1/images/generations"
+            answer = pool.submit(client.post, url, json=body | {"response_format": "file"})
+            wait_until(lambda: client.get("/api/jobs").json()["jobs"], "the request has come")
+            other.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: client.get("/readyz").status_code == 503, "it drains")
+
+            image = answer.result().content
+
+            other.process.wait(30)
+        assert other.process.returncode in (0, -signal.SIGTERM)
+        assert [image] == self.inline(bundles, [("text-to-image", SLOW)])
+
+
+def test_a_job_that_its_cancellation_overtakes_is_not_begun(bundle):
+    """A large request takes longer to an actor than the call that cancels it."""
+    worker = RayWorker(NodeBundles.of_this_machine({"tiny": bundle}), SETTINGS)
+
+    async def scenario():
+        await worker.open()
+        try:
+            await worker.cancel("job")
+            work = Work(job="job", model="tiny", fields={"prompt": "red", "seed": 1})
+            return await worker.generate(encode(work)), worker._executor.stats().room
+        finally:
+            await worker._executor.close()
+
+    assert asyncio.run(scenario()) == (b"", SETTINGS.max_batch)

@@ -5,6 +5,7 @@ import pytest
 
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_serve.cli import KEYS_VARIABLE, is_loopback, settings_of
+from ldm_serve.settings import WorkerSettings
 
 KEY = "k" * 22
 
@@ -26,11 +27,23 @@ def test_flags_become_settings():
         *("--memory-budget-gb", "3", "--threads", "2", "--backend", "cpu", "--max-cost", "9.5"),
     )
 
-    assert (found.workers, found.drain_seconds) == (2, 1.5)
+    assert (found.workers.count, found.drain_seconds) == (2, 1.5)
+    assert found.workers.executor == "process"
     assert (found.limits.max_queue, found.limits.max_cost) == (5, 9.5)
     engine = found.engine
     assert (engine.max_batch, engine.threads, engine.backend) == (8, 2, "onnxruntime")
     assert engine.memory_budget_bytes == 3_000_000_000
+
+
+def test_flags_of_ray_become_settings():
+    found = settings(
+        *("--executor", "ray", "--address", "10.0.0.5:6379", "--worker-gpus", "0.5"),
+        *("--workers", "9", "--stall-seconds", "7"),
+    )
+
+    assert found.workers == WorkerSettings(
+        executor="ray", count=9, stall_seconds=7.0, address="10.0.0.5:6379", gpus=0.5
+    )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])
@@ -63,6 +76,10 @@ def test_keys_have_names_and_a_length(capsys, monkeypatch):
     [
         (["a", "x/a"], "two models are called 'a'; say a2=x/a"),
         (["--workers", "0"], "must be a whole number from 1, got '0'"),
+        (["--executor", "ray"], "address: --executor ray needs --address HOST:PORT"),
+        (["--address", "10.0.0.5:6379"], "address: is of --executor ray, not of process"),
+        (["--worker-gpus", "1"], "worker_gpus: is of --executor ray, not of process"),
+        (["--executor", "inline"], "unknown value 'inline'; choose process, ray"),
         (["--drain-seconds", "nan"], "must be a number above 0, got 'nan'"),
         (["--max-batsh", "2"], "unknown option --max-batsh (did you mean --max-batch"),
     ],
