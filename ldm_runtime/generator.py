@@ -335,10 +335,17 @@ class Generator(Closing):
     def open_batch(self, *, max_batch: int = 4) -> ContinuousBatch:
         """Return a batch to which requests can be added while others run, as a server does.
 
+        The number of images in a call changes all the time. Where a backend compiles the UNet for
+        each, and keeps fewer than `max_batch` of them, a call has one image, and requests take
+        turns at it.
+
         Args:
             max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
         """
         check_positive("max_batch", max_batch)
+        kept = get_backend(self.backend).ABILITIES.kept_shapes
+        if kept is not None and self.spec.unet is not None:
+            max_batch = max_batch if kept(self.manifest.weights_bytes("unet")) >= max_batch else 1
         return ContinuousBatch(
             self._pipeline,
             resolve=self._resolve,

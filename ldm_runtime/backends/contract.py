@@ -110,6 +110,8 @@ class Abilities:
             the backend, so that choosing another one is logged.
         survives_fork: Whether a process that is forked after engines were opened can open its own.
         takes_weights: Whether engines run with other weights than those of the bundle.
+        kept_shapes: Returns how many shapes of a network of so many bytes of weights are ready to
+            run once they have been seen; None is any number.
     """
 
     variant: GraphVariant
@@ -118,6 +120,7 @@ class Abilities:
     is_prepared: Callable[[Manifest | None], bool]
     survives_fork: bool = False
     takes_weights: bool = False
+    kept_shapes: Callable[[int], int] | None = None
     reduced: tuple[Precision, ...] = ()
     fastest: Callable[[], Precision] | None = None
 
@@ -282,12 +285,6 @@ class EngineSource:
         files.add(self.component.weights_file)
         hashes = [record.sha256 for record in self.manifest.files if record.path in files]
         return (*hashes, self.changes.key) if self.changes.key else tuple(hashes)
-
-    @property
-    def weights_bytes(self) -> int:
-        """The size of the component's weights."""
-        files = {record.path: record.size_bytes for record in self.manifest.files}
-        return files[self.component.weights_file]
 
     def _checked(self, path: str) -> Path:
         return checked_file(self.bundle, self.manifest, path, hashed=self.check_hashes)

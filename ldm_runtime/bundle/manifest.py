@@ -208,6 +208,15 @@ class Manifest:
         names = ", ".join(record.name for record in self.components)
         raise BundleError(f"this bundle has no component {name!r}; it has {names}")
 
+    def weights_bytes(self, name: str) -> int:
+        """Return the size of the weights of component `name`.
+
+        Raises:
+            BundleError: The bundle has no such component.
+        """
+        weights_file = self.component(name).weights_file
+        return sum(record.size_bytes for record in self.files if record.path == weights_file)
+
 
 def load_manifest(bundle: Path, *, sha256: str | None = None) -> Manifest:
     """Read and check `bundle/manifest.json`.

@@ -1,9 +1,11 @@
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
 from ldm_runtime import GenerationRequest, Generator
+from ldm_runtime.backends.onnxruntime import cpu
 from ldm_runtime.errors import DeadlineError, RequestError
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step
@@ -78,7 +80,9 @@ def test_every_task_can_be_batched(bundle_of, task):
             assert pixels(found[number][-1]) == pixels(generator.generate(request))
 
 
-def test_requests_share_calls_of_the_unet(generator, monkeypatch):
+@pytest.fixture
+def sizes(generator, monkeypatch):
+    """The samples of every call of the UNet."""
     sizes = []
     unet = type(generator._network("unet"))
     run = unet.run
@@ -89,6 +93,24 @@ def test_requests_share_calls_of_the_unet(generator, monkeypatch):
         return run(self, inputs)
 
     monkeypatch.setattr(unet, "run", recorded)
+    return sizes
+
+
+@pytest.mark.parametrize(("kept", "most"), [(1, 2), (2, 4)])
+def test_a_backend_that_keeps_few_shapes_is_given_one(generator, sizes, monkeypatch, kept, most):
+    """Or it would compile the UNet again whenever the number of requests changes."""
+    monkeypatch.setattr(cpu, "ABILITIES", replace(cpu.ABILITIES, kept_shapes=lambda _: kept))
+
+    with generator.open_batch(max_batch=2) as batch:
+        for prompt in ("red", "blue"):
+            batch.add(GenerationRequest(prompt, seed=1, num_inference_steps=2))
+        batch.advance()
+        finish(batch)
+
+    assert max(sizes) == most
+
+
+def test_requests_share_calls_of_the_unet(generator, sizes):
     with generator.open_batch(max_batch=2) as batch:
         batch.add(GenerationRequest("red", seed=1, num_inference_steps=4))
         batch.advance()

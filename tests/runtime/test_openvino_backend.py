@@ -18,9 +18,9 @@ if find_spec("openvino") is None:
 from ldm_runtime import Generator
 from ldm_runtime.backends import choose_backend, get_backend
 from ldm_runtime.backends.contract import EngineSource, RunOptions
-from ldm_runtime.backends.openvino import library
+from ldm_runtime.backends.openvino import kept_shapes, library
 from ldm_runtime.backends.openvino.compiled_models import Latest, cache_for
-from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine, kept_shapes
+from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.measures import psnr, relative_l2
 from ldm_runtime.diagnostics.verify import verify

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from ldm_runtime.backends.openvino.engine import OpenVinoEngine
 
 
+#: Compiled shapes of a component that stay in memory, at least and at most, and bytes of weights
+#: that they may have together. Each has its own copy, in the order and precision of its kernels.
+_FEWEST_SHAPES, _MOST_SHAPES, _MOST_BYTES = 2, 16, 1_000_000_000
+
+
 def _is_installed(_manifest: Manifest | None = None) -> bool:
     return find_spec("openvino") is not None
 
@@ -36,12 +41,25 @@ def _fastest() -> Precision:
     return "bf16" if has_bf16() else "fp32"
 
 
+def kept_shapes(weights_bytes: int) -> int:
+    """Return how many compiled shapes of a component stay in memory.
+
+    Requests that share calls of a network differ in their number from call to call, so that fewer
+    would be compiled again and again.
+
+    Args:
+        weights_bytes: Size of its weights.
+    """
+    return max(_FEWEST_SHAPES, min(_MOST_SHAPES, _MOST_BYTES // max(1, weights_bytes)))
+
+
 ABILITIES = Abilities(
     variant="fp32",
     limited_shapes=False,
     min_shared_samples=1,
     is_prepared=_is_installed,
     takes_weights=True,
+    kept_shapes=kept_shapes,
     reduced=("bf16",),
     fastest=_fastest,
 )
@@ -50,7 +68,7 @@ ABILITIES = Abilities(
 def open_engine(source: EngineSource) -> "OpenVinoEngine":
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
     from ldm_runtime.backends.openvino.compiled_models import cache_for
-    from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine, kept_shapes
+    from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
 
     path = source.graph("fp32")
     component = source.component
@@ -59,7 +77,7 @@ def open_engine(source: EngineSource) -> "OpenVinoEngine":
         threads=source.threads,
         # What was not compared with the hashes must not be found by them later.
         cache=cache_for(source.hashes("fp32")) if source.check_hashes else None,
-        kept=kept_shapes(source.weights_bytes),
+        kept=kept_shapes(source.manifest.weights_bytes(component.name)),
     )
     sizes = axis_sizes(source.manifest.spec, component.name)
     return OpenVinoEngine(

@@ -18,9 +18,6 @@ from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec
 
-#: Compiled shapes of a component that stay in memory, at least and at most, and bytes of weights
-#: that they may have together. Each has its own copy, in the order and precision of its kernels.
-FEWEST_SHAPES, MOST_SHAPES, MOST_BYTES = 2, 16, 1_000_000_000
 _HINTS: Mapping[str, str] = {"fp32": "f32", "bf16": "bf16"}
 
 #: The lengths of every axis of every input, by which a compiled model is known.
@@ -41,19 +38,7 @@ class Compilation:
     precision: Precision
     threads: int | None = None
     cache: Path | None = None
-    kept: int = FEWEST_SHAPES
-
-
-def kept_shapes(weights_bytes: int) -> int:
-    """Return how many compiled shapes of a component stay in memory.
-
-    Requests that share calls of a network differ in their number from call to call, so that fewer
-    would be compiled again and again.
-
-    Args:
-        weights_bytes: Size of its weights.
-    """
-    return max(FEWEST_SHAPES, min(MOST_SHAPES, MOST_BYTES // max(1, weights_bytes)))
+    kept: int = 2
 
 
 class OpenVinoEngine(HostEngine):
