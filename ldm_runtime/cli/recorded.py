@@ -24,7 +24,7 @@ _REPLACED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sigmas": ("num_inference_steps", "schedule"),
         "image": ("height", "width"),
         "mask_image": ("outpaint",),
-        "outpaint": ("mask_image", "height", "width"),
+        "outpaint": ("mask_image", "mask_blur", "height", "width"),
     }
 )
 _CUSTOM_SCHEDULE = {"schedule": "custom"}

@@ -1,7 +1,8 @@
 """Masks: the part of an image that is generated again, with any model.
 
 Pixels of a mask that are brighter than one half are generated again, the others are known and kept
-exactly, whether the mask has two colours, has soft edges or was stored as JPEG.
+exactly, whether the mask has two colours, has soft edges or was stored as JPEG. Only a mask that is
+blurred on request changes pixels beyond its edge.
 """
 
 import numpy as np
@@ -12,8 +13,14 @@ from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 
 Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
 
 _HALF = 127  # the brightest pixel that is still known: 127 / 255 < 0.5
+_WHITE = 255
+#: Largest blur of a mask: the web UI's.
+MAX_BLUR = 64
+#: Standard deviations that the kernel of a blur reaches.
+_REACH = 2.5
 
 
 def binary_mask(mask: InputImage) -> InputImage:
@@ -48,12 +55,55 @@ def latent_mask(mask: InputImage, factor: int) -> Float32Array:
     return np.asarray(bright[None, None], dtype=np.float32)
 
 
-def composite(original: InputImage, generated: Image.Image, mask: InputImage) -> Image.Image:
+def blurred_mask(mask: InputImage, blur: tuple[int, int]) -> InputImage:
+    """Return a mask that is blurred by a Gaussian, in width and then in height.
+
+    Beyond the border it is mirrored at the outermost pixels, and it has 8 bits in between. OpenCV,
+    whose weights have 8 bits, makes the edge of a shape up to 3 of 255 levels lighter or darker.
+
+    Args:
+        mask: The mask.
+        blur: Standard deviation in each direction, in pixels; 0 leaves it sharp.
+
+    Source: `StableDiffusionProcessingImg2Img.init` in `modules/processing.py` of
+    AUTOMATIC1111/stable-diffusion-webui 1.10.
+    """
+    width, height = blur
+    gray = _blurred_rows(_blurred_rows(mask.gray(), width).T, height).T
+    return InputImage(np.repeat(gray[..., None], 3, axis=2))
+
+
+def _blurred_rows(gray: UInt8Array, blur: int) -> UInt8Array:
+    """Return an image (H, W) whose rows are blurred."""
+    radius = int(_REACH * blur + 0.5)
+    if not radius:
+        return gray
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / blur) ** 2)
+    weights /= weights.sum()
+    padded = np.pad(gray, ((0, 0), (radius, radius)), mode="reflect")
+    rows = [np.rint(np.convolve(row, weights, mode="valid")) for row in padded]
+    return np.array(rows, dtype=np.uint8)
+
+
+def composite(
+    original: InputImage,
+    generated: Image.Image,
+    mask: InputImage,
+    *,
+    fades_outwards: bool = False,
+) -> Image.Image:
     """Return `generated` where the mask is white, and exactly `original` up to one half.
 
     From one half to white, `generated` fades in linearly, so that a soft edge hides the seam.
     Without this step, the known pixels would have gone through the autoencoder, which changes every
     pixel a little.
+
+    Args:
+        original: The image.
+        generated: What was generated in its place.
+        mask: The mask.
+        fades_outwards: Whether `generated` fades in from black to one half instead, beyond the edge
+            of what the mask has generated again, as in AUTOMATIC1111's web UI (`mask_for_overlay`).
 
     Raises:
         ValueError: The three are not of one size.
@@ -62,9 +112,12 @@ def composite(original: InputImage, generated: Image.Image, mask: InputImage) ->
     if len(set(sizes.values())) > 1:
         named = ", ".join(f"the {name} {size[0]}x{size[1]}" for name, size in sizes.items())
         raise ValueError(f"sizes differ: {named}; make them equal")
-    above = np.maximum(mask.gray().astype(np.float32) - _HALF, 0)
-    share = np.rint(above * (255 / (255 - _HALF))).astype(np.uint8)
-    return Image.composite(generated, original.to_image(), Image.fromarray(share))
+    gray = mask.gray().astype(np.float32)
+    if fades_outwards:
+        share = np.minimum(2 * gray, _WHITE)
+    else:
+        share = np.rint(np.maximum(gray - _HALF, 0) * (_WHITE / (_WHITE - _HALF)))
+    return Image.composite(generated, original.to_image(), Image.fromarray(share.astype(np.uint8)))
 
 
 def outpaint_canvas(

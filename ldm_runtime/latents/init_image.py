@@ -9,9 +9,16 @@ from PIL import Image
 
 from ldm_runtime.backends.contract import Runner
 from ldm_runtime.inputs.images import InputImage, resize
-from ldm_runtime.inputs.masks import binary_mask, composite, latent_mask, outpaint_canvas
+from ldm_runtime.inputs.masks import (
+    binary_mask,
+    blurred_mask,
+    composite,
+    latent_mask,
+    outpaint_canvas,
+)
 from ldm_runtime.latents.codec import encode_image
 from ldm_runtime.requests.resolved import (
+    NO_BLUR,
     MaskedImage,
     NoImage,
     OutpaintedImage,
@@ -34,10 +41,13 @@ class InitImage:
         image: The image.
         mask: The masked region, which is generated again; None for all of the image. Of two
             colours for a model that was trained to inpaint, as CompVis composites its results.
+        blurred: The mask with blurred edges, where the generated image fades into this one; None
+            if it was not to be blurred.
     """
 
     image: InputImage
     mask: InputImage | None
+    blurred: InputImage | None = None
 
     def padded(self, height: int, width: int) -> "InitImage":
         """Return image and mask padded on the right and at the bottom, by repeating their edge."""
@@ -46,7 +56,11 @@ class InitImage:
 
     def finish(self, generated: Image.Image) -> Image.Image:
         """Restore the area outside the mask in a generated image."""
-        return generated if self.mask is None else composite(self.image, generated, self.mask)
+        if self.mask is None:
+            return generated
+        if self.blurred is not None:
+            return composite(self.image, generated, self.blurred, fades_outwards=True)
+        return composite(self.image, generated, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,19 +79,21 @@ class Start:
 def init_image(request: ResolvedRequest, spec: ModelSpec) -> InitImage | None:
     """Return the init image of a request, with its margins to outpaint; None without one."""
     size = request.width, request.height
+    blur = NO_BLUR
     match request.source_image:
         case NoImage():
             return None
         case WholeImage(image=image):
             return InitImage(image=resize(image, *size), mask=None)
-        case MaskedImage(image=image, mask=mask):
-            pass
+        case MaskedImage(image=image, mask=mask, blur=blur):
+            mask = blurred_mask(mask, blur)
         case OutpaintedImage(image=small, margins=margins):
             image, mask = outpaint_canvas(small, *margins)
     mask = resize(mask, *size)  # a resized mask has soft edges
+    blurred = None if blur == NO_BLUR else mask
     if task_record(spec).image == "condition":
         mask = binary_mask(mask)
-    return InitImage(image=resize(image, *size), mask=mask)
+    return InitImage(image=resize(image, *size), mask=mask, blurred=blurred)
 
 
 def start_from(engine: Runner, init: InitImage, request: ResolvedRequest, spec: ModelSpec) -> Start:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ldm_runtime.requests.resolved import (
+    MaskedImage,
     NoImage,
     NoReuse,
     PromptCondition,
@@ -139,6 +140,7 @@ def write_infotext(
         "Model hash": model.short_hash,
         "Model": model.plain_name,
         **_optional_values(request),
+        "Mask blur": _mask_blur(request),
         **_refiner_values(request, refiner),
         "Clip skip": condition.clip_skip + 1 if condition.clip_skip else None,
         "TI hashes": ", ".join(f"{word}: {sha[:12]}" for word, sha in textual_inversions.items())
@@ -221,6 +223,14 @@ def _optional_values(request: ResolvedRequest) -> dict[str, object]:
     if not isinstance(request.reuse, NoReuse):
         values["Feature reuse"] = request.reuse.rule
     return values
+
+
+def _mask_blur(request: ResolvedRequest) -> int | None:
+    """Return the blur of the mask, if there is one and the web UI has a number for it."""
+    if not isinstance(request.source_image, MaskedImage):
+        return None
+    width, height = request.source_image.blur
+    return width if width == height and width else None
 
 
 def _refiner_values(request: ResolvedRequest, refiner: InfotextModel | None) -> dict[str, object]:

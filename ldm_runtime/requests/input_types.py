@@ -132,6 +132,7 @@ class RequestFields(TypedDict, total=False):
     noise_level: int | None
     strength: float | None
     mask_image: ImageInput | None
+    mask_blur: Sequence[int] | None
     outpaint: Sequence[int] | None
     hires_scale: float | None
     hires_strength: float | None

@@ -10,6 +10,7 @@ from ldm_runtime.inputs.embeddings import Embeddings
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.initial_latents import InitialLatents
 from ldm_runtime.inputs.layouts import LayoutObject
+from ldm_runtime.inputs.masks import MAX_BLUR
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.inputs.segmentation import SegmentationMap
 from ldm_runtime.noise import NOISES
@@ -457,6 +458,19 @@ class GenerationRequest:
             metavar="FILE",
             example="--mask-image mask.png",
             flags=("--mask",),
+        ),
+    ] = None
+    mask_blur: Annotated[
+        tuple[int, int] | None,
+        about_items(
+            "blur of the mask in width and height, in pixels: the new image fades out beyond the "
+            "edge of the mask, as in AUTOMATIC1111's web UI; default: none",
+            "Input image",
+            low=0,
+            high=MAX_BLUR,
+            metavar="X,Y",
+            example="--mask-blur 4,4",
+            hint="give those of width and height in pixels",
         ),
     ] = None
     outpaint: Annotated[

@@ -17,6 +17,7 @@ from ldm_runtime.requests.refiner import refiner_of
 from ldm_runtime.requests.request import CUSTOM, MAX_IMAGES, GenerationRequest
 from ldm_runtime.requests.resolved import (
     EVERY_SIGMA,
+    NO_BLUR,
     FirstNoise,
     GivenNoise,
     MaskedImage,
@@ -198,7 +199,8 @@ def _image_of(request: GenerationRequest) -> RequestImage:
     if request.outpaint is not None:
         return OutpaintedImage(image=request.image, margins=request.outpaint)
     if request.mask_image is not None:
-        return MaskedImage(image=request.image, mask=request.mask_image)
+        blur = _first(request.mask_blur, NO_BLUR)
+        return MaskedImage(image=request.image, mask=request.mask_image, blur=blur)
     return WholeImage(image=request.image)
 
 
@@ -236,7 +238,9 @@ def _check_denoising(request: GenerationRequest) -> None:
 
 
 def _check_mask(request: GenerationRequest) -> None:
-    """A mask of another size would not line up with the image."""
+    """A mask of another size would not line up with the image, and no mask cannot be blurred."""
+    if request.mask_blur is not None and request.mask_image is None:
+        raise RequestError("mask_blur", "means nothing without mask_image; give that too")
     if request.image is None or request.mask_image is None:
         return
     (width, height), image = request.mask_image.size, request.image.size

@@ -84,6 +84,10 @@ Condition = (
 )
 
 
+#: Blur of a mask that stays as it is.
+NO_BLUR = (0, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoImage:
     """No image: sampling starts from noise."""
@@ -103,10 +107,17 @@ class WholeImage:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImage:
-    """An image, and the mask of what is generated again: pixels above one half are."""
+    """An image, and the mask of what is generated again: pixels above one half are.
+
+    Attributes:
+        image: The image.
+        mask: The mask.
+        blur: Standard deviation of the blur of the mask in width and height, in pixels.
+    """
 
     image: InputImage
     mask: InputImage
+    blur: tuple[int, int]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -423,7 +434,8 @@ def _image_fields(image: RequestImage) -> dict[str, object]:
         case WholeImage():
             return {"image": image.image}
         case MaskedImage():
-            return {"image": image.image, "mask_image": image.mask}
+            blur = {} if image.blur == NO_BLUR else {"mask_blur": image.blur}
+            return {"image": image.image, "mask_image": image.mask, **blur}
         case OutpaintedImage():
             return {"image": image.image, "outpaint": image.margins}
     return {}

@@ -38,7 +38,7 @@ _PROMPTS = frozenset(
     }
 )
 _MASKS = ("mask_image", "outpaint")
-_START = frozenset({"image", "strength", "mask_image", "outpaint"})
+_START = frozenset({"image", "strength", "mask_image", "mask_blur", "outpaint"})
 _HIRES = frozenset({"hires_scale", "hires_strength"})
 _IMAGE_GUIDANCE = "image_guidance_scale"
 #: Fields of every model that samples from noise and decodes at any size.
@@ -116,11 +116,13 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
             has_null=True,
         ),
         "inpainting": TaskRecord(
-            needs=(("image",), _MASKS), permits=_SAMPLING | _DECODING, image="condition"
+            needs=(("image",), _MASKS),
+            permits=_SAMPLING | _DECODING | {"mask_blur"},
+            image="condition",
         ),
         "text-inpainting": TaskRecord(
             needs=(("prompt",), ("image",), _MASKS),
-            permits=_SAMPLING | _DECODING | _PROMPTS,
+            permits=_SAMPLING | _DECODING | _PROMPTS | {"mask_blur"},
             image="condition",
             has_null=True,
         ),
@@ -141,7 +143,7 @@ TASKS: Mapping[Task, TaskRecord] = MappingProxyType(
         # No second pass: the depth would have to be resized again; no margins, which have none.
         "depth-to-image": TaskRecord(
             needs=(("prompt",), ("image", "depth_map")),
-            permits=_SAMPLING | _DECODING | _PROMPTS | {"strength", "mask_image"},
+            permits=_SAMPLING | _DECODING | _PROMPTS | {"strength", "mask_image", "mask_blur"},
             has_null=True,
         ),
         "retrieval": TaskRecord(needs=(("embeddings",),), permits=_GENERATION, has_null=True),

@@ -6,14 +6,14 @@ const EXAMPLE = 'a large red circle left of a small blue square on a white backg
 
 /** Fields of a request that are placed by hand; those of a model that are not here are "more". */
 const INPUTS = ['prompt', 'negative_prompt', 'class_label', 'layout', 'segmentation', 'embeddings', 'depth_map'];
-const START = ['image', 'mask_image', 'strength'];
+const START = ['image', 'mask_image', 'mask_blur', 'strength'];
 const BASICS = ['width', 'height', 'num_inference_steps', 'guidance_scale', 'image_guidance_scale', 'noise_level',
   'sampler', 'num_images', 'seed'];
 const LABELS = {
   num_inference_steps: 'Steps', guidance_scale: 'Guidance', image_guidance_scale: 'Image guidance',
   num_images: 'Images', class_label: 'Class', segmentation: 'Segmentation map', mask_image: 'Mask',
   hires_scale: 'Second pass: enlarge', hires_strength: 'Second pass: strength', clip_skip: 'CLIP skip',
-  outpaint: 'Outpaint: left, top, right, bottom', zero_terminal_snr: 'Zero terminal SNR',
+  mask_blur: 'Mask blur: width, height', outpaint: 'Outpaint: left, top, right, bottom', zero_terminal_snr: 'Zero terminal SNR',
 };
 /** What stands next to a field, where its help on the command line would not fit. */
 const HINTS = {

@@ -353,6 +353,20 @@ def test_a_hole_is_filled_from_noise_whatever_was_in_it(generator_of):
     assert first.request.as_request().strength is None
 
 
+def test_the_region_of_an_inpainting_model_may_be_blurred(generator_of):
+    """What the model sees has two colours, and what it generates fades out beyond the edge."""
+    sharp, blurred = (
+        generator_of("inpainting")(image=PICTURE, mask_image=LEFT_HALF, mask_blur=blur, seed=1)
+        for blur in (None, (2, 2))
+    )
+
+    found = np.asarray(blurred.images[0])
+    assert (blurred.latents == sharp.latents).all()
+    assert (found[:, 21:] == PICTURE[:, 21:]).all()
+    assert (found[:, :16] == np.asarray(sharp.images[0])[:, :16]).all()
+    assert (found[:, 16] != PICTURE[:, 16]).mean() > 0.5
+
+
 def test_an_inpainting_model_draws_around_a_picture(generator_of):
     result = generator_of("inpainting")(image=PICTURE, outpaint=(8, 0, 0, 4), seed=1)
 

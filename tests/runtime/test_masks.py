@@ -3,9 +3,16 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter1d
 
 from ldm_runtime.inputs.images import InputImage
-from ldm_runtime.inputs.masks import binary_mask, composite, latent_mask, outpaint_canvas
+from ldm_runtime.inputs.masks import (
+    binary_mask,
+    blurred_mask,
+    composite,
+    latent_mask,
+    outpaint_canvas,
+)
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.pipeline.masked_denoiser import MaskedDenoiser
 from ldm_runtime.samplers import SAMPLERS
@@ -47,6 +54,52 @@ def test_latent_rows_and_columns_are_not_mixed_up():
 def test_a_mask_that_does_not_fit_latents_is_one_sentence(width, height):
     with pytest.raises(ValueError, match=f"the mask has {width}x{height} pixels.* multiples of 8"):
         latent_mask(mask_of(np.zeros((height, width))), 8)
+
+
+@pytest.mark.parametrize("blur", [(4, 4), (1, 0), (0, 9), (64, 3)])
+@pytest.mark.parametrize("size", [(40, 61), (5, 7), (1, 1)])
+def test_a_blur_is_that_of_scipy_in_each_direction(blur, size):
+    """The reach is the web UI's, and the border OpenCV's BORDER_REFLECT_101."""
+    gray = RNG.integers(0, 256, size, dtype=np.uint8)
+
+    found = blurred_mask(mask_of(gray), blur).pixels
+
+    expected = gray.astype(np.float64)
+    for axis, sigma in ((1, blur[0]), (0, blur[1])):
+        if sigma:
+            radius = int(2.5 * sigma + 0.5)
+            expected = np.rint(
+                gaussian_filter1d(expected, sigma, axis, radius=radius, mode="mirror")
+            )
+    np.testing.assert_array_equal(found, np.repeat(expected[..., None], 3, axis=2))
+
+
+def test_a_blurred_edge_is_that_of_opencv():
+    """Of `cv2.GaussianBlur` in OpenCV 5.1 with a kernel of 21 pixels and a sigma of 4."""
+    edge = np.zeros((1, 24), dtype=np.uint8)
+    edge[:, 12:] = 255
+
+    found = blurred_mask(mask_of(edge), (4, 0)).pixels[0, :, 0]
+
+    dark, light = (0, 0, 1, 3, 7, 12, 21, 32, 48, 67, 90, 115), (140, 165, 188, 207, 223, 234)
+    expected = np.array([*dark, *light, 243, 248, 252, 254, 255, 255])
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_beyond_a_blurred_edge_the_new_one_fades_out():
+    """Compared with the layers of Pillow that the web UI lays over each other."""
+    gray = np.repeat(np.linspace(0, 255, 16).astype(np.uint8)[None], 8, axis=0)
+
+    result = composite(PICTURE, OTHER, mask_of(gray), fades_outwards=True)
+
+    kept = Image.fromarray(255 - np.minimum(2 * gray.astype(int), 255).astype(np.uint8))
+    layer = PICTURE.to_image()
+    layer.putalpha(kept)
+    expected = Image.alpha_composite(OTHER.convert("RGBA"), layer).convert("RGB")
+    difference = np.asarray(result).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+    np.testing.assert_array_equal(np.asarray(result)[:, 0], PICTURE.pixels[:, 0])
+    np.testing.assert_array_equal(np.asarray(result)[:, 8:], np.asarray(OTHER)[:, 8:])
 
 
 def test_the_dark_half_keeps_every_byte_white_takes_the_new_one_and_light_gray_blends():

@@ -134,6 +134,7 @@ def test_the_sigmas_of_a_request_are_those_of_its_sampler():
     [
         {"image": PICTURE},
         {"image": PICTURE, "mask_image": PICTURE},
+        {"image": PICTURE, "mask_image": PICTURE, "mask_blur": (4, 0)},
         {"image": PICTURE, "outpaint": (4, 0, 4, 0)},
         {"hires_scale": 1.5},
         {"variation_strength": 0.5},
@@ -208,6 +209,8 @@ def test_a_mask_of_another_size_than_the_image_is_refused_with_both_sizes():
     [
         ({"strength": 0.5}, "strength"),
         ({"mask_image": PICTURE}, "mask_image"),
+        ({"mask_blur": (4, 4), "image": PICTURE}, "mask_blur"),
+        ({"mask_blur": (4, 65), "image": PICTURE, "mask_image": PICTURE}, "mask_blur"),
         ({"outpaint": (4, 0, 0, 0)}, "outpaint"),
         ({"hires_strength": 0.5}, "hires_strength"),
         ({"hires_scale": 2.0, "image": PICTURE, "mask_image": PICTURE}, "hires_scale"),

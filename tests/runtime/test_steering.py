@@ -50,6 +50,36 @@ def test_where_the_mask_is_black_the_picture_is_kept_to_the_last_bit(generator):
     assert (pixels(result)[:, :16] != PICTURE[:, :16]).mean() > 0.5
 
 
+def test_a_blur_changes_what_is_around_the_mask_alone(generator):
+    """By 3 pixels: the blur reaches 2.5 standard deviations."""
+    mask = np.zeros((24, 32), dtype=np.uint8)
+    mask[8:, :16] = 255
+
+    sharp, blurred = (
+        draw(generator, image=PICTURE, mask_image=mask, mask_blur=blur) for blur in (None, (1, 1))
+    )
+
+    found = pixels(blurred)
+    assert (found[:5] == PICTURE[:5]).all()
+    assert (found[:, 19:] == PICTURE[:, 19:]).all()
+    assert (found[9:, :15] == pixels(sharp)[9:, :15]).all()
+    assert (found[9:, 16] != PICTURE[9:, 16]).mean() > 0.5
+    assert (blurred.latents == sharp.latents).all()
+    assert blurred.request.as_request().mask_blur == (1, 1)
+    again = generator.generate(blurred.request.as_request())
+    assert (pixels(again) == found).all()
+
+
+def test_a_blur_of_nothing_is_none(generator):
+    sharp, blurred = (
+        draw(generator, image=PICTURE, mask_image=LEFT_HALF, mask_blur=blur)
+        for blur in (None, (0, 0))
+    )
+
+    assert (pixels(blurred) == pixels(sharp)).all()
+    assert blurred.request == sharp.request
+
+
 def test_a_white_mask_at_full_strength_is_a_picture_from_noise(generator):
     white = np.full((24, 32), 255, dtype=np.uint8)
 

@@ -26,6 +26,7 @@ VALUES = {name: value for fields in NEEDED.values() for name, value in fields.it
     "negative_aesthetic_score": 2.0,
     "noise_level": 40,
     "strength": 0.5,
+    "mask_blur": (4, 4),
     "outpaint": (4, 0, 0, 0),
     "hires_scale": 1.5,
     "hires_strength": 0.5,

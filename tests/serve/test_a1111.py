@@ -305,6 +305,7 @@ def test_white_pixels_of_the_mask_change_and_others_are_kept(ask, inverted):
     answer = ask.img2img(
         images=[RED],
         mask_image=left_half(),
+        mask_blur=0,
         inpainting_mask_invert=inverted,
         prompt="blue",
         width=16,
@@ -319,6 +320,44 @@ def test_white_pixels_of_the_mask_change_and_others_are_kept(ask, inverted):
     assert (changed != (255, 0, 0)).any()
     assert answer.info["extra_generation_params"]["Inpaint area"] == "Whole picture"
     assert answer.info["extra_generation_params"]["Mask blur"] == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "blur"),
+    [
+        ({"mask_blur": 2}, (2, 2)),
+        ({"mask_blur": 1, "mask_blur_x": 3, "mask_blur_y": 5}, (1, 1)),
+        ({"mask_blur": None, "mask_blur_x": 3, "mask_blur_y": 0}, (3, 0)),
+        ({"mask_blur_x": 0}, (0, 4)),
+        ({}, (4, 4)),
+    ],
+)
+def test_masks_are_blurred_as_the_form_says(client, generator, form, blur):
+    body = {"prompt": "red", "seed": 4, "steps": 4, "denoising_strength": 0.5}
+    images = {"init_images": [in_base64(RED)], "mask": in_base64(left_half())}
+
+    answer = post(client, "img2img", body | images | form)
+
+    fields = {"num_inference_steps": 4, "strength": 0.5, "image": RED, "mask_image": left_half()}
+    expected = generator("red", seed=4, mask_blur=blur, **fields)
+    assert decoded(answer["images"][0]).tobytes() == expected.image.tobytes()
+    info = json.loads(answer["info"])
+    is_one = blur[0] == blur[1]
+    assert info["extra_generation_params"]["Mask blur"] == (blur[0] if is_one else None)
+    assert ("Mask blur: " in info["infotexts"][0]) is is_one
+
+
+@pytest.mark.parametrize(
+    "form", [{"mask_blur": 65}, {"mask_blur_y": -1}, {"mask_blur_x": 1.5}, {"mask_blur": "4"}]
+)
+def test_a_blur_that_cannot_be_is_refused_by_its_name(client, form):
+    images = {"init_images": [in_base64(RED)], "mask": in_base64(left_half())}
+
+    answer = client.post(f"{ROOT}/img2img", json={"prompt": "red"} | images | form)
+
+    (name,) = form
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    assert f"$.{name}" in answer.json()["detail"]
 
 
 def test_masks_may_be_transparent_opaque_or_of_16_bits(ask):
@@ -432,7 +471,8 @@ def test_the_defaults_of_every_field_are_taken(client, generator):
     assert decoded(text["images"][0]).tobytes() == expected.tobytes()
     expected = generator("red", **fields, image=RED, strength=0.75).image
     assert decoded(image["images"][0]).tobytes() == expected.tobytes()
-    expected = generator("red", **fields, image=RED, strength=0.75, mask_image=left_half()).image
+    masks = {"mask_image": left_half(), "mask_blur": (4, 4)}
+    expected = generator("red", **fields, image=RED, strength=0.75, **masks).image
     assert decoded(masked["images"][0]).tobytes() == expected.tobytes()
     assert masked["parameters"]["init_images"] is masked["parameters"]["mask"] is None
 

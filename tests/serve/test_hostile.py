@@ -418,7 +418,7 @@ WRONG = [
             ({"init_images": ["\N{SNOWMAN}"]}, "init_images"),
             ({"init_images": ["AAAA"], "resize_mode": 1}, "init_images"),
             ({"init_images": ["AAAA"], "mask": "AAAA"}, "mask"),
-            ({"init_images": ["AAAA"], "mask": "AAAA", "mask_blur": 9}, "mask_blur"),
+            ({"init_images": ["AAAA"], "mask": "AAAA", "mask_blur": 99}, "mask_blur"),
             ({"init_images": ["AAAA"], "mask": "AAAA", "inpainting_fill": 2}, "inpainting_fill"),
             ({"init_images": ["AAAA"], "latent_mask": "AAAA"}, "latent_mask"),
         ]

@@ -7,7 +7,7 @@ from ldm_runtime.requests.sampler_names import known_sampler
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.specs.tasks import task_record
 from ldm_serve.errors import invalid
-from ldm_serve.routes.a1111.forms import Form, ImageToImageForm, TextToImageForm
+from ldm_serve.routes.a1111.forms import MASK_BLUR, Form, ImageToImageForm, TextToImageForm
 from ldm_serve.routes.a1111.options import Options
 from ldm_serve.served_models import ServedModel
 
@@ -80,7 +80,16 @@ def _image_fields(form: ImageToImageForm, takes: frozenset[str]) -> dict[str, An
         fields["strength"] = form.denoising_strength
     if form.image_cfg_scale not in _IMAGE_CFG_DEFAULTS or "image_guidance_scale" in takes:
         fields["image_guidance_scale"] = form.image_cfg_scale
+    if form.mask:
+        fields["mask_blur"] = _mask_blur(form)
     return fields
+
+
+def _mask_blur(form: ImageToImageForm) -> tuple[int, int]:
+    """Return the blur of the mask in width and height; one number is for both, and goes first."""
+    each = (form.mask_blur_x, form.mask_blur_y)
+    width, height = each if form.mask_blur is None else (form.mask_blur, form.mask_blur)
+    return MASK_BLUR if width is None else width, MASK_BLUR if height is None else height
 
 
 def _seed(seed: int | None) -> int | None:

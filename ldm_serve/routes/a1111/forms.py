@@ -14,12 +14,17 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from ldm_runtime.inputs.masks import MAX_BLUR
 from ldm_serve.routes.a1111.options import NO_NAME, cannot, check_value
 
 #: The one way in which the runtime enlarges an image for a second pass.
 UPSCALER = "Lanczos"
 
+#: Blur of a mask in a form that says nothing of it.
+MASK_BLUR = 4
+
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1)] | None
+Blur: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_BLUR)] | None
 
 
 class Form(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -105,9 +110,9 @@ class ImageToImageForm(Form):
     initial_noise_multiplier: Any = None
     latent_mask: Any = None
     # These mean something with a mask alone.
-    mask_blur: Any = None
-    mask_blur_x: Any = None
-    mask_blur_y: Any = None
+    mask_blur: Blur = None
+    mask_blur_x: Blur = None
+    mask_blur_y: Blur = None
     mask_round: Any = None
     inpainting_fill: Any = None
     inpaint_full_res_padding: Any = None
@@ -156,13 +161,10 @@ _NEUTRAL_WITH_SECOND_PASS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "firstphase_height": (None, 0),
     }
 )
-# Masks are as sharp as they come, and masked pixels begin as they are. The web UI's defaults, 4 and
-# 0, stand for that, too: clients send them unasked.
+# Masked pixels begin as they are. The web UI's default, 0, stands for that, too: clients send it
+# unasked.
 _NEUTRAL_WITH_MASK: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
-        "mask_blur": (None, 0, 4),
-        "mask_blur_x": (None, 0, 4),
-        "mask_blur_y": (None, 0, 4),
         "mask_round": (None, True),
         "inpainting_fill": (None, 0, 1),
     }

@@ -104,9 +104,10 @@ def _extra(request: ResolvedRequest) -> dict[str, Any]:
     schedule = WEB_UI_SCHEDULES.get(request.schedule, request.schedule)
     if not isinstance(request.source_image, MaskedImage):
         return {"Schedule type": schedule}
+    width, height = request.source_image.blur
     return {
         "Schedule type": schedule,
-        "Mask blur": 0,
+        "Mask blur": width if width == height else None,
         "Masked content": "original",
         "Inpaint area": "Whole picture",  # codespell:ignore
     }
