@@ -283,15 +283,15 @@ def test_a_worker_that_stalls_is_replaced(cluster, nodes, requests, bundle, tmp_
     """It is stopped, so that it neither dies nor says anything."""
     out = tmp_path / "out"
 
-    async def stop_one():
-        while count_lines(out) < 3:
+    async def stop_one(executor):
+        while not all(each.jobs for each in executor._pool.workers):
             await asyncio.sleep(0.02)
         os.kill(workers()[0], signal.SIGSTOP)
 
     class Stopping(RayExecutor):
         async def start(self, report, changed):
             await super().start(report, changed)
-            self.stopping = asyncio.ensure_future(stop_one())
+            self.stopping = asyncio.ensure_future(stop_one(self))
 
     executor = Stopping(
         {"model": bundle}, SETTINGS, address=cluster.address, workers=2, stall_seconds=2
