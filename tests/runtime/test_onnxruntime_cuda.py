@@ -442,9 +442,9 @@ def test_cuda_graphs_are_for_the_network_in_the_loop_and_can_be_turned_off(
     asked = []
 
     class Session(OrtSession):
-        def __init__(self, path, provider, *, records_graphs):
+        def __init__(self, path, provider, *, records_graphs, weights):
             asked.append(records_graphs)
-            super().__init__(path, CPU, records_graphs=False)
+            super().__init__(path, CPU, records_graphs=False, weights=weights)
 
     monkeypatch.setattr("ldm_runtime.backends.onnxruntime.providers.OrtSession", Session)
 
@@ -459,10 +459,10 @@ def test_only_a_graph_that_cannot_be_recorded_is_run_without(
     fp16_bundle, monkeypatch, caplog, message
 ):
     class Session(OrtSession):
-        def __init__(self, path, provider, *, records_graphs):
+        def __init__(self, path, provider, *, records_graphs, weights):
             if records_graphs:
                 raise BackendError(f"this session {message}")
-            super().__init__(path, CPU, records_graphs=False)
+            super().__init__(path, CPU, records_graphs=False, weights=weights)
 
     monkeypatch.setattr("ldm_runtime.backends.onnxruntime.providers.OrtSession", Session)
     source = source_of(fp16_bundle)
