@@ -39,9 +39,10 @@ def create_app(
 
     Raises:
         BundleError: A folder is not a bundle.
+        RequestError: An adapter cannot be read, or fits no model.
         LdmError: The executor cannot be had; see `make_executor`.
     """
-    models = ServedModels(settings.bundles)
+    models = ServedModels(settings.bundles, settings.engine.adapters)
     if executor is None:
         executor = make_executor(
             settings.bundles, settings.engine, settings.workers, reports_steps=True

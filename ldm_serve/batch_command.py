@@ -71,8 +71,8 @@ def batch(args: argparse.Namespace) -> int:
     from ldm_serve.batch.units import BatchModel, RequestFile
     from ldm_serve.executors.making import make_executor
 
-    workers = worker_settings(args)
-    model = BatchModel.of_bundle(args.bundle)
+    workers, settings = worker_settings(args), engine_settings(args)
+    model = BatchModel.of_bundle(args.bundle, settings.adapters)
     with BatchFolder(args.out) as folder:
         units = RequestFile(args.requests, model, folder.seed)
         run = BatchRun(units, folder, model=_MODEL, retry_failed=args.retry_failed)
@@ -80,7 +80,7 @@ def batch(args: argparse.Namespace) -> int:
         if missing:
             with reporting(args) as progress:
                 executor = make_executor(
-                    {_MODEL: args.bundle}, engine_settings(args), workers, reports_steps=False
+                    {_MODEL: args.bundle}, settings, workers, reports_steps=False
                 )
                 asyncio.run(run.generate(executor, missing, progress))
     counts, results = run.counts, args.out / RESULTS_NAME

@@ -148,6 +148,7 @@ class JobBoard:
             job=new_job_id(),
             model=checked.model.name,
             fields=checked.fields,
+            adapters=checked.model.uses,
             num_images=checked.request.num_images,
             previews=previews,
             format=wish.format,

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from ldm_runtime.cli.backend_flags import add_backend_arguments
 from ldm_runtime.cli.parsing import positive
 from ldm_runtime.errors import RequestError
+from ldm_serve.adapters import adapter_paths
 from ldm_serve.settings import EngineSettings, ExecutorName, WorkerSettings
 
 _PLACES: Mapping[ExecutorName, str] = MappingProxyType(
@@ -66,6 +67,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run TensorRT engines that were not built on this machine, which are code",
     )
+    _add_adapter_arguments(parser.add_argument_group("Adapters"))
 
 
 def worker_settings(
@@ -99,7 +101,11 @@ def worker_settings(
 def engine_settings(
     args: argparse.Namespace, memory_budget_bytes: int | None = None
 ) -> EngineSettings:
-    """Return the settings of a command line that has the flags of this module."""
+    """Return the settings of a command line that has the flags of this module.
+
+    Raises:
+        RequestError: An adapter has no name of its own.
+    """
     return EngineSettings(
         backend=args.backend,
         precision=args.precision,
@@ -108,6 +114,28 @@ def engine_settings(
         trust_engines=args.trust_engines,
         max_batch=args.max_batch,
         memory_budget_bytes=memory_budget_bytes,
+        adapters=adapter_paths(args.adapter),
+        max_adapted=args.max_adapted,
+    )
+
+
+def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--adapter",
+        "--lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a LoRA or a relative of it that requests may name; without a name it is called like "
+        "its file; may be repeated",
+    )
+    group.add_argument(
+        "--max-adapted",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="most models with adapters, each with its scales, that a worker has in memory "
+        "(default: 2)",
     )
 
 

@@ -1,13 +1,14 @@
 """The models of a server, as far as their manifests say: no network is opened here."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.layouts import max_objects
 from ldm_runtime.inputs.reading import shown
 from ldm_runtime.requests.request import FIELDS
@@ -18,7 +19,15 @@ from ldm_runtime.specs.model import ModelSpec, size_step
 from ldm_runtime.specs.networks import ClassEmbedderSpec, SegmentationEncoderSpec, TextEncoderSpec
 from ldm_runtime.specs.tasks import can_guide, embeds_guidance, task_record
 from ldm_runtime.suggestions import did_you_mean
-from ldm_serve.errors import ServeError
+from ldm_serve.adapters import (
+    AdapterChoices,
+    AdapterUse,
+    NamedAdapter,
+    alias_of,
+    chosen_adapters,
+    fitting_adapters,
+)
+from ldm_serve.errors import ServeError, from_runtime, invalid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,8 @@ class ServedModel:
         checkpoint_sha256: Hash of the checkpoint that it was exported from.
         created: When its manifest was written, in seconds since 1970.
         has_previews: Whether steps can have previews.
+        adapters: The adapters that fit it, by name.
+        uses: Those of them that a request has chosen.
     """
 
     name: str
@@ -40,6 +51,13 @@ class ServedModel:
     checkpoint_sha256: str
     created: int
     has_previews: bool
+    adapters: Mapping[str, NamedAdapter] = field(default_factory=dict)
+    uses: tuple[AdapterUse, ...] = ()
+
+    @property
+    def alias(self) -> str:
+        """Its name with those of the chosen adapters, as in "engines:style@0.7"."""
+        return alias_of(self.name, self.uses)
 
     @property
     def short_hash(self) -> str:
@@ -61,6 +79,9 @@ class ServedModel:
             "size": record.size,
             "enlargement": spec.autoencoder.factor if record.size == "enlarged" else 1,
             "previews": self.has_previews,
+            "adapters": [
+                {"name": each.name, "sha256": each.sha256} for each in self.adapters.values()
+            ],
             "size_step": size_step(spec),
             "labels": list(spec.label_names),
             "classes": _num_classes(spec),
@@ -125,13 +146,21 @@ class ServedModels(Mapping[str, ServedModel]):
 
     Args:
         bundles: Folder of every model.
+        adapters: Files of the adapters, by name.
 
     Raises:
         BundleError: A folder is not a bundle.
+        RequestError: An adapter cannot be read, or fits no model.
     """
 
-    def __init__(self, bundles: Mapping[str, Path]) -> None:
-        models = {name: _served(name, folder) for name, folder in bundles.items()}
+    def __init__(
+        self, bundles: Mapping[str, Path], adapters: Mapping[str, Path] = MappingProxyType({})
+    ) -> None:
+        fitting = fitting_adapters(adapters, bundles)
+        models = {
+            name: replace(_served(name, folder), adapters=fitting[name])
+            for name, folder in bundles.items()
+        }
         self._models = MappingProxyType(models)
 
     def __getitem__(self, name: str) -> ServedModel:
@@ -143,20 +172,41 @@ class ServedModels(Mapping[str, ServedModel]):
     def __len__(self) -> int:
         return len(self._models)
 
-    def find(self, name: str | None) -> ServedModel:
-        """Return the model of that name, or the default for None.
+    def find(self, name: str | None, adapters: AdapterChoices | None = None) -> ServedModel:
+        """Return the model of that name, or the default for None, with the chosen adapters.
+
+        Args:
+            name: Its name, after which adapters may stand, as in "engines:style@0.7+other@0.3".
+            adapters: Adapters, which the name has none of then.
 
         Raises:
-            ServeError: There is none.
+            ServeError: There is none, or an adapter is not as it should be.
         """
-        if name is None:
-            return next(iter(self.values()))
+        if name is None or name in self:
+            model = next(iter(self.values())) if name is None else self[name]
+            return model if adapters is None else _with_adapters(model, adapters, "adapters")
+        base, _, text = name.rpartition(":")
+        model = self._named(base if base in self else name)
+        if adapters is not None:
+            raise invalid(
+                "adapters", f"adapters: {shown(name)!r} names some already; leave one out"
+            )
+        return _with_adapters(model, text, "model")
+
+    def _named(self, name: str) -> ServedModel:
         if name not in self:
             names, shortened = ", ".join(self), shown(name)
             hint = did_you_mean(shortened, self)
             message = f"there is no model {shortened!r}{hint}; this server has {names}"
             raise ServeError(404, "model_not_found", message, param="model")
         return self[name]
+
+
+def _with_adapters(model: ServedModel, choices: AdapterChoices, field: str) -> ServedModel:
+    try:
+        return replace(model, uses=chosen_adapters(choices, model.adapters, field))
+    except RequestError as error:
+        raise from_runtime(error) from error
 
 
 def _served(name: str, folder: Path) -> ServedModel:

@@ -61,6 +61,8 @@ class EngineSettings:
         max_batch: Most images in one call of the UNet.
         memory_budget_bytes: Most bytes of the weights that a worker holds open, at least one
             model; None has no limit. Least recently used models are closed first.
+        adapters: Files of the adapters that requests can name.
+        max_adapted: Most models with adapters that a worker holds open.
     """
 
     backend: BackendName = "auto"
@@ -70,6 +72,8 @@ class EngineSettings:
     trust_engines: bool = False
     max_batch: int = 4
     memory_budget_bytes: int | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    max_adapted: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from ldm_serve.adapters import AdapterChoices
 from ldm_serve.board import JobBoard, Wish
 from ldm_serve.errors import ServeError
 from ldm_serve.executors.messages import Finished
@@ -39,15 +40,21 @@ class Site:
     tracing: Tracing | None = None
 
     async def submit(
-        self, request: Request, fields: Mapping[str, Any], model: str | None, wish: Wish
+        self,
+        request: Request,
+        fields: Mapping[str, Any],
+        model: str | None,
+        wish: Wish,
+        adapters: AdapterChoices | None = None,
     ) -> Job:
         """Check and queue a request.
 
         Args:
             request: The call that brings it.
             fields: Its fields, as `check_request` takes them.
-            model: Name of the model; None is the default.
+            model: Name of the model, see `ServedModels.find`; None is the default.
             wish: How its images are wanted.
+            adapters: Adapters of the model, unless its name has them.
 
         Raises:
             ServeError: It is wrong or beyond the limits, or the server takes none now.
@@ -56,7 +63,7 @@ class Site:
         name = "unknown"
         try:
             self.board.take_token(key)
-            served = self.models.find(model)
+            served = self.models.find(model, adapters)
             name = served.name
             self.board.check_ready()
             limits = self.settings.limits

@@ -7,7 +7,7 @@ once to the type that the bundle stores. Without adapters a model is the bundle'
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,12 @@ class _Change:
     layer: AdapterLayer
     target: Target
     kind: Kind
+
+    @property
+    def shapes(self) -> tuple[Hashable, ...]:
+        """What decides whether it fits a parameter of a shape."""
+        tensors = sorted((name, each.shape) for name, each in self.layer.tensors.items())
+        return (self.kind, self.target.part, *tensors)
 
     def apply(self, parameter: Float32Array) -> None:
         """Change a parameter of a network in place."""
@@ -125,6 +131,30 @@ class MergedAdapters:
             name: _changed(name, weights[name], file, changes[name])
             for name in changes.keys() & weights.keys()
         }
+
+    def check_shapes(self) -> None:
+        """Check that the layers of the adapters fit the model, one of each shape.
+
+        Raises:
+            RequestError: One does not.
+        """
+        checked: set[Hashable] = set()
+        for component in self._manifest.components:
+            file = self._bundle / component.weights_file
+            for name, stored, change in self._changes_in(component):
+                shapes = (stored.shape, stored.is_transposed, change.shapes)
+                if shapes not in checked:
+                    _adapted(name, stored, file, [change])
+                    checked.add(shapes)
+
+    def _changes_in(
+        self, component: ComponentRecord
+    ) -> Iterator[tuple[str, StoredWeight, _Change]]:
+        """Yield every change of a weight outside the component's graph."""
+        changes = self._changes_of(component.name)
+        weights = stored_weights(self._bundle / component.graphs[0].file) if changes else {}
+        for name in changes.keys() & weights.keys():
+            yield from ((name, weights[name], change) for change in changes[name])
 
     def _changes_of(self, network: str) -> dict[str, list[_Change]]:
         """Return what the adapters change of a network, by the names of its parameters."""
@@ -204,7 +234,19 @@ def _parameter(target: Target, kind: Kind) -> str:
 
 
 def _changed(name: str, stored: StoredWeight, file: Path, changes: Sequence[_Change]) -> Array:
-    """Return a stored weight with changes."""
+    """Return a stored weight with changes, as it is stored."""
+    parameter = _adapted(name, stored, file, changes)
+    try:
+        return stored.stored(parameter)
+    except ValueError as error:
+        adapter = changes[-1].adapter.file.name
+        raise RequestError("adapters", f"{adapter}: {name}: {error}") from error
+
+
+def _adapted(
+    name: str, stored: StoredWeight, file: Path, changes: Sequence[_Change]
+) -> Float32Array:
+    """Return a stored weight with changes, as the network has it."""
     parameter = np.array(stored.read(file))
     if parameter.ndim == _SCALE_AXES:  # of a norm, with axes of length 1 for height and width
         parameter = parameter.reshape(-1)
@@ -213,6 +255,6 @@ def _changed(name: str, stored: StoredWeight, file: Path, changes: Sequence[_Cha
         for change in changes:
             adapter = change.adapter.file.name
             change.apply(parameter)
-        return stored.stored(parameter)
     except ValueError as error:
         raise RequestError("adapters", f"{adapter}: {name}: {error}") from error
+    return parameter

@@ -1,7 +1,7 @@
 """Resolved requests, from the flags of `ldm generate` or a file with one request per line."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,11 +43,13 @@ class RequestLine(NamedTuple):
         number: Number of the line, from 1.
         place: Name of the file and number of the line, for messages.
         request: The request.
+        others: Fields of the line that are not the request's.
     """
 
     number: int
     place: str
     request: GenerationRequest
+    others: Mapping[str, object]
 
 
 def read_requests(
@@ -93,6 +95,7 @@ def requests_of_lines(
     is_json: bool,
     given: Mapping[str, object] = MappingProxyType({}),
     names: Sequence[str] | None = None,
+    others: Collection[str] = (),
 ) -> Iterator[RequestLine]:
     """Yield the request of each line that is not blank, one at a time.
 
@@ -102,6 +105,7 @@ def requests_of_lines(
         is_json: Whether lines are JSON objects, see `is_json`; else they are prompts.
         given: Further fields of a prompt's request.
         names: Names of labels; None leaves them for the bundle's own.
+        others: Names of fields that a line may have in addition to those of a request.
 
     Raises:
         RequestError: A line is not a request, or there is none.
@@ -111,9 +115,10 @@ def requests_of_lines(
         if line.strip():
             is_empty, here = False, f"{place}, line {number}"
             fields = _json_fields(line, here) if is_json else _prompt_fields(line, here, given)
+            beyond = {name: fields.pop(name) for name in others if name in fields}
             with at_line(here):
                 request = parse_request(_with_labels(fields, names))
-            yield RequestLine(number, here, request)
+            yield RequestLine(number, here, request, beyond)
     if is_empty:
         what = "JSON object" if is_json else "prompt"
         raise RequestError("requests", f"{place} is empty; write one {what} per line")

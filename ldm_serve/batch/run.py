@@ -145,7 +145,9 @@ class BatchRun:
             return
         fields = request_to_fields(unit.request.as_request())
         self._running[unit.name] = unit
-        executor.submit(Work(job=unit.name, model=self._model, fields=fields))
+        executor.submit(
+            Work(job=unit.name, model=self._model, fields=fields, adapters=unit.adapters)
+        )
 
     def _take(self, event: Event) -> None:
         unit = self._running.pop(event.job)

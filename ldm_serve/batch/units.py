@@ -1,9 +1,10 @@
 """The units of a batch: images, each with the request that generates it alone."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -18,7 +19,16 @@ from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.requests.resolved import ResolvedRequest
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.specs.tasks import task_record
+from ldm_serve.adapters import (
+    AdapterChoices,
+    AdapterUse,
+    NamedAdapter,
+    chosen_adapters,
+    fitting_adapters,
+)
 
+#: Field of a line with adapters.
+_ADAPTERS = "adapters"
 #: Open seeds lie below: torch's generator uses 32 bits, and every image needs one.
 _OPEN_SEEDS = 2**32 - MAX_IMAGES
 #: Bytes of a file that are read to tell JSON from prompts.
@@ -33,13 +43,15 @@ class Unit:
         line: Number of the line that asks for it, from 1.
         image: Its index in the request of that line.
         request: The request of this image alone; a pure function of the file and the batch's seed.
-        name: Hash of that request and of the bundle.
+        name: Hash of that request, of the bundle and of the adapters.
+        adapters: The adapters of its model.
     """
 
     line: int
     image: int
     request: ResolvedRequest
     name: str
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +61,26 @@ class BatchModel:
     Attributes:
         spec: What it is.
         bundle_sha256: Hash of its manifest.
+        adapters: The adapters that lines can name.
     """
 
     spec: ModelSpec
     bundle_sha256: str
+    adapters: Mapping[str, NamedAdapter] = field(default_factory=dict)
 
     @classmethod
-    def of_bundle(cls, folder: Path) -> "BatchModel":
-        """Read the manifest of a bundle.
+    def of_bundle(
+        cls, folder: Path, adapters: Mapping[str, Path] = MappingProxyType({})
+    ) -> "BatchModel":
+        """Read the manifest of a bundle, and the files of adapters by name.
 
         Raises:
             BundleError: The folder is not a bundle.
+            RequestError: An adapter cannot be read, or does not fit it.
         """
         spec = load_manifest(folder).spec
-        return cls(spec=spec, bundle_sha256=sha256_of(folder / MANIFEST_NAME))
+        fitting = fitting_adapters(adapters, {folder.name: folder})[folder.name]
+        return cls(spec=spec, bundle_sha256=sha256_of(folder / MANIFEST_NAME), adapters=fitting)
 
 
 class RequestFile:
@@ -95,11 +113,15 @@ class RequestFile:
         """
         with self._path.open("rb") as file:
             has_json = is_json(str(self._path), file.read(_HEAD_BYTES))
-        for line in requests_of_lines(self._lines(), str(self._path), is_json=has_json):
+        lines = requests_of_lines(
+            self._lines(), str(self._path), is_json=has_json, others=(_ADAPTERS,)
+        )
+        for line in lines:
             with at_line(line.place):
                 seeded = self._with_seeds(line.request, line.number)
                 request = resolve(seeded, self._model.spec)
-            yield from self._units(request, line.number)
+                adapters = self._adapters(line.others.get(_ADAPTERS))
+            yield from self._units(request, adapters, line.number)
 
     def _lines(self) -> Iterator[bytes]:
         with self._path.open("rb") as file:
@@ -123,21 +145,36 @@ class RequestFile:
         digest = hashlib.sha256(f"{self._batch_seed} {field} {line}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % _OPEN_SEEDS
 
-    def _units(self, request: ResolvedRequest, line: int) -> Iterator[Unit]:
+    def _adapters(self, value: object) -> tuple[AdapterUse, ...]:
+        """Return the adapters that a line names."""
+        try:
+            choices = msgspec.convert(value, AdapterChoices | None)
+        except msgspec.ValidationError as error:
+            raise RequestError(_ADAPTERS, f"cannot be read: {error}") from error
+        return () if choices is None else chosen_adapters(choices, self._model.adapters, _ADAPTERS)
+
+    def _units(
+        self, request: ResolvedRequest, adapters: tuple[AdapterUse, ...], line: int
+    ) -> Iterator[Unit]:
         for image in range(request.num_images):
             alone = request.of_image(image)
-            name = request_sha256(alone, self._model.bundle_sha256)
-            yield Unit(line=line, image=image, request=alone, name=name)
+            name = request_sha256(alone, self._model.bundle_sha256, adapters)
+            yield Unit(line=line, image=image, request=alone, name=name, adapters=adapters)
 
 
-def request_sha256(request: ResolvedRequest, bundle_sha256: str) -> str:
-    """Return the hexadecimal sha256 of a request to a bundle.
+def request_sha256(
+    request: ResolvedRequest, bundle_sha256: str, adapters: Sequence[AdapterUse] = ()
+) -> str:
+    """Return the hexadecimal sha256 of a request to a bundle with adapters.
 
-    It is that of the JSON of both with sorted keys and without spaces: of the request the fields
+    It is that of the JSON of all with sorted keys and without spaces: of the request the fields
     that are not at their defaults, images and maps by their own hashes, as in the metadata of an
-    image. It does not depend on the backend, on the precision or on who asks.
+    image, and of adapters the hashes of their files and their scales, if there are any. It does not
+    depend on the backend, on the precision or on who asks.
     """
     fields, usual = request_to_json(request.as_request()), request_to_json(GenerationRequest())
     given = {name: value for name, value in fields.items() if value != usual[name]}
-    text = {"bundle_sha256": bundle_sha256, "request": given}
+    text: dict[str, object] = {"bundle_sha256": bundle_sha256, "request": given}
+    if adapters:
+        text["adapters"] = [{"sha256": each.sha256, "scale": each.scale} for each in adapters]
     return hashlib.sha256(msgspec.json.encode(text, order="sorted")).hexdigest()

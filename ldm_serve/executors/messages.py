@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
+from ldm_serve.adapters import AdapterUse
+
 #: Formats of images in answers.
 ImageFormat = Literal["png", "jpeg", "webp"]
 #: Quality of JPEG and of lossy WebP.
@@ -19,6 +21,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     Attributes:
         job: Its identifier.
         model: Name of the model.
+        adapters: Adapters that are merged into it.
         fields: Fields of the `GenerationRequest`, images as `data:` URLs; the seed is among them.
         num_images: How many images, for the accounts of the executor.
         previews: Whether steps come with a preview.
@@ -30,6 +33,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     job: str
     model: str
     fields: dict[str, Any]
+    adapters: tuple[AdapterUse, ...] = ()
     num_images: int = 1
     previews: bool = False
     deadline_seconds: float | None = None

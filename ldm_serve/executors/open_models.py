@@ -1,18 +1,25 @@
 """The models that a worker holds open, within a budget of memory."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.closing import Closing
+from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.continuous import ContinuousBatch
+from ldm_serve.adapters import AdapterUse, alias_of
 from ldm_serve.settings import EngineSettings
 
 _LOGGER = logging.getLogger(__name__)
+
+#: What tells open models apart: the name of the bundle, and the adapters in it.
+_Key: TypeAlias = tuple[str, tuple[AdapterUse, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,7 +32,7 @@ class OpenBatch:
 
 
 class OpenModels(Closing):
-    """Models by name, opened when they are first asked for; used by one thread.
+    """Models by name and adapters, opened when they are first asked for; used by one thread.
 
     Args:
         bundles: Folder of every model.
@@ -34,24 +41,31 @@ class OpenModels(Closing):
 
     def __init__(self, bundles: Mapping[str, Path], settings: EngineSettings) -> None:
         self._bundles, self._settings = bundles, settings
-        self._open: dict[str, OpenBatch] = {}  # the least recently used first
+        self._open: dict[_Key, OpenBatch] = {}  # the least recently used first
 
-    def open(self, name: str) -> OpenBatch | None:
+    def open(self, name: str, adapters: Sequence[AdapterUse] = ()) -> OpenBatch | None:
         """Return a model; None if it must wait until a busy one can be closed.
 
+        Args:
+            name: Its name.
+            adapters: Adapters that are merged into it, in their order.
+
         Raises:
+            RequestError: An adapter cannot be merged at its scale.
             BundleError: The bundle is incomplete or altered.
             BackendError: The backend cannot run here.
+            LdmError: The file of an adapter has changed.
         """
-        if name in self._open:
-            self._open[name] = self._open.pop(name)
-            return self._open[name]
+        key = name, tuple(adapters)
+        if key in self._open:
+            self._open[key] = self._open.pop(key)
+            return self._open[key]
         size = _weights_bytes(self._bundles[name])
-        if not self._make_room(size):
+        if not self._make_room(key, size):
             return None
-        self._open[name] = _opened(self._bundles[name], self._settings, size)
-        _LOGGER.info("opened %s: %s", name, self._open[name].generator)
-        return self._open[name]
+        self._open[key] = self._opened(key, size)
+        _LOGGER.info("opened %s: %s", alias_of(*key), self._open[key].generator)
+        return self._open[key]
 
     def busy(self) -> list[OpenBatch]:
         """Return the models that have requests."""
@@ -59,46 +73,84 @@ class OpenModels(Closing):
 
     def close(self) -> None:
         """Close all models. Closing twice is harmless."""
-        for name in list(self._open):
-            self._close(name)
+        for key in list(self._open):
+            self._close(key)
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self, key: _Key, size: int) -> bool:
         """Close idle models until another fits, if need be all of them."""
-        budget = self._settings.memory_budget_bytes
-        if budget is None:
-            return True
-        while self._open and self._held() + size > budget:
-            idle = next((name for name, each in self._open.items() if not each.batch), None)
+        while surplus := self._surplus(key, size):
+            idle = next((each for each in surplus if not self._open[each].batch), None)
             if idle is None:
                 return False
             self._close(idle)
         return True
 
+    def _surplus(self, key: _Key, size: int) -> list[_Key]:
+        """Return the models of which one is to be closed before another is opened, if any."""
+        budget = self._settings.memory_budget_bytes
+        adapted = [each for each in self._open if each[1]]
+        if key[1] and len(adapted) >= self._settings.max_adapted:
+            return adapted
+        is_beyond = budget is not None and self._held() + size > budget
+        return list(self._open) if is_beyond else []
+
     def _held(self) -> int:
         return sum(each.weights_bytes for each in self._open.values())
 
-    def _close(self, name: str) -> None:
-        opened = self._open.pop(name)
+    def _close(self, key: _Key) -> None:
+        opened = self._open.pop(key)
         opened.batch.close()
         opened.generator.close()
-        _LOGGER.info("closed %s", name)
+        _LOGGER.info("closed %s", alias_of(*key))
+
+    def _opened(self, key: _Key, size: int) -> OpenBatch:
+        (name, adapters), settings = key, self._settings
+        with ExitStack() as stack:
+            generator = stack.enter_context(_generator(self._bundles[name], adapters, settings))
+            batch = generator.open_batch(max_batch=settings.max_batch)
+            stack.pop_all()
+        return OpenBatch(generator=generator, batch=batch, weights_bytes=size)
 
 
-def _opened(folder: Path, settings: EngineSettings, size: int) -> OpenBatch:
-    with ExitStack() as stack:
-        generator = stack.enter_context(
-            Generator(
-                folder,
-                backend=settings.backend,
-                precision=settings.precision,
-                threads=settings.threads,
-                low_memory=settings.low_memory,
-                trust_engines=settings.trust_engines,
-            )
+def _generator(folder: Path, adapters: Sequence[AdapterUse], settings: EngineSettings) -> Generator:
+    files = {_file_of(each, settings.adapters): each.scale for each in adapters}
+    try:
+        return Generator(
+            folder,
+            backend=settings.backend,
+            precision=settings.precision,
+            threads=settings.threads,
+            low_memory=settings.low_memory,
+            trust_engines=settings.trust_engines,
+            adapters=files,
         )
-        batch = generator.open_batch(max_batch=settings.max_batch)
-        stack.pop_all()
-    return OpenBatch(generator=generator, batch=batch, weights_bytes=size)
+    except RequestError as error:
+        raise _with_names(error, settings.adapters) from error
+
+
+def _with_names(error: RequestError, files: Mapping[str, Path]) -> RequestError:
+    """Return an error that clients may see: where files lie is the operator's own business."""
+    message = str(error).removeprefix(f"{error.field}: ")
+    for name, path in files.items():
+        message = message.replace(str(path), name)
+    return RequestError(error.field, message)
+
+
+def _file_of(adapter: AdapterUse, files: Mapping[str, Path]) -> Path:
+    """Return the file of an adapter.
+
+    Raises:
+        LdmError: It is not the one that a request was checked against.
+    """
+    file = files[adapter.name]
+    try:
+        found = sha256_of(file)
+    except OSError as error:
+        found = error.strerror or str(error)
+    if found != adapter.sha256:
+        _LOGGER.error("the adapter in %s was %s, and is %s", file, adapter.sha256, found)
+        raise LdmError(f"the file of the adapter {adapter.name!r} has changed; start again with it")
+    return file
 
 
 def _weights_bytes(folder: Path) -> int:

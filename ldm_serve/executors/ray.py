@@ -69,7 +69,7 @@ class RayExecutor:
         stall_seconds: float = 300.0,
         reports_steps: bool = False,
     ) -> None:
-        self._required = NodeBundles.of_this_machine(bundles)
+        self._required = NodeBundles.of_this_machine(bundles, settings.adapters.values())
         self._reports_steps = reports_steps
         self._settings = replace(settings, threads=settings.threads or 1)
         self._cpus, self._gpus = settings.threads or 1, gpus

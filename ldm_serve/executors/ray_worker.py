@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,28 +47,37 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeBundles:
-    """The bundles that every node must have.
+    """The bundles and adapters that every node must have.
 
     Attributes:
         folders: Absolute folder of every model.
         manifest_sha256: Hash of each manifest, and so of all files that it lists.
+        adapter_sha256: Hash of every adapter, by its absolute path.
         version: Version of this package.
     """
 
     folders: Mapping[str, Path]
     manifest_sha256: Mapping[str, str]
     version: str
+    adapter_sha256: Mapping[Path, str]
 
     @classmethod
-    def of_this_machine(cls, bundles: Mapping[str, Path]) -> "NodeBundles":
-        """Return what this machine has, by the folder of every model.
+    def of_this_machine(
+        cls, bundles: Mapping[str, Path], adapters: Iterable[Path] = ()
+    ) -> "NodeBundles":
+        """Return what this machine has, by the folder of every model and the files of adapters.
 
         Raises:
-            OSError: A manifest cannot be read.
+            OSError: A manifest or an adapter cannot be read.
         """
         folders = {name: folder.absolute() for name, folder in bundles.items()}
         hashes = {name: sha256_of(folder / MANIFEST_NAME) for name, folder in folders.items()}
-        return cls(folders=folders, manifest_sha256=hashes, version=version())
+        return cls(
+            folders=folders,
+            manifest_sha256=hashes,
+            version=version(),
+            adapter_sha256={path: sha256_of(path) for path in adapters},
+        )
 
     def why_not_here(self) -> str | None:
         """Return what this machine lacks to generate the same images, or None."""
@@ -84,6 +93,16 @@ class NodeBundles:
                     f"has another bundle in {folder}: the sha256 of its manifest is {found[:12]}… "
                     f"and not {expected[:12]}…; copy the right one there"
                 )
+        for path, expected in self.adapter_sha256.items():
+            if _sha256_or_none(path) != expected:
+                return f"has not the adapter {path}, or another one there; copy the right one"
+        return None
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    try:
+        return sha256_of(path)
+    except OSError:
         return None
 
 

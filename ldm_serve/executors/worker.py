@@ -103,7 +103,7 @@ class Worker(Closing):
         while self._waiting:
             work = self._waiting[0]
             try:
-                opened = self._models.open(work.model)
+                opened = self._models.open(work.model, work.adapters)
                 if opened is None:
                     return
                 number = opened.batch.add(

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ldm_runtime.requests.schema import request_schema
+from ldm_serve.adapters import AdapterChoices
 from ldm_serve.answers import events_answer, json_answer, read_json
 from ldm_serve.board import Wish
 from ldm_serve.errors import ServeError
@@ -25,6 +26,7 @@ class NewJob(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         request: Fields of a `GenerationRequest`; images and maps are `data:` URLs.
         model: Name of the model; None is the server's default.
+        adapters: Adapters of the model, unless its name has them.
         output_format: Format of the images.
         output_compression: Quality of JPEG and of lossy WebP, 0 to 100.
         previews: Whether steps have a preview.
@@ -33,6 +35,7 @@ class NewJob(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     request: dict[str, Any]
     model: str | None = None
+    adapters: AdapterChoices | None = None
     output_format: ImageFormat = "png"
     output_compression: Quality | None = None
     previews: bool = False
@@ -88,7 +91,7 @@ class JobRoutes:
             previews=new.previews,
             deadline_seconds=new.deadline_seconds,
         )
-        job = await self._site.submit(request, new.request, new.model, wish)
+        job = await self._site.submit(request, new.request, new.model, wish, new.adapters)
         answer = json_answer(self._described(job), 202)
         answer.headers["Location"] = f"/api/jobs/{job.id}"
         return answer
@@ -155,6 +158,7 @@ def job_json(job: Job, position: int | None) -> dict[str, Any]:
     return {
         "id": job.id,
         "model": job.checked.model.name,
+        "adapters": adapters_json(job),
         "state": job.state,
         "queue_position": position,
         "progress": round(job.progress, 4),
@@ -171,6 +175,11 @@ def job_json(job: Job, position: int | None) -> dict[str, Any]:
         "timings": {} if result is None else result.timings,
         "error": None if job.error is None else job.error.body["error"],
     }
+
+
+def adapters_json(job: Job) -> list[dict[str, Any]]:
+    """Return the adapters of a job as requests have them."""
+    return [{"name": each.name, "scale": each.scale} for each in job.checked.model.uses]
 
 
 def data_url(data: bytes, image_format: ImageFormat) -> str:

@@ -2,7 +2,8 @@
 
 Fields, events and errors are those of the `openai` client 3.57. What cannot be honoured is an
 error that names the field, never ignored. `seed`, `negative_prompt`, `num_inference_steps`,
-`guidance_scale`, `sampler` and `strength` are extensions, under the names of vLLM-Omni.
+`guidance_scale`, `sampler` and `strength` are extensions, under the names of vLLM-Omni, and so is
+`adapters`.
 """
 
 import base64
@@ -23,13 +24,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ldm_runtime.inputs.reading import shown
+from ldm_serve.adapters import AdapterChoices
 from ldm_serve.answers import convert, events_answer, json_answer, read_json
 from ldm_serve.board import Wish
 from ldm_serve.errors import ServeError, invalid
 from ldm_serve.executors.messages import Finished, ImageFormat, Quality
 from ldm_serve.jobs import Job
 from ldm_serve.masks import edit_mask
-from ldm_serve.routes.jobs import data_url
+from ldm_serve.routes.jobs import adapters_json, data_url
 from ldm_serve.served_models import ServedModel
 from ldm_serve.site import Site, deadline_of
 
@@ -49,7 +51,6 @@ _NEUTRAL: Mapping[str, frozenset[object]] = MappingProxyType(
             ("style", "complexity", "frame_count", "frame_duration_ms", "svg", "markup"),
             frozenset({None}),
         ),
-        "adapters": frozenset({None}),
     }
 )
 
@@ -78,6 +79,7 @@ class ImageRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     guidance_scale: float | None = None
     sampler: str | None = None
     strength: float | None = None
+    adapters: AdapterChoices | None = None
     # Fields that only their neutral values leave without an error.
     quality: str | None = None
     background: str | None = None
@@ -89,7 +91,6 @@ class ImageRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     frame_duration_ms: Any = None
     svg: Any = None
     markup: Any = None
-    adapters: Any = None
 
 
 class OpenAIRoutes:
@@ -160,7 +161,7 @@ class OpenAIRoutes:
             raise invalid("response_format", "response_format: a file is one image, not streamed")
         try:
             fields = {**_fields(body), **inputs}
-            job = await self._site.submit(request, fields, body.model, wish)
+            job = await self._site.submit(request, fields, body.model, wish, body.adapters)
         except ServeError as error:
             error.rename_field(_PARAMS)
             raise
@@ -236,7 +237,13 @@ async def _form_of(request: Request) -> FormData:
 
 
 def _model_json(model: ServedModel) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "ldm-deploy"}
+    return {
+        "id": model.alias,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "ldm-deploy",
+        "adapters": list(model.adapters),
+    }
 
 
 def _check_neutral(body: ImageRequest) -> None:
@@ -318,6 +325,7 @@ def _extension(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "model": job.checked.model.name,
+        "adapters": adapters_json(job),
         "bundle_sha256": job.checked.model.bundle_sha256,
         "seed": request.seed,
         "sampler": request.sampler,

@@ -12,7 +12,7 @@ FIELD = "sd_model_checkpoint"
 
 def title(model: ServedModel) -> str:
     """Return the title of a model, under which clients switch to it."""
-    return f"{model.name} [{model.short_hash}]"
+    return f"{model.alias} {_bracketed(model)}"
 
 
 def find_checkpoint(models: ServedModels, name: str | None) -> ServedModel:
@@ -20,20 +20,25 @@ def find_checkpoint(models: ServedModels, name: str | None) -> ServedModel:
 
     Args:
         models: The models.
-        name: What the client calls it; None is the default.
+        name: What the client calls it, adapters included; None is the default.
 
     Raises:
         ServeError: There is none of that name.
     """
     if name is not None and name not in models:
         for model in models.values():
-            if name in (title(model), model.checkpoint_sha256, model.short_hash):
+            if name in (model.checkpoint_sha256, model.short_hash):
                 return model
+            name = name.removesuffix(f" {_bracketed(model)}")
     try:
         return models.find(name)
     except ServeError as error:
         error.rename_field({"model": FIELD})
         raise
+
+
+def _bracketed(model: ServedModel) -> str:
+    return f"[{model.short_hash}]"
 
 
 def listed(models: Mapping[str, ServedModel]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from ldm_runtime.inputs.masks import MAX_BLUR
+from ldm_serve.routes.a1111.extra_networks import without_tags
 from ldm_serve.routes.a1111.options import NO_NAME, cannot, check_value
 
 #: The one way in which the runtime enlarges an image for a second pass.
@@ -52,7 +53,6 @@ class Form(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     send_images: bool | None = None
     do_not_save_samples: bool | None = None
     do_not_save_grid: bool | None = None
-    # Names of adapters in prompts are refused, so there is nothing to turn off.
     disable_extra_networks: bool | None = None
     # They bound the noise of `s_churn`, and say when the refiner begins.
     s_tmin: float | None = None
@@ -189,9 +189,10 @@ def check_neutral(form: TextToImageForm | ImageToImageForm) -> None:
     if form.override_settings_restore_afterwards is False and form.override_settings:
         fix = "send true; POST /sdapi/v1/options keeps settings"
         raise cannot("override_settings_restore_afterwards", fix)
-    for name in ("prompt", "negative_prompt"):
-        if _EXTRA_NETWORK.search(getattr(form, name) or ""):
-            raise cannot(name, "leave <lora:…> and its like out of it")
+    if _EXTRA_NETWORK.search(without_tags(form.prompt)):
+        raise cannot("prompt", "leave out of it what is not <lora:NAME:SCALE>")
+    if _EXTRA_NETWORK.search(form.negative_prompt or ""):
+        raise cannot("negative_prompt", "leave <lora:…> and its like out of it")
 
 
 def check_image_size(form: ImageToImageForm, size: tuple[int, int]) -> None:

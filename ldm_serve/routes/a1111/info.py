@@ -75,8 +75,7 @@ def _prompts(
     """Return the prompts of the images; a model without prompts was sent none."""
     prompt, negative, clip_skip = form.prompt, form.negative_prompt or "", 0
     if isinstance(condition := request.condition, PromptCondition):
-        prompt, negative = condition.prompt, condition.negative_prompt
-        clip_skip = condition.clip_skip
+        negative, clip_skip = condition.negative_prompt, condition.clip_skip
     return {
         "prompt": prompt,
         "all_prompts": [prompt] * count,

@@ -23,6 +23,7 @@ from ldm_serve.board import Wish
 from ldm_serve.errors import ServeError, invalid
 from ldm_serve.masks import web_ui_mask
 from ldm_serve.routes.a1111.checkpoints import FIELD, find_checkpoint, listed, title
+from ldm_serve.routes.a1111.extra_networks import tagged_adapters, without_tags
 from ldm_serve.routes.a1111.fields import request_fields
 from ldm_serve.routes.a1111.forms import (
     ImageToImageForm,
@@ -31,7 +32,7 @@ from ldm_serve.routes.a1111.forms import (
     check_neutral,
 )
 from ldm_serve.routes.a1111.info import info_text, png_info
-from ldm_serve.routes.a1111.lists import LISTS
+from ldm_serve.routes.a1111.lists import LISTS, lora
 from ldm_serve.routes.a1111.options import Options
 from ldm_serve.routes.a1111.sessions import Session, timestamp
 from ldm_serve.routes.jobs import data_url
@@ -56,6 +57,7 @@ _PARAMS: Mapping[str, str] = MappingProxyType(
         "image": "init_images",
         "mask_image": "mask",
         "strength": "denoising_strength",
+        "adapters": "prompt",
         "hires_scale": "hr_scale",
         "hires_strength": "denoising_strength",
         "model": FIELD,
@@ -82,7 +84,12 @@ class A1111Routes:
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        asked = {"progress": self.progress, "options": self.options, "sd-models": self.models}
+        asked = {
+            "progress": self.progress,
+            "options": self.options,
+            "sd-models": self.models,
+            "loras": self.loras,
+        }
         sent = {
             "txt2img": self.text_to_image,
             "img2img": self.image_to_image,
@@ -149,6 +156,12 @@ class A1111Routes:
         """List the models."""
         return json_answer(listed(self._site.models))
 
+    async def loras(self, _: Request) -> Response:
+        """List the adapters."""
+        models = self._site.models.values()
+        adapters = {name: each for model in models for name, each in model.adapters.items()}
+        return json_answer([lora(adapters[name]) for name in sorted(adapters)])
+
     async def png_info(self, request: Request) -> Response:
         """Answer with what an image file says of how it was made."""
         form = await read_json(request, PngInfoForm)
@@ -163,12 +176,14 @@ class A1111Routes:
         session = self._session(request)
         options = session.options.changed(form.override_settings or {})
         model = self._model(options)
-        fields = {**request_fields(form, options, model), **inputs}
+        adapters = [] if form.disable_extra_networks else tagged_adapters(form.prompt)
+        plain = msgspec.structs.replace(form, prompt=without_tags(form.prompt))
+        fields = {**request_fields(plain, options, model), **inputs}
         wish = Wish(
             format=options.image_format, previews=True, deadline_seconds=deadline_of(request)
         )
         try:
-            job = await self._site.submit(request, fields, model.name, wish)
+            job = await self._site.submit(request, fields, model.alias, wish, adapters or None)
             with session.following(job):
                 result = await self._site.images_of(request, job)
         except ServeError as error:
