@@ -117,11 +117,14 @@ async function* eventsOf(response) {
   }
 }
 
+/** Return the body of a job from what the form describes: adapters are the model's, not the request's. */
+const bodyOf = ({ adapters, ...request }, model) => ({ request, model: model.name, adapters });
+
 /** Queue a request, and wait for a server that is still opening its model. */
 async function submit(request) {
   for (;;) {
     try {
-      return await getJson('/api/jobs', { body: { request, model: page.model.name, previews: true } });
+      return await getJson('/api/jobs', { body: { ...bodyOf(request, page.model), previews: true } });
     } catch (error) {
       if (error.code !== 'not_ready' || page.isCancelled) throw error;
       say(error.message);
@@ -312,6 +315,28 @@ function classList(names) {
 function classControl(name) {
   const { input, read, write } = classChooser();
   return labelled(name, input, { read, write });
+}
+
+/** The scales of the model's adapters, of which 0 leaves one out. */
+function adaptersControl(name) {
+  const inputs = new Map(page.model.adapters.map(({ name: adapter }) => [
+    adapter, make('input', { type: 'number', step: 0.05, min: -10, max: 10, value: 0, id: `adapter-${adapter}` })]));
+  const fields = [...inputs].map(([adapter, input]) =>
+    make('div', { className: 'field' }, make('label', { htmlFor: input.id, textContent: adapter }), input));
+  const control = grouped(name, inputs.values().next().value, [make('div', { className: 'grid' }, ...fields)], {
+    hint: 'How much of each: 1 is as it was trained, 0 is without it.',
+    read: () => {
+      if ([...inputs.values()].some(input => input.validity.badInput)) throw new Refusal('Write a number.', { param: name });
+      const chosen = [...inputs].map(([adapter, input]) => ({ name: adapter, scale: Number(input.value) })).filter(each => each.scale);
+      return chosen.length ? chosen : undefined;
+    },
+    write: value => {
+      const scales = new Map((value ?? []).map(each => [each.name, each.scale]));
+      for (const [adapter, input] of inputs) input.value = scales.get(adapter) ?? 0;
+    },
+  });
+  control.node.addEventListener('input', () => clearError(name));
+  return control;
 }
 
 // --- Files ---------------------------------------------------------------------------------------
@@ -823,7 +848,7 @@ const SPECIAL = {
   negative_prompt: name => textControl(name, { rows: 1, placeholder: 'what to steer away from' }),
   class_label: classControl, layout: layoutControl, segmentation: segmentationControl, image: imageControl,
   mask_image: maskControl, depth_map: fileControl, embeddings: fileControl, latents: fileControl,
-  seed: seedControl, variation_seed: seedControl,
+  seed: seedControl, variation_seed: seedControl, adapters: adaptersControl,
 };
 
 /** Return whether a request to the model must have a field, or one in its place. */
@@ -851,6 +876,7 @@ async function showModel(model) {
   place($('inputs'), [...INPUTS.filter(takes), ...(needsImage ? start : [])]);
   place($('start').lastElementChild, needsImage ? [] : start);
   place($('basics'), BASICS.filter(takes));
+  place($('adapters'), model.adapters.length ? ['adapters'] : []);
   const placed = new Set([...INPUTS, ...START, ...BASICS]);
   place($('more').lastElementChild, Object.keys(page.properties).filter(name => takes(name) && !placed.has(name)));
   $('start').hidden = needsImage || !start.length;
@@ -907,7 +933,7 @@ async function collect() {
 }
 
 /** Put the settings of an image into the form; `ours` says that files in the form may be those it was made with. */
-async function restore({ request, bundle_sha256: sha256 }, name, { ours = false } = {}) {
+async function restore({ request, bundle_sha256: sha256, adapters = [] }, name, { ours = false } = {}) {
   const model = page.models.find(each => each.bundle_sha256 === sha256);
   const keepsFiles = ours && model === page.model;
   if (model && model !== page.model) {
@@ -916,14 +942,23 @@ async function restore({ request, bundle_sha256: sha256 }, name, { ours = false 
   }
   clearErrors();
   const files = Object.keys(request).filter(each => isFileSummary(request[each]) && page.controls.has(each));
+  const fields = { ...request, adapters: adaptersHere(adapters) };
   for (const control of page.controls.values()) {
-    if (!keepsFiles || !files.includes(control.name)) control.write(request[control.name] ?? undefined);
+    if (!keepsFiles || !files.includes(control.name)) control.write(fields[control.name] ?? undefined);
   }
   page.restored = new Set(Object.keys(request));
   sizeChanged();
   const other = model ? '' : ' Another model made it, so that the result may differ.';
   const left = files.length ? ` ${keepsFiles ? 'These stay as they are' : 'Choose again'}: ${files.map(labelOf).join(', ')}.` : '';
-  announce(`Restored the settings of ${name}.${other}${left}`);
+  const lacking = adapters.length - fields.adapters.length;
+  const without = lacking ? ` ${lacking} of its adapters ${lacking === 1 ? 'is' : 'are'} not here.` : '';
+  announce(`Restored the settings of ${name}.${other}${left}${without}`);
+}
+
+/** Return the adapters of an image's metadata that the model has, by its names for them. */
+function adaptersHere(recorded) {
+  const found = recorded.map(({ sha256, scale }) => ({ ...page.model.adapters.find(each => each.sha256 === sha256), scale }));
+  return found.filter(each => each.name);
 }
 
 /** Clear restored settings that a change of another one leaves without a meaning. */
@@ -1141,7 +1176,8 @@ function showComparison() {
   const figures = $('comparison').querySelectorAll('figure');
   pair.forEach((result, index) => figures[index].replaceChildren(
     make('img', { src: result.url, alt: titleOf(result) }), make('figcaption', { textContent: `${index ? 'Second' : 'First'}: seed ${result.seed}` })));
-  const [first, second] = pair.map(({ metadata, model }) => ({ model: model.name, ...metadata.request }));
+  const [first, second] = pair.map(({ metadata: { request, adapters = [] }, model }) =>
+    ({ model: model.name, ...request, adapters: adapters.map(each => `${each.name} ${each.scale}`).join(', ') }));
   const names = Object.keys(first).filter(name => toJson(first[name]) !== toJson(second[name]));
   const cell = value => make('td', { textContent: settingText(value) });
   $('comparison').querySelector('tbody').replaceChildren(...names.map(name =>
@@ -1168,7 +1204,7 @@ function curlText({ fields, model }) {
   const key = page.key ? ' -H "Authorization: Bearer $LDM_KEY"' : '';
   return `URL=${location.origin}
 JOB=$(curl -s $URL/api/jobs -H 'Content-Type: application/json'${key} -d @- <<'END' | sed 's/^{"id":"\\([^"]*\\)".*/\\1/'
-${toJson({ request: fields, model: model.name })}
+${toJson(bodyOf(fields, model))}
 END
 )
 curl -sN $URL/api/jobs/$JOB/events${key} > /dev/null  # returns when the job is over
@@ -1179,11 +1215,13 @@ curl -s $URL/files/$JOB/0 -o image.png
 const PYTHON_NAMES = new Map([[true, 'True'], [false, 'False'], [null, 'None']]);
 
 /** Return a program that generates an image again from the folder of its bundle. */
-function pythonText({ fields, model }) {
+function pythonText({ fields: { adapters: _, ...fields }, metadata: { adapters = [] }, model }) {
+  const files = Object.fromEntries(adapters.map(({ name, scale }) => [name, scale]));
+  const more = adapters.length ? `, adapters=${pythonLiteral(files)}` : '';
   const lines = Object.entries(fields).map(([name, value]) => `        ${name}=${pythonLiteral(value)},\n`);
   return `from ldm_runtime import Generator
 
-with Generator(${pythonLiteral(model.name)}) as generator:  # the folder of the bundle
+with Generator(${pythonLiteral(model.name)}${more}) as generator:  # the folder of the bundle
     result = generator(
 ${lines.join('')}    )
 result.save("image.png")

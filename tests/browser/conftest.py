@@ -41,9 +41,9 @@ def bundles(tmp_path_factory):
 
 
 @contextmanager
-def serving(bundles, keys=None):
+def serving(bundles, keys=None, adapters=None):
     """Serve bundles from a thread until the end of the block; yields the address of the page."""
-    engine = EngineSettings(backend="onnxruntime", threads=1)
+    engine = EngineSettings(backend="onnxruntime", threads=1, adapters=adapters or {})
     settings = ServeSettings(
         bundles=bundles, engine=engine, access=Access(keys=keys or {}), drain_seconds=0.1
     )
