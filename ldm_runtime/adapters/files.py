@@ -31,13 +31,14 @@ from ldm_runtime.adapters.spellings import (
     understood,
     unsupported,
 )
+from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.tensor_files.errors import FormatError
 from ldm_runtime.tensor_files.lazy_tensors import LazyTensor, open_tensors
 from ldm_runtime.tensor_files.pickle_reader import PickleContents
 from ldm_runtime.tensor_files.tensor_extent import TensorExtent
 from ldm_runtime.tensor_files.torch_state_dict import FindTensor, state_dict_of
 
-__all__ = ["AdapterFile", "LayerName", "read_adapter"]
+__all__ = ["AdapterFile", "LayerName", "adapter_sha256", "read_adapter"]
 
 _WANTED = "give an adapter as .safetensors, .pt, .bin or .ckpt"
 _SUPPORTED = "LoRA, LoCon, LoHa, LoKr, DoRA and full differences are read"
@@ -79,21 +80,33 @@ def read_adapter(file: str | os.PathLike[str] | bytes) -> AdapterFile:
     name, data = _opened(file)
     try:
         tensors, metadata = open_tensors(data, _state_dict, _WANTED)
-        settings, more = ({}, b"") if isinstance(file, bytes) else settings_next_to(Path(file))
+        settings = {} if isinstance(file, bytes) else settings_next_to(Path(file))[0]
         layers = _layers(tensors, settings or peft_settings(metadata))
     except FormatError as error:
         raise ValueError(f"{name} {error}") from error
     return AdapterFile(
         name=name,
-        sha256=_sha256(data, more),
+        sha256=hashlib.sha256(file).hexdigest()
+        if isinstance(file, bytes)
+        else adapter_sha256(file),
         layers=MappingProxyType(layers),
         metadata=metadata,
     )
 
 
-def _sha256(data: npt.NDArray[np.uint8], more: bytes) -> str:
-    digest = hashlib.sha256(data.data)
-    digest.update(more)
+def adapter_sha256(file: str | os.PathLike[str]) -> str:
+    """Return the `sha256` of the adapter in a file; repeated calls on an unchanged one are free.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: PEFT saved it, and its settings are not next to it.
+    """
+    path = Path(file)
+    _, settings = settings_next_to(path)
+    if not settings:
+        return sha256_of(path)
+    digest = hashlib.sha256(path.read_bytes())
+    digest.update(settings)
     return digest.hexdigest()
 
 

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ldm_runtime.adapters.files import adapter_sha256
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
@@ -116,7 +118,10 @@ def _compare_adapters(
     path: Path, metadata: Mapping[str, Any], adapters: Mapping[Path, float]
 ) -> None:
     recorded = metadata.get("adapters")
-    used = {(sha256_of(file), scale) for file, scale in adapters.items() if file.is_file()}
+    used = set()
+    for file, scale in adapters.items():
+        with suppress(OSError, ValueError):  # which the generator will tell of
+            used.add((adapter_sha256(file), scale))
     for adapter in recorded if isinstance(recorded, list) else ():
         if not isinstance(adapter, dict) or (adapter.get("sha256"), adapter.get("scale")) in used:
             continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.adapters.files import adapter_sha256
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import LdmError, RequestError
@@ -144,9 +144,9 @@ def _file_of(adapter: AdapterUse, files: Mapping[str, Path]) -> Path:
     """
     file = files[adapter.name]
     try:
-        found = sha256_of(file)
-    except OSError as error:
-        found = error.strerror or str(error)
+        found = adapter_sha256(file)
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or str(error)
     if found != adapter.sha256:
         _LOGGER.error("the adapter in %s was %s, and is %s", file, adapter.sha256, found)
         raise LdmError(f"the file of the adapter {adapter.name!r} has changed; start again with it")

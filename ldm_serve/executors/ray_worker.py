@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm_runtime.adapters.files import adapter_sha256
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.version import version
@@ -76,7 +77,7 @@ class NodeBundles:
             folders=folders,
             manifest_sha256=hashes,
             version=version(),
-            adapter_sha256={path: sha256_of(path) for path in adapters},
+            adapter_sha256={path: adapter_sha256(path) for path in adapters},
         )
 
     def why_not_here(self) -> str | None:
@@ -101,8 +102,8 @@ class NodeBundles:
 
 def _sha256_or_none(path: Path) -> str | None:
     try:
-        return sha256_of(path)
-    except OSError:
+        return adapter_sha256(path)
+    except (OSError, ValueError):
         return None
 
 

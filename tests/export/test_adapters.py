@@ -9,9 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from ldm_runtime import Generator, RequestError
+from ldm_runtime.adapters.files import adapter_sha256, read_adapter
 from ldm_runtime.adapters.merging import MergedAdapters, read_adapters
 from ldm_runtime.backends import choose_backend
 from ldm_runtime.backends.onnxruntime import cpu
+from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.graph_weights import stored_weights
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.cli import main
@@ -125,6 +127,31 @@ def test_inspect_says_what_an_adapter_is(tmp_path, capsys):
     assert inspect(path)["layers"] == {"unet": 1}
     assert inspect(path)["kinds"] == {"LoRA": 1}
     assert inspect(path)["ranks"] == [2]
+
+
+def test_an_adapter_that_peft_saved_is_known_again(
+    small_bundle_fp32, tmp_path, monkeypatch, caplog
+):
+    """Its hash covers the settings next to it, wherever it is compared."""
+    monkeypatch.chdir(tmp_path)
+    path = query_adapter(tmp_path / "adapter_model.safetensors")
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text('{"lora_alpha": 1}')
+    assert adapter_sha256(path) == read_adapter(path).sha256 != sha256_of(path)
+    where = ["--bundle", str(small_bundle_fp32), "--backend", "onnxruntime"]
+    where += ["--size", f"{SIZE}x{SIZE}", "--steps", "2", "--adapter", path.name]
+    assert main(["generate", "red", *where, "-o", "a.png"]) == 0
+
+    with caplog.at_level(logging.WARNING):
+        assert main(["generate", "--like", "a.png", *where, "-o", "b.png"]) == 0
+
+    assert not caplog.messages
+    settings.write_text('{"lora_alpha": 2}')
+    with caplog.at_level(logging.WARNING):
+        assert main(["generate", "--like", "a.png", *where, "-o", "b.png"]) == 0
+    assert "the image will differ" in caplog.text
+    settings.unlink()
+    assert main(["generate", "--like", "a.png", *where, "-o", "b.png"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from ldm_serve.adapters import (
     adapter_paths,
     alias_of,
     chosen_adapters,
+    fitting_adapters,
 )
 from ldm_serve.executors.open_models import OpenModels
 from ldm_serve.settings import EngineSettings
@@ -462,6 +463,19 @@ class TestOpenModels:
         assert models.open("engines") is plain
         assert models.open("engines", self.use(folder, 0.2)) is not second
         assert models.open("engines", self.use(folder, 0.3)) is not third
+
+    @pytest.mark.slow
+    def test_a_file_that_peft_saved_is_the_one_that_was_checked(self, small_bundle_fp32, tmp_path):
+        path = tmp_path / "adapter_model.safetensors"
+        write_lora(path, 0)
+        (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 1}')
+        bundles = {"engines": small_bundle_fp32}
+        named = fitting_adapters({"style": path}, bundles)["engines"]["style"]
+        use = AdapterUse(name="style", sha256=named.sha256, scale=1.0)
+        settings = EngineSettings(backend="onnxruntime", threads=1, adapters={"style": path})
+
+        with OpenModels(bundles, settings) as models:
+            assert models.open("engines", (use,)) is not None
 
     @pytest.mark.slow
     def test_another_waits_for_busy_ones(self, models, folder):
