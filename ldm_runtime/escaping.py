@@ -1,5 +1,9 @@
 """Text from outside, such as a name in a file, escaped before it reaches a terminal."""
 
+from collections.abc import Mapping
+
+_LONG = 500  # characters of a value of metadata, which may be an image
+
 
 def printable(value: object) -> str:
     """Return a value as one line of text in which nothing can steer a terminal.
@@ -14,6 +18,14 @@ def printable(value: object) -> str:
 def printable_lines(text: str) -> str:
     """Return a text of several lines with every line `printable`."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def shortened(metadata: Mapping[str, str]) -> dict[str, str] | None:
+    """Return a file's own metadata without the rest of long values, or None if it has none."""
+    return {
+        name: value if len(value) <= _LONG else f"{value[:_LONG]}… ({len(value):,} characters)"
+        for name, value in metadata.items()
+    } or None
 
 
 def _escaped(character: str) -> str:

@@ -149,7 +149,6 @@ class Generator(Closing):
         self.precision = get_backend(self.backend).ABILITIES.precision_of(options)
         self.spec = opened.model.spec
         self.bundle_sha256 = opened.model.origin.bundle_sha256
-        self._adapters = [(each.name, each.scale) for each in opened.model.origin.adapters]
         self._batch_size = batch_size or 1
         self._network = opened.networks
         self._pipeline = ImagePipeline(
@@ -164,7 +163,8 @@ class Generator(Closing):
         where = f"{self.backend} in {self.precision}"
         if self._refiner is not None:
             state = f" refined by {str(self._refiner.folder)!r},{state}"
-        merged = "".join(f", {name}@{scale:g}" for name, scale in self._adapters)
+        adapters = self._pipeline.model.origin.adapters
+        merged = "".join(f", {each.name}@{each.scale:g}" for each in adapters)
         return f"Generator({str(self.bundle)!r},{state} {self.spec.task}, {size}, {where}{merged})"
 
     def encode(self, image: ImageInput) -> Float32Array:
@@ -343,15 +343,16 @@ class Generator(Closing):
             max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
         """
         check_positive("max_batch", max_batch)
-        kept = get_backend(self.backend).ABILITIES.kept_shapes
-        if kept is not None and self.spec.unet is not None:
-            max_batch = max_batch if kept(self.manifest.weights_bytes("unet")) >= max_batch else 1
+        abilities, most = get_backend(self.backend).ABILITIES, max_batch
+        if abilities.kept_shapes is not None and self.spec.unet is not None:
+            kept = abilities.kept_shapes(self.manifest.weights_bytes("unet"))
+            most = max_batch if kept >= max_batch else 1
         return ContinuousBatch(
             self._pipeline,
             resolve=self._resolve,
             preview=self._preview_record,
-            max_samples=samples_per_image(self.spec, "unet") * max_batch,
-            min_samples=get_backend(self.backend).ABILITIES.min_shared_samples,
+            max_samples=samples_per_image(self.spec, "unet") * most,
+            min_samples=abilities.min_shared_samples,
         )
 
     def close(self) -> None:

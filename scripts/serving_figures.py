@@ -5,7 +5,7 @@ of the last commit that was measured, of the second the last row of every length
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _soak_part(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *(_soak_line(row) for _, row in sorted(last.items())),
     ]
-    return _SOAK + "\n" + "\n".join(lines) + "\n" + "".join(map(_faults, _longest(last)))
+    return _SOAK + "\n" + "\n".join(lines) + "\n" + _faults(last[max(last)])
 
 
 def _soak_line(row: Row) -> str:
@@ -106,10 +106,6 @@ def _soak_line(row: Row) -> str:
         f"| {row['num_faults']:,} | {row['lost']} | {row['wrong']} | {row['duplicate']} "
         f"| {row['p95_seconds']:.2f} | {'' if growth is None else f'{growth:.2f}'} |"
     )
-
-
-def _longest(rows: Mapping[float, Row]) -> Iterable[Row]:
-    return [rows[max(rows)]] if rows else []
 
 
 def _faults(row: Row) -> str:

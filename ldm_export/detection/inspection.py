@@ -15,6 +15,7 @@ from ldm_export.detection.weight_assignment import has_ema
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
 from ldm_export.intake.folder import is_diffusers_folder
 from ldm_export.intake.opening import open_model
+from ldm_runtime.escaping import shortened
 from ldm_runtime.specs.model import ModelSpec
 from ldm_runtime.tensor_files.errors import FormatError
 from ldm_runtime.tensor_files.torch_archive import ZIP_MAGIC
@@ -23,7 +24,6 @@ from ldm_runtime.tensor_files.zip_directory import read_zip_directory
 
 _SAFETENSORS_LENGTH_BYTES = 8
 _SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".safetensors", ".gguf"})
-_LONG = 500  # characters of a value of metadata, which may be an image
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -54,7 +54,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any] | None:
             "dtypes": _dtypes(tensors, tensors),
             "ema_present": has_ema(tensors),
             "unusual_globals": list(checkpoint.unusual_globals),
-            "metadata": _shortened(checkpoint.metadata),
+            "metadata": shortened(checkpoint.metadata),
         }
         return report | _describe(checkpoint)
 
@@ -129,14 +129,6 @@ def _records(spec: ModelSpec) -> dict[str, Any]:
     parts = {name: asdict(record) for name, record in spec.networks.items()}
     parts["autoencoder"]["factor"] = spec.autoencoder.factor
     return parts
-
-
-def _shortened(metadata: Mapping[str, str]) -> dict[str, str] | None:
-    """Return a file's own metadata without the rest of long values, or None if it has none."""
-    return {
-        key: value if len(value) <= _LONG else f"{value[:_LONG]}… ({len(value):,} characters)"
-        for key, value in metadata.items()
-    } or None
 
 
 def _components(tensors: Tensors, detection: Detection) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Source: onnx/onnx.proto of ONNX 1.20 for the numbers of fields.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -64,15 +65,25 @@ class StoredWeight:
         return np.ascontiguousarray(laid_out.reshape(self.shape), dtype=self.dtype)
 
 
-def stored_weights(path: Path) -> dict[str, StoredWeight]:
+def stored_weights(path: Path) -> Mapping[str, StoredWeight]:
     """Return the weights outside an ONNX graph by the names of the network's parameters.
+
+    Repeated calls on an unchanged file are free.
 
     Raises:
         BundleError: The file is not an ONNX graph.
     """
+    status = path.stat()
+    return _stored_weights_of(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=16)
+def _stored_weights_of(
+    path: Path, size: int, modified: int, inode: int
+) -> Mapping[str, StoredWeight]:
     data = path.read_bytes()
     try:
-        return _stored_weights(data)
+        return MappingProxyType(_stored_weights(data))
     except (ValueError, KeyError) as error:
         raise BundleError(
             f"{path} is not an ONNX graph: {error}; export the bundle again"

@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -91,12 +92,9 @@ def given_inversions(args: argparse.Namespace) -> dict[str, Path]:
     Raises:
         RequestError: A word is given twice.
     """
-    given = dict(args.textual_inversion)
-    if len(given) < len(args.textual_inversion):
-        words = [word for word, _ in args.textual_inversion]
-        twice = next(word for word in words if words.count(word) > 1)
+    if (twice := _repeated(args.textual_inversion)) is not None:
         raise RequestError("textual_inversion", f"gives {twice!r} twice; rename one of them")
-    return given
+    return dict(args.textual_inversion)
 
 
 def given_adapters(args: argparse.Namespace) -> dict[Path, float]:
@@ -105,12 +103,9 @@ def given_adapters(args: argparse.Namespace) -> dict[Path, float]:
     Raises:
         RequestError: A file is given twice.
     """
-    given = dict(args.adapter)
-    if len(given) < len(args.adapter):
-        files = [file for file, _ in args.adapter]
-        twice = next(file for file in files if files.count(file) > 1)
+    if (twice := _repeated(args.adapter)) is not None:
         raise RequestError("adapter", f"gives {twice} twice; give it once, with one scale")
-    return given
+    return dict(args.adapter)
 
 
 def file_and_scale(text: str) -> tuple[Path, float]:
@@ -120,6 +115,12 @@ def file_and_scale(text: str) -> tuple[Path, float]:
         return (Path(file), float(scale)) if file else (Path(text), 1.0)
     except ValueError:
         return Path(text), 1.0
+
+
+def _repeated(pairs: Iterable[tuple[Hashable, object]]) -> Hashable | None:
+    """Return the first key that stands in several pairs, or None."""
+    counts = Counter(key for key, _ in pairs)
+    return next((key for key, count in counts.items() if count > 1), None)
 
 
 def _word_and_file(text: str) -> tuple[str, Path]:

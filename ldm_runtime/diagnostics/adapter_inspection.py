@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_runtime.adapters.files import read_adapter
-
-_LONG = 500  # characters of a value of metadata, which may be an image
+from ldm_runtime.escaping import shortened
 
 
 def inspect_adapter(path: Path) -> dict[str, Any] | None:
@@ -27,9 +26,5 @@ def inspect_adapter(path: Path) -> dict[str, Any] | None:
         "layers": dict(Counter(component for component, _ in adapter.layers)),
         "kinds": dict(Counter(layer.kind for layer in layers)),
         "ranks": ranks,
-        "metadata": {name: _shortened(value) for name, value in adapter.metadata.items()} or None,
+        "metadata": shortened(adapter.metadata),
     }
-
-
-def _shortened(value: str) -> str:
-    return value if len(value) <= _LONG else f"{value[:_LONG]}… ({len(value):,} characters)"

@@ -102,3 +102,17 @@ def server(bundles, tmp_path_factory):
 def client(server):
     with server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def ask(server):
+    """OpenAI's client; calls are not repeated, so that a refusal is seen."""
+    import openai  # which the environment of Ray's tests has not
+
+    with openai.OpenAI(
+        base_url="http://localhost/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=httpx2.Client(transport=httpx2.HTTPTransport(uds=str(server.socket))),
+    ) as client:
+        yield client

@@ -6,9 +6,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
 import numpy as np
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,18 +78,6 @@ def expected(small_bundle_fp32, folder):
         return found[key]
 
     return image
-
-
-@pytest.fixture(scope="module")
-def ask(server):
-    """OpenAI's client."""
-    with openai.OpenAI(
-        base_url="http://localhost/v1",
-        api_key="none",
-        max_retries=0,
-        http_client=httpx2.Client(transport=httpx2.HTTPTransport(uds=str(server.socket))),
-    ) as client:
-        yield client
 
 
 def generated(ask, prompt="red", seed=7, **options):

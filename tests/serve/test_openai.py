@@ -15,18 +15,6 @@ from ldm_runtime import Generator
 
 
 @pytest.fixture(scope="module")
-def ask(server):
-    """OpenAI's client; calls are not repeated, so that a refusal is seen."""
-    with openai.OpenAI(
-        base_url="http://localhost/v1",
-        api_key="none",
-        max_retries=0,
-        http_client=httpx2.Client(transport=httpx2.HTTPTransport(uds=str(server.socket))),
-    ) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def generator(bundle):
     with Generator(bundle, threads=1) as generator:
         yield generator
