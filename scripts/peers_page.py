@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from measuring.rows import read_records
-from peers.race import Row
+from peers.race import LONG_SECONDS, Row
 from peers.report import PRECISIONS, Summary, latest_run, summaries, table, versions
 from peers.weights import MODEL
 
@@ -28,7 +28,7 @@ _INTRODUCTION = """\
 ![seconds an image and peak memory of every program](peers.svg)
 
 """
-_LEGEND = """
+_LEGEND = f"""
 * **Weights**: the same random ones for everyone, of Stable Diffusion 1.5's networks and stored in
   fp16, each in the form that the program's own tool makes of them: `benchmarks/peers/weights.py`.
 * **Open**: import and load in a new process. **First image**: with what is compiled then.
@@ -41,7 +41,8 @@ _LEGEND = """
   same. Weights are random, so that it says nothing of what a precision costs a trained model.
 * **Against ours**: the next image's time over that of this package's fastest in the same precision.
   Times in different precisions are not times of the same work.
-* Every repetition is a process of its own, and the programs take turns.
+* Every repetition is a process of its own, and the programs take turns. A process of more than
+  {LONG_SECONDS // 60} minutes is not repeated.
 """
 
 _WIDTH, _LEFT, _BAR, _GAP, _HEAD = 860, 230, 18, 6, 34  # pixels

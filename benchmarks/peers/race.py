@@ -8,6 +8,7 @@ import hashlib
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -32,6 +33,8 @@ from peers.weights import MODEL, SCHEDULE, Weights
 
 _SEED = 0
 GUIDANCE_SCALE = 7.5
+#: A process that ran longer is not repeated.
+LONG_SECONDS = 600
 
 Row = dict[str, Any]
 Pixels = npt.NDArray[np.uint8]
@@ -90,7 +93,8 @@ class Race:
         """Measure and yield the rows, each as soon as it is there.
 
         Images are compared with those of the first entrant in fp32, by `psnr_db`. What cannot be
-        measured is a row with a sentence, `failure`, and is left out of the later rounds.
+        measured is a row with a sentence, `failure`, and is left out of the later rounds; so is
+        what took more than `LONG_SECONDS`.
 
         Args:
             starts: What to measure in every round.
@@ -106,8 +110,9 @@ class Race:
             image = Path(place) / "image.png"
             for repetition in range(1, rounds + 1):
                 for start in list(ready):
+                    began = time.monotonic()
                     row = self._row(start, repetition, self._found(start, image))
-                    if row["failure"] is not None:
+                    if row["failure"] is not None or time.monotonic() - began > LONG_SECONDS:
                         ready.remove(start)
                     yield row
 
@@ -149,7 +154,8 @@ class Race:
 
     def _cache(self, start: Start) -> Path:
         size = f"{self._task.width}x{self._task.height}"
-        return self._weights.folder / "compiled" / f"{start} {size}"
+        name = f"{start} {size}".replace(" ", "-")  # torch compiles in it without quoting its path
+        return self._weights.folder / "compiled" / name
 
     def _ask(self, start: Start, task: Task, image: Path) -> Row:
         entrant, cache = start.entrant, self._cache(start)
