@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 
+from ldm_runtime.backends import BACKEND_ALIASES, get_backend
 from ldm_runtime.cli.backend_flags import add_backend_arguments
 from ldm_runtime.cli.parsing import positive
-from ldm_runtime.errors import RequestError
+from ldm_runtime.errors import BackendError, RequestError
 from ldm_serve.adapters import adapter_paths
 from ldm_serve.settings import EngineSettings, ExecutorName, WorkerSettings
 
@@ -104,8 +105,10 @@ def engine_settings(
     """Return the settings of a command line that has the flags of this module.
 
     Raises:
-        RequestError: An adapter has no name of its own.
+        RequestError: An adapter has no name of its own, or the backend takes none.
     """
+    if args.adapter:
+        _check_takes_adapters(args.backend)
     return EngineSettings(
         backend=args.backend,
         precision=args.precision,
@@ -117,6 +120,20 @@ def engine_settings(
         adapters=adapter_paths(args.adapter),
         max_adapted=args.max_adapted,
     )
+
+
+def _check_takes_adapters(backend: str) -> None:
+    """Check that a backend can run with adapters; one that is not on this machine is passed over.
+
+    Raises:
+        RequestError: It cannot.
+    """
+    name = BACKEND_ALIASES.get(backend, backend)
+    with suppress(BackendError):
+        if name != "auto" and not get_backend(name).ABILITIES.takes_weights:
+            raise RequestError(
+                "adapter", f"{name} has its weights built in and takes none; use another backend"
+            )
 
 
 def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:

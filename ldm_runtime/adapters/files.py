@@ -6,6 +6,7 @@ Both formats of torch and safetensors are read; a pickle is interpreted and runs
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.tensor_files.errors import FormatError
 from ldm_runtime.tensor_files.lazy_tensors import LazyTensor, open_tensors
 from ldm_runtime.tensor_files.pickle_reader import PickleContents
+from ldm_runtime.tensor_files.safetensors_header import is_safetensors
 from ldm_runtime.tensor_files.tensor_extent import TensorExtent
 from ldm_runtime.tensor_files.torch_state_dict import FindTensor, state_dict_of
 
@@ -42,6 +44,7 @@ __all__ = ["AdapterFile", "LayerName", "adapter_sha256", "read_adapter"]
 
 _WANTED = "give an adapter as .safetensors, .pt, .bin or .ckpt"
 _SUPPORTED = "LoRA, LoCon, LoHa, LoKr, DoRA and full differences are read"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _EMBEDDING = "is a textual inversion and not an adapter; give it as `textual_inversions`"
 
 Tensors = Mapping[str, LazyTensor]
@@ -55,6 +58,8 @@ class AdapterFile:
         name: The file's name in messages.
         sha256: Of the file, in hexadecimal digits; of one that PEFT saved, of the settings next to
             it as well.
+        web_ui_sha256: What AUTOMATIC1111's web UI and galleries know it by: of safetensors, what
+            its metadata says, or the hash of all behind the header; of others that of the file.
         layers: Its layers; a name is the component ("unet", "text_encoder" or "text_encoder_2") and
             the path of the layer, joined with "_".
         metadata: The file's own metadata: untrusted text, to be escaped before it is shown.
@@ -62,6 +67,7 @@ class AdapterFile:
 
     name: str
     sha256: str
+    web_ui_sha256: str
     layers: Mapping[LayerName, AdapterLayer]
     metadata: Mapping[str, str]
 
@@ -89,6 +95,7 @@ def read_adapter(file: str | os.PathLike[str] | bytes) -> AdapterFile:
         sha256=hashlib.sha256(file).hexdigest()
         if isinstance(file, bytes)
         else adapter_sha256(file),
+        web_ui_sha256=_web_ui_sha256(data, metadata),
         layers=MappingProxyType(layers),
         metadata=metadata,
     )
@@ -108,6 +115,22 @@ def adapter_sha256(file: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256(path.read_bytes())
     digest.update(settings)
     return digest.hexdigest()
+
+
+def _web_ui_sha256(data: npt.NDArray[np.uint8], metadata: Mapping[str, str]) -> str:
+    """Return the hash of the tensors of a file.
+
+    Source: `NetworkOnDisk` in `extensions-builtin/Lora/network.py` and `addnet_hash_safetensors` in
+    `modules/hashes.py` of AUTOMATIC1111/stable-diffusion-webui 1.10, which kohya's sd-scripts
+    write into the metadata.
+    """
+    stated = metadata.get("sshs_model_hash", "")
+    if _SHA256.fullmatch(stated):
+        return stated
+    start = 0
+    if is_safetensors(bytes(data[:16])):
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    return hashlib.sha256(data[start:].data).hexdigest()
 
 
 def _opened(file: str | os.PathLike[str] | bytes) -> tuple[str, npt.NDArray[np.uint8]]:

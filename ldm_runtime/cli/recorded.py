@@ -12,6 +12,7 @@ from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
 from ldm_runtime.pipeline.image_files import read_metadata
+from ldm_runtime.pipeline.infotext import model_name
 from ldm_runtime.requests.presets import PRESET_FIELDS
 
 _LOGGER = logging.getLogger(__name__)
@@ -120,14 +121,18 @@ def _compare_adapters(
     recorded = metadata.get("adapters")
     used = set()
     for file, scale in adapters.items():
+        used.add((model_name(file.name), scale))  # all that another program records of it
         with suppress(OSError, ValueError):  # which the generator will tell of
             used.add((adapter_sha256(file), scale))
     for adapter in recorded if isinstance(recorded, list) else ():
-        if not isinstance(adapter, dict) or (adapter.get("sha256"), adapter.get("scale")) in used:
+        if not isinstance(adapter, dict):
             continue
-        name, sha256 = str(adapter.get("name")), str(adapter.get("sha256"))
+        name, sha256, factor = (adapter.get(key) for key in ("name", "sha256", "scale"))
+        if (name if sha256 is None else sha256, factor) in used:
+            continue
+        shown = str(name) if sha256 is None else f"{name} ({sha256!s:.12})"
         _LOGGER.warning(
-            "%s was generated with the adapter %s (%.12s) at a scale of %s, which is not given "
-            "here; the image will differ. --adapter %s@%s gives it",
-            *(path, name, sha256, adapter.get("scale"), name, adapter.get("scale")),
+            "%s was generated with the adapter %s at a scale of %s, which is not given here; the "
+            "image will differ. --adapter %s@%s gives it",
+            *(path, shown, factor, name, factor),
         )

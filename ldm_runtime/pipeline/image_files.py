@@ -10,6 +10,7 @@ import io
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -153,7 +154,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of an image file, without decoding a pixel.
 
     It is what `save_image` wrote. Of a file of AUTOMATIC1111's web UI it is the fields of a
-    "request", and the "others" that no field stands for.
+    "request", the names and scales of its "adapters", and the "others" that no field stands for.
 
     Raises:
         LdmError: The file is not an image of a known format, or has no such metadata.
@@ -163,7 +164,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if metadata is not None:
         return _decoded(metadata, path)
     if infotext is not None and (read := read_infotext(infotext)) is not None:
-        return {"request": dict(read.request), "others": dict(read.others)}
+        return {
+            "request": dict(read.request),
+            "adapters": [asdict(each) for each in read.adapters],
+            "others": dict(read.others),
+        }
     raise LdmError(
         f"{path} carries no {METADATA_KEY!r} metadata, nor {INFOTEXT_KEY!r} of AUTOMATIC1111's "
         "web UI; `ldm generate` did not make it"

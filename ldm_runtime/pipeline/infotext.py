@@ -11,11 +11,12 @@ Source: AUTOMATIC1111/stable-diffusion-webui 1.10, `create_infotext` in `modules
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from ldm_runtime.adapters.tags import AdapterTag, tags_of, without_tags
 from ldm_runtime.requests.resolved import (
     MaskedImage,
     NoImage,
@@ -68,10 +69,12 @@ class Infotext:
 
     Attributes:
         request: The fields of a request that it gives, checked no further.
+        adapters: The adapters that its prompt names, which stand in the prompt no more.
         others: The names and values that no field stands for.
     """
 
     request: Mapping[str, Any]
+    adapters: tuple[AdapterTag, ...]
     others: Mapping[str, str]
 
 
@@ -110,6 +113,32 @@ class InfotextModel:
         return self.sha256[:10]
 
 
+@dataclass(frozen=True, kw_only=True)
+class InfotextAdapter:
+    """An adapter, as such a text names it.
+
+    Attributes:
+        name: Its name.
+        scale: Factor of its updates.
+        sha256: The hash whose beginning the web UI and galleries know it by, see `AdapterFile`.
+    """
+
+    name: str
+    scale: float
+    sha256: str
+
+    @property
+    def tag(self) -> AdapterTag:
+        """What the prompt has of it, in whose name no sign ends the tag."""
+        name = self.name.replace(":", "").replace(">", "")
+        return AdapterTag(name=name, scale=self.scale)
+
+    @property
+    def shown_hash(self) -> str:
+        """Its name and the first twelve digits of the hash, without the signs that end either."""
+        return f"{self.tag.name.replace(',', '')}: {self.sha256[:12]}"
+
+
 def write_infotext(
     request: ResolvedRequest,
     *,
@@ -117,6 +146,7 @@ def write_infotext(
     refiner: InfotextModel | None,
     version: str,
     textual_inversions: Mapping[str, str] = MappingProxyType({}),
+    adapters: Sequence[InfotextAdapter] = (),
 ) -> str | None:
     """Return the text for the one image of a request, or None if the request has no prompt.
 
@@ -126,6 +156,7 @@ def write_infotext(
         refiner: The model that made the last steps, if one did.
         version: This program's.
         textual_inversions: Hash of the file of every learned word, by word.
+        adapters: The adapters of the model, which the prompt names at its end.
     """
     condition = request.condition
     if not isinstance(condition, PromptCondition):
@@ -145,13 +176,15 @@ def write_infotext(
         "Clip skip": condition.clip_skip + 1 if condition.clip_skip else None,
         "TI hashes": ", ".join(f"{word}: {sha[:12]}" for word, sha in textual_inversions.items())
         or None,
+        "Lora hashes": ", ".join(each.shown_hash for each in adapters) or None,
         "Version": f"ldm-deploy {version}",
     }
+    prompt = "".join([condition.prompt, *(f" {each.tag}" for each in adapters)]).strip()
     negative = f"\n{_NEGATIVE} {condition.negative_prompt}" if condition.negative_prompt else ""
     listed = ", ".join(
         f"{name}: {_quoted(str(value))}" for name, value in values.items() if value is not None
     )
-    return f"{condition.prompt}{negative}\n{listed}".strip().replace("\0", " ")
+    return f"{prompt}{negative}\n{listed}".strip().replace("\0", " ")
 
 
 def infotext_parts(text: str) -> InfotextParts | None:
@@ -174,7 +207,8 @@ def read_infotext(text: str) -> Infotext | None:
     parts = infotext_parts(text)
     if parts is None:
         return None
-    request: dict[str, Any] = {"prompt": parts.prompt}
+    prompt, adapters = _without_adapters(parts.prompt)
+    request: dict[str, Any] = {"prompt": prompt}
     if parts.negative_prompt:
         request["negative_prompt"] = parts.negative_prompt
     parameters = parts.values
@@ -186,7 +220,19 @@ def read_infotext(text: str) -> Infotext | None:
     for name, field in _without_effect(request, others).items():
         del request[field]
         others[name] = parameters[name]
-    return Infotext(request=request, others=others)
+    return Infotext(request=request, adapters=adapters, others=others)
+
+
+def _without_adapters(prompt: str) -> tuple[str, tuple[AdapterTag, ...]]:
+    """Return a prompt without the names of adapters, and these; as it is if one is not understood.
+
+    What stays, the reader of prompts warns of.
+    """
+    try:
+        adapters = tuple(tags_of(prompt))
+    except ValueError:
+        return prompt, ()
+    return without_tags(prompt).strip(), adapters
 
 
 def _without_effect(request: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:

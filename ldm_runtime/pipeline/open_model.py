@@ -15,11 +15,13 @@ class AdapterOrigin:
     Attributes:
         name: Name of its file.
         sha256: Hash of the file.
+        web_ui_sha256: What AUTOMATIC1111's web UI knows it by, see `AdapterFile`.
         scale: Factor of its updates.
     """
 
     name: str
     sha256: str
+    web_ui_sha256: str
     scale: float
 
 

@@ -129,7 +129,12 @@ def _adapters(folder: Path, manifest: Manifest, options: OpeningOptions) -> Merg
 
 def _origins(adapters: MergedAdapters) -> tuple[AdapterOrigin, ...]:
     return tuple(
-        AdapterOrigin(name=Path(each.file.name).name, sha256=each.file.sha256, scale=each.scale)
+        AdapterOrigin(
+            name=Path(each.file.name).name,
+            sha256=each.file.sha256,
+            web_ui_sha256=each.file.web_ui_sha256,
+            scale=each.scale,
+        )
         for each in adapters.adapters
     )
 

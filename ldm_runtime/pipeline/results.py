@@ -2,10 +2,11 @@
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,12 @@ from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.file_names import image_format, is_folder, pattern_paths, save_numbered
 from ldm_runtime.pipeline.image_files import FormatName, encode_image_file, save_image
-from ldm_runtime.pipeline.infotext import InfotextModel, model_name, write_infotext
+from ldm_runtime.pipeline.infotext import (
+    InfotextAdapter,
+    InfotextModel,
+    model_name,
+    write_infotext,
+)
 from ldm_runtime.pipeline.open_model import AdapterOrigin, Origin
 from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.resolved import ResolvedRequest
@@ -152,10 +158,17 @@ class Result:
         infotext = self.infotext(index)
         return encode_image_file(image, file_format, metadata, infotext, quality=quality)
 
-    def infotext(self, index: int = 0) -> str | None:
+    def infotext(
+        self, index: int = 0, adapter_names: Mapping[str, str] = MappingProxyType({})
+    ) -> str | None:
         """Return the text that AUTOMATIC1111's web UI would write into the file of an image.
 
         None is for a request without a prompt, which that does not know.
+
+        Args:
+            index: Index of the image.
+            adapter_names: Names of adapters by the hash of their file, where they are called
+                otherwise than the file.
         """
         return write_infotext(
             self.request.of_image(index),
@@ -163,19 +176,30 @@ class Result:
             refiner=None if self.refiner is None else _checkpoint(self.refiner.build),
             version=version(),
             textual_inversions=self.textual_inversions,
+            adapters=[
+                InfotextAdapter(
+                    name=adapter_names.get(each.sha256, model_name(each.name)),
+                    scale=each.scale,
+                    sha256=each.web_ui_sha256,
+                )
+                for each in self.adapters
+            ],
         )
 
     def metadata(self, index: int = 0) -> dict[str, Any]:
         """Return the metadata of image `index`, from which it can be generated again, alone."""
         refiner = {} if self.refiner is None else {"refiner_sha256": self.refiner.bundle_sha256}
         words = {"textual_inversions": dict(self.textual_inversions)}
-        adapters = {"adapters": [asdict(each) for each in self.adapters]}
+        adapters = [
+            {"name": each.name, "sha256": each.sha256, "scale": each.scale}
+            for each in self.adapters
+        ]
         return {
             "request": request_to_json(self.request.of_image(index).as_request()),
             "bundle_sha256": self.bundle_sha256,
             **refiner,
             **(words if self.textual_inversions else {}),
-            **(adapters if self.adapters else {}),
+            **({"adapters": adapters} if adapters else {}),
             "version": version(),
         }
 

@@ -158,12 +158,13 @@ def _progress(work: Work, step: Step) -> Progress:
 
 def _finished(work: Work, result: Result) -> Finished:
     indices = range(len(result))
+    adapter_names = {each.sha256: each.name for each in work.adapters}
     return Finished(
         job=work.job,
         images=[result.encoded(each, work.format, quality=work.quality) for each in indices],
         seeds=result.seeds,
         metadata=[result.metadata(each) for each in indices],
-        infotexts=[result.infotext(each) for each in indices],
+        infotexts=[result.infotext(each, adapter_names) for each in indices],
         timings=dict(result.timings),
     )
 

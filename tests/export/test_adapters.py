@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from ldm_runtime import Generator, RequestError
@@ -19,7 +21,8 @@ from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.cli import main
 from ldm_runtime.diagnostics.inspection import inspect
 from ldm_runtime.errors import BackendError, BundleError
-from ldm_runtime.pipeline.image_files import read_metadata
+from ldm_runtime.pipeline.image_files import read_metadata, read_texts
+from ldm_runtime.requests.request import parse_request
 from tests.export.small_checkpoint import SIZE, random_networks
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -103,6 +106,8 @@ def test_images_say_which_adapters_were_merged(
     assert main(["generate", "red", *where, *adapted, "-o", "a.png"]) == 0
     assert main(["generate", "red", *where, "-o", "plain.png", "--seed", "0"]) == 0
 
+    image = read_texts(tmp_path / "a.png", "the image")
+    assert image.infotext.startswith("red <lora:style:0.7>\n")
     (recorded,) = read_metadata(tmp_path / "a.png")["adapters"]
     assert (recorded["name"], recorded["scale"]) == ("style.safetensors", 0.7)
     with caplog.at_level(logging.WARNING):
@@ -115,6 +120,35 @@ def test_images_say_which_adapters_were_merged(
     assert (tmp_path / "c.png").read_bytes() == (tmp_path / "a.png").read_bytes()
     assert main(["generate", "red", *where, *adapted, *adapted]) == 2
     assert "adapter: gives style.safetensors twice" in capsys.readouterr().err
+
+
+def test_adapters_of_an_image_of_the_web_ui_are_asked_for_by_name(
+    small_bundle_fp32, tmp_path, monkeypatch, caplog
+):
+    """Its text has their names and scales, and no hash of a whole file."""
+    monkeypatch.chdir(tmp_path)
+    query_adapter(tmp_path / "style.safetensors", strength=3.0)
+    info = PngInfo()
+    text = "red <lora:style:0.7>\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 7, RNG: CPU"
+    info.add_text("parameters", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    like = ["generate", "--like", "a.png", "--bundle", str(small_bundle_fp32)]
+    like += ["--backend", "onnxruntime", "--size", f"{SIZE}x{SIZE}"]
+    adapted = ["--adapter", "style.safetensors@0.7"]
+
+    with caplog.at_level(logging.WARNING):
+        assert main([*like, "-o", "without.png"]) == 0
+    assert "with the adapter style at a scale of 0.7, which is not given here" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert main([*like, *adapted, "-o", "with.png"]) == 0
+    assert "adapter" not in caplog.text
+
+    assert read_metadata(tmp_path / "with.png")["request"]["prompt"] == "red"
+    with Generator(small_bundle_fp32, adapters={"style.safetensors": 0.7}, **OPTIONS) as generator:
+        request = read_metadata(tmp_path / "with.png")["request"]
+        expected = generator.generate(parse_request(request)).image
+    assert Image.open(tmp_path / "with.png").tobytes() == expected.tobytes()
 
 
 def test_inspect_says_what_an_adapter_is(tmp_path, capsys):

@@ -656,3 +656,31 @@ def test_tensors_of_any_shapes_are_no_other_error(data, shape):
     }
 
     use(safetensors(tensors), shape)
+
+
+# --- hashes ---------------------------------------------------------------------------------------
+
+
+def kohyas_hash(data):
+    """As `addnet_hash_safetensors` of kohya's sd-scripts and the web UI compute it."""
+    stream = io.BytesIO(data)
+    length = int.from_bytes(stream.read(8), "little")
+    stream.seek(8 + length)
+    return hashlib.sha256(stream.read()).hexdigest()
+
+
+def test_the_web_uis_hash_is_of_what_follows_the_header():
+    plain, named = (safetensors(lora(), metadata) for metadata in (None, {"title": "mine"}))
+
+    files = [read_adapter(each) for each in (plain, named)]
+
+    assert files[0].web_ui_sha256 == files[1].web_ui_sha256 == kohyas_hash(plain)
+    assert files[0].sha256 != files[1].sha256
+
+
+def test_the_web_uis_hash_is_what_the_metadata_says():
+    stated = "ab" * 32
+
+    assert read_adapter(safetensors(lora(), {"sshs_model_hash": stated})).web_ui_sha256 == stated
+    wrong = safetensors(lora(), {"sshs_model_hash": "<b>"})
+    assert read_adapter(wrong).web_ui_sha256 == kohyas_hash(wrong)

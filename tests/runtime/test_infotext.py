@@ -8,11 +8,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ldm_runtime import GenerationRequest, Generator
+from ldm_runtime.adapters.tags import AdapterTag
 from ldm_runtime.diagnostics.inspection import inspect
 from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.pipeline.image_files import read_metadata, read_texts, save_image
 from ldm_runtime.pipeline.infotext import (
     MAX_CHARACTERS,
+    InfotextAdapter,
     InfotextModel,
     infotext_parts,
     model_name,
@@ -23,6 +25,7 @@ from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.testing import TINY_SPEC, tiny_spec
+from ldm_runtime.text.prompts import unread_syntax
 
 PROMPT = "a large red circle left of a small blue square on a white background"
 #: From the web UI: a plain image, one with a quoted value and two passes, one from an image.
@@ -89,6 +92,38 @@ def test_a_models_name_is_that_of_its_file_or_its_folder(checkpoint, name):
     assert model_name(checkpoint) == name
 
 
+def test_adapters_are_named_in_the_prompt_and_by_their_hashes():
+    request = resolve(GenerationRequest(prompt="red", negative_prompt="blue", seed=7), TINY_SPEC)
+    model = InfotextModel(name="model", sha256="0123456789abcdef")
+    adapters = [
+        InfotextAdapter(name="my, style:2>", scale=0.7, sha256="ab" * 32),
+        InfotextAdapter(name="other", scale=-1.0, sha256="cd" * 32),
+    ]
+
+    text = write_infotext(request, model=model, refiner=None, version="1", adapters=adapters)
+
+    prompt, negative, last = text.split("\n")
+    assert prompt == "red <lora:my, style2:0.7> <lora:other:-1>"
+    assert negative == "Negative prompt: blue"
+    assert '"my style2: abababababab, other: cdcdcdcdcdcd"' in last
+    read = read_infotext(text)
+    assert read.request["prompt"] == "red"
+    assert [(each.name, each.scale) for each in read.adapters] == [
+        ("my, style2", 0.7),
+        ("other", -1.0),
+    ]
+
+
+def test_factors_of_single_networks_stay_in_the_prompt_whose_reader_warns():
+    read = read_infotext(PLAIN.replace("((detailed))", "<lora:thing:0.8:0.2>"))
+
+    assert "<lora:thing:0.8:0.2>" in read.request["prompt"]
+    assert read.adapters == ()
+    assert dict(unread_syntax(read.request["prompt"])) == {
+        "an extra network": "<lora:thing:0.8:0.2>"
+    }
+
+
 def test_a_plain_text_is_read():
     read = read_infotext(PLAIN)
 
@@ -110,7 +145,8 @@ def test_a_plain_text_is_read():
 def test_lines_quotes_and_a_second_pass_are_read():
     read = read_infotext(TWO_PASSES)
 
-    assert read.request["prompt"] == "first line\nsecond line, <lora:thing:0.8>"
+    assert read.request["prompt"] == "first line\nsecond line,"
+    assert read.adapters == (AdapterTag(name="thing", scale=0.8),)
     assert read.request["negative_prompt"] == "ugly\nand blurry"
     assert (read.request["sampler"], read.request["schedule"]) == ("dpmpp_2m", "karras")
     assert (read.request["hires_scale"], read.request["hires_strength"]) == (1.5, 0.45)
@@ -299,7 +335,9 @@ def test_an_image_of_the_web_ui_is_read_as_a_request(tmp_path, suffix):
         exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + PLAIN.encode("utf-16-be")
         image.save(path, exif=exif)
 
-    assert read_metadata(path)["request"] == dict(read_infotext(PLAIN).request)
+    read = read_metadata(path)
+    assert read["request"] == dict(read_infotext(PLAIN).request)
+    assert read["adapters"] == []
     assert inspect(path, {})["metadata"]["others"] == {"Model hash": "45dee52b"}
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm_runtime import Generator
+from ldm_runtime.adapters.files import read_adapter
 from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.cli import main
 from ldm_runtime.errors import LdmError, RequestError
@@ -227,6 +228,16 @@ class TestA1111:
         assert whole.image.tobytes() == self.expected(small_bundle_fp32, "red", {file: 1.0})
         assert off.image.tobytes() == self.expected(small_bundle_fp32, "red")
         assert answer.info["prompt"] == "red<lora:style:0.7>"  # as in the web UI
+        sha256 = read_adapter(file).web_ui_sha256
+        (text,) = answer.info["infotexts"]
+        assert text.startswith("red <lora:style:0.7>\nSteps: 3, ")
+        assert f'Lora hashes: "style: {sha256[:12]}"' in text
+
+    def test_a_text_names_adapters_as_the_server_does(self, web_ui):
+        answer = self.image(web_ui, "<lora:other:0.7>red")
+
+        (text,) = answer.info["infotexts"]
+        assert text.startswith("red <lora:other:0.7>\n")
 
     def test_extra_networks_can_be_turned_off(self, web_ui, small_bundle_fp32):
         body = {"prompt": "red<lora:style:0.7>", "disable_extra_networks": True, "steps": 3}
@@ -420,6 +431,18 @@ class TestStart:
         file = folder / "style.safetensors"
         both = ("--adapter", f"a={file}", "--adapter", f"b={file}")
         assert "'a' and 'b' are one file" in self.refused(capsys, small_bundle_fp32, *both)
+
+    def test_a_backend_that_takes_none(self, small_bundle_fp32, folder, tmp_path, capsys):
+        adapter = ["--adapter", folder / "style.safetensors", "--backend", "tensorrt-rtx-ort"]
+
+        error = self.refused(capsys, small_bundle_fp32, *adapter)
+
+        assert "tensorrt-rtx-ort has its weights built in and takes none" in error
+        (tmp_path / "requests.jsonl").write_text('{"prompt": "red"}\n')
+        batch = ["batch", tmp_path / "requests.jsonl", "--out", tmp_path / "out", *adapter]
+        assert main([*map(str, batch), "--bundle", str(small_bundle_fp32)]) == 2
+        assert "takes none; use another backend" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

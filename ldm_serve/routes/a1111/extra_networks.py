@@ -1,21 +1,12 @@
-"""Adapters in prompts, as AUTOMATIC1111's web UI has them: `<lora:style:0.7>`.
+"""Adapters in the prompts of AUTOMATIC1111's API.
 
-Source: `modules/extra_networks.py` and `extensions-builtin/Lora/extra_networks_lora.py` of
-AUTOMATIC1111/stable-diffusion-webui 1.10. Its factors of single networks, and names that it does
-not know and leaves out, are errors here.
+Names that the web UI does not know and leaves out are errors here, as are its factors of single
+networks.
 """
 
-import re
-
+from ldm_runtime.adapters.tags import tags_of
 from ldm_serve.adapters import AdapterChoice
 from ldm_serve.errors import invalid
-
-_TAG = re.compile(r"<(?:lora|lyco):([^>]+)>", re.IGNORECASE)
-
-
-def without_tags(prompt: str) -> str:
-    """Return a prompt without the names of adapters."""
-    return _TAG.sub("", prompt)
 
 
 def tagged_adapters(prompt: str) -> list[AdapterChoice]:
@@ -24,12 +15,8 @@ def tagged_adapters(prompt: str) -> list[AdapterChoice]:
     Raises:
         ServeError: A tag is not a name with a scale, or without.
     """
-    choices = []
-    for tag in _TAG.finditer(prompt):
-        name, colon, scale = tag[1].partition(":")
-        try:
-            choices.append(AdapterChoice(name, float(scale) if colon else 1.0))
-        except ValueError:
-            message = f"prompt: write <lora:NAME> or <lora:NAME:SCALE>, got {tag[0][:80]!r}"
-            raise invalid("prompt", message) from None
-    return choices
+    try:
+        return [AdapterChoice(tag.name, tag.scale) for tag in tags_of(prompt)]
+    except ValueError as error:
+        message = f"prompt: write <lora:NAME> or <lora:NAME:SCALE>, got {str(error)!r}"
+        raise invalid("prompt", message) from None

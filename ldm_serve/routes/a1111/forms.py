@@ -14,8 +14,8 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from ldm_runtime.adapters.tags import without_tags
 from ldm_runtime.inputs.masks import MAX_BLUR
-from ldm_serve.routes.a1111.extra_networks import without_tags
 from ldm_serve.routes.a1111.options import NO_NAME, cannot, check_value
 
 #: The one way in which the runtime enlarges an image for a second pass.

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ldm_runtime.adapters.tags import without_tags
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import is_data_url
 from ldm_serve.answers import json_answer, read_json
@@ -23,7 +24,7 @@ from ldm_serve.board import Wish
 from ldm_serve.errors import ServeError, invalid
 from ldm_serve.masks import web_ui_mask
 from ldm_serve.routes.a1111.checkpoints import FIELD, find_checkpoint, listed, title
-from ldm_serve.routes.a1111.extra_networks import tagged_adapters, without_tags
+from ldm_serve.routes.a1111.extra_networks import tagged_adapters
 from ldm_serve.routes.a1111.fields import request_fields
 from ldm_serve.routes.a1111.forms import (
     ImageToImageForm,
