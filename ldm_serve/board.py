@@ -9,7 +9,7 @@ from typing import Literal
 
 from ldm_runtime.inputs.reading import shown
 from ldm_serve.buckets import TokenBuckets
-from ldm_serve.errors import ServeError, cancelled, deadline_passed, unavailable
+from ldm_serve.errors import ServeError, cancelled, deadline_passed, invalid, unavailable
 from ldm_serve.executors.contract import Executor, ExecutorStats
 from ldm_serve.executors.messages import Event, Failed, Finished, ImageFormat, Progress, Work
 from ldm_serve.intake import Checked
@@ -22,6 +22,7 @@ _LOGGER = logging.getLogger(__name__)
 
 #: Weight of the latest request in the running mean of how long one takes.
 _LATEST = 0.2
+_ENDED = "the server has ended"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +32,15 @@ class Wish:
     Attributes:
         format: Their format.
         quality: Quality of JPEG and of lossy WebP, 0 to 100.
-        previews: Whether steps have a preview.
+        previews: Whether steps have a preview, where the model has any.
+        needs_previews: Whether it is an error if the model has none.
         deadline_seconds: How long the client waits; None is as long as it takes.
     """
 
     format: ImageFormat = "png"
     quality: int | None = None
     previews: bool = False
+    needs_previews: bool = False
     deadline_seconds: float | None = None
 
 
@@ -57,31 +60,43 @@ class JobBoard:
         self._per_key: Counter[str] = Counter()
         self._buckets = TokenBuckets(limits.requests_per_minute)
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._was_ready = self._is_draining = False
+        self._was_ready = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drained_at: float | None = None  # of the monotonic clock; None is not yet told to end
         self._kept_bytes = 0
         self._mean_seconds = 1.0
         self.metrics = Metrics(lambda: len(self._queue), executor.stats)
 
     async def start(self) -> None:
         """Start the executor."""
-        await self._executor.start(self._take, self._hand_out)
+        self._loop = asyncio.get_running_loop()
+        await self._executor.start(self._take, self._look)
 
-    def drain(self) -> None:
-        """Take no more requests; those that have come go on."""
-        self._is_draining = True
+    def drain(self, seconds: float) -> None:
+        """Take no more requests; those that have come go on for a while, and are then ended.
+
+        It may be called from the handler of a signal. Only the first call counts.
+
+        Args:
+            seconds: How long they may take.
+        """
+        if self._drained_at is not None:
+            return
+        self._drained_at = time.monotonic() + seconds
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self._end_all, _ENDED)
 
     async def close(self, seconds: float) -> None:
         """Wait for the jobs that have come, then end what is left, and the workers.
 
         Args:
-            seconds: How long to wait.
+            seconds: How long to wait, unless `drain` has said so.
         """
-        self.drain()
-        end = time.monotonic() + seconds
-        while (self._running or self._queue) and time.monotonic() < end:
+        self.drain(seconds)
+        assert self._drained_at is not None, "drain has set it"
+        while (self._running or self._queue) and time.monotonic() < self._drained_at:
             await asyncio.sleep(0.02)
-        for job in [*self._queue, *self._running.values()]:
-            self._end(job, "failed", error=unavailable("the server has ended"))
+        self._end_all(_ENDED)
         await self._executor.close()
 
     def check_ready(self) -> None:
@@ -92,9 +107,9 @@ class JobBoard:
         """
         stats = self._executor.stats()
         self._was_ready = self._was_ready or stats.is_ready
-        if self._is_draining:
+        if self._drained_at is not None:
             raise unavailable("the server is ending; ask another one")
-        if not self._was_ready:
+        if stats.is_over or not self._was_ready:
             raise unavailable(f"the server is not ready: {stats.reason}")
 
     def check_readiness(self) -> None:
@@ -135,7 +150,7 @@ class JobBoard:
 
         Raises:
             ServeError: The server takes no requests now, or the queue, or the key's share of it,
-                is full.
+                is full; or the model has not the previews that are needed.
         """
         self.check_ready()
         if self._per_key[key] >= self._limits.max_queue_per_key:
@@ -143,6 +158,9 @@ class JobBoard:
             raise self._full(f"this key has {share} requests that wait or run, its share")
         if len(self._queue) >= self._limits.max_queue:
             raise self._full(f"{len(self._queue)} requests wait")
+        if wish.needs_previews and not checked.model.has_previews:
+            message = "previews: the bundle was exported without; leave them out"
+            raise invalid("previews", message)
         previews = wish.previews and checked.model.has_previews
         work = Work(
             job=new_job_id(),
@@ -205,6 +223,19 @@ class JobBoard:
         """Return the seconds that a new request would wait, as far as the past can tell."""
         workers = max(1, self._executor.stats().workers)
         return self._mean_seconds * (len(self._queue) + 1) / workers
+
+    def _look(self) -> None:
+        """Look at what has become of the executor."""
+        stats = self._executor.stats()
+        if stats.is_over:
+            self._end_all(f"no worker is left: {stats.reason}")
+        self._hand_out()
+
+    def _end_all(self, reason: str) -> None:
+        """End all jobs with an error."""
+        for job in [*self._queue, *self._running.values()]:
+            if not job.is_over:
+                self._end(job, "failed", error=unavailable(reason))
 
     def _hand_out(self) -> None:
         """Give jobs to the executor as far as it has room."""

@@ -1,16 +1,30 @@
 """From the fields that a client sends to a request that is checked and within the limits."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ldm_runtime.errors import LdmError
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.requests.remote_fields import parse_remote_request
 from ldm_runtime.requests.resolution import resolve
-from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.requests.resolved import (
+    EmbeddingsCondition,
+    MaskedImage,
+    NoCondition,
+    NoDepth,
+    NoImage,
+    ResolvedRequest,
+    SeededNoise,
+    SegmentationCondition,
+)
 from ldm_serve.errors import ServeError, from_runtime, invalid
 from ldm_serve.served_models import ServedModel
 from ldm_serve.settings import Limits
+
+_NO_PIXELS = InputImage(np.zeros((1, 1, 3), np.uint8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +73,29 @@ def check_request(fields: Mapping[str, Any], model: ServedModel, limits: Limits)
     if request.is_variation:
         seeds["variation_seed"] = request.variation_seed
     return Checked(model=model, request=request, fields={**given, **seeds})
+
+
+def without_inputs(checked: Checked) -> Checked:
+    """Return a request without the images and arrays that it has brought, for one that is over.
+
+    A photograph is a hundred times as large as its file, and results wait long to be fetched.
+    """
+    request = checked.request
+    image, condition = request.source_image, request.condition
+    if not isinstance(image, NoImage):
+        image = replace(image, image=_NO_PIXELS)
+    if isinstance(image, MaskedImage):
+        image = replace(image, mask=_NO_PIXELS)
+    if isinstance(condition, SegmentationCondition | EmbeddingsCondition):
+        condition = NoCondition()
+    request = replace(
+        request,
+        source_image=image,
+        condition=condition,
+        depth=NoDepth(),
+        first_noise=SeededNoise(),
+    )
+    return replace(checked, request=request, fields={})
 
 
 def cost(request: ResolvedRequest) -> float:

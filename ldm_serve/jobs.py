@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from ldm_serve.errors import ServeError
 from ldm_serve.executors.messages import Finished, Progress, Work
-from ldm_serve.intake import Checked
+from ldm_serve.intake import Checked, without_inputs
 
 #: States of a job; the last three are final.
 JobState = Literal["queued", "generating", "completed", "failed", "cancelled"]
@@ -85,8 +87,11 @@ class Job:
     def end(
         self, state: JobState, result: Finished | None = None, error: ServeError | None = None
     ) -> None:
-        """Note the end."""
+        """Note the end, and forget the images that the request has brought."""
         self.state, self.result, self.error = state, result, error
+        # A copy: a thread may be about to send the fields to a worker.
+        self.work = msgspec.structs.replace(self.work, fields={})
+        self.checked = without_inputs(self.checked)
         self.finished = time.monotonic()
         self.notify()
 

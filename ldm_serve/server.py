@@ -31,7 +31,7 @@ class Server(uvicorn.Server):
         self, app: Starlette, settings: ServeSettings, *, host: str, port: int, uds: Path | None
     ) -> None:
         site: Site = app.state.site
-        self._board = site.board
+        self._board, self._drain_seconds = site.board, settings.drain_seconds
         super().__init__(
             uvicorn.Config(
                 app,
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more requests, let those that have come go on, and end."""
-        self._board.drain()
+        self._board.drain(self._drain_seconds)
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -17,6 +17,7 @@ from ldm_serve.executors.messages import (
     Quit,
     Ready,
     Report,
+    Stopped,
     Work,
 )
 from ldm_serve.executors.open_models import OpenModels
@@ -32,12 +33,19 @@ class InlineExecutor:
     Args:
         bundles: Folder of every model; the first is opened at the start.
         settings: How they are opened.
+        stopped: Called with a job that was cancelled, once it is computed no more.
     """
 
-    def __init__(self, bundles: Mapping[str, Path], settings: EngineSettings) -> None:
-        self._bundles, self._settings = bundles, settings
+    def __init__(
+        self,
+        bundles: Mapping[str, Path],
+        settings: EngineSettings,
+        stopped: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._bundles, self._settings, self._stopped = bundles, settings, stopped
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._jobs: dict[str, int] = {}
+        self._stopping: set[str] = set()  # cancelled jobs that the thread has not answered for
         self._ready: Ready | None = None
         self._reason, self._is_over = "the model is being opened", False
         self._thread: threading.Thread | None = None
@@ -57,6 +65,7 @@ class InlineExecutor:
     def cancel(self, job: str) -> None:
         """See `Executor`."""
         if self._jobs.pop(job, None) is not None:
+            self._stopping.add(job)
             self._orders.put(Cancel(job))
 
     def stats(self) -> ExecutorStats:
@@ -83,6 +92,10 @@ class InlineExecutor:
     def _received(self, message: Report) -> None:
         if isinstance(message, Ready):
             self._ready = message
+        elif isinstance(message, Stopped):
+            self._stopping.discard(message.job)
+            self._stopped(message.job)
+            return
         elif message.job in self._jobs:  # else it was cancelled
             if isinstance(message, Finished | Failed):
                 del self._jobs[message.job]
@@ -91,10 +104,13 @@ class InlineExecutor:
 
     def _crashed(self, reason: str) -> None:
         self._ready, self._reason, self._is_over = None, reason, True
-        for job in list(self._jobs):
-            self._received(
+        jobs, self._jobs = list(self._jobs), {}
+        for job in jobs:
+            self._report(
                 Failed(job=job, status=500, code="worker_crash", message="the worker has ended")
             )
+        for job in self._stopping:
+            self._stopped(job)
         self._changed()
 
     def _work(self) -> None:

@@ -21,7 +21,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     Attributes:
         job: Its identifier.
         model: Name of the model.
-        adapters: Adapters that are merged into it.
+        adapters: Adapters that it has.
         fields: Fields of the `GenerationRequest`, images as `data:` URLs; the seed is among them.
         num_images: How many images, for the accounts of the executor.
         previews: Whether steps come with a preview.
@@ -43,6 +43,12 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """A job to stop."""
+
+    job: str
+
+
+class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
+    """A job that was cancelled is computed no more."""
 
     job: str
 
@@ -117,7 +123,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 #: What a worker is sent, and what it sends.
 Order: TypeAlias = Work | Cancel | Quit
 Event: TypeAlias = Progress | Finished | Failed
-Report: TypeAlias = Ready | Event
+Report: TypeAlias = Ready | Stopped | Event
 
 _orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
 _reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)

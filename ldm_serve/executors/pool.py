@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ldm_serve.executors.contract import ExecutorStats
-from ldm_serve.executors.messages import Event, Failed, Finished, Ready, Report, Work
+from ldm_serve.executors.messages import Event, Failed, Finished, Ready, Report, Stopped, Work
 
 #: How often a job is begun: in company, then twice alone, where its worker dies of nothing else.
 _MAX_ATTEMPTS = 3
 #: Seconds before a dead worker is replaced, doubled with every death in a row.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 30.0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -21,13 +21,20 @@ class PoolWorker:
 
     Attributes:
         jobs: What it works on.
+        stopping: Cancelled jobs that it has not said to have stopped.
         ready: What it said when it had opened its first model.
         heard: When it last showed that it goes on, in seconds of the monotonic clock.
     """
 
     jobs: dict[str, Work] = field(default_factory=dict)
+    stopping: set[str] = field(default_factory=set)
     ready: Ready | None = None
     heard: float = field(default_factory=time.monotonic)
+
+    @property
+    def owes_an_answer(self) -> bool:
+        """Whether it has something to do, so that its silence means that it hangs."""
+        return bool(self.jobs or self.stopping)
 
     def images(self) -> int:
         """Return how many images it works on."""
@@ -70,6 +77,7 @@ class WorkerPool(Generic[_Worker]):
         self._waiting = deque(work for work in self._waiting if work.job != job)
         for worker in self.workers:
             if worker.jobs.pop(job, None) is not None:
+                worker.stopping.add(job)
                 return worker
         return None
 
@@ -77,6 +85,9 @@ class WorkerPool(Generic[_Worker]):
         """Take a report of a worker, and return it if it is the event of a job that goes on."""
         if isinstance(message, Ready):
             worker.ready = message
+            return None
+        if isinstance(message, Stopped):
+            worker.stopping.discard(message.job)
             return None
         if message.job not in worker.jobs:  # it was cancelled
             return None
@@ -101,7 +112,8 @@ class WorkerPool(Generic[_Worker]):
             else:
                 del self._attempts[job.job]
                 ends.append(_poisonous(job))
-        pause = min(_FIRST_PAUSE * 2**self._deaths_in_a_row, _LONGEST_PAUSE)
+        worker.jobs.clear()  # whatever of it is yet to come is too late
+        pause = min(FIRST_PAUSE * 2**self._deaths_in_a_row, LONGEST_PAUSE)
         self._deaths_in_a_row = min(self._deaths_in_a_row + 1, 16)
         self.restarts += 1
         return ends, pause
@@ -121,7 +133,7 @@ class WorkerPool(Generic[_Worker]):
                 return
             worker = max(free, key=self._room)
             self._waiting.popleft()
-            if not worker.jobs:
+            if not worker.owes_an_answer:
                 worker.heard = time.monotonic()
             worker.jobs[job.job] = job
             yield worker, job

@@ -22,7 +22,7 @@ from ldm_serve.executors.messages import (
     decode_report,
     encode,
 )
-from ldm_serve.executors.pool import PoolWorker, WorkerPool
+from ldm_serve.executors.pool import FIRST_PAUSE, LONGEST_PAUSE, PoolWorker, WorkerPool
 from ldm_serve.executors.worker_process import work
 from ldm_serve.settings import EngineSettings
 
@@ -89,6 +89,7 @@ class ProcessExecutor:
         worker = self._pool.cancel(job)
         if worker is not None:
             worker.orders.put(Cancel(job))
+            self._hand_out()
 
     def stats(self) -> ExecutorStats:
         """See `Executor`."""
@@ -108,21 +109,33 @@ class ProcessExecutor:
         await asyncio.gather(*ends)
 
     def _spawn(self) -> None:
+        """Start a worker.
+
+        Raises:
+            OSError: There is no room for a process or its pipe.
+            RuntimeError: There is none for a thread.
+        """
         ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         process = context.Process(
             target=work, args=(theirs, self._bundles, self._settings), name="ldm-worker"
         )
-        process.start()
-        theirs.close()
+        try:
+            process.start()
+        finally:
+            theirs.close()
         worker = _Process(process=process, connection=ours)
-        self._pool.workers.append(worker)
         received = partial(self._call, self._received, worker)
-        for talk, with_whom in ((_listen, received), (_speak, worker.orders.get)):
-            thread = threading.Thread(
-                target=talk, args=(ours, with_whom), name="ldm-worker-pipe", daemon=True
-            )
-            thread.start()
+        try:
+            for talk, with_whom in ((_listen, received), (_speak, worker.orders.get)):
+                thread = threading.Thread(
+                    target=talk, args=(ours, with_whom), name="ldm-worker-pipe", daemon=True
+                )
+                thread.start()
+        except RuntimeError:
+            _end(process, 0.0)
+            raise
+        self._pool.workers.append(worker)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         """Call in the event loop, unless that has ended."""
@@ -156,9 +169,18 @@ class ProcessExecutor:
         self._keep(self._replace_after(pause))
 
     async def _replace_after(self, pause: float) -> None:
+        """Start a worker in the place of a dead one, as soon as this machine has room for it."""
         await asyncio.sleep(pause)
-        if not self._is_closing:
-            self._spawn()
+        while not self._is_closing:
+            try:
+                self._spawn()
+            except (OSError, RuntimeError) as error:
+                self._reason = f"a worker cannot be started: {error}"
+                _LOGGER.error("%s", self._reason)
+                pause = min(max(2 * pause, FIRST_PAUSE), LONGEST_PAUSE)
+                await asyncio.sleep(pause)
+            else:
+                return
 
     async def _watch(self) -> None:
         """Kill workers that are silent over a job; their readers notice."""
@@ -166,7 +188,7 @@ class ProcessExecutor:
             await asyncio.sleep(min(_WATCH_SECONDS, self._stall_seconds / 4))
             now = time.monotonic()
             for worker in self._pool.workers:
-                if worker.jobs and now - worker.heard > self._stall_seconds:
+                if worker.owes_an_answer and now - worker.heard > self._stall_seconds:
                     _LOGGER.error("worker %s is silent; it is replaced", worker.process.pid)
                     worker.process.kill()
 

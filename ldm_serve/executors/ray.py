@@ -98,6 +98,7 @@ class RayExecutor:
         actor = self._pool.cancel(job)
         if actor is not None:
             actor.handle.cancel.remote(job)
+            self._hand_out()
 
     def stats(self) -> ExecutorStats:
         """See `Executor`."""
@@ -151,6 +152,7 @@ class RayExecutor:
             self._died(actor, error)
             return
         actor.heard = time.monotonic()
+        actor.stopping.discard(work.job)
         event = self._pool.take(actor, decode_report(data)) if data else None
         if event is not None:
             self._report(event)
@@ -183,7 +185,7 @@ class RayExecutor:
                 self._died(actor, error)
                 return
             now = time.monotonic()
-            if events != actor.events or not actor.jobs:
+            if events != actor.events or not actor.owes_an_answer:
                 actor.events, actor.heard = events, now
             elif now - actor.heard > self._stall_seconds:
                 self._died(actor, TimeoutError("it was silent over a job"))

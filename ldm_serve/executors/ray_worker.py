@@ -117,7 +117,7 @@ class RayWorker:
 
     def __init__(self, bundles: NodeBundles, settings: EngineSettings) -> None:
         self._bundles = bundles
-        self._executor = InlineExecutor(bundles.folders, settings)
+        self._executor = InlineExecutor(bundles.folders, settings, self._stopped)
         self._ends: dict[str, asyncio.Future[Finished | Failed | None]] = {}
         self._cancelled: deque[str] = deque(maxlen=_KNOWN_CANCELLED)
         self._steps: dict[str, bytes] = {}  # of each job the latest that has not been asked for
@@ -162,12 +162,13 @@ class RayWorker:
         return b"" if event is None else encode(event)
 
     async def cancel(self, job: str) -> None:
-        """Stop a job within a step, also one that this call has overtaken."""
+        """Stop a job within a step, also one that this call has overtaken.
+
+        Its `generate` returns when it is computed no more, so that a thread that hangs is noticed.
+        """
         self._executor.cancel(job)
         self._steps.pop(job, None)
-        if end := self._ends.pop(job, None):
-            end.set_result(None)
-        else:
+        if job not in self._ends:
             self._cancelled.append(job)
 
     async def next_steps(self) -> list[bytes]:
@@ -180,6 +181,10 @@ class RayWorker:
     async def count_events(self) -> int:
         """Return how many steps and ends of jobs there were, which grows while it works."""
         return self._events
+
+    def _stopped(self, job: str) -> None:
+        if end := self._ends.pop(job, None):
+            end.set_result(None)
 
     def _report(self, event: Event) -> None:
         self._events += 1

@@ -23,6 +23,7 @@ from ldm_serve.executors.messages import (
     Quit,
     Ready,
     Report,
+    Stopped,
     Work,
 )
 from ldm_serve.executors.open_models import OpenBatch, OpenModels
@@ -72,6 +73,7 @@ class Worker(Closing):
                 self._waiting.append(order)
             case Cancel(job=job):
                 self._cancel(job)
+                self._send(Stopped(job))
             case Quit():
                 return False
         return True

@@ -29,9 +29,9 @@ def work(connection: Connection, bundles: Mapping[str, Path], settings: EngineSe
         bundles: Folder of every model; the first is opened at once.
         settings: How they are opened.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent drains
+    # Ctrl-C reaches the whole group, and SIGTERM all of a service: the parent drains.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _tie_to_parent()
     logging.basicConfig(level=logging.WARNING, format="worker: %(levelname)s: %(message)s")
     models = OpenModels(bundles, settings)

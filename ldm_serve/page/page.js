@@ -124,7 +124,7 @@ const bodyOf = ({ adapters, ...request }, model) => ({ request, model: model.nam
 async function submit(request) {
   for (;;) {
     try {
-      return await getJson('/api/jobs', { body: { ...bodyOf(request, page.model), previews: true } });
+      return await getJson('/api/jobs', { body: { ...bodyOf(request, page.model), previews: page.model.previews } });
     } catch (error) {
       if (error.code !== 'not_ready' || page.isCancelled) throw error;
       say(error.message);

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import AsyncIterator
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -13,7 +13,7 @@ from ldm_runtime.requests.schema import request_schema
 from ldm_serve.adapters import AdapterChoices
 from ldm_serve.answers import events_answer, json_answer, read_json
 from ldm_serve.board import Wish
-from ldm_serve.errors import ServeError
+from ldm_serve.errors import ServeError, invalid
 from ldm_serve.executors.messages import ImageFormat, Quality
 from ldm_serve.intake import cost
 from ldm_serve.jobs import Job
@@ -39,7 +39,7 @@ class NewJob(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     output_format: ImageFormat = "png"
     output_compression: Quality | None = None
     previews: bool = False
-    deadline_seconds: float | None = None
+    deadline_seconds: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 class JobRoutes:
@@ -85,10 +85,12 @@ class JobRoutes:
     async def create(self, request: Request) -> Response:
         """Queue a request, and answer with its job."""
         new = await read_json(request, NewJob)
+        check_compression(new.output_format, new.output_compression)
         wish = Wish(
             format=new.output_format,
             quality=new.output_compression,
             previews=new.previews,
+            needs_previews=new.previews,
             deadline_seconds=new.deadline_seconds,
         )
         job = await self._site.submit(request, new.request, new.model, wish, new.adapters)
@@ -180,6 +182,17 @@ def job_json(job: Job, position: int | None) -> dict[str, Any]:
 def adapters_json(job: Job) -> list[dict[str, Any]]:
     """Return the adapters of a job as requests have them."""
     return [{"name": each.name, "scale": each.scale} for each in job.checked.model.uses]
+
+
+def check_compression(image_format: ImageFormat, quality: int | None) -> None:
+    """Check that images of a format can have a quality.
+
+    Raises:
+        ServeError: They cannot, and there is one.
+    """
+    if quality is not None and image_format == "png":
+        message = "output_compression: PNG keeps every pixel; leave it out"
+        raise invalid("output_compression", message)
 
 
 def data_url(data: bytes, image_format: ImageFormat) -> str:

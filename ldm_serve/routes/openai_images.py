@@ -31,7 +31,7 @@ from ldm_serve.errors import ServeError, invalid
 from ldm_serve.executors.messages import Finished, ImageFormat, Quality
 from ldm_serve.jobs import Job
 from ldm_serve.masks import edit_mask
-from ldm_serve.routes.jobs import adapters_json, data_url
+from ldm_serve.routes.jobs import adapters_json, check_compression, data_url
 from ldm_serve.served_models import ServedModel
 from ldm_serve.site import Site, deadline_of
 
@@ -134,6 +134,7 @@ class OpenAIRoutes:
             files = {name: value for name, value in parts.multi_items() if _is_file(value)}
             texts = {name: value for name, value in parts.multi_items() if isinstance(value, str)}
             images = [*parts.getlist("image"), *parts.getlist("image[]")]
+            _check_single(parts)
             inputs = await _edit_inputs(images, files)
         finally:
             await parts.close()
@@ -152,11 +153,10 @@ class OpenAIRoutes:
             format=body.output_format or "png",
             quality=body.output_compression,
             previews=bool(body.stream and body.partial_images),
+            needs_previews=bool(body.stream and body.partial_images),
             deadline_seconds=deadline_of(request),
         )
-        if wish.quality is not None and wish.format == "png":
-            message = "output_compression: PNG keeps every pixel; leave it out"
-            raise invalid("output_compression", message)
+        check_compression(wish.format, wish.quality)
         if body.response_format == "file" and (body.stream or (body.n or 1) > 1):
             raise invalid("response_format", "response_format: a file is one image, not streamed")
         try:
@@ -197,7 +197,13 @@ class OpenAIRoutes:
 
 #: Names of our fields in this interface.
 _PARAMS = MappingProxyType(
-    {"num_images": "n", "width": "size", "height": "size", "mask_image": "mask"}
+    {
+        "num_images": "n",
+        "width": "size",
+        "height": "size",
+        "mask_image": "mask",
+        "previews": "partial_images",
+    }
 )
 _USAGE = {
     "input_tokens": 0,
@@ -269,6 +275,13 @@ def _fields(body: ImageRequest) -> dict[str, Any]:
 
 def _is_file(value: object) -> bool:
     return isinstance(value, UploadFile)
+
+
+def _check_single(parts: FormData) -> None:
+    """Check that a form has no field twice, but for images, whose number is checked elsewhere."""
+    for name in set(parts).difference({"image", "image[]"}):
+        if len(parts.getlist(name)) > 1:
+            raise invalid(name, f"{name}: is there more than once; send it once")
 
 
 async def _edit_inputs(images: list[Any], files: Mapping[str, Any]) -> dict[str, str]:

@@ -12,11 +12,12 @@ class FakeExecutor:
         is_ready: Whether it says so.
         works: The jobs it has, by their identifiers.
         cancelled: Identifiers of those that were cancelled.
+        is_over: Whether it says that no worker is left.
         is_closed: Whether it was closed.
     """
 
     def __init__(self, room=1):
-        self.room, self.is_ready, self.is_closed = room, True, False
+        self.room, self.is_ready, self.is_over, self.is_closed = room, True, False, False
         self.works, self.cancelled = {}, []
 
     async def start(self, report, changed):
@@ -33,7 +34,12 @@ class FakeExecutor:
         used = sum(work.num_images for work in self.works.values())
         reason = "" if self.is_ready else "the model is being opened"
         return ExecutorStats(
-            is_ready=self.is_ready, room=self.room - used, workers=1, restarts=0, reason=reason
+            is_ready=self.is_ready,
+            room=0 if self.is_over else self.room - used,
+            workers=1,
+            restarts=0,
+            is_over=self.is_over,
+            reason=reason,
         )
 
     async def close(self):

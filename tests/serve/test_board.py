@@ -1,13 +1,23 @@
 import asyncio
+import io
+from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from ldm_serve.board import JobBoard, Wish
 from ldm_serve.errors import ServeError
 from ldm_serve.intake import check_request
+from ldm_serve.routes.jobs import data_url, job_json
 from ldm_serve.served_models import ServedModels
 from ldm_serve.settings import Limits
 from tests.serve.fake_executor import FakeExecutor
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +310,75 @@ def test_what_happens_is_counted(board, submit):
     assert "ldm_queue_depth 0.0" in text
     assert "ldm_inflight 0.0" in text
     assert "ldm_workers 1.0" in text
+
+
+def test_a_draining_server_ends_what_takes_longer_while_clients_wait(board, submit):
+    """The answer comes before the server closes its connections."""
+
+    async def scenario(board, executor):
+        job, waiting = submit(board), submit(board)
+        board.drain(0.05)
+        board.drain(60)  # another signal: the first counts
+        async with asyncio.timeout(5):
+            return [await refusal_of(each.outcome()) for each in (job, waiting)], executor
+
+    errors, executor = board(scenario)
+
+    assert [(each.status, str(each)) for each in errors] == [(503, "the server has ended")] * 2
+    assert not executor.is_closed
+
+
+async def refusal_of(outcome):
+    with pytest.raises(ServeError) as error:
+        await outcome
+    return error.value
+
+
+def test_without_any_worker_left_requests_are_not_kept_waiting(board, submit):
+    async def scenario(board, executor):
+        jobs = [submit(board), submit(board)]
+        executor.is_over, executor.is_ready = True, False
+        executor.changed()
+        ends = [await refusal_of(each.outcome()) for each in jobs]
+        return ends, refusal(submit, board)
+
+    ends, refused = board(scenario)
+
+    assert [each.status for each in ends] == [503, 503]
+    assert "no worker is left" in str(ends[0])
+    assert refused.status == 503
+
+
+def test_what_a_request_brought_is_forgotten_with_its_end(board, bundle, model):
+    """The images of clients are far larger than those of results, and these are kept for long."""
+    url = data_url(png(Image.new("RGB", (64, 48), (255, 0, 0))), "png")
+    fields = {"prompt": "red", "image": url, "mask_image": url, "mask_blur": (2, 2)}
+
+    async def scenario(board, executor):
+        checked = check_request(fields, model, Limits())
+        job = board.submit("a", checked, Wish())
+        work = executor.works[job.id]
+        executor.finish(job.id)
+        return job, work
+
+    job, work = board(scenario)
+
+    assert work.fields["image"] == url  # it may have to be run again
+    assert job.work.fields == job.checked.fields == {}
+    assert job.checked.request.source_image.size == (1, 1)
+    assert job.checked.request.source_image.blur == (2, 2)
+    assert job_json(job, None)["width"] == 64
+
+
+def test_previews_that_are_needed_are_refused_where_there_are_none(board, model):
+    async def scenario(board, executor):
+        without = replace(model, has_previews=False)
+        checked = check_request({"prompt": "red"}, without, Limits())
+        job = board.submit("a", checked, Wish(previews=True))
+        wish = Wish(previews=True, needs_previews=True)
+        return job.work.previews, refusal(board.submit, "a", checked, wish)
+
+    previews, error = board(scenario)
+
+    assert previews is False
+    assert (error.status, error.param) == (400, "previews")

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ldm_runtime import Generator
 from ldm_serve.executors.inline import InlineExecutor
-from ldm_serve.executors.messages import Failed, Finished, Progress, Work
+from ldm_serve.executors.messages import Failed, Finished, Progress, Ready, Work
+from ldm_serve.executors.pool import PoolWorker, WorkerPool
 from ldm_serve.executors.process import ProcessExecutor
 from ldm_serve.settings import EngineSettings
 from tests.serve.conftest import serving
@@ -212,6 +213,66 @@ def test_a_worker_that_stalls_is_replaced(bundle, expected):
     assert pixels(end) == expected({**SLOW, "num_inference_steps": 40})
 
 
+def test_a_worker_that_hangs_is_replaced_though_its_clients_go_away(bundle, expected):
+    """Each gives up before the worker counts as silent, and another one comes."""
+
+    async def scenario(executor, events):
+        executor.submit(work("first", SLOW))
+        await events.step_of("first")
+        os.kill(worker_pids(executor)[0], signal.SIGSTOP)
+        executor.cancel("first")
+        for number in range(8):
+            executor.submit(work(f"impatient {number}", QUICK))
+            await asyncio.sleep(0.25)
+            executor.cancel(f"impatient {number}")
+        executor.submit(work("last", QUICK))
+        return await events.end_of("last"), executor.stats().restarts
+
+    executor = ProcessExecutor({"tiny": bundle}, SETTINGS, stall_seconds=1.0)
+    end, restarts = run(executor, scenario)
+
+    assert restarts == 1
+    assert pixels(end) == expected(QUICK)
+
+
+def test_a_worker_that_cannot_be_started_is_started_later(bundle, expected, caplog):
+    async def scenario(executor, events):
+        spawn, faults = executor._spawn, [OSError(24, "Too many open files"), RuntimeError("full")]
+
+        def starting():
+            if faults:
+                raise faults.pop()
+            spawn()
+
+        executor._spawn = starting
+        os.kill(worker_pids(executor)[0], signal.SIGKILL)
+        executor.submit(work("job", QUICK))
+        return await events.end_of("job")
+
+    end = run(ProcessExecutor({"tiny": bundle}, SETTINGS), scenario)
+
+    assert pixels(end) == expected(QUICK)
+    assert caplog.text.count("a worker cannot be started") == 2
+
+
+def test_what_a_buried_worker_says_comes_too_late():
+    """A result that was on its way when its worker died, whose job is run again."""
+    pool = WorkerPool(4)
+    dead, alive = (PoolWorker(ready=Ready(backend="", precision="")) for _ in range(2))
+    pool.workers.append(dead)
+    pool.add(work("job", QUICK))
+    assert [job.job for _, job in pool.hand_out()] == ["job"]
+    ends, _ = pool.bury(dead)
+    late = Finished(job="job", images=[], seeds=[], metadata=[], infotexts=[], timings={})
+
+    assert (ends, pool.take(dead, late)) == ([], None)
+
+    pool.workers.append(alive)
+    assert [(worker, job.job) for worker, job in pool.hand_out()] == [(alive, "job")]
+    assert pool.take(alive, late) is late
+    assert pool.stats("").room == 4
+
+
 def test_two_workers_share_the_work(bundle):
     async def scenario(executor, events):
         await events.until(lambda: executor.stats().room == 8)
@@ -297,7 +358,9 @@ def test_workers_end_with_a_killed_server(bundle, tmp_path):
             assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, expected):
+@pytest.mark.parametrize("told", ["the server", "all its processes"])
+def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, expected, told):
+    """A service manager tells all processes of a service."""
     body = {"prompt": "red", "size": "256x256", "seed": 1, "num_inference_steps": 60}
     body |= {"response_format": "file"}
     with (
@@ -308,6 +371,8 @@ def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, e
         answer = pool.submit(client.post, "/v1/images/generations", json=body)
         while not client.get("/api/jobs").json()["jobs"]:
             time.sleep(0.005)
+        for pid in server.workers() if told == "all its processes" else ():
+            os.kill(pid, signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)
 
         image = Image.open(io.BytesIO(answer.result().content))
@@ -315,3 +380,4 @@ def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, e
         server.process.wait(30)
     assert server.process.returncode in (0, -signal.SIGTERM)
     assert image.tobytes() == expected({**SLOW, "num_inference_steps": 60})
+    assert "ended with status" not in server.messages.read_text()

@@ -222,6 +222,16 @@ def test_capabilities_have_the_limits_and_the_schema(client):
         ({"request": {"prompt": "red"}, "model": "none"}, "model", "model_not_found"),
         ({"request": {"prompt": "red"}, "output_format": "gif"}, "output_format", "invalid_value"),
         ({"request": {"prompt": "red"}, "color": 1}, "color", "unknown_parameter"),
+        (
+            {"request": {"prompt": "red"}, "output_compression": 50},
+            "output_compression",
+            "invalid_value",
+        ),
+        (
+            {"request": {"prompt": "red"}, "deadline_seconds": 0},
+            "deadline_seconds",
+            "invalid_value",
+        ),
         ({}, "request", "missing_required_parameter"),
         ({"request": {}}, "prompt", "invalid_value"),
     ],

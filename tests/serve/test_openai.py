@@ -182,6 +182,21 @@ def test_an_edit_that_is_no_form_says_so(client, kind, message):
     assert message in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("name", ["prompt", "mask"])
+def test_a_field_of_a_form_that_is_there_twice_is_refused(client, name):
+    file = ("a.png", png(Image.new("RGBA", (16, 16))), "image/png")
+    parts = {
+        "prompt": [("prompt", (None, text)) for text in ("red", "blue")],
+        "mask": [("prompt", (None, "red")), ("mask", file), ("mask", file)],
+    }[name]
+
+    answer = client.post("/v1/images/edits", files=[("image", file), *parts])
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, name)
+    assert "more than once" in error["message"]
+
+
 def test_transparent_pixels_of_the_mask_change_and_others_are_kept(ask):
     image = Image.new("RGB", (16, 16), (255, 0, 0))
     mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
