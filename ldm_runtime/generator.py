@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.adapters.merging import Adapters
+from ldm_runtime.adapters.files import AdapterFile
+from ldm_runtime.adapters.merging import AdapterInput, Adapters
 from ldm_runtime.backends import BackendName, get_backend
 from ldm_runtime.backends.contract import Precision, RunOptions
 from ldm_runtime.backends.turns import Turns
@@ -97,6 +98,10 @@ class Generator(Closing):
         adapters: LoRAs and their relatives, each a file with the factor of its updates, merged into
             the weights in memory: of kohya's trainers, LyCORIS, PEFT or diffusers. The bundle and a
             refiner stay as they are. TensorRT's engines have their weights built in and take none.
+        live_adapters: LoRAs by name that are not merged, but are inputs of the networks: each
+            request of an open batch gives their scales, at most two at once, and requests with
+            others share calls. They cost a call a little time, used or not. ONNX Runtime and
+            OpenVINO on the CPU take them.
 
     Raises:
         RequestError: A textual inversion or an adapter cannot be read, or is for another model.
@@ -121,6 +126,7 @@ class Generator(Closing):
         options: RunOptions | None = None,
         textual_inversions: Mapping[str, FileInput] | None = None,
         adapters: Adapters | None = None,
+        live_adapters: Mapping[str, AdapterInput] | None = None,
     ) -> None:
         check_positive("threads", threads)
         check_positive("batch_size", batch_size)
@@ -137,17 +143,22 @@ class Generator(Closing):
             options=options,
             textual_inversions=textual_inversions or {},
             adapters=adapters or {},
+            live_adapters=live_adapters or {},
             turns=Turns() if low_memory else None,
         )
         opened = open_bundle(bundle, opening, sha256=sha256)
         self._refiner = (
-            None if refiner is None else open_bundle(refiner, replace(opening, adapters={}))
+            None
+            if refiner is None
+            else open_bundle(refiner, replace(opening, adapters={}, live_adapters={}))
         )
         if self._refiner is not None:
             check_refiner(opened.model.spec, self._refiner.model.spec)
         self.bundle, self.manifest, self.backend = opened.folder, opened.manifest, opened.backend
         self.precision = get_backend(self.backend).ABILITIES.precision_of(options)
         self.spec = opened.model.spec
+        live = opened.model.live
+        self.live_adapters: Mapping[str, AdapterFile] = {} if live is None else live.files
         self.bundle_sha256 = opened.model.origin.bundle_sha256
         self._batch_size = batch_size or 1
         self._network = opened.networks

@@ -3,6 +3,7 @@
 A request names no file: the names are those that the operator gave.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import TypeAlias
 import msgspec
 
 from ldm_runtime.adapters.files import AdapterFile, read_adapter
+from ldm_runtime.adapters.live import LiveAdapters
 from ldm_runtime.adapters.merging import Adapter, MergedAdapters
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.reading import shown
 from ldm_runtime.suggestions import did_you_mean
+
+_LOGGER = logging.getLogger(__name__)
 
 #: Largest scale, up or down; what is beyond is a slip, and far beyond what networks can compute.
 MAX_SCALE = 10.0
@@ -95,16 +99,18 @@ def adapter_paths(texts: Iterable[str]) -> dict[str, Path]:
 
 
 def fitting_adapters(
-    paths: Mapping[str, Path], bundles: Mapping[str, Path]
+    paths: Mapping[str, Path], bundles: Mapping[str, Path], *, live: bool = False
 ) -> dict[str, Mapping[str, NamedAdapter]]:
     """Return the adapters of every model, in the order of their names.
 
     Args:
         paths: Their files.
         bundles: Folder of every model.
+        live: Whether they are to be inputs of the networks.
 
     Raises:
-        RequestError: A file cannot be read, is another one's, or fits none of the models.
+        RequestError: A file cannot be read, is another one's, fits none of the models, or cannot be
+            an input.
         BundleError: A folder is not a bundle.
     """
     fitting: dict[str, dict[str, NamedAdapter]] = {model: {} for model in bundles}
@@ -118,7 +124,28 @@ def fitting_adapters(
         if None not in reasons.values():
             model, reason = next(iter(reasons.items()))
             raise RequestError("adapter", f"{name!r} fits none of the models, {model}: {reason}")
+    if live:
+        for model, adapters in fitting.items():
+            _check_live({name: each.path for name, each in adapters.items()}, bundles[model])
     return {model: MappingProxyType(adapters) for model, adapters in fitting.items()}
+
+
+def paths_that_fit(paths: Mapping[str, Path], bundle: Path) -> dict[str, Path]:
+    """Return the adapters, by name, that fit a bundle; what cannot be read any more is left out.
+
+    Raises:
+        BundleError: The folder is not a bundle.
+    """
+    fitting = {}
+    for name, path in paths.items():
+        try:
+            file = read_adapter(path)
+        except ValueError as error:
+            _LOGGER.error("the adapter %r is left out: %s", name, error)
+            continue
+        if _why_not(file, bundle) is None:
+            fitting[name] = path
+    return fitting
 
 
 def chosen_adapters(
@@ -183,6 +210,14 @@ def _why_not(file: AdapterFile, bundle: Path) -> str | None:
     except (ValueError, RequestError) as error:
         return str(error)
     return None
+
+
+def _check_live(paths: Mapping[str, Path], bundle: Path) -> None:
+    """Check that adapters can be inputs of the networks of a bundle that they fit."""
+    try:
+        LiveAdapters(_read_all(paths), bundle, load_manifest(bundle))
+    except ValueError as error:
+        raise RequestError("live_adapters", str(error)) from error
 
 
 def _parsed(text: str, field: str, known: str) -> list[AdapterChoice]:

@@ -42,7 +42,8 @@ def create_app(
         RequestError: An adapter cannot be read, or fits no model.
         LdmError: The executor cannot be had; see `make_executor`.
     """
-    models = ServedModels(settings.bundles, settings.engine.adapters)
+    engine = settings.engine
+    models = ServedModels(settings.bundles, engine.adapters, live_adapters=engine.live_adapters)
     if executor is None:
         executor = make_executor(
             settings.bundles, settings.engine, settings.workers, reports_steps=True

@@ -72,7 +72,9 @@ def batch(args: argparse.Namespace) -> int:
     from ldm_serve.executors.making import make_executor
 
     workers, settings = worker_settings(args), engine_settings(args)
-    model = BatchModel.of_bundle(args.bundle, settings.adapters)
+    model = BatchModel.of_bundle(
+        args.bundle, settings.adapters, live_adapters=settings.live_adapters
+    )
     with BatchFolder(args.out) as folder:
         units = RequestFile(args.requests, model, folder.seed)
         run = BatchRun(units, folder, model=_MODEL, retry_failed=args.retry_failed)

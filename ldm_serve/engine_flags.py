@@ -108,7 +108,7 @@ def engine_settings(
         RequestError: An adapter has no name of its own, or the backend takes none.
     """
     if args.adapter:
-        _check_takes_adapters(args.backend)
+        _check_takes_adapters(args.backend, live=args.live_adapters)
     return EngineSettings(
         backend=args.backend,
         precision=args.precision,
@@ -119,10 +119,11 @@ def engine_settings(
         memory_budget_bytes=memory_budget_bytes,
         adapters=adapter_paths(args.adapter),
         max_adapted=args.max_adapted,
+        live_adapters=args.live_adapters,
     )
 
 
-def _check_takes_adapters(backend: str) -> None:
+def _check_takes_adapters(backend: str, *, live: bool) -> None:
     """Check that a backend can run with adapters; one that is not on this machine is passed over.
 
     Raises:
@@ -130,9 +131,14 @@ def _check_takes_adapters(backend: str) -> None:
     """
     name = BACKEND_ALIASES.get(backend, backend)
     with suppress(BackendError):
-        if name != "auto" and not get_backend(name).ABILITIES.takes_weights:
+        abilities = None if name == "auto" else get_backend(name).ABILITIES
+        if abilities is not None and not abilities.takes_weights:
             raise RequestError(
                 "adapter", f"{name} has its weights built in and takes none; use another backend"
+            )
+        if abilities is not None and live and not abilities.takes_branches:
+            raise RequestError(
+                "live_adapters", f"{name} runs graphs as they are; leave out --live-adapters"
             )
 
 
@@ -153,6 +159,12 @@ def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="most models with adapters, each with its scales, that a worker has in memory "
         "(default: 2)",
+    )
+    group.add_argument(
+        "--live-adapters",
+        action="store_true",
+        help="do not merge adapters, but compute them next to the weights, so that requests with "
+        "other adapters share calls; LoRAs of matrices only, at most two at once, on CPUs",
     )
 
 

@@ -147,6 +147,7 @@ class ServedModels(Mapping[str, ServedModel]):
     Args:
         bundles: Folder of every model.
         adapters: Files of the adapters, by name.
+        live_adapters: Whether they are to be inputs of the networks.
 
     Raises:
         BundleError: A folder is not a bundle.
@@ -154,9 +155,13 @@ class ServedModels(Mapping[str, ServedModel]):
     """
 
     def __init__(
-        self, bundles: Mapping[str, Path], adapters: Mapping[str, Path] = MappingProxyType({})
+        self,
+        bundles: Mapping[str, Path],
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+        *,
+        live_adapters: bool = False,
     ) -> None:
-        fitting = fitting_adapters(adapters, bundles)
+        fitting = fitting_adapters(adapters, bundles, live=live_adapters)
         models = {
             name: replace(_served(name, folder), adapters=fitting[name])
             for name, folder in bundles.items()

@@ -63,6 +63,8 @@ class EngineSettings:
             model; None has no limit. Least recently used models are closed first.
         adapters: Files of the adapters that requests can name.
         max_adapted: Most models with adapters that a worker holds open.
+        live_adapters: Whether adapters are inputs of the networks, and not merged into one more
+            model for every choice of them.
     """
 
     backend: BackendName = "auto"
@@ -74,6 +76,7 @@ class EngineSettings:
     memory_budget_bytes: int | None = None
     adapters: Mapping[str, Path] = field(default_factory=dict)
     max_adapted: int = 2
+    live_adapters: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,30 @@ class AdapterLayer:
                 raise self._misfit(weight.shape) from error
             return self._finite(_towards(weight, changed, scale))
 
+    def factors(self) -> tuple[Float32Array, Float32Array] | None:
+        """Return the two matrices whose product changes the weight; None if it is not so simple.
+
+        Only a LoRA is, that has no third matrix and no magnitudes, changes no bias, and whose first
+        matrix sees one pixel.
+
+        Returns:
+            down (rank, in) and up (out, rank), which has the factor of the change.
+
+        Raises:
+            ValueError: They are not finite.
+        """
+        kind, down = self._kind, self.tensors.get("lora_down")
+        if kind is None or down is None or "lora_mid" in self.tensors:
+            return None
+        if self._magnitude or self.changes_bias or math.prod(down.shape[2:]) != 1:
+            return None
+        lower, upper = (
+            self._value(name).reshape(self.tensors[name].shape[0], -1)
+            for name in ("lora_down", "lora_up")
+        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._finite(lower), self._finite(self._strength() * upper)
+
     def adapted_bias(self, bias: Float32Array, scale: float) -> Float32Array:
         """Return a bias (n,) with the change of this layer, a new array.
 

@@ -26,7 +26,6 @@ from ldm_runtime.specs.components import COMPONENTS
 
 #: Networks whose weights adapters change.
 ADAPTED_NETWORKS = frozenset({"unet", "text_encoder", "text_encoder_2"})
-_PARTS = 3  # queries, keys and values
 _SCALE_AXES = 3
 _ENCODER_LAYER = re.compile(r"(?<=_encoder_layers_)\d+")
 
@@ -58,8 +57,15 @@ class Adapter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Change:
-    """One layer of an adapter, and the layer of the model that it changes."""
+class Change:
+    """One layer of an adapter, and the layer of the model that it changes.
+
+    Attributes:
+        adapter: The adapter.
+        layer: Its layer.
+        target: The layer of the model.
+        kind: Which parameter of it.
+    """
 
     adapter: Adapter
     layer: AdapterLayer
@@ -74,10 +80,7 @@ class _Change:
 
     def apply(self, parameter: Float32Array) -> None:
         """Change a parameter of a network in place."""
-        part = parameter
-        if self.target.part is not None:
-            rows = len(parameter) // _PARTS
-            part = parameter[self.target.part * rows :][:rows]
+        part = parameter[self.target.rows(len(parameter))]
         change = self.layer.adapted if self.kind == "weight" else self.layer.adapted_bias
         part[...] = change(part, self.adapter.scale)
 
@@ -117,7 +120,7 @@ class MergedAdapters:
             RequestError: A layer of an adapter does not fit, or a weight would be beyond the range
                 of the type that it is stored in.
         """
-        changes = self._changes_of(COMPONENTS[component.name].network)
+        changes = self.changes_of(COMPONENTS[component.name].network)
         weights = stored_weights(graph) if changes else {}
         file = self._bundle / component.weights_file
         inside = changes.keys() - weights.keys() if component.name in ADAPTED_NETWORKS else ()
@@ -147,18 +150,16 @@ class MergedAdapters:
                     _adapted(name, stored, file, [change])
                     checked.add(shapes)
 
-    def _changes_in(
-        self, component: ComponentRecord
-    ) -> Iterator[tuple[str, StoredWeight, _Change]]:
+    def _changes_in(self, component: ComponentRecord) -> Iterator[tuple[str, StoredWeight, Change]]:
         """Yield every change of a weight outside the component's graph."""
-        changes = self._changes_of(component.name)
+        changes = self.changes_of(component.name)
         weights = stored_weights(self._bundle / component.graphs[0].file) if changes else {}
         for name in changes.keys() & weights.keys():
             yield from ((name, weights[name], change) for change in changes[name])
 
-    def _changes_of(self, network: str) -> dict[str, list[_Change]]:
+    def changes_of(self, network: str) -> dict[str, list[Change]]:
         """Return what the adapters change of a network, by the names of its parameters."""
-        changes: dict[str, list[_Change]] = {}
+        changes: dict[str, list[Change]] = {}
         for adapter in self.adapters:
             for name, layer in adapter.file.layers.items():
                 target = self._targets.get(name)
@@ -166,7 +167,7 @@ class MergedAdapters:
                     continue
                 for kind in get_args(Kind):
                     if layer.changes_weight if kind == "weight" else layer.changes_bias:
-                        change = _Change(adapter=adapter, layer=layer, target=target, kind=kind)
+                        change = Change(adapter=adapter, layer=layer, target=target, kind=kind)
                         changes.setdefault(_parameter(target, kind), []).append(change)
         return changes
 
@@ -233,7 +234,7 @@ def _parameter(target: Target, kind: Kind) -> str:
     return f"{target.parameter}.{kind}"
 
 
-def _changed(name: str, stored: StoredWeight, file: Path, changes: Sequence[_Change]) -> Array:
+def _changed(name: str, stored: StoredWeight, file: Path, changes: Sequence[Change]) -> Array:
     """Return a stored weight with changes, as it is stored."""
     parameter = _adapted(name, stored, file, changes)
     try:
@@ -244,7 +245,7 @@ def _changed(name: str, stored: StoredWeight, file: Path, changes: Sequence[_Cha
 
 
 def _adapted(
-    name: str, stored: StoredWeight, file: Path, changes: Sequence[_Change]
+    name: str, stored: StoredWeight, file: Path, changes: Sequence[Change]
 ) -> Float32Array:
     """Return a stored weight with changes, as the network has it."""
     parameter = np.array(stored.read(file))

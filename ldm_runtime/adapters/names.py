@@ -66,6 +66,7 @@ _OPENCLIP_OUTSIDE: Mapping[str, str] = MappingProxyType(
     }
 )
 _JOINED = "attn.in_proj_weight"
+_PARTS = 3  # queries, keys and values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,13 @@ class Target:
     component: str
     parameter: str
     part: int | None
+
+    def rows(self, outputs: int) -> slice:
+        """Return which rows it has of a parameter of so many."""
+        if self.part is None:
+            return slice(outputs)
+        each = outputs // _PARTS
+        return slice(self.part * each, (self.part + 1) * each)
 
 
 def adapter_targets(parameters: Mapping[str, Iterable[str]]) -> dict[LayerName, Target]:

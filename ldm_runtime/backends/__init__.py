@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -80,6 +81,9 @@ class BackendEntry:
     automatic: bool = True
 
 
+#: What becomes of adapters; a backend that takes live ones takes merged ones with them.
+AdapterUse = Literal["none", "merged", "live"]
+
 #: Every backend, in order of preference.
 BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
     {
@@ -150,7 +154,7 @@ def choose_backend(
     *,
     bundle: Path | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
-    changed: bool = False,
+    adapters: AdapterUse = "none",
 ) -> str:
     """Return the name of the backend to use: that of `name`, or for "auto" the first that can run.
 
@@ -163,7 +167,8 @@ def choose_backend(
         entries: The backends.
         bundle: The bundle's folder, for backends that run more than the manifest describes.
         options: How its engines would run.
-        changed: Whether they would run with changed weights, see `contract.WeightChanges`.
+        adapters: Whether they would run with changed weights, see `contract.WeightChanges`, or with
+            branches in their graphs, see `contract.EngineSource`.
 
     Raises:
         BackendError: `name` cannot run this bundle here, or for "auto" none can.
@@ -171,13 +176,14 @@ def choose_backend(
     if name == "auto":
         name = os.environ.get(BACKEND_VARIABLE) or name
     name = BACKEND_ALIASES.get(name, name)
+    reason_against = partial(why_not, options=options, adapters=adapters)
     if name != "auto":
-        if reason := why_not(name, manifest, bundle, entries, options=options, changed=changed):
+        if reason := reason_against(name, manifest, bundle, entries):
             raise BackendError(reason)
         return name
     reasons: dict[str, str] = {}
     for candidate in (name for name, entry in entries.items() if entry.automatic):
-        reason = why_not(candidate, manifest, bundle, entries, options=options, changed=changed)
+        reason = reason_against(candidate, manifest, bundle, entries)
         if reason is None:
             for passed_over, why in reasons.items():
                 if _is_prepared(passed_over, manifest, entries):
@@ -194,7 +200,7 @@ def why_not(
     entries: Mapping[str, BackendEntry] = BACKENDS,
     *,
     options: RunOptions = DEFAULT_OPTIONS,
-    changed: bool = False,
+    adapters: AdapterUse = "none",
 ) -> str | None:
     """Say why a backend cannot run a bundle (None: any bundle) here; None if it can."""
     try:
@@ -205,8 +211,10 @@ def why_not(
     wanted, able = options.precision, backend.ABILITIES.precisions
     if reason is None and wanted is not None and wanted not in able:
         return f"{name} computes in {' or '.join(able)}, not in {wanted}"
-    if reason is None and changed and not backend.ABILITIES.takes_weights:
+    if reason is None and adapters == "merged" and not backend.ABILITIES.takes_weights:
         return f"{name} has its weights built in, so that it takes no adapters; use another backend"
+    if reason is None and adapters == "live" and not backend.ABILITIES.takes_branches:
+        return f"{name} runs graphs as they are, so that it takes no live adapters; merge them"
     return reason
 
 

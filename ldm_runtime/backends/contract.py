@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.graph_files import check_graph_files
+from ldm_runtime.bundle.low_rank_branches import Branch
 from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
 from ldm_runtime.errors import BackendError
+from ldm_runtime.specs.model import axis_sizes
 
 Resource = TypeVar("Resource")
 
@@ -110,6 +112,7 @@ class Abilities:
             the backend, so that choosing another one is logged.
         survives_fork: Whether a process that is forked after engines were opened can open its own.
         takes_weights: Whether engines run with other weights than those of the bundle.
+        takes_branches: Whether their graphs can have branches, see `EngineSource`.
         kept_shapes: Returns how many shapes of a network of so many bytes of weights are ready to
             run once they have been seen; None is any number.
     """
@@ -120,6 +123,7 @@ class Abilities:
     is_prepared: Callable[[Manifest | None], bool]
     survives_fork: bool = False
     takes_weights: bool = False
+    takes_branches: bool = False
     kept_shapes: Callable[[int], int] | None = None
     reduced: tuple[Precision, ...] = ()
     fastest: Callable[[], Precision] | None = None
@@ -245,6 +249,8 @@ class EngineSource:
         options: How the engine runs.
         shared: Resources that it shares with the other engines of its generator.
         changes: Changes of its weights, for a backend that takes them.
+        branches: Low-rank branches that its graphs get, for a backend that takes them; `component`
+            has their inputs.
     """
 
     bundle: Path
@@ -255,6 +261,15 @@ class EngineSource:
     options: RunOptions = RunOptions()
     shared: SharedResources = field(default_factory=SharedResources, compare=False)
     changes: WeightChanges = NoChanges()
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Lengths of the fixed axes of its inputs and outputs."""
+        lengths = dict(axis_sizes(self.manifest.spec, self.component.name))
+        for branch in self.branches:
+            lengths.update(branch.lengths)
+        return lengths
 
     def graph(self, variant: GraphVariant) -> Path:
         """Check a graph and its weights, and return the path of the graph.
@@ -284,7 +299,8 @@ class EngineSource:
         files = {graph.file for graph in self.component.graphs if graph.variant == variant}
         files.add(self.component.weights_file)
         hashes = [record.sha256 for record in self.manifest.files if record.path in files]
-        return (*hashes, self.changes.key) if self.changes.key else tuple(hashes)
+        branches = [f"{each.weight} {each.rank}" for each in self.branches]
+        return tuple(each for each in (*hashes, self.changes.key, *branches) if each)
 
     def _checked(self, path: str) -> Path:
         return checked_file(self.bundle, self.manifest, path, hashed=self.check_hashes)

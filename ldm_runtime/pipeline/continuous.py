@@ -2,10 +2,11 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from types import MappingProxyType
 from typing import TypeAlias
 
 from ldm_runtime.bundle.manifest import PreviewRecord
@@ -81,6 +82,7 @@ class ContinuousBatch(Closing):
         *,
         previews: bool = False,
         deadline_seconds: float | None = None,
+        adapters: Mapping[str, float] = MappingProxyType({}),
     ) -> int:
         """Add a request, whose images are begun by the next calls of `advance`.
 
@@ -89,17 +91,19 @@ class ContinuousBatch(Closing):
             previews: Whether steps carry small images of the predicted x0.
             deadline_seconds: How long it may take from its first call of a network on, waiting for
                 the others included.
+            adapters: Scales of the generator's live adapters, by name; the others are left out.
 
         Returns:
             The number of the request, which its events have.
 
         Raises:
-            RequestError: A field is wrong, or the model cannot do what the request asks for.
+            RequestError: A field is wrong, or the model cannot do what the request asks for; or an
+                adapter is unknown, or they do not go together.
             BundleError: There should be previews, and the bundle was exported without.
         """
         request = self._resolve(request)
         preview = self._preview() if previews else None
-        run = self._pipeline.run_of(request, Deadline(deadline_seconds))
+        run = self._pipeline.run_of(request, Deadline(deadline_seconds), adapters)
         number = next(self._request_numbers)
         self._requests[number] = _Request(run=run, preview=preview)
         self._queue.extend(

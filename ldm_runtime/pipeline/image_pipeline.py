@@ -1,15 +1,17 @@
 """The pipeline of a bundle: resolved requests become results, one by one or sharing calls."""
 
 import collections.abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 from ldm_runtime.bundle.manifest import PreviewRecord
 from ldm_runtime.latents.previews import preview_image
 from ldm_runtime.pipeline.batching import SharedRunner, in_order, run_together
 from ldm_runtime.pipeline.deadline import Deadline
+from ldm_runtime.pipeline.live_adapters import with_live_adapters
 from ldm_runtime.pipeline.open_model import OpenModel
 from ldm_runtime.pipeline.passes import GeneratedImages
 from ldm_runtime.pipeline.request_run import RequestRun
@@ -30,11 +32,24 @@ class ImagePipeline:
     model: OpenModel
     refiner: OpenModel | None = None
 
-    def run_of(self, request: ResolvedRequest, deadline: Deadline) -> RequestRun:
-        """Return the run of a request, which begins when its first image is asked for."""
-        return RequestRun(
-            model=self.model, refiner=self.refiner, request=request, deadline=deadline
-        )
+    def run_of(
+        self,
+        request: ResolvedRequest,
+        deadline: Deadline,
+        adapters: Mapping[str, float] = MappingProxyType({}),
+    ) -> RequestRun:
+        """Return the run of a request, which begins when its first image is asked for.
+
+        Args:
+            request: The request.
+            deadline: Started when a network is first called.
+            adapters: Scales of the model's live adapters, by name.
+
+        Raises:
+            RequestError: An adapter is unknown, or they do not go together.
+        """
+        model = with_live_adapters(self.model, adapters)
+        return RequestRun(model=model, refiner=self.refiner, request=request, deadline=deadline)
 
     def stream(
         self,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ldm_runtime.adapters.live import LiveAdapters
 from ldm_runtime.bundle.manifest import BuildRecord
 from ldm_runtime.conditioning import OpenNetwork
 from ldm_runtime.specs.model import ModelSpec
@@ -49,9 +50,12 @@ class OpenModel:
         tokenizer: The bundle's, if it has one.
         spec: The model.
         origin: Its origin.
+        live: Adapters that each request scales for itself, if it has any; the networks take their
+            matrices, see `pipeline.live_adapters`.
     """
 
     network: OpenNetwork
     tokenizer: Tokenizer | None
     spec: ModelSpec
     origin: Origin
+    live: LiveAdapters | None = None

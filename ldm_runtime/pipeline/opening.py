@@ -1,11 +1,18 @@
 """Opening of bundles: a manifest is read, a backend chosen, and networks wait to be needed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from ldm_runtime.adapters.merging import Adapters, MergedAdapters, read_adapters
+from ldm_runtime.adapters.files import read_adapter
+from ldm_runtime.adapters.live import LiveAdapters
+from ldm_runtime.adapters.merging import (
+    AdapterInput,
+    Adapters,
+    MergedAdapters,
+    read_adapters,
+)
 from ldm_runtime.backends import BackendName, choose_backend, get_backend
 from ldm_runtime.backends.contract import Engine, EngineSource, RunOptions, SharedResources
 from ldm_runtime.backends.networks import OpenNetworks
@@ -15,7 +22,8 @@ from ldm_runtime.bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.errors import RequestError
 from ldm_runtime.inputs.textual_inversion import read_learned_words
-from ldm_runtime.pipeline.open_model import AdapterOrigin, OpenModel, Origin
+from ldm_runtime.pipeline.live_adapters import origin_of
+from ldm_runtime.pipeline.open_model import OpenModel, Origin
 from ldm_runtime.requests.input_types import FileInput
 from ldm_runtime.text import Tokenizer
 
@@ -30,6 +38,7 @@ class OpeningOptions:
     options: RunOptions
     textual_inversions: Mapping[str, FileInput] = field(default_factory=dict)
     adapters: Adapters = field(default_factory=dict)
+    live_adapters: Mapping[str, AdapterInput] = field(default_factory=dict)
     turns: Turns | None = None
 
 
@@ -69,15 +78,15 @@ def open_bundle(
     """
     folder = Path(bundle).resolve()  # some files are opened later, wherever that is
     manifest = load_manifest(folder, sha256=sha256)
-    adapters = _adapters(folder, manifest, options)
+    adapters, live = _adapters(folder, manifest, options), _live(folder, manifest, options)
     backend = choose_backend(
         options.backend,
         manifest,
         bundle=folder,
         options=options.options,
-        changed=bool(adapters.adapters),
+        adapters="live" if live is not None else "merged" if adapters.adapters else "none",
     )
-    networks = _networks(folder, manifest, backend, options, adapters)
+    networks = _networks(folder, manifest, backend, options, adapters, live)
     model = OpenModel(
         network=networks,
         tokenizer=_tokenizer(folder, manifest, options),
@@ -85,8 +94,9 @@ def open_bundle(
         origin=Origin(
             bundle_sha256=sha256_of(folder / MANIFEST_NAME),
             build=manifest.build,
-            adapters=_origins(adapters),
+            adapters=tuple(origin_of(each.file, each.scale) for each in adapters.adapters),
         ),
+        live=live,
     )
     return OpenBundle(
         folder=folder, manifest=manifest, backend=backend, networks=networks, model=model
@@ -99,6 +109,7 @@ def _networks(
     backend: str,
     options: OpeningOptions,
     adapters: MergedAdapters,
+    live: LiveAdapters | None,
 ) -> OpenNetworks:
     module = get_backend(backend)
     source = partial(
@@ -113,7 +124,11 @@ def _networks(
     )
 
     def open_engine(name: str) -> Engine:
-        return module.open_engine(source(component=manifest.component(name)))
+        component = manifest.component(name)
+        branches = () if live is None else live.branches(name)
+        inputs = tuple(input_ for each in branches for input_ in each.signatures)
+        component = replace(component, inputs=component.inputs + inputs)
+        return module.open_engine(source(component=component, branches=branches))
 
     owner = f"the generator of {folder}"
     follows = module.ABILITIES.survives_fork
@@ -127,16 +142,14 @@ def _adapters(folder: Path, manifest: Manifest, options: OpeningOptions) -> Merg
         raise RequestError("adapters", str(error)) from error
 
 
-def _origins(adapters: MergedAdapters) -> tuple[AdapterOrigin, ...]:
-    return tuple(
-        AdapterOrigin(
-            name=Path(each.file.name).name,
-            sha256=each.file.sha256,
-            web_ui_sha256=each.file.web_ui_sha256,
-            scale=each.scale,
-        )
-        for each in adapters.adapters
-    )
+def _live(folder: Path, manifest: Manifest, options: OpeningOptions) -> LiveAdapters | None:
+    if not options.live_adapters:
+        return None
+    try:
+        files = {name: read_adapter(file) for name, file in options.live_adapters.items()}
+        return LiveAdapters(files, folder, manifest)
+    except ValueError as error:
+        raise RequestError("live_adapters", str(error)) from error
 
 
 def _tokenizer(folder: Path, manifest: Manifest, options: OpeningOptions) -> Tokenizer | None:

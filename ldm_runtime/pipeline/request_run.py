@@ -11,6 +11,7 @@ from ldm_runtime.backends.contract import Runner
 from ldm_runtime.conditioning import used_inversions
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.feature_reuse import open_unet
+from ldm_runtime.pipeline.live_adapters import BranchedRunner
 from ldm_runtime.pipeline.open_model import OpenModel
 from ldm_runtime.pipeline.passes import (
     GeneratedImages,
@@ -122,7 +123,7 @@ class RequestRun:
 
     def _sample(self, wanted: Pass, share: Callable[[Runner], Runner]) -> Iterator[Step]:
         reuse, refiner = wanted.request.reuse, wanted.refiner
-        unet = open_unet(self.model, reuse, share)
+        unet = open_unet(self.model, reuse, partial(_shared, share))
         if refiner is not None and self.refiner is not None:
             refiner = replace(refiner, open_unet=partial(open_unet, self.refiner, reuse, share))
         for step in sample_latents(
@@ -133,3 +134,8 @@ class RequestRun:
         ):
             index = wanted.steps_before + step.index
             yield replace(step, index=index, total=wanted.total_steps)
+
+
+def _shared(share: Callable[[Runner], Runner], unet: Runner) -> Runner:
+    """Return a UNet whose calls are shared; its branches keep the matrices of this request."""
+    return unet.shared(share) if isinstance(unet, BranchedRunner) else share(unet)

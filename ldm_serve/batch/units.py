@@ -70,16 +70,26 @@ class BatchModel:
 
     @classmethod
     def of_bundle(
-        cls, folder: Path, adapters: Mapping[str, Path] = MappingProxyType({})
+        cls,
+        folder: Path,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
+        *,
+        live_adapters: bool = False,
     ) -> "BatchModel":
         """Read the manifest of a bundle, and the files of adapters by name.
+
+        Args:
+            folder: The bundle.
+            adapters: The files.
+            live_adapters: Whether they are to be inputs of the networks.
 
         Raises:
             BundleError: The folder is not a bundle.
             RequestError: An adapter cannot be read, or does not fit it.
         """
         spec = load_manifest(folder).spec
-        fitting = fitting_adapters(adapters, {folder.name: folder})[folder.name]
+        bundles = {folder.name: folder}
+        fitting = fitting_adapters(adapters, bundles, live=live_adapters)[folder.name]
         return cls(spec=spec, bundle_sha256=sha256_of(folder / MANIFEST_NAME), adapters=fitting)
 
 

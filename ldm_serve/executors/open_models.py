@@ -13,7 +13,7 @@ from ldm_runtime.closing import Closing
 from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.generator import Generator
 from ldm_runtime.pipeline.continuous import ContinuousBatch
-from ldm_serve.adapters import AdapterUse, alias_of
+from ldm_serve.adapters import AdapterUse, alias_of, paths_that_fit
 from ldm_serve.settings import EngineSettings
 
 _LOGGER = logging.getLogger(__name__)
@@ -24,11 +24,33 @@ _Key: TypeAlias = tuple[str, tuple[AdapterUse, ...]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenBatch:
-    """An open model and the batch of its requests."""
+    """An open model and the batch of its requests.
+
+    Attributes:
+        generator: The model.
+        batch: Its requests.
+        weights_bytes: Bytes of its weights.
+        is_live: Whether its adapters are inputs, which each request scales.
+    """
 
     generator: Generator
     batch: ContinuousBatch
     weights_bytes: int
+    is_live: bool
+
+    def scales(self, adapters: Sequence[AdapterUse]) -> dict[str, float]:
+        """Return the scales of adapters for a request, none where they are merged.
+
+        Raises:
+            LdmError: An adapter is not the one that the request was checked against.
+        """
+        if not self.is_live:
+            return {}
+        live = self.generator.live_adapters
+        for each in adapters:
+            if each.name not in live or live[each.name].sha256 != each.sha256:
+                raise _has_changed(each)
+        return {each.name: each.scale for each in adapters}
 
 
 class OpenModels(Closing):
@@ -48,7 +70,7 @@ class OpenModels(Closing):
 
         Args:
             name: Its name.
-            adapters: Adapters that are merged into it, in their order.
+            adapters: Adapters that are merged into it, in their order; or that a request scales.
 
         Raises:
             RequestError: An adapter cannot be merged at its scale.
@@ -56,7 +78,7 @@ class OpenModels(Closing):
             BackendError: The backend cannot run here.
             LdmError: The file of an adapter has changed.
         """
-        key = name, tuple(adapters)
+        key = name, () if self._settings.live_adapters else tuple(adapters)
         if key in self._open:
             self._open[key] = self._open.pop(key)
             return self._open[key]
@@ -109,11 +131,17 @@ class OpenModels(Closing):
             generator = stack.enter_context(_generator(self._bundles[name], adapters, settings))
             batch = generator.open_batch(max_batch=settings.max_batch)
             stack.pop_all()
-        return OpenBatch(generator=generator, batch=batch, weights_bytes=size)
+        return OpenBatch(
+            generator=generator,
+            batch=batch,
+            weights_bytes=size,
+            is_live=settings.live_adapters,
+        )
 
 
 def _generator(folder: Path, adapters: Sequence[AdapterUse], settings: EngineSettings) -> Generator:
     files = {_file_of(each, settings.adapters): each.scale for each in adapters}
+    live = paths_that_fit(settings.adapters, folder) if settings.live_adapters else {}
     try:
         return Generator(
             folder,
@@ -123,6 +151,7 @@ def _generator(folder: Path, adapters: Sequence[AdapterUse], settings: EngineSet
             low_memory=settings.low_memory,
             trust_engines=settings.trust_engines,
             adapters=files,
+            live_adapters=live,
         )
     except RequestError as error:
         raise _with_names(error, settings.adapters) from error
@@ -149,8 +178,12 @@ def _file_of(adapter: AdapterUse, files: Mapping[str, Path]) -> Path:
         found = getattr(error, "strerror", None) or str(error)
     if found != adapter.sha256:
         _LOGGER.error("the adapter in %s was %s, and is %s", file, adapter.sha256, found)
-        raise LdmError(f"the file of the adapter {adapter.name!r} has changed; start again with it")
+        raise _has_changed(adapter)
     return file
+
+
+def _has_changed(adapter: AdapterUse) -> LdmError:
+    return LdmError(f"the file of the adapter {adapter.name!r} has changed; start again with it")
 
 
 def _weights_bytes(folder: Path) -> int:

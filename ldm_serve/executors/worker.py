@@ -112,6 +112,7 @@ class Worker(Closing):
                     parse_request(work.fields),
                     previews=work.previews,
                     deadline_seconds=work.deadline_seconds,
+                    adapters=opened.scales(work.adapters),
                 )
             except Exception as error:  # noqa: BLE001  (the job's client gets it)
                 self._send(_failed(work.job, error))

@@ -268,7 +268,7 @@ def test_an_engine_with_its_weights_built_in_is_not_chosen(small_bundle_fp32, mo
     monkeypatch.setattr(cpu, "ABILITIES", replace(cpu.ABILITIES, takes_weights=False))
 
     with pytest.raises(BackendError, match="onnxruntime has its weights built in"):
-        choose_backend("onnxruntime", manifest, changed=True)
+        choose_backend("onnxruntime", manifest, adapters="merged")
     assert choose_backend("onnxruntime", manifest) == "onnxruntime"
 
 

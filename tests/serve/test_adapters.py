@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import save_file
 
 from ldm_runtime import Generator
 from ldm_runtime.adapters.files import read_adapter
@@ -431,6 +432,17 @@ class TestStart:
         file = folder / "style.safetensors"
         both = ("--adapter", f"a={file}", "--adapter", f"b={file}")
         assert "'a' and 'b' are one file" in self.refused(capsys, small_bundle_fp32, *both)
+
+    def test_what_cannot_be_live(self, small_bundle_fp32, tmp_path, capsys):
+        tensors = {f"{LAYERS[0]}.diff": np.ones((64, 64), np.float32)}
+        save_file(tensors, tmp_path / "whole.safetensors")
+        live = ["--adapter", tmp_path / "whole.safetensors", "--live-adapters"]
+
+        error = self.refused(capsys, small_bundle_fp32, *live)
+        on_gpu = self.refused(capsys, small_bundle_fp32, *live, "--backend", "cuda")
+
+        assert "only a LoRA of a matrix can be live; merge the adapter" in error
+        assert "cuda runs graphs as they are; leave out --live-adapters" in on_gpu
 
     def test_a_backend_that_takes_none(self, small_bundle_fp32, folder, tmp_path, capsys):
         adapter = ["--adapter", folder / "style.safetensors", "--backend", "tensorrt-rtx-ort"]

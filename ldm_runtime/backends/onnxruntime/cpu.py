@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the backend that runs everywhere, and the reference for the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from ldm_runtime.backends.onnxruntime.session import (
 )
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.backends.signatures import check_names
+from ldm_runtime.bundle.low_rank_branches import Branch, with_branches
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs.model import ModelSpec, axis_sizes
+from ldm_runtime.specs.model import ModelSpec
 
 ABILITIES = Abilities(
     variant="fp32",
@@ -38,10 +39,13 @@ ABILITIES = Abilities(
     is_prepared=always_prepared,
     survives_fork=True,
     takes_weights=True,
+    takes_branches=True,
 )
 
 _ERRORS = NativeErrors(library="ONNX Runtime", classes=NATIVE_ERRORS, describe=describe)
 _PROVIDERS = ("CPUExecutionProvider",)
+#: Where a graph that comes as bytes finds its weights file.
+_FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxRuntimeEngine(HostEngine):
@@ -59,6 +63,7 @@ class OnnxRuntimeEngine(HostEngine):
         spinning: Whether idle threads wait by running in circles; see `RunOptions`.
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
         weights: Weights that replace those of the weights file, by name.
+        branches: Low-rank branches that the graph gets.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph, or there are more threads than
@@ -75,11 +80,12 @@ class OnnxRuntimeEngine(HostEngine):
         spinning: bool = False,
         spec: ModelSpec | None = None,
         weights: Tensors = NO_TENSORS,
+        branches: Sequence[Branch] = (),
     ) -> None:
         super().__init__(component, sizes, _ERRORS, spec)
         session_options = _session_options(compute_threads(threads), spinning=spinning)
         self._weights: list[object] = take_weights(session_options, weights)
-        self._session: Any = _open_session(path, session_options)
+        self._session: Any = _open_session(path, session_options, branches)
         check_names(path, [each.name for each in self._session.get_inputs()], component)
 
     def _opened(self) -> Compute | None:
@@ -104,11 +110,12 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(
         path,
         source.component,
-        axis_sizes(source.manifest.spec, source.component.name),
+        source.sizes,
         threads=source.threads,
         spinning=source.options.spinning,
         spec=source.manifest.spec,
         weights=source.changed_weights(path),
+        branches=source.branches,
     )
 
 
@@ -133,9 +140,13 @@ def _session_options(threads: int, *, spinning: bool) -> Any:  # noqa: ANN401  (
     return session_options
 
 
-def _open_session(path: Path, session_options: Any) -> Any:  # noqa: ANN401
+def _open_session(path: Path, session_options: Any, branches: Sequence[Branch]) -> Any:  # noqa: ANN401
+    graph: Path | bytes = path
+    if branches:
+        graph = with_branches(path, branches)
+        session_options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent))
     try:
         with flushed_denormals():
-            return onnxruntime.InferenceSession(path, session_options, providers=list(_PROVIDERS))
+            return onnxruntime.InferenceSession(graph, session_options, providers=list(_PROVIDERS))
     except NATIVE_ERRORS as error:
         raise BackendError(f"ONNX Runtime cannot load {path}: {describe(error)}") from error

@@ -19,7 +19,6 @@ from ldm_runtime.backends.contract import (
 )
 from ldm_runtime.bundle.manifest import Manifest
 from ldm_runtime.errors import BackendError
-from ldm_runtime.specs.model import axis_sizes
 from ldm_runtime.version import extra
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ ABILITIES = Abilities(
     min_shared_samples=1,
     is_prepared=_is_installed,
     takes_weights=True,
+    takes_branches=True,
     kept_shapes=kept_shapes,
     reduced=("bf16",),
     fastest=_fastest,
@@ -79,14 +79,14 @@ def open_engine(source: EngineSource) -> "OpenVinoEngine":
         cache=cache_for(source.hashes("fp32")) if source.check_hashes else None,
         kept=kept_shapes(source.manifest.weights_bytes(component.name)),
     )
-    sizes = axis_sizes(source.manifest.spec, component.name)
     return OpenVinoEngine(
         path,
         component,
-        sizes,
+        source.sizes,
         compilation,
         spec=source.manifest.spec,
         weights=source.changed_weights(path),
+        branches=source.branches,
     )
 
 

@@ -1,11 +1,12 @@
 """One component in OpenVINO's CPU plugin: static shapes, compiled when they are first needed."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import NO_TENSORS, Precision, Tensors
@@ -14,6 +15,7 @@ from ldm_runtime.backends.openvino.compiled_models import Latest
 from ldm_runtime.backends.openvino.library import load_openvino
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.backends.signatures import check_names
+from ldm_runtime.bundle.low_rank_branches import Branch
 from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec
@@ -55,13 +57,14 @@ class OpenVinoEngine(HostEngine):
         compilation: How it is compiled.
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
         weights: Weights that replace those of the weights file, by name.
+        branches: Low-rank branches that the graph gets.
 
     Raises:
         BackendError: OpenVINO cannot load the graph, or there are more threads than
             `processors.MAX_THREADS`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (all but the graph by name)
         self,
         path: Path,
         component: ComponentRecord,
@@ -70,6 +73,7 @@ class OpenVinoEngine(HostEngine):
         *,
         spec: ModelSpec | None = None,
         weights: Tensors = NO_TENSORS,
+        branches: Sequence[Branch] = (),
     ) -> None:
         super().__init__(component, sizes, _ERRORS, spec)
         settings = {
@@ -83,8 +87,9 @@ class OpenVinoEngine(HostEngine):
         if compilation.cache is not None:
             core.set_property({"CACHE_DIR": str(compilation.cache)})
         model = _read(core, path)
-        check_names(path, [each.get_any_name() for each in model.inputs], component)
         _replace_weights(model, weights)
+        _add_branches(model, branches)
+        check_names(path, [each.get_any_name() for each in model.inputs], component)
 
         def compiled(shapes: _Shapes) -> _CompiledModel:
             shaped = model.clone()
@@ -134,12 +139,57 @@ def _read(core: Any, path: Path) -> Any:  # noqa: ANN401
 def _replace_weights(model: Any, weights: Tensors) -> None:  # noqa: ANN401
     """Put weights in the place of constants that have their names."""
     openvino = load_openvino()
-    constants = {each.get_friendly_name(): each for each in model.get_ops()} if weights else {}
+    nodes = _named_nodes(model) if weights else {}
     for name, array in weights.items():
-        old = constants[name]
+        old = nodes[name]
         new = openvino.op.Constant(array)
         new.set_friendly_name(name)
         openvino.utils.replace_node(old, new)
+
+
+def _add_branches(model: Any, branches: Sequence[Branch]) -> None:  # noqa: ANN401
+    """Add low-rank branches, as `low_rank_branches.with_branches` does to a graph."""
+    openvino = load_openvino()
+    opset = openvino.opset15
+    nodes = _named_nodes(model) if branches else {}
+    for branch in branches:
+        node = _user_of(nodes[branch.weight])
+        users = list(node.output(0).get_target_inputs())
+        down, up = (
+            _parameter(name, shape, openvino.Type.f32) for name, shape in branch.shapes.items()
+        )
+        model.add_parameters([down, up])
+        seen = node.input_value(0)
+        if branch.place.is_convolution:
+            flat = opset.reshape(seen, np.array([0, 0, -1]), special_zero=True)
+            raised = opset.matmul(up, opset.matmul(down, flat, False, False), False, False)
+            update = opset.reshape(raised, opset.shape_of(node), special_zero=False)
+        else:
+            update = opset.matmul(opset.matmul(seen, down, False, False), up, False, False)
+        result = opset.add(node, update)
+        for user in users:
+            user.replace_source_output(result.output(0))
+    if branches:
+        model.validate_nodes_and_infer_types()
+
+
+def _named_nodes(model: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {each.get_friendly_name(): each for each in model.get_ops()}
+
+
+def _user_of(node: Any) -> Any:  # noqa: ANN401
+    """Return the one node that takes a weight, after a conversion of its type."""
+    (user,) = (each.get_node() for each in node.output(0).get_target_inputs())
+    return _user_of(user) if user.get_type_name() == "Convert" else user
+
+
+def _parameter(name: str, shape: Sequence[int], kind: Any) -> Any:  # noqa: ANN401
+    """Return an input with a batch of any size."""
+    openvino = load_openvino()
+    parameter = openvino.op.Parameter(kind, openvino.PartialShape([-1, *shape]))
+    parameter.set_friendly_name(name)
+    parameter.output(0).set_names({name})
+    return parameter
 
 
 def _first_line(error: Exception) -> str:
