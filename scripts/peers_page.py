@@ -88,7 +88,7 @@ def _setting(rows: Sequence[Row]) -> str:
         [
             f"One image of {settings['width']}×{settings['height']} pixels in {settings['steps']} "
             f"steps of Euler's method, guidance {settings['guidance_scale']:g}, "
-            f"{settings['threads']} threads, {rounds} repetitions. "
+            f"{settings['threads']} threads, {rounds} repetition{'' if rounds == 1 else 's'}. "
             f"{rows[0]['machine']}, {rows[0]['date'][:10]}.",
             f"Run `{rows[0]['run']}` of `benchmarks/results/{ROWS.name}`, measured by "
             "`python benchmarks/latency.py --peers` with:",
