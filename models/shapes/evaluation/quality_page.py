@@ -39,11 +39,12 @@ def _opening(last: Cell) -> str:
 These figures are of one small model of shapes, which predicts v. Stable Diffusion predicts noise,
 and the order of its samplers may be another: take from this page how to measure, not what to use.
 
-How many denoiser calls an image needs: every sampler of this package, with several numbers of
-steps, generates the same {last.settings["captions"]} held-out captions from the same noise with the
-[shapes model](../models/shapes/README.md), guidance {last.settings["guidance_scale"]}. Written by
-`python models/shapes/evaluate.py --report` from what `--sweep` measured; every cell is a line of
-`benchmarks/results/shapes_sweep.jsonl`. Bundle `{last.bundle_sha256[:12]}`.
+How many denoiser calls an image needs: every sampler of this package but `tcd`, with several
+numbers of steps, generates the same {last.settings["captions"]} held-out captions from the same
+noise with the [shapes model](../models/shapes/README.md), guidance
+{last.settings["guidance_scale"]}. Written by `python models/shapes/evaluate.py --report`
+from what `--sweep` measured; every cell is a line of `benchmarks/results/shapes_sweep.jsonl`.
+Bundle `{last.bundle_sha256[:12]}`.
 
 ![the shares that are right, and the distance, over denoiser calls](quality.png)"""
 
