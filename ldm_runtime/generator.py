@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ldm_runtime.adapters.files import AdapterFile
 from ldm_runtime.adapters.merging import AdapterInput, Adapters
 from ldm_runtime.backends import BackendName, get_backend
 from ldm_runtime.backends.contract import Precision, RunOptions
@@ -157,8 +156,7 @@ class Generator(Closing):
         self.bundle, self.manifest, self.backend = opened.folder, opened.manifest, opened.backend
         self.precision = get_backend(self.backend).ABILITIES.precision_of(options)
         self.spec = opened.model.spec
-        live = opened.model.live
-        self.live_adapters: Mapping[str, AdapterFile] = {} if live is None else live.files
+        self.live_adapters = opened.model.live
         self.bundle_sha256 = opened.model.origin.bundle_sha256
         self._batch_size = batch_size or 1
         self._network = opened.networks

@@ -47,8 +47,9 @@ class OpenBatch:
         if not self.is_live:
             return {}
         live = self.generator.live_adapters
+        files = {} if live is None else live.files
         for each in adapters:
-            if each.name not in live or live[each.name].sha256 != each.sha256:
+            if each.name not in files or files[each.name].sha256 != each.sha256:
                 raise _has_changed(each)
         return {each.name: each.scale for each in adapters}
 

@@ -130,7 +130,7 @@ def test_a_file_that_is_gone_leaves_the_others(small_bundle_fp32, tmp_path, capl
     with OpenModels({"engines": small_bundle_fp32}, settings) as models:
         opened = models.open("engines")
 
-        assert list(opened.generator.live_adapters) == ["style"]
+        assert list(opened.generator.live_adapters.files) == ["style"]
     assert "the adapter 'gone' is left out" in caplog.text
 
 
