@@ -85,6 +85,24 @@ def test_images_in_fp32_are_those_of_onnx_runtime(small_bundle_fp32):
 
 
 @pytest.mark.slow
+def test_weights_of_fp16_are_not_held_in_fp32_as_well(small_bundle_fp16):
+    """A conversion of weights that OpenVINO computes once takes twice their bytes in addition."""
+    spec = load_manifest(small_bundle_fp16).spec
+    inputs = random_inputs("unet", spec=spec, height=16, width=16)
+    with open_component(small_bundle_fp16, "unet") as engine:
+        outputs = engine.run(inputs)["prediction"]
+        (compiled,) = engine._compiled._values.values()
+        nodes = [each.get_rt_info() for each in compiled._compiled.get_runtime_model().get_ops()]
+    with get_backend("onnxruntime").open_engine(source_of(small_bundle_fp16)) as reference:
+        expected = reference.run(inputs)["prediction"]
+
+    constants = [each for each in nodes if each["layerType"].value == "Const"]
+    halves = [each for each in constants if each["runtimePrecision"].value == "f16"]
+    assert len(halves) > 20
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 @NEEDS_BF16
 def test_bf16_is_what_it_computes_in_unless_told_otherwise_and_says_so(small_bundle_fp32):
     inputs = random_inputs("unet", spec=load_manifest(small_bundle_fp32).spec, height=16, width=16)

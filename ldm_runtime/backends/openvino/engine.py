@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec
 
+#: From the type of stored weights to that of the graph.
+_WIDENED = ["f16", "f32"]
 _HINTS: Mapping[str, str] = {"fp32": "f32", "bf16": "bf16"}
 
 #: The lengths of every axis of every input, by which a compiled model is known.
@@ -89,6 +92,7 @@ class OpenVinoEngine(HostEngine):
         model = _read(core, path)
         _replace_weights(model, weights)
         _add_branches(model, branches)
+        _keep_half_weights(model)
         check_names(path, [each.get_any_name() for each in model.inputs], component)
 
         def compiled(shapes: _Shapes) -> _CompiledModel:
@@ -171,6 +175,43 @@ def _add_branches(model: Any, branches: Sequence[Branch]) -> None:  # noqa: ANN4
             user.replace_source_output(result.output(0))
     if branches:
         model.validate_nodes_and_infer_types()
+
+
+def _keep_half_weights(model: Any) -> None:  # noqa: ANN401
+    """Let weights stay fp16 in memory until a kernel takes them in its own order and precision.
+
+    A conversion to fp32 is computed when the model is compiled, which takes four bytes for every
+    weight in addition, unless it is marked as decompression. Python cannot set the mark; the
+    conversions that OpenVINO makes when it compresses a model have it, and take the others' places.
+    """
+    openvino = load_openvino()
+    conversions = [each for each in model.get_ordered_ops() if _widens_a_weight(each)]
+    marked = _marked_conversions(len(conversions)) if conversions else []
+    for old, new in zip(conversions, marked, strict=True):
+        new.input(0).replace_source_output(old.input_value(0))
+        new.set_friendly_name(old.get_friendly_name())
+        openvino.utils.replace_node(old, new)
+    model.validate_nodes_and_infer_types()
+
+
+def _widens_a_weight(node: Any) -> bool:  # noqa: ANN401
+    if node.get_type_name() != "Convert":
+        return False
+    types = node.get_input_element_type(0), node.get_output_element_type(0)
+    source = node.input_value(0).get_node()
+    return source.get_type_name() == "Constant" and [each.to_string() for each in types] == _WIDENED
+
+
+def _marked_conversions(count: int) -> list[Any]:
+    """Return conversions that are marked as decompression, of small constants."""
+    openvino = load_openvino()
+    transformations = import_module("openvino._offline_transformations")
+    opset, small = openvino.opset15, np.full((4, 4), 0.5, np.float32)
+    seen = opset.parameter([4, 4], openvino.Type.f32)
+    sums = [opset.add(seen, opset.constant(small)) for _ in range(count)]
+    model = openvino.Model(sums, [seen], "decompression")
+    transformations.compress_model_transformation(model)
+    return [each for each in model.get_ordered_ops() if each.get_type_name() == "Convert"]
 
 
 def _named_nodes(model: Any) -> dict[str, Any]:  # noqa: ANN401
