@@ -226,7 +226,7 @@ def test_a_key_that_calls_too_often_is_told_when_to_come_back(bundle):
 
 
 def test_logs_hold_no_prompt_and_no_address_of_an_image(call, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="ldm_serve")
 
     async def scenario(client, site):
         await client.post("/api/jobs", json={"request": {"prompt": "a secret wish"}})
