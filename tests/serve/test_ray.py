@@ -352,6 +352,17 @@ def test_a_bundle_that_cannot_be_opened_ends_the_batch(cluster, nodes, requests,
         run_here(cluster, requests, tmp_path / "out", tmp_path / "bundle")
 
 
+def test_a_node_without_the_adapter(bundle, tmp_path):
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(b"one")
+    bundles = NodeBundles.of_this_machine({"model": bundle}, [path])
+    assert bundles.why_not_here() is None
+
+    for change in (lambda: path.write_bytes(b"other"), path.unlink):
+        change()
+        assert f"has not the adapter {path}, or another" in bundles.why_not_here()
+
+
 @pytest.mark.parametrize("command", ["batch", "serve"])
 class TestRefusals:
     @pytest.fixture
@@ -387,16 +398,6 @@ class TestRefusals:
         message = refused(cluster.address, RAY_AUTH_TOKEN="")
 
         assert f"address: no token for the Ray cluster at {cluster.address}; " in message
-
-    def test_a_node_without_the_adapter(self, bundle, tmp_path):
-        path = tmp_path / "style.safetensors"
-        path.write_bytes(b"one")
-        bundles = NodeBundles.of_this_machine({"model": bundle}, [path])
-        assert bundles.why_not_here() is None
-
-        for change in (lambda: path.write_bytes(b"other"), path.unlink):
-            change()
-            assert f"has not the adapter {path}, or another" in bundles.why_not_here()
 
     @pytest.mark.parametrize("address", ["ray://localhost:10001", "auto", "localhost"])
     def test_of_what_is_no_address(self, address, refused):
