@@ -114,7 +114,8 @@ def fitting_adapters(
         BundleError: A folder is not a bundle.
     """
     fitting: dict[str, dict[str, NamedAdapter]] = {model: {} for model in bundles}
-    for name, file in _read_all(paths).items():
+    files = _read_all(paths)
+    for name, file in files.items():
         adapter = NamedAdapter(
             name=name, path=paths[name], sha256=file.sha256, metadata=file.metadata
         )
@@ -126,7 +127,7 @@ def fitting_adapters(
             raise RequestError("adapter", f"{name!r} fits none of the models, {model}: {reason}")
     if live:
         for model, adapters in fitting.items():
-            _check_live({name: each.path for name, each in adapters.items()}, bundles[model])
+            _check_live({name: files[name] for name in adapters}, bundles[model])
     return {model: MappingProxyType(adapters) for model, adapters in fitting.items()}
 
 
@@ -212,10 +213,10 @@ def _why_not(file: AdapterFile, bundle: Path) -> str | None:
     return None
 
 
-def _check_live(paths: Mapping[str, Path], bundle: Path) -> None:
+def _check_live(files: Mapping[str, AdapterFile], bundle: Path) -> None:
     """Check that adapters can be inputs of the networks of a bundle that they fit."""
     try:
-        LiveAdapters(_read_all(paths), bundle, load_manifest(bundle))
+        LiveAdapters(files, bundle, load_manifest(bundle))
     except ValueError as error:
         raise RequestError("live_adapters", str(error)) from error
 

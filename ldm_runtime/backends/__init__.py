@@ -82,7 +82,7 @@ class BackendEntry:
 
 
 #: What becomes of adapters; a backend that takes live ones takes merged ones with them.
-AdapterUse = Literal["none", "merged", "live"]
+AdapterMode = Literal["none", "merged", "live"]
 
 #: Every backend, in order of preference.
 BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
@@ -154,7 +154,7 @@ def choose_backend(
     *,
     bundle: Path | None = None,
     options: RunOptions = DEFAULT_OPTIONS,
-    adapters: AdapterUse = "none",
+    adapters: AdapterMode = "none",
 ) -> str:
     """Return the name of the backend to use: that of `name`, or for "auto" the first that can run.
 
@@ -200,7 +200,7 @@ def why_not(
     entries: Mapping[str, BackendEntry] = BACKENDS,
     *,
     options: RunOptions = DEFAULT_OPTIONS,
-    adapters: AdapterUse = "none",
+    adapters: AdapterMode = "none",
 ) -> str | None:
     """Say why a backend cannot run a bundle (None: any bundle) here; None if it can."""
     try:

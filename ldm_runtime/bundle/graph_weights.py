@@ -4,9 +4,8 @@ They keep the names of the network's parameters, in the layout in which the grap
 layout that is, only the nodes tell: a square matrix looks the same transposed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,10 +26,10 @@ from ldm_runtime.bundle.onnx_messages import (
     inside,
     integers,
     is_set,
+    read_once,
     texts,
 )
 from ldm_runtime.bundle.protocol_buffer import Field
-from ldm_runtime.errors import BundleError
 
 Array = npt.NDArray[np.floating]
 
@@ -82,21 +81,7 @@ def stored_weights(path: Path) -> Mapping[str, StoredWeight]:
     Raises:
         BundleError: The file is not an ONNX graph.
     """
-    status = path.stat()
-    return _stored_weights_of(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@lru_cache(maxsize=16)
-def _stored_weights_of(
-    path: Path, size: int, modified: int, inode: int
-) -> Mapping[str, StoredWeight]:
-    data = path.read_bytes()
-    try:
-        return MappingProxyType(_stored_weights(data))
-    except (ValueError, KeyError) as error:
-        raise BundleError(
-            f"{path} is not an ONNX graph: {error}; export the bundle again"
-        ) from None
+    return _read(path)
 
 
 def _stored_weights(data: bytes) -> dict[str, StoredWeight]:
@@ -108,6 +93,11 @@ def _stored_weights(data: bytes) -> dict[str, StoredWeight]:
         )
         for name, shape, kind, offset in _external_tensors(data, graph)
     }
+
+
+_read: Callable[[Path], Mapping[str, StoredWeight]] = read_once(
+    lambda data: MappingProxyType(_stored_weights(data))
+)
 
 
 def _external_tensors(data: bytes, graph: Field) -> Iterator[tuple[str, tuple[int, ...], int, int]]:

@@ -4,9 +4,8 @@ Where a graph computes y = W x, it then computes y + up (down x): a LoRA that ev
 batch has for itself, and that changes from call to call. Zeros are none.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -41,10 +40,11 @@ from ldm_runtime.bundle.onnx_messages import (
     graph_of,
     inside,
     integers,
+    read_graph,
+    read_once,
     texts,
 )
 from ldm_runtime.bundle.protocol_buffer import BYTES, Field, encoded, fields
-from ldm_runtime.errors import BundleError
 from ldm_runtime.specs.components import TensorSignature
 
 _FLOAT32, _INT64 = 1, 7
@@ -133,8 +133,7 @@ def places(path: Path) -> Mapping[str, Place]:
     Raises:
         BundleError: The file is not an ONNX graph.
     """
-    status = path.stat()
-    return _places_of(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    return _read(path)
 
 
 def with_branches(path: Path, branches: Sequence[Branch]) -> bytes:
@@ -143,30 +142,18 @@ def with_branches(path: Path, branches: Sequence[Branch]) -> bytes:
     Raises:
         BundleError: The file is not an ONNX graph.
     """
-    data, of_weight = path.read_bytes(), {each.weight: each for each in branches}
-    try:
-        parts, end = [], 0
-        for field in fields(data, 0, len(data)):
-            is_graph = (field.number, field.kind) == (MODEL_GRAPH, BYTES)
-            changed = b"".join(_changed_graph(data, field, of_weight)) if is_graph else b""
-            parts.append(encoded(MODEL_GRAPH, changed) if is_graph else data[end : field.end])
-            end = field.end
-    except ValueError as error:
-        raise _not_a_graph(path, error) from None
+    of_weight = {each.weight: each for each in branches}
+    return read_graph(path, lambda data: _changed_model(data, of_weight))
+
+
+def _changed_model(data: bytes, branches: Mapping[str, Branch]) -> bytes:
+    parts, end = [], 0
+    for field in fields(data, 0, len(data)):
+        is_graph = (field.number, field.kind) == (MODEL_GRAPH, BYTES)
+        changed = b"".join(_changed_graph(data, field, branches)) if is_graph else b""
+        parts.append(encoded(MODEL_GRAPH, changed) if is_graph else data[end : field.end])
+        end = field.end
     return b"".join(parts)
-
-
-@lru_cache(maxsize=16)
-def _places_of(path: Path, size: int, modified: int, inode: int) -> Mapping[str, Place]:
-    data = path.read_bytes()
-    try:
-        return MappingProxyType(dict(_places(data)))
-    except ValueError as error:
-        raise _not_a_graph(path, error) from None
-
-
-def _not_a_graph(path: Path, error: ValueError) -> BundleError:
-    return BundleError(f"{path} is not an ONNX graph: {error}; export the bundle again")
 
 
 def _places(data: bytes) -> Iterator[tuple[str, Place]]:
@@ -190,6 +177,11 @@ def _places(data: bytes) -> Iterator[tuple[str, Place]]:
             yield weight, Place(inputs=shape[0], outputs=shape[1], is_convolution=False)
         if operator == "Conv" and shape[2:] == (1, 1) and _is_plain(data, node):
             yield weight, Place(inputs=shape[1], outputs=shape[0], is_convolution=True)
+
+
+_read: Callable[[Path], Mapping[str, Place]] = read_once(
+    lambda data: MappingProxyType(dict(_places(data)))
+)
 
 
 def _uses(data: bytes, graph: Field) -> Iterator[tuple[str, Field]]:

@@ -3,9 +3,15 @@
 Source: onnx/onnx.proto of ONNX 1.20 for the numbers of fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
 
 from ldm_runtime.bundle.protocol_buffer import BYTES, VARINT, Field, fields, read_varint
+from ldm_runtime.errors import BundleError
+
+Result = TypeVar("Result")
 
 MODEL_GRAPH = 7
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_VALUE = 1, 5, 11, 13
@@ -27,6 +33,38 @@ def graph_of(data: bytes) -> Field:
     """
     (graph,) = inside(data, Field(0, BYTES, 0, len(data)), MODEL_GRAPH)
     return graph
+
+
+def read_graph(path: Path, read: Callable[[bytes], Result]) -> Result:
+    """Return what a function reads out of the file of a graph.
+
+    Raises:
+        BundleError: The file is not an ONNX graph.
+    """
+    data = path.read_bytes()
+    try:
+        return read(data)
+    except (ValueError, KeyError) as error:
+        raise BundleError(
+            f"{path} is not an ONNX graph: {error}; export the bundle again"
+        ) from None
+
+
+def read_once(read: Callable[[bytes], Result]) -> Callable[[Path], Result]:
+    """Return a function of a graph's path; repeated calls on an unchanged file are free.
+
+    The function raises what `read_graph` raises.
+    """
+
+    @lru_cache(maxsize=16)
+    def kept(path: Path, size: int, modified: int, inode: int) -> Result:
+        return read_graph(path, read)
+
+    def of_path(path: Path) -> Result:
+        status = path.stat()
+        return kept(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    return of_path
 
 
 def inside(data: bytes, message: Field, number: int) -> Iterator[Field]:

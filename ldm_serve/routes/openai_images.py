@@ -149,11 +149,12 @@ class OpenAIRoutes:
         self, request: Request, body: ImageRequest, inputs: Mapping[str, Any], kind: str
     ) -> Response:
         _check_neutral(body)
+        previews = bool(body.stream and body.partial_images)
         wish = Wish(
             format=body.output_format or "png",
             quality=body.output_compression,
-            previews=bool(body.stream and body.partial_images),
-            needs_previews=bool(body.stream and body.partial_images),
+            previews=previews,
+            needs_previews=previews,
             deadline_seconds=deadline_of(request),
         )
         check_compression(wish.format, wish.quality)
