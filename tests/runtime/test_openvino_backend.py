@@ -6,6 +6,7 @@ import shutil
 import threading
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -19,8 +20,9 @@ from ldm_runtime import Generator
 from ldm_runtime.backends import choose_backend, get_backend
 from ldm_runtime.backends.contract import EngineSource, RunOptions
 from ldm_runtime.backends.openvino import kept_shapes, library
-from ldm_runtime.backends.openvino.compiled_models import Latest, cache_for
+from ldm_runtime.backends.openvino.compiled_models import Latest
 from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
+from ldm_runtime.backends.openvino.model_cache import model_cache, remove_oldest
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.measures import psnr, relative_l2
 from ldm_runtime.diagnostics.verify import verify
@@ -281,74 +283,162 @@ def test_a_graph_that_does_not_load_is_one_sentence(own_bundle, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_a_compiled_model_is_read_again_by_the_next_process(tiny_bundle, cache):
-    backend = get_backend("openvino")
-    inputs = random_inputs("unet")
-    outputs, blobs = [], []
-    for _ in range(2):
-        with backend.open_engine(source_of(tiny_bundle)) as engine:
-            outputs.append(engine.run(inputs)["prediction"])
-            (shape,) = engine._compiled._values.values()
-            blobs.append([path.name for path in cache.rglob("*.blob")])
-
-    assert shape._compiled.get_property("LOADED_FROM_CACHE")
-    assert len(blobs[0]) == 1
-    assert blobs[0] == blobs[1]
-    assert np.array_equal(*outputs)
+def run_once(bundle, **changes):
+    """Open the UNet, run it once, and return its output and what OpenVINO compiled."""
+    with get_backend("openvino").open_engine(source_of(bundle, **changes)) as engine:
+        output = engine.run(random_inputs("unet"))["prediction"]
+        (shape,) = engine._compiled._values.values()
+    return output, shape._compiled
 
 
-def test_what_was_not_compared_with_the_hashes_is_neither_kept_nor_found(tiny_bundle, cache):
-    source = source_of(tiny_bundle, check_hashes=False)
+class TestModelsOnDisk:
+    """Compiled models in the cache folder of a user."""
 
-    with get_backend("openvino").open_engine(source) as engine:
-        engine.run(random_inputs("unet"))
+    def test_are_read_by_the_next_process(self, tiny_bundle, cache):
+        first, _ = run_once(tiny_bundle)
+        blobs = list(cache.rglob("*.blob"))
+        second, compiled = run_once(tiny_bundle)
 
-    assert not list(cache.rglob("*.blob"))
+        assert compiled.get_property("LOADED_FROM_CACHE")
+        assert len(blobs) == 1
+        assert list(cache.rglob("*.blob")) == blobs
+        assert np.array_equal(first, second)
+        (folder,) = (cache / "ldm-deploy/openvino").iterdir()
+        assert (folder, 0o700) == (blobs[0].parent, folder.stat().st_mode & 0o777)
+
+    def test_belong_to_what_they_were_compiled_for(self, tiny_bundle, cache, monkeypatch):
+        precisions = get_backend("openvino").ABILITIES.precisions
+        for precision in precisions:
+            for threads in (1, 2):
+                run_once(tiny_bundle, threads=threads, options=RunOptions(precision=precision))
+        assert len(list(cache.rglob("*.blob"))) == 2 * len(precisions)
+
+        monkeypatch.setattr(library, "processor_name", lambda: "another processor")
+        run_once(tiny_bundle, threads=1, options=RunOptions(precision="fp32"))
+        assert len(list(cache.rglob("*.blob"))) == 2 * len(precisions) + 1
+
+    def test_are_neither_kept_nor_found_without_a_comparison_of_hashes(self, tiny_bundle, cache):
+        run_once(tiny_bundle, check_hashes=False)
+
+        assert not list(cache.rglob("*.blob"))
+
+    @pytest.mark.slow
+    def test_are_none_of_networks_that_compile_as_fast(self, small_bundle_fp16, cache, monkeypatch):
+        """Nor do the weights' pages stay, whose kernels have their own copies."""
+        weights = small_bundle_fp16 / "unet/weights.bin"
+        expected = mapped_bytes(weights)
+        with open_component(small_bundle_fp16, "unet") as engine:
+            inputs = random_inputs("unet", spec=load_manifest(small_bundle_fp16).spec)
+            outputs = engine.run(inputs)["prediction"]
+            assert mapped_bytes(weights) > weights.stat().st_size / 2
+        monkeypatch.setattr("ldm_runtime.backends.openvino._LARGE_BYTES", 0)
+        source = source_of(small_bundle_fp16, options=RunOptions(precision="fp32"), threads=1)
+
+        with get_backend("openvino").open_engine(source) as engine:
+            assert np.array_equal(engine.run(inputs)["prediction"], outputs)
+            assert mapped_bytes(weights) < expected + weights.stat().st_size / 10
+
+        assert not list(cache.rglob("*.blob"))
+
+    def test_have_another_folder_for_other_weights(self, cache):
+        folders = [
+            model_cache(hashes).compiled("shape", lambda _: None)
+            for hashes in (["a" * 64], ["b" * 64], ["a" * 64])
+        ]
+
+        assert folders == [None] * 3
+        assert len(list((cache / "ldm-deploy/openvino").iterdir())) == 2
+
+    def test_are_not_read_from_where_others_can_write(self, cache, caplog):
+        assert model_cache(["a"]) is not None
+        (cache / "ldm-deploy/openvino").chmod(0o777)
+
+        with caplog.at_level(logging.WARNING):
+            assert model_cache(["a"]) is None
+
+        assert "can be written by others" in caplog.text
+
+    @pytest.mark.skipif(
+        not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write anywhere"
+    )
+    def test_are_not_kept_where_nothing_can_be_written_which_is_a_warning(self, cache, caplog):
+        cache.mkdir()
+        cache.chmod(0o500)
+
+        with caplog.at_level(logging.WARNING):
+            assert model_cache(["a" * 64]) is None
+
+        assert "set XDG_CACHE_HOME to a folder that can" in caplog.text
+
+    def test_appear_complete_or_not_at_all(self, cache):
+        """Nothing is left of one that fails, and the first of two processes has its way."""
+        kept = model_cache(["a"])
+
+        def fail(folder):
+            (folder / "1.blob").write_bytes(b"half")
+            raise RuntimeError("no memory")
+
+        with pytest.raises(RuntimeError, match="no memory"):
+            kept.compiled("shape", fail)
+        assert not list(kept.parent.iterdir())
+
+        def another_process_is_faster(folder):
+            (folder / "1.blob").write_bytes(b"second")
+            assert kept.compiled("shape", first) == "first"
+            return "second"
+
+        def first(folder):
+            (folder / "1.blob").write_bytes(b"first")
+            return "first"
+
+        assert kept.compiled("shape", another_process_is_faster) == "second"
+        (folder,) = kept.parent.iterdir()
+        assert (folder / "1.blob").read_bytes() == b"first"
+        assert kept.compiled("shape", lambda found: found) == folder
+
+    def test_go_when_there_are_too_many_the_oldest_first(self, cache, monkeypatch):
+        monkeypatch.setattr(f"{model_cache.__module__}.MOST_BYTES", 250)
+        kept = model_cache(["a"])
+
+        def compile_in(folder):
+            (folder / "1.blob").write_bytes(bytes(100))
+            return folder
+
+        folders = []
+        for age, shape in ((30, "a"), (20, "b")):
+            kept.compiled(shape, compile_in)
+            folders.append(kept.compiled(shape, lambda folder: folder))
+            then = folders[-1].stat().st_mtime - age
+            os.utime(folders[-1], (then, then))
+        kept.compiled("a", lambda folder: folder)  # used last now
+
+        kept.compiled("c", compile_in)
+
+        last = kept.compiled("c", lambda folder: folder)
+        assert [folder.exists() for folder in (*folders, last)] == [True, False, True]
+
+    def test_do_not_mind_what_else_lies_there(self, cache, monkeypatch):
+        kept = model_cache(["a"])
+        (kept.parent / ".DS_Store").write_bytes(b"")
+        monkeypatch.setattr(f"{model_cache.__module__}._STALE_SECONDS", -1.0)
+        killed = kept.parent / "partial-1"
+        killed.mkdir()
+
+        remove_oldest(kept.parent, but=killed)
+
+        assert [path.name for path in kept.parent.iterdir()] == [".DS_Store"]
 
 
-def test_weights_with_another_hash_have_another_folder(cache):
-    first, second = cache_for(["a" * 64, "b" * 64]), cache_for(["a" * 64, "c" * 64])
-
-    assert first != second
-    assert first.parent == second.parent == cache / "ldm-deploy/openvino"
-    assert first.stat().st_mode & 0o777 == 0o700
-
-
-def test_no_compiled_model_is_read_from_where_others_can_write(tiny_bundle, cache, caplog):
-    source = source_of(tiny_bundle)
-    cache_for(source.hashes("fp32"))
-    (cache / "ldm-deploy/openvino").chmod(0o777)
-
-    with caplog.at_level(logging.WARNING):
-        folder = cache_for(source.hashes("fp32"))
-
-    assert folder is None
-    assert "can be written by others" in caplog.text
-
-
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_cannot_be_written_is_a_warning(cache, caplog):
-    cache.mkdir()
-    cache.chmod(0o500)
-
-    with caplog.at_level(logging.WARNING):
-        assert cache_for(["a" * 64]) is None
-
-    assert "set XDG_CACHE_HOME to a folder that can" in caplog.text
-
-
-def test_the_oldest_compiled_models_go_when_there_are_too_many(cache, monkeypatch):
-    module = "ldm_runtime.backends.openvino.compiled_models"
-    monkeypatch.setattr(f"{module}.MOST_BYTES", 250)
-    folders = [cache_for([letter * 64]) for letter in "abc"]
-    for age, folder in zip((30, 20, 10), folders, strict=True):
-        (folder / "1.blob").write_bytes(bytes(100))
-        then = folder.stat().st_mtime - age
-        os.utime(folder, (then, then))
-
-    kept = cache_for(["d" * 64])
-
-    assert [folder.exists() for folder in (*folders, kept)] == [False, True, True, True]
+def mapped_bytes(file):
+    """Return how many bytes of a file are in this process's memory."""
+    total, is_of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):
+            is_of_file = line.endswith(str(file))
+        elif name == "Rss:" and is_of_file:
+            total += 1024 * int(rest.split()[0])
+    return total
 
 
 @pytest.mark.skipif(not can_forbid_sockets(), reason="needs Linux to forbid sockets")

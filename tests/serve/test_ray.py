@@ -42,6 +42,7 @@ from ldm_serve.executors.ray import RayExecutor
 from ldm_serve.executors.ray_worker import NodeBundles, RayWorker
 from ldm_serve.routes.jobs import data_url
 from ldm_serve.settings import EngineSettings, ServeSettings
+from tests.serve.adapter_files import write_lora
 from tests.serve.asgi import calling
 from tests.serve.batches import results_of
 from tests.serve.conftest import serving
@@ -208,9 +209,9 @@ def hashes(out):
     return found
 
 
-def inline(requests, out, bundle):
+def inline(requests, out, bundle, *flags):
     """Return the hashes of the images that this process generates."""
-    flags = ["--executor", "inline", "--quiet"]
+    flags = ["--executor", "inline", "--quiet", *flags]
     assert main(arguments(requests, out, bundle, *flags)) == 0
     return hashes(out)
 
@@ -223,6 +224,23 @@ def test_images_are_those_of_one_process(cluster, nodes, requests, bundle, tmp_p
     assert "error" not in errors
     assert hashes(tmp_path / "out") == inline(requests, tmp_path / "inline", bundle)
     wait_until(lambda: not workers(), "actors have ended")
+
+
+@pytest.mark.parametrize("flags", [[], ["--live-adapters"]], ids=["merged", "live"])
+def test_images_with_adapters_are_those_of_one_process(
+    cluster, nodes, small_bundle_fp32, tmp_path, flags
+):
+    flags = ["--adapter", write_lora(tmp_path / "style.safetensors"), *flags]
+    requests, adapters = tmp_path / "r.jsonl", ([], "style@0.7", "style@-0.3")
+    lines = [{**QUICK, "seed": seed, "adapters": each} for each in adapters for seed in range(4)]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    with started(cluster, requests, tmp_path / "out", small_bundle_fp32, *flags) as process:
+        end(process)
+
+    found = hashes(tmp_path / "out")
+    assert found == inline(requests, tmp_path / "inline", small_bundle_fp32, *flags)
+    assert len({sha256 for _, sha256 in found.values()}) == len(lines)
 
 
 def test_a_node_that_dies_loses_nothing(cluster, nodes, requests, bundle, tmp_path):

@@ -17,14 +17,19 @@ from ldm_runtime.backends.contract import (
     RunOptions,
     lacks_graph,
 )
+from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.bundle.manifest import Manifest
 from ldm_runtime.errors import BackendError
 from ldm_runtime.version import extra
 
 if TYPE_CHECKING:
     from ldm_runtime.backends.openvino.engine import OpenVinoEngine
+    from ldm_runtime.backends.openvino.model_cache import ModelCache
 
 
+#: Bytes of weights from which compiling takes about as long as reading what was compiled, so that
+#: it is not kept on disk.
+_LARGE_BYTES = 100_000_000
 #: Compiled shapes of a component that stay in memory, at least and at most, and bytes of weights
 #: that they may have together. Each has its own copy, in the order and precision of its kernels.
 _FEWEST_SHAPES, _MOST_SHAPES, _MOST_BYTES = 2, 16, 1_000_000_000
@@ -67,17 +72,19 @@ ABILITIES = Abilities(
 
 def open_engine(source: EngineSource) -> "OpenVinoEngine":
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
-    from ldm_runtime.backends.openvino.compiled_models import cache_for
     from ldm_runtime.backends.openvino.engine import Compilation, OpenVinoEngine
 
     path = source.graph("fp32")
     component = source.component
+    precision = ABILITIES.precision_of(source.options)
+    weights_bytes = source.manifest.weights_bytes(component.name)
+    is_large = weights_bytes > _LARGE_BYTES
     compilation = Compilation(
-        precision=ABILITIES.precision_of(source.options),
+        precision=precision,
         threads=source.threads,
-        # What was not compared with the hashes must not be found by them later.
-        cache=cache_for(source.hashes("fp32")) if source.check_hashes else None,
-        kept=kept_shapes(source.manifest.weights_bytes(component.name)),
+        cache=None if is_large else _cache(source, precision),
+        mapped=source.bundle / component.weights_file if is_large else None,
+        kept=kept_shapes(weights_bytes),
     )
     return OpenVinoEngine(
         path,
@@ -88,6 +95,18 @@ def open_engine(source: EngineSource) -> "OpenVinoEngine":
         weights=source.changed_weights(path),
         branches=source.branches,
     )
+
+
+def _cache(source: EngineSource, precision: Precision) -> "ModelCache | None":
+    """Return the compiled models on disk; without any, what is not compared with its hashes."""
+    from ldm_runtime.backends.openvino.library import load_openvino, processor_name
+    from ldm_runtime.backends.openvino.model_cache import model_cache
+
+    if not source.check_hashes:
+        return None
+    threads = str(compute_threads(source.threads))
+    settings = [load_openvino().__version__, processor_name(), precision, threads]
+    return model_cache([*settings, *source.hashes("fp32")])
 
 
 def why_not(

@@ -41,3 +41,9 @@ def has_bf16() -> bool:
     """Return whether this processor computes in bf16."""
     core = load_openvino().Core()
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@cache
+def processor_name() -> str:
+    """Return the name of this machine's processor."""
+    return str(load_openvino().Core().get_property("CPU", "FULL_DEVICE_NAME"))
