@@ -106,16 +106,13 @@ class LazyTensor:
         """Return its values.
 
         The array is a read-only view of the mapped file, which it keeps mapped, and may be
-        unaligned there. Only bfloat16, which NumPy lacks, is widened into a fresh float32 array.
+        unaligned there. Only bfloat16 and types of 8 bits, which NumPy lacks, are widened into a
+        fresh float32 array.
 
         Raises:
-            CheckpointError: NumPy has no counterpart of its type.
             ValueError: The checkpoint is closed.
         """
-        try:
-            return tensor_values(self.extent, self.file.bytes)
-        except FormatError as error:
-            raise CheckpointError(self.file.path, f"tensor {self.name!r} {error}") from error
+        return tensor_values(self.extent, self.file.bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

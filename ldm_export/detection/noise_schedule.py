@@ -15,7 +15,12 @@ from ldm_runtime.schedules import without_infinite_noise
 
 _EXACT_TYPES = frozenset({"float32", "float64"})
 #: Error of values near 1 after rounding to a type that is too coarse to be used itself.
-_ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+_ROUNDING = {
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "float8_e4m3fn": 2.0**-4,
+    "float8_e5m2": 2.0**-3,
+}
 _SAME = 1e-5
 
 Float64Array = npt.NDArray[np.float64]

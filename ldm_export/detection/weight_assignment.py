@@ -17,7 +17,12 @@ from ldm_export.hyperparameters.shapes import Shapes, listed
 
 logger = logging.getLogger(__name__)
 
-_STORED_TYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+_STORED_TYPES = frozenset(
+    {"float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"}
+)
+#: Ends of the names of tensors by which weights of 8 bits are multiplied, and of the mark of files
+#: with any, as ComfyUI writes them.
+_SCALES = frozenset({"scale_weight", "weight_scale", "scaled_fp8"})
 #: Beginning of the names of moving averages.
 EMA_PREFIX = "model_ema."
 
@@ -189,6 +194,12 @@ def _check_types(tensors: Tensors, assigned: frozenset[str]) -> None:
         raise WeightsError(
             f"{len(wrong)} weights are stored as {types} ({listed(wrong)}); only "
             f"{', '.join(sorted(_STORED_TYPES))} can be read, so use an unquantised checkpoint"
+        )
+    scales = [name for name in tensors if name.rpartition(".")[2] in _SCALES]
+    if scales and any(tensors[name].dtype.startswith("float8") for name in assigned):
+        raise WeightsError(
+            f"weights of 8 bits are to be multiplied by {len(scales)} others ({listed(scales)}), "
+            "which cannot be done here; use a checkpoint without such scales, as of fp16"
         )
 
 

@@ -16,7 +16,7 @@ from ldm_runtime.tensor_files.lazy_tensors import LazyTensor
 _ALPHA = "alpha"
 _MAGNITUDES = frozenset({"dora_scale", "lora_magnitude_vector"})
 _BIASES = frozenset({"diff_b", "b_norm"})
-_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+_FLOATS = frozenset({"float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"})
 
 
 @dataclass(frozen=True, kw_only=True)

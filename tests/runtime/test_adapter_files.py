@@ -591,15 +591,25 @@ def test_differences_of_biases_are_finite(value):
         layer.adapted_bias(array(1, 2), 1.0)
 
 
-def test_float8_is_not_read():
-    tensors = lora()
-    file = safetensors(
-        {name: np.zeros(each.shape, np.uint8) for name, each in tensors.items()},
-        types=dict.fromkeys(tensors, "F8_E4M3"),
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("F8_E4M3", {0x38: 1.0, 0xC1: -2.25, 0x01: 2**-9, 0x7E: 448.0}),
+        ("F8_E5M2", {0x3C: 1.0, 0xC1: -2.5, 0x01: 2**-16, 0x7B: 57344.0}),
+    ],
+)
+def test_types_of_8_bits_are_read(kind, values):
+    one = next(byte for byte, value in values.items() if value == 1)
+    tensors = kohya(
+        lora_down_weight=np.array([list(values)], np.uint8),
+        lora_up_weight=np.array([[one]], np.uint8),
     )
+    file = read_adapter(safetensors(tensors, types=dict.fromkeys(tensors, kind)))
+    (layer,) = file.layers.values()
 
-    with pytest.raises(ValueError, match="lora_down of type float8_e4m3fn; save the adapter in"):
-        read_adapter(file)
+    adapted = layer.adapted(np.zeros((1, 4), np.float32), 1.0)
+
+    assert adapted.tolist() == [list(values.values())]
 
 
 # --- damaged files --------------------------------------------------------------------------------
