@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 
 from ldm_runtime.backends.contract import Engine, Tensors
@@ -60,6 +60,8 @@ class Turns:
 class TakingTurns:
     """A network that is open while it runs, and until another one runs.
 
+    Two of the same turns and key are equal: they run the same engine, in shared calls too.
+
     Attributes:
         turns: What it shares with the others.
         key: What names its engine.
@@ -68,7 +70,7 @@ class TakingTurns:
 
     turns: Turns
     key: object
-    open_engine: Callable[[], Engine]
+    open_engine: Callable[[], Engine] = field(compare=False)
 
     def run(self, inputs: Tensors) -> Tensors:
         """Run once; see `ldm_runtime.backends.contract.Runner`.

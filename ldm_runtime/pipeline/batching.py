@@ -210,10 +210,16 @@ class SharedRunner:
 
 
 class _JoiningNetwork:
-    """A network that answers several calls at once and keeps their constants bound."""
+    """A network that answers several calls at once and keeps their constants bound.
+
+    Attributes:
+        engine: The network.
+        users: The loops that have called it and have not ended.
+    """
 
     def __init__(self, engine: Runner) -> None:
-        self._engine = engine
+        self.engine = engine
+        self.users: set[int] = set()
         self._bound = engine
         self._constants: Sequence[Tensors] = ()
 
@@ -233,7 +239,7 @@ class _JoiningNetwork:
         """Bind, unless the same arrays are bound already: a device would upload them again."""
         if _identities(constants) != _identities(self._constants):
             joined = _join(constants)
-            self._bound = bind_constants(self._engine, joined) if joined else self._engine
+            self._bound = bind_constants(self.engine, joined) if joined else self.engine
             self._constants = constants
         return self._bound
 
@@ -258,7 +264,7 @@ class LoopScheduler(Generic[Item]):
     ) -> None:
         if max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
-        self._networks: list[tuple[Runner, _JoiningNetwork]] = []
+        self._networks: list[_JoiningNetwork] = []
         self._min_samples, self._max_samples = min_samples, max_samples
         self._takes_turns = takes_turns
         self._threads: dict[int, _LoopThread[Item]] = {}
@@ -305,7 +311,9 @@ class LoopScheduler(Generic[Item]):
             chosen: From `next_call`, or some of those.
         """
         calls = [self._waiting[index] for index in chosen]
-        answers = self._network(calls[0].engine).run(calls)
+        network = self._network(calls[0].engine)
+        network.users.update(chosen)
+        answers = network.run(calls)
         for index in chosen:
             del self._waiting[index]
         for index, answer in zip(chosen, answers, strict=True):
@@ -318,6 +326,7 @@ class LoopScheduler(Generic[Item]):
         if thread := self._threads.pop(index, None):
             thread.stop()
             thread.join()
+        self._forget(index)
 
     def close(self) -> None:
         """Stop all loops."""
@@ -335,6 +344,7 @@ class LoopScheduler(Generic[Item]):
                 return
             if isinstance(event, LoopEnd):
                 self._threads.pop(index).join()
+                self._forget(index)
                 yield event
                 return
             yield event
@@ -342,11 +352,17 @@ class LoopScheduler(Generic[Item]):
 
     def _network(self, engine: Runner) -> _JoiningNetwork:
         """Return the network that answers the calls of an engine."""
-        for known, network in self._networks:
-            if known == engine:
+        for network in self._networks:
+            if network.engine == engine:
                 return network
-        self._networks.append((engine, _JoiningNetwork(engine)))
-        return self._networks[-1][1]
+        self._networks.append(_JoiningNetwork(engine))
+        return self._networks[-1]
+
+    def _forget(self, index: int) -> None:
+        """Forget a loop that has ended, and with their constants the networks it used alone."""
+        for network in self._networks:
+            network.users.discard(index)
+        self._networks = [each for each in self._networks if each.users]
 
     def _can_join(self, index: int, other: int) -> bool:
         calls = [self._waiting[index], self._waiting[other]]

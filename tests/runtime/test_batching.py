@@ -17,7 +17,7 @@ from ldm_runtime.backends.contract import BoundInputs, EngineSource
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.conditioning import Conditioning
 from ldm_runtime.errors import ShapeError
-from ldm_runtime.pipeline.batching import in_order, run_together
+from ldm_runtime.pipeline.batching import LoopScheduler, in_order, run_together
 from ldm_runtime.pipeline.passes import open_passes
 from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.requests.resolution import resolve
@@ -259,6 +259,33 @@ def test_other_constants_of_the_same_loop_are_bound_anew():
             yield engine.bind({"c": constant}).run({"x": column(0)})["y"].item()
 
     assert list(run_together([loop], CountingEngine(), max_samples=1)) == [(0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_network_that_no_loop_uses_any_more_is_forgotten(is_stopped):
+    """Its constants would stay in memory, on a GPU too."""
+    first, second = doubling(), doubling()
+    scheduler = LoopScheduler(max_samples=1)
+
+    def loop(share):
+        for engine in (first, second):
+            share(engine).run({"x": column(1)})
+        yield None
+
+    def call(index):
+        list(scheduler.call([index]))
+        return [each.engine for each in scheduler._networks]
+
+    for index in range(2):
+        list(scheduler.begin(index, loop))
+
+    assert call(0) == call(1) == [first]
+    assert call(0) == [first]  # the second was that loop's alone, which has ended
+    if is_stopped:
+        scheduler.stop(1)
+        assert scheduler._networks == []
+    else:
+        assert call(1) == []
 
 
 def test_only_the_thread_that_consumes_calls_the_network():

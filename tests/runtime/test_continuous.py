@@ -120,6 +120,24 @@ def test_requests_share_calls_of_the_unet(generator, sizes):
     assert sizes == [2, 4, 4, 4, 2]  # two samples each, with guidance; the second came a step late
 
 
+def test_networks_that_take_turns_are_shared_and_kept_for_no_image(tiny_bundle, sizes):
+    requests = [GenerationRequest("red", seed=seed, num_inference_steps=3) for seed in range(4)]
+    kept = []
+
+    with (
+        Generator(tiny_bundle, threads=1, low_memory=True) as generator,
+        generator.open_batch(max_batch=2) as batch,
+    ):
+        for request in requests:
+            batch.add(request)
+        while batch:
+            batch.advance()
+            kept.append(len(batch._scheduler._networks))
+
+    assert sizes == [4] * 6  # two images of two samples, twice three steps
+    assert kept == [1, 1, 0] * 2
+
+
 def test_no_request_waits_for_the_end_of_another_size(generator):
     with generator.open_batch(max_batch=4) as batch:
         long = batch.add(GenerationRequest("red", height=24, num_inference_steps=50))
