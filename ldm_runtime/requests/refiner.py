@@ -8,6 +8,7 @@ from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolved import NoRefiner, Refiner, SamplingPass
 from ldm_runtime.requests.sizes import latents_covering
 from ldm_runtime.specs.model import ModelSpec, latent_step
+from ldm_runtime.specs.tasks import embeds_guidance
 
 #: Tasks whose requests have all that a text-to-image model needs, and are guided like its own.
 _REFINED = ("text-to-image", "text-inpainting")
@@ -50,13 +51,15 @@ def check_refiner(spec: ModelSpec, refiner: ModelSpec) -> None:
     """Check that a model can make the last steps of another's requests.
 
     Raises:
-        BundleError: It takes other requests, or has other latents or another noise schedule.
+        BundleError: It takes other requests or guidance otherwise, or has other latents or another
+            noise schedule.
     """
     if refiner.task != "text-to-image" or spec.task not in _REFINED:
         raise BundleError(
             f"a refiner is text-to-image, and refines {' and '.join(_REFINED)}; these bundles are "
             f"{refiner.task} and {spec.task}"
         )
+    _check_guidance(spec, refiner)
     for what, ours, other in (
         ("latent channels", spec.autoencoder.embed_dim, refiner.autoencoder.embed_dim),
         ("pixels per latent pixel", spec.autoencoder.factor, refiner.autoencoder.factor),
@@ -86,6 +89,18 @@ def check_refiner(spec: ModelSpec, refiner: ModelSpec) -> None:
             "the refiner was trained with another noise schedule than the bundle; give one with "
             "the same"
         )
+
+
+def _check_guidance(spec: ModelSpec, refiner: ModelSpec) -> None:
+    """Check that a request asks as many samples of both UNets, or it would guide but one."""
+    if embeds_guidance(spec) == embeds_guidance(refiner):
+        return
+    pair = ("the refiner", "the bundle")
+    takes, lacks = pair if embeds_guidance(refiner) else pair[::-1]
+    raise BundleError(
+        f"the UNet of {takes} takes the guidance scale as an input, and that of {lacks} does not; "
+        "give a refiner that is guided like the bundle"
+    )
 
 
 def _are_close(ours: Sequence[float], others: Sequence[float]) -> bool:

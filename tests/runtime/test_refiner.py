@@ -24,6 +24,8 @@ from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks, tiny_spec
 from ldm_runtime.text import ClipTokenizer
 
+#: The tiny model with the guidance scale as an input, as latent consistency models have it.
+EMBEDDING = TINY_SPEC.with_networks(unet=replace(TINY_SPEC.unet, guidance_dim=8))
 PICTURE = np.full((16, 16, 3), 99, dtype=np.uint8)
 FIELDS = {"prompt": "red", "seed": 5, "num_inference_steps": 10, "schedule": "trailing"}
 
@@ -263,6 +265,16 @@ def test_layers_that_the_refiner_does_not_have_cannot_be_skipped():
         (tiny_spec("image-editing"), TINY_SPEC, "are text-to-image and image-editing"),
         (
             TINY_SPEC,
+            EMBEDDING,
+            "of the refiner takes the guidance scale as an input, and that of the bundle does not",
+        ),
+        (
+            EMBEDDING,
+            TINY_SPEC,
+            "of the bundle takes the guidance scale as an input, and that of the refiner does not",
+        ),
+        (
+            TINY_SPEC,
             TINY_SPEC.with_networks(autoencoder=replace(TINY_SPEC.autoencoder, embed_dim=3)),
             "has 3 latent channels, and the bundle 4",
         ),
@@ -289,6 +301,12 @@ def test_a_schedule_that_was_rounded_fits():
     rounded = tuple(float(np.float32(value)) for value in TINY_SPEC.alphas_cumprod)
 
     check_refiner(tiny_spec("text-inpainting"), replace(TINY_SPEC, alphas_cumprod=rounded))
+
+
+def test_models_that_both_take_guidance_as_an_input_fit():
+    wider = TINY_SPEC.with_networks(unet=replace(TINY_SPEC.unet, guidance_dim=16))
+
+    check_refiner(EMBEDDING, wider)
 
 
 def test_a_bundle_that_does_not_fit_is_refused_before_its_networks_are_opened(
