@@ -35,6 +35,11 @@ class RequestError(LdmError):
         self.field = field
         super().__init__(f"{field}: {message}")
 
+    @property
+    def reason(self) -> str:
+        """The message without the field, for the same error of another one."""
+        return str(self).removeprefix(f"{self.field}: ")
+
 
 class DeadlineError(LdmError):
     """A request took longer than it was given."""

@@ -31,7 +31,7 @@ from ldm_runtime.latents.codec import decode_latents, encode_image
 from ldm_runtime.pipeline.continuous import ContinuousBatch
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.image_pipeline import ImagePipeline
-from ldm_runtime.pipeline.opening import OpeningOptions, open_bundle
+from ldm_runtime.pipeline.opening import OpeningOptions, open_bundle, open_refiner
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, batches
 from ldm_runtime.pipeline.step_reports import report_results, report_steps
@@ -146,11 +146,7 @@ class Generator(Closing):
             turns=Turns() if low_memory else None,
         )
         opened = open_bundle(bundle, opening, sha256=sha256)
-        self._refiner = (
-            None
-            if refiner is None
-            else open_bundle(refiner, replace(opening, adapters={}, live_adapters={}))
-        )
+        self._refiner = None if refiner is None else open_refiner(refiner, opening)
         if self._refiner is not None:
             check_refiner(opened.model.spec, self._refiner.model.spec)
         self.bundle, self.manifest, self.backend = opened.folder, opened.manifest, opened.backend

@@ -10,7 +10,7 @@ Source: `modules/textual_inversion/textual_inversion.py` of AUTOMATIC1111/stable
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -31,9 +31,11 @@ from ldm_runtime.text import LearnedWord
 _MAX_BYTES = 32 << 20
 _WANTED = "give a textual inversion as .pt, .bin or .safetensors"
 _BRACKETS = frozenset("()[]\\")  # the syntax of a prompt
-#: The kind of text encoder that a tensor is for, by its name in files for two.
-_KINDS: Mapping[str, str] = MappingProxyType({"clip_l": "clip", "clip_g": "openclip"})
-_NUMBERED = "text_encoders_"
+#: The kind of text encoder that a tensor is for, by its name in files for SDXL, which has two.
+_KINDS: tuple[Mapping[str, str], ...] = (
+    MappingProxyType({"clip_l": "clip", "clip_g": "openclip"}),
+    MappingProxyType({"text_encoders_0": "clip", "text_encoders_1": "openclip"}),
+)
 
 Float32Array = npt.NDArray[np.float32]
 Encoders = Mapping[str, TextEncoderSpec]
@@ -124,13 +126,13 @@ def _keys_of(tensors: Mapping[str, npt.NDArray[np.generic]], encoders: Encoders)
     Raises:
         FormatError: The file has others, or too many.
     """
-    if tensors.keys() == _KINDS.keys():
-        keys = {name: key for name, each in encoders.items() for key in _of_kind(each)}
-    elif all(key.startswith(_NUMBERED) for key in tensors):
-        keys = dict(zip(encoders, sorted(tensors), strict=False))
-    else:
+    kinds = next((each for each in _KINDS if each.keys() == tensors.keys()), None)
+    if kinds is None:
         keys = dict(zip(encoders, tensors, strict=False))
-    is_refiner = list(keys.values()) == ["clip_g"] and len(encoders) == 1
+    else:
+        by_kind = {kind: key for key, kind in kinds.items()}
+        keys = {name: by_kind[each.kind] for name, each in encoders.items() if each.kind in by_kind}
+    is_refiner = kinds is not None and [each.kind for each in encoders.values()] == ["openclip"]
     if is_refiner or len(tensors) == len(encoders) == len(set(keys.values())):
         return keys
     found = ", ".join(f"{key} {_shape(array)}" for key, array in list(tensors.items())[:4])
@@ -139,10 +141,6 @@ def _keys_of(tensors: Mapping[str, npt.NDArray[np.generic]], encoders: Encoders)
         f"holds {len(tensors)} tensors ({found or 'none'}), and this bundle takes one for each of "
         f"its text encoders, with vectors of {wanted} numbers; give an embedding for this model"
     )
-
-
-def _of_kind(encoder: TextEncoderSpec) -> Iterator[str]:
-    return (key for key, kind in _KINDS.items() if kind == encoder.kind)
 
 
 def _checked(array: npt.NDArray[np.generic], name: str, encoder: TextEncoderSpec) -> Float32Array:

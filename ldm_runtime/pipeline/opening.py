@@ -20,7 +20,7 @@ from ldm_runtime.backends.turns import Turns
 from ldm_runtime.bundle.files import checked_file, sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, Manifest, load_manifest
 from ldm_runtime.conditioning import open_tokenizer
-from ldm_runtime.errors import RequestError
+from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.inputs.textual_inversion import read_learned_words
 from ldm_runtime.pipeline.live_adapters import origin_of
 from ldm_runtime.pipeline.open_model import OpenModel, Origin
@@ -101,6 +101,24 @@ def open_bundle(
     return OpenBundle(
         folder=folder, manifest=manifest, backend=backend, networks=networks, model=model
     )
+
+
+def open_refiner(bundle: str | Path, options: OpeningOptions) -> OpenBundle:
+    """Open the bundle of a refiner, which takes no adapters.
+
+    Args:
+        bundle: Folder made by `ldm-export`.
+        options: How the refined bundle is opened.
+
+    Raises:
+        LdmError: See `open_bundle`; the sentence says that it is about the refiner.
+    """
+    try:
+        return open_bundle(bundle, replace(options, adapters={}, live_adapters={}))
+    except RequestError as error:
+        raise RequestError(error.field, f"the refiner: {error.reason}") from error
+    except LdmError as error:
+        raise type(error)(f"the refiner: {error}") from error
 
 
 def _networks(

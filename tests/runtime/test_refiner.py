@@ -322,6 +322,13 @@ def test_a_bundle_that_does_not_fit_is_refused_before_its_networks_are_opened(
     assert "a refiner is text-to-image" in capsys.readouterr().err
 
 
+def test_a_refiner_that_cannot_be_opened_is_named(tiny_bundle, own_bundle):
+    (own_bundle / "tokenizer/merges.txt").unlink()
+
+    with pytest.raises(BundleError, match=r"^the refiner: .*merges\.txt"):
+        Generator(tiny_bundle, refiner=own_bundle)
+
+
 def test_the_command_refines_and_repeats_what_it_refined(tiny_bundle, tmp_path, caplog):
     first, again, plain = (tmp_path / name for name in ("first.png", "again.png", "plain.png"))
     pair = ("--bundle", str(tiny_bundle), "--refiner", str(tiny_bundle))

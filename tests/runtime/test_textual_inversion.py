@@ -131,11 +131,12 @@ def test_a_word_is_not_parted_by_the_end_of_a_chunk():
     assert [(call["tokens"] == VOCABULARY).sum() for call in calls] == [0, 4]
 
 
-def test_each_text_encoder_has_its_own_vectors():
+@pytest.mark.parametrize("names", [("clip_g", "clip_l"), ("text_encoders_1", "text_encoders_0")])
+def test_each_text_encoder_has_its_own_vectors(names):
     first = dataclasses.replace(TINY_SPEC.network(TextEncoderSpec), width=4)
     second = dataclasses.replace(first, kind="openclip", pad_token_id=0)
     spec = TINY_SPEC.with_networks(text_encoder=first, text_encoder_2=second)
-    tensors = {"clip_g": vectors(2, 4, seed=1), "clip_l": vectors(2, 4, seed=2)}
+    tensors = {name: vectors(2, 4, seed=seed) for seed, name in enumerate(names, start=1)}
     words = read_learned_words({"<cat>": safetensors(**tensors)}, spec)
     engines = {
         name: FakeEngine(lambda inputs: {"context": inputs["learned_embeddings"]})
@@ -147,7 +148,7 @@ def test_each_text_encoder_has_its_own_vectors():
         engines.__getitem__, ClipTokenizer([], words), request, spec
     ).context
 
-    both = np.concatenate([tensors["clip_l"], tensors["clip_g"]], axis=1)
+    both = np.concatenate([vectors(2, 4, seed=2), vectors(2, 4, seed=1)], axis=1)
     np.testing.assert_array_equal(context[0, 1:3], both)
 
 
@@ -219,14 +220,27 @@ def test_text_encoders_take_equally_many_vectors():
         read_learned_words({"cat": file}, spec)
 
 
-def test_a_refiner_takes_its_part_of_a_file_for_sdxl():
+SDXL_NAMES = [("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1")]
+
+
+@pytest.mark.parametrize("names", SDXL_NAMES)
+def test_a_refiner_takes_its_part_of_a_file_for_sdxl(names):
     record = dataclasses.replace(TINY_SPEC.network(TextEncoderSpec), kind="openclip")
     spec = TINY_SPEC.with_networks(text_encoder=record)
-    tensors = {"clip_l": vectors(2, 12), "clip_g": vectors(2, seed=1)}
+    first, second = vectors(2, 12), vectors(2, seed=1)
+    tensors = dict(zip(names, (first, second), strict=True))
 
     [found] = read_learned_words({"cat": safetensors(**tensors)}, spec)
 
-    np.testing.assert_array_equal(found.vectors["text_encoder"], tensors["clip_g"])
+    np.testing.assert_array_equal(found.vectors["text_encoder"], second)
+
+
+@pytest.mark.parametrize("names", SDXL_NAMES)
+def test_a_model_with_the_first_text_encoder_alone_takes_no_file_for_sdxl(names):
+    tensors = dict(zip(names, (vectors(2), vectors(2, 12)), strict=True))
+
+    with pytest.raises(ValueError, match=r"holds 2 tensors .*, and this bundle takes one for each"):
+        read_learned_words({"cat": safetensors(**tensors)}, TINY_SPEC)
 
 
 @pytest.mark.parametrize("name", ["", " cat", "a  b", "a\nb", "(cat)", "a[b"])
@@ -300,6 +314,16 @@ def test_a_text_encoder_of_bert_skips_no_layers():
 def test_a_word_that_cannot_be_used_is_an_error_of_that_argument(tiny_bundle):
     with pytest.raises(RequestError, match=r"textual_inversions: .* cannot be read"):
         Generator(tiny_bundle, textual_inversions={"cat": "nowhere.pt"})
+
+
+def test_a_word_that_the_refiner_cannot_use_is_an_error_that_names_it(tiny_bundle, bundle_of):
+    words = {"cat": safetensors(emb_params=vectors(2))}
+
+    with pytest.raises(
+        RequestError,
+        match=r"^textual_inversions: the refiner: this class-to-image bundle has no text encoder",
+    ):
+        Generator(tiny_bundle, refiner=bundle_of("class-to-image"), textual_inversions=words)
 
 
 def test_the_command_line_takes_words_and_warns_where_they_are_missing(
