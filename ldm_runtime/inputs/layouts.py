@@ -222,7 +222,7 @@ def _object(index: int, entry: object, names: Sequence[str] | None) -> LayoutObj
 
 def _checked_label(label: object) -> int | str:
     if isinstance(label, str) and label.strip():
-        return label
+        return str.__str__(label)  # NumPy's text becomes Python's, as its numbers do
     if isinstance(label, bool) or not isinstance(label, numbers.Integral):
         raise ValueError(f"label must be a whole number, got {_quoted(label)}")
     if label < 0:

@@ -38,7 +38,7 @@ def text(name: str, value: object) -> str:
         raise RequestError(
             name, f"is not valid Unicode at character {error.start}; was it typed in UTF-8?"
         ) from error
-    return value
+    return _plain(value)
 
 
 def text_like(name: str, value: object, *, pattern: str, hint: str) -> str:
@@ -96,7 +96,7 @@ def choice(name: str, value: object, *, choices: Sequence[str]) -> str:
         raise RequestError(
             name, f"unknown {name} {shown(value)}{hint}; choose {', '.join(choices)}"
         )
-    return value
+    return _plain(value)
 
 
 def numbers_list(name: str, value: object, *, low: float, high: float) -> tuple[float, ...]:
@@ -175,6 +175,11 @@ def check_positive(name: str, value: object) -> None:
 def shown(value: object) -> str:
     """Return a value as it may stand in a message."""
     return shown_text(repr(value))
+
+
+def _plain(value: str) -> str:
+    """Return text of Python's own type, since metadata holds none of NumPy's."""
+    return str.__str__(value)
 
 
 def _outside(name: str, bounds: str, value: object, hint: str) -> RequestError:

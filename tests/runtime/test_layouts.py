@@ -69,6 +69,7 @@ def test_an_object_has_python_numbers_whatever_it_was_made_from():
     assert made == OBJECTS[0] == LayoutObject(label=3, box=[0.25, 0, 1, 0.5])
     assert hash(made) == hash(OBJECTS[0])
     assert type(made.label) is int
+    assert type(LayoutObject(label=np.str_("cat"), box=made.box).label) is str
     assert [type(edge) for edge in made.box] == [float] * 4
     assert json.loads(json.dumps([asdict(each) for each in OBJECTS])) == json.loads(JSON)
 

@@ -154,6 +154,27 @@ def test_numpy_numbers_become_python_numbers():
     assert type(request.guidance_scale) is float
 
 
+def test_numpy_text_becomes_python_text():
+    """Or an image could be generated and not saved, as its metadata holds no other."""
+    texts = {
+        "prompt": "red",
+        "negative_prompt": "blue",
+        "sampler": "euler",
+        "schedule": "karras",
+        "preset": "lcm",
+        "noise": "numpy",
+        "reuse": "deep:3",
+        "decoder": "tiny",
+        "class_label": "circle",
+    }
+
+    request = GenerationRequest(**{name: np.str_(text) for name, text in texts.items()})
+
+    for name, text in texts.items():
+        assert getattr(request, name) == text
+        assert type(getattr(request, name)) is str
+
+
 def test_a_whole_number_will_do_for_a_number():
     assert GenerationRequest(prompt="red", guidance_scale=7).guidance_scale == 7.0
 
