@@ -55,7 +55,8 @@ class AdapterFile:
     """An adapter.
 
     Attributes:
-        name: The file's name in messages.
+        name: The path of the file in messages, which have the beginning of a long one.
+        file_name: Name of the file without its folders, whole, as results record it.
         sha256: Of the file, in hexadecimal digits; of one that PEFT saved, of the settings next to
             it as well.
         web_ui_sha256: What AUTOMATIC1111's web UI and galleries know it by: of safetensors, what
@@ -66,6 +67,7 @@ class AdapterFile:
     """
 
     name: str
+    file_name: str
     sha256: str
     web_ui_sha256: str
     layers: Mapping[LayerName, AdapterLayer]
@@ -92,6 +94,7 @@ def read_adapter(file: str | os.PathLike[str] | bytes) -> AdapterFile:
         raise ValueError(f"{name} {error}") from error
     return AdapterFile(
         name=name,
+        file_name=name if isinstance(file, bytes) else _recordable(Path(file).name),
         sha256=hashlib.sha256(file).hexdigest()
         if isinstance(file, bytes)
         else adapter_sha256(file),
@@ -144,6 +147,11 @@ def _opened(file: str | os.PathLike[str] | bytes) -> tuple[str, npt.NDArray[np.u
     if not data.size:
         raise ValueError(f"{name} is empty; get the file again")
     return name, data
+
+
+def _recordable(name: str) -> str:
+    """Return a file name as UTF-8 can have it: on Linux it is any bytes, of any encoding."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _mapped(path: Path) -> npt.NDArray[np.uint8]:

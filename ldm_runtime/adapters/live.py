@@ -15,7 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_runtime.adapters.files import AdapterFile
-from ldm_runtime.adapters.merging import ADAPTED_NETWORKS, Adapter, Change, MergedAdapters
+from ldm_runtime.adapters.merging import (
+    ADAPTED_NETWORKS,
+    Adapter,
+    Change,
+    MergedAdapters,
+    plain_scale,
+)
 from ldm_runtime.adapters.names import Target
 from ldm_runtime.bundle.low_rank_branches import Branch, places
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
@@ -76,7 +82,8 @@ class LiveAdapters:
         """Return the inputs of the branches of every component that has any.
 
         Args:
-            scales: Factors of the updates of adapters, by name; the others are left out.
+            scales: Factors of the updates of adapters, from `plain_scales`; the others are left
+                out.
 
         Raises:
             RequestError: An adapter is unknown, or there are more than `MOST_AT_ONCE`.
@@ -91,16 +98,14 @@ class LiveAdapters:
         }
 
     def _check(self, scales: Mapping[str, float]) -> None:
-        for name, scale in scales.items():
+        for name in scales:
             if name not in self.files:
                 known = ", ".join(self.files) or "none"
                 raise RequestError("adapters", f"there is no {name!r}; there are {known}")
-            if not np.isfinite(scale):
-                raise RequestError("adapters", f"the scale of {name!r} must be finite, is {scale}")
-        if sum(scale != 0 for scale in scales.values()) > MOST_AT_ONCE:
+        if (count := sum(scale != 0 for scale in scales.values())) > MOST_AT_ONCE:
             raise RequestError(
                 "adapters",
-                f"at most {MOST_AT_ONCE} go together while they are live, got {len(scales)}; leave "
+                f"at most {MOST_AT_ONCE} go together while they are live, got {count}; leave "
                 "some out, or merge them",
             )
 
@@ -151,6 +156,18 @@ class LiveAdapters:
             yield branch.up, np.ascontiguousarray(up)[np.newaxis]
 
 
+def plain_scales(scales: Mapping[str, float]) -> dict[str, float]:
+    """Return the scales that a request has, by name, as plain numbers.
+
+    Raises:
+        RequestError: One is not a finite number.
+    """
+    try:
+        return {name: plain_scale(repr(name), scale) for name, scale in scales.items()}
+    except ValueError as error:
+        raise RequestError("adapters", str(error)) from error
+
+
 def _factors_of(
     file: AdapterFile, bundle: Path, manifest: Manifest
 ) -> Mapping[str, Mapping[str, list[_Factors]]]:
@@ -158,10 +175,13 @@ def _factors_of(
 
     Raises:
         ValueError: It is for another model, or cannot be an input.
-        RequestError: A layer does not fit.
+        RequestError: A layer does not fit; the field is `live_adapters`.
     """
     adapter = MergedAdapters([Adapter(file=file, scale=1.0)], bundle, manifest)
-    adapter.check_shapes()
+    try:
+        adapter.check_shapes()
+    except RequestError as error:  # which is of adapters that are merged
+        raise RequestError("live_adapters", error.reason) from error
     return {
         network: {
             weight: [_factors_of_change(file, change) for change in changes]
@@ -172,7 +192,10 @@ def _factors_of(
 
 
 def _factors_of_change(file: AdapterFile, change: Change) -> _Factors:
-    factors = change.layer.factors()
+    try:
+        factors = change.layer.factors()
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
     if factors is None:
         raise ValueError(
             f"{file.name} has {change.layer.name}, a {change.layer.kind}, and only a LoRA of a "

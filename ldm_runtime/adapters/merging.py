@@ -5,6 +5,7 @@ once to the type that the bundle stores. Without adapters a model is the bundle'
 """
 
 import math
+import numbers
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from ldm_runtime.adapters.names import Target, adapter_targets
 from ldm_runtime.bundle.graph_weights import StoredWeight, stored_weights
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.errors import RequestError
+from ldm_runtime.inputs.reading import shown
 from ldm_runtime.specs.components import COMPONENTS
 
 #: Networks whose weights adapters change.
@@ -219,12 +221,29 @@ def read_adapters(files: Adapters) -> tuple[Adapter, ...]:
     adapters = []
     for each, scale in files.items():
         file = read_adapter(each)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise ValueError(f"{file.name} has the scale {scale!r}; give a number, such as 1")
-        if not math.isfinite(scale):
-            raise ValueError(f"{file.name} has the scale {scale}; give a finite number, such as 1")
-        adapters.append(Adapter(file=file, scale=float(scale)))
+        adapters.append(Adapter(file=file, scale=plain_scale(file.name, scale)))
     return tuple(adapters)
+
+
+def plain_scale(name: str, scale: object) -> float:
+    """Return the scale of an adapter; NumPy's numbers become Python's, which can be recorded.
+
+    Args:
+        name: The adapter, for the message.
+        scale: What the caller gave.
+
+    Raises:
+        ValueError: In one sentence, that it is not a finite number.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise ValueError(f"{name} has the scale {shown(repr(scale))}; give a number, such as 1")
+    try:
+        plain = float(scale)
+    except OverflowError:
+        plain = math.inf
+    if not math.isfinite(plain):
+        raise ValueError(f"{name} has the scale {plain}; give a finite number, such as 1")
+    return plain
 
 
 def _parameter(target: Target, kind: Kind) -> str:

@@ -97,8 +97,9 @@ class ContinuousBatch(Closing):
             The number of the request, which its events have.
 
         Raises:
-            RequestError: A field is wrong, or the model cannot do what the request asks for; or an
-                adapter is unknown, or they do not go together.
+            RequestError: A field is wrong, or the model cannot do what the request asks for; or the
+                generator has no live adapters, one is unknown, a scale is not a finite number, or
+                they do not go together.
             BundleError: There should be previews, and the bundle was exported without.
         """
         request = self._resolve(request)

@@ -46,7 +46,8 @@ class ImagePipeline:
             adapters: Scales of the model's live adapters, by name.
 
         Raises:
-            RequestError: An adapter is unknown, or they do not go together.
+            RequestError: The model has no live adapters, one is unknown, a scale is not a finite
+                number, or they do not go together.
         """
         model = with_live_adapters(self.model, adapters)
         return RequestRun(model=model, refiner=self.refiner, request=request, deadline=deadline)

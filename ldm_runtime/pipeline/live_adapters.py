@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from ldm_runtime.adapters.files import AdapterFile
-from ldm_runtime.adapters.live import Matrices
+from ldm_runtime.adapters.live import Matrices, plain_scales
 from ldm_runtime.backends.contract import Runner, Tensors, bind_constants
+from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.open_model import AdapterOrigin, OpenModel
 
 
@@ -50,9 +50,12 @@ def with_live_adapters(model: OpenModel, scales: Mapping[str, float]) -> OpenMod
         scales: Factors of the updates of adapters, by name; the others are left out.
 
     Raises:
-        RequestError: An adapter is unknown, or they do not go together.
+        RequestError: The model has no live adapters, one is unknown, a scale is not a finite
+            number, or they do not go together.
     """
+    scales = plain_scales(scales)
     if model.live is None:
+        _check_unscaled(scales)
         return model
     matrices = model.live.matrices(scales)
     used = [(model.live.files[name], scale) for name, scale in scales.items() if scale]
@@ -65,10 +68,20 @@ def with_live_adapters(model: OpenModel, scales: Mapping[str, float]) -> OpenMod
     return replace(model, network=network, origin=replace(model.origin, adapters=adapters))
 
 
+def _check_unscaled(scales: Mapping[str, float]) -> None:
+    """Check that a request scales nothing, for a model that has nothing to scale."""
+    if scaled := [name for name, scale in scales.items() if scale]:
+        raise RequestError(
+            "adapters",
+            f"there is no {scaled[0]!r}, since this generator has no live adapters; give them as "
+            "live_adapters to Generator(…)",
+        )
+
+
 def origin_of(file: AdapterFile, scale: float) -> AdapterOrigin:
     """Return what results say of an adapter."""
     return AdapterOrigin(
-        name=Path(file.name).name,
+        name=file.file_name,
         sha256=file.sha256,
         web_ui_sha256=file.web_ui_sha256,
         scale=scale,

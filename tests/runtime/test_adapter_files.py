@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm_runtime.adapters.files import read_adapter
+from ldm_runtime.pipeline.live_adapters import origin_of
 from tests.runtime.adapter_files import array, safetensors
 
 #: Rank 1: up · down is [[3, 4], [6, 8]].
@@ -374,6 +376,29 @@ def test_all_types_of_floating_point_numbers_are_read(kind):
     np.testing.assert_array_equal(
         read_adapter(file).layers[NAME].adapted(WEIGHT, 1.0), WEIGHT + 0.5 * PRODUCT
     )
+
+
+@pytest.mark.parametrize(
+    ("file_name", "recorded"),
+    [
+        (b"style.safetensors", "style.safetensors"),
+        (b"x" * 240 + b".safetensors", "x" * 240 + ".safetensors"),
+        ("Stil größer.pt".encode(), "Stil größer.pt"),
+        (b"st\xffyle.pt", "st\N{REPLACEMENT CHARACTER}yle.pt"),  # which JSON could not hold
+    ],
+)
+def test_the_name_that_results_record_is_whole_wherever_the_file_lies(
+    tmp_path, file_name, recorded
+):
+    path = tmp_path / ("folder" * 30) / ("deeper" * 30) / os.fsdecode(file_name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(safetensors(lora()))
+
+    file = read_adapter(path)
+
+    assert len(file.name) == 255
+    assert file.file_name == origin_of(file, 1.0).name == recorded
+    assert recorded.encode().decode() == recorded
 
 
 def test_values_are_read_when_a_layer_is_applied(tmp_path):
