@@ -1,6 +1,8 @@
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import get_args
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 import ldm_runtime
+from ldm_runtime.backends.onnxruntime import cpu, session
 from ldm_runtime.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from ldm_runtime.backends.processors import default_threads
 from ldm_runtime.bundle.manifest import ComponentRecord, load_manifest
@@ -75,7 +78,7 @@ def test_threads_are_those_that_may_be_used_and_do_not_spin(
     tiny_bundle, options, threads, spinning
 ):
     with open_component(tiny_bundle, "unet", **options) as engine:
-        found = engine._session.get_session_options()
+        found = engine._loaded.session.get_session_options()
 
     assert found.intra_op_num_threads == (threads or default_threads())
     assert found.get_session_config_entry("session.intra_op.allow_spinning") == spinning
@@ -247,8 +250,9 @@ def test_the_thread_count_includes_the_caller(tiny_bundle, threads):
     assert int(started) == 3 * (threads - 1)  # for each of the three networks
 
 
-@linux
-def test_weights_are_mapped_and_not_read(tmp_path):
+@pytest.fixture
+def adder(tmp_path):
+    """Opens an engine that adds ones out of a file of weights to its one input."""
     signatures = [
         TensorSignature(name=name, axes=("batch", "height"), dtype="float32") for name in "xy"
     ]
@@ -267,9 +271,38 @@ def test_weights_are_mapped_and_not_read(tmp_path):
         parity=(),
         key="",
     )
+    return lambda **options: OnnxRuntimeEngine(path, record, {}, threads=1, **options)
 
-    with OnnxRuntimeEngine(path, record, {}, threads=1):
+
+@linux
+def test_weights_are_mapped_and_not_read(adder, tmp_path):
+    with adder():
         assert str(tmp_path / "weights.bin") in Path("/proc/self/maps").read_text()
+
+
+def test_a_closed_engine_keeps_its_weights_until_its_calls_are_over(adder, monkeypatch):
+    kept = []
+
+    def take_weights(*arguments):
+        values = session.take_weights(*arguments)
+        kept.extend(map(weakref.ref, values))
+        return values
+
+    monkeypatch.setattr(cpu, "take_weights", take_weights)
+    engine = adder(weights={"w": np.full((1, 1 << 20), 2, dtype=np.float32)})
+    call = engine._opened()  # what a call that is running keeps
+
+    engine.close()
+    gc.collect()
+
+    assert [value() is None for value in kept] == [False]
+    outputs = call({"x": np.zeros((1, 1 << 20), dtype=np.float32)})
+    assert (outputs["y"] == 2).all()
+    del call
+    gc.collect()
+    assert [value() is None for value in kept] == [True]
+    with pytest.raises(BackendError, match="the add engine is closed"):
+        engine.run({"x": np.zeros((1, 1), dtype=np.float32)})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU: the backend that runs everywhere, and the reference for the others."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,24 +85,38 @@ class OnnxRuntimeEngine(HostEngine):
     ) -> None:
         super().__init__(component, sizes, _ERRORS, spec)
         session_options = _session_options(compute_threads(threads), spinning=spinning)
-        self._weights: list[object] = take_weights(session_options, weights)
-        self._session: Any = _open_session(path, session_options, branches)
-        check_names(path, [each.name for each in self._session.get_inputs()], component)
+        kept = take_weights(session_options, weights)
+        session = _open_session(path, session_options, branches)
+        check_names(path, [each.name for each in session.get_inputs()], component)
+        self._loaded: _Loaded | None = _Loaded(session=session, weights=kept)
 
     def _opened(self) -> Compute | None:
-        session = self._session
-        return None if session is None else partial(self._compute, session)
+        loaded = self._loaded
+        return None if loaded is None else partial(self._compute, loaded)
 
-    def _compute(self, session: Any, feed: Tensors) -> dict[str, npt.NDArray[Any]]:  # noqa: ANN401
+    def _compute(self, loaded: "_Loaded", feed: Tensors) -> dict[str, npt.NDArray[Any]]:
         names = [signature.name for signature in self._component.outputs]
         run_options = onnxruntime.RunOptions()
         run_options.log_severity_level = SILENT
-        outputs = session.run(names, dict(feed), run_options)
+        outputs = loaded.session.run(names, dict(feed), run_options)
         return dict(zip(names, outputs, strict=True))
 
     def close(self) -> None:
-        """Release the session; calls that are running finish."""
-        self._session, self._weights = None, []
+        """Release the session and its weights, once the calls that are running have finished."""
+        self._loaded = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Loaded:
+    """A session, and what must live as long: a call keeps both when its engine is closed.
+
+    Attributes:
+        session: The session.
+        weights: From `take_weights`.
+    """
+
+    session: Any
+    weights: list[object]
 
 
 def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
