@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ldm_runtime.durable import whole_file
 from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors
 from ldm_runtime.engines.phases import PhaseTree
 from ldm_runtime.engines.records import EngineBuildSpec
+from ldm_runtime.engines.trust import read_own_file, write_own_file
 from ldm_runtime.errors import EngineBuildError
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def build_engine(
         build_spec: The engine to build, and the builder.
         engine_file: The file to write.
         on_progress: Called with the fraction that is done, from another thread.
-        timing_cache: File of measured kernel times, for TensorRT; read if it exists, then updated.
+        timing_cache: File of measured kernel times, for TensorRT; read if it exists, then updated,
+            in a folder that no one else may write to.
 
     Raises:
         EngineBuildError: The builder is not installed, or cannot parse or build the graph.
@@ -109,7 +110,7 @@ def _add_profile(
 
 def _attach_timing_cache(config: Any, path: Path) -> Any:  # noqa: ANN401  (classes of the vendor's)
     """Give the builder the cache at `path`, or an empty one if that is of another machine."""
-    data = path.read_bytes() if path.is_file() else b""
+    data = read_own_file(path, "kernels are timed again")
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
@@ -119,9 +120,7 @@ def _attach_timing_cache(config: Any, path: Path) -> Any:  # noqa: ANN401  (clas
 
 def _keep(cache: Any, path: Path) -> None:  # noqa: ANN401
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, synced=False) as file:
-            file.write(cache.serialize())
+        write_own_file(path, bytes(cache.serialize()))
     except OSError as error:
         _LOGGER.info("kernel times are not saved for the next build: %s", error)
 

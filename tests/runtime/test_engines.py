@@ -444,12 +444,28 @@ def test_an_engine_that_was_built_here_is_trusted_and_one_that_was_not_is_built_
 
 def test_kernel_times_of_another_machine_are_not_used(bundle, vendor, tmp_path):
     cache = tmp_path / "home/.cache/ldm-deploy/tensorrt-11.4.0.106-NVIDIA-Fake-9000.timing"
-    cache.parent.mkdir(parents=True)
+    cache.parent.mkdir(mode=0o700, parents=True)
     cache.write_bytes(b"other machine")
 
     add_engines(bundle, TENSORRT)
 
     assert [config.cache.data for config in vendor.configs] == [b"", b"+", b"++", b"+++"]
+
+
+def test_kernel_times_that_others_may_write_are_neither_read_nor_kept(
+    bundle, vendor, tmp_path, caplog
+):
+    cache = tmp_path / "home/.cache/ldm-deploy/tensorrt-11.4.0.106-NVIDIA-Fake-9000.timing"
+    cache.parent.mkdir(parents=True)
+    cache.parent.chmod(0o770)
+    cache.write_bytes(b"times of another user")
+
+    add_engines(bundle, TENSORRT)
+
+    assert [config.cache.data for config in vendor.configs] == [b""] * len(NAMES)
+    assert cache.read_bytes() == b"times of another user"
+    assert f"{cache} cannot be read (others may write to its folder" in caplog.text
+    assert len(assert_whole(bundle)) == len(NAMES)
 
 
 def test_a_home_that_cannot_be_written_does_not_stop_a_build(bundle, vendor, tmp_path):

@@ -1,4 +1,5 @@
 import enum
+import logging
 from types import ModuleType
 
 import numpy as np
@@ -242,3 +243,20 @@ def test_compiled_kernels_are_kept_when_the_engine_closes_and_found_again(load, 
 
     assert kept == b"+kernels"
     assert second.engine.config.cache.data == kept
+
+
+def test_kernels_in_a_folder_that_others_may_write_to_are_not_loaded(load, tmp_path, caplog):
+    """Kernels are code, as engines are."""
+    load(Library()).close()
+    tmp_path.chmod(0o770)
+    library = Library()
+
+    with caplog.at_level(logging.WARNING):
+        load(library)
+
+    assert library.engine.config.cache.data == b""
+    (message,) = caplog.messages
+    assert message.startswith(
+        f"{tmp_path / 'cache'} cannot be read (others may write to its folder"
+    )
+    assert message.endswith("kernels are compiled again")

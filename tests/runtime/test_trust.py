@@ -4,7 +4,13 @@ import stat
 
 import pytest
 
-from ldm_runtime.engines.trust import cache_folder, is_trusted_engine, trust_engine
+from ldm_runtime.engines.trust import (
+    cache_folder,
+    is_trusted_engine,
+    read_own_file,
+    trust_engine,
+    write_own_file,
+)
 
 ONE, OTHER = "1" * 64, "2" * 64
 
@@ -26,11 +32,73 @@ def test_an_engine_is_trusted_once_it_was_built_here(folder):
     assert not is_trusted_engine(OTHER)
 
 
-def test_nobody_else_may_read_or_write_the_list(folder):
+@pytest.fixture
+def open_umask():
+    """Let new files and folders have the modes that they are made with."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_nobody_else_may_read_or_write_the_list(folder, open_umask):
     trust_engine(ONE)
 
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for each in (folder, folder.parent, folder.parent.parent):
+        assert stat.S_IMODE(each.stat().st_mode) == 0o700
     assert stat.S_IMODE((folder / ONE).stat().st_mode) == 0o600
+
+
+def test_what_libraries_keep_lies_in_a_folder_of_this_user_alone(folder, open_umask):
+    path = folder.parent / "kernels"
+
+    write_own_file(path, b"code")
+
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert read_own_file(path, "kernels are compiled again") == b"code"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_what_libraries_keep_is_not_read_where_others_may_write(folder, mode, caplog):
+    path = folder.parent / "kernels"
+    write_own_file(path, b"code")
+    path.parent.chmod(mode)
+
+    with caplog.at_level(logging.WARNING):
+        assert read_own_file(path, "kernels are compiled again") == b""
+    with pytest.raises(PermissionError, match="others may write to its folder"):
+        write_own_file(path, b"more code")
+
+    assert caplog.messages == [
+        f"{path} cannot be read (others may write to its folder; run `chmod go-w {path.parent}` if "
+        "it is yours, or set XDG_CACHE_HOME); kernels are compiled again"
+    ]
+    assert path.read_bytes() == b"code"
+
+
+def test_what_another_users_folder_keeps_is_not_read(folder, monkeypatch):
+    path = folder.parent / "kernels"
+    write_own_file(path, b"code")
+    monkeypatch.setattr("os.getuid", lambda: os.geteuid() + 1)
+
+    assert read_own_file(path, "kernels are compiled again") == b""
+
+
+def test_what_is_not_kept_yet_is_no_warning(folder, caplog):
+    assert read_own_file(folder.parent / "kernels", "kernels are compiled again") == b""
+
+    assert caplog.messages == []
+
+
+def test_a_list_in_a_folder_that_others_may_write_to_is_a_warning(folder, caplog):
+    trust_engine(ONE)
+    folder.chmod(0o770)
+
+    with caplog.at_level(logging.WARNING):
+        trust_engine(OTHER)
+
+    (message,) = caplog.messages
+    assert message.startswith(f"{folder} cannot be written (others may write to its folder; run ")
+    assert not (folder / OTHER).exists()
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o702])

@@ -1,8 +1,8 @@
 """Engine files in TensorRT or TensorRT-RTX: load them, create contexts, enqueue runs.
 
 The vendor's calls return None or False and log the reason; here that is a `BackendError` with the
-logged message. TensorRT-RTX compiles kernels on the machine it runs on and keeps them in a cache,
-which lies next to the engine file and belongs to this machine: it is not a file of the bundle.
+logged message. TensorRT-RTX compiles kernels on the machine it runs on and keeps them in a file in
+the user's cache folder, next to the list of trusted engines: it is not a file of the bundle.
 """
 
 import logging
@@ -17,11 +17,10 @@ import numpy as np
 from ldm_runtime.backends.contract import RunOptions
 from ldm_runtime.backends.cuda_device import out_of_memory
 from ldm_runtime.bundle.manifest import ComponentRecord
-from ldm_runtime.durable import whole_file
 from ldm_runtime.engines.gpu import Gpu
 from ldm_runtime.engines.library import TITLES, import_builder, library_logger, take_errors, why_not
 from ldm_runtime.engines.records import BuilderName, EngineRecord
-from ldm_runtime.engines.trust import cache_folder
+from ldm_runtime.engines.trust import cache_folder, read_own_file, write_own_file
 from ldm_runtime.errors import BackendError
 
 _LOGGER = logging.getLogger(__name__)
@@ -172,37 +171,36 @@ class ShapedContext:
 def cache_path(engine_sha256: str, gpu: Gpu) -> Path:
     """Return the path of the cache of kernels that this GPU compiled for an engine file.
 
-    It is this user's own: kernels are code, and no manifest could vouch for them.
+    It is this user's own: kernels are code, and no manifest could vouch for them. So they are read
+    from a folder alone that no one else may write to.
     """
     model = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
     return cache_folder() / f"{engine_sha256[:32]}.{model}.kernel-cache"
 
 
 def read_cache(path: Path) -> bytes:
-    """Return the bytes of a kernel cache; none if it is missing or cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        _LOGGER.warning("%s cannot be read (%s); kernels are compiled again", path, error.strerror)
-        return b""
+    """Return the bytes of a kernel cache; none if it is missing, cannot be read or is not safe."""
+    return read_own_file(path, "kernels are compiled again")
 
 
 def write_cache(path: Path, data: bytes) -> None:
     """Write a kernel cache, whole or not at all; a failure is logged and ignored."""
-    if data == read_cache(path):
-        return
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with whole_file(path, synced=False) as file:
-            file.write(data)
+        if not _is_kept(path, data):
+            write_own_file(path, data)
     except OSError as error:
         _LOGGER.warning(
             "%s cannot be written (%s); kernels will be compiled again next time",
             path,
             error.strerror,
         )
+
+
+def _is_kept(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except OSError:  # whatever is there is replaced
+        return False
 
 
 def installed_versions(builders: Iterable[BuilderName]) -> dict[BuilderName, str]:
