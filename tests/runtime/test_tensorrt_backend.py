@@ -393,6 +393,18 @@ def test_a_plan_that_does_not_load_gives_the_gpu_back(bundle, machine):
     assert machine.device.closed
 
 
+def test_a_gpu_that_does_not_start_is_given_back(bundle, machine, monkeypatch):
+    def fail():
+        raise BackendError("CUDA failed selecting the GPU")
+
+    monkeypatch.setattr(machine.device, "make_current", fail)
+
+    with pytest.raises(BackendError, match="selecting the GPU"):
+        opened(bundle, machine)
+
+    assert machine.device.closed
+
+
 def test_options_and_the_place_for_compiled_kernels_reach_the_library(bundle, machine):
     options = RunOptions(specialization="eager")
 

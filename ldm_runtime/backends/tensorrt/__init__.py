@@ -86,8 +86,9 @@ def open_engine(source: EngineSource, vendor: Vendor = _NVIDIA) -> TensorRTEngin
     engine_file = checked_file(source.bundle, source.manifest, record.engine_path)
     session = source.shared.obtain("tensorrt", lambda: Session(vendor.open_device))
     with session.lock:
-        session.enter().make_current()
+        device = session.enter()
         try:
+            device.make_current()
             cache = cache_path(record.plan_sha256, machine.gpu)
             loaded = vendor.load_engine_file(engine_file, record, component, source.options, cache)
         except BaseException:
