@@ -8,6 +8,7 @@ import pytest
 from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.adapters.files import read_adapter
 from ldm_runtime.adapters.live import LiveAdapters
+from ldm_runtime.adapters.merging import read_adapters
 from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.errors import RequestError
 from ldm_runtime.pipeline.deadline import Deadline
@@ -88,12 +89,19 @@ def test_numbers_of_numpy_are_scales_that_an_image_records(pipeline, tmp_path):
         (True, "has the scale True; give a number, such as 1"),
         (np.array([0.5, 1]), r"has the scale array\(\[0.5, 1. \]\); give a number, such as 1"),
         (math.nan, "has the scale nan; give a finite number, such as 1"),
-        (10**400, "has the scale inf; give a finite number, such as 1"),
+        pytest.param(10**400, "has the scale inf; give a finite number, such as 1", id="huge"),
     ],
 )
 def test_a_scale_that_is_no_finite_number_is_refused(pipeline, scale, reason):
     with pytest.raises(RequestError, match=f"^adapters: 'a' {reason}$"):
         run_of(pipeline, {"a": scale})
+
+
+def test_merged_adapters_take_the_same_numbers():
+    merged = read_adapters({lora(rank=1): np.float32(0.5), lora(rank=2): np.int64(1)})
+
+    assert [each.scale for each in merged] == [0.5, 1]
+    assert [type(each.scale) for each in merged] == [float, float]
 
 
 def test_adapters_that_a_request_leaves_out_do_not_count(pipeline):
