@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ldm_runtime.durable import sync
-from ldm_runtime.engines.trust import cache_folder, is_own_folder
+from ldm_runtime.engines.trust import cache_folder, make_own_folder
 
 _LOGGER = logging.getLogger(__name__)
 _FOLDER, _PARTIAL = "openvino", "partial-"
@@ -71,23 +71,14 @@ def model_cache(key: Sequence[str]) -> ModelCache | None:
     """
     parent = cache_folder() / _FOLDER
     try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        is_safe = is_own_folder(parent)
+        make_own_folder(parent)
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         _LOGGER.warning(
-            "%s cannot be written (%s), so that models are compiled again in every process; set "
-            "XDG_CACHE_HOME to a folder that can",
+            "no compiled models are kept in %s (%s), so that every process compiles them; "
+            "XDG_CACHE_HOME can name another folder",
             parent,
             error.strerror,
-        )
-        return None
-    if not is_safe:
-        _LOGGER.warning(
-            "%s can be written by others, so that no compiled model is read from it; "
-            "run `chmod -R go-w %s`",
-            parent,
-            parent,
         )
         return None
     return ModelCache(parent=parent, key=tuple(key))
