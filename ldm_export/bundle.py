@@ -10,7 +10,7 @@ from ldm_export.disk_space import full_disk_named
 from ldm_export.engine_steps import engine_steps, expected_engines
 from ldm_export.errors import CheckpointError
 from ldm_export.estimate import Estimate, make_estimate
-from ldm_export.golden.prediction import confirmed
+from ldm_export.golden.prediction import confirmed, warn_of_hint, warn_of_siblings
 from ldm_export.memory import give_back_memory
 from ldm_export.networks.loading import check_weights, parameter_names
 from ldm_export.replacement import check_replacement, origin_of
@@ -70,7 +70,7 @@ def export_bundle(
         if not options.replace:
             check_replacement(options.out, options.checkpoint, opened.sha256)
         prediction = _prediction(opened, listener)
-        source = _settled(opened, prediction)
+        source = with_known_prediction(opened, prediction)
         steps = make_steps(source)
         with workspace.locked(), full_disk_named(options.out, _estimate(source).bundle_bytes):
             records = _run_steps(source, steps.steps, workspace, listener)
@@ -117,6 +117,25 @@ def estimate_export(options: ExportOptions) -> Estimate:
         return estimate.reusing(_reusable(source, make_steps(source).steps, workspace))
 
 
+def with_known_prediction(source: Source, record: PredictionRecord | None) -> Source:
+    """Return a source whose prediction type the measurement confirms.
+
+    Where only the family says what its UNet predicts, or a hint, and the family has models of both
+    kinds, the measurement decides; if it is undecided, a warning says that the model may be one of
+    the other kind.
+
+    Raises:
+        ExportError: The measurement contradicts a preset, the configuration or the file.
+    """
+    siblings = source.detection.siblings
+    if record is not None and record.measured in siblings:
+        warn_of_hint(source.spec, record)
+        return source.measured_as(record.measured)
+    if record is None or record.measured is None:
+        warn_of_siblings(source.spec, siblings)
+    return source.with_spec(confirmed(source.spec, record))
+
+
 def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
     """Open a checkpoint, and check all that can be checked before anything is built."""
     source = open_source(options, checkpoint, hashed=hashed)
@@ -146,17 +165,6 @@ def _prediction(source: Source, progress: Progress) -> PredictionRecord | None:
     give_back_memory()
     progress.end("prediction", "built")
     return record
-
-
-def _settled(source: Source, record: PredictionRecord | None) -> Source:
-    """Return a source whose prediction type the measurement confirms.
-
-    Where only the family says what its UNet predicts, and the family has models of both kinds, the
-    measurement decides.
-    """
-    if record is not None and record.measured in source.detection.siblings:
-        return source.measured_as(record.measured)
-    return source.with_spec(confirmed(source.spec, record))
 
 
 def _run_steps(

@@ -161,6 +161,13 @@ def _add_model_flags(parser: Parser) -> None:
         help="prediction target of the UNet",
     )
     features.add_argument(
+        "--zero-terminal-snr",
+        action="store_true",
+        default=None,
+        help="the UNet was trained down to nothing but noise, so that the noise schedule of the "
+        "bundle is rescaled to end there; such models predict v",
+    )
+    features.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         metavar="NAME",
@@ -303,6 +310,7 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
             num_head_channels=args.num_head_channels,
             null_class=args.null_class,
             prediction_type=args.prediction_type,
+            zero_terminal_snr=args.zero_terminal_snr,
             preset=args.preset,
             latent_scale_factor=args.latent_scale_factor,
             height=args.height,

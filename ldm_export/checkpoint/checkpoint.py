@@ -219,6 +219,7 @@ def _of_torch(
         metadata=MappingProxyType({}),
         unusual_globals=unusual_globals(contents.globals),
         files=MappingProxyType({file.path.name: file.path}),
+        stated=FileFields(global_step=contents.global_step),
         opened=(file,),
     )
 

@@ -1,7 +1,7 @@
 """The features that a checkpoint's own files state about the model, next to its weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -37,6 +37,21 @@ def cosine_betas(number: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentScale:
+    """The scale of an autoencoder's latents, as its own files state it; None where they do not.
+
+    Attributes:
+        factor: Multiplies them into a UNet's.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+    """
+
+    factor: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileFields:
     """The features that a checkpoint's files state; None where they say nothing.
 
@@ -66,6 +81,10 @@ class FileFields:
         edm: Noise levels, if the model is of EDM.
         latents_mean: Mean of each channel of the autoencoder's latents.
         latents_std: Standard deviation of each channel.
+        vae_scale: Scale of an autoencoder that takes the place of the model's: not what the UNet
+            was trained with.
+        global_step: Steps of training.
+        weights: Set of trained weights, where their values tell which of two is the model.
     """
 
     prediction_type: PredictionType | None = None
@@ -90,3 +109,6 @@ class FileFields:
     edm: EdmSpec | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    vae_scale: LatentScale = field(default_factory=LatentScale)
+    global_step: int | None = None
+    weights: Literal["ema", "model"] | None = None

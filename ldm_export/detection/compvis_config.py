@@ -22,6 +22,16 @@ _PARAMETERIZATIONS: Mapping[str, PredictionType] = {
     "v": "v_prediction",
     "x0": "sample",
 }
+#: Where Stability's generative-models say what a UNet predicts, and its classes. `EDMScaling` is of
+#: Karras et al. 2022 (arXiv:2206.00364), whose F is called "epsilon" here, see `golden.prediction`.
+SCALING = "denoiser_config.params.scaling_config.target"
+_SCALINGS: Mapping[str, PredictionType] = {
+    "EpsScaling": "epsilon",
+    "VScaling": "v_prediction",
+    "VScalingWithEDMcNoise": "v_prediction",
+    "EDMScaling": "epsilon",
+}
+_UNETS = ("unet_config", "network_config")
 _AUTOENCODER_ONLY: Mapping[str, object] = {
     "ddconfig.tanh_out": False,
     "ddconfig.give_pre_end": False,
@@ -51,6 +61,7 @@ class ConfigFields:
     Attributes:
         weights: Set of trained weights to sample with.
         prediction_type: Prediction target of the UNet.
+        usual_prediction_type: The one that CompVis' class has unless told, where nothing is said.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
         scale_by_std: Whether it was measured in training, and is a tensor of the checkpoint.
         latent_size: Height and width in latent pixels that the UNet was trained on.
@@ -72,6 +83,7 @@ class ConfigFields:
 
     weights: WeightsChoice | None = None
     prediction_type: PredictionType | None = None
+    usual_prediction_type: PredictionType | None = None
     latent_scale_factor: float | None = None
     scale_by_std: bool = False
     latent_size: int | None = None
@@ -138,7 +150,8 @@ def config_fields(config: Config | None) -> ConfigFields:
     _check_exported(params)
     return ConfigFields(
         weights=_weights(params),
-        prediction_type=_choice(params, "parameterization", _PARAMETERIZATIONS),
+        prediction_type=_prediction_type(params),
+        usual_prediction_type=_usual_prediction_type(config),
         latent_scale_factor=(
             None if params.get("scale_by_std") else _number(params, "scale_factor")
         ),
@@ -149,8 +162,8 @@ def config_fields(config: Config | None) -> ConfigFields:
         linear_end=_number(params, "linear_end"),
         num_train_timesteps=_integer(params, "timesteps", _MAX_TIMESTEPS),
         given_betas=_betas(params, "given_betas"),
-        num_heads=_integer(params, "unet_config.params.num_heads", _MAX_HEADS),
-        num_head_channels=_integer(params, "unet_config.params.num_head_channels", _MAX_HEADS),
+        num_heads=_of_unet(params, "num_heads", _MAX_HEADS),
+        num_head_channels=_of_unet(params, "num_head_channels", _MAX_HEADS),
         text_num_heads=_integer(params, "cond_stage_config.params.num_attention_heads", _MAX_HEADS),
         text_activation=_choice(
             params,
@@ -190,8 +203,14 @@ def autoencoder_config_of(params: Config) -> Config:
 
 def takes_embeddings(config: Config | None) -> bool:
     """Return whether a configuration says that the model is conditioned by its input as it is."""
-    target = ABSENT if config is None else lookup(config, "model.params.cond_stage_config.target")
-    return isinstance(target, str) and target.rpartition(".")[2] == "Identity"
+    if config is None:
+        return False
+    return class_name(lookup(config, "model.params.cond_stage_config.target")) == "Identity"
+
+
+def class_name(target: object) -> str:
+    """Return the last part of the name of a class, or "" for what is not text."""
+    return target.rpartition(".")[2] if isinstance(target, str) else ""
 
 
 def lookup(config: Config, path: str) -> object:
@@ -233,6 +252,39 @@ def _weights(params: Config) -> WeightsChoice | None:
     if not isinstance(value, bool):
         raise ExportError(f"config: use_ema is {shown(repr(value))}; true or false was expected")
     return "ema" if value else "model"
+
+
+def _prediction_type(params: Config) -> PredictionType | None:
+    """Return what a configuration of CompVis, or of generative-models, says is predicted."""
+    stated = _choice(params, "parameterization", _PARAMETERIZATIONS)
+    scaling = lookup(params, SCALING)
+    if stated is not None or scaling is ABSENT:
+        return stated
+    name = class_name(scaling)
+    if name not in _SCALINGS:
+        raise ExportError(
+            f"config: {SCALING} is {shown(repr(scaling))}; choose from {', '.join(_SCALINGS)}"
+        )
+    return _SCALINGS[name]
+
+
+def _usual_prediction_type(config: Config) -> PredictionType | None:
+    """Return the noise for a model of CompVis whose `parameterization` is not given.
+
+    Source: `DDPM.__init__` of CompVis/latent-diffusion (ldm/models/diffusion/ddpm.py, a506df5),
+    from which `LatentDiffusion` and all its kinds inherit; Stable Diffusion 2 has it unchanged.
+    """
+    params = params_of(config)
+    is_theirs = class_name(lookup(config, "model.target")).endswith("Diffusion")
+    is_stated = lookup(params, "parameterization") is not ABSENT
+    has_unet = lookup(params, "unet_config") is not ABSENT
+    return "epsilon" if is_theirs and has_unet and not is_stated else None
+
+
+def _of_unet(params: Config, name: str, most: int) -> int | None:
+    """Return a number of the UNet, which generative-models calls `network_config`."""
+    found = (_integer(params, f"{part}.params.{name}", most) for part in _UNETS)
+    return next((number for number in found if number is not None), None)
 
 
 def _number(params: Config, path: str) -> float | None:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from ldm_export.detection.compvis_config import (
     ABSENT,
+    SCALING,
     Config,
     autoencoder_config_of,
+    class_name,
     lookup,
     params_of,
 )
@@ -58,6 +60,7 @@ def check_architecture(config: Config | None, spec: ModelSpec) -> None:
     if spec.unet is not None:
         _check_task(params, spec)
         _check_autoencoder(params, spec.autoencoder)
+        _check_scaling(params, spec)
         _compare(params, "", _unet(spec.unet) | _conditioning(spec))
         _compare(params, "", _attention_factors(params, spec.unet))
 
@@ -88,7 +91,7 @@ def _check_task(params: Config, spec: ModelSpec) -> None:
     path = "cond_stage_config"
     if isinstance(value, dict):
         value, path = lookup(value, "target"), "cond_stage_config.target"
-    tasks = _CONDITIONERS.get(value.rpartition(".")[2]) if isinstance(value, str) else None
+    tasks = _CONDITIONERS.get(class_name(value))
     if tasks is not None and spec.task not in tasks:
         raise _contradiction(path, value, f"the tensors of a model for {spec.task}")
 
@@ -96,7 +99,7 @@ def _check_task(params: Config, spec: ModelSpec) -> None:
 def _check_autoencoder(params: Config, autoencoder: AutoencoderSpec) -> None:
     path = "first_stage_config.target"
     value = lookup(params, path)
-    name = value.rpartition(".")[2] if isinstance(value, str) else ""
+    name = class_name(value)
     if name == "VQModel":
         raise WeightsError(
             f"the configuration says model.params.{path} is {shown(value)}, which decodes "
@@ -106,6 +109,14 @@ def _check_autoencoder(params: Config, autoencoder: AutoencoderSpec) -> None:
         raise _contradiction(
             path, value, f"the tensors of a {autoencoder.kind.upper()} autoencoder"
         )
+
+
+def _check_scaling(params: Config, spec: ModelSpec) -> None:
+    """Check that a scaling of EDM is of a model of EDM: with betas it means another network."""
+    value = lookup(params, SCALING)
+    if "EDM" in class_name(value) and spec.edm is None:
+        marks = "no mark of EDM (edm_mean and edm_std, or edm_vpred.sigma_max)"
+        raise _contradiction(SCALING, class_name(value), marks)
 
 
 def _unet(unet: UNetSpec) -> dict[str, Value]:

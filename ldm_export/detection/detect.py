@@ -17,7 +17,7 @@ from ldm_export.detection.compvis_config import Config, config_fields, takes_emb
 from ldm_export.detection.config_check import check_architecture
 from ldm_export.detection.consistency import check_consistent
 from ldm_export.detection.features import Tensors
-from ldm_export.detection.file_fields import file_fields
+from ldm_export.detection.file_fields import file_fields, metadata_fields
 from ldm_export.detection.ignored_tensors import (
     Ignored,
     ignored_by,
@@ -27,6 +27,7 @@ from ldm_export.detection.ignored_tensors import (
 from ldm_export.detection.match import match_family
 from ldm_export.detection.overrides import Overrides, Sources, first_stated
 from ldm_export.detection.own_sections import SamplingFields
+from ldm_export.detection.prediction_type import HINTS
 from ldm_export.detection.shallow_unet import shallow_weights
 from ldm_export.detection.spec import read_spec
 from ldm_export.detection.weight_assignment import assigned_weights
@@ -57,7 +58,10 @@ class Detection:
         weights: Per component, checkpoint tensor name by network parameter name.
         unused: Reason why a tensor is in no component, by its name.
         ignored: The tensors that the user leaves out.
-        siblings: What else models of these shapes predict, if nothing but the family says it.
+        siblings: What else models of these shapes predict, if nothing but the family, or a hint
+            that a measurement outweighs, says what this one does.
+        has_doubtful_averages: Whether the averages that are used may be of another model: nothing
+            but a family whose models are merged asks for them, and the last weights are there.
     """
 
     spec: ModelSpec
@@ -65,6 +69,7 @@ class Detection:
     unused: Mapping[str, str]
     ignored: Ignored
     siblings: frozenset[PredictionType] = frozenset()
+    has_doubtful_averages: bool = False
 
 
 def detect(
@@ -103,12 +108,14 @@ def detect(
     )
     family = replace(family, assignments=(*family.assignments, *_present(known, family)))
     _check_needed(flags, family_defaults)
+    hints = metadata_fields(metadata)
     sources = Sources(
         tensors=known,
         flags=flags,
         config=config_fields(config),
-        file=file_fields(tensors, metadata, stated),
+        file=file_fields(tensors, hints, stated),
         family=family_defaults,
+        metadata=hints,
         measured=measured,
     )
     wanted, source = _wanted_weights(sources, has_only_averages=bool(lost))
@@ -123,13 +130,15 @@ def detect(
     _check_sampling(sources, spec)
     logger.info("recognised %s; using its %s weights", spec.family, spec.weights)
     unused = {name: reason for name, reason in assignment.unused.items() if name not in lost}
-    siblings = frozenset(family_defaults.siblings) if _is_open(spec) else frozenset()
     return Detection(
         spec=spec,
         weights={**assignment.weights, **shallow_weights(assignment.weights, spec)},
         unused=unused,
         ignored=ignored,
-        siblings=siblings,
+        siblings=_siblings(family_defaults, spec),
+        has_doubtful_averages=family_defaults.is_merged
+        and (assignment.chosen, assignment.source) == ("ema", "family")
+        and not lost,
     )
 
 
@@ -144,11 +153,14 @@ def _present(tensors: Tensors, family: Family) -> list[Assignment]:
     return [each for each in optional if each.component in present]
 
 
-def _is_open(spec: ModelSpec) -> bool:
-    """Return whether nothing but the family says what the UNet predicts."""
-    return any(
-        each.field == "prediction_type" and each.source == "family" for each in spec.assumptions
+def _siblings(family: FamilyDefaults, spec: ModelSpec) -> frozenset[PredictionType]:
+    """Return what else models of a family predict, unless one is known to predict what it does."""
+    is_open = any(
+        each.field == "prediction_type" and each.source in ("family", *HINTS)
+        for each in spec.assumptions
     )
+    known = {family.prediction_type, *family.siblings}
+    return frozenset(known - {spec.prediction_type}) if is_open else frozenset()
 
 
 def _wanted_weights(sources: Sources, *, has_only_averages: bool) -> tuple[WeightsChoice, str]:
@@ -159,7 +171,13 @@ def _wanted_weights(sources: Sources, *, has_only_averages: bool) -> tuple[Weigh
             "--weights model asks for the last weights of the UNet, but the checkpoint holds only "
             "their moving averages; leave it out"
         )
-    wanted, note = first_stated("weights", flag, sources.config.weights, sources.family.weights)
+    wanted, note = first_stated(
+        "weights",
+        flag,
+        sources.config.weights,
+        sources.family.weights,
+        file=sources.file.weights,
+    )
     if has_only_averages and wanted == "model":
         return "ema", "file"
     return wanted, note.source
@@ -198,7 +216,8 @@ def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
     """Check that flags are about features that this checkpoint has."""
     unneeded = []
     if family_defaults.task == "autoencoder":
-        unneeded += ["num_heads", "num_head_channels", "prediction_type", "preset", "reuse"]
+        unneeded += ["num_heads", "num_head_channels", "prediction_type", "zero_terminal_snr"]
+        unneeded += ["preset", "reuse"]
     if family_defaults.task != "class-to-image":
         unneeded += ["null_class"]
     if family_defaults.task not in ("class-to-image", "layout-to-image", "semantic-synthesis"):
@@ -207,7 +226,7 @@ def _check_needed(flags: Overrides, family_defaults: FamilyDefaults) -> None:
         value = getattr(flags, name)
         if value is not None:
             flag = name.replace("_", "-")
-            shown = f" {value}" if isinstance(value, int | str) else ""
+            shown = f" {value}" if isinstance(value, int | str) and value is not True else ""
             raise ExportError(
                 f"--{flag}{shown} does not go with this checkpoint, which is for "
                 f"{family_defaults.task}; leave it out"

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.overrides import Sources, assumed, first_stated
+from ldm_export.detection.zero_terminal_snr import check_no_zero_snr
 from ldm_export.errors import WeightsError
 from ldm_runtime.specs.model import Assumption, EdmSpec, PredictionType
 
@@ -31,10 +32,12 @@ def read_edm(sources: Sources) -> tuple[EdmSpec | None, list[Assumption]]:
 
     Raises:
         WeightsError: A mark is not a noise level, or the highest is not above the lowest.
+        ExportError: It is said of the model what only one with a training schedule can be.
     """
     usual = sources.file.edm or sources.family.edm
     if usual is None:
         return None, []
+    check_no_zero_snr(sources)
     values, notes = {}, []
     for name in (field.name for field in fields(EdmSpec)):
         own = _scalar(sources.tensors, _RANGE.get(name, ""))

@@ -1,11 +1,15 @@
-"""The precedence of what no shape tells: flag, configuration, the file itself, family defaults."""
+"""The precedence of what no shape tells: flag, configuration, the file itself, family defaults.
 
-from dataclasses import dataclass
+Between a measurement and the family come hints: what metadata says, for instance.
+"""
+
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.features import Tensors
+from ldm_export.detection.file_fields import MetadataFields
 from ldm_export.families.records import FamilyDefaults, WeightsChoice
 from ldm_runtime.specs.model import Assumption, PredictionType
 
@@ -22,6 +26,7 @@ class Overrides:
         num_head_channels: Channels per head of the UNet, instead of `num_heads`.
         null_class: The null class.
         prediction_type: Prediction target of the UNet.
+        zero_terminal_snr: Whether the last training timestep was nothing but noise.
         latent_scale_factor: Multiplies the autoencoder's latents into the UNet's.
         height: Default height in pixels.
         width: Default width in pixels.
@@ -37,6 +42,7 @@ class Overrides:
     num_head_channels: int | None = None
     null_class: int | None = None
     prediction_type: PredictionType | None = None
+    zero_terminal_snr: bool | None = None
     latent_scale_factor: float | None = None
     height: int | None = None
     width: int | None = None
@@ -48,13 +54,24 @@ class Overrides:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The sources of a feature, and the tensors; `measured` is what the UNet predicts."""
+    """The sources of a feature, and the tensors.
+
+    Attributes:
+        tensors: The checkpoint's.
+        flags: What the user states.
+        config: What a configuration of CompVis states.
+        file: What the checkpoint's files state.
+        family: What is usual.
+        metadata: What the file's metadata says of it, a hint.
+        measured: What the UNet was measured to predict.
+    """
 
     tensors: Tensors
     flags: Overrides
     config: ConfigFields
     file: FileFields
     family: FamilyDefaults
+    metadata: MetadataFields = field(default_factory=MetadataFields)
     measured: PredictionType | None = None
 
 
@@ -73,6 +90,12 @@ def first_stated(
         if value is not None:
             return value, assumed(field, value, source)
     return family, assumed(field, family, "family")
+
+
+def by_hint(stated: tuple[T, Assumption], source: str) -> tuple[T, Assumption]:
+    """Return what `first_stated` did for which a hint stood in the family's place, named so."""
+    value, note = stated
+    return value, replace(note, source=source) if note.source == "family" else note
 
 
 def assumed(field: str, value: object, source: str) -> Assumption:

@@ -8,6 +8,7 @@ sampling:              # fields of a request, with the defaults that the model w
   num_inference_steps: 50
   guidance_scale: 1.5
   eta: 0.0
+  zero_terminal_snr: true    # trained down to nothing but noise: the noise schedule is rescaled
 label_names: [red circle, green circle, …]    # of labels 0, 1, …
 ```
 """
@@ -32,6 +33,7 @@ class SamplingFields:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     eta: float | None = None
+    zero_terminal_snr: bool | None = None
 
 
 def sampling_fields(config: Mapping[str, Any]) -> SamplingFields:

@@ -1,15 +1,20 @@
 """The sampling defaults of a model, each from the first source that states it."""
 
 import logging
-from dataclasses import asdict
 from typing import Any
 
-from ldm_export.detection.overrides import Sources, assumed, first_stated
+from ldm_export.detection.overrides import Sources, assumed, by_hint, first_stated
 from ldm_export.detection.own_sections import SamplingFields
 from ldm_export.errors import ExportError
 from ldm_runtime.requests.presets import PRESET_FIELDS, PRESETS
 from ldm_runtime.samplers import SAMPLERS
-from ldm_runtime.specs.model import Assumption, PredictionType, SamplingDefaults
+from ldm_runtime.specs.model import (
+    Assumption,
+    PredictionType,
+    SamplingDefaults,
+    latent_step_of,
+)
+from ldm_runtime.specs.networks import UNetSpec
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -17,12 +22,18 @@ _AUTOENCODER_SIZE = 256  # pixels per side of the released autoencoders' trainin
 
 
 def read_defaults(
-    sources: Sources, factor: int, prediction_type: PredictionType, *, has_null: bool
+    sources: Sources,
+    unet: UNetSpec | None,
+    factor: int,
+    prediction_type: PredictionType,
+    *,
+    has_null: bool,
 ) -> tuple[SamplingDefaults, list[Assumption]]:
     """Return the defaults of a model, and what they assume.
 
     Args:
         sources: Flags, configuration, the file's own words and family. A preset comes first.
+        unet: The UNet, of whose downsampling sizes are multiples.
         factor: The autoencoder's downsampling factor.
         prediction_type: What the UNet predicts, on which its native size may depend.
         has_null: Whether the model has a null condition, which guidance needs.
@@ -30,11 +41,16 @@ def read_defaults(
     Raises:
         ExportError: The configuration states an eta for a sampler that has none.
     """
-    size, notes = _size(sources, factor, sources.family.latent_size_of(prediction_type))
+    sizes = _native_sizes(sources, factor, sources.family.latent_size_of(prediction_type))
+    _warn_of_other_sizes(sources, sizes, factor)
+    step = factor * latent_step_of(unet)
+    height, of_height = _side(sources, "height", sizes, step)
+    width, of_width = _side(sources, "width", sizes, step)
+    notes = [of_height, of_width]
     sampling, of_sampling = _sampling(sources, has_null=has_null)
     if sources.family.task != "autoencoder":
         notes += of_sampling
-    return SamplingDefaults(height=size[0], width=size[1], **sampling), notes
+    return SamplingDefaults(height=height, width=width, **sampling), notes
 
 
 def _sampling(sources: Sources, *, has_null: bool) -> tuple[dict[str, Any], list[Assumption]]:
@@ -50,8 +66,9 @@ def _sampling(sources: Sources, *, has_null: bool) -> tuple[dict[str, Any], list
         "eta": eta,
     }
     values, notes = {}, []
-    for name, own in asdict(stated).items():
-        values[name] = usual[name] if own is None else own
+    for name, family_default in usual.items():
+        own = getattr(stated, name)
+        values[name] = family_default if own is None else own
         if values[name] is not None:
             who = "family" if own is None else source
             notes.append(assumed(f"defaults.{name}", values[name], who))
@@ -71,12 +88,10 @@ def _stated_sampling(sources: Sources) -> tuple[SamplingFields, str]:
     return config, "config"
 
 
-def _size(
-    sources: Sources, factor: int, latent_size: int | None
-) -> tuple[tuple[int, int], list[Assumption]]:
-    flags, file, family = sources.flags, sources.file, sources.family
-    native, usual = _native_sizes(sources, factor, latent_size)
-    if family.other_latent_sizes and {native, file.height, flags.height, flags.width} == {None}:
+def _warn_of_other_sizes(sources: Sources, sizes: tuple[int | None, int], factor: int) -> None:
+    flags, family, (native, usual) = sources.flags, sources.family, sizes
+    stated = {native, sources.file.height, sources.metadata.height, flags.height, flags.width}
+    if family.other_latent_sizes and stated == {None}:
         _LOGGER.warning(
             "models of this family have the same weights at %s pixels and at %d, and the file does "
             "not say which; %d is taken, --height and --width state another",
@@ -84,11 +99,31 @@ def _size(
             usual,
             usual,
         )
-    height, of_height = first_stated(
-        "defaults.height", flags.height, native, usual, file=file.height
+
+
+def _side(
+    sources: Sources, name: str, sizes: tuple[int | None, int], step: int
+) -> tuple[int, Assumption]:
+    """Return the default height or width, rounded to a multiple of `step` if metadata says it."""
+    hint, (native, usual) = getattr(sources.metadata, name), sizes
+    field, flag, stated = f"defaults.{name}", getattr(sources.flags, name), sources.file
+    if hint is None:
+        return first_stated(field, flag, native, usual, file=getattr(stated, name))
+    found = first_stated(field, flag, native, hint, file=getattr(stated, name))
+    size, note = by_hint(found, "metadata")
+    rounded = max(1, round(size / step)) * step
+    if note.source != "metadata" or rounded == size:
+        return size, note
+    _LOGGER.warning(
+        "modelspec.resolution of the file has the %s %d, but this model generates multiples of %d "
+        "pixels; %d is taken, --%s states another",
+        name,
+        size,
+        step,
+        rounded,
+        name,
     )
-    width, of_width = first_stated("defaults.width", flags.width, native, usual, file=file.width)
-    return (height, width), [of_height, of_width]
+    return rounded, assumed(field, rounded, "metadata")
 
 
 def _native_sizes(sources: Sources, factor: int, latent_size: int | None) -> tuple[int | None, int]:

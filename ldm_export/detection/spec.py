@@ -4,7 +4,6 @@ A feature that no shape tells is taken from the first of flag, configuration, fi
 defaults that has it, and every such feature is recorded with its source.
 """
 
-import logging
 import math
 from functools import partial
 from typing import TypeVar
@@ -14,6 +13,7 @@ from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
 from ldm_export.detection.edm import check_prediction, read_edm, read_statistics
 from ldm_export.detection.labels import label_names_of
+from ldm_export.detection.latent_scale import warn_of_other_scale
 from ldm_export.detection.noise_augmentation import read_noise_augmentation
 from ldm_export.detection.noise_schedule import (
     ComputedSchedule,
@@ -23,15 +23,16 @@ from ldm_export.detection.noise_schedule import (
     read_schedule,
 )
 from ldm_export.detection.overrides import Overrides, Sources, assumed, first_stated
+from ldm_export.detection.prediction_type import read_prediction_type
 from ldm_export.detection.sampling_defaults import read_defaults
 from ldm_export.detection.shallow_unet import with_shallow_graph
 from ldm_export.detection.weight_assignment import WeightAssignment, component_shapes
+from ldm_export.detection.zero_terminal_snr import source_of_zero_snr
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.tiny_autoencoder import read_tiny_autoencoder
 from ldm_export.hyperparameters.unet import read_unet
-from ldm_runtime.requests.presets import PRESETS
 from ldm_runtime.schedules import rescale_zero_terminal_snr
 from ldm_runtime.specs.model import Assumption, ModelSpec, NullPrompt, PredictionType
 from ldm_runtime.specs.networks import (
@@ -41,8 +42,6 @@ from ldm_runtime.specs.networks import (
     Networks,
     UNetSpec,
 )
-
-_LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -71,6 +70,7 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
     notes = _Notes([assumed("weights", assignment.chosen, assignment.source)])
     unet = _unet(sources, shapes, notes)
     autoencoder = _autoencoder(sources, {**shapes["vae_encoder"], **shapes["vae_decoder"]}, notes)
+    warn_of_other_scale(sources, autoencoder)
     conditioners = {
         name: notes.keep(read(sources, shapes[name], autoencoder))
         for name, read in CONDITIONER_READERS.items()
@@ -85,7 +85,9 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
     )
     embedder, encoder = networks.find(ClassEmbedderSpec), networks.find(ImageEncoderSpec)
     has_null = embedder is None or embedder.null_class is not None
-    prediction_type = _prediction_type(sources, unet, notes)
+    prediction_type, stated_by = read_prediction_type(sources)
+    if unet is not None:
+        notes.append(stated_by)
     edm = notes.keep(read_edm(sources))
     check_prediction(edm, prediction_type)
     has_schedule = unet is not None and edm is None
@@ -103,7 +105,7 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
         else notes.keep(read_noise_augmentation(sources, encoder.embed_dim)),
         scales_image=_scales_image(sources, notes),
         defaults=notes.keep(
-            read_defaults(sources, autoencoder.factor, prediction_type, has_null=has_null)
+            read_defaults(sources, unet, autoencoder.factor, prediction_type, has_null=has_null)
         ),
         label_names=label_names_of(sources, networks),
         assumptions=tuple(notes),
@@ -215,16 +217,10 @@ def _schedule(
         _check_noise(prediction_type)
         notes.append(assumed("alphas_cumprod", "ends at 2**-24 in place of 0", "file"))
         return schedule.alphas_cumprod, notes
-    if not sources.file.zero_terminal_snr:
+    source = source_of_zero_snr(sources, prediction_type)
+    if source is None:
         return schedule.alphas_cumprod, notes
-    if prediction_type != "v_prediction":
-        _LOGGER.warning(
-            "the file is marked ztsnr (rescale_betas_zero_snr), trained down to nothing but noise, "
-            "which only v_prediction can be; its prediction_type is %s, so the mark is ignored",
-            prediction_type,
-        )
-        return schedule.alphas_cumprod, notes
-    notes.append(assumed("alphas_cumprod", "rescaled to zero terminal SNR", "file"))
+    notes.append(assumed("alphas_cumprod", "rescaled to zero terminal SNR", source))
     return rescale_zero_terminal_snr(schedule.alphas_cumprod), notes
 
 
@@ -250,19 +246,3 @@ def _stated_schedule(sources: Sources) -> ComputedSchedule:
         num_train_timesteps=config.num_train_timesteps or family.num_train_timesteps,
         source="family" if given == (None, None, None) else "config",
     )
-
-
-def _prediction_type(sources: Sources, unet: UNetSpec | None, notes: _Notes) -> PredictionType:
-    preset = None if sources.flags.preset is None else PRESETS[sources.flags.preset]
-    if sources.flags.prediction_type is None and preset and preset.prediction_type:
-        own = preset.prediction_type
-        return notes.keep((own, assumed("prediction_type", own, f"preset {preset.name}")))
-    stated = first_stated(
-        "prediction_type",
-        sources.flags.prediction_type,
-        sources.config.prediction_type,
-        sources.family.prediction_type,
-        file=sources.file.prediction_type,
-        measured=sources.measured,
-    )
-    return stated[0] if unet is None else notes.keep(stated)

@@ -49,6 +49,8 @@ class FamilyDefaults:
         task: Task of the model.
         weights: Set of weights that its scripts sample with, where a checkpoint holds both: those
             of the paper's models use `ema_scope`, that of Stable Diffusion 1 has `use_ema: False`.
+        is_merged: Whether people merge its models, with tools that leave the averages of one of
+            them in the file, so that averages are measured before they are taken.
         num_heads: Attention heads of the UNet, or None if the head size is fixed.
         num_head_channels: Channels per head of the UNet, or None if the number is fixed. Without a
             UNet both are None.
@@ -76,6 +78,8 @@ class FamilyDefaults:
         siblings: Released models of the same shapes that predict something else, by what that is,
             with their native size in latent pixels. Where nothing else says what a UNet predicts,
             a measurement decides between them.
+        released_steps: What those of them predict that were released after this many steps of
+            training, which files of CompVis record and fine-tunes keep.
         blocks_removed: Whether the UNet was distilled into one with fewer blocks, so that it may
             lack its middle and its two halves may differ. In others, that is a fault of the file.
         scales_image: Whether the UNet takes the latents of an image to edit in its own scale.
@@ -99,6 +103,7 @@ class FamilyDefaults:
     num_inference_steps: int
     guidance_scale: float
     eta: float
+    is_merged: bool = False
     schedule: str | None = None
     other_latent_sizes: tuple[int, ...] = ()
     image_head_channels: int = 64
@@ -108,6 +113,7 @@ class FamilyDefaults:
     text_final_norm: bool = True
     null_prompt: NullPrompt = "encoded"
     siblings: Mapping[PredictionType, int] = field(default_factory=dict)
+    released_steps: Mapping[int, PredictionType] = field(default_factory=dict)
     blocks_removed: bool = False
     scales_image: bool = False
     edm: EdmSpec | None = None

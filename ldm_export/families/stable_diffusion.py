@@ -46,6 +46,7 @@ _SD_1 = FamilyDefaults(
     num_inference_steps=25,
     guidance_scale=7.5,
     eta=0.0,
+    is_merged=True,
 )
 #: `edit_cli.py` samples with the moving averages, at 512 pixels, down the sigmas of equally spaced
 #: timesteps.
@@ -59,7 +60,8 @@ _INSTRUCT_PIX2PIX = replace(
     eta=1.0,
 )
 #: Version 2.0 and 2.1 at 768 pixels predict v, their base models at 512 pixels the noise. Context
-#: is the output of the last layer but one (`layer: "penultimate"`), after the final LayerNorm.
+#: is the output of the last layer but one (`layer: "penultimate"`), after the final LayerNorm. By
+#: its steps diffusers recognises the base model of 2.1 (`convert_from_ckpt.py` of 0.42.1).
 _SD_2 = replace(
     _SD_1,
     num_heads=None,
@@ -69,6 +71,7 @@ _SD_2 = replace(
     guidance_scale=9.0,
     text_layers_left_out=1,
     siblings=MappingProxyType({"epsilon": 64}),
+    released_steps=MappingProxyType({875_000: "epsilon"}),
 )
 
 _SD_2_INPAINTING = replace(

@@ -20,7 +20,7 @@ may be what it is trained for; it is called "epsilon" as diffusers calls it, wit
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -59,6 +59,9 @@ _STATED_BY: Mapping[str, str] = MappingProxyType(
         "config": "the configuration says",
         "file": "the file says of itself",
         "family": "was assumed from its family",
+        "metadata": "the file's metadata says",
+        "config default": "is what a configuration without `parameterization` means",
+        "training step": "was assumed from its steps of training",
     }
 )
 #: Standard deviation of latents in the UNet's scale: about 1 in training, by construction where the
@@ -138,6 +141,41 @@ def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
     measured = replace(assumption, source=f"{assumption.source}, measured")
     assumptions = (measured if each is assumption else each for each in spec.assumptions)
     return replace(spec, assumptions=tuple(assumptions))
+
+
+def warn_of_hint(spec: ModelSpec, record: PredictionRecord) -> None:
+    """Warn that a measurement contradicts a hint, in whose place it is taken.
+
+    Args:
+        spec: The model, as it was recognised before.
+        record: The decided measurement.
+    """
+    (assumption,) = (each for each in spec.assumptions if each.field == "prediction_type")
+    if assumption.source != "family" and record.measured is not None:
+        _LOGGER.warning(
+            "%s, which %s; going by the measurement, unless --prediction-type says otherwise",
+            _contradiction(record, record.measured, spec.prediction_type),
+            _stated_by(assumption.source),
+        )
+
+
+def warn_of_siblings(spec: ModelSpec, siblings: Collection[PredictionType]) -> None:
+    """Warn that nothing tells a model from those of its shapes that predict something else.
+
+    Args:
+        spec: The model, whose measurement is undecided.
+        siblings: What the others predict; without them there is no warning.
+    """
+    if siblings:
+        (assumption,) = (each for each in spec.assumptions if each.field == "prediction_type")
+        _LOGGER.warning(
+            "it could not be measured what the UNet predicts: %s is taken (from %s), but models of "
+            "these shapes predict %s as well, and with the wrong one images are noise; look at the "
+            "golden images, and state it with --prediction-type",
+            spec.prediction_type,
+            assumption.source,
+            " or ".join(sorted(siblings)),
+        )
 
 
 def _level(share: float, spec: ModelSpec) -> tuple[float, float]:

@@ -96,7 +96,8 @@ class Assumption:
         value: Its value, as text.
         source: "flag", "preset NAME", "config", "file" (the checkpoint says it itself) or "family",
             followed by ", measured" if a measurement confirmed it; "measured" if that alone
-            decided.
+            decided. Hints are "metadata", "config default" (of an entry that it leaves out) and
+            "training step".
     """
 
     field: str
@@ -245,7 +246,12 @@ def latent_step(spec: ModelSpec) -> int:
 
     They must survive the UNet's downsampling steps, or its skip connections no longer fit.
     """
-    return 1 if spec.unet is None else int(2 ** (len(spec.unet.channel_mult) - 1))
+    return latent_step_of(spec.unet)
+
+
+def latent_step_of(unet: UNetSpec | None) -> int:
+    """Return the step of the sides of latents, see `latent_step`."""
+    return 1 if unet is None else int(2 ** (len(unet.channel_mult) - 1))
 
 
 def size_step(spec: ModelSpec) -> int:

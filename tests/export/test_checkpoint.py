@@ -142,7 +142,7 @@ def test_a_checkpoint_of_a_training_framework_gives_its_state_dict_and_step(tmp_
 
     with open_checkpoint(saved(tmp_path, lightning_content(state_dict))) as checkpoint:
         assert_same_tensors(checkpoint, state_dict)
-        assert checkpoint.global_step == 470_000
+        assert checkpoint.global_step == checkpoint.stated.global_step == 470_000
         assert checkpoint.format == "torch"
         assert dict(checkpoint.metadata) == {}
 

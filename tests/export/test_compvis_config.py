@@ -8,7 +8,15 @@ import yaml
 from ldm_export.detection.compvis_config import ConfigFields, config_fields, read_config
 from ldm_export.detection.detect import detect
 from ldm_export.errors import ExportError, WeightsError
-from tests.export.sd_layout import SD1, TINY, checkpoint
+from tests.export.sd_layout import (
+    SD1,
+    SD2,
+    TINY,
+    FakeTensor,
+    checkpoint,
+    sdxl_checkpoint,
+    with_values,
+)
 
 SHAPES = Path(__file__).parents[2] / "models/shapes"
 V1_INFERENCE = """
@@ -59,7 +67,7 @@ def test_a_released_configuration_agrees_with_its_weights(tmp_path):
     assert by_source["unet.num_heads"] == "config"
     assert by_source["autoencoder.latent_scale_factor"] == "config"
     assert by_source["defaults.height"] == "config"
-    assert by_source["prediction_type"] == "family"
+    assert by_source["prediction_type"] == "config default"
     assert spec.defaults.height == 512
 
 
@@ -84,6 +92,110 @@ def test_facts_are_read_and_minus_one_leaves_them_open():
         text_num_heads=4,
         text_activation="gelu",
     )
+
+
+#: The part of sd_xl_v.yaml of AUTOMATIC1111's web UI that says what is predicted.
+SGM_V = """
+model:
+  target: sgm.models.diffusion.DiffusionEngine
+  params:
+    scale_factor: 0.13025
+    denoiser_config:
+      target: sgm.modules.diffusionmodules.denoiser.DiscreteDenoiser
+      params:
+        num_idx: 1000
+        weighting_config:
+          target: sgm.modules.diffusionmodules.denoiser_weighting.EpsWeighting
+        scaling_config:
+          target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling
+        discretization_config:
+          target: sgm.modules.diffusionmodules.discretizer.LegacyDDPMDiscretization
+    network_config:
+      target: sgm.modules.diffusionmodules.openaimodel.UNetModel
+      params: {num_head_channels: 64, model_channels: 320}
+"""
+
+
+def of_scaling(name):
+    target = f"sgm.modules.diffusionmodules.denoiser_scaling.{name}"
+    return of_params(denoiser_config={"params": {"scaling_config": {"target": target}}})
+
+
+def test_a_configuration_of_generative_models_says_what_is_predicted_and_heads(tmp_path):
+    path = tmp_path / "sd_xl_v.yaml"
+    path.write_text(SGM_V)
+
+    spec = detect(sdxl_checkpoint(), config=read_config(path)).spec
+
+    stated = {each.field: (each.value, each.source) for each in spec.assumptions}
+    assert stated["prediction_type"] == ("v_prediction", "config")
+    assert stated["unet.num_head_channels"] == ("64", "config")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ("EpsScaling", "epsilon"),
+        ("VScaling", "v_prediction"),
+        ("VScalingWithEDMcNoise", "v_prediction"),
+        ("EDMScaling", "epsilon"),
+    ],
+)
+def test_scalings_of_generative_models_say_what_is_predicted(scaling, expected):
+    assert config_fields(of_scaling(scaling)).prediction_type == expected
+
+
+def test_a_scaling_of_edm_is_of_a_model_of_edm():
+    marked = sdxl_checkpoint() | {"edm_vpred.sigma_max": with_values(120.0)}
+    config = of_scaling("VScalingWithEDMcNoise")
+
+    assert detect(marked, config=config).spec.prediction_type == "v_prediction"
+    with pytest.raises(WeightsError, match=r"says .*VScalingWithEDMcNoise.* no mark of EDM"):
+        detect(sdxl_checkpoint(), config=config)
+
+
+@pytest.mark.parametrize("target", ["my.RectifiedScaling", 7])
+def test_an_unknown_scaling_is_an_error(target):
+    config = of_params(denoiser_config={"params": {"scaling_config": {"target": target}}})
+
+    with pytest.raises(ExportError, match=r"scaling_config.target is .*; choose from EpsScaling"):
+        config_fields(config)
+
+
+CLASS = "ldm.models.diffusion.ddpm.LatentDiffusion"
+
+
+@pytest.mark.parametrize(
+    ("target", "params", "expected"),
+    [
+        (CLASS, {"unet_config": {}}, "epsilon"),
+        ("ldm.models.diffusion.ddpm_edit.LatentInpaintDiffusion", {"unet_config": {}}, "epsilon"),
+        (CLASS, {"unet_config": {}, "parameterization": "v"}, None),
+        (CLASS, {"timesteps": 1000}, None),
+        ("sgm.models.diffusion.DiffusionEngine", {"unet_config": {}}, None),
+        (None, {"unet_config": {}}, None),
+    ],
+)
+def test_a_configuration_of_compvis_without_parameterization_usually_means_noise(
+    target, params, expected
+):
+    config = {"model": {"target": target, "params": params}}
+
+    assert config_fields(config).usual_prediction_type == expected
+
+
+def test_what_a_configuration_usually_means_goes_behind_marks_and_measurements():
+    config = {"model": {"target": CLASS, "params": {"unet_config": {}}}}
+    marked = checkpoint(SD2) | {"v_pred": FakeTensor(shape=(0,))}
+
+    usual = detect(checkpoint(SD2), config=config)
+    by_mark = detect(marked, config=config).spec
+    measured = detect(checkpoint(SD2), config=config, measured="v_prediction").spec
+
+    assert (usual.spec.prediction_type, usual.spec.defaults.height) == ("epsilon", 512)
+    assert usual.siblings == {"v_prediction"}
+    assert (by_mark.prediction_type, by_mark.defaults.height) == ("v_prediction", 768)
+    assert (measured.prediction_type, measured.defaults.height) == ("v_prediction", 768)
 
 
 def test_averages_are_used_as_the_configuration_says():

@@ -199,10 +199,23 @@ def test_every_fact_has_a_flag():
         "--width": "32",
     }
 
-    args = build_parser().parse_args([word for pair in flags.items() for word in pair])
+    words = [word for pair in flags.items() for word in pair]
+    args = build_parser().parse_args([*words, "--zero-terminal-snr"])
 
+    assert args.zero_terminal_snr
+    assert build_parser().parse_args(words).zero_terminal_snr is None
     assert (args.weights, args.num_heads, args.height, args.width) == ("model", 8, 64, 32)
     assert args.latent_scale_factor == 0.5
+
+
+def test_the_flag_of_zero_terminal_snr_reaches_the_bundle(command, small_checkpoint_path):
+    size = ("--height", "64", "--width", "64")
+    flags = ("--estimate", "--prediction-type", "v_prediction", "--zero-terminal-snr")
+
+    status, out, _, _ = command(small_checkpoint_path, *size, *flags)
+
+    assert status == 0
+    assert "alphas_cumprod = rescaled to zero terminal SNR (from flag)" in out
 
 
 def test_help_needs_neither_torch_nor_onnx():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
@@ -274,6 +275,46 @@ def test_the_size_of_stable_diffusion_2_follows_from_what_it_predicts(stated, me
     value, source = sources(detection.spec)["prediction_type"]
     assert (value, source, detection.spec.defaults.height) == expected
     assert detection.siblings == ({"epsilon"} if source == "family" else set())
+
+
+V_MODEL = {"model": {"params": {"parameterization": "v"}}}
+
+
+@pytest.mark.parametrize(
+    ("step", "config", "expected"),
+    [
+        (875_000, None, ("epsilon", "training step", 512)),
+        (110_000, None, ("v_prediction", "family", 768)),
+        (875_000, V_MODEL, ("v_prediction", "config", 768)),
+    ],
+)
+def test_the_base_model_of_stable_diffusion_2_1_is_known_by_its_steps(step, config, expected):
+    stated = FileFields(global_step=step)
+
+    spec = detect(checkpoint(SD2), config=config, stated=stated).spec
+
+    assert (*sources(spec)["prediction_type"], spec.defaults.height) == expected
+
+
+def test_a_measurement_and_marks_outweigh_steps_of_training():
+    stated = FileFields(global_step=875_000)
+    marked = checkpoint(SD2) | {"v_pred": with_values(np.zeros(0))}
+
+    by_step = detect(checkpoint(SD2), stated=stated)
+    measured = detect(checkpoint(SD2), stated=stated, measured="v_prediction").spec
+    by_mark = detect(marked, stated=stated).spec
+
+    assert by_step.siblings == {"v_prediction"}
+    assert sources(measured)["prediction_type"] == ("v_prediction", "measured")
+    assert sources(by_mark)["prediction_type"] == ("v_prediction", "file")
+
+
+def test_steps_of_training_mean_nothing_to_other_families():
+    inpainting = replace(SD2, in_channels=9)
+
+    spec = detect(checkpoint(inpainting), stated=FileFields(global_step=875_000)).spec
+
+    assert sources(spec)["prediction_type"] == ("epsilon", "family")
 
 
 def test_every_hyperparameter_of_a_small_sibling_is_read_from_its_shapes():

@@ -1,20 +1,27 @@
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from ldm_export import export
+from ldm_export.bundle import with_known_prediction
+from ldm_export.checkpoint.file_fields import FileFields
+from ldm_export.detection.detect import detect
+from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
 from ldm_export.golden.prediction import NEAR, confirmed, measure_prediction
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import build_network
+from ldm_export.source import Source
 from ldm_export.steps import vocabulary_of
 from ldm_runtime.bundle.manifest import PredictionRecord
 from ldm_runtime.specs.model import Assumption
 from ldm_runtime.testing import FakeEngine
 from models.shapes.catalog.variants import VARIANTS
 from tests.conftest import SHAPES_CHECKPOINT
+from tests.export.sd_layout import SD2, checkpoint
 from tests.export.small_spec import SPEC
 from tests.export.small_systems import SMALL_SYSTEMS, small_system
 from tests.torch_generator import TorchGenerator
@@ -199,10 +206,84 @@ def test_a_flag_is_obeyed_with_a_warning(caplog):
     assert "not epsilon (off by 0.50); --prediction-type epsilon is used as asked" in caplog.text
 
 
+UNDECIDED = PredictionRecord(
+    key="", deviations=dict.fromkeys(("epsilon", "v_prediction", "sample"), 0.5), measured=None
+)
+
+
+def recognised(record, caplog, **stated):
+    """Recognise Stable Diffusion 2 with a record of its measurement; return it and warnings."""
+    caplog.clear()
+    tensors = checkpoint(SD2)
+    detect_again = partial(detect, tensors, **stated)
+    source = Source(
+        options=None,
+        checkpoint=None,
+        detection=detect_again(),
+        sha256="",
+        toolchain=None,
+        detect_again=detect_again,
+    )
+    spec = with_known_prediction(source, record).spec
+    return spec.prediction_type, [each for each in caplog.messages if "recognised" not in each]
+
+
+BY_STEP = {"stated": FileFields(global_step=875_000)}
+
+
+@pytest.mark.parametrize("record", [UNDECIDED, None])
+@pytest.mark.parametrize(
+    ("stated", "kept", "source", "other"),
+    [
+        ({}, "v_prediction", "family", "epsilon"),
+        (BY_STEP, "epsilon", "training step", "v_prediction"),
+    ],
+)
+def test_an_undecided_measurement_is_a_warning_where_a_family_has_models_of_both_kinds(
+    record, stated, kept, source, other, caplog
+):
+    prediction_type, (warning,) = recognised(record, caplog, **stated)
+
+    assert prediction_type == kept
+    assert f"{kept} is taken (from {source}), but models of these shapes predict {other}" in warning
+    assert "--prediction-type" in warning
+
+
+def test_an_undecided_measurement_is_no_warning_where_the_prediction_type_is_stated(caplog):
+    flag = Overrides(prediction_type="epsilon")
+
+    assert recognised(UNDECIDED, caplog, overrides=flag) == ("epsilon", [])
+
+
+def test_a_measurement_decides_between_models_of_both_kinds_without_a_warning(caplog):
+    assert recognised(measured("epsilon"), caplog) == ("epsilon", [])
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        (BY_STEP, "which was assumed from its steps of training; going by the measurement"),
+        (
+            {"metadata": {"modelspec.prediction_type": "epsilon"}},
+            "which the file's metadata says; going by the measurement",
+        ),
+        (
+            {"config": {"model": {"target": "ddpm.LatentDiffusion", "params": {"unet_config": 0}}}},
+            "which is what a configuration without `parameterization` means; going by",
+        ),
+    ],
+)
+def test_a_measurement_outweighs_a_hint_with_a_warning(stated, words, caplog):
+    prediction_type, (warning,) = recognised(measured("v_prediction"), caplog, **stated)
+
+    assert prediction_type == "v_prediction"
+    assert words in warning
+
+
 def test_a_download_without_its_configuration_is_refused_before_anything_is_written(tmp_path):
-    checkpoint = shutil.copy(SHAPES_CHECKPOINT, tmp_path / "model.ckpt")
+    download = shutil.copy(SHAPES_CHECKPOINT, tmp_path / "model.ckpt")
 
     with pytest.raises(ExportError, match=r"to predict v_prediction .* --prediction-type v_pred"):
-        export(checkpoint, tmp_path / "engines")
+        export(download, tmp_path / "engines")
 
-    assert list(tmp_path.iterdir()) == [checkpoint]
+    assert list(tmp_path.iterdir()) == [download]
