@@ -16,7 +16,7 @@ import numpy as np
 from ldm_export.checkpoint.checkpoint import Checkpoint
 from ldm_export.checkpoint.mistaken_files import part_of_several
 from ldm_export.checkpoint.stored_tensors import StoredTensor
-from ldm_export.detection.averages import warn_of_averages
+from ldm_export.detection.averages import are_averages_of, warn_of_averages
 from ldm_export.detection.chosen_config import StatedConfig, chosen_config
 from ldm_export.detection.detect import Detection, detect
 from ldm_export.detection.overrides import Overrides
@@ -194,8 +194,10 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
         stated=checkpoint.stated,
     )
     detection = detect_again()
-    if hashed:
-        warn_of_averages(checkpoint.tensors, detection.weights)
+    if hashed and not _averages_hold(checkpoint, detection):
+        stated = replace(checkpoint.stated, weights="model")
+        detect_again = partial(detect_again, stated=stated)
+        detection = detect_again()
     return Source(
         options=options,
         checkpoint=checkpoint,
@@ -204,6 +206,14 @@ def open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool 
         toolchain=None if isinstance(toolchain, str) else toolchain,
         detect_again=detect_again,
     )
+
+
+def _averages_hold(checkpoint: Checkpoint, detection: Detection) -> bool:
+    """Return whether the averages in use are to stay so, with a warning if they look wrong."""
+    if detection.has_doubtful_averages:
+        return are_averages_of(checkpoint.tensors, detection.weights)
+    warn_of_averages(checkpoint.tensors, detection.weights)
+    return True
 
 
 def open_checkpoint_of(options: ExportOptions) -> Checkpoint:

@@ -38,6 +38,11 @@ class AverageComparison:
     is_constant: bool
     distance: float | None
 
+    @property
+    def is_far(self) -> bool:
+        """Whether the averages are of other weights; without weights that is not known."""
+        return self.distance is not None and not self.distance <= FAR  # NaN is far
+
 
 def compare_averages(tensors: Tensors, averages: Iterable[str]) -> AverageComparison:
     """Compare averages with the weights in the same checkpoint; reads the values of both.
@@ -68,30 +73,71 @@ def warn_of_averages(tensors: Tensors, used: Mapping[str, Mapping[str, str]]) ->
         tensors: The checkpoint's.
         used: Per component, checkpoint tensor name by network parameter name.
     """
-    names = (name for component in used.values() for name in component.values())
-    averages = [name for name in dict.fromkeys(names) if name.startswith(EMA_PREFIX)]
-    if not averages:
+    found = _compared(tensors, used)
+    if found is None:
         return
-    found = compare_averages(tensors, averages)
     if found.is_constant:
-        _LOGGER.warning(
-            "every tensor of the moving averages has one value only (they differ from the last "
-            "weights by %s), so they are not a trained model; use --weights model",
-            _percent(found.distance),
-        )
+        _LOGGER.warning("%s; use --weights model", _constant(found))
     elif found.distance is None:  # nothing to compare with
         return
-    elif not found.distance <= FAR:  # NaN is far
+    elif found.is_far:
         _LOGGER.warning(
-            "the moving averages differ from the last weights by %s of those (averages do by less "
-            "than %s), so they are probably of another model; try --weights model and compare",
-            _percent(found.distance),
-            _percent(FAR),
+            "%s, so they are probably of another model; try --weights model and compare",
+            _far(found),
         )
     else:
         _LOGGER.info(
             "the moving averages differ from the last weights by %s", _percent(found.distance)
         )
+
+
+def are_averages_of(tensors: Tensors, used: Mapping[str, Mapping[str, str]]) -> bool:
+    """Return whether averages that are complete, next to complete weights, are of these weights.
+
+    For models that are merged with others, by tools that leave the averages of one of them in the
+    file: averages that differ at all are a warning, since those of the original are near, too.
+
+    Args:
+        tensors: The checkpoint's.
+        used: Per component, checkpoint tensor name by network parameter name.
+    """
+    found = _compared(tensors, used)
+    if found is None or found.distance == 0:
+        return True
+    if found.is_constant or found.is_far:
+        _LOGGER.warning(
+            "%s; the last weights are used, --weights ema takes the averages",
+            _constant(found) if found.is_constant else _far(found),
+        )
+        return False
+    _LOGGER.warning(
+        "the moving averages differ from the last weights by %s, which training does, and so does "
+        "merging, after which they are those of the original model; they are used, --weights model "
+        "takes the last weights, the right ones of a merged model",
+        _percent(found.distance),
+    )
+    return True
+
+
+def _compared(tensors: Tensors, used: Mapping[str, Mapping[str, str]]) -> AverageComparison | None:
+    """Compare the averages in use with the weights; None if none are."""
+    names = (name for component in used.values() for name in component.values())
+    averages = [name for name in dict.fromkeys(names) if name.startswith(EMA_PREFIX)]
+    return compare_averages(tensors, averages) if averages else None
+
+
+def _constant(found: AverageComparison) -> str:
+    return (
+        "every tensor of the moving averages has one value only (they differ from the last weights "
+        f"by {_percent(found.distance)}), so they are not a trained model"
+    )
+
+
+def _far(found: AverageComparison) -> str:
+    return (
+        f"the moving averages differ from the last weights by {_percent(found.distance)} of those "
+        f"(averages do by less than {_percent(FAR)})"
+    )
 
 
 def _values(tensors: Tensors, name: str) -> npt.NDArray[np.float32]:

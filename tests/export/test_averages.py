@@ -7,6 +7,8 @@ import torch
 from ldm_export.checkpoint.checkpoint import open_checkpoint
 from ldm_export.detection.averages import FAR, compare_averages, warn_of_averages
 from ldm_export.detection.overrides import Overrides
+from ldm_export.families.latent_diffusion import LDM_FAMILIES
+from ldm_export.families.table import FAMILIES
 from ldm_export.source import ExportOptions, open_source
 from ldm_runtime.specs.model import Assumption
 from tests.conftest import SHAPES_CHECKPOINT
@@ -115,6 +117,91 @@ def test_zeroed_averages_are_a_warning_at_export_if_they_are_used(
     found = [each for each in caplog.records if each.levelname == "WARNING"]
     assert len(found) == warnings
     assert all("differ from the last weights by 100.0%" in each.getMessage() for each in found)
+
+
+def instruct_pix2pix(path, average_of):
+    """Write an InstructPix2Pix with averages of every weight of its UNet."""
+    state = small_checkpoint.state_dict(small_checkpoint.random_networks(), ema=True)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    state[name] = torch.cat([state[name], 0.5 * state[name]], dim=1)  # 8 channels
+    unet = {each: value for each, value in state.items() if each.startswith("model.diff")}
+    averages = {ema_of(each): average_of(value) for each, value in unet.items()}
+    torch.save(state | averages, path)
+    return path
+
+
+def opened(path, caplog, config=None, **flags):
+    """Open it for an export; return its record, the warnings and the weights of its UNet."""
+    caplog.clear()
+    if config is not None:
+        path.with_suffix(".yaml").write_text(config)
+    options = ExportOptions(checkpoint=path, out=path, overrides=Overrides(**flags))
+    with open_checkpoint(path) as checkpoint:
+        source = open_source(options, checkpoint)
+        again = source.measured_as("epsilon")
+    assert again.spec.weights == source.spec.weights
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    (used,) = {name.partition(".")[0] for name in source.detection.weights["unet"].values()}
+    return source.spec, warnings, used
+
+
+@pytest.mark.parametrize(
+    ("average_of", "words"),
+    [
+        (torch.zeros_like, r"one value only \(.* by 100\.0%\), .*--weights ema takes the averages"),
+        (lambda each: -each, r"by 200\.0% of those \(.*; the last weights are used, --weights ema"),
+    ],
+)
+def test_averages_that_are_not_of_an_instruct_pix2pix_are_left_with_a_warning(
+    average_of, words, tmp_path, caplog
+):
+    path = instruct_pix2pix(tmp_path / "merged.ckpt", average_of)
+
+    spec, (warning,), used = opened(path, caplog)
+
+    assert (spec.family, spec.weights, used) == ("instruct-pix2pix", "model", "model")
+    assert Assumption(field="weights", value="model", source="file") in spec.assumptions
+    assert re.search(words, warning)
+
+
+def test_averages_of_a_merged_instruct_pix2pix_may_be_near_and_are_a_warning(tmp_path, caplog):
+    path = instruct_pix2pix(tmp_path / "merged.ckpt", lambda each: 0.97 * each)
+
+    spec, (warning,), used = opened(path, caplog)
+
+    assert (spec.weights, used) == ("ema", "model_ema")
+    assert re.search(r"differ from the last weights by 3\.0%, .*; .* --weights model", warning)
+
+
+def test_averages_that_are_the_weights_themselves_are_no_warning(tmp_path, caplog):
+    path = instruct_pix2pix(tmp_path / "pruned.ckpt", torch.clone)
+
+    assert opened(path, caplog)[1:] == ([], "model_ema")
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [(None, {"weights": "ema"}), ("model: {params: {use_ema: true}}", {})],
+)
+def test_averages_that_were_asked_for_are_used_whatever_they_are(config, flags, tmp_path, caplog):
+    path = instruct_pix2pix(tmp_path / "merged.ckpt", torch.zeros_like)
+
+    spec, (warning,), used = opened(path, caplog, config, **flags)
+
+    assert (spec.weights, used) == ("ema", "model_ema")
+    assert warning.endswith("so they are not a trained model; use --weights model")
+
+
+@pytest.mark.parametrize("name", ["instruct-pix2pix", "stable-diffusion-2-unclip-h"])
+def test_families_that_are_merged_and_sample_from_averages_measure_them(name):
+    (family,) = (each for each in FAMILIES if each.name == name)
+
+    assert (family.family_defaults.weights, family.family_defaults.is_merged) == ("ema", True)
+
+
+def test_the_averages_of_the_papers_models_are_trusted():
+    for family in LDM_FAMILIES:
+        assert not family.family_defaults or not family.family_defaults.is_merged
 
 
 def test_the_shapes_model_samples_from_its_averages_as_its_configuration_says():
