@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ldm_export.checkpoint.checkpoint import Checkpoint, ComponentFiles, open_checkpoint
+from ldm_export.checkpoint.file_fields import LatentScale
 from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.errors import CheckpointError
 from ldm_export.families.records import NOISE_AUGMENTOR_PREFIX, TINY_AUTOENCODER_PREFIX
@@ -78,7 +79,8 @@ def open_model(
     Args:
         path: The checkpoint's file, or the folder with `model_index.json`.
         vae: File or folder of an autoencoder, in the names of CompVis or of diffusers, which takes
-            the place of the checkpoint's, or is added to one without.
+            the place of the checkpoint's, or is added to one without. Its latents are scaled as
+            the UNet was trained, whatever its configuration states.
         text_encoder: File or folder of a CLIP text encoder in the names of transformers, likewise;
             of a model with two, the first.
         text_encoder_2: File or folder of the second text encoder, likewise.
@@ -145,7 +147,15 @@ def _autoencoder(component: StoredComponent) -> _Part:
         place=AUTOENCODER_PREFIX,
         component=component,
         tensors=renamed,
-        fields=fields,
+        fields={"vae_scale": _scale_of(fields)},
+    )
+
+
+def _scale_of(fields: Mapping[str, Any]) -> LatentScale:
+    return LatentScale(
+        factor=fields.get("latent_scale_factor"),
+        mean=fields.get("latents_mean"),
+        std=fields.get("latents_std"),
     )
 
 

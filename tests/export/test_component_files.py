@@ -3,6 +3,7 @@
 Every file holds values that no other holds, so that it shows where a tensor came from.
 """
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_export.checkpoint.checkpoint import open_checkpoint
+from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.cli import main, say_sources
 from ldm_export.detection.detect import detect
+from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import CheckpointError
 from ldm_export.intake.opening import open_model
 from ldm_export.source import (
@@ -203,6 +206,70 @@ def test_flags_reach_the_export(small_checkpoint_path, tmp_path, capsys):
         status = main([str(small_checkpoint_path), str(tmp_path / "out"), flag, missing])
         assert status == 1
         assert "absent.safetensors: cannot be opened" in capsys.readouterr().err
+
+
+def vae_folder(path, tensors, **config):
+    """Write an autoencoder as diffusers does, with a configuration."""
+    path.mkdir()
+    written(path / "diffusion_pytorch_model.safetensors", part(tensors, VAE))
+    entries = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32, 64], **config}
+    (path / "config.json").write_text(json.dumps(entries))
+    return path
+
+
+def scale_with(checkpoint, caplog, **flags):
+    """Return factor, its source, mean and standard deviation of latents, and the warnings."""
+    caplog.clear()
+    spec = detect(checkpoint.tensors, stated=checkpoint.stated, overrides=Overrides(**flags)).spec
+    field = "autoencoder.latent_scale_factor"
+    (source,) = (each.source for each in spec.assumptions if each.field == field)
+    used = spec.autoencoder
+    return (used.latent_scale_factor, source, used.latents_mean, used.latents_std), caplog.messages
+
+
+STATISTICS = {"latents_mean": [[[[1.5]], [[2]], [[3]], [[4]]]], "latents_std": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"scaling_factor": 0.13025}, "states the scale factor 0.13025, and the UNet was trained"),
+        (STATISTICS, "states no scale factor and statistics of every channel, and"),
+        ({"scaling_factor": 0.18215}, None),
+        ({}, None),
+    ],
+)
+def test_the_scale_of_the_latents_is_the_unets_whatever_an_autoencoder_in_its_place_states(
+    small_checkpoint_path, other, tmp_path, config, words, caplog
+):
+    vae = vae_folder(tmp_path / "vae", other, **config)
+
+    with open_model(small_checkpoint_path, vae=vae) as checkpoint:
+        scale, warnings = scale_with(checkpoint, caplog)
+        by_flag, silent = scale_with(checkpoint, caplog, latent_scale_factor=0.3)
+
+    assert scale == (0.18215, "family", (), ())
+    assert len(warnings) == (words is not None)
+    if words is not None:
+        assert words in warnings[0]
+        assert "with the scale factor 0.18215, which is used; --latent-scale-fa" in warnings[0]
+    assert (by_flag[:2], silent) == ((0.3, "flag"), [])
+
+
+def test_what_a_folder_states_of_its_latents_goes_before_what_another_autoencoder_does(
+    small_checkpoint_path, other, tmp_path, caplog
+):
+    theirs = vae_folder(tmp_path / "theirs", other, scaling_factor=0.13025)
+    own = FileFields(
+        latent_scale_factor=0.5, latents_mean=(0.0, 1.0, 2.0, 3.0), latents_std=(1.0,) * 4
+    )
+
+    with open_model(small_checkpoint_path, vae=theirs) as checkpoint:
+        of_folder = replace(checkpoint, stated=replace(own, vae_scale=checkpoint.stated.vae_scale))
+        scale, (warning,) = scale_with(of_folder, caplog)
+
+    assert scale == (0.5, "file", own.latents_mean, own.latents_std)
+    assert "trained with the scale factor 0.5 and statistics of every channel, which" in warning
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The pipelines are random in every layer. Outputs of the two sides differ by the 
 """
 
 import json
+import shutil
 
 import diffusers.loaders.single_file_utils as single_file
 import numpy as np
@@ -403,6 +404,16 @@ def test_a_single_file_in_the_place_of_an_autoencoder_keeps_what_the_folder_stat
 
     assert stated.latent_scale_factor == AUTOENCODER["scaling_factor"]
     assert (stated.height, stated.width) == (32, 32)
+
+
+def test_a_folder_in_the_place_of_an_autoencoder_keeps_what_the_model_states(folder, tmp_path):
+    other = shutil.copytree(folder / "vae", tmp_path / "vae")
+    edit_json(other / "config.json", scaling_factor=0.75)
+
+    with open_model(folder, vae=other) as checkpoint:
+        spec = detected(checkpoint).spec
+
+    assert spec.autoencoder.latent_scale_factor == AUTOENCODER["scaling_factor"]
 
 
 def two_text_encoders(folder):
