@@ -1,12 +1,13 @@
 """Textual inversions: files of learned embeddings, each of which a word of a prompt stands for.
 
-The formats are those of AUTOMATIC1111's web UI (`string_to_param` in a pickle), of kohya's trainers
+The formats are those of AUTOMATIC1111's web UI (`string_to_param` in a pickle), of the original
+trainer and InvokeAI (the same, in a `torch.nn.ParameterDict`), of kohya's trainers
 (`emb_params`; `clip_l` and `clip_g` for SDXL) and of diffusers (the token itself;
 `text_encoders_0` and `text_encoders_1` for SDXL). Pickles are interpreted and run nothing, see
 `tensor_files.pickle_reader`. Not read are embeddings that the web UI hid in a PNG.
 
 Source: `modules/textual_inversion/textual_inversion.py` of AUTOMATIC1111/stable-diffusion-webui
-1.10 and `loaders/textual_inversion.py` of diffusers 0.35.
+1.10, which reads `_parameters` as well, and `loaders/textual_inversion.py` of diffusers 0.35.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from ldm_runtime.tensor_files.errors import FormatError
 from ldm_runtime.tensor_files.lazy_tensors import open_tensors
 from ldm_runtime.tensor_files.pickle_reader import PickleContents
 from ldm_runtime.tensor_files.tensor_extent import TensorExtent, check_name
-from ldm_runtime.tensor_files.torch_records import TensorRecord
+from ldm_runtime.tensor_files.torch_records import ParameterDictRecord, TensorRecord
 from ldm_runtime.tensor_files.torch_state_dict import FindTensor
 from ldm_runtime.text import LearnedWord
 
@@ -108,7 +109,9 @@ def _read(word: str, file: object, encoders: Encoders) -> LearnedWord:
 def _pickled_extents(pickled: PickleContents, find: FindTensor) -> Mapping[str, TensorExtent]:
     root = pickled.root
     level = root.get("string_to_param", root) if isinstance(root, dict) else None
-    if not isinstance(level, dict):
+    if isinstance(level, ParameterDictRecord):
+        level = level.parameters
+    if not isinstance(level, Mapping):
         raise FormatError(
             "holds no plain dict of tensors; load it with the program that wrote it and save it "
             "again"

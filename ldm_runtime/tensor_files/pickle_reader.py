@@ -3,7 +3,8 @@
 A pickle is a program for a stack machine, and `pickle.load` runs it: a global becomes an imported
 object, REDUCE calls it. Here a global is a `Name`, two strings and no more. Calling one of the few
 names with which torch rebuilds tensors yields a `TensorRecord`: numbers that say where the tensor
-lies. Calling any other name yields a `Stub`, which remembers the name and drops the arguments.
+lies. Calling any other name yields a `Stub`, which remembers the name and drops the arguments; one
+class of torch that holds tensors, `ParameterDict`, yields a record that refers to them.
 
 So a pickle can do nothing but cost time and memory, and `Limits` bounds both:
 
@@ -29,8 +30,10 @@ from types import MappingProxyType
 from ldm_runtime.tensor_files.errors import FormatError
 from ldm_runtime.tensor_files.pickle_machine import MAX_LINE_BYTES, Limits, Machine
 from ldm_runtime.tensor_files.torch_records import (
+    PARAMETER_DICT,
     SET,
     Name,
+    ParameterDictRecord,
     StorageRecord,
     Stub,
     TensorRecord,
@@ -391,10 +394,15 @@ def _object(machine: Machine) -> None:
 
 
 def _build(machine: Machine) -> None:
-    """Drop the attributes of an object; nothing is needed of a state dict's `_metadata`."""
-    machine.pop()
+    """Drop the attributes of an object, except for the parameters of a `ParameterDict`.
+
+    Nothing is needed of a state dict's `_metadata`.
+    """
+    state = machine.pop()
     target = machine.top()
-    if not isinstance(target, (dict, Stub)):
+    if isinstance(target, ParameterDictRecord):
+        target.take_state(state)
+    elif not isinstance(target, (dict, Stub)):
         raise machine.fault(f"attributes are set on a {type(target).__name__}")
 
 
@@ -406,7 +414,10 @@ def _callee(machine: Machine, value: object) -> Name | Stub:
 
 def _push_stub(machine: Machine, value: object) -> None:
     callee = _callee(machine, value)
-    machine.stack.append(callee if isinstance(callee, Stub) else Stub(name=callee))
+    if callee == PARAMETER_DICT:
+        machine.stack.append(ParameterDictRecord())
+    else:
+        machine.stack.append(callee if isinstance(callee, Stub) else Stub(name=callee))
 
 
 _STOP = ord(".")

@@ -55,6 +55,32 @@ class Stub:
     name: Name
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
+class ParameterDictRecord:
+    """A `torch.nn.ParameterDict`, of whose attributes its parameters are kept. It was not made.
+
+    Attributes:
+        parameters: They by name, as the pickle has them; None where it has no dict of them.
+    """
+
+    parameters: Mapping[object, object] | None = None
+
+    @property
+    def name(self) -> Name:
+        """The class, as of a `Stub`."""
+        return PARAMETER_DICT
+
+    def take_state(self, state: object) -> None:
+        """Keep the parameters in the attributes that a pickle sets, whatever those are.
+
+        They are in `_parameters`, as of every module, in each version of torch. That dict is
+        referred to and not copied: a pickle may set it as often as it likes.
+        """
+        parameters = state.get("_parameters") if isinstance(state, dict) else None
+        if isinstance(parameters, dict):
+            self.parameters = parameters
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StorageRecord:
     """A run of elements kept outside the pickle.
@@ -91,6 +117,7 @@ class TensorRecord:
 
 SET = Name(module="builtins", name="set")
 ORDERED_DICT = Name(module="collections", name="OrderedDict")
+PARAMETER_DICT = Name(module="torch.nn.modules.container", name="ParameterDict")
 
 
 def record_of_reference(reference: object) -> StorageRecord | Name:

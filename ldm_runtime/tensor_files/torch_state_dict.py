@@ -18,7 +18,12 @@ from ldm_runtime.tensor_files.tensor_extent import (
     check_name,
     is_size,
 )
-from ldm_runtime.tensor_files.torch_records import Name, Stub, TensorRecord
+from ldm_runtime.tensor_files.torch_records import (
+    Name,
+    ParameterDictRecord,
+    Stub,
+    TensorRecord,
+)
 
 #: Proves that a tensor lies inside its storage, and says where in the file; or a `FormatError`.
 FindTensor = Callable[[TensorRecord], TensorExtent]
@@ -193,7 +198,8 @@ def _has_tensors(level: Mapping[object, object]) -> bool:
 
 
 def _kind(value: object) -> str:
-    name = str(value.name) if isinstance(value, Stub) else type(value).__name__
+    is_object = isinstance(value, (Stub, ParameterDictRecord))
+    name = str(value.name) if is_object else type(value).__name__
     return f"an object of type {name[:200]!a}"
 
 

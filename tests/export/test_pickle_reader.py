@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from ldm_runtime.tensor_files.errors import FormatError
 from ldm_runtime.tensor_files.pickle_machine import Limits
 from ldm_runtime.tensor_files.pickle_reader import read_pickle
-from ldm_runtime.tensor_files.torch_records import Name, Stub, TensorRecord
+from ldm_runtime.tensor_files.torch_records import (
+    Name,
+    ParameterDictRecord,
+    Stub,
+    TensorRecord,
+)
 from tests.export import opcodes as op
 
 SECONDS = 20  # what a hostile pickle may take on a busy 2-core machine; the usual is below 3
@@ -135,6 +140,41 @@ def test_a_parameter_is_the_tensor_it_wraps():
     )
 
     assert read_pickle(op.pickled(parameter)).shape == (2, 3)
+
+
+PARAMETER_DICT = "torch.nn.modules.container.ParameterDict"
+
+
+def parameter_dict(**state):
+    return op.new_object(PARAMETER_DICT) + op.named(state) + b"b"
+
+
+def test_a_parameter_dict_becomes_a_record_of_its_parameters():
+    inner = op.dict_of([(op.text("*"), op.integer(7))])
+
+    result = read_pickle(op.pickled(parameter_dict(training=op.boolean(True), _parameters=inner)))
+
+    assert isinstance(result, ParameterDictRecord)
+    assert result.parameters == {"*": 7}
+
+
+@pytest.mark.parametrize("state", [{}, {"_parameters": op.list_of(op.text("*"))}])
+def test_a_parameter_dict_without_a_dict_of_parameters_has_none(state):
+    result = read_pickle(op.pickled(parameter_dict(**state)))
+
+    assert result.parameters is None
+
+
+def test_the_parameters_of_a_parameter_dict_are_not_copied_as_often_as_a_pickle_sets_them():
+    inner = op.dict_of((op.integer(each % 200), op.NONE) for each in range(50_000))
+    once = op.named({"_parameters": inner}) + b"q\x00" + b"b"
+    again = (b"h\x00" + b"b") * 200_000
+
+    begun = time.monotonic()
+    result = read_pickle(op.pickled(op.new_object(PARAMETER_DICT) + once + again))
+
+    assert len(result.parameters) == 200
+    assert time.monotonic() - begun < SECONDS
 
 
 @pytest.mark.parametrize(
