@@ -27,7 +27,7 @@ from ldm_export.graphs.onnx_export import (
 from ldm_export.graphs.parity import Sample, check_rounding
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.memory import give_back_memory
-from ldm_export.networks.loading import load_network
+from ldm_export.networks.loading import load_network, restore_weights
 from ldm_export.source import Source
 from ldm_export.workspace import ExportStep
 from ldm_runtime.backends.contract import Tensors
@@ -170,7 +170,7 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
     if name == _ENCODER:
         write_pairs(place / PAIRS_FILE, engine, source.spec)
     arrays_only = [arrays for _, arrays in inputs]
-    network, dtype, stored = _as_stored(name, source, network, arrays_only, expected)
+    dtype, stored = _as_stored(name, source, network, arrays_only, expected)
     variants = VARIANTS if source.options.fp16 else VARIANTS[:1]
     graphs = write_graphs(name, network, source.spec, place, dtype, variants)
     del network, engine
@@ -199,10 +199,10 @@ def _as_stored(
     network: nn.Module,
     inputs: Sequence[Tensors],
     expected: Sequence[Tensors],
-) -> tuple[nn.Module, WeightsDType, Sequence[Tensors]]:
-    """Return a network as the bundle stores it, the type of its weights, and its outputs.
+) -> tuple[WeightsDType, Sequence[Tensors]]:
+    """Make a network what the bundle stores; return the type of its weights, and its outputs.
 
-    Its weights are rounded in place; where fp16 cannot hold them, all of them stay in fp32.
+    Its weights are rounded in place; where fp16 cannot hold them, all of them are fp32 again.
 
     Args:
         name: The component.
@@ -221,9 +221,9 @@ def _as_stored(
             check_rounding(name, expected, outputs)
     except PrecisionError as error:
         _LOGGER.warning("%s; the weights of the %s are stored in fp32", error, name)
-        exact = load_network(name, source.spec, source.weights(name))
-        return exact, "float32", expected
-    return network, dtype, outputs
+        restore_weights(name, network, source.weights(name))
+        return "float32", expected
+    return dtype, outputs
 
 
 def _write_golden_component(path: Path, inputs: Tensors, outputs: Tensors) -> None:

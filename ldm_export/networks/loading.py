@@ -129,6 +129,25 @@ def load_network(component: str, spec: ModelSpec, weights: Mapping[str, Weight])
     return network.requires_grad_(False)
 
 
+def restore_weights(component: str, network: nn.Module, weights: Mapping[str, Weight]) -> None:
+    """Give a network of `load_network`, changed in place, a checkpoint's weights again.
+
+    They are read one by one into the parameters that are there, so that no second copy of the
+    network is in memory.
+
+    Args:
+        component: Its name.
+        network: The network.
+        weights: The tensors that it was loaded from.
+
+    Raises:
+        WeightsError: A value is not finite.
+    """
+    for name, parameter in network.named_parameters():
+        exact = _as_float32(component, name, weights[name])
+        parameter.data.copy_(exact.reshape(parameter.shape))
+
+
 def _as_float32(component: str, name: str, weight: Weight) -> torch.Tensor:
     stored = weight.numpy()
     tensor = torch.from_numpy(np.array(stored, dtype=np.float32, order="C"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm_export.errors import WeightsError
-from ldm_export.networks.loading import build_network, load_network
+from ldm_export.networks.loading import build_network, load_network, restore_weights
 from ldm_runtime.specs.model import components_of
 from tests.export.paper_networks import CASES, FIRST_STAGE
 from tests.export.small_checkpoint import random_networks
@@ -48,6 +48,23 @@ def test_a_loaded_network_is_equal_to_the_one_that_was_stored(component, network
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_changed_network_is_given_its_weights_again_in_place(networks):
+    network = networks["vae_decoder"]
+    weights = stored(network)
+    matrix = "decoder.mid.attn_1.q.weight"
+    weights[matrix] = Stored(weights[matrix].array[:, :, 0, 0])
+    loaded = load_network("vae_decoder", SPEC, weights)
+    places = [each.data_ptr() for each in loaded.parameters()]
+    for parameter in loaded.parameters():
+        parameter.data.mul_(2)
+
+    restore_weights("vae_decoder", loaded, weights)
+
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert [each.data_ptr() for each in loaded.parameters()] == places
 
 
 def test_attention_that_is_stored_as_matrices_is_loaded_as_the_same_network(networks):

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError
 from ldm_export.graphs.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2
 from ldm_export.graphs.precision import FP32_ISLANDS, WHOLE_NETWORK
+from ldm_export.networks.loading import load_network
 from ldm_export.source import ExportOptions, open_source
 from ldm_runtime.backends.onnxruntime.tensorrt import PROVIDER, provider_for
 from ldm_runtime.engines.build_specs import EngineOptions
@@ -123,6 +125,28 @@ def test_weights_that_fp16_cannot_hold_are_stored_in_fp32_with_one_warning(
     weights = sum(each.nbytes for each in networks.vae_decoder.parameters())
     assert (folder / "weights.bin").stat().st_size > 0.9 * weights
     assert max(each.max_relative_error for each in record.parity) < MAX_RELATIVE_ERROR
+
+
+def test_weights_that_fp16_cannot_hold_are_read_again_without_a_second_network(tmp_path):
+    networks = random_networks()
+    enlarge(networks.vae_decoder)
+    path = write_checkpoint(tmp_path / "small.ckpt", networks)
+    options = ExportOptions(checkpoint=path, out=tmp_path / "engines")
+    with open_checkpoint(path) as checkpoint:
+        source = open_source(options, checkpoint, hashed=False)
+        network = load_network("vae_decoder", source.spec, source.weights("vae_decoder"))
+        places = [each.data_ptr() for each in network.parameters()]
+        tracemalloc.start()
+
+        dtype, _ = steps._as_stored("vae_decoder", source, network, [], [])
+
+        peak = tracemalloc.get_traced_memory()[1]  # of arrays of NumPy, as weights are read
+        tracemalloc.stop()
+    exact = networks.vae_decoder.state_dict()
+    assert dtype == "float32"
+    assert all(torch.equal(each, exact[name]) for name, each in network.named_parameters())
+    assert [each.data_ptr() for each in network.parameters()] == places
+    assert peak < sum(each.nbytes for each in exact.values()) / 3
 
 
 def test_a_decoder_within_half_precision_has_an_fp16_graph(build):

@@ -67,7 +67,5 @@ def test_a_parameter_dict_alone_is_named_as_what_it_is(tmp_path):
     path = tmp_path / "embeddings.pt"
     torch.save(torch.nn.ParameterDict(), path)
 
-    with pytest.raises(
-        CheckpointError, match=r"'torch\.nn\.modules\.container\.ParameterDict' and"
-    ):
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.container\.ParameterDict"):
         open_checkpoint(path)
