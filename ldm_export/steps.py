@@ -16,7 +16,7 @@ from ldm_export.golden.outputs import golden_folders, write_golden
 from ldm_export.golden.prediction import measure_prediction
 from ldm_export.golden.preview import PAIRS_FILE, fit_preview, write_pairs
 from ldm_export.golden.requests import golden_requests
-from ldm_export.graphs.measured import measured_graphs
+from ldm_export.graphs.measured import measured_graphs, whole_in_fp32
 from ldm_export.graphs.onnx_export import (
     VARIANTS,
     WEIGHTS_FILE,
@@ -33,6 +33,7 @@ from ldm_export.workspace import ExportStep
 from ldm_runtime.backends.contract import Tensors
 from ldm_runtime.bundle.manifest import (
     ComponentRecord,
+    GraphVariant,
     PredictionRecord,
     PreviewRecord,
     WeightsDType,
@@ -171,8 +172,7 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
         write_pairs(place / PAIRS_FILE, engine, source.spec)
     arrays_only = [arrays for _, arrays in inputs]
     dtype, stored = _as_stored(name, source, network, arrays_only, expected)
-    variants = VARIANTS if source.options.fp16 else VARIANTS[:1]
-    graphs = write_graphs(name, network, source.spec, place, dtype, variants)
+    graphs = write_graphs(name, network, source.spec, place, dtype, _variants(source, name))
     del network, engine
     give_back_memory()  # torch's copy of the weights goes before ONNX Runtime reads its own
     samples = [
@@ -180,6 +180,8 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
         for (size, arrays), wanted, rounded in zip(inputs, expected, stored, strict=True)
     ]
     measured = measured_graphs(name, graphs, place, samples)
+    if source.options.fp16 and len(measured.graphs) == 1:
+        measured = whole_in_fp32(measured)
     component = components_of(source.spec)[name]
     return ComponentRecord(
         name=name,
@@ -191,6 +193,22 @@ def _build_component(source: Source, name: str, folder: Path) -> ComponentRecord
         parity=measured.parity,
         key=source.key(name),
     )
+
+
+def _variants(source: Source, name: str) -> tuple[GraphVariant, ...]:
+    """Return the graphs to write of a component, with a warning where it should have one more."""
+    if not source.options.fp16:
+        return VARIANTS[:1]
+    if name not in source.detection.fp32_components:
+        return VARIANTS
+    _LOGGER.warning(
+        "the %s of released models of %s overflows half precision on some images, so that all of "
+        "it stays in fp32 on GPUs too, which is slower there; for an autoencoder that does not, as "
+        "sdxl-vae-fp16-fix, give --vae with its folder, whose config.json has force_upcast: false",
+        name,
+        source.spec.family,
+    )
+    return VARIANTS[:1]
 
 
 def _as_stored(

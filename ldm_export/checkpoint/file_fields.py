@@ -81,6 +81,7 @@ class FileFields:
         edm: Noise levels, if the model is of EDM.
         latents_mean: Mean of each channel of the autoencoder's latents.
         latents_std: Standard deviation of each channel.
+        vae_fits_fp16: Whether the autoencoder's files state that half precision can hold it.
         vae_scale: Scale of an autoencoder that takes the place of the model's: not what the UNet
             was trained with.
         global_step: Steps of training.
@@ -109,6 +110,7 @@ class FileFields:
     edm: EdmSpec | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    vae_fits_fp16: bool = False
     vae_scale: LatentScale = field(default_factory=LatentScale)
     global_step: int | None = None
     weights: Literal["ema", "model"] | None = None

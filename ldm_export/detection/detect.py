@@ -62,6 +62,8 @@ class Detection:
             that a measurement outweighs, says what this one does.
         has_doubtful_averages: Whether the averages that are used may be of another model: nothing
             but a family whose models are merged asks for them, and the last weights are there.
+        fp32_components: Components that get no graph in half precision, whose range released
+            weights of the family are known to leave.
     """
 
     spec: ModelSpec
@@ -70,6 +72,7 @@ class Detection:
     ignored: Ignored
     siblings: frozenset[PredictionType] = frozenset()
     has_doubtful_averages: bool = False
+    fp32_components: frozenset[str] = frozenset()
 
 
 def detect(
@@ -139,6 +142,9 @@ def detect(
         has_doubtful_averages=family_defaults.is_merged
         and (assignment.chosen, assignment.source) == ("ema", "family")
         and not lost,
+        fp32_components=frozenset()
+        if sources.file.vae_fits_fp16
+        else frozenset(family_defaults.fp32_halves),
     )
 
 

@@ -83,6 +83,8 @@ class FamilyDefaults:
         blocks_removed: Whether the UNet was distilled into one with fewer blocks, so that it may
             lack its middle and its two halves may differ. In others, that is a fault of the file.
         scales_image: Whether the UNet takes the latents of an image to edit in its own scale.
+        fp32_halves: Halves of the autoencoder whose released weights overflow half precision on
+            some images, so that they get no graph in it.
         edm: Noise levels of a family of EDM; None of one with a training schedule, whose numbers
             are the betas above.
     """
@@ -116,6 +118,7 @@ class FamilyDefaults:
     released_steps: Mapping[int, PredictionType] = field(default_factory=dict)
     blocks_removed: bool = False
     scales_image: bool = False
+    fp32_halves: tuple[str, ...] = ()
     edm: EdmSpec | None = None
 
     def latent_size_of(self, prediction_type: PredictionType) -> int | None:

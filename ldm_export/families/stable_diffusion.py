@@ -92,7 +92,8 @@ _UNUSED_OF_MIDAS = (
     ),
 )
 
-#: `superresolution.py` samples so; the configuration has its own noise schedule.
+#: `superresolution.py` samples so; the configuration has its own noise schedule, and says of the
+#: decoder that it "seems to break in half precision (UNet is fine though)".
 _X4_UPSCALER = replace(
     _SD_2,
     task="text-super-resolution",
@@ -105,6 +106,7 @@ _X4_UPSCALER = replace(
     num_inference_steps=75,
     guidance_scale=10.0,
     siblings={},
+    fp32_halves=("vae_decoder",),
 )
 
 #: `stableunclip.py` samples so, from the moving averages. Heads of OpenCLIP's ViT-H have 80
@@ -130,7 +132,8 @@ _UNCLIP_L = replace(
 )
 
 #: Context of both text encoders is the output of the last layer but one, without LayerNorm. An
-#: empty negative prompt is zeros (`force_uc_zero_embeddings`), but not in the refiner.
+#: empty negative prompt is zeros (`force_uc_zero_embeddings`), but not in the refiner. Its
+#: autoencoder never runs in half precision (`disable_first_stage_autocast`).
 _SDXL = replace(
     _SD_1,
     num_heads=None,
@@ -143,6 +146,7 @@ _SDXL = replace(
     text_layers_left_out=1,
     text_final_norm=False,
     null_prompt="zeros",
+    fp32_halves=("vae_decoder", "vae_encoder"),
 )
 #: Size, steps and scale are those of the example of `StableDiffusionXLInstructPix2PixPipeline` in
 #: diffusers 0.42.1, for sdxl-instructpix2pix-768.

@@ -47,8 +47,9 @@ def measured_graphs(
     """
     fp32, *others = graphs
     parity = measure(name, fp32, folder, samples)
+    alone = MeasuredGraphs(graphs=(fp32,), parity=parity, fp32_islands=())
     if not others:
-        return MeasuredGraphs(graphs=(fp32,), parity=parity, fp32_islands=())
+        return alone
     (fp16,) = others
     try:
         parity += measure(name, fp16, folder, samples)
@@ -60,10 +61,16 @@ def measured_graphs(
             name,
         )
         (folder / Path(fp16.file).name).unlink()
-        own = [record for record in parity if record.reference == "checkpoint"]
-        return MeasuredGraphs(
-            graphs=(fp32, replace(fp32, variant="fp16")),
-            parity=(*parity, *(replace(record, variant="fp16") for record in own)),
-            fp32_islands=(WHOLE_NETWORK,),
-        )
+        return whole_in_fp32(alone)
     return MeasuredGraphs(graphs=(fp32, fp16), parity=parity, fp32_islands=FP32_ISLANDS)
+
+
+def whole_in_fp32(measured: MeasuredGraphs) -> MeasuredGraphs:
+    """Return the graphs of a component of which only the fp32 graph is there, for GPUs as well."""
+    (fp32,) = measured.graphs
+    own = (record for record in measured.parity if record.reference == "checkpoint")
+    return MeasuredGraphs(
+        graphs=(fp32, replace(fp32, variant="fp16")),
+        parity=(*measured.parity, *(replace(record, variant="fp16") for record in own)),
+        fp32_islands=(WHOLE_NETWORK,),
+    )

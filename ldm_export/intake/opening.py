@@ -147,7 +147,10 @@ def _autoencoder(component: StoredComponent) -> _Part:
         place=AUTOENCODER_PREFIX,
         component=component,
         tensors=renamed,
-        fields={"vae_scale": _scale_of(fields)},
+        fields={
+            "vae_scale": _scale_of(fields),
+            "vae_fits_fp16": fields.get("vae_fits_fp16", False),
+        },
     )
 
 

@@ -181,7 +181,10 @@ def unet_fields(path: Path, entries: Entries, factor: int | None) -> dict[str, A
 
 
 def autoencoder_fields(path: Path, entries: Entries) -> dict[str, Any]:
-    """Return what an autoencoder's configuration states: the scale of its latents.
+    """Return what an autoencoder's configuration states: the scale of its latents, and precision.
+
+    `force_upcast` is true by default, and in folders of Stable Diffusion 1 which do not need it:
+    only where it is false does it state something.
 
     Raises:
         CheckpointError: It is not an autoencoder of Stable Diffusion, or a value is impossible.
@@ -195,6 +198,8 @@ def autoencoder_fields(path: Path, entries: Entries) -> dict[str, Any]:
     factor = entries.get("scaling_factor")
     if factor is not None:
         fields["latent_scale_factor"] = _positive(path, "scaling_factor", factor)
+    if _choice(path, entries, "force_upcast") is False:
+        fields["vae_fits_fp16"] = True
     return fields
 
 

@@ -256,6 +256,26 @@ def test_the_scale_of_the_latents_is_the_unets_whatever_an_autoencoder_in_its_pl
     assert (by_flag[:2], silent) == ((0.3, "flag"), [])
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"force_upcast": False}, True), ({"force_upcast": True}, False), ({}, False)],
+)
+def test_an_autoencoder_fits_half_precision_where_its_own_files_say_so(
+    small_checkpoint_path, other, tmp_path, config, expected
+):
+    folder = vae_folder(tmp_path / "vae", other, **config)
+    file = folder / "diffusion_pytorch_model.safetensors"
+
+    with (
+        open_model(small_checkpoint_path, vae=folder) as by_folder,
+        open_model(small_checkpoint_path, vae=file) as by_file,
+        open_model(small_checkpoint_path) as without,
+    ):
+        assert by_folder.stated.vae_fits_fp16 == expected
+        assert not by_file.stated.vae_fits_fp16
+        assert not without.stated.vae_fits_fp16
+
+
 def test_what_a_folder_states_of_its_latents_goes_before_what_another_autoencoder_does(
     small_checkpoint_path, other, tmp_path, caplog
 ):

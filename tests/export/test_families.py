@@ -11,6 +11,7 @@ from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.errors import ExportError, UnknownModelError, WeightsError
+from ldm_export.families.table import FAMILIES
 from ldm_export.hyperparameters.unet import read_unet
 from ldm_export.networks.loading import check_weights
 from tests.export.sd_layout import (
@@ -275,6 +276,34 @@ def test_the_size_of_stable_diffusion_2_follows_from_what_it_predicts(stated, me
     value, source = sources(detection.spec)["prediction_type"]
     assert (value, source, detection.spec.defaults.height) == expected
     assert detection.siblings == ({"epsilon"} if source == "family" else set())
+
+
+BOTH, DECODER = {"vae_decoder", "vae_encoder"}, {"vae_decoder"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        (sdxl_checkpoint(), BOTH),
+        (sdxl_checkpoint(REFINER), BOTH),
+        (checkpoint(SD1), set()),
+        (checkpoint(SD2), set()),
+    ],
+    ids=["sdxl", "refiner", "sd1", "sd2"],
+)
+def test_autoencoders_of_sdxl_have_no_graph_in_half_precision_unless_files_say_they_may(
+    tensors, expected
+):
+    fixed = FileFields(vae_fits_fp16=True)
+
+    assert detect(tensors).fp32_components == expected
+    assert detect(tensors, stated=fixed).fp32_components == set()
+
+
+def test_the_decoder_of_the_x4_upscaler_has_no_graph_in_half_precision():
+    (family,) = (each for each in FAMILIES if each.name == "stable-diffusion-x4-upscaler")
+
+    assert set(family.family_defaults.fp32_halves) == DECODER
 
 
 V_MODEL = {"model": {"params": {"parameterization": "v"}}}

@@ -3,6 +3,7 @@
 import logging
 import re
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ LOUD = 20_000.0
 def build(tmp_path, kept_traces):
     """Export the decoder of a checkpoint alone; return its record and its folder."""
 
-    def run(networks, **options):
+    def run(networks, fp32_components=(), **options):
         path = write_checkpoint(tmp_path / "small.ckpt", networks)
         wanted = ExportOptions(
             checkpoint=path,
@@ -36,6 +37,8 @@ def build(tmp_path, kept_traces):
         )
         with open_checkpoint(path) as checkpoint:
             source = open_source(wanted, checkpoint, hashed=False)
+            known = replace(source.detection, fp32_components=frozenset(fp32_components))
+            source = replace(source, detection=known)
             record = steps._build_component(source, "vae_decoder", tmp_path)
         return record, tmp_path / "vae_decoder"
 
@@ -87,6 +90,23 @@ def test_a_decoder_beyond_half_precision_is_exported_in_fp32_with_one_warning(bu
     assert of_gpus
     assert max(of_gpus) <= MAX_RELATIVE_L2
     assert provider_for(record).options["trt_fp16_enable"] == "0"
+
+
+@pytest.mark.parametrize("fp16", [True, False])
+def test_a_decoder_that_is_known_to_overflow_has_one_graph_for_all(build, fp16, caplog):
+    with caplog.at_level(logging.WARNING):
+        record, folder = build(random_networks(), fp32_components=("vae_decoder",), fp16=fp16)
+
+    file = "vae_decoder/model.cpu.onnx"
+    variants = ["fp32", "fp16"] if fp16 else ["fp32"]
+    assert [(each.variant, each.file) for each in record.graphs] == [(v, file) for v in variants]
+    assert {each.variant for each in record.parity} == set(variants)
+    assert record.fp32_islands == ((WHOLE_NETWORK,) if fp16 else ())
+    assert sorted(path.name for path in folder.iterdir()) == ["model.cpu.onnx", "weights.bin"]
+    warnings = [each.message for each in caplog.records if each.name == "ldm_export.steps"]
+    assert len(warnings) == fp16
+    assert all("vae_decoder of released models of stable-diffusion-1" in each for each in warnings)
+    assert all("force_upcast: false" in each for each in warnings)
 
 
 def hide(decoder):

@@ -409,10 +409,12 @@ def test_a_single_file_in_the_place_of_an_autoencoder_keeps_what_the_folder_stat
 def test_a_folder_in_the_place_of_an_autoencoder_keeps_what_the_model_states(folder, tmp_path):
     other = shutil.copytree(folder / "vae", tmp_path / "vae")
     edit_json(other / "config.json", scaling_factor=0.75)
+    edit_json(folder / "vae/config.json", force_upcast=False)
 
-    with open_model(folder, vae=other) as checkpoint:
+    with open_model(folder) as own, open_model(folder, vae=other) as checkpoint:
         spec = detected(checkpoint).spec
 
+    assert (own.stated.vae_fits_fp16, checkpoint.stated.vae_fits_fp16) == (True, False)
     assert spec.autoencoder.latent_scale_factor == AUTOENCODER["scaling_factor"]
 
 
