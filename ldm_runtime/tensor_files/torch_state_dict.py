@@ -198,8 +198,10 @@ def _has_tensors(level: Mapping[object, object]) -> bool:
 
 
 def _kind(value: object) -> str:
-    is_object = isinstance(value, (Stub, ParameterDictRecord))
-    name = str(value.name) if is_object else type(value).__name__
+    if isinstance(value, (Stub, ParameterDictRecord)):
+        name = str(value.name)
+    else:
+        name = type(value).__name__
     return f"an object of type {name[:200]!a}"
 
 
