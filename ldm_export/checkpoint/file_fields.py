@@ -67,9 +67,9 @@ class FileFields:
         text_num_heads: Attention heads of the text encoder.
         text_activation: Feed-forward activation of the text encoder.
         text_layers_trimmed: Whether the layers that the model does not run are left out of the
-            text encoder. Stable Diffusion 2 reads OpenCLIP one layer before its end: single files
+            text encoder. Stable Diffusion 2 reads OpenCLIP one layer before its end: released files
             hold all 24 layers, a diffusers folder the 23 that are run, after the last of which the
-            final LayerNorm follows.
+            final LayerNorm follows. Not said of encoders that are counted.
         image_num_heads: Attention heads of the image encoder.
         image_activation: Feed-forward activation of the image encoder.
         image_size: Pixels per side that images are resized to for the image encoder.

@@ -9,11 +9,13 @@ from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.overrides import Sources, assumed, first_stated
 from ldm_export.errors import ExportError, WeightsError
+from ldm_export.families.records import FamilyDefaults
 from ldm_export.hyperparameters.conditioners import read_channel_mapper, read_class_embedding
 from ldm_export.hyperparameters.depth_estimator import read_depth_estimator
 from ldm_export.hyperparameters.image_encoder import read_image_encoder
 from ldm_export.hyperparameters.shapes import Shapes
 from ldm_export.hyperparameters.text_encoders import (
+    OPENCLIP_LAYERS,
     ClipShapes,
     read_bert,
     read_clip,
@@ -238,7 +240,7 @@ def _text_encoder(
         activation,
         file=file.text_activation,
     )
-    left_out = 0 if file.text_layers_trimmed else sources.family.text_layers_left_out
+    left_out = _layers_left_out(clip, sources.family, is_trimmed=file.text_layers_trimmed)
     spec = TextEncoderSpec(
         kind=kind,
         width=clip.width,
@@ -254,6 +256,20 @@ def _text_encoder(
         pad_token_id=_OPENCLIP_PADDING,
     )
     return spec, [of_heads, of_activation]
+
+
+def _layers_left_out(clip: ClipShapes, family: FamilyDefaults, *, is_trimmed: bool) -> int:
+    """Return how many of the last layers that are there context does not pass.
+
+    Stable Diffusion 2 runs 23 of 24 layers, and tools that make a single file of a diffusers folder
+    write those 23 (`scripts/convert_diffusers_to_original_stable_diffusion.py` of diffusers). A
+    pooled output passes every layer, so that an encoder that has one is never trimmed.
+    """
+    left_out = family.text_layers_left_out
+    if clip.projected_dim is not None:
+        return left_out
+    released = OPENCLIP_LAYERS.get(clip.width)
+    return 0 if is_trimmed or clip.num_layers + left_out == released else left_out
 
 
 def _of_text(spec: TextEncoderSpec) -> list[Assumption]:

@@ -1,6 +1,8 @@
 """Hyperparameters of text encoders read from shapes: CLIP, OpenCLIP, latent diffusion's BERT."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.shapes import Shapes, indices, same, shape_of
@@ -8,6 +10,9 @@ from ldm_runtime.specs.networks import TextEncoderSpec
 
 _HEAD_CHANNELS = 64
 _STACK = "transformer.attn_layers.layers"
+#: Layers of OpenCLIP's text encoders in released models, ViT-H/14's and ViT-bigG/14's, by width
+#: (`model_configs` of mlfoundations/open_clip, 89fb801).
+OPENCLIP_LAYERS: Mapping[int, int] = MappingProxyType({1024: 24, 1280: 32})
 
 
 def read_bert(shapes: Shapes, *, pad_token_id: int | None) -> TextEncoderSpec:

@@ -107,6 +107,32 @@ def test_stable_diffusion_2_is_read_from_its_shapes(renamed):
     assert sorted(detection.unused.values())[:2] == 2 * ["for comparing text with images only"]
 
 
+@pytest.mark.parametrize(("layers", "passed"), [(24, 23), (23, 23), (22, 21)])
+@pytest.mark.parametrize("renamed", [dict, as_sgm])
+def test_context_of_stable_diffusion_2_passes_23_layers_also_if_the_file_has_no_more(
+    renamed, layers, passed
+):
+    """As diffusers' converters of folders write it; the last number is of no released model."""
+    tensors = renamed(checkpoint(replace(SD2, text_layers=layers)))
+    for name in [each for each in tensors if each.endswith(("text_projection", "logit_scale"))]:
+        del tensors[name]
+
+    text = detect(tensors).spec.networks["text_encoder"]
+
+    assert (text.num_layers, text.context_layers, text.final_norm) == (layers, passed, True)
+
+
+def test_context_of_sdxls_encoders_leaves_out_a_layer_of_any_number():
+    """They have a pooled output of all layers, so that none was left out of the file."""
+    tensors = sdxl_checkpoint(REFINER)
+    last = "conditioner.embedders.0.model.transformer.resblocks.31."
+    tensors = {name: each for name, each in tensors.items() if not name.startswith(last)}
+
+    text = detect(tensors).spec.networks["text_encoder"]
+
+    assert (text.num_layers, text.context_layers, text.pooled_dim) == (31, 30, 1280)
+
+
 def millions(tensors, detection):
     return {
         component: round(parameter_count(tensors, names.values()) / 1e6, 2)
