@@ -28,6 +28,8 @@ _TRANSPOSED: Mapping[str, str] = MappingProxyType(
     {_PROJECTION: "text_projection", "visual_projection.weight": "proj"}
 )
 _POSITIONS = "embeddings.position_ids"
+#: A projection that open_clip has as a parameter, spelt as a linear layer's.
+_LINEAR_PROJECTION = re.compile(r"(conditioner\.embedders\.\d\.model\.text_projection)(\.weight)+")
 
 #: Tensors outside the layers of a text encoder.
 TEXT_TENSORS: Mapping[str, str] = MappingProxyType(
@@ -60,6 +62,24 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     """
     plain = {name: _PREFIX.sub("", name) for name in names}
     return {name: rest for name, rest in plain.items() if rest != _POSITIONS}
+
+
+def with_open_clip_projections(tensors: Tensors) -> Tensors:
+    """Return the tensors of a single file, projections of OpenCLIP as open_clip has them.
+
+    diffusers' converter to the layout of SDXL kept name and orientation of its linear layer
+    (huggingface/diffusers pull request 6934 changed that), and files of Playground 2 have its
+    ending twice. ComfyUI tells the orientation by the name, too (`clip_text_transformers_convert`).
+    One that is there under both names stays, so that nothing takes the place of another tensor.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        match = _LINEAR_PROJECTION.fullmatch(name)
+        if match is None or match[1] in tensors or match[1] in found:
+            found[name] = tensor
+        else:
+            found[match[1]] = TransposedTensor(tensor=tensor)
+    return MappingProxyType(found)
 
 
 def clip_tensors(tensors: Tensors, prefix: str) -> dict[str, StoredTensor]:

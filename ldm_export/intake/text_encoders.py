@@ -7,6 +7,7 @@ from typing import Literal
 from ldm_export.checkpoint.stored_tensors import StoredTensor
 from ldm_export.errors import CheckpointError
 from ldm_export.hyperparameters.shapes import listed
+from ldm_export.hyperparameters.text_encoders import OPENCLIP_LAYERS
 from ldm_export.intake.component import StoredComponent
 from ldm_export.intake.renaming import renamed
 from ldm_export.intake.text_encoder_names import clip_tensors, openclip_tensors, plain_names
@@ -16,7 +17,6 @@ Kind = Literal["clip", "openclip"]
 
 _TOKENS = "embeddings.token_embedding.weight"
 _CLIP_WIDTH = 768  # of ViT-L/14, the only CLIP text encoder of OpenAI in released models
-_OPENCLIP_WIDTHS = frozenset({1024, 1280})  # of ViT-H/14 and of ViT-bigG/14
 _PART = re.compile(r"(embeddings|encoder|final_layer_norm|text_projection)\.")
 _KIND = "text encoder"
 _PLACES: Mapping[Kind, str] = {"clip": "transformer.", "openclip": "model."}
@@ -32,8 +32,16 @@ def kind_of(component: StoredComponent, tensors: Tensors) -> Kind:
     if width == _CLIP_WIDTH:
         return "clip"
     if component.config is None:
-        return "openclip" if width in _OPENCLIP_WIDTHS else "clip"
+        return "openclip" if width in OPENCLIP_LAYERS else "clip"
     return "openclip" if component.config.get("hidden_act") == "gelu" else "clip"
+
+
+def has_released_width(tensors: Tensors) -> bool:
+    """Return whether a text encoder, under any names, is as wide as a released one of OpenCLIP."""
+    return any(
+        name.endswith("token_embedding.weight") and tensor.shape[-1] in OPENCLIP_LAYERS
+        for name, tensor in tensors.items()
+    )
 
 
 def text_tensors(component: StoredComponent) -> Tensors:

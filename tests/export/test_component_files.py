@@ -300,14 +300,15 @@ def two_encoders(tmp_path_factory):
     return written(path, tensors), tensors, sdxl_state_dict(SDXL, seed=1)
 
 
-def of_transformers(tensors):
-    """Return the second text encoder by the names of transformers, with its projection."""
-    inside = part(tensors, f"{SECOND}model.")
+def of_transformers(tensors, prefix=f"{SECOND}model."):
+    """Return a text encoder of OpenCLIP by the names of transformers, with its projection."""
+    inside = part(tensors, prefix)
     renamed = {
         "text_model.embeddings.token_embedding.weight": inside["token_embedding.weight"],
         "text_model.embeddings.position_embedding.weight": inside["positional_embedding"],
-        "text_projection.weight": inside["text_projection"].T,
     }
+    if "text_projection" in inside:
+        renamed["text_projection.weight"] = inside["text_projection"].T
     for name in ("weight", "bias"):
         renamed[f"text_model.final_layer_norm.{name}"] = inside[f"ln_final.{name}"]
     for name, tensor in part(inside, "transformer.resblocks.").items():

@@ -25,8 +25,11 @@ from ldm_export.intake.opening import open_model
 from ldm_export.intake.text_encoder_names import openclip_tensors, plain_names
 from ldm_export.intake.unet_names import unet_names
 from ldm_export.networks.loading import load_network
+from ldm_export.networks.openclip import OpenClipTextEncoder
 from ldm_export.source import checkpoint_sha256
 from ldm_runtime.cli import main
+from ldm_runtime.testing import text_encoder_spec
+from tests.export import sd_layout
 from tests.export.sd_layout import FakeTensor
 from tests.reference.diffusers_folder import (
     AUTOENCODER,
@@ -304,6 +307,73 @@ def test_an_openclip_text_encoder_of_full_size_has_the_names_and_shapes_of_a_sin
     assert {name for name in tensors if name.startswith(block)} == {
         name for name in OPENCLIP_BLOCK if name.startswith(block)
     }
+
+
+def test_a_projection_that_diffusers_converted_gives_the_pooled_prompt_of_transformers(tmp_path):
+    config = CLIPTextConfig(
+        **{**TEXT_ENCODER, "projection_dim": 64, "hidden_act": "gelu", "eos_token_id": 49407}
+    )
+    theirs, prefix = (
+        randomised(CLIPTextModelWithProjection(config)),
+        "conditioner.embedders.1.model.",
+    )
+    theirs.save_pretrained(tmp_path)
+    tensors, _ = text_encoder_of(open_component(tmp_path), prefix.removesuffix("model."))
+    file = {name: torch.from_numpy(each.numpy().copy()) for name, each in tensors.items()}
+    # Its converter of SDXL has renamed the rest, and left this as it was.
+    del file[f"{prefix}text_projection"]
+    file[f"{prefix}text_projection.weight"] = theirs.text_projection.weight
+    save_file(file, tmp_path / "single.safetensors")
+    spec = text_encoder_spec(
+        kind="openclip",
+        width=64,
+        num_layers=2,
+        context_layers=1,
+        num_heads=2,
+        feed_forward_dim=128,
+        activation="gelu",
+        pooled_dim=64,
+    )
+    tokens = torch.tensor([[49406, *range(100, 174), 49407, 49407]])
+
+    with open_model(tmp_path / "single.safetensors") as checkpoint:
+        ours = OpenClipTextEncoder(spec)
+        ours.load_state_dict(
+            {
+                name.removeprefix(prefix): torch.from_numpy(each.numpy().copy())
+                for name, each in checkpoint.tensors.items()
+            }
+        )
+    with torch.no_grad():
+        _, pooled = ours(tokens)
+
+        assert_same(pooled, theirs(tokens).text_embeds)
+
+
+def test_a_file_of_a_folder_of_stable_diffusion_2_reads_all_the_layers_of_its_pipeline():
+    """The folder's configuration has 23 layers; its pipeline takes the output of the last."""
+    with torch.device("meta"):
+        model = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=23,
+                num_attention_heads=16,
+                hidden_act="gelu",
+            )
+        )
+    stored = {
+        name: FakeTensor(shape=tuple(each.shape)) for name, each in model.state_dict().items()
+    }
+    plain = {name: stored[old] for old, name in plain_names(stored).items()}
+    place = "cond_stage_model.model."
+    whole = sd_layout.checkpoint(sd_layout.SD2)
+    rest = {name: each for name, each in whole.items() if not name.startswith(place)}
+
+    tensors, _ = openclip_tensors(plain, place)
+    text = detect({**rest, **tensors}).spec.networks["text_encoder"]
+
+    assert text.context_layers == text.num_layers == model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("change", ["missing", "another width", "another type"])
