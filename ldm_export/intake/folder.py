@@ -25,6 +25,7 @@ from ldm_export.intake.renaming import renamed
 from ldm_export.intake.statements import (
     autoencoder_fields,
     check_depth_estimator,
+    check_small_image_noise,
     downsampling_factor,
     feature_extractor_fields,
     pipeline_fields,
@@ -38,6 +39,7 @@ from ldm_export.intake.unet_names import unet_names
 INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _NOISING_SCHEDULER = "image_noising_scheduler/scheduler_config.json"
+_SMALL_IMAGE_SCHEDULER = "low_res_scheduler/scheduler_config.json"
 _FEATURE_EXTRACTOR = "feature_extractor/preprocessor_config.json"
 _CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -52,6 +54,7 @@ _READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tokenizer_2": _TOKENIZERS,
         "depth_estimator": ("DPTForDepthEstimation",),
         "image_normalizer": ("StableUnCLIPImageNormalizer",),
+        "low_res_scheduler": ("DDPMScheduler",),
     }
 )
 #: Likewise, in a pipeline that has an image normalizer; in others images do not depend on it.
@@ -64,6 +67,10 @@ _OF_UNCLIP: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "image_noising_scheduler": ("DDPMScheduler",),
     }
+)
+#: What to do about a component of another class, where another takes its place and all is well.
+_INSTEAD: Mapping[str, str] = MappingProxyType(
+    {"vae": " (give an AutoencoderKL by --vae, and a tiny one by --tiny-decoder)"}
 )
 #: Components next to the model, which images do not depend on.
 _IGNORED = frozenset({"scheduler", "safety_checker", "feature_extractor", "image_encoder"})
@@ -125,6 +132,9 @@ def open_folder(folder: Path, *, without: frozenset[str] = frozenset()) -> Check
             intake.tensors |= _depth_estimator_of(intake.component("depth_estimator"))
         if "image_normalizer" in names:
             _read_image_encoder(intake)
+        if "low_res_scheduler" in names:
+            noise = _scheduler_fields(intake, _SMALL_IMAGE_SCHEDULER)
+            check_small_image_noise(folder / _SMALL_IMAGE_SCHEDULER, noise)
         intake.stated |= _scheduler_fields(intake, _SCHEDULER)
         intake.stated |= pipeline_fields(folder / INDEX, index)
         stack.pop_all()
@@ -155,7 +165,7 @@ def _components(folder: Path, index: Entries, without: frozenset[str]) -> frozen
     of_unclip = _OF_UNCLIP if "image_normalizer" in classes else {}
     read, ignored = {**_READ, **of_unclip}, (_IGNORED | without) - of_unclip.keys()
     faults = [
-        f"its {name} is {classes[name]!a:.60}"
+        f"its {name} is {classes[name]!a:.60}{_INSTEAD.get(name, '')}"
         for name in classes
         if name not in ignored and classes[name] not in read.get(name, ())
     ]

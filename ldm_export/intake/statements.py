@@ -89,6 +89,7 @@ _FEATURE_EXTRACTOR: Entries = MappingProxyType(
     }
 )
 
+_SMALL_IMAGE_NOISE = StatedSchedule(linear_start=0.0001, linear_end=0.02, num_train_timesteps=1000)
 _DEPTH_ESTIMATOR: Entries = MappingProxyType(
     {
         "is_hybrid": True,
@@ -288,6 +289,36 @@ def check_depth_estimator(path: Path, entries: Entries) -> None:
     backbone = entries.get("backbone_config")
     if isinstance(backbone, Mapping):
         _check(path, backbone, _DEPTH_BACKBONE)
+
+
+def check_small_image_noise(path: Path, fields: Mapping[str, Any]) -> None:
+    """Check that an image to enlarge has noise of the schedule that every bundle adds it by.
+
+    It is that of `x4-upscaling.yaml` in Stability-AI/stablediffusion (cf1d67a).
+
+    Args:
+        path: The file of the scheduler, for errors.
+        fields: The result of `scheduler_fields`; empty where there is no file.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    schedule, ends_in_noise = fields.get("schedule"), fields.get("zero_terminal_snr")
+    if not fields or (schedule == _SMALL_IMAGE_NOISE and not ends_in_noise):
+        return
+    end = " down to nothing but noise" if ends_in_noise else ""
+    raise CheckpointError(
+        path,
+        f"adds noise to the image to enlarge by {_shown(schedule)}{end}, which is not exported; "
+        f"expected {_shown(_SMALL_IMAGE_NOISE)}",
+    )
+
+
+def _shown(schedule: StatedSchedule | None) -> str:
+    if schedule is None or schedule.betas is not None:
+        return "betas of another kind or none"
+    first, last = schedule.linear_start, schedule.linear_end
+    return f"scaled_linear betas from {first:g} to {last:g} in {schedule.num_train_timesteps} steps"
 
 
 def _schedule(path: Path, stated: Entries) -> StatedSchedule:

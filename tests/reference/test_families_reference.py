@@ -26,7 +26,7 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_upscale
 
-from ldm_runtime.conditioning.images import augmentation_noise
+from ldm_runtime.conditioning.images import augmentation_alphas, augmentation_noise
 from tests.reference.small_families import (
     INSTRUCT_PIX2PIX,
     SD_1,
@@ -306,6 +306,70 @@ def test_the_upscaler_enlarges_as_diffusers_does(tmp_path, monkeypatch, compare,
     assert ours.spec.unet.cross_attention_only == (0,)
     other = generate(ours, image=small, **common, **{**fields, "noise_level": 0})
     assert lowest_psnr(other, as_arrays(expected.images)) < 60
+
+
+def test_a_folder_of_the_upscaler_enlarges_as_diffusers_does(tmp_path, monkeypatch):
+    theirs = diffusers_pipeline(diffusers_upscaler, X4_UPSCALER, state_dict(X4_UPSCALER), tmp_path)
+    theirs.save_pretrained(tmp_path / "folder")
+    ours, small = open_folder_networks(tmp_path / "folder"), photo()[0].resize((24, 16))
+    start = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(SEED))
+    monkeypatch.setattr(
+        pipeline_stable_diffusion_upscale,
+        "randn_tensor",
+        lambda shape, **_: torch.from_numpy(augmentation_noise(tuple(shape))),
+    )
+    fields = {"num_inference_steps": 5, "guidance_scale": 5.0, "noise_level": 150}
+    expected = theirs(PROMPT, image=small, latents=start, **fields)
+
+    images = generate(ours, prompt=PROMPT, image=small, **fields)
+
+    assert ours.spec.family == "stable-diffusion-x4-upscaler"
+    assert sources_of(ours.spec)["prediction_type"] == "file"
+    np.testing.assert_allclose(
+        augmentation_alphas(), theirs.low_res_scheduler.alphas_cumprod, rtol=1e-4
+    )
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "kind", "opened"),
+    [
+        (
+            *("stable-diffusion-1-inpainting", SD_1_INPAINTING),
+            *(StableDiffusionInpaintPipeline, diffusers_pipeline),
+        ),
+        (
+            *("stable-diffusion-2-inpainting", SD_2_INPAINTING),
+            *(StableDiffusionInpaintPipeline, diffusers_pipeline),
+        ),
+        (
+            *("stable-diffusion-xl-inpainting", SDXL_INPAINTING),
+            *(StableDiffusionXLInpaintPipeline, diffusers_xl_pipeline),
+        ),
+    ],
+)
+def test_a_folder_of_an_inpainting_model_is_the_model_of_the_file(
+    tmp_path, name, family, kind, opened
+):
+    state = state_dict(family)
+    opened(kind, family, state, tmp_path).save_pretrained(tmp_path / "folder")
+
+    folder, file = open_folder_networks(tmp_path / "folder").spec, open_networks(state).spec
+
+    assert (folder.family, folder.task) == (name, "text-inpainting")
+    assert folder.unet == file.unet
+    assert folder.null_prompt == file.null_prompt
+
+
+def test_a_folder_of_the_refiner_is_the_model_of_the_file(tmp_path):
+    state = state_dict(SDXL_REFINER)
+    diffusers_refiner_pipeline(state, tmp_path).save_pretrained(tmp_path / "folder")
+
+    folder, file = open_folder_networks(tmp_path / "folder").spec, open_networks(state).spec
+
+    assert folder.family == "stable-diffusion-xl-refiner"
+    assert (folder.unet, folder.null_prompt) == (file.unet, "encoded")
+    assert folder.networks["text_encoder"] == file.networks["text_encoder"]
 
 
 #: Scales of guidance by prompt and by image: between them 3, 3, 2, 2, 3 samples and 1.

@@ -77,7 +77,44 @@ FLUX = {
 }
 INDEX, TEXT = "model_index.json", "text_encoder/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+#: Noise of the image that the upscaler enlarges, as its pipeline's class has it if not told.
+DDPM = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+UPSCALED = {"beta_schedule": "scaled_linear"}
+
+
+def with_small_image_noise(scheduler="DDPMScheduler", **entries):
+    """Add the noise of an image to enlarge."""
+
+    def change(folder):
+        edit_json(folder / INDEX, low_res_scheduler=["diffusers", scheduler])
+        (folder / "low_res_scheduler").mkdir()
+        path = folder / "low_res_scheduler/scheduler_config.json"
+        path.write_text(json.dumps({"_class_name": scheduler, **DDPM, **entries}))
+
+    return change
+
+
 FAULTS = {
+    "other noise of a small image": (
+        with_small_image_noise(**UPSCALED, beta_end=0.03),
+        r"enlarge by scaled_linear betas from 0.0001 to 0.03 in 1000 .*expected .* 0.0001 to 0.02",
+    ),
+    "another kind of noise of a small image": (
+        with_small_image_noise(),
+        "enlarge by betas of another kind .*expected scaled_linear betas from 0.0001 to 0.02",
+    ),
+    "a small image down to nothing but noise": (
+        with_small_image_noise(**UPSCALED, rescale_betas_zero_snr=True),
+        "down to nothing but noise, which is not exported",
+    ),
+    "another scheduler for a small image": (
+        with_small_image_noise("EulerDiscreteScheduler"),
+        "low_res_scheduler is 'EulerDiscreteScheduler'",
+    ),
+    "a tiny autoencoder": (
+        with_entries(INDEX, vae=["diffusers", "AutoencoderTiny"]),
+        "vae is 'AutoencoderTiny' .give an AutoencoderKL by --vae, and a tiny one by --tiny-dec",
+    ),
     "a switch that is none": (
         with_entries("model_index.json", force_zeros_for_empty_prompt="yes"),
         r"says force_zeros_for_empty_prompt = 'yes', .* expected true or false",
@@ -231,6 +268,23 @@ def test_an_index_and_its_parts_must_hold_the_same_tensors(other_pipeline, tmp_p
 
     with pytest.raises(CheckpointError, match=r"do not hold the same tensors .conv_out"):
         open_model(tmp_path)
+
+
+def test_the_noise_of_a_small_image_as_every_bundle_has_it_is_read(folder):
+    with_small_image_noise(**UPSCALED)(folder)
+
+    with open_model(folder) as checkpoint:
+        assert "low_res_scheduler/scheduler_config.json" in checkpoint.files
+
+
+def test_another_autoencoder_takes_the_place_of_a_tiny_one(folder, saved_folder):
+    with_entries(INDEX, vae=["diffusers", "AutoencoderTiny"])(folder)
+
+    with (
+        open_model(folder, vae=saved_folder) as checkpoint,
+        open_model(saved_folder) as expected,
+    ):
+        assert checkpoint.tensors.keys() == expected.tensors.keys()
 
 
 def test_components_that_images_do_not_depend_on_are_not_read(folder, saved_folder):
