@@ -1,17 +1,21 @@
 """The family of a checkpoint, or an error that names the nearest one and the differences."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ldm_export.detection.features import NONE, Feature, Tensors
 from ldm_export.detection.fingerprint import expected_tensor, fingerprint, prefixes
+from ldm_export.detection.missing_parts import (
+    Fingerprint,
+    alternatives,
+    differing,
+    without_parts,
+)
 from ldm_export.errors import UnknownModelError
 from ldm_export.families.records import Expected, Family, FamilyDefaults
 from ldm_export.families.table import FAMILIES
 from ldm_export.families.unused_tensors import UNSUPPORTED_FORMATS
 from ldm_runtime.specs.model import PredictionType
-
-Fingerprint = Mapping[str, Feature]
 
 _MAX_PREFIXES = 6
 
@@ -36,16 +40,14 @@ def match_family(
     """
     found = fingerprint(tensors, takes_embeddings=takes_embeddings, edm_prediction=edm_prediction)
     family = recognise(found, families)
-    if family is None:
-        raise UnknownModelError(_unknown(tensors, found, families))
-    if family.family_defaults is None:
-        raise UnknownModelError(_refusal(family, found, families))
+    if family is None or family.family_defaults is None:
+        raise UnknownModelError(_refusal(tensors, family, found, families))
     return family, family.family_defaults
 
 
 def recognise(found: Fingerprint, families: Sequence[Family] = FAMILIES) -> Family | None:
     """Return the matching row with the most features, or None."""
-    matching = [family for family in families if not _differing(found, family)]
+    matching = [family for family in families if not differing(found, family)]
     return max(matching, key=lambda family: len(family.features), default=None)
 
 
@@ -57,19 +59,14 @@ def describe(found: Fingerprint) -> str:
     return ", ".join(features) or "no UNet, no autoencoder and no text encoder"
 
 
-def _differing(found: Fingerprint, family: Family) -> list[str]:
-    return [
-        name
-        for name, expected in family.features.items()
-        if found[name].value not in _alternatives(expected)
-    ]
-
-
-def _alternatives(expected: Expected) -> tuple[int | str, ...]:
-    return expected if isinstance(expected, tuple) else (expected,)
-
-
-def _refusal(family: Family, found: Fingerprint, families: Sequence[Family]) -> str:
+def _refusal(
+    tensors: Tensors, family: Family | None, found: Fingerprint, families: Sequence[Family]
+) -> str:
+    """Return why a checkpoint is not exported, given the row that it belongs to, if any."""
+    if (family is None or family.is_whole) and (lacking := without_parts(tensors, found, families)):
+        return f"{lacking}. Found: {describe(found)}"
+    if family is None:
+        return _unknown(tensors, found, families)
     if not family.is_whole:
         return f"this is {family.name}; {family.remedy}. Found: {describe(found)}"
     tasks = sorted({row.family_defaults.task for row in families if row.family_defaults})
@@ -99,8 +96,7 @@ def _differences(found: Fingerprint, families: Sequence[Family]) -> str:
     """Return the nearest of families and how a checkpoint differs from it, in a sentence."""
     nearest = _nearest(found, families)
     differences = "; ".join(
-        _difference(name, found[name], nearest.features[name])
-        for name in _differing(found, nearest)
+        _difference(name, found[name], nearest.features[name]) for name in differing(found, nearest)
     )
     return f"Nearest family: {nearest.name}, which differs in {differences}"
 
@@ -115,14 +111,14 @@ def _nearest(found: Fingerprint, families: Sequence[Family]) -> Family:
     ]
     return min(
         comparable or families,
-        key=lambda family: len(_differing(found, family)) / (len(family.features) or 1),
+        key=lambda family: len(differing(found, family)) / (len(family.features) or 1),
     )
 
 
 def _difference(name: str, feature: Feature, expected: Expected) -> str:
     seen = f" ({feature.tensor})" if feature.tensor else ""
     wanted = []
-    for value in _alternatives(expected):
+    for value in alternatives(expected):
         tensor = expected_tensor(name, value)
         wanted.append(f"{value} ({tensor})" if tensor else f"{value}")
     return f"{name}: found {feature.value}{seen}, expected {' or '.join(wanted)}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from ldm_export.detection.features import Tensors
 from ldm_export.detection.ignored_tensors import Ignored, ignored_reason
+from ldm_export.detection.missing_parts import flag_of
 from ldm_export.errors import WeightsError
 from ldm_export.families.records import Family, WeightsChoice
 from ldm_export.families.unused_tensors import IGNORED_TENSORS
@@ -137,7 +138,11 @@ def _assign(tensors: Tensors, family: Family) -> dict[str, dict[str, str]]:
                 for assignment in family.assignments
                 if assignment.component == component
             )
-            raise WeightsError(f"the checkpoint has no weights for the {component} ({wanted})")
+            flag = flag_of(component, family)
+            raise WeightsError(
+                f"the checkpoint has no weights for the {component} ({wanted}); "
+                f"{f'give it by {flag}' if flag else 'give the whole checkpoint'}"
+            )
     return weights
 
 

@@ -97,12 +97,12 @@ def _released(name: str, kind: str, *channels: int, **features: Expected) -> Fam
     )
 
 
-def _without(lost: str, *, of: str, name: str = "", **features: Expected) -> Family:
+def _without(lost: str, *, of: str) -> Family:
     """Return the row of a released model without its conditioner, often like another kind."""
     nothing = {"conditioner": "none", "classes": "none", "tokens": "none"}
     return Family(
-        name=f"{name or of} without its {lost}",
-        features=MappingProxyType({**_RELEASED[of].features, **nothing, **features}),
+        name=f"{of} without its {lost}",
+        features=MappingProxyType({**_RELEASED[of].features, **nothing}),
         is_whole=False,
     )
 
@@ -155,13 +155,19 @@ _RELEASED = {
 
 _TEXT_ENCODER = "text encoder (cond_stage_model.transformer.*)"
 _CLASS_EMBEDDING = "class embedding (cond_stage_model.embedding.*)"
+_TXT2IMG_WITHOUT = _without(_TEXT_ENCODER, of="ldm-txt2img-1p4b")
 #: Without their conditioners these would pass for retrieval models, or for an upscaler.
 _INCOMPLETE = (
     _without(_CLASS_EMBEDDING, of="ldm-cin256"),
     _without(_CLASS_EMBEDDING, of="ldm-cin256-v2"),
     _without(_TEXT_ENCODER, of="ldm-text2img256"),
-    _without(_TEXT_ENCODER, of="ldm-txt2img-1p4b"),
-    _without(_TEXT_ENCODER, of="ldm-txt2img-1p4b", name="stable-diffusion-1", context_dim=768),
+    _TXT2IMG_WITHOUT,
+    replace(
+        _TXT2IMG_WITHOUT,
+        name=f"stable-diffusion-1 without its {_TEXT_ENCODER}",
+        features=MappingProxyType({**_TXT2IMG_WITHOUT.features, "context_dim": 768}),
+        remedy="give it by --text-encoder",
+    ),
     _without("layout encoder (cond_stage_model.transformer.*)", of="ldm-layout2img-openimages256"),
     _without(
         "segmentation encoder (cond_stage_model.channel_mapper.*)",
@@ -176,8 +182,9 @@ _INCOMPLETE = (
             {**_RETRIEVAL, "latent_channels": (3, 4), "stated_condition": "none"}
         ),
         is_whole=False,
-        remedy="give the whole checkpoint; or, if embeddings condition it (retrieval), its "
-        "config.yaml with --config, whose cond_stage_config is torch.nn.Identity",
+        remedy="give the whole checkpoint, or, of Stable Diffusion, the text encoder by "
+        "--text-encoder; or, if embeddings condition it (retrieval), its config.yaml with "
+        "--config, whose cond_stage_config is torch.nn.Identity",
     ),
 )
 

@@ -201,7 +201,7 @@ def _stable_diffusion_2(
         name,
         family_defaults,
         openclip(prefix),
-        unused=((rf"{re.escape(prefix)}text_projection", FOR_COMPARING), *unused),
+        unused=((rf"{re.escape(prefix)}text_projection(\.weight)*", FOR_COMPARING), *unused),
         **{"projection": "linear", "conditioner": conditioner, **features},
     )
     return replace(row, optional=optional)
@@ -357,6 +357,7 @@ SD_FAMILIES: tuple[Family, ...] = (
         replace(_SDXL, null_prompt="encoded"),
         openclip("conditioner.embedders.0.model."),
         conditioner="openclip (sgm)",
+        vector_width=2560,
     ),
     # What is left of a kind, whatever its size.
     recognised("a latent diffusion model with label embeddings", vector="embedding"),

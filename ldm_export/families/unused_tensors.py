@@ -54,7 +54,9 @@ IGNORED_TENSORS: tuple[IgnoredTensor, ...] = (
     IgnoredTensor(pattern="ztsnr", reason="a mark of the noise schedule, recorded in the bundle"),
     IgnoredTensor(pattern=r".*\.position_ids", reason="the numbers 0, 1, 2, …"),
     IgnoredTensor(
-        pattern=r"cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)",
+        # ComfyUI's saves have had them, of SDXL's first encoder too.
+        pattern=r"(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?"
+        r"(logit_scale|text_projection(\.weight)?)",
         reason=FOR_COMPARING,
     ),
     IgnoredTensor(
@@ -92,7 +94,8 @@ UNSUPPORTED_FORMATS: tuple[UnsupportedFormat, ...] = (
     UnsupportedFormat(
         pattern=r"^(diffusion_model\.)?input_blocks\.0\.0\.weight$",
         advice="it is a UNet only; a whole checkpoint also holds first_stage_model.* and what "
-        "conditions the UNet, cond_stage_model.*; give them by --vae and --text-encoder",
+        "conditions the UNet, cond_stage_model.*; give them by --vae and --text-encoder, and the "
+        "second text encoder of SDXL by --text-encoder-2",
     ),
     UnsupportedFormat(
         pattern=r"^(encoder|decoder)\.conv_in\.weight$",

@@ -171,6 +171,44 @@ def test_sdxl_is_read_from_its_shapes():
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "logit_scale",
+        "transformer.logit_scale",
+        "text_projection",
+        "text_projection.weight",
+        "transformer.text_projection.weight",
+    ],
+)
+@pytest.mark.parametrize(
+    ("prefix", "tensors"),
+    [
+        ("cond_stage_model.", checkpoint(SD1)),
+        ("conditioner.embedders.0.", sdxl_checkpoint()),
+    ],
+)
+def test_what_clip_compares_texts_with_images_by_is_left_out(prefix, tensors, name):
+    """ComfyUI has saved it next to the first text encoder."""
+    detection = detect(tensors | {prefix + name: FakeTensor(shape=(768, 768))})
+
+    assert detection.unused[prefix + name] == "for comparing text with images only"
+    assert detection.spec == detect(tensors).spec
+
+
+@pytest.mark.parametrize("renamed", [dict, as_sgm])
+@pytest.mark.parametrize("ending", ["", ".weight", ".weight.weight"])
+def test_the_projection_of_stable_diffusion_2_is_left_out_under_every_name(renamed, ending):
+    tensors = renamed(checkpoint(SD2))
+    (name,) = (each for each in tensors if each.endswith("text_projection"))
+    tensors[name + ending] = tensors.pop(name)
+
+    detection = detect(tensors)
+
+    assert detection.unused[name + ending] == "for comparing text with images only"
+    assert detection.spec.networks["text_encoder"].pooled_dim is None
+
+
+@pytest.mark.parametrize(
     ("name", "tensors"),
     [("stable-diffusion-1-lcm", checkpoint(SD1)), ("stable-diffusion-xl-lcm", sdxl_checkpoint())],
 )
@@ -716,8 +754,20 @@ def test_a_checkpoint_without_encoder_says_which_component_is_missing():
     }
 
     with pytest.raises(
-        WeightsError, match=r"no weights for the vae_encoder \(first_stage_model\.enc"
+        WeightsError,
+        match=r"no weights for the vae_encoder \(first_stage_model\.enc.*; give it by --vae$",
     ):
+        detect(tensors)
+
+
+def test_sdxl_without_its_second_text_encoder_says_how_to_give_it():
+    tensors = {
+        name: tensor
+        for name, tensor in sdxl_checkpoint().items()
+        if not name.startswith("conditioner.embedders.1.")
+    }
+
+    with pytest.raises(WeightsError, match=r"the text_encoder_2 .*; give it by --text-encoder-2$"):
         detect(tensors)
 
 

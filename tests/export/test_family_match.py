@@ -7,7 +7,16 @@ from ldm_export.detection.fingerprint import fingerprint
 from ldm_export.detection.match import match_family, recognise
 from ldm_export.errors import UnknownModelError
 from ldm_export.families.table import FAMILIES
-from tests.export.sd_layout import SD1, TINY, FakeTensor, checkpoint
+from tests.export.ldm_layouts import CIN256, TXT2IMG_1P4B
+from tests.export.sd_layout import (
+    REFINER,
+    SD1,
+    SD2,
+    TINY,
+    FakeTensor,
+    checkpoint,
+    sdxl_checkpoint,
+)
 
 CLIP = "cond_stage_model.transformer.text_model."
 TOKENS = f"{CLIP}embeddings.token_embedding.weight"
@@ -54,21 +63,99 @@ def test_the_order_of_the_rows_does_not_matter():
 
 
 def test_an_unknown_checkpoint_is_described_and_compared_with_the_nearest_family():
-    tensors = changed(checkpoint(SD1), without=["first_stage_model."])
+    tensors = changed(checkpoint(replace(SD1, in_channels=6)), without=["first_stage_model."])
 
     with pytest.raises(UnknownModelError) as error:
         match_family(tensors)
 
     message = str(error.value)
     for part in (
-        "model_channels 320, in_channels 4, out_channels 4",
+        "model_channels 320, in_channels 6, out_channels 4",
         "context_dim 768",
         "conditioner clip",
         "model.* (686)",
         "Nearest family: stable-diffusion-1",
+        "conditioning_channels: found 2 (model.diffusion_model.input_blocks.0.0.weight), expected",
         "autoencoder: found none, expected kl (first_stage_model.post_quant_conv.weight)",
     ):
         assert part in message
+
+
+VAE, TEXT, TEXTS = "first_stage_model.", "cond_stage_model.", "conditioner."
+LACKING = {
+    "SD 1 without VAE": (
+        *(checkpoint(SD1), [VAE]),
+        "stable-diffusion-1 without its autoencoder; give it by --vae",
+    ),
+    "SD 1 without text encoder": (
+        *(checkpoint(SD1), [TEXT]),
+        r"stable-diffusion-1 without its text encoder \(.*\); give it by --text-encoder",
+    ),
+    "SD 1 of another size, without text encoder": (
+        *(checkpoint(TINY), [TEXT]),
+        r"without its text encoder or other .*, of Stable Diffusion, the .* by --text-encoder; or",
+    ),
+    "the UNet of SD 1": (
+        *(checkpoint(SD1), [VAE, TEXT]),
+        "stable-diffusion-1 without its autoencoder and its text encoder; give them by --vae and "
+        "--text-encoder",
+    ),
+    "the UNet of SD 1's inpainting model": (
+        *(checkpoint(replace(SD1, in_channels=9)), [VAE, TEXT]),
+        "stable-diffusion-1-inpainting without its autoencoder and its text encoder; give them",
+    ),
+    "SD 2 without text encoder": (
+        *(checkpoint(SD2), [TEXT]),
+        "stable-diffusion-2 without its text encoder; give it by --text-encoder",
+    ),
+    "SDXL without VAE": (
+        *(sdxl_checkpoint(), [VAE]),
+        "stable-diffusion-xl without its autoencoder; give it by --vae",
+    ),
+    "SDXL without its first text encoder": (
+        *(sdxl_checkpoint(), [f"{TEXTS}embedders.0."]),
+        "stable-diffusion-xl without its text encoder; give it by --text-encoder",
+    ),
+    "the UNet of SDXL": (
+        *(sdxl_checkpoint(), [VAE, TEXTS]),
+        "stable-diffusion-xl without its autoencoder, its text encoder and its second text "
+        "encoder; give them by --vae, --text-encoder and --text-encoder-2",
+    ),
+    "the UNet of SDXL's refiner": (
+        *(sdxl_checkpoint(REFINER), [VAE, TEXTS]),
+        "stable-diffusion-xl-refiner without its autoencoder and its text encoder; give them by "
+        "--vae and --text-encoder",
+    ),
+    "Playground without VAE": (
+        *(sdxl_checkpoint() | {"edm_mean": FakeTensor(shape=(1, 4, 1, 1))}, [VAE]),
+        "playground-v2.5 without its autoencoder; give it by --vae",
+    ),
+    "a model of captions without VAE": (
+        *(checkpoint(TXT2IMG_1P4B), [VAE]),
+        "ldm-txt2img-1p4b without its autoencoder; give it by --vae",
+    ),
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_what_lacks_a_part_alone_is_told_how_to_give_it(lacking):
+    tensors, without, message = LACKING[lacking]
+
+    with pytest.raises(UnknownModelError, match=rf"^this is .*{message}\b") as error:
+        match_family(changed(tensors, without=without))
+
+    assert "not supported" not in str(error.value)
+
+
+def test_the_unet_of_a_class_model_is_not_taken_for_stable_diffusion():
+    """No flag gives its class embedding."""
+    tensors = changed(checkpoint(CIN256), without=[VAE, TEXT])
+
+    with pytest.raises(
+        UnknownModelError,
+        match=r"^this is not a checkpoint of a known family\. Found: model_channels 256",
+    ):
+        match_family(tensors)
 
 
 def test_a_difference_names_the_tensor_that_shows_it():

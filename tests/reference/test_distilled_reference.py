@@ -225,6 +225,23 @@ def test_a_block_that_is_missing_is_named(name, lost, words):
         read(kept)
 
 
+@pytest.mark.parametrize(
+    ("name", "lost", "words"),
+    [
+        (SSD, "first_stage_model.", "ssd-1b without its autoencoder; give it by --vae"),
+        (KOALA, "conditioner.", r"koala-1b without its text .*--text-encoder and --text-encoder-2"),
+        (SMALL, "first_stage_model.", "bk-sdm-small without its autoencoder; give it by --vae"),
+    ],
+)
+def test_a_part_that_is_missing_is_named_with_its_flag(name, lost, words):
+    tensors = full_size_checkpoint(name)
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(lost)}
+    assert len(kept) < len(tensors)
+
+    with pytest.raises(UnknownModelError, match=rf"^this is {words}"):
+        read(kept)
+
+
 @pytest.mark.parametrize("extra", ["middle_block.1.proj_in.weight", "middle_block.3.weight"])
 def test_a_tensor_of_a_block_that_was_removed_is_named(extra):
     tensors = full_size_checkpoint(SSD) | {UNET_PREFIX + extra: FakeTensor(shape=(1280, 1280))}
