@@ -170,7 +170,7 @@ class MergedAdapters:
                 for kind in get_args(Kind):
                     if layer.changes_weight if kind == "weight" else layer.changes_bias:
                         change = Change(adapter=adapter, layer=layer, target=target, kind=kind)
-                        changes.setdefault(_parameter(target, kind), []).append(change)
+                        changes.setdefault(target.parameter_of(kind), []).append(change)
         return changes
 
     def _check(self, file: AdapterFile) -> None:
@@ -244,13 +244,6 @@ def plain_scale(name: str, scale: object) -> float:
     if not math.isfinite(plain):
         raise ValueError(f"{name} has the scale {plain}; give a finite number, such as 1")
     return plain
-
-
-def _parameter(target: Target, kind: Kind) -> str:
-    """Return the name of a layer's parameter."""
-    if target.part is not None:
-        return target.parameter.removesuffix("weight") + kind
-    return f"{target.parameter}.{kind}"
 
 
 def _changed(name: str, stored: StoredWeight, file: Path, changes: Sequence[Change]) -> Array:

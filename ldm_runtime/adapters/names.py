@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from ldm_runtime.adapters.spellings import LayerName
 
@@ -66,6 +67,8 @@ _OPENCLIP_OUTSIDE: Mapping[str, str] = MappingProxyType(
     }
 )
 _JOINED = "attn.in_proj_weight"
+#: The projection of the pooled prompt: a linear layer in transformers, in open_clip a parameter.
+_PROJECTION = "text_projection"
 _PARTS = 3  # queries, keys and values
 
 
@@ -75,8 +78,8 @@ class Target:
 
     Attributes:
         component: "unet", "text_encoder" or "text_encoder_2".
-        parameter: The module's name in the component; of a joined projection, the name of the
-            parameter itself, which ends in "in_proj_weight".
+        parameter: The module's name in the component; of a joined projection, and of that of the
+            pooled prompt, the name of the parameter itself.
         part: 0, 1 or 2 for the rows of query, key or value of a joined projection; None for a
             module of its own.
     """
@@ -84,6 +87,14 @@ class Target:
     component: str
     parameter: str
     part: int | None
+
+    def parameter_of(self, kind: Literal["weight", "bias"]) -> str:
+        """Return the name of its weight or of its bias."""
+        if self.parameter == _PROJECTION and kind == "weight":
+            return self.parameter
+        if self.part is not None:
+            return self.parameter.removesuffix("weight") + kind
+        return f"{self.parameter}.{kind}"
 
     def rows(self, outputs: int) -> slice:
         """Return which rows it has of a parameter of so many."""
@@ -118,6 +129,8 @@ def _names_of(component: str, names: list[str]) -> Iterator[tuple[str, str, int 
         return
     yield from ((name, name, None) for name in modules if name.startswith("text_model."))
     yield from _openclip_names(modules)
+    if _PROJECTION in names:
+        yield _PROJECTION, _PROJECTION, None
     for name in names:
         match = _OPENCLIP_LAYER.fullmatch(name)
         if match and match[2] == _JOINED:

@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from ldm_export.errors import ExportError, PrecisionError
-from ldm_export.graphs.onnx_export import round_stored, sample_inputs, write_graphs
+from ldm_export.graphs.onnx_export import (
+    WEIGHTS_FILE,
+    round_stored,
+    sample_inputs,
+    write_graphs,
+)
 from ldm_export.graphs.parity import MAX_RELATIVE_ERROR, MAX_RELATIVE_L2, Sample, measure
 from ldm_export.graphs.precision import NORMALISATIONS
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.graphs.weights_file import INLINE_BYTES
 from ldm_export.networks.loading import build_network, load_network
+from ldm_runtime.bundle.graph_weights import stored_weights
 from ldm_runtime.diagnostics.measures import max_relative_error, relative_l2
 from ldm_runtime.specs.model import components_of
 from tests.export.small_checkpoint import random_networks
@@ -400,9 +406,10 @@ def test_the_unet_takes_sizes_it_was_never_traced_with(
         assert max_relative_error(prediction, expected) <= MAX_RELATIVE_ERROR
 
 
-def test_of_two_outputs_each_is_compared(tmp_path):
-    """The pooled prompt of SDXL: no error of it may hide behind the context's."""
-    pooling = dataclasses.replace(
+@pytest.fixture(scope="module")
+def pooling(tmp_path_factory):
+    """A text encoder with a pooled output, as SDXL's second: specification, network and folder."""
+    encoder = dataclasses.replace(
         QUICK.networks["text_encoder"],
         kind="openclip",
         num_layers=2,
@@ -410,17 +417,35 @@ def test_of_two_outputs_each_is_compared(tmp_path):
         final_norm=False,
         pooled_dim=16,
     )
-    spec = QUICK.with_networks(text_encoder=pooling)
+    spec, folder = QUICK.with_networks(text_encoder=encoder), tmp_path_factory.mktemp("pooling")
     network = random_network("text_encoder", spec)
-    (graph,) = write_graphs("text_encoder", network, spec, tmp_path, "float32", ("fp32",))
+    return spec, network, folder, write_graphs("text_encoder", network, spec, folder, "float32")
+
+
+def test_an_adapter_finds_the_projection_of_the_pooled_prompt_as_a_linear_layer(pooling):
+    """Adapters have the matrix of a linear layer, (out, in); open_clip has the other one."""
+    _, network, folder, graphs = pooling
+    for graph in graphs:
+        stored = stored_weights(folder / FILES[graph.variant])["text_projection"]
+
+        found = stored.read(folder / WEIGHTS_FILE)
+
+        np.testing.assert_array_equal(found, network.text_projection.detach().numpy().T)
+        np.testing.assert_array_equal(stored.stored(found), network.text_projection.detach())
+
+
+def test_of_two_outputs_each_is_compared(pooling):
+    """The pooled prompt of SDXL: no error of it may hide behind the context's."""
+    spec, network, folder, graphs = pooling
+    (graph,) = (each for each in graphs if each.variant == "fp32")
     compared = samples("text_encoder", network, spec)
     assert {*compared[0].expected} == {"context", "pooled"}
 
-    records = measure("text_encoder", graph, tmp_path, compared)
+    records = measure("text_encoder", graph, folder, compared)
 
     assert max(record.max_relative_error for record in records) <= MAX_RELATIVE_ERROR
     for name in ("context", "pooled"):
         other = {**compared[0].stored, name: compared[0].stored[name] * 1.01}
         planted = dataclasses.replace(compared[0], stored=other)
         with pytest.raises(ExportError, match="differs from torch"):
-            measure("text_encoder", graph, tmp_path, [planted])
+            measure("text_encoder", graph, folder, [planted])

@@ -1,6 +1,7 @@
 import pytest
 
 from ldm_runtime.adapters.names import Target, adapter_targets
+from ldm_runtime.adapters.spellings import understood
 
 
 def unet(*modules):
@@ -172,10 +173,39 @@ def test_openclip_has_the_names_that_transformers_gives(name, parameter, part):
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "component"),
+    [
+        ("lora_te2_text_projection.lora_up.weight", "text_encoder_2"),
+        ("text_encoder_2.text_projection.lora_B.weight", "text_encoder_2"),
+        ("lora_te_text_projection.lora_up.weight", "text_encoder"),
+    ],
+)
+def test_the_projection_of_the_pooled_prompt_is_a_layer_without_a_module(key, component):
+    target = adapter_targets({component: OPENCLIP})[understood(key).layer]
+
+    assert (target.component, target.parameter_of("weight")) == (component, "text_projection")
+    assert target.rows(1280) == slice(1280)
+
+
+def test_weights_and_biases_have_the_names_of_their_parameters():
+    targets = adapter_targets({"text_encoder": OPENCLIP})
+    layer = "text_model_encoder_layers_0"
+
+    for name, parameter in (
+        ("self_attn_k_proj", "attn.in_proj_weight"),
+        ("self_attn_out_proj", "attn.out_proj.weight"),
+    ):
+        target = targets["text_encoder", f"{layer}_{name}"]
+        assert target.parameter_of("weight") == f"transformer.resblocks.0.{parameter}"
+        bias = f"transformer.resblocks.0.{parameter.removesuffix('weight')}bias"
+        assert target.parameter_of("bias") == bias
+
+
 def test_openclip_has_no_other_names():
     names = [name for _, name in adapter_targets({"text_encoder": OPENCLIP})]
 
-    assert len(names) == 2 * 8 + 2
+    assert len(names) == 2 * 8 + 3
     assert {"text_model_embeddings_token_embedding", "text_model_final_layer_norm"} < {*names}
 
 
