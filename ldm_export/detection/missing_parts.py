@@ -43,8 +43,8 @@ def flag_of(component: str, family: Family) -> str:
 def without_parts(names: Collection[str], found: Fingerprint, families: Sequence[Family]) -> str:
     """Return which exported model a checkpoint is without some of its parts, and how to give them.
 
-    Of several families that have all that is there, the one with the most of it is meant, and of
-    those the first.
+    Of several families that have all that is there, the one with the most of it is meant; of those
+    the one whose released model has more of it, and of those the first.
 
     Args:
         names: Those of the checkpoint's tensors.
@@ -60,7 +60,7 @@ def without_parts(names: Collection[str], found: Fingerprint, families: Sequence
     incomplete = [row for row in families if row.family_defaults and _lacks_parts(found, row)]
     if not incomplete:
         return ""
-    family = max(incomplete, key=lambda row: len([*_there(found, row.features)]))
+    family = max(incomplete, key=lambda row: _likeness(found, row))
     missing = _missing(names, family)
     flags = dict.fromkeys(flag_of(component, family) for component in missing)
     if not missing or "" in flags:
@@ -92,6 +92,12 @@ def alternatives(expected: Expected) -> tuple[int | str, ...]:
 def _lacks_parts(found: Fingerprint, family: Family) -> bool:
     """Return whether a checkpoint would be of a family if it had parts that it lacks."""
     return not [*_there(found, differing(found, family))]
+
+
+def _likeness(found: Fingerprint, family: Family) -> tuple[int, int]:
+    """Return how many features a checkpoint shares with a family, and with its released model."""
+    usual = [found[name].value in alternatives(each) for name, each in family.usual.items()]
+    return len([*_there(found, family.features)]), sum(usual)
 
 
 def _there(found: Fingerprint, features: Iterable[str]) -> Iterator[str]:

@@ -144,6 +144,8 @@ class Family:
         remedy: What to do about a checkpoint that has not.
         unused: Tensors of its released files that no component needs: regular expressions over
             whole names, and reasons.
+        usual: Further features of its released model. A checkpoint need not have them; they decide
+            between rows where parts are missing that would tell them apart.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Family:
     is_whole: bool = True
     remedy: str = "give the whole checkpoint"
     unused: tuple[tuple[str, str], ...] = ()
+    usual: Mapping[str, Expected] = field(default_factory=dict)
 
 
 #: Attention of an autoencoder as diffusers spells it, before version 0.17 and since; converters

@@ -352,12 +352,14 @@ SD_FAMILIES: tuple[Family, ...] = (
         conditioner="clip + openclip",
         conditioning_channels=4,
     ),
-    _sdxl(
-        "stable-diffusion-xl-refiner",
-        replace(_SDXL, null_prompt="encoded"),
-        openclip("conditioner.embedders.0.model."),
-        conditioner="openclip (sgm)",
-        vector_width=2560,
+    replace(
+        _sdxl(
+            "stable-diffusion-xl-refiner",
+            replace(_SDXL, null_prompt="encoded"),
+            openclip("conditioner.embedders.0.model."),
+            conditioner="openclip (sgm)",
+        ),
+        usual=MappingProxyType({"vector_width": 2560}),
     ),
     # What is left of a kind, whatever its size.
     recognised("a latent diffusion model with label embeddings", vector="embedding"),

@@ -122,6 +122,15 @@ def test_context_of_stable_diffusion_2_passes_23_layers_also_if_the_file_has_no_
     assert (text.num_layers, text.context_layers, text.final_norm) == (layers, passed, True)
 
 
+def test_a_folder_of_stable_diffusion_2_is_read_to_the_last_layer_that_it_has():
+    """diffusers' pipeline takes the output of the last one, however many there are."""
+    stated = FileFields(text_layers_trimmed=True)
+
+    text = detect(checkpoint(SD2), stated=stated).spec.networks["text_encoder"]
+
+    assert (text.num_layers, text.context_layers) == (24, 24)
+
+
 def test_context_of_sdxls_encoders_leaves_out_a_layer_of_any_number():
     """They have a pooled output of all layers, so that none was left out of the file."""
     tensors = sdxl_checkpoint(REFINER)

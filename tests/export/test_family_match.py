@@ -205,3 +205,4 @@ def test_every_fact_of_every_row_is_one_that_is_looked_for():
     looked_for = fingerprint({}).keys()
 
     assert all(family.features.keys() <= looked_for for family in FAMILIES)
+    assert all(family.usual.keys() <= looked_for for family in FAMILIES)
