@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_export.detection.detect import detect
-from ldm_export.errors import UnknownModelError
+from ldm_export.errors import UnknownModelError, WeightsError
 from ldm_export.intake.opening import open_model
 from ldm_export.intake.text_encoder_names import with_open_clip_projections
 from tests.export.sd_layout import (
@@ -97,7 +97,7 @@ def test_the_unet_of_sdxl_alone_takes_a_first_encoder_and_asks_for_the_second(tm
         detect(opened.tensors)
     with (
         open_model(model, vae=vae, text_encoder=file) as opened,
-        pytest.raises(Exception, match=r"text_encoder_2 .*give it by --text-encoder-2"),
+        pytest.raises(WeightsError, match=r"text_encoder_2 .*give it by --text-encoder-2"),
     ):
         detect(opened.tensors)
 
