@@ -20,8 +20,10 @@ _LOGGER = logging.getLogger(__name__)
 
 #: Name of the caller of a server without keys.
 ANYONE = "anyone"
-#: Paths that need no key: the page, which asks for one itself, and probes, which say nothing.
-PUBLIC_PATHS = frozenset({"/", "/page.js", "/page.css", "/livez", "/readyz", "/health"})
+#: Probes, which say nothing. Kubernetes calls a pod by its address, whatever its names are.
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/health"})
+#: Paths that need no key: the page, which asks for one itself, and probes.
+PUBLIC_PATHS = PROBE_PATHS | {"/", "/page.js", "/page.css"}
 #: Images whose address alone gives access to them, as OpenAI's do.
 PUBLIC_PREFIX = "/files/"
 #: Paths whose bodies hold no image.
@@ -61,7 +63,8 @@ class Gate:
         call = _Call(scope, send)
         headers = Headers(scope=scope)
         try:
-            self._check_host(headers)
+            if scope["path"] not in PROBE_PATHS:
+                self._check_host(headers)
             _check_origin(scope["method"], headers)
             scope.setdefault("state", {})["key"] = self._key(scope["path"], headers)
             scope["state"]["request_id"] = call.request_id
@@ -193,10 +196,13 @@ class _Call:
             await response(self._scope, receive, self.send)
 
     def log(self, scope: Scope) -> None:
-        """Write a line about the call, without anything that a user wrote."""
+        """Write a line about the call, without anything that a user wrote.
+
+        The path is that of the route: the identifier of a job, which stands in the path itself,
+        gives access to its images.
+        """
         spent = time.monotonic() - self._started
         key = scope.get("state", {}).get("key", "-")
-        # The address of an image gives access to it.
-        path = PUBLIC_PREFIX if scope["path"].startswith(PUBLIC_PREFIX) else scope["path"]
+        path = getattr(scope.get("route"), "path", "-")
         parts = (scope["method"], path, self._status, key, spent, self.request_id)
         _LOGGER.info("%s %s %d key=%s %.3fs %s", *parts)

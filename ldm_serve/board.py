@@ -23,6 +23,9 @@ _LOGGER = logging.getLogger(__name__)
 #: Weight of the latest request in the running mean of how long one takes.
 _LATEST = 0.2
 _ENDED = "the server has ended"
+# The reason of an executor may name files and addresses, and probes answer without a key.
+_SEE = "the server's messages say why"
+_OPENING = f"the model is being opened, or cannot be; {_SEE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ class JobBoard:
         if self._drained_at is not None:
             raise unavailable("the server is ending; ask another one")
         if stats.is_over or not self._was_ready:
-            raise unavailable(f"the server is not ready: {stats.reason}")
+            raise unavailable(f"the server is not ready: {_OPENING}")
 
     def check_readiness(self) -> None:
         """Return if a request that came now would begin before long.
@@ -121,7 +124,7 @@ class JobBoard:
         self.check_ready()
         stats = self._executor.stats()
         if not stats.is_ready:
-            raise unavailable(f"no worker is ready: {stats.reason}")
+            raise unavailable(f"no worker is ready; {_SEE}")
         if len(self._queue) >= self._limits.max_queue:
             raise unavailable("the queue is full")
 
@@ -228,7 +231,7 @@ class JobBoard:
         """Look at what has become of the executor."""
         stats = self._executor.stats()
         if stats.is_over:
-            self._end_all(f"no worker is left: {stats.reason}")
+            self._end_all(f"no worker is left; {_SEE}")
         self._hand_out()
 
     def _end_all(self, reason: str) -> None:

@@ -19,7 +19,7 @@ class ExecutorStats:
         is_over: Whether no worker lives and none will be started.
         backend: Backend that runs the networks, once it is known.
         precision: Precision that they compute in.
-        reason: Why it is not ready, in a sentence.
+        reason: Why it is not ready, in a sentence for the operator, not for clients.
     """
 
     is_ready: bool

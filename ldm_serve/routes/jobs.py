@@ -139,7 +139,9 @@ class JobRoutes:
         found = [image for index, image in enumerate(images) if str(index) == wanted]
         if not found:
             raise ServeError(404, "image_not_found", "there is no such image")
-        return Response(found[0], media_type=f"image/{job.work.format}")
+        # Pages that are given an address show the image, whatever their site is.
+        headers = {"Cross-Origin-Resource-Policy": "cross-origin"}
+        return Response(found[0], headers=headers, media_type=f"image/{job.work.format}")
 
     def _found(self, request: Request) -> Job:
         return self._board.find(request.state.key, request.path_params["job"])

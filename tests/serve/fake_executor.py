@@ -14,11 +14,13 @@ class FakeExecutor:
         cancelled: Identifiers of those that were cancelled.
         is_over: Whether it says that no worker is left.
         is_closed: Whether it was closed.
+        reason: Why it is not ready, if it is not.
     """
 
     def __init__(self, room=1):
         self.room, self.is_ready, self.is_over, self.is_closed = room, True, False, False
         self.works, self.cancelled = {}, []
+        self.reason = "the model is being opened"
 
     async def start(self, report, changed):
         self.report, self.changed = report, changed
@@ -32,14 +34,13 @@ class FakeExecutor:
 
     def stats(self):
         used = sum(work.num_images for work in self.works.values())
-        reason = "" if self.is_ready else "the model is being opened"
         return ExecutorStats(
             is_ready=self.is_ready,
             room=0 if self.is_over else self.room - used,
             workers=1,
             restarts=0,
             is_over=self.is_over,
-            reason=reason,
+            reason="" if self.is_ready else self.reason,
         )
 
     async def close(self):

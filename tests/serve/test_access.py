@@ -106,6 +106,31 @@ def test_other_names_are_refused(call, host, status):
     assert status == 200 or is_error(answer)
 
 
+def test_probes_call_a_pod_by_its_address(call):
+    paths = ("/livez", "/readyz", "/health", "/metrics", "/v1/models", "/")
+
+    answers = call(get(*paths, headers={"Host": "10.1.2.3:8188"}), hosts={"gpu.example"})
+
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 421, 421, 421]
+
+
+def test_probes_do_not_say_where_files_lie(bundle):
+    executor = FakeExecutor()
+    executor.is_ready, executor.reason = False, "node 10.0.0.5 has no bundle in /models/secret"
+
+    async def scenario(client, _):
+        before = [await client.get(path) for path in ("/readyz", "/health")]
+        executor.is_ready = True
+        await client.get("/readyz")
+        executor.is_ready = False
+        return [*before, await client.get("/readyz")]
+
+    settings = ServeSettings(bundles={"tiny": bundle}, drain_seconds=0.01)
+    for answer in calling(settings, executor, scenario):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert not [part for part in ("10.0.0.5", "secret") if part in answer.text]
+
+
 def test_names_can_be_allowed(call):
     (answer,) = call(get("/v1/models", headers={"Host": "gpu.example"}), hosts={"gpu.example"})
 
@@ -229,12 +254,45 @@ def test_logs_hold_no_prompt_and_no_address_of_an_image(call, caplog):
     caplog.set_level("INFO", logger="ldm_serve")
 
     async def scenario(client, site):
-        await client.post("/api/jobs", json={"request": {"prompt": "a secret wish"}})
-        await client.get("/files/secretjob/0")
+        made = await client.post("/api/jobs", json={"request": {"prompt": "a secret wish"}})
+        job = made.json()["id"]
+        await client.post(f"/api/jobs/{job}/cancel")
+        for path in (f"/api/jobs/{job}", f"/api/jobs/{job}/events", f"/files/{job}/0"):
+            await client.get(path)
+        for path in (f"/api/jobs/{job}", f"/elsewhere/{job}"):
+            await client.put(path)
+        await client.get(f"/api/jobs/{job}", headers={"Host": "evil.example"})
+        return job
 
-    call(scenario)
+    job = call(scenario)
 
     ours = [each.getMessage() for each in caplog.records if each.name.startswith("ldm")]
-    assert "POST /api/jobs 202 key=anyone" in ours[0]
-    assert len(ours) == 2
-    assert "secret" not in "".join(ours)
+    assert [each.partition(" key=")[0] for each in ours] == [
+        "POST /api/jobs 202",
+        "POST /api/jobs/{job}/cancel 200",
+        "GET /api/jobs/{job} 200",
+        "GET /api/jobs/{job}/events 200",
+        "GET /files/{job}/{index} 404",
+        "PUT /api/jobs/{job} 405",
+        "PUT - 404",
+        "GET - 421",
+    ]
+    assert not [each for each in ours if "secret" in each or job in each]
+
+
+def test_other_pages_may_show_images_and_nothing_else(bundle):
+    executor = FakeExecutor()
+
+    async def scenario(client, _):
+        made = await client.post("/api/jobs", json={"request": {"prompt": "red"}})
+        job = made.json()["id"]
+        executor.finish(job)
+        paths = (f"/files/{job}/0", f"/files/{job}/1", f"/api/jobs/{job}", "/")
+        return [await client.get(path) for path in paths]
+
+    settings = ServeSettings(bundles={"tiny": bundle}, drain_seconds=0.01)
+    answers = calling(settings, executor, scenario)
+
+    assert [answer.status_code for answer in answers] == [200, 404, 200, 200]
+    policies = [answer.headers["cross-origin-resource-policy"] for answer in answers]
+    assert policies == ["cross-origin", "same-origin", "same-origin", "same-origin"]
