@@ -52,7 +52,7 @@ def add_batch_command(commands: "argparse._SubParsersAction[Parser]") -> None:
     add_worker_arguments(parser, ("process", "inline", "ray"))
     add_engine_arguments(parser)
     add_json_flag(parser, "print the counts as JSON")
-    parser.set_defaults(run=batch)
+    parser.set_defaults(run=batch, repeats_messages=True)
 
 
 def batch(args: argparse.Namespace) -> int:

@@ -40,7 +40,7 @@ def add_serve_command(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_work(parser)
     _add_limits(parser.add_argument_group("Limits"))
     add_engine_arguments(parser)
-    parser.set_defaults(run=serve)
+    parser.set_defaults(run=serve, repeats_messages=True)
 
 
 def serve(args: argparse.Namespace) -> int:

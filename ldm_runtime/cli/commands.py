@@ -73,6 +73,7 @@ def build_parser() -> Parser:
         add_json_flag(command)
     for command in commands.choices.values():
         add_message_flags(command)
+    parser.set_defaults(repeats_messages=False)  # a command that runs on says otherwise
     return parser
 
 
@@ -112,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if args.command is None:
         args.parser.error("say what to do, such as `ldm generate`")
-    show_messages(args)
+    show_messages(args, repeats=args.repeats_messages)
     status = int(args.run(args))
     sys.stdout.flush()  # so that a closed pipe is noticed here
     return status

@@ -34,16 +34,21 @@ def add_message_flags(parser: argparse._ActionsContainer) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
 
 
-def show_messages(args: argparse.Namespace, usual: int | None = None) -> None:
-    """Show log messages on stderr, each once; errors alone if quiet, and all if verbose.
+def show_messages(
+    args: argparse.Namespace, usual: int | None = None, *, repeats: bool = False
+) -> None:
+    """Show log messages on stderr; errors alone if quiet, and all if verbose.
 
     Args:
         args: Arguments with the flags of `add_message_flags`.
         usual: The level from which on messages of our packages are shown otherwise; None is that of
             all others, warnings.
+        repeats: Whether a message is shown as often as it is logged, and not once, as by commands
+            that run on: a fault that comes back is news, and what was shown would fill the memory.
     """
     handler = logging.StreamHandler()
-    handler.addFilter(_Once())
+    if not repeats:
+        handler.addFilter(_Once())
     handler.setFormatter(MessageFormatter())
     handler.setLevel(logging.ERROR if args.quiet else logging.DEBUG)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

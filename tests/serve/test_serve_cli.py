@@ -111,3 +111,27 @@ def test_other_commands_do_not_import_the_server():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "times"),
+    [(["serve"], 2), (["batch", "requests.jsonl"], 2), (["generate", "red"], 1)],
+)
+def test_commands_that_run_on_say_a_fault_as_often_as_it_comes(arguments, times):
+    code = f"""
+import logging
+from ldm_runtime.cli import commands
+
+def fail_twice(args):
+    for _ in range(2):
+        logging.getLogger("ldm_serve").error("a fault")
+    return 0
+
+args = commands.build_parser().parse_args({arguments!r})
+args.run = fail_twice
+commands._run(args)
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stderr == "error: a fault\n" * times
