@@ -207,11 +207,20 @@ def _bundles(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def _keys(text: str) -> dict[str, str]:
-    """Return keys by name, from `name:key,name:key` or one key alone."""
+    """Return keys by name, from `name:key,name:key` or one key alone.
+
+    Raises:
+        RequestError: One is too short, or two have one name.
+    """
     keys: dict[str, str] = {}
     for part in filter(None, (each.strip() for each in text.split(","))):
         name, named, key = part.partition(":")
         name, key = (name, key) if named else (f"key{len(keys) + 1}", part)
+        if name in keys:
+            raise RequestError(
+                KEYS_VARIABLE,
+                f"two keys are called {name!r}; give each a name of its own, as in {name}2:KEY",
+            )
         if len(key) < _MIN_KEY:
             raise RequestError(
                 KEYS_VARIABLE,

@@ -72,6 +72,23 @@ def test_keys_have_names_and_a_length(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (f"alice:{KEY},bob:{KEY}2,alice:{KEY}3", "alice"),
+        (f"key2:{KEY},{KEY}2", "key2"),
+        (f"{KEY},key1:{KEY}2", "key1"),
+    ],
+)
+def test_two_keys_of_one_name_are_refused(keys, name, capsys, monkeypatch):
+    monkeypatch.setenv(KEYS_VARIABLE, keys)
+
+    assert main(["serve"]) == 2
+    error = capsys.readouterr().err
+    assert f"{KEYS_VARIABLE}: two keys are called '{name}'; give each a name of its own" in error
+    assert KEY not in error
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a", "x/a"], "two models are called 'a'; say a2=x/a"),
