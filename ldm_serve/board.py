@@ -4,6 +4,8 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +14,7 @@ from ldm_serve.buckets import TokenBuckets
 from ldm_serve.errors import ServeError, cancelled, deadline_passed, invalid, unavailable
 from ldm_serve.executors.contract import Executor, ExecutorStats
 from ldm_serve.executors.messages import Event, Failed, Finished, ImageFormat, Progress, Work
-from ldm_serve.intake import Checked
+from ldm_serve.intake import Checked, without_inputs
 from ldm_serve.jobs import Job, new_job_id
 from ldm_serve.metrics import Metrics
 from ldm_serve.queue import FairQueue
@@ -61,6 +63,7 @@ class JobBoard:
         self._running: dict[str, Job] = {}
         self._over: OrderedDict[str, Job] = OrderedDict()
         self._per_key: Counter[str] = Counter()
+        self._checking: Counter[str] = Counter()
         self._buckets = TokenBuckets(limits.requests_per_minute)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._was_ready = False
@@ -143,8 +146,24 @@ class JobBoard:
                 wait,
             )
 
+    @contextmanager
+    def checking(self, key: str) -> Iterator[None]:
+        """Count a request among those of its key while it is checked, in the block.
+
+        Raises:
+            ServeError: It would not be taken, see `submit`.
+        """
+        self._check_room(key)
+        self._checking[key] += 1
+        try:
+            yield
+        finally:
+            self._checking[key] -= 1
+            if not self._checking[key]:
+                del self._checking[key]
+
     def submit(self, key: str, checked: Checked, wish: Wish) -> Job:
-        """Queue a request.
+        """Queue a request, of which the job keeps no decoded image.
 
         Args:
             key: Name of the key that brings it.
@@ -155,27 +174,9 @@ class JobBoard:
             ServeError: The server takes no requests now, or the queue, or the key's share of it,
                 is full; or the model has not the previews that are needed.
         """
-        self.check_ready()
-        if self._per_key[key] >= self._limits.max_queue_per_key:
-            share = self._limits.max_queue_per_key
-            raise self._full(f"this key has {share} requests that wait or run, its share")
-        if len(self._queue) >= self._limits.max_queue:
-            raise self._full(f"{len(self._queue)} requests wait")
-        if wish.needs_previews and not checked.model.has_previews:
-            message = "previews: the bundle was exported without; leave them out"
-            raise invalid("previews", message)
-        previews = wish.previews and checked.model.has_previews
-        work = Work(
-            job=new_job_id(),
-            model=checked.model.name,
-            fields=checked.fields,
-            adapters=checked.model.uses,
-            num_images=checked.request.num_images,
-            previews=previews,
-            format=wish.format,
-            quality=wish.quality,
-        )
-        job = Job(key=key, checked=checked, work=work)
+        self._check_room(key)
+        work = _work(checked, wish)
+        job = Job(key=key, checked=without_inputs(checked), work=work)
         self._queue.put(key, job)
         self._per_key[key] += 1
         if wish.deadline_seconds is not None:
@@ -184,6 +185,14 @@ class JobBoard:
             self._timers[job.id] = timer
         self._hand_out()
         return job
+
+    def _check_room(self, key: str) -> None:
+        self.check_ready()
+        share = self._limits.max_queue_per_key
+        if self._per_key[key] + self._checking[key] >= share:
+            raise self._full(f"this key has {share} requests that wait or run, its share")
+        if len(self._queue) >= self._limits.max_queue:
+            raise self._full(f"{len(self._queue)} requests wait")
 
     def find(self, key: str | None, job_id: str) -> Job:
         """Return a job.
@@ -330,6 +339,27 @@ class JobBoard:
 
     def _full(self, message: str) -> ServeError:
         return _too_many("queue_full", f"{message}; ask again later", self.expected_wait())
+
+
+def _work(checked: Checked, wish: Wish) -> Work:
+    """Return what the executor is given.
+
+    Raises:
+        ServeError: The model has not the previews that are needed.
+    """
+    has_previews = checked.model.has_previews
+    if wish.needs_previews and not has_previews:
+        raise invalid("previews", "previews: the bundle was exported without; leave them out")
+    return Work(
+        job=new_job_id(),
+        model=checked.model.name,
+        fields=checked.fields,
+        adapters=checked.model.uses,
+        num_images=checked.request.num_images,
+        previews=wish.previews and has_previews,
+        format=wish.format,
+        quality=wish.quality,
+    )
 
 
 def _too_many(code: str, message: str, retry_after: float) -> ServeError:

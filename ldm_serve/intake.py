@@ -76,9 +76,9 @@ def check_request(fields: Mapping[str, Any], model: ServedModel, limits: Limits)
 
 
 def without_inputs(checked: Checked) -> Checked:
-    """Return a request without the images and arrays that it has brought, for one that is over.
+    """Return a request without the images and arrays that it has brought, which workers read again.
 
-    A photograph is a hundred times as large as its file, and results wait long to be fetched.
+    A photograph is a hundred times as large as its file, and requests and results wait for long.
     """
     request = checked.request
     image, condition = request.source_image, request.condition

@@ -11,7 +11,7 @@ import msgspec
 
 from ldm_serve.errors import ServeError
 from ldm_serve.executors.messages import Finished, Progress, Work
-from ldm_serve.intake import Checked, without_inputs
+from ldm_serve.intake import Checked
 
 #: States of a job; the last three are final.
 JobState = Literal["queued", "generating", "completed", "failed", "cancelled"]
@@ -28,8 +28,8 @@ class Job:
 
     Attributes:
         key: Name of the key that brought it.
-        checked: The request.
-        work: What the executor is given.
+        checked: The request, without the images and arrays that it has brought.
+        work: What the executor is given; these are in its fields, encoded, until the end.
         state: Where it is.
         steps: Finished steps of each image, by index.
         total: Steps of an image, once they are known.
@@ -91,7 +91,6 @@ class Job:
         self.state, self.result, self.error = state, result, error
         # A copy: a thread may be about to send the fields to a worker.
         self.work = msgspec.structs.replace(self.work, fields={})
-        self.checked = without_inputs(self.checked)
         self.finished = time.monotonic()
         self.notify()
 

@@ -17,7 +17,7 @@ from ldm_serve.errors import ServeError, invalid
 from ldm_serve.executors.messages import ImageFormat, Quality
 from ldm_serve.intake import cost
 from ldm_serve.jobs import Job
-from ldm_serve.site import Site
+from ldm_serve.site import Site, Submission
 
 
 class NewJob(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -57,7 +57,7 @@ class JobRoutes:
         return [
             Route("/api/models", self.models),
             Route("/api/capabilities", self.capabilities),
-            Route("/api/jobs", self.create, methods=["POST"]),
+            Route("/api/jobs", self._site.counted(self.create), methods=["POST"]),
             Route("/api/jobs", self.listed),
             Route("/api/jobs/{job}", self.one),
             Route("/api/jobs/{job}/cancel", self.cancel, methods=["POST"]),
@@ -85,15 +85,17 @@ class JobRoutes:
     async def create(self, request: Request) -> Response:
         """Queue a request, and answer with its job."""
         new = await read_json(request, NewJob)
-        check_compression(new.output_format, new.output_compression)
         wish = Wish(
             format=new.output_format,
-            quality=new.output_compression,
+            quality=quality_of(new.output_format, new.output_compression),
             previews=new.previews,
             needs_previews=new.previews,
             deadline_seconds=new.deadline_seconds,
         )
-        job = await self._site.submit(request, new.request, new.model, wish, new.adapters)
+        submission = Submission(
+            fields=new.request, wish=wish, model=new.model, adapters=new.adapters
+        )
+        job = await self._site.submit(request, submission)
         answer = json_answer(self._described(job), 202)
         answer.headers["Location"] = f"/api/jobs/{job.id}"
         return answer
@@ -186,15 +188,20 @@ def adapters_json(job: Job) -> list[dict[str, Any]]:
     return [{"name": each.name, "scale": each.scale} for each in job.checked.model.uses]
 
 
-def check_compression(image_format: ImageFormat, quality: int | None) -> None:
-    """Check that images of a format can have a quality.
+def quality_of(image_format: ImageFormat, compression: int | None) -> int | None:
+    """Return the quality of images of a format that clients ask for.
+
+    A PNG has none, and 100 is OpenAI's default, which asks a PNG for nothing.
 
     Raises:
-        ServeError: They cannot, and there is one.
+        ServeError: They ask a PNG for another.
     """
-    if quality is not None and image_format == "png":
-        message = "output_compression: PNG keeps every pixel; leave it out"
+    if image_format != "png":
+        return compression
+    if compression not in (None, 100):
+        message = "output_compression: PNG keeps every pixel; leave it out, or send 100"
         raise invalid("output_compression", message)
+    return None
 
 
 def data_url(data: bytes, image_format: ImageFormat) -> str:

@@ -10,7 +10,8 @@ import base64
 import io
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -31,9 +32,9 @@ from ldm_serve.errors import ServeError, invalid
 from ldm_serve.executors.messages import Finished, ImageFormat, Quality
 from ldm_serve.jobs import Job
 from ldm_serve.masks import edit_mask
-from ldm_serve.routes.jobs import adapters_json, check_compression, data_url
+from ldm_serve.routes.jobs import adapters_json, data_url, quality_of
 from ldm_serve.served_models import ServedModel
-from ldm_serve.site import Site, deadline_of
+from ldm_serve.site import Site, Submission, deadline_of
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _MAX_PARTIAL_IMAGES = 3
@@ -105,11 +106,12 @@ class OpenAIRoutes:
 
     def routes(self) -> list[Route]:
         """Return the routes."""
+        counted = self._site.counted
         return [
             Route("/v1/models", self.models),
             Route("/v1/models/{model:path}", self.model),
-            Route("/v1/images/generations", self.generations, methods=["POST"]),
-            Route("/v1/images/edits", self.edits, methods=["POST"]),
+            Route("/v1/images/generations", counted(self.generations), methods=["POST"]),
+            Route("/v1/images/edits", counted(self.edits), methods=["POST"]),
             Route("/v1/images/variations", self.variations, methods=["POST"]),
         ]
 
@@ -125,7 +127,7 @@ class OpenAIRoutes:
     async def generations(self, request: Request) -> Response:
         """Generate images from a prompt."""
         body = await read_json(request, ImageRequest)
-        return await self._answer(request, body, {}, "image_generation")
+        return await self._answer(request, body, dict, "image_generation")
 
     async def edits(self, request: Request) -> Response:
         """Generate images from a prompt, an image, and a mask whose transparent pixels change."""
@@ -135,10 +137,10 @@ class OpenAIRoutes:
             texts = {name: value for name, value in parts.multi_items() if isinstance(value, str)}
             images = [*parts.getlist("image"), *parts.getlist("image[]")]
             _check_single(parts)
-            inputs = await _edit_inputs(images, files)
+            decode = partial(_edit_inputs, *await _edit_files(images, files))
         finally:
             await parts.close()
-        return await self._answer(request, convert(texts, ImageRequest), inputs, "image_edit")
+        return await self._answer(request, convert(texts, ImageRequest), decode, "image_edit")
 
     async def variations(self, _: Request) -> Response:
         """Answer that OpenAI has ended this interface, too."""
@@ -146,23 +148,24 @@ class OpenAIRoutes:
         raise ServeError(410, "gone", message)
 
     async def _answer(
-        self, request: Request, body: ImageRequest, inputs: Mapping[str, Any], kind: str
+        self,
+        request: Request,
+        body: ImageRequest,
+        decode: Callable[[], Mapping[str, Any]],
+        kind: str,
     ) -> Response:
         _check_neutral(body)
-        previews = bool(body.stream and body.partial_images)
-        wish = Wish(
-            format=body.output_format or "png",
-            quality=body.output_compression,
-            previews=previews,
-            needs_previews=previews,
-            deadline_seconds=deadline_of(request),
-        )
-        check_compression(wish.format, wish.quality)
-        if body.response_format == "file" and (body.stream or (body.n or 1) > 1):
-            raise invalid("response_format", "response_format: a file is one image, not streamed")
+        _check_delivery(body)
+        wish = _wish(body, deadline_of(request))
         try:
-            fields = {**_fields(body), **inputs}
-            job = await self._site.submit(request, fields, body.model, wish, body.adapters)
+            submission = Submission(
+                fields=_fields(body),
+                wish=wish,
+                model=body.model,
+                adapters=body.adapters,
+                decode=decode,
+            )
+            job = await self._site.submit(request, submission)
         except ServeError as error:
             error.rename_field(_PARAMS)
             raise
@@ -262,6 +265,37 @@ def _check_neutral(body: ImageRequest) -> None:
             raise invalid(name, f"{name}: this server cannot do that; {fix}", "unsupported_value")
 
 
+def _check_delivery(body: ImageRequest) -> None:
+    """Check that the images can be delivered in the ways that a body asks for, all at once."""
+    if body.response_format == "file" and (body.stream or (body.n or 1) > 1):
+        raise invalid("response_format", "response_format: a file is one image, not streamed")
+    if body.response_format == "url" and body.stream:
+        message = "response_format: a stream has the images in it; leave it out or send b64_json"
+        raise invalid("response_format", message)
+    if body.partial_images and not body.stream:
+        message = "partial_images: are parts of a stream; leave them out, or send stream: true"
+        raise invalid("partial_images", message)
+
+
+def _wish(body: ImageRequest, deadline_seconds: float | None) -> Wish:
+    """Return how a body wants its images.
+
+    Args:
+        body: The body.
+        deadline_seconds: How long its client waits for the next bytes of an answer.
+    """
+    image_format: ImageFormat = body.output_format or "png"
+    previews = bool(body.stream and body.partial_images)
+    return Wish(
+        format=image_format,
+        quality=quality_of(image_format, body.output_compression),
+        previews=previews,
+        needs_previews=previews,
+        # Previews are bytes, too; a client that gives up between two leaves the stream.
+        deadline_seconds=None if previews else deadline_seconds,
+    )
+
+
 def _fields(body: ImageRequest) -> dict[str, Any]:
     names = ("prompt", "seed", "negative_prompt", "num_inference_steps", "sampler", "strength")
     fields = {name: getattr(body, name) for name in names}
@@ -285,8 +319,12 @@ def _check_single(parts: FormData) -> None:
             raise invalid(name, f"{name}: is there more than once; send it once")
 
 
-async def _edit_inputs(images: list[Any], files: Mapping[str, Any]) -> dict[str, str]:
-    """Return the image and the mask of an edit as fields of a request."""
+async def _edit_files(images: list[Any], files: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
+    """Return the files of the image and of the mask, if there is one, of a form.
+
+    Raises:
+        ServeError: There are others, or not one image.
+    """
     unknown = set(files).difference({"image", "image[]", "mask"})
     if unknown:
         name = min(unknown)
@@ -294,11 +332,19 @@ async def _edit_inputs(images: list[Any], files: Mapping[str, Any]) -> dict[str,
     if len(images) != 1 or not _is_file(images[0]):
         message = f"image: send one image file, got {len(images)} values"
         raise invalid("image", message)
-    inputs = {"image": data_url(await images[0].read(), "png")}
-    if mask := files.get("mask"):
-        inputs["mask_image"] = data_url(
-            await run_in_threadpool(edit_mask, await mask.read()), "png"
-        )
+    mask = files.get("mask")
+    return await images[0].read(), None if mask is None else await mask.read()
+
+
+def _edit_inputs(image: bytes, mask: bytes | None) -> dict[str, str]:
+    """Return the image and the mask of an edit as fields of a request.
+
+    Raises:
+        ServeError: The mask is not an image with an alpha channel.
+    """
+    inputs = {"image": data_url(image, "png")}
+    if mask is not None:
+        inputs["mask_image"] = data_url(edit_mask(mask), "png")
     return inputs
 
 

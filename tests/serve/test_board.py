@@ -349,7 +349,7 @@ def test_without_any_worker_left_requests_are_not_kept_waiting(board, submit):
     assert refused.status == 503
 
 
-def test_what_a_request_brought_is_forgotten_with_its_end(board, bundle, model):
+def test_what_a_request_brought_is_encoded_while_it_waits_and_forgotten_with_its_end(board, model):
     """The images of clients are far larger than those of results, and these are kept for long."""
     url = data_url(png(Image.new("RGB", (64, 48), (255, 0, 0))), "png")
     fields = {"prompt": "red", "image": url, "mask_image": url, "mask_blur": (2, 2)}
@@ -357,12 +357,16 @@ def test_what_a_request_brought_is_forgotten_with_its_end(board, bundle, model):
     async def scenario(board, executor):
         checked = check_request(fields, model, Limits())
         job = board.submit("a", checked, Wish())
-        work = executor.works[job.id]
+        work, waiting = executor.works[job.id], board.submit("a", checked, Wish())
+        decoded = [each.checked.request.source_image for each in (job, waiting)]
+        urls = [each.work.fields["mask_image"] for each in (job, waiting)]
         executor.finish(job.id)
-        return job, work
+        return decoded, urls, job, work
 
-    job, work = board(scenario)
+    decoded, urls, job, work = board(scenario)
 
+    assert [(each.size, each.mask.size) for each in decoded] == [((1, 1), (1, 1))] * 2
+    assert urls == [url, url]
     assert work.fields["image"] == url  # it may have to be run again
     assert job.work.fields == job.checked.fields == {}
     assert job.checked.request.source_image.size == (1, 1)

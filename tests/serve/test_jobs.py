@@ -168,6 +168,15 @@ def test_formats(client, image_format):
     assert image_of(client, finished(client, job)).format == image_format.upper()
 
 
+def test_the_compression_that_asks_a_png_for_nothing_is_taken(client, generator):
+    job = submit(client, {"prompt": "red", "seed": 2}, output_compression=100)
+
+    image = image_of(client, finished(client, job))
+
+    assert image.format == "PNG"
+    assert image.tobytes() == generator("red", seed=2).image.tobytes()
+
+
 def test_another_model_is_named(client, bundles):
     job = submit(client, {"class_label": 2, "seed": 3}, model="class-to-image")
     state = finished(client, job)

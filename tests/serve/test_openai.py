@@ -248,6 +248,9 @@ def test_edits_that_are_wrong_say_why(ask, files, param, message):
         ({"n": 0}, "n", ">= 1"),
         ({"partial_images": 4, "stream": True}, "partial_images", "<= 3"),
         ({"response_format": "file", "n": 2}, "response_format", "one image"),
+        ({"response_format": "url", "stream": True}, "response_format", "has the images in it"),
+        ({"partial_images": 1}, "partial_images", "parts of a stream"),
+        ({"partial_images": 1, "stream": False}, "partial_images", "parts of a stream"),
         ({"extra_body": {"seed": -1}}, "seed", "seed"),
         ({"extra_body": {"seed": "7"}}, "seed", "Expected `int"),
         ({"extra_body": {"sampler": "eular"}}, "sampler", "euler"),
@@ -262,6 +265,30 @@ def test_what_cannot_be_honoured_is_an_error_that_names_the_field(ask, fields, p
 
     assert message in str(error.value)
     assert (error.value.param, error.value.type) == (param, "invalid_request_error")
+
+
+def test_the_default_of_every_field_is_taken(ask, generator):
+    """As OpenAI's documentation has them; its client sends those that the caller gives."""
+    defaults = {
+        "n": 1,
+        "size": "auto",
+        "quality": "auto",
+        "background": "auto",
+        "moderation": "auto",
+        "output_format": "png",
+        "output_compression": 100,
+        "partial_images": 0,
+        "response_format": "b64_json",
+    }
+
+    answer = ask.images.generate(
+        prompt="red", **defaults, stream=False, extra_body={"seed": 3, "style": None}
+    )
+    (event,) = ask.images.generate(prompt="red", **defaults, stream=True, extra_body={"seed": 3})
+
+    expected = generator("red", seed=3).image.tobytes()
+    assert decoded(answer.data[0].b64_json).tobytes() == expected
+    assert decoded(event.b64_json).tobytes() == expected
 
 
 def test_models_are_listed_and_named(ask):
@@ -296,6 +323,23 @@ def test_a_client_that_waits_for_less_gets_a_deadline(ask):
 
     assert error.value.status_code == 504
     assert error.value.response.headers["x-should-retry"] == "false"
+
+
+def test_a_stream_with_partial_images_has_no_deadline(ask):
+    """Its client waits that long for the next event, and not for the last."""
+    long = {
+        "prompt": "red",
+        "size": "256x256",
+        "stream": True,
+        "extra_body": {"seed": 1, "num_inference_steps": 60},
+        "extra_headers": {"x-stainless-read-timeout": "0.05"},
+    }
+
+    *_, last = ask.images.generate(**long, partial_images=1)
+
+    assert last.type == "image_generation.completed"
+    with pytest.raises(openai.APIError, match=r"0.05 s are over"):
+        list(ask.images.generate(**long))
 
 
 def test_a_client_that_leaves_a_stream_ends_its_request(ask, client):

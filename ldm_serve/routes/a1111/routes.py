@@ -6,12 +6,12 @@ server ends. Paths, fields and answers: AUTOMATIC1111/stable-diffusion-webui 1.1
 """
 
 import base64
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -38,7 +38,7 @@ from ldm_serve.routes.a1111.options import Options
 from ldm_serve.routes.a1111.sessions import Session, timestamp
 from ldm_serve.routes.jobs import data_url
 from ldm_serve.served_models import ServedModel
-from ldm_serve.site import Site, deadline_of
+from ldm_serve.site import Endpoint, Site, Submission, deadline_of
 
 _ROOT = "/sdapi/v1"
 _TRUE = frozenset({"1", "true", "on", "yes"})
@@ -92,8 +92,8 @@ class A1111Routes:
             "loras": self.loras,
         }
         sent = {
-            "txt2img": self.text_to_image,
-            "img2img": self.image_to_image,
+            "txt2img": self._site.counted(self.text_to_image),
+            "img2img": self._site.counted(self.image_to_image),
             "interrupt": self.interrupt,
             "skip": self.skip,
             "options": self.change_options,
@@ -109,14 +109,13 @@ class A1111Routes:
         """Generate images from a prompt."""
         form = await read_json(request, TextToImageForm)
         check_neutral(form)
-        return await self._generate(request, form, {})
+        return await self._generate(request, form, dict)
 
     async def image_to_image(self, request: Request) -> Response:
         """Generate images from an image, of which a mask may say what changes."""
         form = await read_json(request, ImageToImageForm)
         check_neutral(form)
-        inputs = await run_in_threadpool(_image_inputs, form)
-        return await self._generate(request, form, inputs)
+        return await self._generate(request, form, partial(_image_inputs, form))
 
     async def progress(self, request: Request) -> Response:
         """Answer with the progress of the job of the key that came first."""
@@ -166,25 +165,19 @@ class A1111Routes:
     async def png_info(self, request: Request) -> Response:
         """Answer with what an image file says of how it was made."""
         form = await read_json(request, PngInfoForm)
-        return json_answer(await run_in_threadpool(png_info, _url(form.image.strip())))
+        self._site.board.take_token(request.state.key)
+        return json_answer(await self._site.check(png_info, _url(form.image.strip())))
 
     async def _generate(
         self,
         request: Request,
         form: TextToImageForm | ImageToImageForm,
-        inputs: Mapping[str, Any],
+        decode: Callable[[], Mapping[str, Any]],
     ) -> Response:
         session = self._session(request)
-        options = session.options.changed(form.override_settings or {})
-        model = self._model(options)
-        adapters = [] if form.disable_extra_networks else tagged_adapters(form.prompt)
-        plain = msgspec.structs.replace(form, prompt=without_tags(form.prompt))
-        fields = {**request_fields(plain, options, model), **inputs}
-        wish = Wish(
-            format=options.image_format, previews=True, deadline_seconds=deadline_of(request)
-        )
+        submission = self._submission(form, session.options, decode, deadline_of(request))
         try:
-            job = await self._site.submit(request, fields, model.alias, wish, adapters or None)
+            job = await self._site.submit(request, submission)
             with session.following(job):
                 result = await self._site.images_of(request, job)
         except ServeError as error:
@@ -194,6 +187,35 @@ class A1111Routes:
         images = [base64.b64encode(each).decode() for each in result.images if sends_images]
         info = info_text(job, result, form, timestamp(job))
         return json_answer({"images": images, "parameters": _parameters(form), "info": info})
+
+    def _submission(
+        self,
+        form: TextToImageForm | ImageToImageForm,
+        options: Options,
+        decode: Callable[[], Mapping[str, Any]],
+        deadline_seconds: float | None,
+    ) -> Submission:
+        """Return the request that a form asks for.
+
+        Args:
+            form: The form.
+            options: The settings of its key.
+            decode: Returns the fields of its images.
+            deadline_seconds: How long its client waits.
+        """
+        options = options.changed(form.override_settings or {})
+        model = self._model(options)
+        adapters = [] if form.disable_extra_networks else tagged_adapters(form.prompt)
+        plain = msgspec.structs.replace(form, prompt=without_tags(form.prompt))
+        return Submission(
+            fields=request_fields(plain, options, model),
+            wish=Wish(
+                format=options.image_format, previews=True, deadline_seconds=deadline_seconds
+            ),
+            model=model.alias,
+            adapters=adapters or None,
+            decode=decode,
+        )
 
     def _session(self, request: Request) -> Session:
         return self._sessions.setdefault(request.state.key, Session())
@@ -249,7 +271,7 @@ def _parameters(form: TextToImageForm | ImageToImageForm) -> dict[str, Any]:
     return fields
 
 
-def _fixed(value: object) -> Callable[[Request], Awaitable[Response]]:
+def _fixed(value: object) -> Endpoint:
     async def answer(_: Request) -> Response:
         return json_answer(value)
 
