@@ -353,6 +353,7 @@ def _work(checked: Checked, wish: Wish) -> Work:
     return Work(
         job=new_job_id(),
         model=checked.model.name,
+        bundle_sha256=checked.model.bundle_sha256,
         fields=checked.fields,
         adapters=checked.model.uses,
         num_images=checked.request.num_images,

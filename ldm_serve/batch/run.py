@@ -146,7 +146,13 @@ class BatchRun:
         fields = request_to_fields(unit.request.as_request())
         self._running[unit.name] = unit
         executor.submit(
-            Work(job=unit.name, model=self._model, fields=fields, adapters=unit.adapters)
+            Work(
+                job=unit.name,
+                model=self._model,
+                bundle_sha256=unit.bundle_sha256,
+                fields=fields,
+                adapters=unit.adapters,
+            )
         )
 
     def _take(self, event: Event) -> None:

@@ -44,6 +44,7 @@ class Unit:
         image: Its index in the request of that line.
         request: The request of this image alone; a pure function of the file and the batch's seed.
         name: Hash of that request, of the bundle and of the adapters.
+        bundle_sha256: Hash of the bundle's manifest.
         adapters: The adapters of its model.
     """
 
@@ -51,6 +52,7 @@ class Unit:
     image: int
     request: ResolvedRequest
     name: str
+    bundle_sha256: str
     adapters: tuple[AdapterUse, ...] = ()
 
 
@@ -166,10 +168,17 @@ class RequestFile:
     def _units(
         self, request: ResolvedRequest, adapters: tuple[AdapterUse, ...], line: int
     ) -> Iterator[Unit]:
+        bundle_sha256 = self._model.bundle_sha256
         for image in range(request.num_images):
             alone = request.of_image(image)
-            name = request_sha256(alone, self._model.bundle_sha256, adapters)
-            yield Unit(line=line, image=image, request=alone, name=name, adapters=adapters)
+            yield Unit(
+                line=line,
+                image=image,
+                request=alone,
+                name=request_sha256(alone, bundle_sha256, adapters),
+                bundle_sha256=bundle_sha256,
+                adapters=adapters,
+            )
 
 
 def request_sha256(

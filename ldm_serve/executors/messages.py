@@ -21,6 +21,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     Attributes:
         job: Its identifier.
         model: Name of the model.
+        bundle_sha256: Hash of its manifest when the request was checked; None takes whatever is
+            there.
         adapters: Adapters that it has.
         fields: Fields of the `GenerationRequest`, images as `data:` URLs; the seed is among them.
         num_images: How many images, for the accounts of the executor.
@@ -33,6 +35,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True, tag="work"):
     job: str
     model: str
     fields: dict[str, Any]
+    bundle_sha256: str | None = None
     adapters: tuple[AdapterUse, ...] = ()
     num_images: int = 1
     previews: bool = False

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ldm_runtime.adapters.files import adapter_sha256
-from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
 from ldm_runtime.closing import Closing
 from ldm_runtime.errors import LdmError, RequestError
 from ldm_runtime.generator import Generator
@@ -66,27 +67,31 @@ class OpenModels(Closing):
         self._bundles, self._settings = bundles, settings
         self._open: dict[_Key, OpenBatch] = {}  # the least recently used first
 
-    def open(self, name: str, adapters: Sequence[AdapterUse] = ()) -> OpenBatch | None:
+    def open(
+        self, name: str, adapters: Sequence[AdapterUse] = (), sha256: str | None = None
+    ) -> OpenBatch | None:
         """Return a model; None if it must wait until a busy one can be closed.
 
         Args:
             name: Its name.
             adapters: Adapters that are merged into it, in their order; or that a request scales.
+            sha256: Hash that the manifest of its bundle must have; None takes any.
 
         Raises:
             RequestError: An adapter cannot be merged at its scale.
             BundleError: The bundle is incomplete or altered.
             BackendError: The backend cannot run here.
-            LdmError: The file of an adapter has changed.
+            LdmError: The bundle, or the file of an adapter, is another one now.
         """
         key = name, () if self._settings.live_adapters else tuple(adapters)
         if key in self._open:
-            self._open[key] = self._open.pop(key)
-            return self._open[key]
-        size = _weights_bytes(self._bundles[name])
+            opened = self._open[key] = self._open.pop(key)
+            _check_bundle(name, opened.generator.bundle_sha256, sha256)
+            return opened
+        size = self._weights_bytes(name, sha256)
         if not self._make_room(key, size):
             return None
-        self._open[key] = self._opened(key, size)
+        self._open[key] = self._opened(key, size, sha256)
         _LOGGER.info("opened %s: %s", alias_of(*key), self._open[key].generator)
         return self._open[key]
 
@@ -126,10 +131,21 @@ class OpenModels(Closing):
         opened.generator.close()
         _LOGGER.info("closed %s", alias_of(*key))
 
-    def _opened(self, key: _Key, size: int) -> OpenBatch:
+    def _weights_bytes(self, name: str, sha256: str | None) -> int:
+        """Return the bytes of a bundle's weights, the largest part of what an open model takes."""
+        folder = self._bundles[name]
+        path = folder / MANIFEST_NAME
+        if path.is_file():
+            _check_bundle(name, sha256_of(path), sha256)
+        files = load_manifest(folder).files
+        return sum(file.size_bytes for file in files if Path(file.path).suffix == ".bin")
+
+    def _opened(self, key: _Key, size: int, sha256: str | None) -> OpenBatch:
         (name, adapters), settings = key, self._settings
         with ExitStack() as stack:
-            generator = stack.enter_context(_generator(self._bundles[name], adapters, settings))
+            generator = stack.enter_context(
+                _generator(self._bundles[name], adapters, settings, sha256)
+            )
             batch = generator.open_batch(max_batch=settings.max_batch)
             stack.pop_all()
         return OpenBatch(
@@ -140,7 +156,9 @@ class OpenModels(Closing):
         )
 
 
-def _generator(folder: Path, adapters: Sequence[AdapterUse], settings: EngineSettings) -> Generator:
+def _generator(
+    folder: Path, adapters: Sequence[AdapterUse], settings: EngineSettings, sha256: str | None
+) -> Generator:
     files = {_file_of(each, settings.adapters): each.scale for each in adapters}
     live = paths_that_fit(settings.adapters, folder) if settings.live_adapters else {}
     try:
@@ -153,6 +171,7 @@ def _generator(folder: Path, adapters: Sequence[AdapterUse], settings: EngineSet
             trust_engines=settings.trust_engines,
             adapters=files,
             live_adapters=live,
+            sha256=sha256,
         )
     except RequestError as error:
         raise _with_names(error, settings.adapters) from error
@@ -187,7 +206,15 @@ def _has_changed(adapter: AdapterUse) -> LdmError:
     return LdmError(f"the file of the adapter {adapter.name!r} has changed; start again with it")
 
 
-def _weights_bytes(folder: Path) -> int:
-    """Return the bytes of a bundle's weights, the largest part of what an open model takes."""
-    files = load_manifest(folder).files
-    return sum(file.size_bytes for file in files if Path(file.path).suffix == ".bin")
+def _check_bundle(name: str, found: str, expected: str | None) -> None:
+    """Check that a bundle is the one that a request was checked against.
+
+    Raises:
+        LdmError: It is not.
+    """
+    if expected not in (None, found):
+        _LOGGER.error("the manifest of model %s was %s, and is %s", name, expected, found)
+        raise LdmError(
+            f"the bundle of model {name!r} was replaced since the start; start the server, or the "
+            "batch, again"
+        )

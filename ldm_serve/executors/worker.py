@@ -2,13 +2,14 @@
 
 import io
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 
 from PIL import Image
 
 from ldm_runtime.closing import Closing
-from ldm_runtime.errors import LdmError
+from ldm_runtime.errors import BackendError, BundleError, LdmError
 from ldm_runtime.pipeline.continuous import BatchEvent
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step
@@ -29,6 +30,8 @@ from ldm_serve.executors.messages import (
 from ldm_serve.executors.open_models import OpenBatch, OpenModels
 
 _LOGGER = logging.getLogger(__name__)
+#: An absolute path in a sentence.
+_PATH = re.compile(r"(?<![\w/])/\w")
 
 
 class Worker(Closing):
@@ -105,7 +108,7 @@ class Worker(Closing):
         while self._waiting:
             work = self._waiting[0]
             try:
-                opened = self._models.open(work.model, work.adapters)
+                opened = self._models.open(work.model, work.adapters, work.bundle_sha256)
                 if opened is None:
                     return
                 number = opened.batch.add(
@@ -115,7 +118,7 @@ class Worker(Closing):
                     adapters=opened.scales(work.adapters),
                 )
             except Exception as error:  # noqa: BLE001  (the job's client gets it)
-                self._send(_failed(work.job, error))
+                self._send(_failed(work, error))
             else:
                 self._jobs[work.job] = opened, number
                 self._works[opened, number] = work
@@ -144,8 +147,8 @@ def _event_of(work: Work, event: BatchEvent) -> Event:
             case Result():
                 return _finished(work, event)
     except LdmError as error:
-        return _failed(work.job, error)
-    return _failed(work.job, event)
+        return _failed(work, error)
+    return _failed(work, event)
 
 
 def _progress(work: Work, step: Step) -> Progress:
@@ -172,11 +175,11 @@ def _finished(work: Work, result: Result) -> Finished:
     )
 
 
-def _failed(job: str, error: Exception) -> Failed:
+def _failed(work: Work, error: Exception) -> Failed:
     if isinstance(error, LdmError):
-        answer = from_runtime(error)
+        answer = from_runtime(_without_paths(error, work.model))
         return Failed(
-            job=job,
+            job=work.job,
             status=answer.status,
             code=answer.code,
             message=str(answer),
@@ -184,15 +187,27 @@ def _failed(job: str, error: Exception) -> Failed:
         )
     if isinstance(error, MemoryError):
         return Failed(
-            job=job,
+            job=work.job,
             status=503,
             code="insufficient_memory",
             message="not enough memory; ask for smaller images",
         )
-    _LOGGER.error("job %s", job, exc_info=error)
+    _LOGGER.error("job %s", work.job, exc_info=error)
     return Failed(
-        job=job, status=500, code="internal_error", message="the request failed in the server"
+        job=work.job, status=500, code="internal_error", message="the request failed in the server"
     )
+
+
+def _without_paths(error: LdmError, model: str) -> LdmError:
+    """Return an error that clients may see: where files lie is the operator's own business."""
+    if isinstance(error, BundleError):
+        told = f"the bundle of model {model!r} cannot be opened; see the server's messages"
+    elif isinstance(error, BackendError) and _PATH.search(str(error)):
+        told = f"the networks of model {model!r} cannot be run; see the server's messages"
+    else:
+        return error
+    _LOGGER.error("model %s: %s", model, error)
+    return type(error)(told)
 
 
 def _png(image: Image.Image) -> bytes:

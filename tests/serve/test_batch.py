@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ldm_runtime import Generator
+from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.cli import main
 from ldm_runtime.requests.request_json import request_to_fields
 from ldm_runtime.specs.tasks import TASKS
@@ -353,6 +354,19 @@ class TestResume:
             manifest.write("\n")
 
         assert run_batch(file, tmp_path / "out", tmp_path / "other").generated == 2
+
+    def test_tells_workers_which_bundle_the_names_of_the_images_are_of(self, bundle, tmp_path):
+        told = []
+
+        class Noting(HashExecutor):
+            def submit(self, work):
+                told.append(work.bundle_sha256)
+                super().submit(work)
+
+        file = write_lines(tmp_path / "r.jsonl", *prompts(2))
+        run_batch(file, tmp_path / "out", bundle, Noting())
+
+        assert told == [sha256_of(bundle / "manifest.json")] * 2
 
 
 class TestFailures:

@@ -75,6 +75,13 @@ def test_a_job_goes_from_the_queue_to_its_images(board, submit):
     assert result.images == [b"second"]
 
 
+def test_a_worker_is_told_which_bundle_a_request_was_checked_against(board, submit, model):
+    async def scenario(board, executor):
+        return executor.works[submit(board).id].bundle_sha256
+
+    assert board(scenario) == model.bundle_sha256
+
+
 def test_keys_take_turns(board, submit):
     async def scenario(board, executor):
         running = submit(board, "flood")

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import shutil
 import signal
 import sys
 import time
@@ -13,10 +14,13 @@ import pytest
 from PIL import Image
 
 from ldm_runtime import Generator
+from ldm_runtime.bundle.files import sha256_of
+from ldm_runtime.errors import BackendError, LdmError, ManifestError
 from ldm_serve.executors.inline import InlineExecutor
 from ldm_serve.executors.messages import Failed, Finished, Progress, Ready, Work
 from ldm_serve.executors.pool import PoolWorker, WorkerPool
 from ldm_serve.executors.process import ProcessExecutor
+from ldm_serve.executors.worker import Worker
 from ldm_serve.settings import EngineSettings
 from tests.serve.conftest import serving
 
@@ -301,6 +305,84 @@ def test_a_bundle_that_cannot_be_opened_is_the_reason(bundle, tmp_path):
 
     assert not stats.is_ready
     assert "ended with status 1" in stats.reason
+
+
+@pytest.fixture(params=["inline", "process"])
+def with_copy(request, bundle, tmp_path):
+    """An executor of the tiny bundle and of a copy, which is opened when it is first asked for."""
+    kind = {"inline": InlineExecutor, "process": ProcessExecutor}[request.param]
+    copy = shutil.copytree(bundle, tmp_path / "secret")
+    return kind({"tiny": bundle, "copy": copy}, SETTINGS), copy / "manifest.json"
+
+
+def test_a_bundle_that_was_replaced_is_not_used(with_copy, expected):
+    executor, manifest = with_copy
+    sha256 = sha256_of(manifest)
+    with manifest.open("a") as file:
+        file.write("\n")  # another one, as good
+
+    async def scenario(executor, events):
+        executor.submit(work("old", QUICK, model="copy", bundle_sha256=sha256))
+        executor.submit(work("new", QUICK, model="copy", bundle_sha256=sha256_of(manifest)))
+        ends = [await events.end_of(job) for job in ("old", "new")]
+        executor.submit(work("open", QUICK, model="copy", bundle_sha256=sha256))
+        return [*ends, await events.end_of("open")]
+
+    old, new, opened = run(executor, scenario)
+
+    for end in (old, opened):
+        assert (end.status, end.code) == (500, "generation_failed")
+        assert end.message == (
+            "the bundle of model 'copy' was replaced since the start; start the server, or the "
+            "batch, again"
+        )
+    assert pixels(new) == expected(QUICK)
+
+
+def test_clients_are_not_told_where_a_bundle_lies(with_copy, expected):
+    executor, manifest = with_copy
+    manifest.unlink()
+
+    async def scenario(executor, events):
+        executor.submit(work("bad", QUICK, model="copy"))
+        executor.submit(work("good", QUICK))
+        return [await events.end_of(job) for job in ("bad", "good")]
+
+    bad, good = run(executor, scenario)
+
+    assert (bad.status, bad.code) == (500, "generation_failed")
+    told = "the bundle of model 'copy' cannot be opened; see the server's messages"
+    assert bad.message == told
+    assert pixels(good) == expected(QUICK)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ManifestError("/models/b/manifest.json: it is cut off; export the bundle again"),
+            "the bundle of model 'b' cannot be opened; see the server's messages",
+        ),
+        (
+            BackendError("ONNX Runtime cannot load /models/b/unet.onnx: it is cut off"),
+            "the networks of model 'b' cannot be run; see the server's messages",
+        ),
+        (BackendError("unet takes 9 GB and/or more; ask for less"), None),
+        (LdmError("the file of the adapter 'style' has changed; start again with it"), None),
+    ],
+)
+def test_paths_are_in_the_log_and_not_in_the_answer(error, message, caplog):
+    class Failing:
+        def open(self, *_):
+            raise error
+
+    sent = []
+    worker = Worker(Failing(), sent.append)
+    worker.follow(work("job", QUICK, model="b"))
+    worker._begin()
+
+    assert [each.message for each in sent] == [message or str(error)]
+    assert (str(error) in caplog.text) == (message is not None)
 
 
 def test_models_are_closed_for_others_within_the_budget(bundles):
