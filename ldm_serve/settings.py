@@ -22,10 +22,15 @@ class Limits:
     Attributes:
         max_images: Most images of a request.
         max_pixels: Most pixels of an image.
-        max_steps: Most steps of an image.
+        max_steps: Most steps of an image, and of the schedule of which it makes the last ones.
         max_cost: Most megapixel steps of a request: pixels times steps times images, twice that
             with guidance, by a million.
         max_prompt_characters: Longest prompt.
+        max_changing_characters: Most characters of the texts of prompts that change between steps,
+            all texts together: a prompt of 5,000 that changes in each of 200 steps.
+        max_text_chunks: Most chunks that a text encoder reads for a request, all texts together:
+            sixteen times those of the longest prompts that do not change. They are encoded in one
+            go, while the other requests of the worker wait.
         max_queue: Most requests that wait.
         max_queue_per_key: Most requests of one key that wait or run.
         requests_per_minute: Requests of one key per minute, in the long run; a key may bring as
@@ -40,6 +45,8 @@ class Limits:
     max_steps: int = 200
     max_cost: float = 2000.0
     max_prompt_characters: int = 32_000
+    max_changing_characters: int = 1_000_000
+    max_text_chunks: int = 512
     max_queue: int = 64
     max_queue_per_key: int = 32
     requests_per_minute: float = 600.0

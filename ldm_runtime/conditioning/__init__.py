@@ -25,6 +25,7 @@ from ldm_runtime.conditioning.semantic import encode_segmentation
 from ldm_runtime.conditioning.text import (
     MAX_CHUNKS,
     encode_text,
+    most_chunks,
     open_tokenizer,
     used_inversions,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "OpenNetwork",
     "conditioning_components",
     "encode_conditioning",
+    "most_chunks",
     "open_tokenizer",
     "used_inversions",
 ]

@@ -109,6 +109,21 @@ def used_inversions(tokenizer: Tokenizer | None, request: ResolvedRequest) -> Ma
     }
 
 
+def most_chunks(request: ResolvedRequest, spec: ModelSpec) -> int:
+    """Return about how many chunks a text encoder reads for a request, rather too many.
+
+    No tokenizer is asked: a token is taken to be a byte of the text, and most are more.
+    """
+    if not isinstance(request.condition, PromptCondition):
+        return 0
+    texts = {text for each in scheduled_prompts(request) for text in each.texts}
+    if request.condition.literal:
+        return len(texts)
+    room = spec.network(TextEncoderSpec).max_tokens - 2
+    longest = max(text.count("BREAK") + len(text.encode()) // room for _, text in texts)
+    return len(texts) * min(1 + longest, MAX_CHUNKS)
+
+
 def encode_text(
     network: OpenNetwork, tokenizer: Tokenizer | None, request: ResolvedRequest, spec: ModelSpec
 ) -> Conditioning:

@@ -7,11 +7,13 @@ steps that it makes. Latents that have steps of the schedule behind them go on a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ldm_runtime.errors import RequestError
+from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolved import PromptCondition, ResolvedRequest
-from ldm_runtime.text.prompt_editing import ScheduledText, prompt_schedule
+from ldm_runtime.text.prompt_editing import ScheduledText, count_texts, prompt_schedule
 from ldm_runtime.text.prompts import parse_prompt
 
 
@@ -62,6 +64,29 @@ def prompt_texts(request: ResolvedRequest) -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys(item for _, texts in changes for item in texts.items()))
 
 
+def count_characters(request: GenerationRequest, num_steps: int) -> dict[str, int]:
+    """Return how many characters the texts of each prompt have in all, by its field.
+
+    It is what `resolution.resolve` reads, known in time that is linear in the lengths of the
+    prompts.
+
+    Args:
+        request: The request.
+        num_steps: Steps of a pass, at least 1.
+
+    Raises:
+        RequestError: Too many brackets of a prompt are open at once.
+    """
+    prompts = {"prompt": request.prompt or "", "negative_prompt": request.negative_prompt}
+    if request.literal_prompt:
+        return {field: len(text) for field, text in prompts.items()}
+    counts = {}
+    for field, text in prompts.items():
+        with _of_field(field):
+            counts[field] = count_texts(text, num_steps) * len(text)
+    return counts
+
+
 def check_prompts(request: ResolvedRequest) -> None:
     """Check that every text of the prompts of a request can be read.
 
@@ -71,10 +96,8 @@ def check_prompts(request: ResolvedRequest) -> None:
     if not isinstance(request.condition, PromptCondition) or request.condition.literal:
         return
     for field, text in prompt_texts(request):
-        try:
+        with _of_field(field):
             parse_prompt(text)
-        except ValueError as error:
-            raise RequestError(field, str(error)) from error
 
 
 def _changes(
@@ -111,7 +134,14 @@ def _changes_of_pass(
 
 
 def _schedule(field: str, text: str, total: int, earlier: int) -> tuple[ScheduledText, ...]:
-    try:
+    with _of_field(field):
         return prompt_schedule(text, total, earlier_steps=earlier)
+
+
+@contextmanager
+def _of_field(field: str) -> Iterator[None]:
+    """Let an error of the block name the field that it is about."""
+    try:
+        yield
     except ValueError as error:
         raise RequestError(field, str(error)) from error

@@ -56,8 +56,17 @@ def prompt_schedule(
     """
     nodes = _parse(prompt)
     timing = _Timing(num_steps, earlier_steps)
-    last_steps = {num_steps, *_last_steps(nodes, timing)} - {0}
-    return tuple(ScheduledText(step, _at(nodes, step, timing)) for step in sorted(last_steps))
+    last_steps = sorted(_last_steps(nodes, timing))
+    return tuple(ScheduledText(step, _at(nodes, step, timing)) for step in last_steps)
+
+
+def count_texts(prompt: str, num_steps: int) -> int:
+    """Return how many texts `prompt_schedule` returns, in time linear in the length of the prompt.
+
+    Raises:
+        ValueError: Too many brackets are open at once.
+    """
+    return len(_last_steps(_parse(prompt), _Timing(num_steps, 0)))
 
 
 @dataclass(frozen=True)
@@ -183,15 +192,24 @@ class _Timing(NamedTuple):
         return int(min(max(number, 0), self.num_steps))
 
 
-def _last_steps(nodes: Iterable[_Node], timing: _Timing) -> Iterator[int]:
-    """Yield the steps after which the text may change."""
+def _last_steps(nodes: Iterable[_Node], timing: _Timing) -> set[int]:
+    """Return the last step, and those before it after which the text may change."""
+    found = {timing.num_steps}
+    _add_last_steps(nodes, timing, found)
+    return found
+
+
+def _add_last_steps(nodes: Iterable[_Node], timing: _Timing, found: set[int]) -> None:
     for node in nodes:
+        if len(found) == timing.num_steps:  # one alternation is enough for that
+            return
         match node:
             case _Edit():
-                yield timing.last_step(node.when)
-                yield from _last_steps([*node.before, *node.after], timing)
+                if step := timing.last_step(node.when):
+                    found.add(step)
+                _add_last_steps([*node.before, *node.after], timing, found)
             case _Alternation():
-                yield from range(1, timing.num_steps)
+                found.update(range(1, timing.num_steps))
 
 
 def _at(nodes: Iterable[_Node], step: int, timing: _Timing) -> str:

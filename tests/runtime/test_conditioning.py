@@ -6,7 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ldm_runtime.conditioning import MAX_CHUNKS, encode_conditioning, open_tokenizer
+from ldm_runtime.conditioning import (
+    MAX_CHUNKS,
+    encode_conditioning,
+    most_chunks,
+    open_tokenizer,
+)
 from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolution import resolve
@@ -92,6 +97,37 @@ def test_every_chunk_has_start_end_and_the_padding_of_the_model(pad):
         (START, a, *others, f, END),
         (START, g, END, pad, pad, pad, pad, pad),
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "least"),
+    [
+        ({"prompt": "", "guidance_scale": 1.0}, 1),
+        ({"prompt": "abcdefghijklm", "negative_prompt": "x"}, 2 * 3),
+        ({"prompt": "abcdefghijklm", "negative_prompt": "x", "literal_prompt": True}, 2),
+        ({"prompt": "a BREAK b BREAK c"}, 2 * 3),
+        ({"prompt": "[abcdefg|b|c]", "negative_prompt": "[x:y:1]"}, 5 * 2),
+        ({"prompt": "éééééééé"}, 2 * 3),
+    ],
+)
+def test_chunks_are_guessed_without_a_tokenizer_and_not_too_few(fields, least):
+    model, engine = spec(), text_encoder()
+    encode(engine, model, num_inference_steps=4, **fields)
+    request = resolve(
+        GenerationRequest(**{"guidance_scale": 3.0, **fields}, num_inference_steps=4), model
+    )
+
+    encoded_chunks = len(token_rows(engine))
+    assert encoded_chunks == least
+    assert encoded_chunks <= most_chunks(request, model) <= 4 * encoded_chunks
+
+
+def test_chunks_of_a_request_are_at_most_those_that_each_text_may_have():
+    request = resolve(GenerationRequest("a" * 1000, guidance_scale=3.0), spec())
+
+    assert most_chunks(request, spec()) == 2 * MAX_CHUNKS
+    without = tiny_spec("class-to-image")
+    assert most_chunks(resolve(GenerationRequest(class_label=1), without), without) == 0
 
 
 def test_weights_multiply_the_context_and_its_mean_is_restored():

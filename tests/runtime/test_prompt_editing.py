@@ -16,11 +16,11 @@ from ldm_runtime.pipeline.image_files import read_metadata
 from ldm_runtime.pipeline.sampling import sample_latents
 from ldm_runtime.requests.advice import advice
 from ldm_runtime.requests.resolution import resolve
-from ldm_runtime.requests.scheduled_prompts import scheduled_prompts
+from ldm_runtime.requests.scheduled_prompts import count_characters, scheduled_prompts
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
 from ldm_runtime.text import ClipTokenizer
-from ldm_runtime.text.prompt_editing import prompt_schedule
+from ldm_runtime.text.prompt_editing import count_texts, prompt_schedule
 from ldm_runtime.text.prompts import MAX_OPEN_BRACKETS
 
 LANDSCAPE = (
@@ -301,6 +301,35 @@ def test_the_command_line_takes_them_and_repeats_them(generator, tiny_bundle, tm
 
     images = [np.asarray(Image.open(path)).tobytes() for path in paths]
     assert images == pixels(generator(prompt="[a red:blue:3]", **COMMON)) * 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 10])
+@pytest.mark.parametrize("prompt", [*DOCUMENTED, *OWN, "[a:b:3] [c|d]", "[c|d] [a:b:99]"])
+def test_texts_are_counted_as_they_are_scheduled(prompt, num_steps):
+    assert count_texts(prompt, num_steps) == len(prompt_schedule(prompt, num_steps))
+
+
+def test_texts_that_would_take_hours_to_make_are_counted():
+    assert count_texts("[a|b]" * 6_000 + "[[c|d]:e:5]" * 100, 100_000) == 100_000
+
+
+def test_characters_of_prompts_are_those_of_all_their_texts():
+    prompts = {"prompt": "[a|b] c", "negative_prompt": "[x:yz:2]"}
+
+    assert count_characters(GenerationRequest(**prompts), 10) == {
+        "prompt": 10 * len(prompts["prompt"]),
+        "negative_prompt": 2 * len(prompts["negative_prompt"]),
+    }
+    literal = GenerationRequest(**prompts, literal_prompt=True)
+    assert count_characters(literal, 10) == {name: len(text) for name, text in prompts.items()}
+    assert count_characters(GenerationRequest(), 10) == {"prompt": 0, "negative_prompt": 0}
+
+
+def test_a_prompt_that_cannot_be_counted_is_named():
+    request = GenerationRequest("a", negative_prompt="[" * (MAX_OPEN_BRACKETS + 1))
+
+    with pytest.raises(RequestError, match="negative_prompt: 100 brackets are open"):
+        count_characters(request, 10)
 
 
 def test_what_is_not_well_formed_is_said():

@@ -12,6 +12,17 @@ from ldm_serve.served_models import ServedModels
 from ldm_serve.settings import Limits
 
 
+def data_url(image):
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+RED = Image.new("RGB", (16, 16), (255, 0, 0))
+SHORT = {"num_inference_steps": 2, "guidance_scale": 3.0}
+GUIDED = {"num_inference_steps": 10, "guidance_scale": 3.0}
+
+
 @pytest.fixture(scope="module")
 def model(bundle):
     return ServedModels({"tiny": bundle}).find(None)
@@ -21,12 +32,6 @@ def refusal(model, limits=None, **fields):
     with pytest.raises(ServeError) as error:
         check_request({"prompt": "red", **fields}, model, limits or Limits())
     return error.value
-
-
-def data_url(image):
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def test_a_seed_is_chosen_once(model):
@@ -111,6 +116,14 @@ def test_the_cost_is_the_work_of_the_unet(model, bundle, fields, steps, monkeypa
         ({"max_cost": 0.01}, {"num_inference_steps": 50}, "num_inference_steps"),
         ({"max_prompt_characters": 5}, {"prompt": "orange"}, "prompt"),
         ({"max_prompt_characters": 5}, {"negative_prompt": "orange"}, "negative_prompt"),
+        ({"max_changing_characters": 499}, {"prompt": "[a|b]" * 50, **SHORT}, "prompt"),
+        (
+            {"max_changing_characters": 502},
+            {"negative_prompt": "[a|b]" * 50, **SHORT},
+            "negative_prompt",
+        ),
+        ({"max_text_chunks": 2}, {"prompt": "[a|b|c]", **GUIDED}, "prompt"),
+        ({"max_text_chunks": 20}, {"prompt": "a" * 1000, **GUIDED}, "prompt"),
     ],
 )
 def test_limits(model, limit, fields, param):
@@ -118,6 +131,42 @@ def test_limits(model, limit, fields, param):
 
     assert (error.status, error.param) == (400, param)
     assert str(next(iter(limit.values()))) in str(error)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_inference_steps": 100_000},
+        {"num_inference_steps": 100_000, "strength": 0.002, "image": data_url(RED)},
+        {"sigmas": [*range(10_000, -1, -1)]},
+    ],
+)
+def test_what_makes_prompts_long_to_read_is_refused_before_they_are_read(model, fields):
+    """It would take hours, and be beyond the limits then, or of few steps of a long schedule."""
+    error = refusal(model, prompt="[a|b]" * 6_400, **fields)
+
+    assert (error.param, error.code) == ("num_inference_steps", "limit")
+
+
+def test_prompts_that_people_write_are_within_the_limits(model):
+    long = "a cat, " * 4_500
+    changing = "a [red|blue|green] [cat:dog:0.4] on a mat, in the rain, [at dusk::0.7], " * 20
+    steps = Limits().max_steps
+
+    for prompt in (long, changing):
+        check_request(
+            {"prompt": prompt, "negative_prompt": prompt, "num_inference_steps": steps},
+            model,
+            Limits(),
+        )
+
+
+def test_a_preset_says_how_many_steps_are_asked_for(model):
+    few = Limits(max_steps=3)
+
+    check_request({"prompt": "[a|b]", "preset": "turbo"}, model, few)
+    for fields in ({}, {"preset": "lcm"}):
+        assert refusal(model, few, **fields).param == "num_inference_steps"
 
 
 def test_every_need_of_a_task_is_said(bundles):
