@@ -24,7 +24,8 @@ def tensor_values(extent: TensorExtent, data: npt.NDArray[np.uint8]) -> npt.NDAr
     if extent.dtype == "bfloat16":
         return _widened(_view(extent, data, np.dtype("<u2")))
     if extent.dtype in _FLOAT8:
-        return _FLOAT8[extent.dtype]()[_view(extent, data, np.dtype(np.uint8))]
+        table = _FLOAT8[extent.dtype]()
+        return np.take(table, _view(extent, data, np.dtype(np.uint8)))
     return _view(extent, data, np.dtype(extent.dtype).newbyteorder("<"))
 
 
