@@ -17,7 +17,7 @@ measures a released model with random weights, whose checkpoint and bundle are k
 
     python benchmarks/latency.py --peers
 
-measures other programs beside this one, with the same weights; `make peers` installs them.
+measures other programs next to this one, with the same weights; `make peers` installs them.
 """
 
 import sys
@@ -57,7 +57,7 @@ def _parse(argv: Sequence[str] | None) -> "argparse.Namespace":
     from ldm_runtime.cli.bench import add_bench_arguments
     from ldm_runtime.cli.messages import add_message_flags
     from ldm_runtime.cli.parsing import Parser
-    from peers.flags import add_peer_arguments
+    from peers.flags import ROUNDS, add_peer_arguments
     from released.cached_models import SHORT_NAMES
 
     parser = Parser(prog="latency.py", description=(__doc__ or "").splitlines()[0])
@@ -67,9 +67,11 @@ def _parse(argv: Sequence[str] | None) -> "argparse.Namespace":
         "--model", choices=tuple(SHORT_NAMES), help="a released model with random weights"
     )
     parser.add_argument(
-        "--narrow", action="store_true", help="its layers, narrow: to try the command out"
+        "--narrow",
+        action="store_true",
+        help="narrow layers in place of those of --model and --peers, to try the command out",
     )
-    add_bench_arguments(parser)
+    add_bench_arguments(parser, other_repetitions=f"; with --peers {ROUNDS}")
     add_peer_arguments(parser)
     add_message_flags(parser)
     return parser.parse_args(argv)

@@ -32,7 +32,8 @@ def export(  # noqa: PLR0913  (the command's flags, less the overrides)
     """Export a checkpoint to a bundle: the same as `ldm-export --ckpt … --out … --engines none`.
 
     Args:
-        ckpt: A `.ckpt`, `.pt` or `.safetensors` file. It is never unpickled.
+        ckpt: A `.ckpt`, `.pt`, `.pth` or `.safetensors` file, which is never unpickled, or a
+            folder of diffusers.
         out: Folder of the bundle. An existing bundle of the same checkpoint is replaced in one
             step; anything else there is an error.
         config: CompVis configuration for what weights cannot tell; by default `<ckpt>.yaml` or

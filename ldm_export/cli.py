@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 _DIGITS = 12  # of a hash, in messages
+#: Default of most features that the weights cannot tell.
+_STATED = "(default: that of the configuration, the file or the model family)"
 
 
 def build_parser() -> Parser:
@@ -45,7 +47,7 @@ def build_parser() -> Parser:
         "paths", type=Path, nargs="*", metavar="PATH", help="--ckpt and --out without their names"
     )
     parser.add_argument(
-        "--ckpt", type=Path, help=".ckpt, .pt or .safetensors file, or a folder of diffusers"
+        "--ckpt", type=Path, help=".ckpt, .pt, .pth or .safetensors file, or a folder of diffusers"
     )
     parser.add_argument("--out", type=Path, help="folder of the bundle")
     parser.add_argument("--version", action="store_true", help="print versions and exit")
@@ -150,15 +152,27 @@ def _add_model_flags(parser: Parser) -> None:
         help="moving averages or last weights of training (default: what the configuration's "
         "use_ema says, else what the family samples with)",
     )
-    features.add_argument("--num-heads", type=int, help="attention heads of the UNet")
-    features.add_argument("--num-head-channels", type=int, help="channels per head of the UNet")
     features.add_argument(
-        "--null-class", type=int, help="null class, which classifier-free guidance needs"
+        "--num-heads", type=int, metavar="N", help=f"attention heads of the UNet {_STATED}"
+    )
+    features.add_argument(
+        "--num-head-channels",
+        type=int,
+        metavar="N",
+        help="channels per attention head of the UNet, instead of --num-heads",
+    )
+    features.add_argument(
+        "--null-class",
+        type=int,
+        metavar="LABEL",
+        help="null class, which classifier-free guidance needs (default: that of the "
+        "configuration or the model family)",
     )
     features.add_argument(
         "--prediction-type",
         choices=("epsilon", "v_prediction", "sample"),
-        help="prediction target of the UNet",
+        help="prediction target of the UNet (default: that of --preset, the configuration or the "
+        "file, else what is measured, else that of the model family)",
     )
     features.add_argument(
         "--zero-terminal-snr",
@@ -177,7 +191,8 @@ def _add_model_flags(parser: Parser) -> None:
     features.add_argument(
         "--latent-scale-factor",
         type=float,
-        help="factor from the autoencoder's latents to the UNet's",
+        metavar="FACTOR",
+        help=f"factor from the autoencoder's latents to the UNet's {_STATED}",
     )
     features.add_argument(
         "--label-names",
@@ -193,8 +208,13 @@ def _add_model_flags(parser: Parser) -> None:
         help="leave out tensors that no network needs, by a shell pattern over whole names, such "
         "as 'adapter.*'; may be repeated",
     )
-    features.add_argument("--height", type=int, help="default height in pixels")
-    features.add_argument("--width", type=int, help="default width in pixels")
+    for side in ("height", "width"):
+        features.add_argument(
+            f"--{side}",
+            type=int,
+            metavar="PIXELS",
+            help=f"{side} of images unless a request has another {_STATED}",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

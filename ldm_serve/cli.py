@@ -115,9 +115,17 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
         "(default: 127.0.0.1)",
     )
     group.add_argument(
-        "--port", type=int, default=_DEFAULT_PORT, help=f"port (default: {_DEFAULT_PORT})"
+        "--port",
+        type=int,
+        default=_DEFAULT_PORT,
+        help=f"port; 0 takes a free one (default: {_DEFAULT_PORT})",
     )
-    group.add_argument("--uds", type=Path, metavar="PATH", help="Unix domain socket instead")
+    group.add_argument(
+        "--uds",
+        type=Path,
+        metavar="PATH",
+        help="Unix domain socket to listen on instead, which is this machine's own",
+    )
     group.add_argument(
         "--allow-host",
         action="append",
@@ -136,8 +144,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         "--memory-budget-gb",
         type=_amount,
         metavar="GB",
-        help="most weights that a worker holds open; idle models are closed for others "
-        "(default: no limit)",
+        help="most weights that a worker holds open, in 10^9 bytes; idle models are closed for "
+        "others (default: no limit)",
     )
     group.add_argument(
         "--drain-seconds",
@@ -177,7 +185,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
                 type=kind,
                 default=default,
                 metavar="N",
-                help=f"{text} (default: {default:g})",
+                help=f"{text} (default: {default:.10g})",
             )
 
 

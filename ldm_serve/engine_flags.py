@@ -59,7 +59,10 @@ def add_worker_arguments(
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how workers open a bundle."""
     engine = parser.add_argument_group("Engine")
-    add_backend_arguments(engine)
+    add_backend_arguments(
+        engine,
+        default_threads="in each worker, one per physical core that it may use; on Ray, 1",
+    )
     engine.add_argument(
         "--low-memory", action="store_true", help="hold one network at a time in memory"
     )
@@ -164,7 +167,8 @@ def _add_adapter_arguments(group: argparse._ArgumentGroup) -> None:
         "--live-adapters",
         action="store_true",
         help="do not merge adapters, but compute them next to the weights, so that requests with "
-        "other adapters share calls; LoRAs of matrices only, at most two at once, on CPUs",
+        "other adapters share calls; LoRAs of linear layers and 1x1 convolutions only, at most two "
+        "at once, on CPUs",
     )
 
 

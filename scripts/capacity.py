@@ -9,6 +9,7 @@ Statistics and Queueing Theory (1990), for the approximation of M/G/c.
 """
 
 import argparse
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,6 +63,16 @@ class Assumptions:
     price: float = 2.5
 
 
+#: Units of the assumptions that have one, as the table names them.
+_UNITS = {
+    "peak_tflops": "× 10¹² operations per second",
+    "size": "pixels",
+    "read_gbps": "GB/s",
+    "open_seconds": "s",
+    "failure_hours": "GPU hours",
+    "repair_hours": "h",
+    "price": "$ per GPU hour",
+}
 _NOTES = {
     "peak_tflops": "H100 SXM, NVIDIA's data sheet",
     "fixed_share": "launches of kernels, and what a small batch leaves idle",
@@ -100,7 +111,7 @@ def measured() -> Measured:
 
 
 def image_work(assumed: Assumptions) -> Work:
-    """Return the work of one image: two rows of the UNet per step, two prompts, the decoder."""
+    """Return the work of one image: two samples of the UNet per step, two prompts, the decoder."""
     networks = {type(each): each for each in MODELS[_MODEL].networks.values()}
     unet, decoder = networks[UNetSpec], networks[AutoencoderSpec]
     encoder = networks[TextEncoderSpec]
@@ -204,7 +215,8 @@ def _inputs(assumed: Assumptions, known: Measured) -> Iterator[str]:
     yield f"| bundle, and import | {size}, {seconds} | {source} |"
     plain = []
     for field in fields(assumed):
-        flag, value = f"`--{_flag(field.name)}`", f"{getattr(assumed, field.name):,g}"
+        flag = f"`--{_flag(field.name)}`"
+        value = f"{getattr(assumed, field.name):,g} {_UNITS.get(field.name, '')}".rstrip()
         if field.name in _NOTES:
             yield f"| {flag} | {value} | **assumption**: {_NOTES[field.name]} |"
         else:
@@ -249,12 +261,24 @@ def _flag(name: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command: a flag per assumption."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    texts = _descriptions()
     for field in fields(Assumptions):
         kind, default = type(field.default), field.default
         parser.add_argument(
-            f"--{_flag(field.name)}", type=_above_zero(kind), default=default, metavar="N"
+            f"--{_flag(field.name)}",
+            type=_above_zero(kind),
+            default=default,
+            metavar="N",
+            help=f"{texts[field.name]} (default: {default:g})",
         )
     return parser
+
+
+def _descriptions() -> dict[str, str]:
+    """Return the descriptions of the assumptions, from their docstring."""
+    _, _, listed = (inspect.getdoc(Assumptions) or "").partition("Attributes:\n")
+    pairs = (line.strip().partition(": ") for line in listed.splitlines())
+    return {name: text.rstrip(".") for name, _, text in pairs}
 
 
 def _above_zero(kind: Any) -> Any:  # noqa: ANN401  (a type, and a function that reads it)

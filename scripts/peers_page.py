@@ -28,13 +28,12 @@ _INTRODUCTION = """\
 ![seconds an image and peak memory of every program](peers.svg)
 
 """
-_LEGEND = f"""
+_LEGEND = """
 * **Weights**: the same random ones for everyone, of Stable Diffusion 1.5's networks and stored in
   fp16, each in the form that the program's own tool makes of them: `benchmarks/peers/weights.py`.
 * **Open**: import and load in a new process. **First image**: with what is compiled then.
-  **Next image**: the same once more in the same process; in brackets, how far the slowest
-  repetition is above the median. Before the run each program ran once, so that what it keeps on
-  disk is there.
+  **Next image**: the same once more in the same process.{spread}
+  Before the run each program ran once, so that what it keeps on disk is there.
 * **UNet, a step**: both halves of guidance, in one call or two; the median of all steps.
 * **Peak memory**: the highest resident memory of the process, of all repetitions.
 * **Image**: the lowest PSNR to the reference's image, from the same noise: everyone computes the
@@ -42,8 +41,9 @@ _LEGEND = f"""
 * **Against ours**: the next image's time over that of this package's fastest in the same precision.
   Times in different precisions are not times of the same work.
 * Every repetition is a process of its own, and the programs take turns. A process of more than
-  {LONG_SECONDS // 60} minutes is not repeated.
+  {minutes} minutes is not repeated.
 """
+_SPREAD = "\n  In brackets, how far the slowest repetition is above the median."
 
 _WIDTH, _LEFT, _BAR, _GAP, _HEAD = 860, 230, 18, 6, 34  # pixels
 _PANEL, _SPACE, _VALUE = 250, 60, 52
@@ -79,11 +79,13 @@ def rows_of_run(rows: Sequence[Row], run: str | None = None) -> list[Row]:
 
 def page(rows: Sequence[Row]) -> str:
     """Return the page about one run."""
-    return _INTRODUCTION + _setting(rows) + "\n\n" + "\n".join(table(rows)) + _LEGEND
+    rounds = max(row["repetition"] for row in rows)
+    legend = _LEGEND.format(spread="" if rounds == 1 else _SPREAD, minutes=LONG_SECONDS // 60)
+    return _INTRODUCTION + _setting(rows, rounds) + "\n\n" + "\n".join(table(rows)) + legend
 
 
-def _setting(rows: Sequence[Row]) -> str:
-    settings, rounds = rows[0]["settings"], max(row["repetition"] for row in rows)
+def _setting(rows: Sequence[Row], rounds: int) -> str:
+    settings = rows[0]["settings"]
     return "\n".join(
         [
             f"One image of {settings['width']}×{settings['height']} pixels in {settings['steps']} "
@@ -91,7 +93,7 @@ def _setting(rows: Sequence[Row]) -> str:
             f"{settings['threads']} threads, {rounds} repetition{'' if rounds == 1 else 's'}. "
             f"{rows[0]['machine']}, {rows[0]['date'][:10]}.",
             f"Run `{rows[0]['run']}` of `benchmarks/results/{ROWS.name}`, measured by "
-            "`python benchmarks/latency.py --peers` with:",
+            f"`python benchmarks/latency.py --peers --repetitions {rounds}` with:",
             f"{versions(rows)}.",
         ]
     )

@@ -74,6 +74,11 @@ _SCHEDULES = """
 
 """
 
+_CUSTOM = """
+The schedule of a request that lists its noise levels in `sigmas` is called `custom`. Without them
+`custom` is an error.
+"""
+
 _EDM = """
 ## Models of EDM
 
@@ -123,7 +128,17 @@ def page(difference_of: Callable[[str], float]) -> str:
         f"* `{name}`: {(schedule.__doc__ or '').splitlines()[0]}\n"
         for name, schedule in SCHEDULES.items()
     ]
-    parts = [_INTRODUCTION, "\n", *table, _SCHEDULES, *schedules, _EDM, _PRESETS, *_presets()]
+    parts = [
+        _INTRODUCTION,
+        "\n",
+        *table,
+        _SCHEDULES,
+        *schedules,
+        _CUSTOM,
+        _EDM,
+        _PRESETS,
+        *_presets(),
+    ]
     return "".join([*parts, _LDM_STEPS, *_ldm_steps()])
 
 

@@ -31,7 +31,7 @@ one image after the other. Times are from a request's arrival to its image, wait
 more arrive than can be generated, they are as long as the queue.
 """
 _SOAK = """
-## Under fire
+## With faults
 
 Clients ask without pause while workers are killed and stopped, the disk is full, others go away,
 read slowly, and send what is malformed, wrong or too large. Every image is compared with the hash

@@ -15,7 +15,9 @@ from peers.report import failures, table
 from peers.weights import MODEL, Weights
 
 RESULTS = ROOT / "benchmarks/results/peers.jsonl"
-_STEPS, _ROUNDS, _SIDE = 20, 2, 512
+_STEPS, _SIDE = 20, 512
+#: Repetitions unless `--repetitions` says otherwise.
+ROUNDS = 2
 
 
 def peer_names(text: str) -> list[str]:
@@ -33,7 +35,7 @@ def peer_names(text: str) -> list[str]:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Measure this package beside its peers: 0 on success, 1 if something was not measured.
+    """Measure this package next to its peers: 0 on success, 1 if something was not measured.
 
     Raises:
         LdmError: The flags ask for what is not compared, or the weights cannot be written.
@@ -54,7 +56,7 @@ def run(race: Race, entrants: Sequence[Entrant], args: argparse.Namespace) -> in
     results = args.results or (None if args.narrow else RESULTS)
     rows = []
     chosen = starts(entrants, args.precision or ())
-    for row in race.rows(chosen, args.repetitions or _ROUNDS):
+    for row in race.rows(chosen, args.repetitions or ROUNDS):
         rows.append(json.loads(as_line(row)))
         if results is not None:
             append_line(results, row)
@@ -72,12 +74,16 @@ def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
         const=list(PEERS),
         type=peer_names,
         metavar="NAME,NAME",
-        help=f"measure other programs beside this one, with the weights of --model {MODEL}: "
+        help=f"measure other programs next to this one, with the weights of --model {MODEL}: "
         f"{', '.join(PEERS)} (default: all); `make peers` installs them. {_STEPS} steps of Euler's "
-        f"method, {_ROUNDS} rounds",
+        f"method and {ROUNDS} repetitions, unless flags say otherwise",
     )
     parser.add_argument(
-        "--results", type=Path, help=f"file for the rows of --peers (default: {RESULTS.name})"
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help=f"file that the rows of --peers are appended to (default: "
+        f"{RESULTS.relative_to(ROOT)}; with --narrow, none)",
     )
 
 

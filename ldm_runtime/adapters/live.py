@@ -127,8 +127,8 @@ class LiveAdapters:
                 elif record.name == network:
                     raise ValueError(
                         f"{self.files[name].name} changes {weight}, which is neither a linear "
-                        "layer of tokens nor a convolution of single pixels, so that it cannot be "
-                        "live; merge the adapter"
+                        "layer of tokens nor a 1x1 convolution, so that it cannot be live; merge "
+                        "the adapter"
                     )
         for weight, widths in ranks.items():
             rank = sum(sorted(widths)[-MOST_AT_ONCE:])

@@ -176,7 +176,7 @@ class RunOptions:
         cuda_graphs: Whether a GPU replays a captured CUDA graph for shapes that it has seen, which
             saves the launch of every kernel; the results are the same.
         spinning: Whether threads of the CPU wait for work by running in circles, ONNX Runtime's own
-            default. On processors that others use too, a step then takes 1.4 to 3 times as long
+            default. On processors that others use too, a step then takes 1.4 to 2.3 times as long
             (`docs/deployment.md`).
         precision: Precision that networks compute in, of those that the backend has; None is its
             own choice: fp16 on GPUs, and on CPUs bf16 where OpenVINO and the processor have it.

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 _REPETITIONS = 10
 
 
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `ldm bench`, but for the bundle."""
+def add_bench_arguments(parser: argparse.ArgumentParser, *, other_repetitions: str = "") -> None:
+    """Add the flags of `ldm bench`, but for the bundle.
+
+    Args:
+        parser: The parser of a command.
+        other_repetitions: What the help says of repetitions that are others by default.
+    """
     parser.add_argument(
         "--steps", type=positive, metavar="N", help="steps of the sampler (default: the bundle's)"
     )
@@ -59,7 +64,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="processes per backend and precision, each of which generates twice (default: "
-        f"{_REPETITIONS})",
+        f"{_REPETITIONS}{other_repetitions})",
     )
     add_trust_arguments(parser)
     add_json_flag(parser, "print one line of JSON, and the report to standard error")

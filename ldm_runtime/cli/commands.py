@@ -45,7 +45,7 @@ def build_parser() -> Parser:
     generating.set_defaults(run=generate)
     verifying = commands.add_parser("verify", help="compare this machine's images with torch's")
     verifying.add_argument("bundle", type=Path)
-    add_backend_arguments(verifying)
+    add_backend_arguments(verifying, default_precision="the backend's most exact")
     add_trust_arguments(verifying)
     verifying.set_defaults(run=verify)
     inspecting = commands.add_parser("inspect", help="describe an image, a bundle or a checkpoint")

@@ -133,8 +133,7 @@ def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:
     if record.name == "prompt":
         text = f"{record.text}; - reads it from standard input"
         group.add_argument("text", nargs="?", metavar="prompt", help=text)
-    text = f"{record.text}: {', '.join(record.choices)}" if record.choices else record.text
-    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    options: dict[str, Any] = {"help": _help(record), "default": argparse.SUPPRESS}
     if record.kind is bool:
         options["action"] = "store_true"
     else:
@@ -142,6 +141,14 @@ def _add(group: argparse._ArgumentGroup, record: FieldRecord) -> None:
         options["type"] = _READERS.get(record.name) or _TYPES.get(record.kind, str)
     names = (f"--{record.name.replace('_', '-')}", *record.flags)
     group.add_argument(*sorted(names, key=lambda name: name.startswith("--")), **options)
+
+
+def _help(record: FieldRecord) -> str:
+    """Return the help of a field's flag: its text, with its choices before the default."""
+    text, semicolon, default = record.text.partition("; default: ")
+    if record.choices:
+        text = f"{text}: {', '.join(record.choices)}"
+    return f"{text}{semicolon}{default}".replace("%", "%%")
 
 
 def _label(text: str) -> int | str:

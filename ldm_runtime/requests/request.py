@@ -154,7 +154,8 @@ class GenerationRequest:
     clip_skip: Annotated[
         int,
         about(
-            "last layers of CLIP that prompts skip, as in diffusers; the web UI counts from 1",
+            "last layers of CLIP that prompts skip, as in diffusers; the web UI counts from 1; "
+            "default: 0",
             "Conditioning",
             low=0,
             high=MAX_CLIP_SKIP,
@@ -259,8 +260,8 @@ class GenerationRequest:
     guidance_scale: Annotated[
         float | None,
         about(
-            "classifier-free guidance; 1 is the unguided model, at half the work; default: "
-            "the bundle's",
+            "classifier-free guidance, 0 to 100; 1 is the unguided model, at half the work; "
+            "default: the bundle's",
             "Guidance",
             low=0.0,
             high=100.0,
@@ -271,7 +272,8 @@ class GenerationRequest:
     image_guidance_scale: Annotated[
         float | None,
         about(
-            "guidance by the image to edit: more keeps more of it, 1 is none; default: 1.5",
+            "guidance by the image to edit, 0 to 100: more keeps more of it, 1 is none; default: "
+            "1.5",
             "Guidance",
             low=0.0,
             high=100.0,
@@ -281,7 +283,7 @@ class GenerationRequest:
     guidance_rescale: Annotated[
         float,
         about(
-            "how far guided predictions get the contrast of unguided ones, 0 to 1",
+            "how far guided predictions get the contrast of unguided ones, 0 to 1; default: 0",
             "Guidance",
             low=0.0,
             high=1.0,
@@ -299,7 +301,8 @@ class GenerationRequest:
         ),
     ] = None
     sampler: Annotated[
-        SamplerName | None, about("the sampler", "Sampling", choices=tuple(SAMPLERS))
+        SamplerName | None,
+        about("the sampler; default: the bundle's", "Sampling", choices=tuple(SAMPLERS)),
     ] = None
     schedule: Annotated[
         ScheduleName | None,
@@ -323,7 +326,7 @@ class GenerationRequest:
         float | None,
         about(
             "share of fresh noise per step, 0 deterministic to 1 ancestral, for samplers "
-            "that have it",
+            "that have it; default: the bundle's, of another sampler that sampler's",
             "Sampling",
             low=0.0,
             high=1.0,
@@ -345,7 +348,11 @@ class GenerationRequest:
     ] = None
     noise: Annotated[
         NoiseName,
-        about("random number generator that the seed is for", "Sampling", choices=tuple(NOISES)),
+        about(
+            "random number generator that the seed is for; default: torch-cpu",
+            "Sampling",
+            choices=tuple(NOISES),
+        ),
     ] = "torch-cpu"
     variation_seed: Annotated[
         int | None,
@@ -358,7 +365,14 @@ class GenerationRequest:
         ),
     ] = None
     variation_strength: Annotated[
-        float, about("how far, 0 (not at all) to 1", "Sampling", low=0.0, high=1.0, metavar="S")
+        float,
+        about(
+            "how far, 0 (not at all) to 1; default: 0",
+            "Sampling",
+            low=0.0,
+            high=1.0,
+            metavar="S",
+        ),
     ] = 0.0
     latents: Annotated[
         InitialLatents | None,
@@ -416,7 +430,14 @@ class GenerationRequest:
     ] = None
     num_images: Annotated[
         int,
-        about("how many images", "Output", low=1, high=MAX_IMAGES, metavar="N", flags=("-n",)),
+        about(
+            "how many images; default: 1",
+            "Output",
+            low=1,
+            high=MAX_IMAGES,
+            metavar="N",
+            flags=("-n",),
+        ),
     ] = 1
     image: Annotated[
         InputImage | None,
@@ -442,7 +463,8 @@ class GenerationRequest:
     strength: Annotated[
         float | None,
         about(
-            "how much of it to change, above 0 to 1: the share of the steps that are made",
+            "how much of it to change, above 0 to 1: the share of the steps that are made; "
+            "default: 0.8, with a mask 1",
             "Input image",
             low=1e-6,
             high=1.0,
@@ -487,7 +509,8 @@ class GenerationRequest:
     hires_scale: Annotated[
         float | None,
         about(
-            "enlarge the image this many times and sample over it again",
+            "enlarge the image this many times, 1 to 8, and sample over it again; default: "
+            "no second pass",
             "Output",
             low=1.0,
             high=8.0,
@@ -496,12 +519,19 @@ class GenerationRequest:
     ] = None
     hires_strength: Annotated[
         float | None,
-        about("strength of that second pass", "Output", low=1e-6, high=1.0, metavar="S"),
+        about(
+            "strength of that second pass, above 0 to 1; default: 0.6",
+            "Output",
+            low=1e-6,
+            high=1.0,
+            metavar="S",
+        ),
     ] = None
     decoder: Annotated[
         DecoderName,
         about(
-            "tiny decodes with the TAESD of ldm-export --tiny-decoder: fast, less exact",
+            "tiny decodes with the TAESD of ldm-export --tiny-decoder: fast, less exact; default: "
+            "full",
             "Output",
             choices=get_args(DecoderName),
         ),
@@ -509,7 +539,8 @@ class GenerationRequest:
     tile_size: Annotated[
         int | None,
         about(
-            "decode in tiles of this many pixels, which bounds memory; 0 is in one piece",
+            "decode in tiles of this many pixels, which bounds memory; 0 is in one piece; default: "
+            "0, above 128x128 latent pixels tiles of 96 latent pixels",
             "Output",
             low=0,
             high=MAX_SIDE,

@@ -161,7 +161,7 @@ def test_branches_are_as_wide_as_the_widest_two(small_bundle_fp32, files):
                 f"{_RESNET}time_emb_proj.lora_down.weight": np.ones((2, 128), np.float32),
                 f"{_RESNET}time_emb_proj.lora_up.weight": np.ones((64, 2), np.float32),
             },
-            "which is neither a linear layer of tokens nor a convolution of single pixels",
+            "which is neither a linear layer of tokens nor a 1x1 convolution",
         ),
         (
             {

@@ -316,6 +316,9 @@ def test_the_page_says_what_was_measured_and_the_chart_has_a_bar_for_each():
 
     assert "512×512 pixels in 8 steps" in text
     assert "2 threads, 2 repetitions" in text
+    assert "`python benchmarks/latency.py --peers --repetitions 2`" in text
+    assert "In brackets" in text
+    assert "In brackets" not in peers_page.page([row("late"), row(OURS)])
     assert "* Not measured: late fp32: not installed" in text
     assert drawing.count("<rect") == 1 + 2 * 2
     assert "a &lt;peer&gt;" in drawing
