@@ -25,7 +25,7 @@ _INTRODUCTION = """\
 
 <!-- Written by `python -m scripts.peers_page`; change that script, not this page. -->
 
-![seconds an image and peak memory of every program](peers.svg)
+![seconds per image and peak memory of every program](peers.svg)
 
 """
 _LEGEND = """
