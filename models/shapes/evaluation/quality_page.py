@@ -2,8 +2,9 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from models.shapes.evaluation.cells import FOR_OTHER_MODELS, Cell
 from models.shapes.evaluation.quality import (
@@ -17,6 +18,17 @@ from models.shapes.evaluation.quality import (
     share_of,
 )
 
+#: Digits of a hash on the page.
+_DIGITS = 12
+#: Bundles of weights that no longer come along, by the beginning of their hash.
+_EARLIER_WEIGHTS: Mapping[str, str] = MappingProxyType(
+    {
+        "6eae4c3c1e26": "Its weights are those of commit c2dc2d8, measured on 2026-11-26; "
+        "`shapes.ckpt` has had others since 2026-12-01 (8779d1b, 28e950d), which generate in 50 "
+        "steps of `ddim` with eta 1 and guidance 3 unless told otherwise, and of which nothing "
+        "here is measured."
+    }
+)
 _HEADINGS = tuple(measure.replace("_", " ") for measure in MEASURES)
 
 
@@ -34,6 +46,8 @@ def page(cells: Sequence[Cell]) -> str:
 
 
 def _opening(last: Cell) -> str:
+    bundle = last.bundle_sha256[:_DIGITS]
+    model = _wrapped(f"Bundle `{bundle}`. {_EARLIER_WEIGHTS.get(bundle, '')}".rstrip())
     return f"""# Quality against speed
 
 These figures are of one small model of shapes, which predicts v. Stable Diffusion predicts noise,
@@ -44,7 +58,7 @@ numbers of steps, generates the same {last.settings["captions"]} held-out captio
 noise with the [shapes model](../models/shapes/README.md), guidance
 {last.settings["guidance_scale"]}. Written by `python models/shapes/evaluate.py --report`
 from what `--sweep` measured; every cell is a line of `benchmarks/results/shapes_sweep.jsonl`.
-Bundle `{last.bundle_sha256[:12]}`.
+{model}
 
 ![the shares that are right, and the distance, over denoiser calls](quality.png)"""
 
@@ -102,7 +116,7 @@ def _meaning(cells: Sequence[Cell]) -> str:
         f"the median sampler reaches with its most steps (so from {lowest}) and at most "
         f"{FARTHER:g} times as far from right images (up to {farthest_as_good(cells):.3g}).",
         "**Calls** of the denoiser for one image, counted; each is one call of the UNet with two "
-        "rows.",
+        "samples.",
         f"**Seconds**: the median of the images, from text to pixels, on {devices}.",
     )
     return "## What is measured\n\n" + "\n".join(_wrapped(f"* {point}") for point in points)
