@@ -13,8 +13,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         (
             "min",
-            "smallest image, N or WIDTHxHEIGHT pixels (default: 256 below the native size, at least "
-            "half of it)",
+            "smallest image, N or WIDTHxHEIGHT pixels (default: 256 below the native size, at "
+            "least half of it)",
         ),
         ("opt", "image size they are optimized for (default: the native size)"),
         ("max", "largest image (default: 1.5 times the native size)"),
