@@ -4,6 +4,7 @@ They import torch only when asked for, because tests/runtime also runs where the
 export takes half a minute; a test that asks for a bundle is slow.
 """
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -46,6 +47,13 @@ def pytest_configure(config):
 
     if config.getoption("--no-sockets") and can_forbid_sockets():
         forbid_sockets(kill=False)  # all processes that tests start inherit it
+
+
+@pytest.fixture(autouse=True)
+def _untouched_levels():
+    """Let no test read other messages because one before it ran a command, which sets levels."""
+    for name in ("ldm_export", "ldm_runtime", "ldm_serve"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
