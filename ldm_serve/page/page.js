@@ -120,11 +120,11 @@ async function* eventsOf(response) {
 /** Return the body of a job from what the form describes: adapters are the model's, not the request's. */
 const bodyOf = ({ adapters, ...request }, model) => ({ request, model: model.name, adapters });
 
-/** Queue a request, and wait for a server that is still opening its model. */
-async function submit(request) {
+/** Queue a request to a model, and wait for a server that is still opening it. */
+async function submit(request, model) {
   for (;;) {
     try {
-      return await getJson('/api/jobs', { body: { ...bodyOf(request, page.model), previews: page.model.previews } });
+      return await getJson('/api/jobs', { body: { ...bodyOf(request, model), previews: model.previews } });
     } catch (error) {
       if (error.code !== 'not_ready' || page.isCancelled) throw error;
       say(error.message);
@@ -923,13 +923,14 @@ async function collect() {
   const prompt = page.controls.get('prompt');
   if (needs('prompt') && !prompt.read()) prompt.write(prompt.target.placeholder);
   const hasPreset = Boolean(page.controls.get('preset')?.read()); // has defaults of its own
-  const fields = {};
-  for (const control of page.controls.values()) {
-    const value = await control.read();
-    const isDefault = value === control.standard && !(hasPreset && page.restored.has(control.name));
-    if (value !== undefined && !isDefault) fields[control.name] = value;
-  }
-  return fields;
+  const { restored } = page;
+  // All at once: while files are read, the form may change, and even be another model's.
+  const fields = [...page.controls.values()].map(async ({ name, read, standard }) => {
+    const value = await read();
+    const isDefault = value === standard && !(hasPreset && restored.has(name));
+    return value === undefined || isDefault ? [] : [[name, value]];
+  });
+  return Object.fromEntries((await Promise.all(fields)).flat());
 }
 
 /** Put the settings of an image into the form; `ours` says that files in the form may be those it was made with. */
@@ -1080,13 +1081,14 @@ async function generate() {
   const { model } = page; // another may be chosen meanwhile
   try {
     const request = await collect();
-    page.job = await submit(request);
+    page.job = await submit(request, model);
     if (page.isCancelled) await cancel();
     const job = await follow(page.job);
     if (job.state === 'failed') throw new Refusal(job.error.message, job.error);
     if (job.state === 'completed') await keepResults(job, request, model);
     if (job.state === 'cancelled') ended('Cancelled.');
   } catch (error) {
+    if (page.model !== model) error.param = null; // the field of that name is another model's
     setRunning(false);
     ended(page.isCancelled ? 'Cancelled.' : '');
     if (!page.isCancelled) showError(error);

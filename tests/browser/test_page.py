@@ -105,6 +105,41 @@ def test_a_job_is_followed_through_a_lost_connection(page):
     assert len(lost) == 2
 
 
+def test_a_request_goes_to_the_model_it_was_made_for_when_another_is_chosen_meanwhile(page):
+    models = []
+
+    def open_slowly(route):
+        models.append(route.request.post_data_json["model"])
+        if len(models) > 1:
+            route.continue_()
+        else:
+            error = {"code": "not_ready", "message": "The model is being opened."}
+            route.fulfill(status=503, json={"error": error})
+
+    page.route("**/api/jobs", open_slowly)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("The model is being opened.").wait_for()
+
+    choose(page, "text-inpainting")
+    wait_until_done(page)
+
+    assert models == ["text-to-image", "text-to-image"]
+
+
+def test_an_error_is_not_put_at_a_field_of_another_model(page):
+    held = []
+    page.route("**/api/jobs", held.append)
+    field(page, "width").fill("17")
+    page.get_by_role("button", name="Generate").click()
+    wait_for(lambda: page.title() and held)  # asking the page lets the route be called
+
+    choose(page, "layout-to-image")
+    held[0].continue_()
+
+    page.get_by_role("alert").filter(has_text="17 is not a multiple of 4").wait_for()
+    assert field(page, "width").get_attribute("aria-invalid") is None
+
+
 def test_an_error_stands_at_its_field_and_goes_when_that_is_changed(page):
     width = field(page, "width")
     width.fill("17")
