@@ -32,6 +32,9 @@ const REPLACED = {
   outpaint: ['width', 'height'],
 };
 const FULL = 255;
+const LONGEST_PAUSE = 10_000; // milliseconds between calls to a server that cannot be reached
+const UNREACHED = new Set([502, 503, 504]); // what a proxy answers in its place
+const LOST = 'The connection is lost. Trying again…';
 
 const page = {
   key: '', models: [], model: null, properties: {}, limits: {}, controls: new Map(),
@@ -128,7 +131,34 @@ async function submit(request, model) {
     } catch (error) {
       if (error.code !== 'not_ready' || page.isCancelled) throw error;
       say(error.message);
-      await sleep(1000);
+      await pause(1000);
+      if (page.isCancelled) throw error;
+    }
+  }
+}
+
+/** Wait, but no longer than until the job is cancelled. */
+async function pause(milliseconds) {
+  const end = performance.now() + milliseconds;
+  while (performance.now() < end && !page.isCancelled) await sleep(100);
+}
+
+/**
+ * Ask for a job again, after ever longer pauses, while the server cannot be reached but may have it.
+ * `ask` calls what it is given once it is answered, if more can be lost afterwards.
+ */
+async function persist(ask) {
+  let lost = null;
+  for (;;) {
+    try {
+      return await ask(() => { lost = null; });
+    } catch (error) {
+      const isAnswer = error instanceof Refusal && !UNREACHED.has(error.status);
+      lost ??= performance.now();
+      const silence = performance.now() - lost;
+      if (isAnswer || page.isCancelled || silence > 1000 * page.limits.kept_seconds) throw error;
+      if ($('status').textContent !== LOST) announce(LOST);
+      await pause(clamp(silence, 1000, LONGEST_PAUSE));
     }
   }
 }
@@ -137,18 +167,14 @@ const OVER = ['completed', 'failed', 'cancelled'];
 
 /** Follow a job to its end, through lost connections, and return its last state. */
 async function follow(job) {
-  for (let losses = 0; !OVER.includes(job.state);) {
-    try {
+  while (!OVER.includes(job.state)) {
+    await persist(async heard => {
       for await (job of eventsOf(await call(`/api/jobs/${job.id}/events`))) {
-        losses = 0;
+        heard();
         showProgress(job);
       }
-      if (!OVER.includes(job.state)) await sleep(1000); // a proxy has cut it off
-    } catch (error) {
-      if (error instanceof Refusal || losses === 5) throw error;
-      losses += 1;
-      await sleep(1000);
-    }
+    });
+    if (!OVER.includes(job.state)) await sleep(1000); // a proxy has cut it off
   }
   return job;
 }
@@ -1090,7 +1116,8 @@ async function generate() {
   } catch (error) {
     if (page.model !== model) error.param = null; // the field of that name is another model's
     setRunning(false);
-    ended(page.isCancelled ? 'Cancelled.' : '');
+    const isUnheard = page.job && !(error instanceof Refusal);
+    ended(page.isCancelled ? `Cancelled.${isUnheard ? ' The server may not have heard it.' : ''}` : '');
     if (!page.isCancelled) showError(error);
   } finally {
     page.job = null;
@@ -1114,7 +1141,7 @@ async function cancel() {
 /** Fetch the images of a job, since the server forgets them, and show the first. */
 async function keepResults(job, request, model) {
   const results = await Promise.all(job.images.map(async ({ url, seed, metadata }) => {
-    const blob = await (await call(url)).blob();
+    const blob = await persist(async () => (await call(url)).blob());
     const { width, height, timings: { total: seconds } } = job;
     const fields = fieldsAlone(request, metadata.request);
     return { url: URL.createObjectURL(blob), blob, seed, metadata, fields, model, width, height, seconds };

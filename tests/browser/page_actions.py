@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import math
+import time
 
 import numpy as np
 from PIL import Image
@@ -44,6 +46,33 @@ def wait_until_done(page):
 def said(page):
     """Return what screen readers were told last."""
     return page.locator("#announcer").text_content()
+
+
+def lose(page, pattern, times=math.inf):
+    """Lose the first calls to paths of a pattern; returns a list that gets every call."""
+    calls = []
+
+    def answer(route):
+        calls.append(route)
+        if len(calls) > times:
+            route.continue_()
+        else:
+            route.abort()
+
+    page.route(pattern, answer)
+    return calls
+
+
+def stop_clock(page):
+    """Stop the clock of the page; `pass_time` moves it."""
+    page.clock.install()
+    page.clock.pause_at(time.time() + 60)
+
+
+def pass_time(page, seconds=2):
+    """Let time pass on the page, whose clock is stopped; returns True."""
+    page.clock.fast_forward(1000 * seconds)
+    return True
 
 
 def shown_bytes(page):

@@ -13,9 +13,12 @@ from tests.browser.page_actions import (
     field,
     focused,
     generate,
+    lose,
     noise_png,
+    pass_time,
     said,
     shown_bytes,
+    stop_clock,
     tab_to,
     wait_until_done,
 )
@@ -23,6 +26,7 @@ from tests.browser.page_actions import (
 pytestmark = pytest.mark.browser
 
 MAX_SEED = 2**64 - 1
+MANY = 8  # lost calls, with pauses that grow to their longest
 
 
 @pytest.fixture
@@ -89,20 +93,92 @@ def test_cancel_ends_the_job_on_the_server_and_gives_the_focus_back(page):
 
 
 def test_a_job_is_followed_through_a_lost_connection(page):
-    lost = []
-
-    def lose(route):
-        lost.append(route)
-        if len(lost) > 1:
-            route.continue_()
-        else:
-            route.abort()
-
-    page.route("**/events", lose)
+    calls = lose(page, "**/events", 1)
 
     generate(page)
 
-    assert len(lost) == 2
+    assert len(calls) == 2
+
+
+def test_a_job_is_followed_however_often_the_connection_is_lost(page):
+    calls = lose(page, "**/events", MANY)
+    stop_clock(page)
+
+    page.get_by_role("button", name="Generate").click()
+    wait_for(lambda: said(page) == "The connection is lost. Trying again…")
+    assert page.locator("#status").text_content() == said(page)
+    wait_for(lambda: pass_time(page) and said(page).startswith("Done"))
+
+    assert len(calls) == MANY + 1
+
+
+def test_a_job_whose_connection_is_lost_can_be_cancelled(page):
+    ask_for_much(page)
+    calls = lose(page, "**/events")
+    stop_clock(page)
+    with page.expect_response("**/api/jobs") as answer:
+        page.get_by_role("button", name="Generate").click()
+    wait_for(lambda: pass_time(page) and len(calls) >= MANY)
+
+    page.get_by_role("button", name="Cancel").click()
+    wait_for(lambda: pass_time(page) and said(page).startswith("Cancelled."))
+
+    job = f"/api/jobs/{answer.value.json()['id']}"
+    wait_for(lambda: page.request.get(job).json()["state"] == "cancelled")
+    assert page.locator("#problem").text_content() == ""
+
+
+def test_a_server_is_given_up_once_it_would_have_forgotten_the_job(page):
+    calls = lose(page, "**/events")
+    stop_clock(page)
+
+    page.get_by_role("button", name="Generate").click()
+    alert = page.get_by_role("alert").filter(has_text="The server cannot be reached")
+    wait_for(lambda: pass_time(page, 10) and alert.is_visible())
+
+    assert len(calls) > MANY
+
+
+def test_a_job_is_followed_when_a_proxy_cannot_reach_the_server_for_a_while(page):
+    page.route("**/events", lambda route: route.fulfill(status=502), times=1)
+
+    generate(page)
+
+
+def test_a_job_that_the_server_has_forgotten_is_not_asked_for_again(page):
+    error = {"code": "job_not_found", "message": "There is no job of that name."}
+    page.route("**/events", lambda route: route.fulfill(status=404, json={"error": error}), times=1)
+
+    page.get_by_role("button", name="Generate").click()
+
+    page.get_by_role("alert").filter(has_text="There is no job of that name.").wait_for()
+
+
+def test_an_image_is_fetched_again_after_a_lost_connection(page):
+    calls = lose(page, "**/files/*/*", 2)
+
+    generate(page)
+
+    assert len(calls) == 3
+
+
+def test_a_request_that_waits_for_its_model_is_not_sent_once_it_is_cancelled(page):
+    error = {"code": "not_ready", "message": "The model is being opened."}
+    calls = []
+
+    def refuse(route):
+        calls.append(route)
+        route.fulfill(status=503, json={"error": error})
+
+    page.route("**/api/jobs", refuse)
+    stop_clock(page)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("The model is being opened.").wait_for()
+
+    page.get_by_role("button", name="Cancel").click()
+    wait_for(lambda: pass_time(page) and said(page) == "Cancelled.")
+
+    assert len(calls) == 1
 
 
 def test_a_request_goes_to_the_model_it_was_made_for_when_another_is_chosen_meanwhile(page):
@@ -128,7 +204,7 @@ def test_a_request_goes_to_the_model_it_was_made_for_when_another_is_chosen_mean
 
 def test_an_error_is_not_put_at_a_field_of_another_model(page):
     held = []
-    page.route("**/api/jobs", held.append)
+    page.route("**/api/jobs", lambda route: held.append(route))
     field(page, "width").fill("17")
     page.get_by_role("button", name="Generate").click()
     wait_for(lambda: page.title() and held)  # asking the page lets the route be called
