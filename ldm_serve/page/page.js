@@ -239,14 +239,15 @@ function numberControl(name, kind) {
   const step = ['width', 'height'].includes(name) ? page.model.size_step : kind.type === 'integer' ? 1 : 'any';
   const least = ['width', 'height'].includes(name) ? step : kind.minimum;
   const input = make('input', { type: 'number', step, min: least ?? '', max: mostOf(name) ?? kind.maximum ?? '' });
-  input.value = standardOf(name) ?? '';
-  return labelled(name, input, {
+  const control = labelled(name, input, {
     read: () => {
       if (input.validity.badInput) throw new Refusal('Write a number.', { param: name });
       return input.value === '' ? undefined : Number(input.value);
     },
-    write: value => { input.value = value ?? standardOf(name) ?? ''; },
+    write: value => { input.value = value ?? control.standard ?? ''; },
   });
+  control.write(undefined);
+  return control;
 }
 
 /** Return the limit of this server, which is lower than that of the schema. */

@@ -192,3 +192,35 @@ def test_a_result_becomes_the_input_of_the_next_request(page):
     assert request["image"].startswith("data:image/png;base64,")
     np.testing.assert_array_equal(decoded(request["image"]).shape, (16, 16, 3))
     assert shown_bytes(page) != first
+
+
+def test_another_image_brings_its_size_after_settings_were_used_again(page, tmp_path):
+    use_image_again(page, tmp_path)
+
+    field(page, "image").set_input_files(noise_png(tmp_path, 24, 20))
+    wait_for(lambda: field(page, "width").input_value() == "24")
+    request = generate(page)
+
+    assert field(page, "height").input_value() == "20"
+    assert not {"width", "height"} & set(request)
+
+
+def test_margins_bring_their_size_after_settings_were_used_again(page, tmp_path):
+    use_image_again(page, tmp_path)
+    page.get_by_text("More settings").click()
+
+    field(page, "outpaint").fill("0, 0, 8, 0")
+    field(page, "outpaint").press("Tab")
+    request = generate(page)
+
+    assert not {"width", "height"} & set(request)
+    assert "40 × 24" in page.locator("#status").text_content()
+
+
+def use_image_again(page, folder):
+    """Generate from an image of 32 x 24 pixels, and use the settings of the result again."""
+    field(page, "image").set_input_files(noise_png(folder, 32, 24))
+    wait_for(lambda: field(page, "width").input_value() == "32")
+    generate(page)
+    page.get_by_role("button", name="Reuse settings").click()
+    wait_for(lambda: "These stay as they are: Image." in said(page))
