@@ -38,7 +38,7 @@ const LOST = 'The connection is lost. Trying again…';
 
 const page = {
   key: '', models: [], model: null, properties: {}, limits: {}, controls: new Map(),
-  restored: new Set(), results: [], shown: null, pinned: null, job: null, isRunning: false, isCancelled: false, retry: null,
+  restored: new Set(), typed: new Set(), results: [], shown: null, pinned: null, job: null, isRunning: false, isCancelled: false, retry: null,
 };
 
 // --- Small tools ---------------------------------------------------------------------------------
@@ -370,12 +370,16 @@ function adaptersControl(name) {
 
 /** Take files that are dropped on an element. */
 function acceptDrops(node, take) {
+  const hasFiles = event => event.dataTransfer.types.includes('Files'); // and no text, which goes into fields
   node.addEventListener('dragover', event => {
+    if (!hasFiles(event)) return;
     event.preventDefault();
+    event.stopPropagation();
     node.classList.add('over');
   });
   for (const name of ['dragleave', 'drop']) node.addEventListener(name, () => node.classList.remove('over'));
   node.addEventListener('drop', event => {
+    if (!hasFiles(event)) return;
     event.preventDefault();
     event.stopPropagation();
     if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
@@ -431,14 +435,14 @@ function imageControl(name) {
     held = file;
     view.hidden = true;
     if (file) await show(file);
-    control.changed();
+    if (held === file || !held) control.changed();
   });
   const show = async file => {
     control.url = URL.createObjectURL(file);
     view.src = control.url;
-    try {
-      await view.decode();
-    } catch {
+    const isShown = await view.decode().then(() => true, () => false);
+    if (held !== file) return; // another was chosen meanwhile
+    if (!isShown) {
       held = null;
       showError(new Refusal(`${file.name ?? 'This'} is not an image that this browser can show.`, { param: name }));
       return;
@@ -451,7 +455,8 @@ function imageControl(name) {
     read: () => held ? dataUrl(held) : undefined,
     write: value => writeFile(picker, value),
   });
-  return Object.assign(control, { take: picker.take, size: null, url: null, changed: imageChanged });
+  const release = () => control.url && URL.revokeObjectURL(control.url);
+  return Object.assign(control, { take: picker.take, size: null, url: null, changed: imageChanged, release });
 }
 
 /** Bring what depends on the input image up to date: the mask over it, and the size if it is open. */
@@ -711,13 +716,16 @@ function segmentationControl(name) {
     view.removeAttribute('src');
     if (!file) return followSize(box.painting);
     view.src = URL.createObjectURL(file);
-    await view.decode().catch(() => showError(new Refusal(`${file.name} is not a PNG that this browser can show.`, { param: name })));
+    const isShown = await view.decode().then(() => true, () => false);
+    if (upload !== file) return; // another was chosen meanwhile
+    if (!isShown) showError(new Refusal(`${file.name} is not a PNG that this browser can show.`, { param: name }));
     if (view.naturalWidth) followSize({ width: view.naturalWidth, height: view.naturalHeight });
   });
   const control = grouped(name, picker.input, [box.node, picker.node, view], {
     read: () => upload ? dataUrl(upload) : box.painting.png(),
     write: value => writeFile(picker, value),
   });
+  control.release = () => view.src && URL.revokeObjectURL(view.src);
   control.resize = (width, height) => {
     if (upload || !width || !height) return;
     box.painting.resize(width, height);
@@ -894,9 +902,11 @@ function makeControl(name) {
 /** Build the form of a model; values of fields that it shares with the last one stay. */
 async function showModel(model) {
   const kept = [...page.controls.values()].filter(each => !FILE_FIELDS.has(each.name)).map(each => [each.name, valueOrNothing(each)]);
+  for (const control of page.controls.values()) control.release?.();
   page.model = model;
   page.controls = new Map();
   page.restored = new Set();
+  page.typed = new Set();
   const takes = name => model.takes.includes(name) && !(model.size === 'enlarged' && ['width', 'height'].includes(name));
   const needsImage = needs('image');
   const start = START.filter(takes);
@@ -950,11 +960,11 @@ async function collect() {
   const prompt = page.controls.get('prompt');
   if (needs('prompt') && !prompt.read()) prompt.write(prompt.target.placeholder);
   const hasPreset = Boolean(page.controls.get('preset')?.read()); // has defaults of its own
-  const { restored } = page;
+  const { restored, typed } = page;
   // All at once: while files are read, the form may change, and even be another model's.
   const fields = [...page.controls.values()].map(async ({ name, read, standard }) => {
     const value = await read();
-    const isDefault = value === standard && !(hasPreset && restored.has(name));
+    const isDefault = value === standard && !(hasPreset && (restored.has(name) || typed.has(name)));
     return value === undefined || isDefault ? [] : [[name, value]];
   });
   return Object.fromEntries((await Promise.all(fields)).flat());
@@ -975,6 +985,7 @@ async function restore({ request, bundle_sha256: sha256, adapters = [] }, name, 
     if (!keepsFiles || !files.includes(control.name)) control.write(fields[control.name] ?? undefined);
   }
   page.restored = new Set(Object.keys(request));
+  page.typed = new Set();
   sizeChanged();
   const other = model ? '' : ' Another model made it, so that the result may differ.';
   const left = files.length ? ` ${keepsFiles ? 'These stay as they are' : 'Choose again'}: ${files.map(labelOf).join(', ')}.` : '';
@@ -1343,7 +1354,12 @@ function listen() {
   };
   for (const [id, act] of Object.entries(clicks)) $(id).addEventListener('click', act);
   $('form').addEventListener('submit', event => { event.preventDefault(); generate(); });
-  $('form').addEventListener('change', event => forgetReplaced(event.target.id.replace(/^field-/, '')));
+  $('form').addEventListener('change', event => {
+    const name = event.target.id.replace(/^field-/, '');
+    forgetReplaced(name);
+    if (name === 'preset') page.typed.clear(); // its own settings are wanted
+    page.typed.add(name);
+  });
   $('basics').addEventListener('change', sizeChanged);
   $('key').addEventListener('keydown', event => { if (event.key === 'Enter') { event.preventDefault(); useKey(); } });
   $('form').addEventListener('input', event => clearError(event.target.id.replace(/^field-/, '')));

@@ -343,6 +343,43 @@ def test_a_restored_setting_goes_when_another_replaces_it(page, generated, tmp_p
     assert not {"sigmas", "schedule"} & set(request)
 
 
+def test_what_is_typed_counts_with_a_preset_even_if_it_is_the_default(page):
+    page.get_by_text("More settings").click()
+    steps = field(page, "num_inference_steps").input_value()
+    field(page, "preset").select_option("lcm")
+    assert "num_inference_steps" not in generate(page)
+
+    for text in ("9", steps):
+        field(page, "num_inference_steps").fill(text)
+        field(page, "num_inference_steps").press("Tab")
+    request = generate(page)
+
+    assert request["num_inference_steps"] == int(steps)
+    field(page, "preset").select_option("turbo")
+    assert "num_inference_steps" not in generate(page)
+
+
+def test_text_that_is_dragged_is_left_to_the_browser(page):
+    """A file is not: the browser would open it."""
+    is_taken = """
+      isFile => {
+        const dataTransfer = new DataTransfer();
+        if (isFile) dataTransfer.items.add(new File([], 'a.png'));
+        else dataTransfer.setData('text/plain', 'a red circle');
+        const options = { dataTransfer, bubbles: true, cancelable: true };
+        const taken = ['dragover', 'drop'].map(name => {
+          const event = new DragEvent(name, options);
+          document.querySelector('#field-prompt').dispatchEvent(event);
+          return event.defaultPrevented;
+        });
+        return [...taken, document.documentElement.classList.contains('over')];
+      }
+    """
+
+    assert page.evaluate(is_taken, False) == [False, False, False]
+    assert page.evaluate(is_taken, True) == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"GIF89a", "is not a PNG"), (None, "carries no settings of ldm")],

@@ -194,6 +194,31 @@ def test_a_result_becomes_the_input_of_the_next_request(page):
     assert shown_bytes(page) != first
 
 
+def test_the_last_of_two_images_is_sent_even_if_the_first_takes_long(page, tmp_path):
+    """Another source ends the decoding of the first one with an error."""
+    page.evaluate("""
+      () => {
+        const { decode } = HTMLImageElement.prototype;
+        const pauses = [500, 0];
+        HTMLImageElement.prototype.decode = async function () {
+          const pause = pauses.shift() ?? 0;
+          await new Promise(resolve => setTimeout(resolve, pause));
+          if (pause) throw new DOMException('The source has changed.', 'EncodingError');
+          return decode.call(this);
+        };
+      }
+    """)
+    for width in (32, 24):
+        field(page, "image").set_input_files(noise_png(tmp_path, width, 16))
+    wait_for(lambda: field(page, "width").input_value() == "24")
+    page.wait_for_timeout(800)
+
+    request = generate(page)
+
+    assert decoded(request["image"]).shape == (16, 24, 3)
+    assert not page.get_by_text("is not an image").count()
+
+
 def test_another_image_brings_its_size_after_settings_were_used_again(page, tmp_path):
     use_image_again(page, tmp_path)
 
