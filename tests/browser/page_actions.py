@@ -96,11 +96,11 @@ def decoded(data_url):
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def noise_png(folder, width=16, height=16):
-    """Return the path of an image of noise."""
+def noise_png(folder, width=16, height=16, name="noise.png"):
+    """Return the path of an image of noise; a file that is chosen again changes nothing."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "noise.png")
-    return folder / "noise.png"
+    Image.fromarray(pixels).save(folder / name)
+    return folder / name
 
 
 def drag(page, canvas, start, end):

@@ -209,7 +209,7 @@ def test_the_last_of_two_images_is_sent_even_if_the_first_takes_long(page, tmp_p
       }
     """)
     for width in (32, 24):
-        field(page, "image").set_input_files(noise_png(tmp_path, width, 16))
+        field(page, "image").set_input_files(noise_png(tmp_path, width, 16, name=f"{width}.png"))
     wait_for(lambda: field(page, "width").input_value() == "24")
     page.wait_for_timeout(800)
 
@@ -222,7 +222,7 @@ def test_the_last_of_two_images_is_sent_even_if_the_first_takes_long(page, tmp_p
 def test_another_image_brings_its_size_after_settings_were_used_again(page, tmp_path):
     use_image_again(page, tmp_path)
 
-    field(page, "image").set_input_files(noise_png(tmp_path, 24, 20))
+    field(page, "image").set_input_files(noise_png(tmp_path, 24, 20, name="other.png"))
     wait_for(lambda: field(page, "width").input_value() == "24")
     request = generate(page)
 
