@@ -43,6 +43,7 @@ _PROMPTS = ("red", "blue circle", "a green square left of a red one", "nothing a
 _SAMPLERS = ("ddim", "euler", "dpmpp_2m", "heun", "euler_ancestral", "unipc")
 #: Seconds between two blows to the workers, and that a stopped one is silent before it is replaced.
 _PAUSE, _STALL = 3.0, 1.5
+_BACKEND = "onnxruntime"  # of both sides: others compute other bits
 _SLOW_READS = 20
 
 
@@ -100,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         bundle = Path(folder) / "tiny"
         write_tiny_bundle(bundle)
         golden = golden_requests(bundle, args.seed)
-        flags = ("--workers", args.workers, "--threads", 1, "--stall-seconds", _STALL)
-        with serving(Path(folder), (bundle, *flags, "--requests-per-minute", 1e6)) as server:
+        flags = ("--backend", _BACKEND, "--workers", args.workers, "--threads", 1)
+        limits = ("--stall-seconds", _STALL, "--requests-per-minute", 1e6)
+        with serving(Path(folder), (bundle, *flags, *limits)) as server:
+            _check_first(server, golden[0])
             tally = soak(server, golden, args)
             row = _row(server, tally, args)
     print(as_line(row))
@@ -116,7 +119,7 @@ def golden_requests(bundle: Path, seed: int, count: int = 48) -> list[Golden]:
     """Return requests with the hashes of their files, generated one by one; a sixth are edits."""
     rng, golden = random.Random(seed), []
     upload = _large_png(seed)
-    with Generator(bundle, backend="onnxruntime", threads=1) as generator:
+    with Generator(bundle, backend=_BACKEND, threads=1) as generator:
         for number in range(count):
             fields: dict[str, Any] = {
                 "prompt": rng.choice(_PROMPTS),
@@ -159,6 +162,18 @@ def soak(server: RunningServer, golden: Sequence[Golden], args: argparse.Namespa
     for thread in threads:
         thread.join()
     return tally
+
+
+def _check_first(server: RunningServer, wanted: Golden) -> None:
+    """Ask for one image before any fault, so that a wrong set-up shows at once and not hours later.
+
+    Raises:
+        RuntimeError: It is another one than it must be.
+    """
+    tally = Tally()
+    _ask(server, wanted, tally)
+    if tally.lost or tally.wrong:
+        raise RuntimeError(f"without any fault: {(tally.lost + tally.wrong)[0]}")
 
 
 def _client(
@@ -213,12 +228,13 @@ def _read_slowly(server: RunningServer, wanted: Golden, tally: Tally) -> None:
     connection.request("POST", "/v1/images/generations", _encoded(body), _JSON)
     answer = connection.getresponse()
     _note(answer.status, tally, "slow reader")
+    found = b""
     for _ in range(_SLOW_READS):
-        answer.read(64)
+        found += answer.read(64)
         time.sleep(0.05)
-    rest = answer.read()
-    if answer.status == 200 and b"completed" not in rest:
-        tally.lost.append(f"a stream ended without its image: {rest[-200:]!r}")
+    found += answer.read()
+    if answer.status == 200 and b"completed" not in found:
+        tally.lost.append(f"a stream ended without its image: {found[-200:]!r}")
     connection.close()
 
 
