@@ -14,11 +14,9 @@ from ldm_runtime.backends.contract import NO_TENSORS, Precision, Tensors
 from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
 from ldm_runtime.backends.openvino.compiled_models import Latest
 from ldm_runtime.backends.openvino.library import load_openvino
-from ldm_runtime.backends.openvino.mapped_weights import MappedWeights
 from ldm_runtime.backends.openvino.model_cache import ModelCache
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.backends.signatures import check_names
-from ldm_runtime.bundle.graph_weights import stored_weights
 from ldm_runtime.bundle.low_rank_branches import Branch
 from ldm_runtime.bundle.manifest import ComponentRecord
 from ldm_runtime.errors import BackendError
@@ -40,14 +38,12 @@ class Compilation:
         precision: "fp32", or "bf16" inside while inputs and outputs stay in fp32.
         threads: Compute threads; None is one per physical core that this process may use.
         cache: Compiled models on disk, or None without them.
-        mapped: The file of weights, to be mapped here and not by OpenVINO; None leaves it to that.
         kept: Compiled shapes that stay in memory.
     """
 
     precision: Precision
     threads: int | None = None
     cache: ModelCache | None = None
-    mapped: Path | None = None
     kept: int = 2
 
     def compiled(self, core: Any, model: Any, shapes: _Shapes) -> Any:  # noqa: ANN401
@@ -72,7 +68,8 @@ class OpenVinoEngine(HostEngine):
     """One graph in OpenVINO's CPU plugin.
 
     Every new set of shapes is compiled, which takes seconds for a large network; the last ones are
-    kept. Denormals count as zero. Any number of threads may call `run` at once.
+    kept. Denormals count as zero. Weights next to the graph are memory-mapped by OpenVINO. Any
+    number of threads may call `run` at once.
 
     Args:
         path: The graph, which names its weights file relative to itself.
@@ -102,10 +99,6 @@ class OpenVinoEngine(HostEngine):
         super().__init__(component, sizes, _ERRORS, spec)
         core = load_openvino().Core()
         model = _read(core, path)
-        mapped = None if compilation.mapped is None else MappedWeights(compilation.mapped)
-        if mapped is not None:
-            stored = stored_weights(path).items()
-            _replace_weights(model, {name: mapped.array(each) for name, each in stored})
         _replace_weights(model, weights)
         _add_branches(model, branches)
         _keep_half_weights(model)
@@ -114,10 +107,7 @@ class OpenVinoEngine(HostEngine):
         def compiled(shapes: _Shapes) -> _CompiledModel:
             shaped = model.clone()
             shaped.reshape({name: list(shape) for name, shape in shapes})
-            native = compilation.compiled(core, shaped, shapes)
-            if mapped is not None:
-                mapped.give_back()
-            return _CompiledModel(native)
+            return _CompiledModel(compilation.compiled(core, shaped, shapes))
 
         self._compiled: Latest[_Shapes, _CompiledModel] | None = Latest(compiled, compilation.kept)
 
@@ -160,12 +150,12 @@ def _read(core: Any, path: Path) -> Any:  # noqa: ANN401
 
 
 def _replace_weights(model: Any, weights: Tensors) -> None:  # noqa: ANN401
-    """Put weights, which the model shares, in the place of constants that have their names."""
+    """Put weights in the place of constants that have their names."""
     openvino = load_openvino()
     nodes = _named_nodes(model) if weights else {}
     for name, array in weights.items():
         old = nodes[name]
-        new = openvino.op.Constant(array, shared_memory=True)
+        new = openvino.op.Constant(array)
         new.set_friendly_name(name)
         openvino.utils.replace_node(old, new)
 
