@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
@@ -43,7 +43,8 @@ _PROMPTS = ("red", "blue circle", "a green square left of a red one", "nothing a
 _SAMPLERS = ("ddim", "euler", "dpmpp_2m", "heun", "euler_ancestral", "unipc")
 #: Seconds between two blows to the workers, and that a stopped one is silent before it is replaced.
 _PAUSE, _STALL = 3.0, 1.5
-_BACKEND = "onnxruntime"  # of both sides: others compute other bits
+#: Of both sides, since others compute other bits.
+_BACKEND: Final = "onnxruntime"
 _SLOW_READS = 20
 
 
