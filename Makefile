@@ -109,8 +109,8 @@ distclean: clean
 .venv-ray/test.stamp: $(PINS)
 	@echo "installing into .venv-ray"
 	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,serve,ray]' \
-		httpx2 pytest pytest-timeout
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[export,cpu,serve,ray]' \
+		httpx2 pytest pytest-timeout safetensors
 	touch $@
 
 .venv/test.stamp: $(PINS)
