@@ -15,12 +15,10 @@ from ldm_export.errors import WeightsError
 from ldm_export.families.records import Family, WeightsChoice
 from ldm_export.families.unused_tensors import IGNORED_TENSORS
 from ldm_export.hyperparameters.shapes import Shapes, listed
+from ldm_runtime.tensor_files.tensor_extent import FLOATS
 
 logger = logging.getLogger(__name__)
 
-_STORED_TYPES = frozenset(
-    {"float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"}
-)
 #: Ends of the names of tensors by which weights of 8 bits are multiplied, and of the mark of files
 #: with any, as ComfyUI writes them.
 _SCALES = frozenset({"scale_weight", "weight_scale", "scaled_fp8"})
@@ -193,12 +191,12 @@ def _choose(
 
 
 def _check_types(tensors: Tensors, assigned: frozenset[str]) -> None:
-    wrong = [name for name in assigned if tensors[name].dtype not in _STORED_TYPES]
+    wrong = [name for name in assigned if tensors[name].dtype not in FLOATS]
     if wrong:
         types = ", ".join(sorted({tensors[name].dtype for name in wrong}))
         raise WeightsError(
             f"{len(wrong)} weights are stored as {types} ({listed(wrong)}); only "
-            f"{', '.join(sorted(_STORED_TYPES))} can be read, so use an unquantised checkpoint"
+            f"{', '.join(sorted(FLOATS))} can be read, so use an unquantised checkpoint"
         )
     scales = [name for name in tensors if name.rpartition(".")[2] in _SCALES]
     if scales and any(tensors[name].dtype.startswith("float8") for name in assigned):

@@ -39,7 +39,7 @@ from ldm_runtime.conditioning import Conditioning, encode_conditioning, open_tok
 from ldm_runtime.latents.codec import encode_image
 from ldm_runtime.noise import TorchCpuGenerator
 from ldm_runtime.schedules import edm_timestep
-from ldm_runtime.specs.model import ModelSpec, PredictionType, latent_step
+from ldm_runtime.specs.model import Assumption, ModelSpec, PredictionType, latent_step
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def confirmed(spec: ModelSpec, record: PredictionRecord | None) -> ModelSpec:
     """
     if record is None or record.measured is None:
         return spec
-    (assumption,) = (each for each in spec.assumptions if each.field == "prediction_type")
+    assumption = _assumption(spec)
     if record.measured != spec.prediction_type:
         contradiction = _contradiction(record, record.measured, spec.prediction_type)
         if assumption.source != "flag":
@@ -150,7 +150,7 @@ def warn_of_hint(spec: ModelSpec, record: PredictionRecord) -> None:
         spec: The model, as it was recognised before.
         record: The decided measurement.
     """
-    (assumption,) = (each for each in spec.assumptions if each.field == "prediction_type")
+    assumption = _assumption(spec)
     if assumption.source != "family" and record.measured is not None:
         _LOGGER.warning(
             "%s, which %s; going by the measurement, unless --prediction-type says otherwise",
@@ -167,15 +167,20 @@ def warn_of_siblings(spec: ModelSpec, siblings: Collection[PredictionType]) -> N
         siblings: What the others predict; without them there is no warning.
     """
     if siblings:
-        (assumption,) = (each for each in spec.assumptions if each.field == "prediction_type")
         _LOGGER.warning(
             "it could not be measured what the UNet predicts: %s is taken (from %s), but models of "
             "these shapes predict %s as well, and with the wrong one images are noise; look at the "
             "golden images, and state it with --prediction-type",
             spec.prediction_type,
-            assumption.source,
+            _assumption(spec).source,
             " or ".join(sorted(siblings)),
         )
+
+
+def _assumption(spec: ModelSpec) -> Assumption:
+    """Return who says what the UNet predicts."""
+    (found,) = (each for each in spec.assumptions if each.field == "prediction_type")
+    return found
 
 
 def _level(share: float, spec: ModelSpec) -> tuple[float, float]:

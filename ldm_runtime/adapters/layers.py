@@ -12,11 +12,11 @@ import numpy as np
 
 from ldm_runtime.adapters.changes import KINDS, Float32Array, Kind, Shape, decomposed, fitted
 from ldm_runtime.tensor_files.lazy_tensors import LazyTensor
+from ldm_runtime.tensor_files.tensor_extent import FLOATS
 
 _ALPHA = "alpha"
 _MAGNITUDES = frozenset({"dora_scale", "lora_magnitude_vector"})
 _BIASES = frozenset({"diff_b", "b_norm"})
-_FLOATS = frozenset({"float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ def _check_types(layer: AdapterLayer) -> None:
     for name, tensor in layer.tensors.items():
         if name == _ALPHA:
             _check_alpha(layer.name, tensor)
-        elif tensor.dtype not in _FLOATS:
+        elif tensor.dtype not in FLOATS:
             raise ValueError(
                 f"layer {layer.name!r} has {name} of type {tensor.dtype}; save the adapter in "
                 "float16, bfloat16 or float32"

@@ -39,6 +39,8 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
         "complex128": 16,
     }
 )
+#: Those of them that are real floating-point numbers.
+FLOATS = frozenset(name for name in DTYPE_BYTES if "float" in name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

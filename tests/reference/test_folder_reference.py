@@ -281,23 +281,27 @@ def test_an_openclip_text_encoder_is_the_one_that_diffusers_converts_from(tmp_pa
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_an_openclip_text_encoder_of_full_size_has_the_names_and_shapes_of_a_single_file():
+def plain_shapes(model_class, *, width, layers, **config):
+    """The tensors of an OpenCLIP text encoder in transformers' names, without their values."""
     with torch.device("meta"):
-        model = CLIPTextModelWithProjection(
+        model = model_class(
             CLIPTextConfig(
-                hidden_size=1280,
-                intermediate_size=5120,
-                num_hidden_layers=32,
-                num_attention_heads=20,
-                projection_dim=1280,
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=layers,
+                projection_dim=width,
                 hidden_act="gelu",
+                **config,
             )
         )
     stored = {
         name: FakeTensor(shape=tuple(each.shape)) for name, each in model.state_dict().items()
     }
+    return {name: stored[old] for old, name in plain_names(stored).items()}
 
-    plain = {name: stored[old] for old, name in plain_names(stored).items()}
+
+def test_an_openclip_text_encoder_of_full_size_has_the_names_and_shapes_of_a_single_file():
+    plain = plain_shapes(CLIPTextModelWithProjection, width=1280, layers=32, num_attention_heads=20)
     tensors, unknown = openclip_tensors(plain, "")
 
     block = "transformer.resblocks.31."
@@ -352,20 +356,7 @@ def test_a_projection_that_diffusers_converted_gives_the_pooled_prompt_of_transf
 
 def test_a_file_of_a_folder_of_stable_diffusion_2_reads_all_the_layers_of_its_pipeline():
     """The folder's configuration has 23 layers; its pipeline takes the output of the last."""
-    with torch.device("meta"):
-        model = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=23,
-                num_attention_heads=16,
-                hidden_act="gelu",
-            )
-        )
-    stored = {
-        name: FakeTensor(shape=tuple(each.shape)) for name, each in model.state_dict().items()
-    }
-    plain = {name: stored[old] for old, name in plain_names(stored).items()}
+    plain = plain_shapes(CLIPTextModel, width=1024, layers=(layers := 23), num_attention_heads=16)
     place = "cond_stage_model.model."
     whole = sd_layout.checkpoint(sd_layout.SD2)
     rest = {name: each for name, each in whole.items() if not name.startswith(place)}
@@ -373,7 +364,7 @@ def test_a_file_of_a_folder_of_stable_diffusion_2_reads_all_the_layers_of_its_pi
     tensors, _ = openclip_tensors(plain, place)
     text = detect({**rest, **tensors}).spec.networks["text_encoder"]
 
-    assert text.context_layers == text.num_layers == model.config.num_hidden_layers
+    assert text.context_layers == text.num_layers == layers
 
 
 @pytest.mark.parametrize("change", ["missing", "another width", "another type"])

@@ -385,6 +385,16 @@ class TestModelsOnDisk:
         assert (folder / "1.blob").read_bytes() == b"first"
         assert kept.compiled("shape", lambda found: found) == folder
 
+    def test_are_compiled_without_a_folder_that_someone_has_removed(self, cache, caplog):
+        kept = model_cache(["a"])
+        shutil.rmtree(cache)
+
+        with caplog.at_level(logging.WARNING):
+            assert kept.compiled("shape", lambda folder: folder) is None
+
+        assert "no compiled models are kept in" in caplog.text
+        assert not cache.exists()
+
     def test_go_when_there_are_too_many_the_oldest_first(self, cache, monkeypatch):
         monkeypatch.setattr(f"{model_cache.__module__}.MOST_BYTES", 250)
         kept = model_cache(["a"])

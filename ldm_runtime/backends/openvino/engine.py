@@ -55,13 +55,12 @@ class Compilation:
             "ENABLE_CPU_PINNING": False,  # or two processes would share one core
             "CPU_DENORMALS_OPTIMIZATION": True,
         }
-        if self.cache is None:
-            return core.compile_model(model, "CPU", settings)
 
-        def compile_in(folder: Path) -> Any:  # noqa: ANN401
-            return core.compile_model(model, "CPU", {**settings, "CACHE_DIR": str(folder)})
+        def compile_in(folder: Path | None) -> Any:  # noqa: ANN401
+            cached = {} if folder is None else {"CACHE_DIR": str(folder)}
+            return core.compile_model(model, "CPU", settings | cached)
 
-        return self.cache.compiled(shapes, compile_in)
+        return compile_in(None) if self.cache is None else self.cache.compiled(shapes, compile_in)
 
 
 class OpenVinoEngine(HostEngine):

@@ -43,22 +43,27 @@ class ModelCache:
     parent: Path
     key: tuple[str, ...]
 
-    def compiled(self, shapes: object, compile_in: Callable[[Path], Compiled]) -> Compiled:
-        """Return a compiled model, and keep it for the next process.
+    def compiled(self, shapes: object, compile_in: Callable[[Path | None], Compiled]) -> Compiled:
+        """Return a compiled model, and keep it for the next process where that can be.
 
         Args:
             shapes: Its shapes; equal ones have equal representations.
             compile_in: Compiles with a folder of OpenVINO's, from which a model is read that is
-                there, and into which it is written otherwise.
+                there, and into which it is written otherwise; None is without one.
         """
         folder = self.parent / _hash([*self.key, repr(shapes)])
         if _is_there(folder):
             return compile_in(folder)
-        with tempfile.TemporaryDirectory(
-            prefix=_PARTIAL, dir=self.parent, ignore_cleanup_errors=True
-        ) as partial:
-            found = compile_in(Path(partial))
-            _move(Path(partial), folder)
+        try:
+            partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.parent))
+        except OSError as error:  # the disk is full, or someone has removed the folder
+            _warn(self.parent, error)
+            return compile_in(None)
+        try:
+            found = compile_in(partial)
+            _move(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         remove_oldest(self.parent, but=folder)
         return found
 
@@ -74,14 +79,18 @@ def model_cache(key: Sequence[str]) -> ModelCache | None:
         make_own_folder(parent)
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        _LOGGER.warning(
-            "no compiled models are kept in %s (%s), so that every process compiles them; "
-            "XDG_CACHE_HOME can name another folder",
-            parent,
-            error.strerror,
-        )
+        _warn(parent, error)
         return None
     return ModelCache(parent=parent, key=tuple(key))
+
+
+def _warn(parent: Path, error: OSError) -> None:
+    _LOGGER.warning(
+        "no compiled models are kept in %s (%s), so that every process compiles them; "
+        "XDG_CACHE_HOME can name another folder",
+        parent,
+        error.strerror,
+    )
 
 
 def remove_oldest(parent: Path, but: Path) -> None:
@@ -129,10 +138,11 @@ def _is_there(folder: Path) -> bool:
 
 def _folders(parent: Path, *, is_partial: bool) -> Iterator[tuple[Path, float]]:
     """Yield folders and when they were used; other processes may remove them meanwhile."""
-    for path in parent.iterdir():
-        if path.name.startswith(_PARTIAL) == is_partial:
-            with suppress(OSError):
-                if path.is_dir():
+    with suppress(OSError):
+        paths = [path for path in parent.iterdir() if path.is_dir()]
+        for path in paths:
+            if path.name.startswith(_PARTIAL) == is_partial:
+                with suppress(OSError):
                     yield path, path.stat().st_mtime
 
 
