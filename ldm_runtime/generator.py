@@ -341,22 +341,23 @@ class Generator(Closing):
         """Return a batch to which requests can be added while others run, as a server does.
 
         The number of images in a call changes all the time. Where a backend compiles the UNet for
-        each, and keeps fewer than `max_batch` of them, a call has one image, and requests take
-        turns at it.
+        each, and keeps fewer than `max_batch` of them, a call has one image, and as many images
+        take turns at it as shapes are kept, which may be of as many sizes.
 
         Args:
             max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
+                Others wait.
         """
         check_positive("max_batch", max_batch)
-        abilities, most = get_backend(self.backend).ABILITIES, max_batch
+        abilities, kept = get_backend(self.backend).ABILITIES, max_batch
         if abilities.kept_shapes is not None and self.spec.unet is not None:
             kept = abilities.kept_shapes(self.manifest.weights_bytes("unet"))
-            most = max_batch if kept >= max_batch else 1
         return ContinuousBatch(
             self._pipeline,
             resolve=self._resolve,
             preview=self._preview_record,
-            max_samples=samples_per_image(self.spec, "unet") * most,
+            max_shared=max_batch if kept >= max_batch else 1,
+            max_begun=min(kept, max_batch),
             min_samples=abilities.min_shared_samples,
         )
 

@@ -252,6 +252,9 @@ class LoopScheduler(Generic[Item]):
     Args:
         max_samples: Batch size of a shared call. A loop that asks for more has separate calls.
         min_samples: Smallest batch size that a loop must ask for to share a call.
+        max_begun: Samples of all loops that wait, from which on there is no room for others;
+            `max_samples` if not given. With more than that, loops whose calls have no room for each
+            other take turns too.
         takes_turns: Whether the next call is of the loop that has waited longest, so that none
             waits for the end of another whose calls it cannot share; else it is of the earliest.
 
@@ -260,20 +263,26 @@ class LoopScheduler(Generic[Item]):
     """
 
     def __init__(
-        self, *, max_samples: int, min_samples: int = 1, takes_turns: bool = False
+        self,
+        *,
+        max_samples: int,
+        min_samples: int = 1,
+        max_begun: int | None = None,
+        takes_turns: bool = False,
     ) -> None:
         if max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         self._networks: list[_JoiningNetwork] = []
         self._min_samples, self._max_samples = min_samples, max_samples
+        self._max_begun = max_samples if max_begun is None else max_begun
         self._takes_turns = takes_turns
         self._threads: dict[int, _LoopThread[Item]] = {}
         self._waiting: dict[int, _Call] = {}
 
     @property
     def has_room(self) -> bool:
-        """Whether the waiting calls do not fill a shared one."""
-        return sum(call.samples for call in self._waiting.values()) < self._max_samples
+        """Whether another loop may begin: the waiting ones have few enough samples."""
+        return sum(call.samples for call in self._waiting.values()) < self._max_begun
 
     @property
     def is_waiting(self) -> bool:

@@ -20,6 +20,7 @@ from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.specs.tasks import samples_per_image
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,9 +34,10 @@ _LoopEvent: TypeAlias = LoopItem[Step | GeneratedImages] | LoopEnd
 class ContinuousBatch(Closing):
     """Requests that share calls of one model's UNet, while others are added and cancelled.
 
-    Any requests do: prompts, seeds, steps, samplers and guidance may differ. Those of another image
-    size take turns with calls of their own, so no request waits for the end of another. On the CPU
-    every result is what `Generator.generate` returns, bit for bit.
+    Any requests do: prompts, seeds, steps, samplers and guidance may differ. Those that have begun
+    and have no room in the same call, as for another image size, take turns with calls of their
+    own, so none of them waits for the end of another. On the CPU every result is what
+    `Generator.generate` returns, bit for bit.
 
     A request that fails ends with its error and leaves the others alone. When a shared call of the
     UNet fails, as for want of memory, its images are computed one by one.
@@ -46,8 +48,12 @@ class ContinuousBatch(Closing):
         pipeline: The pipeline of the model.
         resolve: Fills in the defaults of a request, for the model.
         preview: Returns how steps get small images.
-        max_samples: Most samples in a shared call, see `LoopScheduler`.
+        max_shared: Most images in a shared call.
+        max_begun: Most images that have begun and not ended.
         min_samples: Fewest samples of a request in a shared call.
+
+    Attributes:
+        max_begun: See above; more images wait for the end of others.
     """
 
     def __init__(
@@ -56,12 +62,18 @@ class ContinuousBatch(Closing):
         *,
         resolve: Callable[[AnyRequest], ResolvedRequest],
         preview: Callable[[], PreviewRecord],
-        max_samples: int,
+        max_shared: int,
+        max_begun: int,
         min_samples: int,
     ) -> None:
         self._pipeline, self._resolve, self._preview = pipeline, resolve, preview
+        self.max_begun = max_begun
+        samples = samples_per_image(pipeline.model.spec, "unet")
         self._scheduler: LoopScheduler[Step | GeneratedImages] = LoopScheduler(
-            max_samples=max_samples, min_samples=min_samples, takes_turns=True
+            max_samples=samples * max_shared,
+            min_samples=min_samples,
+            max_begun=samples * max_begun,
+            takes_turns=True,
         )
         self._requests: dict[int, _Request] = {}
         self._images: dict[int, _Image] = {}
@@ -73,7 +85,7 @@ class ContinuousBatch(Closing):
 
     @property
     def has_room(self) -> bool:
-        """Whether an image that is added now would join the next call, if its size allows it."""
+        """Whether an image that is added now would begin with the next call of `advance`."""
         return not self._queue and self._scheduler.has_room
 
     def add(

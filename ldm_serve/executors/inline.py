@@ -71,10 +71,9 @@ class InlineExecutor:
     def stats(self) -> ExecutorStats:
         """See `Executor`."""
         ready = self._ready
-        room = self._settings.max_batch - sum(self._jobs.values())
         return ExecutorStats(
             is_ready=ready is not None,
-            room=0 if ready is None else room,
+            room=0 if ready is None else ready.max_begun - sum(self._jobs.values()),
             workers=0 if self._is_over else 1,
             restarts=0,
             is_over=self._is_over,

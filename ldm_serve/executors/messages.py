@@ -61,10 +61,17 @@ class Quit(msgspec.Struct, frozen=True, tag="quit"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The worker has opened its first model and takes work."""
+    """The worker has opened its first model and takes work.
+
+    Attributes:
+        backend: Name of the backend.
+        precision: Its precision.
+        max_begun: Most images that it begins before others have ended.
+    """
 
     backend: str
     precision: str
+    max_begun: int
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):

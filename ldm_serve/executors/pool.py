@@ -50,18 +50,14 @@ class WorkerPool(Generic[_Worker]):
     They are run one by one then, so that a job which ends its worker takes no others with it. One
     that has ended three workers fails.
 
-    Args:
-        max_batch: Most images that a worker has at once.
-
     Attributes:
         workers: Those that live; the executor adds its own.
         restarts: Workers that have died.
     """
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self) -> None:
         self.workers: list[_Worker] = []
         self.restarts = 0
-        self._max_batch = max_batch
         self._waiting: deque[Work] = deque()  # jobs that have no worker
         self._attempts: dict[str, int] = {}
         self._deaths_in_a_row = 0
@@ -126,8 +122,7 @@ class WorkerPool(Generic[_Worker]):
             free = [
                 each
                 for each in self.workers
-                if each.ready is not None
-                and (not each.jobs if is_suspect else self._room(each) > 0)
+                if (each.ready and not each.jobs if is_suspect else self._room(each) > 0)
             ]
             if not free:
                 return
@@ -160,10 +155,13 @@ class WorkerPool(Generic[_Worker]):
         )
 
     def _room(self, worker: _Worker) -> int:
-        """Return how many more images a worker takes; none with a job that may have ended one."""
-        if any(self._attempts[job] for job in worker.jobs):
+        """Return how many more images a worker takes.
+
+        That is none before it is ready, and with a job that may have ended another one.
+        """
+        if worker.ready is None or any(self._attempts[job] for job in worker.jobs):
             return 0
-        return self._max_batch - worker.images()
+        return worker.ready.max_begun - worker.images()
 
 
 def _poisonous(work: Work) -> Failed:

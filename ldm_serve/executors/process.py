@@ -66,7 +66,7 @@ class ProcessExecutor:
     ) -> None:
         self._bundles, self._settings = dict(bundles), settings
         self._count, self._stall_seconds = workers, stall_seconds
-        self._pool: WorkerPool[_Process] = WorkerPool(settings.max_batch)
+        self._pool: WorkerPool[_Process] = WorkerPool()
         self._is_closing = False
         self._reason = "the model is being opened"
         self._tasks: set[asyncio.Task[None]] = set()

@@ -74,7 +74,7 @@ class RayExecutor:
         self._settings = replace(settings, threads=settings.threads or 1)
         self._cpus, self._gpus = settings.threads or 1, gpus
         self._count, self._stall_seconds = workers, stall_seconds
-        self._pool: WorkerPool[_Actor] = WorkerPool(settings.max_batch)
+        self._pool: WorkerPool[_Actor] = WorkerPool()
         self._refused: set[str] = set()  # identifiers of nodes
         self._given_up = 0
         self._reason = "no node has room for a worker yet, or the model is being opened"

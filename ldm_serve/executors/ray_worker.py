@@ -139,7 +139,7 @@ class RayWorker:
             self._check()
             self._changed.clear()
             await self._changed.wait()
-        return encode(Ready(backend=stats.backend, precision=stats.precision))
+        return encode(Ready(backend=stats.backend, precision=stats.precision, max_begun=stats.room))
 
     async def generate(self, data: bytes) -> bytes:
         """Generate a job and return its `Finished` or `Failed`; nothing if it was cancelled.

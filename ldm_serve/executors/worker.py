@@ -63,7 +63,13 @@ class Worker(Closing):
         opened = self._models.open(model)
         assert opened is not None, "no other model is open"
         generator = opened.generator
-        self._send(Ready(backend=generator.backend, precision=generator.precision))
+        self._send(
+            Ready(
+                backend=generator.backend,
+                precision=generator.precision,
+                max_begun=opened.batch.max_begun,
+            )
+        )
 
     def follow(self, order: Work | Cancel | Quit) -> bool:
         """Take an order; nothing is computed yet.

@@ -110,6 +110,22 @@ def test_a_backend_that_keeps_few_shapes_is_given_one(generator, sizes, monkeypa
     assert max(sizes) == most
 
 
+def test_requests_take_turns_at_calls_of_one_image(generator, monkeypatch):
+    monkeypatch.setattr(cpu, "ABILITIES", replace(cpu.ABILITIES, kept_shapes=lambda _: 2))
+
+    with generator.open_batch(max_batch=4) as batch:
+        assert batch.max_begun == 2
+        long, short, late = (
+            batch.add(GenerationRequest("red", seed=1, num_inference_steps=steps))
+            for steps in (12, 2, 1)
+        )
+        ends = [(number, type(event)) for _ in range(6) for number, event in batch.advance()]
+
+    # a third begins when one of two has ended: they may have no more shapes than are kept
+    assert [number for number, _ in ends] == [long, short, long, short, short, long, late, late]
+    assert ends.count((short, Result)) == ends.count((late, Result)) == 1
+
+
 def test_requests_share_calls_of_the_unet(generator, sizes):
     with generator.open_batch(max_batch=2) as batch:
         batch.add(GenerationRequest("red", seed=1, num_inference_steps=4))

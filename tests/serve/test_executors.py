@@ -261,8 +261,8 @@ def test_a_worker_that_cannot_be_started_is_started_later(bundle, expected, capl
 
 def test_what_a_buried_worker_says_comes_too_late():
     """A result that was on its way when its worker died, whose job is run again."""
-    pool = WorkerPool(4)
-    dead, alive = (PoolWorker(ready=Ready(backend="", precision="")) for _ in range(2))
+    pool = WorkerPool()
+    dead, alive = (PoolWorker(ready=Ready(backend="", precision="", max_begun=4)) for _ in range(2))
     pool.workers.append(dead)
     pool.add(work("job", QUICK))
     assert [job.job for _, job in pool.hand_out()] == ["job"]
