@@ -22,6 +22,8 @@ from ldm_serve.settings import Limits
 
 _LOGGER = logging.getLogger(__name__)
 
+#: Seconds that clients of a server which is ending have to fetch images that are done.
+GRACE_SECONDS = 5
 #: Weight of the latest request in the running mean of how long one takes.
 _LATEST = 0.2
 _ENDED = "the server has ended"
@@ -81,22 +83,31 @@ class JobBoard:
     def drain(self, seconds: float) -> None:
         """Take no more requests; those that have come go on for a while, and are then ended.
 
-        It may be called from the handler of a signal. Only the first call counts.
+        It may be called from the handler of a signal. A later call can only bring the end nearer.
 
         Args:
             seconds: How long they may take.
         """
-        if self._drained_at is not None:
+        end = time.monotonic() + seconds
+        if self._drained_at is not None and self._drained_at <= end:
             return
-        self._drained_at = time.monotonic() + seconds
+        self._drained_at = end
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self._end_all, _ENDED)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether it is told to end, and neither jobs nor clients that fetch images hold it up."""
+        if self._drained_at is None or self._running or self._queue:
+            return False
+        latest = time.monotonic() - GRACE_SECONDS
+        return all(not job.unfetched or (job.finished or 0) < latest for job in self._over.values())
 
     async def close(self, seconds: float) -> None:
         """Wait for the jobs that have come, then end what is left, and the workers.
 
         Args:
-            seconds: How long to wait, unless `drain` has said so.
+            seconds: How long to wait, unless `drain` was called with less.
         """
         self.drain(seconds)
         assert self._drained_at is not None, "drain has set it"

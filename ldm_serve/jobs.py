@@ -35,6 +35,7 @@ class Job:
         total: Steps of an image, once they are known.
         preview: Small PNG of the image so far.
         result: The images.
+        unfetched: Indices of images that no client has been sent.
         error: The error that ended it.
         created: When it came, in seconds of the monotonic clock.
         started: When a worker took it.
@@ -49,6 +50,7 @@ class Job:
     total: int = 0
     preview: bytes | None = None
     result: Finished | None = None
+    unfetched: set[int] = field(default_factory=set)
     error: ServeError | None = None
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -91,6 +93,7 @@ class Job:
         self.state, self.result, self.error = state, result, error
         # A copy: a thread may be about to send the fields to a worker.
         self.work = msgspec.structs.replace(self.work, fields={})
+        self.unfetched = set() if result is None else set(range(len(result.images)))
         self.finished = time.monotonic()
         self.notify()
 

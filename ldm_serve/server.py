@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, which stops taking requests the moment it is told to end."""
+"""The HTTP server: uvicorn, which answers until all jobs have ended once it is told to end."""
 
 import logging
 import socket
@@ -8,16 +8,18 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
+from ldm_serve.board import GRACE_SECONDS
 from ldm_serve.settings import ServeSettings
 from ldm_serve.site import Site
 
 _LOGGER = logging.getLogger(__name__)
-#: Seconds that clients have to fetch their answers after the last request has ended.
-GRACE_SECONDS = 5
 
 
 class Server(uvicorn.Server):
-    """A server of one application; SIGTERM and SIGINT drain it, and once more ends it at once.
+    """A server of one application; SIGTERM and SIGINT drain it, and a second one ends it at once.
+
+    While it drains it takes no requests, and still answers for those that have come, and sends
+    their images. Then it stops listening, and answers that are being sent have a little time.
 
     Args:
         app: From `create_app`.
@@ -31,6 +33,7 @@ class Server(uvicorn.Server):
         self, app: Starlette, settings: ServeSettings, *, host: str, port: int, uds: Path | None
     ) -> None:
         site: Site = app.state.site
+        self._is_told = False
         self._board, self._drain_seconds = site.board, settings.drain_seconds
         super().__init__(
             uvicorn.Config(
@@ -42,14 +45,20 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=64 * 2**10,
-                timeout_graceful_shutdown=round(settings.drain_seconds) + GRACE_SECONDS,
+                timeout_graceful_shutdown=GRACE_SECONDS,
             )
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take no more requests, let those that have come go on, and end."""
-        self._board.drain(self._drain_seconds)
+        """Drain; or, at the second signal, end all jobs and stop listening."""
         super().handle_exit(sig, frame)
+        self._board.drain(0 if self._is_told else self._drain_seconds)
+        self.should_exit = self.force_exit = self._is_told
+        self._is_told = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop listening; called ten times a second."""
+        return await super().on_tick(counter) or self._board.is_drained
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""

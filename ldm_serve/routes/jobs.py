@@ -138,12 +138,13 @@ class JobRoutes:
         images = [] if job.result is None else job.result.images
         # Compared as text: Python does not read every number that a path may hold.
         wanted = request.path_params["index"]
-        found = [image for index, image in enumerate(images) if str(index) == wanted]
+        found = [index for index in range(len(images)) if str(index) == wanted]
         if not found:
             raise ServeError(404, "image_not_found", "there is no such image")
+        job.unfetched.difference_update(found)
         # Pages that are given an address show the image, whatever their site is.
         headers = {"Cross-Origin-Resource-Policy": "cross-origin"}
-        return Response(found[0], headers=headers, media_type=f"image/{job.work.format}")
+        return Response(images[found[0]], headers=headers, media_type=f"image/{job.work.format}")
 
     def _found(self, request: Request) -> Job:
         return self._board.find(request.state.key, request.path_params["job"])

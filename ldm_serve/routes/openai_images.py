@@ -172,6 +172,8 @@ class OpenAIRoutes:
         if body.stream:
             return events_answer(self._events(job, body.partial_images or 0, kind))
         result = await self._site.images_of(request, job)
+        if body.response_format != "url":
+            job.unfetched.clear()
         if body.response_format == "file":
             return Response(result.images[0], media_type=f"image/{wish.format}")
         base = str(request.base_url) if body.response_format == "url" else None
@@ -197,6 +199,7 @@ class OpenAIRoutes:
                 yield f"{kind}.completed", {"type": f"{kind}.completed", **event}
         finally:
             self._site.board.cancel(job)  # the client is gone, unless it is over
+            job.unfetched.clear()
 
 
 #: Names of our fields in this interface.

@@ -325,7 +325,7 @@ def test_a_draining_server_ends_what_takes_longer_while_clients_wait(board, subm
     async def scenario(board, executor):
         job, waiting = submit(board), submit(board)
         board.drain(0.05)
-        board.drain(60)  # another signal: the first counts
+        board.drain(60)  # a later call cannot give more time
         async with asyncio.timeout(5):
             return [await refusal_of(each.outcome()) for each in (job, waiting)], executor
 
@@ -333,6 +333,31 @@ def test_a_draining_server_ends_what_takes_longer_while_clients_wait(board, subm
 
     assert [(each.status, str(each)) for each in errors] == [(503, "the server has ended")] * 2
     assert not executor.is_closed
+
+
+def test_a_server_is_drained_when_clients_have_fetched_their_images(board, submit, monkeypatch):
+    async def scenario(board, executor):
+        job, late = submit(board), submit(board)
+        board.drain(60)
+        found = [board.is_drained]
+        executor.finish(job.id)
+        executor.finish(late.id)
+        found.append(board.is_drained)
+        job.unfetched.discard(0)
+        found.append(board.is_drained)
+        monkeypatch.setattr("ldm_serve.board.GRACE_SECONDS", -1)  # as if they had ended long ago
+        return [*found, board.is_drained]
+
+    assert board(scenario) == [False, False, False, True]
+
+
+def test_a_server_without_jobs_is_drained_at_once(board):
+    async def scenario(board, executor):
+        before = board.is_drained
+        board.drain(60)
+        return before, board.is_drained
+
+    assert board(scenario) == (False, True)
 
 
 async def refusal_of(outcome):

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from ldm_runtime.cli.commands import build_parser, main
+from ldm_serve.board import GRACE_SECONDS
 from ldm_serve.cli import KEYS_VARIABLE, settings_of
-from ldm_serve.server import GRACE_SECONDS
 from tests.runtime.triton_configs import config_of, tensors
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +162,7 @@ def test_the_deployment_serves_and_has_the_time_to_drain():
     (port,) = (each["containerPort"] for each in container["ports"])
     assert port == args.port == int(pod["metadata"]["annotations"]["prometheus.io/port"])
     needed = container["lifecycle"]["preStop"]["sleep"]["seconds"] + found.drain_seconds
-    assert pod["spec"]["terminationGracePeriodSeconds"] > needed + GRACE_SECONDS
+    assert pod["spec"]["terminationGracePeriodSeconds"] > needed + 2 * GRACE_SECONDS + 5
     (keys,) = (each for each in container["env"] if each["name"] == KEYS_VARIABLE)
     assert "secretKeyRef" in keys["valueFrom"]
     (mount,) = (each for each in container["volumeMounts"] if each["name"] == "bundle")

@@ -440,6 +440,40 @@ def test_workers_end_with_a_killed_server(bundle, tmp_path):
             assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_server_that_is_told_to_end_lets_clients_fetch_their_images(bundle, tmp_path, expected):
+    request = {**SLOW, "num_inference_steps": 60}
+    with serving(tmp_path, bundle) as server, server.client(timeout=60) as client:
+        job = client.post("/api/jobs", json={"request": request}).json()
+        server.process.send_signal(signal.SIGTERM)
+        while client.get("/readyz").status_code == 200:
+            time.sleep(0.005)
+        refused = client.post("/api/jobs", json={"request": request})
+        while (found := client.get(f"/api/jobs/{job['id']}").json())["state"] != "completed":
+            time.sleep(0.05)
+        time.sleep(0.5)  # longer than uvicorn looks between two ticks
+
+        with server.client(timeout=60) as another:
+            data = another.get(found["images"][0]["url"]).content
+
+        server.process.wait(4)
+    assert (refused.status_code, "is ending" in refused.text) == (503, True)
+    assert Image.open(io.BytesIO(data)).tobytes() == expected(request)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_server_at_once(bundle, tmp_path, second):
+    request = {**SLOW, "num_inference_steps": 200, "num_images": 8}
+    with serving(tmp_path, bundle) as server, server.client(timeout=60) as client:
+        client.post("/api/jobs", json={"request": request})
+        server.process.send_signal(signal.SIGTERM)
+        while client.get("/readyz").status_code == 200:
+            time.sleep(0.005)
+
+        server.process.send_signal(second)
+
+        server.process.wait(8)  # of 30 for which it would go on
+
+
 @pytest.mark.parametrize("told", ["the server", "all its processes"])
 def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, expected, told):
     """A service manager tells all processes of a service."""

@@ -183,6 +183,7 @@ class A1111Routes:
         except ServeError as error:
             error.rename_field(_PARAMS)
             raise
+        job.unfetched.clear()
         sends_images = form.send_images is not False
         images = [base64.b64encode(each).decode() for each in result.images if sends_images]
         info = info_text(job, result, form, timestamp(job))
