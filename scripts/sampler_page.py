@@ -107,7 +107,8 @@ _LDM_STEPS = """
 
 LDM's DDIM and PLMS visit every k-th timestep, where k is 1000 // S for S steps. If S does not
 divide 1000 there may be more of them than asked for, and for some S the last one does not exist.
-The default, `leading`, makes S steps with the same k; `ldm` does what LDM does:
+The default, `leading`, makes S steps with the same k; `ldm` does what LDM does, and an image
+records the number asked for:
 
 | asked for | `leading` | `ldm` |
 |---|---|---|

@@ -63,6 +63,7 @@ class _Sampling:
     """The part of a resolved request that says how to sample; empty for an autoencoder alone."""
 
     sampler: str = ""
+    num_inference_steps: int = 0
     schedule: str = ""
     sigmas: tuple[float, ...] = ()
     eta: float = 0.0
@@ -117,6 +118,7 @@ def resolve(
         width=size[1],
         micro_conditioning=micro_conditioning_of(request, size),
         num_images=request.num_images,
+        num_inference_steps=sampling.num_inference_steps,
         sampler=sampling.sampler,
         schedule=sampling.schedule,
         sigmas=sampling.sigmas,
@@ -268,9 +270,10 @@ def _sampling(request: GenerationRequest, spec: ModelSpec) -> _Sampling:
         )
     scale = defaults.guidance_scale if can_guide(spec) or embeds_guidance(spec) else 1.0
     image_scale = IMAGE_GUIDANCE_SCALE if task_record(spec).guides_by_image else 1.0
-    schedule, sigmas = _sigmas(request, record, spec)
+    schedule, steps, sigmas = _sigmas(request, record, spec)
     return _Sampling(
         sampler=name,
+        num_inference_steps=steps,
         schedule=schedule,
         sigmas=sigmas,
         eta=eta,
@@ -281,20 +284,22 @@ def _sampling(request: GenerationRequest, spec: ModelSpec) -> _Sampling:
 
 def _sigmas(
     request: GenerationRequest, record: SamplerRecord, spec: ModelSpec
-) -> tuple[str, tuple[float, ...]]:
-    """Return the schedule of a request, and the noise levels that it visits from noise on."""
+) -> tuple[str, int, tuple[float, ...]]:
+    """Return the schedule of a request, the steps asked of it, and its noise levels."""
     table = sigma_table(spec, zero_terminal_snr=request.zero_terminal_snr)
     if request.sigmas is not None:
-        return CUSTOM, _custom_sigmas(request, request.sigmas)
+        listed = _custom_sigmas(request, request.sigmas)
+        return CUSTOM, len(listed) - 1, listed
     if request.schedule == CUSTOM:
         raise RequestError("schedule", f"{CUSTOM!r} means those in sigmas; give sigmas")
     schedule = _first(request.schedule, default_schedule(record, spec))
     check_schedule(schedule, spec)
     steps = _first(request.num_inference_steps, spec.defaults.num_inference_steps)
     try:
-        return schedule, tuple(sampling_sigmas(table, steps, schedule, record.final_sigma))
+        sigmas = sampling_sigmas(table, steps, schedule, record.final_sigma)
     except ValueError as error:
         raise RequestError("num_inference_steps", str(error)) from error
+    return schedule, steps, tuple(sigmas)
 
 
 def _custom_sigmas(request: GenerationRequest, listed: tuple[float, ...]) -> tuple[float, ...]:

@@ -286,6 +286,7 @@ class ResolvedRequest:
         width: Likewise.
         micro_conditioning: What the UNet is told about the image, if it takes that.
         num_images: How many images.
+        num_inference_steps: Steps that the schedule is asked for, or that `sigmas` lists.
         sampler: Name in `ldm_runtime.samplers.SAMPLERS`; empty for a model that only encodes and
             decodes, like all fields that say how to sample.
         schedule: Name in `ldm_runtime.schedules.SCHEDULES`, or "custom" for listed sigmas.
@@ -320,6 +321,7 @@ class ResolvedRequest:
     width: int
     micro_conditioning: MicroConditioning
     num_images: int
+    num_inference_steps: int
     sampler: str
     schedule: str
     sigmas: tuple[float, ...]
@@ -346,8 +348,8 @@ class ResolvedRequest:
         return f"ResolvedRequest({self.task}: {changed_fields(self.as_request())})"
 
     @property
-    def num_inference_steps(self) -> int:
-        """Steps of the sampler, if it starts from noise."""
+    def num_steps(self) -> int:
+        """Steps from noise on: with the schedule `ldm` there may be more than asked for."""
         return max(0, len(self.sigmas) - 1)
 
     @property

@@ -107,7 +107,7 @@ def _changes(
     if request.condition_as(PromptCondition).literal:
         yield request.passes[0].first_step, prompts
         return
-    total, earlier = request.num_inference_steps, 0
+    total, earlier = request.num_steps, 0
     for each in request.passes:
         schedules = {
             field: _schedule(field, text, total, earlier) for field, text in prompts.items()

@@ -325,6 +325,27 @@ def test_metadata_draws_the_same_picture_again(generator):
     assert metadata["bundle_sha256"] == result.bundle_sha256
 
 
+def test_every_call_makes_the_steps_of_ldm_for_the_number_asked_for(generator):
+    fields = {"schedule": "ldm", "num_inference_steps": 30, "seed": 3}
+    made = []
+
+    called = generator("red", **fields, on_step=made.append)
+    (shared,) = generator.run_many(["red"], **fields)
+    again = generator(**called.metadata()["request"])
+
+    assert len(made) == 31  # range(0, 1000, 1000 // 30), as LDM's make_ddim_timesteps has it
+    assert called.metadata()["request"]["num_inference_steps"] == 30
+    for other in (shared, again):
+        np.testing.assert_array_equal(other.latents, called.latents)
+
+
+@pytest.mark.parametrize("steps", [26, 35])
+def test_ldm_s_schedule_makes_numbers_of_steps_next_to_those_off_its_table(generator, steps):
+    result = generator("red", schedule="ldm", num_inference_steps=steps)
+
+    assert result.request.num_steps == len(range(0, 1000, 1000 // steps))
+
+
 def test_an_over_long_prompt_is_cut_with_a_warning_that_shows_what_was_cut(generator, caplog):
     with caplog.at_level(logging.WARNING):
         generator(

@@ -16,6 +16,7 @@ from ldm_runtime.requests.resolution import resolve, sigma_table
 from ldm_runtime.requests.resolved import ClassCondition
 from ldm_runtime.requests.sizes import TILE_LATENTS, latent_size, padded_size
 from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.schedules import SCHEDULES, most_steps
 from ldm_runtime.specs.model import Task, size_step
 from ldm_runtime.testing import TINY_SPEC, tiny_requests, tiny_spec
 from tests.runtime.sampler_cases import sampler_named
@@ -146,6 +147,25 @@ def test_a_request_that_steers_resolves_once_and_for_all(fields):
     request = resolved(**fields)
 
     assert resolve(request, TINY_SPEC) == request
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_and_schedule_resolve_once_and_for_all(sampler, schedule):
+    for steps in (4, 30, 75):  # LDM's schedule makes 4, 31 and 77 steps of them
+        most = most_steps(sigma_table(TINY_SPEC, zero_terminal_snr=False), steps, schedule)
+        request = resolved(sampler=sampler, schedule=schedule, num_inference_steps=most, seed=5)
+
+        assert resolve(request, TINY_SPEC) == request
+        assert resolve(request.as_request(), TINY_SPEC) == request
+
+
+def test_the_schedule_of_ldm_keeps_the_number_of_steps_that_it_was_asked_for():
+    request = resolved(schedule="ldm", num_inference_steps=30)
+
+    assert (request.num_inference_steps, request.num_steps) == (30, 31)
+    assert request.passes[0].steps == range(31)
+    assert request_to_json(request.as_request())["num_inference_steps"] == 30
 
 
 def test_of_image_i_moves_the_seed_or_that_of_the_variation():
