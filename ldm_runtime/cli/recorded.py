@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ldm_runtime.adapters.files import adapter_sha256
@@ -13,24 +12,12 @@ from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import LdmError
 from ldm_runtime.pipeline.image_files import read_metadata
 from ldm_runtime.pipeline.infotext import model_name
-from ldm_runtime.requests.presets import PRESET_FIELDS
+from ldm_runtime.requests.replaced_fields import REPLACED, kept_fields
+from ldm_runtime.requests.request import parse_request
+from ldm_runtime.requests.request_json import request_to_json
+from ldm_runtime.requests.sampler_names import with_known_names
 
 _LOGGER = logging.getLogger(__name__)
-
-#: Recorded fields that say nothing any more once another field is changed.
-_REPLACED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "preset": (*PRESET_FIELDS, "sigmas"),
-        "sampler": ("eta", "schedule"),
-        "schedule": ("sigmas",),
-        "num_inference_steps": ("sigmas",),
-        "sigmas": ("num_inference_steps", "schedule"),
-        "image": ("height", "width"),
-        "mask_image": ("outpaint",),
-        "outpaint": ("mask_image", "mask_blur", "height", "width"),
-    }
-)
-_CUSTOM_SCHEDULE = {"schedule": "custom"}
 
 
 def recorded_fields(
@@ -43,9 +30,9 @@ def recorded_fields(
 ) -> dict[str, object]:
     """Return the fields of the request that made an image, changed.
 
-    A recorded field that depends on a changed one is left out: another sampler gets its own eta and
-    schedule, and a preset all that it sets. Another bundle than the one that made the image, and
-    other textual inversions or adapters, are warned of.
+    A recorded field that depends on a changed one is left out, see `replaced_fields`. Another
+    bundle than the one that made the image, and other textual inversions or adapters, are warned
+    of.
 
     Args:
         path: The image.
@@ -56,6 +43,7 @@ def recorded_fields(
         refiner: The bundle that is to make its last steps, if one is.
 
     Raises:
+        RequestError: A changed field is of the wrong type or out of range.
         LdmError: The image does not say how it was made.
     """
     metadata = read_metadata(path)
@@ -67,13 +55,12 @@ def recorded_fields(
         _compare_refiners(path, metadata, refiner)
     _compare_inversions(path, metadata, inversions)
     _compare_adapters(path, metadata, adapters)
-    recorded = {name: value for name, value in request.items() if value is not None}
-    for name in changes:
-        for replaced in _REPLACED.get(name, ()):
-            recorded.pop(replaced, None)
-    if "sigmas" not in recorded and recorded.items() >= _CUSTOM_SCHEDULE.items():
-        del recorded["schedule"]
-    return recorded | dict(changes)
+    known = with_known_names(changes)
+    names = known.keys() & REPLACED.keys()
+    read = parse_request({name: known[name] for name in names})
+    described = request_to_json(read)
+    kept = kept_fields(request, {name: described[name] for name in names})
+    return kept | known | {name: getattr(read, name) for name in names}
 
 
 def _compare_bundles(path: Path, metadata: Mapping[str, Any], bundle: Path) -> None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from ldm_runtime.errors import RequestError
 from ldm_runtime.requests.fields import check_names
-from ldm_runtime.requests.presets import PRESET_FIELDS
+from ldm_runtime.requests.replaced_fields import kept_fields
 from ldm_runtime.requests.request import FIELDS, GenerationRequest, parse_request
 from ldm_runtime.requests.resolved import ResolvedRequest
+from ldm_runtime.requests.sampler_names import with_known_names
 
 
 def request_from(
@@ -17,7 +18,9 @@ def request_from(
 
     Args:
         given: A prompt, a request or a dictionary of fields; None is a request without a prompt.
-        fields: Further fields; they replace those of a request.
+        fields: Further fields; they replace those of a request, and of a resolved one all that
+            depends on them, see `replaced_fields`. A sampler's name that carries a schedule, such
+            as "DPM++ 2M Karras", replaces both.
 
     Raises:
         RequestError: A field is unknown, of the wrong type or out of range, or `given` is none of
@@ -29,8 +32,13 @@ def request_from(
         case str():
             return parse_request({"prompt": given, **fields})
         case Mapping():
-            return parse_request({**given, **fields})
-        case GenerationRequest() | ResolvedRequest():
+            return parse_request({**given, **_opened_schedule(fields), **fields})
+        case GenerationRequest() | ResolvedRequest() if not fields:
+            return given
+        case GenerationRequest():
+            check_names(fields, FIELDS)
+            return replace(given, **_opened_schedule(fields), **fields)  # type: ignore[arg-type]
+        case ResolvedRequest():
             return _changed(given, fields)
     fix = "give text, a GenerationRequest, or the fields as keywords"
     if isinstance(given, Sequence):
@@ -51,14 +59,14 @@ def requests_from(
     return [request_from(each, fields) for each in given]
 
 
-def _changed(
-    request: GenerationRequest | ResolvedRequest, fields: Mapping[str, object]
-) -> GenerationRequest | ResolvedRequest:
-    if not fields:
-        return request
-    check_names(fields, FIELDS)
-    if not isinstance(request, ResolvedRequest):
-        return replace(request, **fields)  # type: ignore[arg-type]
-    # In a resolved request nothing is open that a preset could set.
-    opened = dict.fromkeys((*PRESET_FIELDS, "sigmas")) if fields.get("preset") else {}
-    return replace(request.as_request(), **{**opened, **fields})  # type: ignore[arg-type]
+def _opened_schedule(fields: Mapping[str, object]) -> dict[str, None]:
+    """Return the schedule to leave open, if the name of a sampler carries its own."""
+    carries_schedule = "schedule" in with_known_names(fields) and "schedule" not in fields
+    return {"schedule": None} if carries_schedule else {}
+
+
+def _changed(request: ResolvedRequest, fields: Mapping[str, object]) -> GenerationRequest:
+    read, known = parse_request(fields), request.as_request()
+    changes = {name: getattr(read, name) for name in with_known_names(fields)}
+    recorded = {name: getattr(known, name) for name in FIELDS}
+    return GenerationRequest(**{**kept_fields(recorded, changes), **changes})

@@ -8,7 +8,10 @@ import pytest
 from ldm_runtime import GenerationRequest, Generator, Result, Step
 from ldm_runtime.errors import BackendError, DeadlineError, RequestError
 from ldm_runtime.pipeline.step_reports import report_steps
+from ldm_runtime.requests.call_arguments import request_from
 from ldm_runtime.requests.request import FIELDS, parse_request
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.testing import TINY_SPEC
 
 FIELDS_OF_ALL = {"seed": 3, "num_inference_steps": 2, "sampler": "euler_ancestral"}
 
@@ -58,6 +61,59 @@ def test_fields_replace_those_of_a_request(generator):
     assert pixels(changed) == pixels(generator("red", **{**FIELDS_OF_ALL, "seed": 4}))
     with pytest.raises(RequestError, match=r"steps: unknown field \(did you mean num_inf"):
         generator(request, steps=4)
+
+
+SMALL, LARGE = (np.full((side, side, 3), 99, dtype=np.uint8) for side in (16, 32))
+
+
+@pytest.mark.parametrize(
+    ("made", "fields", "expected"),
+    [
+        ({}, {"sampler": "DPM++ 2M Karras"}, {"sampler": "dpmpp_2m", "schedule": "karras"}),
+        ({"sampler": "euler_ancestral"}, {"sampler": "euler"}, {"eta": 0.0}),
+        ({"sampler": "ddim", "eta": 0.5}, {"sampler": "ddim"}, {"eta": 0.5}),
+        ({"sampler": "heun", "schedule": "karras"}, {"sampler": "ddim"}, {"schedule": "leading"}),
+        ({"sampler": "heun"}, {"sampler": None}, {"sampler": "ddim", "schedule": "leading"}),
+        ({"sigmas": [14, 3]}, {"num_inference_steps": 20}, {"schedule": "leading"}),
+        ({"sigmas": [14, 3]}, {"schedule": "karras"}, {"schedule": "karras"}),
+        ({"sigmas": [14, 3]}, {"sampler": "Heun Karras"}, {"schedule": "karras"}),
+        ({"sigmas": [14, 3]}, {"sampler": "heun"}, {"sigmas": (14, 3, 0)}),
+        ({"sigmas": [14, 3, 1]}, {"sigmas": [9, 1]}, {"sigmas": (9, 1, 0)}),
+        ({"sigmas": [14, 3, 1]}, {"sigmas": None}, {"num_inference_steps": 4}),
+        ({"num_inference_steps": 3}, {"sigmas": None}, {"num_inference_steps": 3}),
+        ({}, {"sigmas": [9, 1]}, {"schedule": "custom", "num_inference_steps": 2}),
+        ({"num_inference_steps": 3}, {"preset": "tcd"}, {"num_inference_steps": 4, "eta": 0.3}),
+        ({"image": SMALL}, {"image": LARGE}, {"height": 32, "width": 32}),
+        ({"image": SMALL, "height": 24}, {"image": SMALL.copy()}, {"height": 24, "width": 16}),
+        ({"image": LARGE, "strength": 0.5}, {"image": None}, {"height": 16}),
+        ({"image": LARGE, "mask_image": LARGE}, {"outpaint": (4, 0, 0, 0)}, {"width": 36}),
+        ({"hires_scale": 2.0, "hires_strength": 0.7}, {"hires_scale": None}, {"height": 16}),
+        ({"variation_strength": 0.5}, {"variation_strength": 0}, {"variation_strength": 0}),
+    ],
+)
+def test_fields_replace_what_depends_on_them_in_the_request_of_a_result(made, fields, expected):
+    result = resolve(GenerationRequest("red", **made), TINY_SPEC)
+
+    request = resolve(request_from(result, fields), TINY_SPEC)
+
+    assert {name: getattr(request, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sampler": "DPM++ 2M Karras"},
+        {"sampler": "ddim", "schedule": "karras"},
+        GenerationRequest(sampler="DPM++ 2M Karras"),
+        GenerationRequest(sampler="ddim", schedule="karras"),
+    ],
+)
+def test_a_name_that_carries_a_schedule_replaces_sampler_and_schedule(given):
+    request = request_from(given, {"sampler": "DPM++ 2M SDE Exponential"})
+    explicit = request_from(given, {"sampler": "Heun Exponential", "schedule": "Beta"})
+
+    assert (request.sampler, request.schedule) == ("dpmpp_2m_sde", "exponential")
+    assert (explicit.sampler, explicit.schedule) == ("heun", "beta")
 
 
 @pytest.mark.parametrize("method", ["__call__", "generate", "stream"])

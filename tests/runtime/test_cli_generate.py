@@ -13,6 +13,7 @@ from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.cli.flags import given_fields
 from ldm_runtime.cli.request_lines import read_requests
 from ldm_runtime.errors import RequestError
+from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.pipeline.image_files import read_metadata, save_image
 from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.testing import TINY_SPEC
@@ -276,6 +277,7 @@ def test_flags_change_the_repetition(generate, tmp_path):
         (["--sampler", "euler"], ["--sampler", "Heun Karras"], {"schedule": "karras"}),
         (["--sigmas", "9,3,1"], ["--steps", 2], {"schedule": "leading", "num_inference_steps": 2}),
         (["--sigmas", "9,3"], ["--sampler", "heun"], {"schedule": "custom", "sigmas": (9, 3, 0)}),
+        (["--sigmas", "9,3"], ["--sampler", "Heun Karras"], {"schedule": "karras"}),
         (["--steps", 4], ["--sigmas", "9,3,1"], {"num_inference_steps": 3}),
         (["--steps", 3], ["--preset", "tcd"], {"sampler": "tcd", "num_inference_steps": 4}),
         (["--sigmas", "9,3"], ["--preset", "lcm", "--steps", 2], {"num_inference_steps": 2}),
@@ -312,6 +314,18 @@ def test_an_image_to_start_from_is_given_again(generate, tmp_path, capsys):
     assert "image: is known by its hash alone" in capsys.readouterr().err
     assert generate("--like", "first.png", "-i", "photo.png", "-o", "again.png") == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+
+
+def test_an_image_that_is_given_again_keeps_the_size_asked_for(generate, tmp_path):
+    for name, side in (("photo.png", 16), ("other.png", 32)):
+        Image.fromarray(np.full((side, side, 3), 99, np.uint8)).save(tmp_path / name)
+    generate("red", "-i", "photo.png", "--size", "24x20", "-s", 7, "-o", "first.png")
+
+    assert generate("--like", "first.png", "-i", "photo.png", "-o", "again.png") == 0
+    assert generate("--like", "first.png", "-i", "other.png", "-o", "changed.png") == 0
+
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+    assert InputImage.read(tmp_path / "changed.png").size == (32, 32)
 
 
 def test_an_image_without_a_record_cannot_be_repeated(generate, tmp_path, capsys):
