@@ -8,6 +8,7 @@ from ldm_runtime.requests.presets import PRESET_FIELDS
 from ldm_runtime.requests.request import CUSTOM
 
 _T = TypeVar("_T")
+_SIZE = ("height", "width", "tile_size")
 
 #: Recorded fields that say nothing any more once another field is changed.
 REPLACED: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -17,11 +18,14 @@ REPLACED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "schedule": ("sigmas",),
         "num_inference_steps": ("sigmas",),
         "sigmas": ("num_inference_steps", "schedule"),
-        "image": ("height", "width"),
-        "segmentation": ("height", "width"),
-        "depth_map": ("height", "width"),
+        "image": _SIZE,
+        "segmentation": _SIZE,
+        "depth_map": _SIZE,
         "mask_image": ("outpaint",),
-        "outpaint": ("mask_image", "mask_blur", "height", "width"),
+        "outpaint": ("mask_image", "mask_blur", *_SIZE),
+        "height": ("tile_size",),
+        "width": ("tile_size",),
+        "hires_scale": ("tile_size",),
     }
 )
 #: Recorded fields that mean nothing once another one is taken away.
@@ -40,7 +44,7 @@ def kept_fields(recorded: Mapping[str, _T], changes: Mapping[str, object]) -> di
     """Return the recorded fields that still say something next to changed ones.
 
     Another sampler gets its own eta and schedule, a preset all that it sets, another image or map
-    its own size. A change to the recorded value is none.
+    its own size, and another size its own tiles. A change to the recorded value is none.
 
     Args:
         recorded: The fields of a resolved request; those that are None are left out.

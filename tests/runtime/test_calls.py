@@ -64,6 +64,7 @@ def test_fields_replace_those_of_a_request(generator):
 
 
 SMALL, LARGE = (np.full((side, side, 3), 99, dtype=np.uint8) for side in (16, 32))
+WIDE = np.full((16, 8192, 3), 99, dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,14 @@ SMALL, LARGE = (np.full((side, side, 3), 99, dtype=np.uint8) for side in (16, 32
         ({"image": LARGE, "mask_image": LARGE}, {"outpaint": (4, 0, 0, 0)}, {"width": 36}),
         ({"hires_scale": 2.0, "hires_strength": 0.7}, {"hires_scale": None}, {"height": 16}),
         ({"variation_strength": 0.5}, {"variation_strength": 0}, {"variation_strength": 0}),
+        ({}, {"width": 512, "height": 512}, {"tile_size": 192}),
+        ({"tile_size": 64}, {"seed": 4}, {"tile_size": 64}),
+        ({}, {"width": 512, "height": 512, "tile_size": 0}, {"tile_size": 0}),
+        ({"width": 512, "height": 512}, {"width": 16, "height": 16}, {"tile_size": 0}),
+        ({"width": 96, "height": 96}, {"hires_scale": 4.0}, {"tile_size": 192}),
+        ({"width": 96, "height": 96, "hires_scale": 4.0}, {"hires_scale": None}, {"tile_size": 0}),
+        ({"image": SMALL}, {"image": WIDE}, {"tile_size": 192}),
+        ({"image": SMALL}, {"outpaint": (0, 0, 4096, 0)}, {"tile_size": 192}),
     ],
 )
 def test_fields_replace_what_depends_on_them_in_the_request_of_a_result(made, fields, expected):

@@ -281,6 +281,7 @@ def test_flags_change_the_repetition(generate, tmp_path):
         (["--steps", 4], ["--sigmas", "9,3,1"], {"num_inference_steps": 3}),
         (["--steps", 3], ["--preset", "tcd"], {"sampler": "tcd", "num_inference_steps": 4}),
         (["--sigmas", "9,3"], ["--preset", "lcm", "--steps", 2], {"num_inference_steps": 2}),
+        (["--size", "16x16"], ["--size", "512x512"], {"tile_size": 192}),
         (["--guidance-rescale", 0.5], ["--guidance-rescale", 0], {"guidance_rescale": 0.0}),
     ],
 )
