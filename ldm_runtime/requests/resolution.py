@@ -100,7 +100,7 @@ def resolve(
         check_condition(condition, each)
     check_micro_conditioning(request, models)
     check_decoder(request, spec)
-    _check_combinations(request)
+    _check_combinations(request, spec)
     size = image_size(request, image, condition, spec)
     samples = task_record(spec).samples
     if samples:
@@ -206,7 +206,7 @@ def _image_of(request: GenerationRequest) -> RequestImage:
     return WholeImage(image=request.image)
 
 
-def _check_combinations(request: GenerationRequest) -> None:
+def _check_combinations(request: GenerationRequest, spec: ModelSpec) -> None:
     """Check fields that mean something only together with another field."""
     for name in ("strength", "mask_image", "outpaint"):
         if getattr(request, name) is not None and request.image is None:
@@ -220,12 +220,12 @@ def _check_combinations(request: GenerationRequest) -> None:
         raise RequestError("outpaint", "does not go with mask_image; generate twice")
     if request.latents is not None and request.is_variation:
         raise RequestError("variation_strength", "does not go with latents; leave one of them out")
-    _check_denoising(request)
+    _check_denoising(request, spec)
     if request.variation_seed is not None and not request.is_variation:
         raise RequestError("variation_seed", "changes nothing at variation_strength 0; raise that")
 
 
-def _check_denoising(request: GenerationRequest) -> None:
+def _check_denoising(request: GenerationRequest, spec: ModelSpec) -> None:
     """A run that goes on from another starts where that stopped, and one that stops is not done."""
     if request.denoising_start is not None:
         if request.latents is None:
@@ -233,7 +233,7 @@ def _check_denoising(request: GenerationRequest) -> None:
                 "denoising_start",
                 "means nothing without latents; give those of a run with denoising_end",
             )
-        if request.image is not None:
+        if request.image is not None and task_record(spec).image == "start":
             raise RequestError("denoising_start", "does not go with image; leave one of them out")
     if request.denoising_end is not None and request.hires_scale is not None:
         raise RequestError("denoising_end", "does not go with hires_scale; leave one of them out")

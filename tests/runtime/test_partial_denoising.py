@@ -1,5 +1,7 @@
 """Runs that stop before the noise is gone, and runs that go on from their latents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,14 +9,18 @@ from ldm_runtime import Generator, RequestError
 from ldm_runtime.pipeline.sampling import Step
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.requests.sizes import latent_size
 from ldm_runtime.samplers import SAMPLERS
 from ldm_runtime.schedules import steps_until, timestep_at, training_sigmas
-from ldm_runtime.testing import TINY_SPEC
+from ldm_runtime.specs.tasks import TASKS
+from ldm_runtime.testing import TINY_SPEC, tiny_requests, tiny_spec
 
 PICTURE = np.full((16, 16, 3), 99, dtype=np.uint8)
 LATENTS = np.ones((1, 4, 8, 8), dtype=np.float32)
 #: Deterministic samplers that look at nothing but the latents of a step.
 MEMORYLESS = ["ddim", "euler", "heun", "dpm2"]
+#: Tasks whose image is a condition, and not where sampling starts.
+BY_IMAGE = [name for name, task in TASKS.items() if task.samples and task.image != "start"]
 FIELDS = {"prompt": "red", "seed": 5, "num_inference_steps": 10, "schedule": "trailing"}
 
 
@@ -65,6 +71,33 @@ def test_two_runs_one_after_the_other_are_one(generator, sampler):
 
     assert np.abs(first.latents - whole.latents).max() > 0.1
     np.testing.assert_allclose(second.latents, whole.latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", BY_IMAGE)
+def test_two_runs_with_an_image_as_their_condition_are_one(bundle_of, task):
+    with Generator(bundle_of(task), threads=1) as generator:
+        for request in tiny_requests(task):
+            fields = {"sampler": "ddim", "schedule": "trailing", "num_inference_steps": 10}
+            whole = generator(request, **fields)
+            first = generator(request, **fields, denoising_end=0.7)
+
+            second = generator(request, **fields, denoising_start=0.7, latents=first.latents)
+
+            assert np.abs(first.latents - whole.latents).max() > 0.1
+            np.testing.assert_allclose(second.latents, whole.latents, atol=1e-5)
+            for image, expected in zip(second, whole, strict=True):
+                np.testing.assert_allclose(np.int16(image), np.int16(expected), atol=1)
+
+
+@pytest.mark.parametrize("task", BY_IMAGE)
+def test_the_second_part_of_a_run_with_an_image_as_its_condition_resolves_once(task):
+    spec, request = tiny_spec(task), tiny_requests(task)[1]
+    size = latent_size(resolve(request, spec), spec)
+    latents = np.ones((1, spec.autoencoder.embed_dim, *size), np.float32)
+
+    second = resolve(replace(request, latents=latents, denoising_start=0.5), spec)
+
+    assert resolve(second, spec) == second
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
