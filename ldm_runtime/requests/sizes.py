@@ -68,13 +68,13 @@ def image_size(
 
 
 def hires_size(size: Size, scale: float, spec: ModelSpec) -> Size:
-    """Return height and width of images enlarged for a second pass.
+    """Return height and width of images enlarged for a second pass, at least one size step each.
 
     Raises:
         RequestError: They are too large.
     """
     step = size_step(spec)
-    height, width = (round(side * scale / step) * step for side in size)
+    height, width = (max(1, round(side * scale / step)) * step for side in size)
     if max(height, width) > MAX_SIDE:
         raise RequestError("hires_scale", f"makes more than {MAX_SIDE} pixels per side; lower it")
     return height, width

@@ -286,6 +286,13 @@ def test_the_second_pass_has_a_size_the_model_can_draw():
     assert (second.height, second.width, second.scale) == (32, 48, 1.5)
 
 
+@pytest.mark.parametrize(("side", "scale", "larger"), [(1, 1.0, 4), (1, 1.5, 4), (1, 6.5, 8)])
+def test_the_second_pass_over_a_small_image_has_at_least_one_size_step(side, scale, larger):
+    _, second = resolved(image=picture(side, 16), hires_scale=scale).passes
+
+    assert second.height == larger
+
+
 def test_large_pictures_are_decoded_in_tiles_unless_told_otherwise():
     tile = 2 * TILE_LATENTS
 
