@@ -170,6 +170,10 @@ class _Store:
     manifest: Manifest
     on_write: OnWrite
 
+    def target(self, build_spec: EngineBuildSpec) -> Path:
+        """Return the folder of an engine's files."""
+        return self.bundle / build_spec.folder
+
     def partial(self, build_spec: EngineBuildSpec) -> Path:
         """Return the partial folder of an engine's files."""
         return self.bundle / (build_spec.folder + _PARTIAL)
@@ -189,11 +193,11 @@ class _Store:
 def _obtain(
     store: _Store, build_spec: EngineBuildSpec, toolchain: Toolchain, progress: Progress
 ) -> None:
-    """Build an engine into its partial folder, unless it is there or already published."""
+    """Build an engine into its partial folder, unless it is there or already in place."""
     step, outcome = engine_step(build_spec), "reused"
     progress.begin(step)
     partial = store.partial(build_spec)
-    if not _is_published(store, build_spec) and not _holds(partial, build_spec):
+    if not any(_holds(folder, build_spec) for folder in (store.target(build_spec), partial)):
         store.on_write(f"build {build_spec.engine_path}")
         partial.mkdir(parents=True, exist_ok=True)
         for path in (
@@ -222,10 +226,11 @@ def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
     folders = sorted({each.folder for each in build_specs if not _is_published(store, each)})
     new = [build_spec for build_spec in build_specs if build_spec.folder in folders]
     for build_spec in new:
-        if _is_published(store, build_spec):
+        if _holds(store.target(build_spec), build_spec):  # perhaps unlisted
             for path in (build_spec.engine_path, build_spec.record_path):
                 store.on_write(f"link {path}")
                 _link(store.bundle / path, store.partial(build_spec))
+    records = _file_records(store, new)  # reads gigabytes, while the old engines are still listed
     # The manifest drops these folders before they are replaced, and lists them again afterwards.
     kept = _without(store, folders)
     if kept != store.manifest:
@@ -242,22 +247,23 @@ def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
         kept = replace(
             kept,
             engines=(*kept.engines, *(build_spec.record_path for build_spec in new)),
-            files=(*kept.files, *_file_records(store.bundle, new)),
+            files=(*kept.files, *records),
         )
         store.write_manifest(kept)
     _remove_unlisted(store, kept)
     return kept
 
 
-def _file_records(bundle: Path, build_specs: Sequence[EngineBuildSpec]) -> list[FileRecord]:
-    paths = sorted(path for each in build_specs for path in (each.engine_path, each.record_path))
+def _file_records(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> list[FileRecord]:
+    """Return the records that files in partial folders get once they are in place."""
+    places = {
+        path: store.partial(each) / Path(path).name
+        for each in build_specs
+        for path in (each.engine_path, each.record_path)
+    }
     return [
-        FileRecord(
-            path=path,
-            sha256=sha256_of(bundle / path),
-            size_bytes=(bundle / path).stat().st_size,
-        )
-        for path in paths
+        FileRecord(path=path, sha256=sha256_of(place), size_bytes=place.stat().st_size)
+        for path, place in sorted(places.items())
     ]
 
 
@@ -308,7 +314,7 @@ def _remove_unlisted(store: _Store, manifest: Manifest) -> None:
 
 def _is_published(store: _Store, build_spec: EngineBuildSpec) -> bool:
     return build_spec.record_path in store.manifest.engines and _holds(
-        store.bundle / build_spec.folder, build_spec
+        store.target(build_spec), build_spec
     )
 
 
@@ -326,6 +332,7 @@ def _holds(folder: Path, build_spec: EngineBuildSpec) -> bool:
 
 
 def _link(path: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     target = folder / path.name
     target.unlink(missing_ok=True)
     link_or_copy(path, target)

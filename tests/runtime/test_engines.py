@@ -314,15 +314,31 @@ def test_a_build_interrupted_anywhere_leaves_a_whole_bundle_and_can_be_finished(
         copy = shutil.copytree(bundle, tmp_path / str(count))
         with pytest.raises(InterruptionError, match=re.escape(label)):
             add_engines(copy, RTX, on_write=interrupted_after(count))
+        built = len(vendor.configs)
         assert_whole(copy)
         with Generator(copy, backend="onnxruntime") as generator:
             assert generator.spec.family == "tiny"
 
         add_engines(copy, RTX)
 
+        left = [each for each in labels[count:] if each.startswith("build ")]
+        assert len(vendor.configs) == built + len(left)
         assert len(assert_whole(copy)) == len(NAMES)
         assert [path.name for path in (copy / "tensorrt").iterdir() if "partial" in path.name] == []
     assert len(labels) >= 6
+
+
+def test_engines_are_hashed_before_they_take_their_place(bundle, vendor, monkeypatch):
+    events = []
+
+    def hashed(path):
+        events.append("hash")
+        return sha256_of(path)
+
+    monkeypatch.setattr(engine_store, "sha256_of", hashed)
+    add_engines(bundle, RTX, on_write=lambda label: events.append(label.split()[0]))
+
+    assert events[events.index("replace") :] == ["replace", "place", "manifest"]
 
 
 def test_what_an_interrupted_build_finished_is_taken_over(bundle, vendor):
