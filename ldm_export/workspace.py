@@ -188,12 +188,18 @@ class Workspace:
         return tuple(file for record in self._finished.values() for file in record.files)
 
     def publish(self, manifest: Manifest) -> None:
-        """Write the manifest, put the bundle in its place, and remove what it replaces."""
+        """Write the manifest, put the bundle in its place, and remove what it replaces.
+
+        Raises:
+            ExportError: Something that must not be replaced has come to that place, or engines are
+                being built in the bundle there.
+        """
         self._remove_strays({record.path for record in manifest.files})
         self._on_write("manifest")
         write_file(self._folder / MANIFEST_NAME, encode_manifest(manifest))
         check_destination(self.out)  # an export takes minutes, in which anything may have happened
-        self._swap()
+        with self._locked_out():
+            self._swap()
         sync(self.out.parent)
         for name in (_BUNDLE, _OLD, _STEPS):  # without steps/ it would not be recognised
             if (self._partial / name).exists():
@@ -212,6 +218,24 @@ class Workspace:
         self._folder.mkdir(exist_ok=True)
         (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
         self.look()
+
+    @contextmanager
+    def _locked_out(self) -> Iterator[None]:
+        """Keep builds of engines out of the bundle that is to be replaced, if there is one."""
+        if not self.out.exists():
+            yield
+            return
+        try:
+            lock = lock_folder(self.out)
+        except BlockingIOError:
+            raise ExportError(
+                f"engines are being built in {self.out}, so it is not replaced; export again "
+                "afterwards, which takes over all that is done"
+            ) from None
+        try:
+            yield
+        finally:
+            os.close(lock)
 
     def _swap(self) -> None:
         self._on_write("swap")

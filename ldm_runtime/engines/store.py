@@ -2,7 +2,8 @@
 
 New engine files and records are collected in `<folder>.partial` next to their folder; the engines
 of an interrupted build are reused if their build spec is unchanged. A manifest never names a file
-that is missing or outdated: before a folder is replaced, a manifest without it is written.
+that is missing or outdated: before a folder is replaced, a manifest without it is written. While
+engines are built the bundle's folder is locked, which keeps an export from replacing it.
 """
 
 import os
@@ -72,7 +73,8 @@ def add_engines(
         The bundle's new manifest.
 
     Raises:
-        EngineBuildError: No builder can be used, or it fails.
+        EngineBuildError: No builder can be used, or it fails; another build or an export keeps the
+            bundle locked; or its manifest was changed during the build.
         BundleError: The bundle is not one, or a graph is altered or names other files.
     """
     load_manifest(bundle)  # raises if this is not a bundle
@@ -231,6 +233,7 @@ def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
                 store.on_write(f"link {path}")
                 _link(store.bundle / path, store.partial(build_spec))
     records = _file_records(store, new)  # reads gigabytes, while the old engines are still listed
+    _check_unchanged(store)
     # The manifest drops these folders before they are replaced, and lists them again afterwards.
     kept = _without(store, folders)
     if kept != store.manifest:
@@ -252,6 +255,21 @@ def _publish(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> Manifest:
         store.write_manifest(kept)
     _remove_unlisted(store, kept)
     return kept
+
+
+def _check_unchanged(store: _Store) -> None:
+    """Refuse to write the manifest that was read before the build over another one.
+
+    Locks keep exports out, but not copies of bundles, nor what runs on other machines.
+
+    Raises:
+        EngineBuildError: The manifest is another one.
+        ManifestError: There is none.
+    """
+    if load_manifest(store.bundle) != store.manifest:
+        raise EngineBuildError(
+            f"{store.bundle / MANIFEST_NAME} was changed while engines were built; build them again"
+        )
 
 
 def _file_records(store: _Store, build_specs: Sequence[EngineBuildSpec]) -> list[FileRecord]:
@@ -344,7 +362,7 @@ def _locked(bundle: Path) -> Iterator[None]:
         descriptor = lock_folder(bundle)
     except OSError:
         raise EngineBuildError(
-            f"another build of engines in {bundle} is running; wait for it"
+            f"another build of engines in {bundle} or an export to it is running; wait for it"
         ) from None
     try:
         yield

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ldm_runtime.bundle.manifest import (
     encode_manifest,
     load_manifest,
 )
-from ldm_runtime.durable import exchange_folders
+from ldm_runtime.durable import exchange_folders, lock_folder
 from ldm_runtime.errors import BundleError
 from ldm_runtime.specs.components import COMPONENTS
 from tests.export.small_spec import SPEC
@@ -484,6 +485,38 @@ def test_the_lock_goes_with_the_first_export(out):
     export(out)
 
     assert is_sound(out)
+
+
+@pytest.mark.parametrize("exchange", [exchange_folders, no_exchange])
+def test_a_bundle_in_which_engines_are_built_is_not_replaced(out, finished, exchange):
+    export(out)
+    lock = lock_folder(out)  # as `ldm build-engines` holds it
+    with pytest.raises(ExportError, match=r"engines are being built in .*engines, so it is not"):
+        export(out, version=NEW, exchange=exchange)
+    os.close(lock)
+    built = []
+
+    assert contents(out) == finished["old"]
+    export(out, version=NEW, built=built, exchange=exchange)
+    assert contents(out) == finished["new"]
+    assert built == []
+
+
+@pytest.mark.parametrize("exchange", [exchange_folders, no_exchange])
+def test_no_engines_are_built_in_a_bundle_while_it_is_replaced(out, exchange):
+    export(out)
+    locked = []
+
+    def lock(label):
+        if label == "swap":
+            with pytest.raises(BlockingIOError):
+                lock_folder(out)
+            locked.append(label)
+
+    export(out, version=NEW, on_write=lock, exchange=exchange)
+
+    assert locked == ["swap"]
+    os.close(lock_folder(out))
 
 
 def test_checking_a_destination_writes_nothing(out):

@@ -14,6 +14,7 @@ from ldm_runtime.bundle.files import check_file, sha256_of
 from ldm_runtime.bundle.manifest import FileRecord, GraphRecord, encode_manifest, load_manifest
 from ldm_runtime.cli import main
 from ldm_runtime.diagnostics.inspection import inspect, readable
+from ldm_runtime.durable import lock_folder
 from ldm_runtime.engines import build_specs as engine_recipes
 from ldm_runtime.engines import store as engine_store
 from ldm_runtime.engines.build import build_engine
@@ -354,10 +355,27 @@ def test_a_second_build_in_the_same_bundle_is_told_to_wait(bundle, vendor):
     def on_write(_):
         with pytest.raises(EngineBuildError, match="another build"):
             add_engines(bundle, RTX)
+        with pytest.raises(BlockingIOError):
+            lock_folder(bundle)  # as an export does before it replaces the bundle
 
     add_engines(bundle, RTX, on_write=on_write)
 
     assert len(vendor.configs) == len(NAMES)
+
+
+def test_a_bundle_that_was_exchanged_during_a_build_keeps_its_manifest(bundle, vendor, tmp_path):
+    other = shutil.copytree(bundle, tmp_path / "other")
+    change_file(other, load_manifest(other).component("unet").weights_file)
+
+    def exchange(label):
+        if label.endswith("vae_encoder.plan"):
+            shutil.copytree(other, bundle, dirs_exist_ok=True)
+
+    with pytest.raises(EngineBuildError, match=r"manifest\.json was changed .*; build them again"):
+        add_engines(bundle, RTX, on_write=exchange)
+
+    assert load_manifest(bundle) == load_manifest(other)
+    assert_whole(bundle)
 
 
 def test_an_altered_graph_is_not_built_from(bundle, vendor):
