@@ -68,7 +68,7 @@ def export_bundle(
     with open_checkpoint_of(options) as checkpoint:
         opened, listener = _open_source(options, checkpoint), progress or Silent()
         if not options.replace:
-            check_replacement(options.out, options.checkpoint, opened.sha256)
+            check_replacement(options.out, options.checkpoint.name, opened.sha256)
         prediction = _prediction(opened, listener)
         source = with_known_prediction(opened, prediction)
         steps = make_steps(source)
@@ -89,7 +89,7 @@ def export_bundle(
                 files=workspace.files,
                 build=build_record(source, time.monotonic() - started),
             )
-            workspace.publish(manifest)
+            workspace.publish(manifest, replace=options.replace)
     return manifest
 
 

@@ -37,12 +37,12 @@ def origin_of(bundle: Path) -> BundleOrigin | None:
         return None
 
 
-def check_replacement(bundle: Path, checkpoint: Path, sha256: str) -> None:
+def check_replacement(bundle: Path, checkpoint: str, sha256: str) -> None:
     """Refuse to replace the bundle of another checkpoint.
 
     Args:
         bundle: Place of the new bundle.
-        checkpoint: The checkpoint to export.
+        checkpoint: Name of the file of the checkpoint to export.
         sha256: Its hash.
 
     Raises:
@@ -52,6 +52,6 @@ def check_replacement(bundle: Path, checkpoint: Path, sha256: str) -> None:
     if origin is not None and origin.checkpoint_sha256 != sha256:
         raise ExportError(
             f"{bundle} holds the bundle of another checkpoint, {origin.checkpoint} (sha256 "
-            f"{origin.checkpoint_sha256[:_DIGITS]}…), not of {checkpoint.name} "
+            f"{origin.checkpoint_sha256[:_DIGITS]}…), not of {checkpoint} "
             f"({sha256[:_DIGITS]}…); add --replace to replace it, or give another --out"
         )

@@ -23,6 +23,7 @@ from typing import Literal
 import msgspec
 
 from ldm_export.errors import ExportError
+from ldm_export.replacement import check_replacement
 from ldm_runtime.bundle.files import check_file, sha256_of
 from ldm_runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -187,8 +188,12 @@ class Workspace:
         """Every file of the finished steps."""
         return tuple(file for record in self._finished.values() for file in record.files)
 
-    def publish(self, manifest: Manifest) -> None:
+    def publish(self, manifest: Manifest, *, replace: bool) -> None:
         """Write the manifest, put the bundle in its place, and remove what it replaces.
+
+        Args:
+            manifest: The new bundle's.
+            replace: Whether the bundle of another checkpoint may be replaced.
 
         Raises:
             ExportError: Something that must not be replaced has come to that place, or engines are
@@ -198,6 +203,9 @@ class Workspace:
         self._on_write("manifest")
         write_file(self._folder / MANIFEST_NAME, encode_manifest(manifest))
         check_destination(self.out)  # an export takes minutes, in which anything may have happened
+        if not replace:
+            made_from = manifest.build
+            check_replacement(self.out, made_from.checkpoint, made_from.checkpoint_sha256)
         with self._locked_out():
             self._swap()
         sync(self.out.parent)

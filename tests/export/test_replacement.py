@@ -28,13 +28,13 @@ def test_what_is_no_bundle_has_no_origin_and_is_left_to_other_checks(tmp_path, m
     (tmp_path / "manifest.json").write_bytes(manifest.encode(errors="surrogateescape"))
 
     assert origin_of(tmp_path) is None
-    check_replacement(tmp_path, tmp_path / "b.ckpt", "00" * 32)
+    check_replacement(tmp_path, "b.ckpt", "00" * 32)
 
 
 def test_the_same_checkpoint_under_another_name_may_be_exported_again(tmp_path):
     bundle = bundle_with(tmp_path, json.dumps(MANIFEST))
 
-    check_replacement(bundle, tmp_path / "b.ckpt", "0a" * 32)
+    check_replacement(bundle, "b.ckpt", "0a" * 32)
 
 
 def test_another_checkpoint_of_the_same_name_is_refused_with_both_hashes(tmp_path):
@@ -43,7 +43,7 @@ def test_another_checkpoint_of_the_same_name_is_refused_with_both_hashes(tmp_pat
     with pytest.raises(
         ExportError, match=r"0a0a0a0a0a0a…\), not of a\.ckpt \(0b0b0b0b0b0b…\); add"
     ):
-        check_replacement(bundle, tmp_path / "a.ckpt", "0b" * 32)
+        check_replacement(bundle, "a.ckpt", "0b" * 32)
 
 
 @pytest.mark.parametrize("task", TASKS)

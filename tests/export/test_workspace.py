@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -85,8 +86,11 @@ def steps(version, built=None):
     ] + [step("golden", ("golden/0",), None, **{"golden__0__request.json": "latents"})]
 
 
-def export(out, *, version=None, on_write=never, built=None, exchange=exchange_folders):
-    """What bundle.py does, with cheap stages. `version` says which build of a stage is wanted."""
+def export(out, *, version=None, on_write=never, built=None, exchange=exchange_folders, **made):
+    """What bundle.py does, with cheap stages. `version` says which build of a stage is wanted.
+
+    `made` may have the checkpoint's `sha256`, and `replace`.
+    """
     workspace = Workspace(out, on_write, exchange)
     with workspace.locked():
         records = [workspace.run(step)[0] for step in steps(version or {}, built)]
@@ -103,10 +107,14 @@ def export(out, *, version=None, on_write=never, built=None, exchange=exchange_f
             engines=(),
             files=workspace.files,
             build=BuildRecord(
-                checkpoint="a.ckpt", checkpoint_sha256="", components=(), versions={}, seconds=0
+                checkpoint="a.ckpt",
+                checkpoint_sha256=made.get("sha256", ""),
+                components=(),
+                versions={},
+                seconds=0,
             ),
         )
-        workspace.publish(manifest)
+        workspace.publish(manifest, replace=made.get("replace", False))
 
 
 def contents(folder):
@@ -390,6 +398,35 @@ def test_a_folder_that_fills_up_during_the_export_is_left_alone(out):
         export(out, on_write=intrude)
 
     assert list(contents(out)) == ["thesis.tex"]
+
+
+def test_the_bundle_of_another_checkpoint_that_came_during_the_export_is_left_alone(out, tmp_path):
+    export(tmp_path / "other", sha256="0b" * 32)
+    other = contents(tmp_path / "other")
+
+    def come(label):
+        if label == "manifest":
+            shutil.copytree(tmp_path / "other", out, dirs_exist_ok=True)
+
+    with pytest.raises(ExportError, match=r"another checkpoint.*0b0b.*add --replace to replace it"):
+        export(out, version=NEW, sha256="0a" * 32, on_write=come)
+    assert contents(out) == other
+    export(out, version=NEW, sha256="0a" * 32, on_write=come, replace=True)
+    assert contents(out) != other
+
+
+def test_the_restored_bundle_of_another_checkpoint_is_left_alone(out):
+    export(out, sha256="0b" * 32)
+    other = contents(out)
+    new = {"version": NEW, "sha256": "0a" * 32, "exchange": no_exchange}
+    with pytest.raises(Killed):
+        export(out, on_write=lambda label: kill_at(label, "replace"), replace=True, **new)
+    assert not out.exists()
+
+    with pytest.raises(ExportError, match="another checkpoint"):
+        export(out, **new)
+
+    assert contents(out) == other
 
 
 def test_a_bundle_of_a_newer_schema_can_be_replaced(out, finished):
