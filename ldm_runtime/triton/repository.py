@@ -1,6 +1,7 @@
 """A bundle in a model repository of NVIDIA Triton, complete or not at all."""
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
@@ -11,7 +12,14 @@ from pathlib import Path
 
 from ldm_runtime.bundle.files import check_file
 from ldm_runtime.bundle.manifest import MANIFEST_NAME, ComponentRecord, Manifest, load_manifest
-from ldm_runtime.durable import exchange_folders, link_or_copy, sync, sync_folders, write_file
+from ldm_runtime.durable import (
+    exchange_folders,
+    link_or_copy,
+    lock_folder,
+    sync,
+    sync_folders,
+    write_file,
+)
 from ldm_runtime.errors import RequestError
 from ldm_runtime.triton.model_config import Instances, generator_config, network_config
 
@@ -59,7 +67,7 @@ def add_to_repository(bundle: Path, repository: Path, options: TritonOptions) ->
 
     Raises:
         BundleError: The bundle is incomplete or altered.
-        RequestError: The name is not one of a model, or is taken.
+        RequestError: The name is not one of a model, is taken, or another process is adding it.
     """
     name = bundle.resolve().name if options.name is None else options.name
     if not _NAME.fullmatch(name):
@@ -76,7 +84,7 @@ def add_to_repository(bundle: Path, repository: Path, options: TritonOptions) ->
         if (repository / model).exists() and not options.replace:
             fix = "add --replace to replace it, or give another --name"
             raise RequestError("out", f"{repository / model} is there already; {fix}")
-    with _working_folder(repository) as folder:
+    with _working_folder(repository, name) as folder:
         for model, component in networks.items():
             _write_network(folder / model, bundle, manifest, component, options.instances)
         _write_generator(folder / name, bundle, manifest, options)
@@ -86,15 +94,50 @@ def add_to_repository(bundle: Path, repository: Path, options: TritonOptions) ->
 
 
 @contextmanager
-def _working_folder(repository: Path) -> Iterator[Path]:
-    """Yield a folder on the file system of the repository, which is removed in the end."""
+def _working_folder(repository: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder that models can be moved from, which is removed in the end.
+
+    It is next to the repository, in which Triton takes every folder for a model, and inside only
+    where nothing can be moved in from there. What a killed process has left in it is removed.
+
+    Raises:
+        RequestError: Another process is adding a model of this name.
+    """
     repository.mkdir(parents=True, exist_ok=True)
-    folder = repository / f".{secrets.token_hex(4)}.partial"
-    folder.mkdir()
+    place = repository.resolve()
+    parent = place.parent if _can_be_moved(place.parent, place) else place
+    folder = parent / f".{place.name}.{name}.partial"
     try:
+        lock = lock_folder(folder)
+    except BlockingIOError:
+        message = f"another process is adding {name} to {repository}; wait for it"
+        raise RequestError("out", message) from None
+    try:
+        _clear(folder)
         yield folder
     finally:
         shutil.rmtree(folder)
+        os.close(lock)
+
+
+def _can_be_moved(source: Path, target: Path) -> bool:
+    """Try whether this user can move from one folder to another: not to a mount point."""
+    name = f".{secrets.token_hex(4)}.part"
+    try:
+        (source / name).touch(exist_ok=False)
+    except OSError:
+        return False
+    try:
+        place = (source / name).rename(target / name)
+    except OSError:
+        place = source / name
+    place.unlink()
+    return place.parent == target
+
+
+def _clear(folder: Path) -> None:
+    for each in folder.iterdir():
+        shutil.rmtree(each)
 
 
 def _publish(folder: Path, place: Path, *, replace: bool) -> None:

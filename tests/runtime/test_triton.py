@@ -1,8 +1,11 @@
 """A bundle in Triton's model repository: its files, its configuration, and the model that runs."""
 
+import errno
 import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from ldm_runtime import Generator
 from ldm_runtime.cli.commands import main
+from ldm_runtime.durable import lock_folder
 from tests.runtime import fake_triton
 from tests.runtime.triton_configs import config_of, graph_signature, model_config_proto, tensors
 
@@ -238,6 +242,56 @@ def test_a_failure_in_between_leaves_nothing(own_bundle, tmp_path, monkeypatch, 
     assert main(["triton", str(own_bundle), "--out", str(tmp_path / "out")]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from ldm_runtime.cli.commands import main
+from ldm_runtime.triton import repository
+
+repository.write_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(["triton", *sys.argv[1:]])
+"""
+
+
+def test_a_process_that_is_killed_leaves_nothing_in_the_repository(tiny_bundle, tmp_path):
+    arguments = [str(tiny_bundle), "--out", str(tmp_path / "models"), "--name", "m"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert {each.name for each in tmp_path.iterdir()} == {".models.m.partial", "models"}
+    assert list((tmp_path / "models").iterdir()) == []
+    assert main(["triton", *arguments]) == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["models"]
+    assert [each.name for each in (tmp_path / "models").iterdir()] == ["m"]
+
+
+def test_a_process_that_adds_the_same_model_is_waited_for(tiny_bundle, tmp_path, capsys):
+    lock = lock_folder(tmp_path / ".models.m.partial")
+    (tmp_path / ".models.m.partial/m").mkdir()
+    arguments = ["triton", str(tiny_bundle), "--out", str(tmp_path / "models"), "--name", "m"]
+
+    assert main(arguments) == 2
+    assert "another process is adding m to" in capsys.readouterr().err
+    assert (tmp_path / ".models.m.partial/m").exists()
+    os.close(lock)
+    assert main(arguments) == 0
+
+
+def test_a_repository_that_is_a_mount_point_gets_its_models(tiny_bundle, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def across_devices(source, target):
+        if not source.is_relative_to(tmp_path / "models"):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", across_devices)
+
+    exported(tiny_bundle, tmp_path / "models", "--name", "m")
+
+    assert [each.name for each in tmp_path.iterdir()] == ["models"]
+    assert [each.name for each in (tmp_path / "models").iterdir()] == ["m"]
 
 
 def test_the_files_are_not_copied(tiny_bundle, tmp_path):
