@@ -1,5 +1,6 @@
 """The hyperparameters of conditioners: encoders of text, images, classes, maps and depth."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -31,6 +32,8 @@ from ldm_runtime.specs.networks import (
     SegmentationEncoderSpec,
     TextEncoderSpec,
 )
+
+_LOGGER = logging.getLogger(__name__)
 
 _CLIP_HEAD_CHANNELS = 64
 _WORDPIECE_PADDING = 0
@@ -255,6 +258,14 @@ def _text_encoder(
         activation=activation,
         pad_token_id=_OPENCLIP_PADDING,
     )
+    if words := spec.vocab_size - 1 - spec.end_token_id:
+        _LOGGER.warning(
+            "the text encoder has %d tokens beyond CLIP's vocabulary of %d, which prompts do not "
+            "reach; give the words that they stand for as textual inversions, see "
+            "`ldm generate --textual-inversion`",
+            words,
+            spec.end_token_id + 1,
+        )
     return spec, [of_heads, of_activation]
 
 

@@ -34,6 +34,7 @@ from ldm_export.intake.statements import (
     unet_fields,
 )
 from ldm_export.intake.text_encoders import Kind, kind_of, placed, text_tensors
+from ldm_export.intake.tokenizers import check_tokenizer
 from ldm_export.intake.unet_names import unet_names
 
 INDEX = "model_index.json"
@@ -226,17 +227,20 @@ def unet_of(component: StoredComponent) -> dict[str, StoredTensor]:
 
 
 def _read_text_encoders(intake: _Intake, names: frozenset[str], without: frozenset[str]) -> None:
-    """Read the text encoders: the first, of one or of two, and the second."""
+    """Read the text encoders, the first, of one or of two, and the second; check tokenizers."""
     both = {"text_encoder", "text_encoder_2"} <= names
     if "text_encoder" in names - without:
         place = FIRST_ENCODER if both else ONLY_ENCODER
         tensors, fields = text_encoder_of(intake.component("text_encoder"), place)
         intake.tensors |= tensors
         intake.stated |= fields
+        # The layers of OpenCLIP alone are trimmed.
+        check_tokenizer(intake.folder / "tokenizer", openclip=fields["text_layers_trimmed"])
     if "text_encoder_2" in names - without:
         place = SECOND_ENCODER if both else FIRST_ENCODER
         component = intake.component("text_encoder_2")
         intake.tensors |= text_encoder_of(component, place, kind="openclip")[0]
+        check_tokenizer(intake.folder / "tokenizer_2", openclip=True)
 
 
 def text_encoder_of(

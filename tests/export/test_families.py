@@ -446,12 +446,13 @@ def test_the_text_encoder_has_64_channels_a_head_where_that_divides_its_width(wi
     assert spec.networks["text_encoder"].num_heads == heads
 
 
-def test_words_added_to_the_vocabulary_do_not_move_the_padding():
+def test_words_added_to_the_vocabulary_are_a_warning_and_do_not_move_the_padding(caplog):
     layout = replace(TINY, vocab_size=49411)
 
     spec = detect(checkpoint(layout)).spec
 
     assert spec.networks["text_encoder"].pad_token_id == 49407
+    assert "has 3 tokens beyond CLIP's vocabulary of 49408" in caplog.text
 
 
 def test_parameters_have_the_names_of_their_networks():

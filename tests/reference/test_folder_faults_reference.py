@@ -1,14 +1,17 @@
 """Folders that are not exported, damaged, or made to do harm: one clear sentence each."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from ldm_export.errors import CheckpointError, UnknownModelError
 from ldm_export.intake.opening import open_model
+from released.compvis_files import write_clip_vocabulary
 from tests.reference.diffusers_folder import edit_json
 
 pytestmark = pytest.mark.reference
@@ -66,6 +69,29 @@ def with_variants(*variants):
     return change
 
 
+def with_word(folder):
+    """Add a word to the vocabulary as textual inversion does."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokenizer.add_tokens("<cat-toy>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def with_file(file, entries):
+    return lambda folder: (folder / file).write_text(json.dumps(entries))
+
+
+def with_merges(change):
+    """Change the merges of the tokenizer."""
+
+    def write(folder):
+        path = folder / "tokenizer/tokenizer.json"
+        whole = json.loads(path.read_text())
+        change(whole["model"]["merges"])
+        path.write_text(json.dumps(whole))
+
+    return write
+
+
 def without(file):
     return lambda folder: (folder / file).unlink()
 
@@ -77,6 +103,8 @@ FLUX = {
 }
 INDEX, TEXT = "model_index.json", "text_encoder/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+TOKENIZER = "tokenizer/tokenizer_config.json"
+WORD = r"tokenizer: adds words .*<cat-toy>.*--textual-inversion \"<cat-toy>=learned_embeds"
 #: Noise of the image that the upscaler enlarges, as its pipeline's class has it if not told.
 DDPM = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 UPSCALED = {"beta_schedule": "scaled_linear"}
@@ -131,6 +159,28 @@ FAULTS = {
     "another tokenizer": (
         with_entries(INDEX, tokenizer=["transformers", "BertTokenizer"]),
         "tokenizer is 'BertTokenizer'",
+    ),
+    "a word of textual inversion": (with_word, WORD),
+    "a word in an older configuration": (
+        with_entries(TOKENIZER, added_tokens_decoder={"49408": {"content": "<cat-toy>"}}),
+        WORD,
+    ),
+    "a word in a file of its own": (
+        with_file("tokenizer/added_tokens.json", {"<cat-toy>": 49408}),
+        WORD,
+    ),
+    "merges in another order": (
+        with_merges(lambda merges: merges.insert(1, merges.pop(0))),
+        "has 't h' as merge 1, where CLIP has 'i n', which is not exported",
+    ),
+    "a merge too few": (with_merges(list.pop), "has None as merge 48894, where CLIP has"),
+    "another merge in an older file": (
+        lambda folder: (folder / "tokenizer/merges.txt").write_text("#version: 0.2\na b\n"),
+        "has 'a b' as merge 1, where CLIP has 'i n'",
+    ),
+    "another vocabulary": (
+        with_file("tokenizer/vocab.json", {"in": 7}),
+        "gives 'in' the id 7 and not 512",
     ),
     "a control network": (
         with_entries(INDEX, controlnet=["diffusers", "ControlNetModel"]),
@@ -245,6 +295,46 @@ def test_a_folder_that_is_not_exported_is_one_sentence(folder, fault):
 
     assert "\n" not in str(found.value)
     assert str(folder) in str(found.value)
+
+
+def test_a_folder_with_words_is_read_without_its_tokenizer(folder):
+    with_word(folder)
+    shutil.rmtree(folder / "tokenizer")
+
+    with open_model(folder) as checkpoint:
+        assert "cond_stage_model.transformer.text_model.final_layer_norm.bias" in checkpoint.tensors
+
+
+def test_the_older_files_of_a_tokenizer_are_clips(folder):
+    write_clip_vocabulary(folder / "tokenizer")
+    with_entries(TOKENIZER, added_tokens_decoder={"49407": {"content": "<|endoftext|>"}})(folder)
+
+    with open_model(folder) as checkpoint:
+        assert "cond_stage_model.transformer.text_model.final_layer_norm.bias" in checkpoint.tensors
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_entries(TOKENIZER, pad_token="!"),
+        with_entries(TOKENIZER, pad_token={"content": "!"}),
+        with_file("tokenizer/special_tokens_map.json", {"pad_token": "!"}),
+    ],
+)
+def test_padding_that_is_not_that_of_the_text_encoder_is_a_warning(folder, caplog, change):
+    change(folder)
+
+    with open_model(folder):
+        pass
+
+    assert "fills prompts up with '!', and the bundle with '<|endoftext|>'" in caplog.text
+
+
+def test_usual_padding_is_no_warning(folder, caplog):
+    with open_model(folder):
+        pass
+
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("lost", ["index", "part"])
