@@ -26,7 +26,7 @@ _WEIGHTS = re.compile(
     r"\.(?P<format>safetensors|bin)(?P<index>\.index(?:\.(?P<of>\w+))?\.json)?"
 )
 #: Variants from the most to the least precise; "" is the file without a variant's name.
-_VARIANTS = ("", "bf16", "fp16")
+_VARIANTS = ("", "fp16", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)

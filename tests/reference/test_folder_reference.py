@@ -210,6 +210,13 @@ def test_weights_without_a_variants_name_go_before_those_of_half_precision(folde
     with open_model(folder) as checkpoint:
         assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"float16"}
 
+    # Its numbers have 11 significant bits, those of bfloat16 8.
+    for weights in saved_folder.glob("*/*.safetensors"):
+        variant = folder / weights.parent.name / f"{weights.stem}.bf16.safetensors"
+        save_file({name: each.bfloat16() for name, each in load_file(weights).items()}, variant)
+    with open_model(folder) as checkpoint:
+        assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"float16"}
+
 
 def test_attention_named_as_in_diffusers_before_0_17_is_the_same(folder, saved_folder):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
