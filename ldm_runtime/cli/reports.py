@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -77,4 +79,15 @@ def _check_line(check: "Check") -> str:
 
 
 def _print_json(value: Any) -> None:  # noqa: ANN401  (whatever JSON holds)
-    print(json.dumps(value, indent=1, default=str))
+    print(json.dumps(_finite(value), indent=1, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  (whatever JSON holds)
+    """Return a value with None for each number that is not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value

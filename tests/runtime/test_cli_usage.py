@@ -1,6 +1,7 @@
 """How both commands answer to what was typed: help, versions, wrong usage, failures."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ from PIL import Image
 import ldm_runtime
 from ldm_runtime.backends import get_backend
 from ldm_runtime.cli.commands import build_parser, main
+from ldm_runtime.diagnostics.verify import Check
 from ldm_runtime.pipeline.image_files import save_image
 from ldm_runtime.version import version
 
@@ -27,6 +29,15 @@ def run_module(*arguments, **environment):
         env=os.environ | environment,
         cwd=ROOT,
     )
+
+
+def strict_json(text):
+    """Read JSON, without the Infinity and NaN that Python's reader takes for numbers."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def usage_error(arguments, capsys):
@@ -134,11 +145,23 @@ def test_a_package_that_is_missing_is_one_sentence(monkeypatch, capsys):
 def test_verify_in_json_has_every_check(tiny_bundle, capsys):
     assert main(["verify", str(tiny_bundle), "--json"]) == 0
 
-    report = json.loads(capsys.readouterr().out)
+    report = strict_json(capsys.readouterr().out)
     assert report["passed"] is True
     assert len(report["checks"]) == 13
     image = next(each for each in report["checks"] if each["measure"] == "psnr")
     assert image.keys() == {"subject", "measure", "value", "bound", "passed"}
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_value_that_json_does_not_have_is_null(value, monkeypatch, capsys):
+    check = Check(subject="golden/0 image 0", measure="psnr", value=value, bound=60.0)
+    monkeypatch.setattr("ldm_runtime.diagnostics.verify.verify", lambda *_, **__: iter([check]))
+
+    main(["verify", "engines", "--json"])
+
+    report = strict_json(capsys.readouterr().out)
+    assert report["checks"][0]["value"] is None
+    assert report["passed"] is (value == math.inf)
 
 
 def test_quiet_says_nothing_and_verbose_says_more(tiny_bundle, tmp_path):
