@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
 from ldm_runtime.cli.messages import (
     add_message_flags,
+    flush_stdout,
+    give_up_stdout,
     print_any_text,
     reporting,
     say,
@@ -221,13 +223,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0 on success, 1 for an error the user can act on, 2 for bad usage."""
     print_any_text()
     args = build_parser().parse_args(argv)
-    if args.version:
-        print(version_line("ldm-export", _library_versions()))
-        return 0
-    _place_paths(args)
-    show_messages(args, logging.INFO)
     try:
-        _export(args)
+        _run(args)
+    except BrokenPipeError:  # as of `ldm-export … | true`: the reader has closed the pipe
+        give_up_stdout()
+        return 1
     except LdmError as error:
         say(f"error: {error}")
         return 1
@@ -235,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {_missing(error)}")
         return 1
     except OSError as error:
-        say(f"error: {error.filename or args.out}: {error.strerror or error}")
+        say(f"error: {error.filename or args.out or 'the system'}: {error.strerror or error}")
+        give_up_stdout()
         return 1
     except MemoryError:
         say("error: not enough memory; `--estimate` prints how much the export takes")
@@ -244,6 +245,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted; run the same command again to resume")
         return 130
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.version:
+        print(version_line("ldm-export", _library_versions()))
+    else:
+        _place_paths(args)
+        show_messages(args, logging.INFO)
+        _export(args)
+    flush_stdout()  # so that a closed pipe is noticed here
 
 
 def _place_paths(args: argparse.Namespace) -> None:

@@ -127,7 +127,8 @@ def _find(
     repetitions = args.repetitions or _REPETITIONS
     names = [f"process {number + 1}" for number in range(len(configurations) * repetitions)]
     silent: nullcontext[Progress] = nullcontext(Silent())
-    with reporting(args) if sys.stderr.isatty() else silent as progress:
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    with reporting(args) if on_terminal else silent as progress:
         progress.plan(dict.fromkeys(names))
         measured = find(subject, configurations, repetitions)
         for name in names:

@@ -1,8 +1,6 @@
 """The command `ldm`: its subcommands, and how it ends."""
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,7 +10,14 @@ from ldm_runtime.cli.bench import add_bench_arguments, bench
 from ldm_runtime.cli.build_engines import add_builder_arguments, build_engines
 from ldm_runtime.cli.completion import SHELLS, completion_script
 from ldm_runtime.cli.generate import add_generate_arguments, generate
-from ldm_runtime.cli.messages import add_message_flags, print_any_text, say, show_messages
+from ldm_runtime.cli.messages import (
+    add_message_flags,
+    flush_stdout,
+    give_up_stdout,
+    print_any_text,
+    say,
+    show_messages,
+)
 from ldm_runtime.cli.parsing import USAGE, Parser, add_json_flag
 from ldm_runtime.cli.reports import doctor, inspect, verify
 from ldm_runtime.cli.triton import add_triton_arguments, triton
@@ -88,13 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except BrokenPipeError:  # as of `ldm inspect engines/ | head`: the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()
         return 1
     except LdmError as error:
         say(f"error: {error}")
         return USAGE if isinstance(error, RequestError) else 1
     except OSError as error:
         say(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+        give_up_stdout()
         return 1
     except ModuleNotFoundError as error:
         say(f"error: the package {error.name!r} is not installed; install the extra that has it")
@@ -108,14 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command is None and not args.version:
+        args.parser.error("say what to do, such as `ldm generate`")
+    status = 0
     if args.version:
         print(version_line("ldm"))
-        return 0
-    if args.command is None:
-        args.parser.error("say what to do, such as `ldm generate`")
-    show_messages(args, repeats=args.repeats_messages)
-    status = int(args.run(args))
-    sys.stdout.flush()  # so that a closed pipe is noticed here
+    else:
+        show_messages(args, repeats=args.repeats_messages)
+        status = int(args.run(args))
+    flush_stdout()  # so that a closed pipe is noticed here
     return status
 
 

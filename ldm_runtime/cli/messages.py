@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,30 @@ _PACKAGES = ("ldm_runtime", "ldm_export")
 
 def say(line: str) -> None:
     """Print one line to stderr, with whatever could steer a terminal escaped."""
-    print(printable(line), file=sys.stderr)
+    if sys.stderr is not None:  # as by `2>&-`; print would take stdout for it
+        print(printable(line), file=sys.stderr)
+
+
+def flush_stdout() -> None:
+    """Write out what stdout holds; a stdout that was closed from the start holds nothing.
+
+    Raises:
+        OSError: Its disk is full, or the reader of its pipe has closed it.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def give_up_stdout() -> None:
+    """Drop what stdout holds and cannot write, so that Python does not try again as it ends."""
+    try:
+        flush_stdout()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_any_text() -> None:
@@ -60,8 +84,8 @@ def show_messages(
 
 @contextmanager
 def reporting(args: argparse.Namespace) -> Iterator[Progress]:
-    """Report progress to stderr unless the command is quiet."""
-    if args.quiet:
+    """Report progress to stderr unless the command is quiet, or stderr is closed."""
+    if args.quiet or sys.stderr is None:
         yield Silent()
         return
     with reporting_to(sys.stderr) as progress:

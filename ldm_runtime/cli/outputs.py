@@ -48,6 +48,8 @@ def image_writer(args: argparse.Namespace, seeds: Sequence[int]) -> WriteImages:
     if args.output is not None and args.out_dir is not None:
         raise RequestError("output", "does not go with --out-dir; put the folder into -o FILE")
     if args.output == _STDOUT:
+        if sys.stdout is None:
+            raise RequestError("output", "is standard output, which is closed; give a file")
         _check_alone(args, seeds)
         return _write_to_stdout
     if args.output is None or is_folder(args.output):

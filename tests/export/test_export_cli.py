@@ -2,6 +2,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from ldm_runtime.version import version
 from tests.export.archives import Entry, write_archive
 from tests.export.opcodes import call, pickled, text
 
+FULL = Path("/dev/full")
+
 pytestmark = pytest.mark.usefixtures("quiet_loggers")
 
 
@@ -20,6 +23,13 @@ def quiet_loggers(caplog):
     """Let pytest restore the levels that the command sets."""
     for name in ("ldm_export", "ldm_runtime"):
         caplog.set_level("INFO", logger=name)
+
+
+def run_module(*arguments, stdout, **environment):
+    command = [sys.executable, "-m", "ldm_export", *arguments]
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | environment
+    )
 
 
 @pytest.fixture
@@ -322,3 +332,34 @@ def test_quiet_prints_the_folder_alone(tmp_path, capsys, monkeypatch, flags, say
     assert captured.out == f"{tmp_path / 'engines'}\n"
     assert ("next: ldm generate" in captured.err) is says
     assert (captured.err == "") is not says
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no full device")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_stdout_is_one_sentence(unbuffered):
+    with FULL.open("wb") as full:
+        done = run_module("--version", stdout=full, PYTHONUNBUFFERED=unbuffered)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: ")
+    assert done.stderr.endswith(b": No space left on device\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_its_reader_closed_ends_the_command_in_silence(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    done = run_module("--version", stdout=writer, PYTHONUNBUFFERED=unbuffered)
+
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix closes the stream")
+def test_a_stdout_that_is_closed_from_the_start_is_not_missed():
+    command = '"$0" -m ldm_export --version >&-'
+
+    done = subprocess.run(["sh", "-c", command, sys.executable], stderr=subprocess.PIPE)
+
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -20,12 +20,14 @@ from ldm_runtime.version import version
 
 COMMANDS = tuple(build_parser().subcommands())
 ROOT = Path(ldm_runtime.__file__).parents[1]
+FULL = Path("/dev/full")
 
 
-def run_module(*arguments, **environment):
+def run_module(*arguments, stdout=subprocess.PIPE, **environment):
     return subprocess.run(
         [sys.executable, "-m", "ldm_runtime", *arguments],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         env=os.environ | environment,
         cwd=ROOT,
     )
@@ -162,6 +164,48 @@ def test_a_value_that_json_does_not_have_is_null(value, monkeypatch, capsys):
     report = strict_json(capsys.readouterr().out)
     assert report["checks"][0]["value"] is None
     assert report["passed"] is (value == math.inf)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no full device")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--version"], ["completion", "bash"]])
+def test_a_full_disk_under_stdout_is_one_sentence(arguments, unbuffered):
+    with FULL.open("wb") as full:
+        done = run_module(*arguments, stdout=full, PYTHONUNBUFFERED=unbuffered)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: ")
+    assert done.stderr.endswith(b": No space left on device\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_its_reader_closed_ends_the_command_in_silence(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    done = run_module("--version", stdout=writer, PYTHONUNBUFFERED=unbuffered)
+
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix closes the stream")
+@pytest.mark.parametrize("stream", [">&-", "2>&-"])
+def test_a_stream_that_is_closed_from_the_start_is_not_missed(stream):
+    command = f'"$0" -m ldm_runtime completion bash {stream}'
+
+    done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, cwd=ROOT)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix closes the stream")
+def test_errors_do_not_go_to_stdout_where_stderr_is_closed():
+    command = '"$0" -m ldm_runtime inspect /nowhere 2>&-'
+
+    done = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, cwd=ROOT)
+
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 def test_quiet_says_nothing_and_verbose_says_more(tiny_bundle, tmp_path):
