@@ -67,6 +67,7 @@ def _bash(program: str, commands: Commands) -> Iterator[str]:
     yield f"_{program}() {{"
     yield "    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} words="
     yield "    [[ $before == = ]] && before=${COMP_WORDS[COMP_CWORD - 2]}  # as in --seed=7"
+    yield "    [[ $word == = ]] && word=  # as in --seed="
     yield "    if ((COMP_CWORD == 1)); then"
     yield f'        words="{" ".join(commands)}"'
     yield "    else"

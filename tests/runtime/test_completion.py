@@ -9,6 +9,7 @@ import pytest
 from ldm_runtime.backends import BACKENDS
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.cli.completion import completion_script
+from ldm_runtime.requests.request import FIELDS
 from ldm_runtime.samplers import SAMPLERS
 
 
@@ -35,13 +36,14 @@ def printed(shell):
 
 
 def test_bash_completes_commands_flags_and_values(complete):
-    commands, prefix, flags, samplers, backend, equals, file, builder = complete(
+    commands, prefix, flags, samplers, backend, equals, empty, file, builder = complete(
         "ldm|g",
         "ldm|b",
         "ldm|generate|a red circle|--see",
         "ldm|generate|--sampler|euler",
         "ldm|verify|engines/|-b|t",
         "ldm|generate|--schedule|=|kar",
+        "ldm|generate|--schedule|=",
         "ldm|generate|--image|ph",
         "ldm|build-engines|engines|--builder|tensorrt-",
     )
@@ -52,6 +54,7 @@ def test_bash_completes_commands_flags_and_values(complete):
     assert samplers == [name for name in SAMPLERS if name.startswith("euler")]
     assert backend == [name for name in BACKENDS if name.startswith("t")]
     assert equals == ["karras"]
+    assert empty == list(FIELDS["schedule"].choices)
     assert file == []  # where bash falls back to the names of files
     assert builder == ["tensorrt-rtx"]
 
