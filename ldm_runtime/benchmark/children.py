@@ -32,7 +32,7 @@ def run_child(
         environment: Variables to set.
 
     Raises:
-        LdmError: The process failed, with what it printed.
+        LdmError: The process failed, with what it printed, or the signal that killed it.
     """
     package = str(Path(ldm_runtime.__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
@@ -43,5 +43,14 @@ def run_child(
         text=True,
     )
     if done.returncode:
-        raise LdmError(f"{purpose} failed: {done.stderr.strip()}")
+        raise LdmError(f"{purpose} failed: {_reason(done)}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what a process printed on stderr; one that was killed may have printed nothing."""
+    printed = done.stderr.strip()
+    if done.returncode > 0:
+        return printed or f"exit status {done.returncode}"
+    killed = f"killed by signal {-done.returncode}, perhaps out of memory"
+    return f"{killed}: {printed}" if printed else killed

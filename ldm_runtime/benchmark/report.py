@@ -59,8 +59,8 @@ def table(rows: Sequence[Row], subject: Subject, ceilings: Ceilings) -> list[str
         again = steady.get(name)
         line = f"  {label:<30}{_cell(first.get(name)):>28}{_cell(again):>28}"
         if again and name in subject.work:
-            of_matmul, of_copy = shares(subject.work[name], again.median_seconds, ceilings)
-            line += f"{of_matmul:>12.0%}{of_copy:>9.0%}"
+            of_matmul, of_copy = map(_share, shares(subject.work[name], again, ceilings))
+            line = f"{line}{of_matmul:>12}{of_copy:>9}".rstrip()
         lines.append(line)
     peak = max(row.peak_bytes or 0 for row in rows)
     return [*lines, f"  {summed(steady)}", f"  peak resident memory {peak / 1e6:.0f} MB"]
@@ -100,6 +100,10 @@ def _cell(row: Row | None) -> str:
     low, high = (_number(1e3 * edge(row.seconds)) for edge in (min, max))
     mark = " " if row.is_stable else "!"
     return f"{_milliseconds(row.median_seconds)} ({low}-{high}){mark}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,10 +1,12 @@
 """The measurements of a bundle: every backend and precision in turn, one process after another."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import cast
 
-from ldm_runtime.backends import BACKENDS, choose_backend
+from ldm_runtime.backends import BACKENDS, choose_backend, get_backend
 from ldm_runtime.backends.contract import Precision, RunOptions
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.benchmark import process
@@ -18,7 +20,7 @@ from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import BackendError, LdmError
 
-_FLOAT32_BYTES = 4
+_BYTES: Mapping[Precision, int] = MappingProxyType({"fp32": 4, "bf16": 2, "fp16": 2})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +146,19 @@ def as_rows(
     return rows
 
 
-def shares(work: Work, seconds: float, ceilings: Ceilings) -> tuple[float, float]:
+def shares(work: Work, row: Row, ceilings: Ceilings) -> tuple[float | None, float | None]:
     """Return the shares of the matmul and of the copy ceiling that a call reached.
 
-    The second counts float32 weights read once, the least that any engine has to move.
+    The second counts weights in the row's precision, read once, the least that any engine has to
+    move. Ceilings are of the processor, and that of products of float32: None is the share of a
+    ceiling that a row is not measured against.
     """
-    moved = _FLOAT32_BYTES * work.parameters
+    if get_backend(row.backend).ABILITIES.variant != "fp32":  # on a GPU
+        return None, None
+    precision = cast("Precision", row.settings["precision"])
+    seconds, moved = row.median_seconds, _BYTES[precision] * work.parameters
     return (
-        work.flops / seconds / ceilings.matmul_flops,
+        work.flops / seconds / ceilings.matmul_flops if precision == "fp32" else None,
         moved / seconds / ceilings.copy_bytes,
     )
 

@@ -18,11 +18,13 @@ from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
 from ldm_export.networks.loading import build_network, load_network
 from ldm_runtime.benchmark import runs
+from ldm_runtime.benchmark.ceilings import Ceilings
+from ldm_runtime.benchmark.children import run_child
 from ldm_runtime.benchmark.process import Findings
 from ldm_runtime.benchmark.report import summed
 from ldm_runtime.benchmark.runs import Configuration
 from ldm_runtime.benchmark.subject import open_subject
-from ldm_runtime.benchmark.work import network_work
+from ldm_runtime.benchmark.work import Work, network_work
 from ldm_runtime.errors import BackendError, LdmError
 from ldm_runtime.testing import TINY_SPEC, write_tiny_bundle
 from measuring.rows import ROOT, Row, as_line, commit
@@ -281,6 +283,41 @@ def test_a_failing_process_gives_its_reason(bundle):
 
     with pytest.raises(LdmError, match=r"onnxruntime failed: /nowhere/manifest\.json not"):
         list(runs.find(subject, [Configuration(backend="onnxruntime")], 1))
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("os.kill(os.getpid(), 9)", "failed: killed by signal 9, perhaps out of memory$"),
+        ("os.abort()", "failed: killed by signal 6"),
+        ("os._exit(3)", "failed: exit status 3$"),
+    ],
+)
+def test_a_process_that_dies_in_silence_is_said_to_have_died(code, reason, tmp_path):
+    path = tmp_path / "child.py"
+    path.write_text(f"import os\n{code}\n")
+
+    with pytest.raises(LdmError, match=reason):
+        run_child("measuring", str(path))
+
+
+WORK = Work(parameters=10**6, flops=2 * 10**9)
+CEILINGS = Ceilings(matmul_flops=10**11, copy_bytes=10**10, threads=2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "expected"),
+    [
+        ("onnxruntime", "fp32", (0.2, 0.004)),
+        ("openvino", "bf16", (None, 0.002)),
+        ("tensorrt", "fp16", (None, None)),
+        ("cuda", "fp16", (None, None)),
+    ],
+)
+def test_a_row_is_measured_against_the_ceilings_that_are_its_own(backend, precision, expected):
+    measured = row(0.1, backend=backend, settings={"precision": precision})
+
+    assert runs.shares(WORK, measured, CEILINGS) == pytest.approx(expected)
 
 
 def test_a_backend_that_was_asked_for_and_cannot_run_is_an_error(bundle):
