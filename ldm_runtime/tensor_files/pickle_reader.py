@@ -43,6 +43,7 @@ from ldm_runtime.tensor_files.torch_records import (
 
 _MAX_INT_BYTES = 1024
 _MAX_INT_KEY = 2**8  # a chain of colliding keys is no longer than twice this
+_MAX_KEY_BITS = 64  # of integers; the text of a longer one would be twice as long as the integer
 _MAX_KEY_LENGTH = 4096  # equal keys are compared to the last character, every time one is set
 
 
@@ -304,11 +305,12 @@ def _set_items(machine: Machine, target: object, items: list[object]) -> None:
 
 def _safe_key(machine: Machine, key: object) -> object:
     """Return `key` if it hashes and compares in constant time, else an inert stand-in."""
+    is_long = isinstance(key, int) and key.bit_length() > _MAX_KEY_BITS
+    if is_long or (isinstance(key, (str, bytes)) and len(key) > _MAX_KEY_LENGTH):
+        return Stub(name=Name(module="builtins", name=type(key).__name__))
     if isinstance(key, float) or (isinstance(key, int) and not -_MAX_INT_KEY < key < _MAX_INT_KEY):
         text = key.hex() if isinstance(key, float) else f"{key:#x}"
         return Name(module=f"builtins.{type(key).__name__}", name=text)
-    if isinstance(key, (str, bytes)) and len(key) > _MAX_KEY_LENGTH:
-        return Stub(name=Name(module="builtins", name=type(key).__name__))
     if key is None or isinstance(key, (str, bytes, int, Name, Stub)):
         return key
     if isinstance(key, (tuple, StorageRecord, TensorRecord)):

@@ -462,7 +462,14 @@ def test_a_key_that_nobody_looks_up_is_kept_as_a_stub(key):
     assert isinstance(result, Stub)
 
 
-@pytest.mark.parametrize("key", [256, -256, 2**60, -(2**61), 1e300, 1.0, float("nan")])
+@pytest.mark.parametrize("key", [2**64, -(2**64), 2**8000], ids=["64", "-64", "8000"])
+def test_an_integer_of_more_than_64_bits_is_a_key_without_its_text(key):
+    (result,) = read_pickle(pickle.dumps({key: None}, protocol=2))
+
+    assert isinstance(result, Stub)
+
+
+@pytest.mark.parametrize("key", [256, -256, 2**64 - 1, 2**60, -(2**61), 1e300, 1.0, float("nan")])
 def test_a_number_that_a_file_could_choose_to_collide_is_keyed_by_its_text(key):
     (result,) = read_pickle(pickle.dumps({key: None}, protocol=2))
 
