@@ -11,16 +11,28 @@ import numpy.typing as npt
 from ldm_export.checkpoint.file_fields import StatedSchedule
 from ldm_export.detection.features import Tensors
 from ldm_export.errors import WeightsError
-from ldm_runtime.schedules import without_infinite_noise
+from ldm_runtime.schedules import rescale_zero_terminal_snr, without_infinite_noise
 
 _EXACT_TYPES = frozenset({"float32", "float64"})
-#: Error of values near 1 after rounding to a type that is too coarse to be used itself.
-_ROUNDING = {
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-    "float8_e4m3fn": 2.0**-4,
-    "float8_e5m2": 2.0**-3,
-}
+#: Largest error of values below 1 after rounding to a type that is too coarse to be used itself.
+_ROUNDING: Mapping[str, float] = MappingProxyType(
+    {
+        "float16": 2.0**-12,
+        "bfloat16": 2.0**-9,
+        "float8_e4m3fn": 2.0**-5,
+        "float8_e5m2": 2.0**-4,
+    }
+)
+#: Largest last value of a schedule of which such a type may make 0: half of the smallest number of
+#: the type, or else what is taken in place of 0.
+_VANISHING: Mapping[str, float] = MappingProxyType(
+    {
+        "float16": 2.0**-24,
+        "bfloat16": 2.0**-24,
+        "float8_e4m3fn": 2.0**-10,
+        "float8_e5m2": 2.0**-17,
+    }
+)
 _SAME = 1e-5
 
 Float64Array = npt.NDArray[np.float64]
@@ -98,7 +110,8 @@ class NoiseSchedule:
         alphas_cumprod: One value per training timestep.
         formula: The formula it was computed from, or None if the values are the checkpoint's own.
         ends_in_noise: Whether the checkpoint's own values end at 0, in place of which a last value
-            above 0 is taken that samplers can divide by.
+            above 0 is taken that samplers can divide by; with a formula, the values are the
+            formula's so rescaled.
     """
 
     alphas_cumprod: tuple[float, ...]
@@ -118,35 +131,66 @@ def computed_schedule(stated: StatedSchedule) -> ComputedSchedule:
     )
 
 
-def read_schedule(tensors: Tensors, formula: ComputedSchedule) -> NoiseSchedule:
+def read_schedule(
+    tensors: Tensors, formula: ComputedSchedule, *, may_be_rescaled: bool = False
+) -> NoiseSchedule:
     """Return the schedule in a checkpoint's buffers, or `formula`'s if it has none.
 
-    Buffers in half precision are too coarse to sample with (1 - 0.00085 has no neighbour nearer
-    than 0.0005), so they only confirm the formula.
+    Buffers in half precision or 8 bits are too coarse to sample with (1 - 0.00085 has no neighbour
+    nearer than 0.0005), so they only confirm the formula.
+
+    Args:
+        tensors: The checkpoint's.
+        formula: The schedule that is stated, or usual.
+        may_be_rescaled: Whether it is stated that training went down to nothing but noise. Then
+            coarse buffers that end at 0 may confirm the formula rescaled to end there.
 
     Raises:
-        WeightsError: The buffers are not a decreasing schedule, or contradict a formula that comes
-            from a configuration or that has to replace them.
+        WeightsError: The buffers are not a decreasing schedule, contradict a formula that comes
+            from a configuration or that has to replace them, or are coarse and end in nothing but
+            noise, which is not stated.
     """
     name = next((name for name in _BUFFERS if name in tensors), None)
-    computed = formula.alphas_cumprod()
     if name is None:
-        return NoiseSchedule(alphas_cumprod=tuple(computed.tolist()), formula=formula)
+        computed = tuple(formula.alphas_cumprod().tolist())
+        return NoiseSchedule(alphas_cumprod=computed, formula=formula)
     dtype = tensors[name].dtype
     if dtype not in _EXACT_TYPES | _ROUNDING.keys():
         raise WeightsError(f"{name} is stored as {dtype}; floating-point numbers were expected")
     own = _own_values(name, tensors[name].numpy())
-    if dtype in _EXACT_TYPES:
-        ends_in_noise = own.size > 1 and own[-1] == 0  # trained for zero terminal SNR
-        if ends_in_noise:
-            own = without_infinite_noise(own)
-        _check(name, own)
-        if formula.source == "config" and not ends_in_noise:
-            _compare(name, own, formula, _SAME)
-        alphas = tuple(own.tolist())
-        return NoiseSchedule(alphas_cumprod=alphas, formula=None, ends_in_noise=bool(ends_in_noise))
-    _compare(name, own, formula, _ROUNDING[dtype])
-    return NoiseSchedule(alphas_cumprod=tuple(computed.tolist()), formula=formula)
+    if dtype not in _EXACT_TYPES:
+        return _confirmed(name, dtype, own, formula, may_be_rescaled=may_be_rescaled)
+    ends_in_noise = own.size > 1 and own[-1] == 0  # trained for zero terminal SNR
+    if ends_in_noise:
+        own = without_infinite_noise(own)
+    _check(name, own)
+    if formula.source == "config" and not ends_in_noise:
+        _compare(name, own, formula.alphas_cumprod(), formula, _SAME)
+    alphas = tuple(own.tolist())
+    return NoiseSchedule(alphas_cumprod=alphas, formula=None, ends_in_noise=bool(ends_in_noise))
+
+
+def _confirmed(
+    name: str, dtype: str, own: Float64Array, formula: ComputedSchedule, *, may_be_rescaled: bool
+) -> NoiseSchedule:
+    """Return the schedule of the formula, which values of a coarse type confirm."""
+    expected = formula.alphas_cumprod()
+    ends_in_noise = bool(own.size > 1 and own[-1] == 0 and expected[-1] > _VANISHING[dtype])
+    if ends_in_noise and not may_be_rescaled:
+        raise WeightsError(
+            f"{name}, stored as {dtype}, ends at 0, nothing but noise, but the {formula.source}'s "
+            f"schedule ({formula}) ends at {expected[-1]:g}; state with --zero-terminal-snr that "
+            "it was rescaled for training, or give a --config with the right linear_start and "
+            "linear_end"
+        )
+    if ends_in_noise:
+        expected = np.array(rescale_zero_terminal_snr(expected.tolist()))
+    # Betas are multiplied, so that their errors add up.
+    tolerance = _ROUNDING[dtype] * (2 if name == "betas" else 1) + _SAME
+    _compare(name, own, expected, formula, tolerance)
+    return NoiseSchedule(
+        alphas_cumprod=tuple(expected.tolist()), formula=formula, ends_in_noise=ends_in_noise
+    )
 
 
 def _own_values(name: str, stored: npt.NDArray[Any]) -> Float64Array:
@@ -165,8 +209,13 @@ def _check(name: str, values: Float64Array) -> None:
         )
 
 
-def _compare(name: str, own: Float64Array, formula: ComputedSchedule, tolerance: float) -> None:
-    expected = formula.alphas_cumprod()
+def _compare(
+    name: str,
+    own: Float64Array,
+    expected: Float64Array,
+    formula: ComputedSchedule,
+    tolerance: float,
+) -> None:
     if own.shape != expected.shape:
         raise WeightsError(
             f"{name} has {own.size} timesteps, but the {formula.source}'s schedule is {formula}"

@@ -27,7 +27,7 @@ from ldm_export.detection.prediction_type import read_prediction_type
 from ldm_export.detection.sampling_defaults import read_defaults
 from ldm_export.detection.shallow_unet import with_shallow_graph
 from ldm_export.detection.weight_assignment import WeightAssignment, component_shapes
-from ldm_export.detection.zero_terminal_snr import source_of_zero_snr
+from ldm_export.detection.zero_terminal_snr import is_zero_snr_stated, source_of_zero_snr
 from ldm_export.errors import WeightsError
 from ldm_export.hyperparameters.autoencoder import read_autoencoder
 from ldm_export.hyperparameters.shapes import Shapes
@@ -209,7 +209,9 @@ def _own_scale_factor(sources: Sources) -> float | None:
 def _schedule(
     sources: Sources, prediction_type: PredictionType
 ) -> tuple[tuple[float, ...], list[Assumption]]:
-    schedule = read_schedule(sources.tensors, _stated_schedule(sources))
+    schedule = read_schedule(
+        sources.tensors, _stated_schedule(sources), may_be_rescaled=is_zero_snr_stated(sources)
+    )
     notes = []
     if schedule.formula is not None:
         notes.append(assumed("alphas_cumprod", schedule.formula, schedule.formula.source))

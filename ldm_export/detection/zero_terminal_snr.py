@@ -37,6 +37,11 @@ def source_of_zero_snr(sources: Sources, prediction_type: PredictionType) -> str
     return None
 
 
+def is_zero_snr_stated(sources: Sources) -> bool:
+    """Return whether anyone says that the last training timestep was nothing but noise."""
+    return _source(sources) is not None
+
+
 def check_no_zero_snr(sources: Sources) -> None:
     """Check that no one asks a model of EDM, which has no training timesteps, for it.
 

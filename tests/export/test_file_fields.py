@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from ldm_export.detection.detect import detect
 from ldm_export.detection.file_fields import MetadataFields, metadata_fields
 from ldm_export.detection.inspection import inspect_checkpoint
 from ldm_export.detection.overrides import Overrides
-from ldm_export.errors import ExportError
+from ldm_export.errors import ExportError, WeightsError
 from ldm_runtime.diagnostics.inspection import readable
 from ldm_runtime.schedules import rescale_zero_terminal_snr
 from tests.export.sd_layout import (
@@ -14,6 +15,7 @@ from tests.export.sd_layout import (
     TINY,
     FakeTensor,
     checkpoint,
+    scaled_linear,
     sdxl_checkpoint,
     with_values,
 )
@@ -181,6 +183,22 @@ def test_zero_terminal_snr_is_stated_by_a_flag_or_a_configuration(stated, source
     assert rescaled.alphas_cumprod == rescale_zero_terminal_snr(plain.alphas_cumprod)
     assert noisy(rescaled) == ("rescaled to zero terminal SNR", source)
     assert rescaled.defaults == plain.defaults
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e5m2"])
+def test_a_coarse_schedule_that_ends_in_noise_is_exported_as_one_if_that_is_stated(dtype):
+    rescaled = np.array(rescale_zero_terminal_snr(scaled_linear().tolist()))
+    rounded = torch.tensor(rescaled).to(getattr(torch, dtype)).float().numpy()
+    rounded[-1] = 0
+    tensors = checkpoint(SD2) | {"alphas_cumprod": with_values(rounded, dtype)}
+
+    with pytest.raises(WeightsError, match="state with --zero-terminal-snr"):
+        detect(tensors)
+    flagged = detect(tensors, overrides=Overrides(zero_terminal_snr=True)).spec
+    marked_so = detect(tensors | {"ztsnr": MARKER}).spec
+
+    assert flagged.alphas_cumprod == marked_so.alphas_cumprod
+    np.testing.assert_allclose(flagged.alphas_cumprod, rescaled, rtol=1e-9)
 
 
 def test_a_configuration_denies_the_mark_of_zero_terminal_snr():

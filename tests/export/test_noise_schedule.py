@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from ldm_export.detection.noise_schedule import ListedBetas, ScheduleFormula, read_schedule
 from ldm_export.errors import WeightsError
@@ -52,28 +55,63 @@ def test_noise_levels_do_where_there_is_nothing_else():
     assert schedule.alphas_cumprod == pytest.approx(alphas, rel=1e-15)
 
 
-@pytest.mark.parametrize("name", ["alphas_cumprod", "betas", "denoiser.sigmas"])
-def test_half_precision_only_confirms_the_formula(name):
-    alphas = scaled_linear()
+COARSE = ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+
+def stored_as(dtype, alphas, name="alphas_cumprod"):
+    """Return a buffer of a schedule, rounded by torch."""
     exact = {
         "alphas_cumprod": alphas,
         "betas": 1 - alphas / np.concatenate([[1], alphas[:-1]]),
-        "denoiser.sigmas": np.sqrt((1 - alphas) / alphas),
+        "denoiser.sigmas": np.sqrt((1 - alphas) / np.maximum(alphas, 1e-99)),
     }
-    rounded = exact[name].astype(np.float16)
-    tensors = {name: with_values(rounded, "float16")}
+    rounded = torch.tensor(exact[name]).to(getattr(torch, dtype)).float()
+    return {name: with_values(rounded.numpy(), dtype)}
 
-    schedule = read_schedule(tensors, FORMULA)
+
+def ending_in_noise():
+    signal = np.sqrt(scaled_linear())
+    return ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+
+
+@pytest.mark.parametrize("dtype", COARSE)
+@pytest.mark.parametrize("name", ["alphas_cumprod", "betas", "denoiser.sigmas"])
+def test_coarse_values_only_confirm_the_formula(name, dtype):
+    schedule = read_schedule(stored_as(dtype, scaled_linear(), name), FORMULA)
 
     assert schedule.formula is FORMULA
     assert schedule.alphas_cumprod == tuple(FORMULA.alphas_cumprod().tolist())
 
 
-def test_half_precision_that_contradicts_the_formula_is_an_error():
-    other = scaled_linear(0.0015, 0.0195).astype(np.float16)
+@pytest.mark.parametrize("dtype", COARSE)
+def test_coarse_values_that_contradict_the_formula_are_an_error(dtype):
+    other = stored_as(dtype, scaled_linear(0.0015, 0.0195))
 
-    with pytest.raises(WeightsError, match=r"contradicts the family's schedule .*--config"):
-        read_schedule({"alphas_cumprod": with_values(other, "float16")}, FORMULA)
+    with pytest.raises(WeightsError, match=r"the family's schedule \(.*--config with the right"):
+        read_schedule(other, FORMULA)
+
+
+@pytest.mark.parametrize("dtype", COARSE)
+@pytest.mark.parametrize("name", ["alphas_cumprod", "betas"])
+def test_coarse_values_that_end_in_noise_confirm_only_what_is_stated_to(name, dtype):
+    tensors = stored_as(dtype, ending_in_noise(), name)
+
+    with pytest.raises(WeightsError, match=rf"^{name}, stored as {dtype}, .*--zero-terminal-snr"):
+        read_schedule(tensors, FORMULA)
+    schedule = read_schedule(tensors, FORMULA, may_be_rescaled=True)
+
+    assert schedule.ends_in_noise
+    assert schedule.alphas_cumprod == rescale_zero_terminal_snr(FORMULA.alphas_cumprod().tolist())
+
+
+def test_the_last_value_of_a_formula_may_vanish_in_a_coarse_type():
+    upscaler = replace(FORMULA, linear_start=0.0001, linear_end=0.02)
+    tensors = stored_as("float8_e4m3fn", upscaler.alphas_cumprod())
+
+    schedule = read_schedule(tensors, upscaler)
+
+    assert tensors["alphas_cumprod"].values[-1] == 0
+    assert not schedule.ends_in_noise
 
 
 def test_a_configuration_that_contradicts_the_buffers_is_an_error():
@@ -148,8 +186,7 @@ def test_listed_betas_that_contradict_the_buffers_are_an_error():
 
 @pytest.mark.parametrize("name", ["alphas_cumprod", "betas"])
 def test_a_schedule_that_ends_in_nothing_but_noise_gets_the_finite_end_of_the_runtime(name):
-    signal = np.sqrt(scaled_linear())
-    alphas = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+    alphas = ending_in_noise()
     betas = 1 - alphas / np.concatenate([[1.0], alphas[:-1]])
     stored = {"alphas_cumprod": alphas, "betas": betas}[name]
 
