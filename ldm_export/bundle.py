@@ -120,19 +120,22 @@ def estimate_export(options: ExportOptions) -> Estimate:
 def with_known_prediction(source: Source, record: PredictionRecord | None) -> Source:
     """Return a source whose prediction type the measurement confirms.
 
-    Where only the family says what its UNet predicts, or a hint, and the family has models of both
-    kinds, the measurement decides; if it is undecided, a warning says that the model may be one of
-    the other kind.
+    A measurement outweighs every hint, and decides where only the family says what its UNet
+    predicts and has models of both kinds; if it is undecided there, a warning says that the model
+    may be one of the other kind.
 
     Raises:
-        ExportError: The measurement contradicts a preset, the configuration or the file.
+        ExportError: The measurement contradicts a preset, the configuration or the file, or a
+            family that has models of one kind.
     """
     siblings = source.detection.siblings
-    if record is not None and record.measured in siblings:
-        warn_of_hint(source.spec, record)
-        return source.measured_as(record.measured)
     if record is None or record.measured is None:
         warn_of_siblings(source.spec, siblings)
+    elif record.measured != source.spec.prediction_type and (
+        source.detection.is_hinted or record.measured in siblings
+    ):
+        warn_of_hint(source.spec, record)
+        return source.measured_as(record.measured)
     return source.with_spec(confirmed(source.spec, record))
 
 

@@ -7,7 +7,7 @@ that it all fits together.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -60,6 +60,7 @@ class Detection:
         ignored: The tensors that the user leaves out.
         siblings: What else models of these shapes predict, if nothing but the family, or a hint
             that a measurement outweighs, says what this one does.
+        is_hinted: Whether a hint says what this one predicts, which any measurement outweighs.
         has_doubtful_averages: Whether the averages that are used may be of another model: nothing
             but a family whose models are merged asks for them, and the last weights are there.
         fp32_components: Components that get no graph in half precision, whose range released
@@ -71,6 +72,7 @@ class Detection:
     unused: Mapping[str, str]
     ignored: Ignored
     siblings: frozenset[PredictionType] = frozenset()
+    is_hinted: bool = False
     has_doubtful_averages: bool = False
     fp32_components: frozenset[str] = frozenset()
 
@@ -139,6 +141,7 @@ def detect(
         unused=unused,
         ignored=ignored,
         siblings=_siblings(family_defaults, spec),
+        is_hinted=_is_stated_by(HINTS, spec),
         has_doubtful_averages=family_defaults.is_merged
         and (assignment.chosen, assignment.source) == ("ema", "family")
         and not lost,
@@ -161,12 +164,16 @@ def _present(tensors: Tensors, family: Family) -> list[Assignment]:
 
 def _siblings(family: FamilyDefaults, spec: ModelSpec) -> frozenset[PredictionType]:
     """Return what else models of a family predict, unless one is known to predict what it does."""
-    is_open = any(
-        each.field == "prediction_type" and each.source in ("family", *HINTS)
-        for each in spec.assumptions
-    )
+    is_open = _is_stated_by(("family", *HINTS), spec)
     known = {family.prediction_type, *family.siblings}
     return frozenset(known - {spec.prediction_type}) if is_open else frozenset()
+
+
+def _is_stated_by(sources: Collection[str], spec: ModelSpec) -> bool:
+    """Return whether one of some sources says what a UNet predicts."""
+    return any(
+        each.field == "prediction_type" and each.source in sources for each in spec.assumptions
+    )
 
 
 def _wanted_weights(sources: Sources, *, has_only_averages: bool) -> tuple[WeightsChoice, str]:

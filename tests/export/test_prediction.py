@@ -21,7 +21,7 @@ from ldm_runtime.specs.model import Assumption
 from ldm_runtime.testing import FakeEngine
 from models.shapes.catalog.variants import VARIANTS
 from tests.conftest import SHAPES_CHECKPOINT
-from tests.export.sd_layout import SD2, checkpoint
+from tests.export.sd_layout import SD1, SD2, checkpoint, sdxl_checkpoint
 from tests.export.small_spec import SPEC
 from tests.export.small_systems import SMALL_SYSTEMS, small_system
 from tests.torch_generator import TorchGenerator
@@ -211,10 +211,10 @@ UNDECIDED = PredictionRecord(
 )
 
 
-def recognised(record, caplog, **stated):
+def recognised(record, caplog, tensors=None, **stated):
     """Recognise Stable Diffusion 2 with a record of its measurement; return it and warnings."""
     caplog.clear()
-    tensors = checkpoint(SD2)
+    tensors = tensors or checkpoint(SD2)
     detect_again = partial(detect, tensors, **stated)
     source = Source(
         options=None,
@@ -278,6 +278,18 @@ def test_a_measurement_outweighs_a_hint_with_a_warning(stated, words, caplog):
 
     assert prediction_type == "v_prediction"
     assert words in warning
+
+
+@pytest.mark.parametrize("tensors", [checkpoint(SD1), sdxl_checkpoint()], ids=["SD1", "SDXL"])
+@pytest.mark.parametrize("measurement", ["v_prediction", "epsilon"])
+def test_a_measurement_outweighs_metadata_that_agrees_with_the_family(tensors, measurement, caplog):
+    copied = {"modelspec.prediction_type": "epsilon"}
+
+    prediction_type, warnings = recognised(measured(measurement), caplog, tensors, metadata=copied)
+
+    assert prediction_type == measurement
+    assert len(warnings) == (measurement != "epsilon")
+    assert all("which the file's metadata says; going by the measure" in each for each in warnings)
 
 
 def test_a_download_without_its_configuration_is_refused_before_anything_is_written(tmp_path):
