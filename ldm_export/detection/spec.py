@@ -18,6 +18,7 @@ from ldm_export.detection.noise_augmentation import read_noise_augmentation
 from ldm_export.detection.noise_schedule import (
     ComputedSchedule,
     ListedBetas,
+    NoiseSchedule,
     ScheduleFormula,
     computed_schedule,
     read_schedule,
@@ -85,18 +86,23 @@ def read_spec(sources: Sources, family: str, assignment: WeightAssignment) -> Mo
     )
     embedder, encoder = networks.find(ClassEmbedderSpec), networks.find(ImageEncoderSpec)
     has_null = embedder is None or embedder.null_class is not None
-    prediction_type, stated_by = read_prediction_type(sources)
+    edm, edm_notes = read_edm(sources)
+    schedule = None if unet is None or edm is not None else _own_schedule(sources)
+    prediction_type, stated_by = read_prediction_type(
+        sources, from_noise=schedule is not None and schedule.ends_in_noise
+    )
     if unet is not None:
         notes.append(stated_by)
-    edm = notes.keep(read_edm(sources))
+    notes.extend(edm_notes)
     check_prediction(edm, prediction_type)
-    has_schedule = unet is not None and edm is None
     return ModelSpec(
         family=family,
         task=sources.family.task,
         weights=assignment.chosen,
         networks=networks,
-        alphas_cumprod=notes.keep(_schedule(sources, prediction_type)) if has_schedule else (),
+        alphas_cumprod=()
+        if schedule is None
+        else notes.keep(_alphas_cumprod(sources, schedule, prediction_type)),
         edm=edm,
         prediction_type=prediction_type,
         null_prompt=_null_prompt(sources, notes),
@@ -206,12 +212,15 @@ def _own_scale_factor(sources: Sources) -> float | None:
     return own
 
 
-def _schedule(
-    sources: Sources, prediction_type: PredictionType
-) -> tuple[tuple[float, ...], list[Assumption]]:
-    schedule = read_schedule(
+def _own_schedule(sources: Sources) -> NoiseSchedule:
+    return read_schedule(
         sources.tensors, _stated_schedule(sources), may_be_rescaled=is_zero_snr_stated(sources)
     )
+
+
+def _alphas_cumprod(
+    sources: Sources, schedule: NoiseSchedule, prediction_type: PredictionType
+) -> tuple[tuple[float, ...], list[Assumption]]:
     notes = []
     if schedule.formula is not None:
         notes.append(assumed("alphas_cumprod", schedule.formula, schedule.formula.source))

@@ -42,6 +42,11 @@ def is_zero_snr_stated(sources: Sources) -> bool:
     return _source(sources) is not None
 
 
+def is_zero_snr_asked_for(sources: Sources) -> bool:
+    """Return whether the user says so, by the flag or the configuration."""
+    return _source(sources) in _PLACES
+
+
 def check_no_zero_snr(sources: Sources) -> None:
     """Check that no one asks a model of EDM, which has no training timesteps, for it.
 

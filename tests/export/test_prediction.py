@@ -10,7 +10,7 @@ from ldm_export.bundle import with_known_prediction
 from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.detect import detect
 from ldm_export.detection.overrides import Overrides
-from ldm_export.errors import ExportError
+from ldm_export.errors import ExportError, WeightsError
 from ldm_export.golden.prediction import NEAR, confirmed, measure_prediction
 from ldm_export.graphs.torch_engine import TorchEngine
 from ldm_export.networks.loading import build_network
@@ -21,7 +21,14 @@ from ldm_runtime.specs.model import Assumption
 from ldm_runtime.testing import FakeEngine
 from models.shapes.catalog.variants import VARIANTS
 from tests.conftest import SHAPES_CHECKPOINT
-from tests.export.sd_layout import SD1, SD2, checkpoint, sdxl_checkpoint
+from tests.export.sd_layout import (
+    SD1,
+    SD2,
+    checkpoint,
+    scaled_linear,
+    sdxl_checkpoint,
+    with_values,
+)
 from tests.export.small_spec import SPEC
 from tests.export.small_systems import SMALL_SYSTEMS, small_system
 from tests.torch_generator import TorchGenerator
@@ -278,6 +285,49 @@ def test_a_measurement_outweighs_a_hint_with_a_warning(stated, words, caplog):
 
     assert prediction_type == "v_prediction"
     assert words in warning
+
+
+HINTS_OF_EPSILON = [
+    BY_STEP,
+    {"metadata": {"modelspec.prediction_type": "epsilon"}},
+    {"config": {"model": {"target": "ddpm.LatentDiffusion", "params": {"unet_config": 0}}}},
+]
+
+
+@pytest.mark.parametrize("hint", HINTS_OF_EPSILON)
+def test_a_noise_schedule_that_ends_in_noise_outweighs_a_hint_of_epsilon(hint):
+    alphas = np.append(scaled_linear()[:-1], 0)
+    tensors = checkpoint(SD2) | {"alphas_cumprod": with_values(alphas, "float64")}
+
+    spec = detect(tensors, **hint).spec
+
+    assert spec.prediction_type == "v_prediction"
+    assert ("prediction_type", "family") in {(each.field, each.source) for each in spec.assumptions}
+
+
+@pytest.mark.parametrize("hint", HINTS_OF_EPSILON)
+@pytest.mark.parametrize("asked_by", ["flag", "config"])
+def test_asking_for_zero_terminal_snr_outweighs_a_hint_of_epsilon(hint, asked_by):
+    asked = {"overrides": Overrides(zero_terminal_snr=True)}
+    if asked_by == "config":
+        config = hint.get("config", {"model": {"params": {}}})
+        asked = {"config": config | {"sampling": {"zero_terminal_snr": True}}}
+
+    spec = detect(checkpoint(SD2), **(hint | asked)).spec
+
+    assert spec.prediction_type == "v_prediction"
+    assert spec.alphas_cumprod[-1] == 2.0**-24
+
+
+def test_a_hint_of_v_stays_where_the_noise_schedule_ends_in_noise():
+    alphas = np.append(scaled_linear()[:-1], 0)
+    tensors = sdxl_checkpoint() | {"alphas_cumprod": with_values(alphas, "float64")}
+
+    with pytest.raises(WeightsError, match="cannot predict epsilon"):
+        detect(tensors)
+    spec = detect(tensors, metadata={"modelspec.prediction_type": "v"}).spec
+
+    assert spec.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("tensors", [checkpoint(SD1), sdxl_checkpoint()], ids=["SD1", "SDXL"])
