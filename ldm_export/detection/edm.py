@@ -11,6 +11,7 @@ from dataclasses import fields
 from types import MappingProxyType
 
 from ldm_export.detection.features import Tensors
+from ldm_export.detection.few_numbers import read_numbers
 from ldm_export.detection.overrides import Sources, assumed, first_stated
 from ldm_export.detection.zero_terminal_snr import check_no_zero_snr
 from ldm_export.errors import WeightsError
@@ -20,6 +21,7 @@ _RANGE: Mapping[str, str] = MappingProxyType(
     {"sigma_min": "edm_vpred.sigma_min", "sigma_max": "edm_vpred.sigma_max"}
 )
 _MEAN, _STD = "edm_mean", "edm_std"
+_REMEDY = "use a checkpoint that holds it in 16 bits or more"
 #: Mean and standard deviation of every channel of the autoencoder's latents; empty without.
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -31,7 +33,8 @@ def read_edm(sources: Sources) -> tuple[EdmSpec | None, list[Assumption]]:
         None for a model with a training schedule; and what is assumed.
 
     Raises:
-        WeightsError: A mark is not a noise level, or the highest is not above the lowest.
+        WeightsError: A mark is not a noise level or too coarse, or the highest is not above the
+            lowest.
         ExportError: It is said of the model what only one with a training schedule can be.
     """
     usual = sources.file.edm or sources.family.edm
@@ -40,7 +43,7 @@ def read_edm(sources: Sources) -> tuple[EdmSpec | None, list[Assumption]]:
     check_no_zero_snr(sources)
     values, notes = {}, []
     for name in (field.name for field in fields(EdmSpec)):
-        own = _scalar(sources.tensors, _RANGE.get(name, ""))
+        own = _scalar(sources.tensors, _RANGE.get(name, ""), getattr(usual, name))
         stated = own or (sources.file.edm and getattr(sources.file.edm, name))
         value, note = first_stated(f"edm.{name}", None, None, getattr(usual, name), file=stated)
         values[name] = value
@@ -71,9 +74,9 @@ def read_statistics(sources: Sources) -> tuple[Statistics, list[Assumption]]:
     """Return mean and standard deviation of every channel of latents, and what is assumed.
 
     Raises:
-        WeightsError: There is one without the other, or they are not such numbers.
+        WeightsError: There is one without the other, or they are not such numbers or too coarse.
     """
-    found = {name: _values(sources.tensors, name) for name in (_MEAN, _STD)}
+    found = {name: read_numbers(sources.tensors, name, remedy=_REMEDY) for name in (_MEAN, _STD)}
     mean = found[_MEAN] or sources.file.latents_mean or ()
     std = found[_STD] or sources.file.latents_std or ()
     if len(mean) != len(std):
@@ -94,20 +97,14 @@ def read_statistics(sources: Sources) -> tuple[Statistics, list[Assumption]]:
     ]
 
 
-def _scalar(tensors: Tensors, name: str) -> float | None:
-    """Return the noise level that a tensor marks, or None without it."""
-    values = _values(tensors, name)
+def _scalar(tensors: Tensors, name: str, usual: float) -> float | None:
+    """Return the noise level that a tensor marks, or None without it and where it is `usual`."""
+    values = read_numbers(tensors, name, remedy=_REMEDY, usual=usual)
     if not values:
         return None
     if len(values) != 1 or not 0 < values[0] < math.inf:
         raise WeightsError(f"{name} is {list(values)}; one positive number was expected")
     return values[0]
-
-
-def _values(tensors: Tensors, name: str) -> tuple[float, ...]:
-    if name not in tensors:
-        return ()
-    return tuple(tensors[name].numpy().reshape(-1).astype(float).tolist())
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -8,6 +8,7 @@ import math
 
 from ldm_export.checkpoint.file_fields import cosine_betas
 from ldm_export.detection.features import Tensors
+from ldm_export.detection.few_numbers import read_numbers
 from ldm_export.detection.noise_schedule import (
     ComputedSchedule,
     ListedBetas,
@@ -33,8 +34,8 @@ def read_noise_augmentation(
         embed_dim: Length of the embedding of an image.
 
     Raises:
-        WeightsError: The schedule is not one, or the statistics are needed and missing, or of
-            embeddings of another length.
+        WeightsError: The schedule is not one, or the statistics are needed and missing, of
+            embeddings of another length, or stored in 8 bits.
     """
     prefix = NOISE_AUGMENTOR_PREFIX
     own = {
@@ -71,9 +72,8 @@ def _statistics(
             "images, by which this model normalises them; they are in the folder image_normalizer "
             "of its diffusers version: give that with --image-normalizer"
         )
-    mean, std = (
-        tuple(float(each) for each in own[name].numpy().reshape(-1)) for name in (_MEAN, _STD)
-    )
+    remedy = "give the image normalizer in 16 bits or more with --image-normalizer"
+    mean, std = (read_numbers(own, name, remedy=remedy) for name in (_MEAN, _STD))
     if not len(mean) == len(std) == embed_dim:
         raise WeightsError(
             f"the image normalizer has a mean of {len(mean)} numbers and a standard deviation of "

@@ -12,6 +12,7 @@ from ldm_export.checkpoint.file_fields import FileFields
 from ldm_export.detection.compvis_config import ConfigFields
 from ldm_export.detection.conditioners import CONDITIONER_READERS
 from ldm_export.detection.edm import check_prediction, read_edm, read_statistics
+from ldm_export.detection.few_numbers import read_numbers
 from ldm_export.detection.labels import label_names_of
 from ldm_export.detection.latent_scale import warn_of_other_scale
 from ldm_export.detection.noise_augmentation import read_noise_augmentation
@@ -175,8 +176,9 @@ def _heads(sources: Sources) -> tuple[tuple[int | None, int | None], str]:
 def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> AutoencoderSpec:
     mean, std = notes.keep(read_statistics(sources))
     read = partial(read_autoencoder, shapes, latents_mean=mean, latents_std=std)
-    flag, own = sources.flags.latent_scale_factor, _own_scale_factor(sources)
-    if flag is None and own is not None:
+    flag = sources.flags.latent_scale_factor
+    own = None if flag is not None else _own_scale_factor(sources)
+    if own is not None:
         return read(latent_scale_factor=own)
     if flag is None and sources.config.scale_by_std:
         raise WeightsError(
@@ -196,14 +198,20 @@ def _autoencoder(sources: Sources, shapes: Shapes, notes: _Notes) -> Autoencoder
 
 
 def _own_scale_factor(sources: Sources) -> float | None:
-    """Return the buffer that `scale_by_std` leaves in a checkpoint, if there is one."""
-    if "scale_factor" not in sources.tensors:
-        return None
-    values = sources.tensors["scale_factor"].numpy().reshape(-1)
-    own = float(values[0]) if values.size == 1 else math.nan
-    if not 0 < own < math.inf:
-        raise WeightsError(f"scale_factor is {values.tolist()}; one positive number was expected")
+    """Return the buffer that `scale_by_std` leaves in a checkpoint, if it counts."""
     config = sources.config.latent_scale_factor
+    stated = config or sources.file.latent_scale_factor or sources.family.latent_scale_factor
+    values = read_numbers(
+        sources.tensors,
+        "scale_factor",
+        remedy="give it with --latent-scale-factor",
+        usual=None if sources.config.scale_by_std else stated,
+    )
+    if not values:
+        return None
+    own = values[0] if len(values) == 1 else math.nan
+    if not 0 < own < math.inf:
+        raise WeightsError(f"scale_factor is {list(values)}; one positive number was expected")
     if config is not None and not math.isclose(own, config, rel_tol=1e-3):
         raise WeightsError(
             f"scale_factor is {own:g} in the checkpoint but {config:g} in the configuration; "

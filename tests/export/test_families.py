@@ -902,11 +902,15 @@ def test_an_impossible_scale_factor_in_the_checkpoint_is_an_error(value):
         detect(tensors)
 
 
-def test_a_scale_factor_that_contradicts_the_configuration_is_an_error():
+def test_a_scale_factor_that_contradicts_the_configuration_is_an_error_without_the_flag():
     tensors = checkpoint(TINY) | {"scale_factor": with_values(0.75)}
+    config = {"model": {"params": {"scale_factor": 0.5}}}
 
     with pytest.raises(WeightsError, match=r"0\.75 in the checkpoint but 0\.5"):
-        detect(tensors, config={"model": {"params": {"scale_factor": 0.5}}})
+        detect(tensors, config=config)
+    spec = detect(tensors, config=config, overrides=Overrides(latent_scale_factor=0.5)).spec
+
+    assert spec.autoencoder.latent_scale_factor == 0.5
 
 
 @pytest.mark.parametrize(
