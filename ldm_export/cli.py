@@ -174,7 +174,7 @@ def _add_model_flags(parser: Parser) -> None:
         "--prediction-type",
         choices=("epsilon", "v_prediction", "sample"),
         help="prediction target of the UNet (default: that of --preset, the configuration or the "
-        "file, else what is measured, else that of the model family)",
+        "file, else what is measured, else a hint such as metadata, else that of the model family)",
     )
     features.add_argument(
         "--zero-terminal-snr",

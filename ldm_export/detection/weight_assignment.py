@@ -33,7 +33,8 @@ class WeightAssignment:
     Attributes:
         weights: Per component, checkpoint tensor name by network parameter name.
         chosen: The set of trained weights that is used …
-        source: … and who chose it: "flag", "config", "family", or "file" where it has no other.
+        source: … and who chose it: "flag", "config", "family", or "file" where the checkpoint has
+            no other, or averages that are not of its weights.
         unused: Reason why a tensor is in no component, by its name.
     """
 
@@ -59,7 +60,7 @@ def assigned_weights(
         tensors: The checkpoint's.
         family: Its family.
         wanted: The set of trained weights to use.
-        source: Who wants it: "flag", "config" or "family".
+        source: Who wants it: "flag", "config", "file" or "family".
         ignored: Tensors that the user leaves out. One that is named like a component's stays with
             it, and has no average.
 

@@ -23,8 +23,8 @@ from ldm_runtime.engines.trust import cache_folder, make_own_folder
 
 _LOGGER = logging.getLogger(__name__)
 _FOLDER, _PARTIAL = "openvino", "partial-"
-#: Most bytes on disk; the models that were used longest ago go first. One holds the weights once
-#: more, those of Stable Diffusion 1.5's UNet in bf16 in 1.7 GB.
+#: Most bytes on disk; the models that were used longest ago go first. One holds the weights of its
+#: network once more, which are at most 1 GB in the bundle.
 MOST_BYTES = 20_000_000_000
 _STALE_SECONDS = 3600.0
 
