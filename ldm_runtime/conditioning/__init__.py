@@ -20,6 +20,7 @@ from ldm_runtime.conditioning.images import (
     encode_text_and_masked_image,
 )
 from ldm_runtime.conditioning.layout import encode_layout
+from ldm_runtime.conditioning.micro_conditioning import with_micro_conditioning
 from ldm_runtime.conditioning.retrieval import encode_embeddings
 from ldm_runtime.conditioning.semantic import encode_segmentation
 from ldm_runtime.conditioning.text import (
@@ -44,6 +45,7 @@ __all__ = [
     "most_chunks",
     "open_tokenizer",
     "used_inversions",
+    "with_micro_conditioning",
 ]
 
 _NO_CONDITIONING = Conditioner(lambda *_: Conditioning())

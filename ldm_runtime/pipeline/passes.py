@@ -16,7 +16,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm_runtime.backends.contract import Runner, Tensors
-from ldm_runtime.conditioning import Conditioning, OpenNetwork, encode_conditioning
+from ldm_runtime.conditioning import (
+    Conditioning,
+    OpenNetwork,
+    encode_conditioning,
+    with_micro_conditioning,
+)
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.latents.init_image import InitImage, Start, hires_start, init_image, start_from
 from ldm_runtime.pipeline.open_model import OpenModel
@@ -35,7 +40,7 @@ class Pass:
 
     Attributes:
         request: The request; for a second pass, with the size and the steps of that pass.
-        conditioning: From `conditioning.encode_conditioning`.
+        conditioning: From `conditioning.encode_conditioning`, with micro-conditioning of that size.
         images: Indices of the images.
         start: Initial latents; None is noise.
         refiner: What makes the last steps; None for a request without a refiner.
@@ -148,10 +153,10 @@ class ImagePasses:
         steps = [len(each.steps) for each in self.request.passes]
         return Pass(
             request=request,
-            conditioning=self.conditioning,
+            conditioning=with_micro_conditioning(self.conditioning, request, self.spec),
             images=images,
             start=start,
-            refiner=self.refiner,
+            refiner=None if self.refiner is None else _told(self.refiner, request),
             steps_before=sum(steps[:number]),
             total_steps=sum(steps),
         )
@@ -216,3 +221,9 @@ def _expert(refiner: OpenModel, request: ResolvedRequest, timings: Timings) -> E
         conditioning=encode_conditioning(network, refiner.tokenizer, request, refiner.spec),
         spec=refiner.spec,
     )
+
+
+def _told(expert: Expert, request: ResolvedRequest) -> Expert:
+    """Return a model with the micro-conditioning of the first pass of a request."""
+    told = with_micro_conditioning(expert.conditioning, request, expert.spec)
+    return replace(expert, conditioning=told)

@@ -8,10 +8,7 @@ from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.requests.conditions import check_condition, condition_of
 from ldm_runtime.requests.depth import depth_of
 from ldm_runtime.requests.edm import check_schedule, check_timesteps, default_schedule
-from ldm_runtime.requests.micro_conditioning import (
-    check_micro_conditioning,
-    micro_conditioning_of,
-)
+from ldm_runtime.requests.micro_conditioning import check_micro_conditioning
 from ldm_runtime.requests.preset_fields import with_preset_fields
 from ldm_runtime.requests.refiner import refiner_of
 from ldm_runtime.requests.request import CUSTOM, MAX_IMAGES, GenerationRequest
@@ -116,7 +113,6 @@ def resolve(
         noise_level=_noise_level(request, spec),
         height=size[0],
         width=size[1],
-        micro_conditioning=micro_conditioning_of(request, size),
         num_images=request.num_images,
         num_inference_steps=sampling.num_inference_steps,
         sampler=sampling.sampler,

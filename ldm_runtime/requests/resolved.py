@@ -258,6 +258,7 @@ class SamplingPass:
         first_step: Number of the first of them for prompts, see `scheduled_prompts`.
         scale: How many times the images of the pass before it are enlarged to start from; 1 for the
             first pass.
+        micro_conditioning: What the UNet is told about its images, if it takes that.
     """
 
     height: int
@@ -266,6 +267,7 @@ class SamplingPass:
     steps: range
     first_step: int
     scale: float
+    micro_conditioning: MicroConditioning
 
 
 _Condition = TypeVar("_Condition", bound=Condition)
@@ -284,7 +286,6 @@ class ResolvedRequest:
             in timesteps; 0 in other tasks.
         height: Of the images, in pixels; those of the first pass, if there is a second.
         width: Likewise.
-        micro_conditioning: What the UNet is told about the image, if it takes that.
         num_images: How many images.
         num_inference_steps: Steps that the schedule is asked for, or that `sigmas` lists.
         sampler: Name in `ldm_runtime.samplers.SAMPLERS`; empty for a model that only encodes and
@@ -319,7 +320,6 @@ class ResolvedRequest:
     noise_level: int
     height: int
     width: int
-    micro_conditioning: MicroConditioning
     num_images: int
     num_inference_steps: int
     sampler: str
@@ -399,7 +399,6 @@ class ResolvedRequest:
         known |= {"height": self.height, "width": self.width, "seed": self.seed}
         if isinstance(self.depth, GivenDepth):
             known["depth_map"] = self.depth.depth_map
-        known |= self.micro_conditioning.changed_fields((self.height, self.width))
         if self.passes:
             known |= _sampling_fields(self)
         if "noise_level" in TASKS[self.task].takes:
@@ -468,6 +467,8 @@ def _sampling_fields(request: ResolvedRequest) -> dict[str, object]:
     known |= _latents_fields(request.first_noise) | _end_fields(request)
     if not isinstance(request.source_image, NoImage) and TASKS[request.task].image == "start":
         known["strength"] = first.strength
+    for each in request.passes:
+        known |= each.micro_conditioning.changed_fields((each.height, each.width))
     for second in more:
         known |= {"hires_scale": second.scale, "hires_strength": second.strength}
     return known

@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 from ldm_runtime.errors import RequestError
+from ldm_runtime.requests.micro_conditioning import micro_conditioning_of
 from ldm_runtime.requests.request import GenerationRequest
 from ldm_runtime.requests.resolved import NoImage, RequestImage, SamplingPass, WholeImage
 from ldm_runtime.requests.sizes import Size, hires_size
@@ -50,6 +51,7 @@ def sampling_passes(
         steps=steps,
         first_step=1 if request.denoising_start is None else steps.start + 1,
         scale=1.0,
+        micro_conditioning=micro_conditioning_of(request, size),
     )
     if request.hires_scale is None:
         return (first,)
@@ -63,6 +65,7 @@ def sampling_passes(
         steps=steps,
         first_step=total + 1,
         scale=request.hires_scale,
+        micro_conditioning=micro_conditioning_of(request, (height, width)),
     )
     return first, second
 

@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_upscale
+from PIL import Image
 
 from ldm_runtime.conditioning.images import augmentation_alphas, augmentation_noise
 from tests.reference.small_families import (
@@ -164,6 +165,31 @@ def test_sdxl_changes_an_image_as_diffusers_does(tmp_path, monkeypatch):
     expected = theirs(PROMPT, generator=torch.Generator().manual_seed(SEED), **fields)
 
     images = generate(ours, prompt=PROMPT, **fields)
+
+    assert lowest_psnr(images, as_arrays(expected.images)) >= 60
+
+
+@pytest.mark.parametrize("sizes", [{}, {"original_size": (SIDE, SIDE)}])
+def test_the_second_pass_of_sdxl_is_that_of_diffusers(tmp_path, monkeypatch, sizes):
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+    state = state_dict(SDXL)
+    theirs = diffusers_xl_pipeline(StableDiffusionXLImg2ImgPipeline, SDXL, state, tmp_path)
+    ours, fields = open_networks(state), {"prompt": PROMPT, "noise": "torch-cpu", **COMMON}
+    (small,) = result_of(ours, **fields).images
+    large = small.resize((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    common = {name: value for name, value in COMMON.items() if name not in ("height", "width")}
+    expected = theirs(
+        PROMPT,
+        image=large,
+        strength=0.5,
+        generator=torch.Generator().manual_seed(SEED),
+        **sizes,
+        **common,
+    )
+
+    images = generate(ours, hires_scale=2.0, hires_strength=0.5, **sizes, **fields)
 
     assert lowest_psnr(images, as_arrays(expected.images)) >= 60
 

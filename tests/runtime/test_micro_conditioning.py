@@ -8,9 +8,11 @@ import pytest
 
 from ldm_runtime.conditioning import encode_conditioning
 from ldm_runtime.errors import RequestError
+from ldm_runtime.pipeline.open_model import OpenModel, Origin
+from ldm_runtime.pipeline.passes import open_passes
 from ldm_runtime.requests.request import GenerationRequest, parse_request
 from ldm_runtime.requests.resolution import resolve
-from ldm_runtime.testing import TINY_SPEC, FakeEngine
+from ldm_runtime.testing import TINY_SPEC, FakeEngine, tiny_networks
 from ldm_runtime.text import ClipTokenizer
 
 POOLED, HEIGHT, WIDTH = 8, 24, 16
@@ -31,13 +33,15 @@ def resolved(spec, **fields):
     return resolve(parse_request(base | fields), spec)
 
 
+def encoded(inputs):
+    return {
+        "context": np.zeros((*inputs["tokens"].shape, 8), dtype=np.float32),
+        "pooled": np.full((len(inputs["tokens"]), POOLED), 0.5, dtype=np.float32),
+    }
+
+
 def vector(spec, **fields):
-    engine = FakeEngine(
-        lambda inputs: {
-            "context": np.zeros((*inputs["tokens"].shape, 8), dtype=np.float32),
-            "pooled": np.full((len(inputs["tokens"]), POOLED), 0.5, dtype=np.float32),
-        }
-    )
+    engine = FakeEngine(encoded)
     request = resolved(spec, **fields)
     return encode_conditioning(lambda _: engine, ClipTokenizer([]), request, spec).vector
 
@@ -78,6 +82,83 @@ def test_without_guidance_the_refiner_is_told_the_score_of_the_prompt():
     (row,) = vector(REFINER, guidance_scale=1.0, aesthetic_score=8.0)
 
     np.testing.assert_allclose(row[POOLED:], features(HEIGHT, WIDTH, 0, 0, 8.0), atol=1e-4)
+
+
+def passes_of(spec, refiner=None, **fields):
+    """Return the calls of the text encoder, and the passes of a request that is sampled twice."""
+    networks = {**tiny_networks(), "text_encoder": encoded}
+    engines = {name: FakeEngine(network) for name, network in networks.items()}
+    base = {"prompt": "a red circle", "height": HEIGHT, "width": WIDTH, "seed": 0}
+    request = resolve(parse_request(base | {"hires_scale": 2.0} | fields), spec, refiner)
+    model, other = (
+        each
+        and OpenModel(
+            network=engines.__getitem__,
+            tokenizer=ClipTokenizer([]),
+            spec=each,
+            origin=Origin(bundle_sha256="", build=None),
+        )
+        for each in (spec, refiner)
+    )
+    run = open_passes(model.network, model.tokenizer, request, spec, other).run(range(1))
+    first = next(run)
+    second = run.send(np.zeros((1, 4, HEIGHT // 2, WIDTH // 2), dtype=np.float32))
+    return engines["text_encoder"].calls, first, second
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "numbers"),
+    [
+        (BASE, {}, (2 * HEIGHT, 2 * WIDTH, 0, 0, 2 * HEIGHT, 2 * WIDTH)),
+        (BASE, {"target_size": (32, 40)}, (2 * HEIGHT, 2 * WIDTH, 0, 0, 32, 40)),
+        (
+            BASE,
+            {"original_size": (HEIGHT, WIDTH), "crop_top_left": (3, 5)},
+            (HEIGHT, WIDTH, 3, 5, 2 * HEIGHT, 2 * WIDTH),
+        ),
+        (REFINER, {"aesthetic_score": 8.0}, (2 * HEIGHT, 2 * WIDTH, 0, 0, 8.0)),
+    ],
+)
+def test_the_second_pass_is_told_its_own_size_unless_the_request_says_another(
+    spec, fields, numbers
+):
+    calls, first, second = passes_of(spec, **fields)
+
+    assert len(calls) == 1
+    np.testing.assert_array_equal(first.conditioning.vector, vector(spec, **fields))
+    np.testing.assert_array_equal(second.conditioning.vector[:, :POOLED], 0.5)
+    told = second.conditioning.vector[1][POOLED:]
+    np.testing.assert_allclose(told, features(*numbers), atol=1e-4)
+
+
+def test_the_refiner_is_told_the_size_of_the_second_pass():
+    _, first, second = passes_of(BASE, REFINER)
+
+    for each, scale in (first, 1), (second, 2):
+        told = features(scale * HEIGHT, scale * WIDTH, 0, 0, 6.0)
+        np.testing.assert_allclose(each.refiner.conditioning.vector[1][POOLED:], told, atol=1e-4)
+
+
+def test_prompts_that_change_are_told_the_size_of_the_second_pass():
+    *_, second = passes_of(BASE, prompt="[red:blue:0.5]")
+
+    told = features(2 * HEIGHT, 2 * WIDTH, 0, 0, 2 * HEIGHT, 2 * WIDTH)
+    for each in second.conditioning.edits.values():
+        np.testing.assert_allclose(each.vector[1][POOLED:], told, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "recorded"),
+    [({}, None), ({"original_size": (HEIGHT, WIDTH)}, (HEIGHT, WIDTH))],
+)
+def test_an_image_of_two_passes_records_the_sizes_that_were_asked_for(fields, recorded):
+    request = resolved(BASE, hires_scale=2.0, **fields)
+
+    again = request.as_request()
+
+    assert again.original_size == recorded
+    assert again.target_size is None
+    assert resolve(again, BASE) == request
 
 
 @pytest.mark.parametrize(

@@ -240,8 +240,8 @@ def test_a_pair_takes_the_micro_conditioning_of_either_model():
     fields = {"target_size": (32, 32), "aesthetic_score": 8.0}
     request = resolved(told(6), told(5), **fields)
 
-    assert request.micro_conditioning.target_size == (32, 32)
-    assert request.micro_conditioning.aesthetic_score == 8
+    assert request.passes[0].micro_conditioning.target_size == (32, 32)
+    assert request.passes[0].micro_conditioning.aesthetic_score == 8
     assert resolve(request, told(6), told(5)) == request
 
 
