@@ -15,7 +15,8 @@ Conventions of every sampler in this package:
 
 A sampler whose steps go by training timesteps is made for a model first: see `ByTimestep`.
 
-A sampler yields the latents after each step and keeps no other state, so the caller owns progress
+A sampler calls `denoise` before it first yields, so that there is a prediction to show after every
+step. It yields the latents after each step and keeps no other state, so the caller owns progress
 bars, early stopping and timing. Arrays are only added, subtracted, multiplied and divided, never
 written to, so float32 and float64 both stay what they are.
 """

@@ -51,6 +51,7 @@ def passing_over_repeats(sampler: Sampler) -> Sampler:
     """Yield the latents once more for a sigma that is visited twice, and take no step.
 
     The schedule `ldm_quadratic` repeats sigmas, and two predictions from one sigma have no slope.
+    A run that begins with a repeat asks for a prediction there, which the sampler does not see.
     """
 
     @wraps(sampler)
@@ -64,6 +65,8 @@ def passing_over_repeats(sampler: Sampler) -> Sampler:
     ) -> Iterator[Latents]:
         distinct = list(dict.fromkeys(sigmas))
         steps = sampler(denoise, latents, distinct, eta=eta, noise_sampler=noise_sampler)
+        if distinct[:2] != list(sigmas[:2]):
+            denoise(latents, sigmas[0])
         for sigma, sigma_next in pairwise(sigmas):
             latents = next(steps) if sigma_next < sigma else latents
             yield latents

@@ -237,3 +237,21 @@ def test_a_sigma_that_is_visited_twice_repeats_the_latents_and_changes_nothing(n
     first, second, third, last = ours(function, [9.0, 4.0, 3.0, 0.5, 0.0])
     expected = [first, second, second, second, third, third, last]
     np.testing.assert_array_equal(results, expected)
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_a_run_that_begins_with_a_repeat_has_a_prediction_to_show(name):
+    function, asked = SAMPLERS[name].function, []
+
+    def denoise(latents, sigma):
+        asked.append(sigma)
+        return latents / (1 + sigma)
+
+    steps = function(
+        denoise, np.ones(3), [3.0, 3.0, 3.0, 0.5, 0.0], eta=0.0, noise_sampler=lambda *_: 0.0
+    )
+
+    assert (next(steps) == next(steps)).all()
+    assert asked == [3.0]
+    assert len(list(steps)) == 2
+    assert asked[:3] == [3.0, 3.0, 0.5]

@@ -6,6 +6,7 @@ import pytest
 from ldm_runtime import GenerationRequest, Generator, Result
 from ldm_runtime.errors import DeadlineError, RequestError
 from ldm_runtime.pipeline.sampling import Step, slerp
+from ldm_runtime.samplers import SAMPLERS
 
 RNG = np.random.default_rng(5)
 PICTURE = RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -107,6 +108,19 @@ def test_the_second_pass_is_larger_and_steps_count_on(generator):
     assert {step.total for step in steps} == {6}
     assert result.images[0].size == (32, 32)
     assert result.latents.shape == (1, 4, 16, 16)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_second_pass_may_begin_between_equal_sigmas(generator, sampler):
+    fields = {"schedule": "ldm_quadratic", "num_inference_steps": 50, "sampler": sampler}
+
+    *steps, _ = generator.stream(
+        GenerationRequest("red", seed=3, hires_scale=2.0, hires_strength=0.04, **fields)
+    )
+
+    assert steps[50].sigma == steps[47].sigma
+    assert len(steps) == 52
+    assert np.isfinite(steps[50].x0).all()
 
 
 def test_a_variation_lies_between_the_pictures_of_two_seeds(generator):
