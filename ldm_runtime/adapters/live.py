@@ -86,7 +86,8 @@ class LiveAdapters:
                 out.
 
         Raises:
-            RequestError: An adapter is unknown, or there are more than `MOST_AT_ONCE`.
+            RequestError: An adapter is unknown, there are more than `MOST_AT_ONCE`, or a scale is
+                too large.
         """
         self._check(scales)
         return self._latest(tuple(sorted((name, each) for name, each in scales.items() if each)))
@@ -148,7 +149,7 @@ class LiveAdapters:
                 for factors in self._factors[name][network].get(branch.weight, ()):
                     rows = slice(first, first + len(factors.down))
                     down[:, rows] = factors.down.T
-                    up[rows, factors.target.rows(place.outputs)] = scale * factors.up.T
+                    up[rows, factors.target.rows(place.outputs)] = _scaled(name, scale, factors)
                     first = rows.stop
             if place.is_convolution:
                 down, up = down.T, up.T
@@ -166,6 +167,23 @@ def plain_scales(scales: Mapping[str, float]) -> dict[str, float]:
         return {name: plain_scale(repr(name), scale) for name, scale in scales.items()}
     except ValueError as error:
         raise RequestError("adapters", str(error)) from error
+
+
+def _scaled(name: str, scale: float, factors: _Factors) -> Float32Array:
+    """Return the scaled second matrix of an adapter, (rank, out).
+
+    Raises:
+        RequestError: The scale is too large for float32.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (scale * factors.up.T).astype(np.float32, copy=False)
+    if not np.isfinite(scaled).all():
+        raise RequestError(
+            "adapters",
+            f"{name!r} has the scale {scale:g}, which makes numbers that are not finite; give a "
+            "smaller one, such as 1",
+        )
+    return scaled
 
 
 def _factors_of(

@@ -51,7 +51,7 @@ def with_live_adapters(model: OpenModel, scales: Mapping[str, float]) -> OpenMod
 
     Raises:
         RequestError: The model has no live adapters, one is unknown, a scale is not a finite
-            number, or they do not go together.
+            number or too large, or they do not go together.
     """
     scales = plain_scales(scales)
     if model.live is None:

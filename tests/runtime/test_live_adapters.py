@@ -97,6 +97,18 @@ def test_a_scale_that_is_no_finite_number_is_refused(pipeline, scale, reason):
         run_of(pipeline, {"a": scale})
 
 
+@pytest.mark.parametrize("scale", [1e39, -1e39, 1e308])
+def test_a_scale_beyond_the_numbers_of_a_network_is_refused(pipeline, scale):
+    with pytest.raises(RequestError) as caught:
+        run_of(pipeline, {"a": scale})
+
+    assert str(caught.value) == (
+        f"adapters: 'a' has the scale {scale:g}, which makes numbers that are not finite; give a "
+        "smaller one, such as 1"
+    )
+    assert scales_of(run_of(pipeline, {"a": 1e30})) == [1e30]
+
+
 def test_merged_adapters_take_the_same_numbers():
     merged = read_adapters({lora(rank=1): np.float32(0.5), lora(rank=2): np.int64(1)})
 
