@@ -116,3 +116,9 @@ def _check_placeholders(pattern: str) -> None:
                 f"{pattern!r} has the placeholder {{{name}}}; give {{index}} and {{seed}}, "
                 "as in 'out/{index:04d}-{seed}.png'",
             )
+        if spec and spec.endswith("c"):
+            raise RequestError(
+                "path",
+                f"{pattern!r} has the placeholder {{{name}:{spec}}}, which makes a character of a "
+                f"number; write {{{name}}}",
+            )

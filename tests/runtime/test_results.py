@@ -122,11 +122,13 @@ def test_a_single_image_needs_no_placeholder(one, tmp_path):
         ("{index:{seed}}.png", "has the placeholder"),
         ("{index.png", "is not a valid pattern"),
         ("{index:s}.png", "is not a valid pattern"),
+        ("{index}{seed:c}.png", r"has the placeholder \{seed:c\}, .*; write \{seed\}"),
+        ("{index:>4c}.png", r"has the placeholder \{index:>4c\}, .*; write \{index\}"),
     ],
 )
 def test_a_pattern_that_cannot_name_every_image_is_refused(pattern, message):
     with pytest.raises(RequestError, match=f"path: '.*' .*{message}"):
-        pattern_paths(pattern, [7, 7, 7])
+        pattern_paths(pattern, [9_999_999_999, 7, 7])
 
 
 def test_two_braces_stand_for_one():
