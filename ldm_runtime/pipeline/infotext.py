@@ -42,6 +42,21 @@ MAX_CHARACTERS = 100_000
 WEB_UI_NOISES: Mapping[str, str] = MappingProxyType(
     {"CPU": "torch-cpu", "GPU": "torch-cuda", "NV": "torch-cuda"}
 )
+#: What the web UI means by the schedule "Automatic", by sampler here. Its LCM and UniPC have noise
+#: levels of their own. Source: `samplers_k_diffusion` and `get_sigmas` in its module
+#: `sd_samplers_kdiffusion.py`, `get_timesteps` in `sd_samplers_timesteps.py`.
+_AUTOMATIC_SCHEDULES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("ddim", "plms"), "leading"),
+        **dict.fromkeys(("euler", "euler_ancestral", "lms", "heun"), "linspace"),
+        **dict.fromkeys(("dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral"), "karras"),
+        **dict.fromkeys(("dpmpp_2m", "dpmpp_sde"), "karras"),
+        **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
+    }
+)
+_SCHEDULE, _AUTOMATIC = "Schedule type", "Automatic"
+#: Schedules of the web UI that are others than those of the same name here.
+_OTHER_SCHEDULES = frozenset({"Beta"})
 _NEGATIVE = "Negative prompt:"
 _LEAST_PARAMETERS = 3
 _JSON = json.JSONDecoder()
@@ -164,7 +179,7 @@ def write_infotext(
     values = {
         "Steps": request.num_inference_steps,
         "Sampler": web_ui_sampler(request.sampler),
-        "Schedule type": WEB_UI_SCHEDULES.get(request.schedule),
+        _SCHEDULE: WEB_UI_SCHEDULES.get(request.schedule),
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
@@ -213,6 +228,9 @@ def read_infotext(text: str) -> Infotext | None:
         request["negative_prompt"] = parts.negative_prompt
     parameters = parts.values
     others = {name: value for name, value in parameters.items() if not _take(request, name, value)}
+    if others.get(_SCHEDULE) == _AUTOMATIC and (schedule := _automatic_schedule(request)):
+        request["schedule"] = schedule
+        del others[_SCHEDULE]
     if "RNG" not in parameters:
         request["noise"] = WEB_UI_NOISES["GPU"]
     if "hires_scale" in request and "strength" in request:
@@ -347,12 +365,16 @@ def _read_sampler(value: str) -> dict[str, Any]:
 
 
 def _read_schedule(value: str) -> dict[str, Any]:
-    if value == "Automatic":
-        return {}
     schedule = known_schedule(value)
-    if schedule not in SCHEDULES:
+    if schedule not in SCHEDULES or value in _OTHER_SCHEDULES:
         raise ValueError(f"{value!r} is not a schedule here")
     return {"schedule": schedule}
+
+
+def _automatic_schedule(request: Mapping[str, Any]) -> str | None:
+    """Return the schedule that the web UI gives a sampler, unless its name carries one."""
+    carried: str | None = request.get("schedule")
+    return carried or _AUTOMATIC_SCHEDULES.get(request.get("sampler", ""))
 
 
 def _read_size(value: str) -> dict[str, Any]:
@@ -375,7 +397,7 @@ _READERS: Mapping[str, Callable[[str], dict[str, Any]]] = MappingProxyType(
     {
         "Steps": _whole("num_inference_steps"),
         "Sampler": _read_sampler,
-        "Schedule type": _read_schedule,
+        _SCHEDULE: _read_schedule,
         "CFG scale": _number("guidance_scale"),
         "Image CFG scale": _number("image_guidance_scale"),
         "Seed": _whole("seed"),

@@ -44,7 +44,8 @@ _SCHEDULE_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"linspace": ("Uniform", "Normal")}
 )
 
-#: Names in A1111's web UI; those of samplers and schedules that it lacks stay as they are here.
+#: Names in A1111's web UI; those of samplers and schedules that it lacks stay as they are here. Its
+#: "Beta" is not `beta`: it spreads the sigmas, and that the timesteps.
 WEB_UI_SAMPLERS: Mapping[str, str] = MappingProxyType(
     {
         "ddim": "DDIM",
@@ -71,7 +72,6 @@ WEB_UI_SCHEDULES: Mapping[str, str] = MappingProxyType(
         "exponential": "Exponential",
         "polyexponential": "Polyexponential",
         "sgm_uniform": "SGM Uniform",
-        "beta": "Beta",
     }
 )
 

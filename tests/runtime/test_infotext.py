@@ -192,6 +192,50 @@ def test_a_second_pass_with_a_size_in_pixels_is_not_read_as_the_strength_of_an_i
     )
 
 
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [
+        # The web UI 1.10: `samplers_k_diffusion`; without a scheduler there, that of the model.
+        ("DPM++ 2M", "karras"),
+        ("DPM++ SDE", "karras"),
+        ("DPM++ 2S a", "karras"),
+        ("DPM2", "karras"),
+        ("DPM2 a", "karras"),
+        ("DPM++ 2M SDE", "exponential"),
+        ("DPM++ 3M SDE", "exponential"),
+        ("Euler a", "linspace"),
+        ("Euler", "linspace"),
+        ("LMS", "linspace"),
+        ("Heun", "linspace"),
+        ("DDIM", "leading"),
+        ("PLMS", "leading"),
+        ("LMS Karras", "karras"),
+    ],
+)
+def test_an_automatic_schedule_is_the_one_that_the_web_ui_has_for_the_sampler(sampler, schedule):
+    read = read_infotext(
+        f"red\nSteps: 20, Sampler: {sampler}, Schedule type: Automatic, Seed: 3, Size: 16x16"
+    )
+
+    assert read.request["schedule"] == schedule
+    assert read.others == {}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [("LCM", "Automatic"), ("UniPC", "Automatic"), ("Restart", "Automatic"), ("Euler", "Beta")],
+)
+def test_a_schedule_of_the_web_ui_that_is_not_here_is_not_repeated(sampler, schedule):
+    read = read_infotext(f"red\nSteps: 20, Sampler: {sampler}, Schedule type: {schedule}, Seed: 3")
+
+    assert "schedule" not in read.request
+    assert read.others["Schedule type"] == schedule
+
+
+def test_a_schedule_that_the_web_ui_has_not_is_given_no_name_of_it():
+    assert "Schedule type" not in text_of(schedule="beta", num_inference_steps=3)
+
+
 def test_what_is_not_here_is_said_and_not_guessed():
     read = read_infotext(
         "red\nSteps: 20, Sampler: DPM adaptive, Schedule type: Align Your Steps, Seed: x, Size: 8"
