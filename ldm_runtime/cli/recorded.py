@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm_runtime.adapters.files import adapter_sha256
 from ldm_runtime.bundle.files import sha256_of
-from ldm_runtime.bundle.manifest import MANIFEST_NAME
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
 from ldm_runtime.errors import LdmError
 from ldm_runtime.pipeline.image_files import read_metadata
 from ldm_runtime.pipeline.infotext import model_name
@@ -16,6 +16,7 @@ from ldm_runtime.requests.replaced_fields import REPLACED, kept_fields
 from ldm_runtime.requests.request import parse_request
 from ldm_runtime.requests.request_json import request_to_json
 from ldm_runtime.requests.sampler_names import with_known_names
+from ldm_runtime.specs.networks import TextEncoderSpec
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -30,9 +31,9 @@ def recorded_fields(
 ) -> dict[str, object]:
     """Return the fields of the request that made an image, changed.
 
-    A recorded field that depends on a changed one is left out, see `replaced_fields`. Another
-    bundle than the one that made the image, and other textual inversions or adapters, are warned
-    of.
+    A recorded field that depends on a changed one is left out, see `replaced_fields`, and so is
+    `clip_skip` of an image of the web UI for models for which that ignores it. Another bundle than
+    the one that made the image, and other textual inversions or adapters, are warned of.
 
     Args:
         path: The image.
@@ -50,6 +51,9 @@ def recorded_fields(
     request = metadata.get("request")
     if not isinstance(request, dict):
         raise LdmError(f"{path}: its metadata has no request; `ldm generate` did not make it")
+    if request.get("clip_skip") and _comes_from_web_ui(metadata) and _skips_none_there(bundle):
+        others = {**metadata["others"], "Clip skip": request["clip_skip"]}
+        request, metadata = {**request, "clip_skip": None}, {**metadata, "others": others}
     _compare_bundles(path, metadata, bundle)
     if refiner is not None:
         _compare_refiners(path, metadata, refiner)
@@ -61,6 +65,27 @@ def recorded_fields(
     described = request_to_json(read)
     kept = kept_fields(request, {name: described[name] for name in names})
     return kept | known | {name: getattr(read, name) for name in names}
+
+
+def _comes_from_web_ui(metadata: Mapping[str, Any]) -> bool:
+    """Return whether an image has the web UI's text alone, not written here."""
+    others = metadata.get("others")
+    if "bundle_sha256" in metadata or not isinstance(others, dict):
+        return False
+    return not str(others.get("Version")).startswith("ldm-deploy")
+
+
+def _skips_none_there(bundle: Path) -> bool:
+    """Return whether the web UI skips no layers of a model: it has a text encoder of OpenCLIP.
+
+    So have Stable Diffusion 2 and SDXL, whose other text encoder skips layers only if a setting
+    says so that the text does not have.
+
+    Source: AUTOMATIC1111/stable-diffusion-webui 1.10, `encode_with_transformers` in
+    `modules/sd_hijack_clip.py` and `modules/sd_hijack_open_clip.py`.
+    """
+    networks = load_manifest(bundle).spec.networks.values()
+    return any(isinstance(each, TextEncoderSpec) and each.kind == "openclip" for each in networks)
 
 
 def _compare_bundles(path: Path, metadata: Mapping[str, Any], bundle: Path) -> None:

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, encode_manifest, load_manifest
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.cli.flags import given_fields
 from ldm_runtime.cli.request_lines import read_requests
@@ -353,6 +355,34 @@ def test_the_settings_of_another_program_are_repeated_as_far_as_they_are_known(
     )
     assert "was made by another program" in caplog.text
     assert "Model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "flags", "skipped"),
+    [
+        ("clip", "v1.10.1", (), 1),
+        ("openclip", "v1.10.1", (), 0),
+        ("openclip", "v1.10.1", ("--clip-skip", 1), 1),
+        ("openclip", "ldm-deploy 1.0", (), 1),
+    ],
+)
+def test_layers_that_the_web_ui_does_not_skip_are_not_skipped_here(
+    own_bundle, caplog, kind, version, flags, skipped
+):
+    manifest = load_manifest(own_bundle)
+    encoder = replace(manifest.spec.networks["text_encoder"], kind=kind)
+    spec = manifest.spec.with_networks(text_encoder=encoder)
+    document = encode_manifest(replace(manifest, spec=spec))
+    (own_bundle / MANIFEST_NAME).write_bytes(document)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", f"red\nSteps: 3, Seed: 7, Clip skip: 2, Version: {version}")
+    image = own_bundle.parent / "a.png"
+    Image.new("RGB", (16, 16)).save(image, pnginfo=info)
+
+    (request,) = asked("--like", image, "--bundle", own_bundle, *flags)
+
+    assert request.condition.clip_skip == skipped
+    assert ("Clip skip" in caplog.text) == (kind == "openclip" and version == "v1.10.1")
 
 
 def test_requests_from_a_file_may_have_a_deadline(generate, tmp_path, capsys):
