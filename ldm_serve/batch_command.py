@@ -75,7 +75,7 @@ def batch(args: argparse.Namespace) -> int:
     model = BatchModel.of_bundle(
         args.bundle, settings.adapters, live_adapters=settings.live_adapters
     )
-    with BatchFolder(args.out) as folder:
+    with BatchFolder(args.out, args.requests.name) as folder:
         units = RequestFile(args.requests, model, folder.seed)
         run = BatchRun(units, folder, model=_MODEL, retry_failed=args.retry_failed)
         missing = run.survey()

@@ -12,6 +12,7 @@ from ldm_runtime.errors import RequestError
 from ldm_serve.engine_flags import (
     add_engine_arguments,
     add_worker_arguments,
+    amount,
     engine_settings,
     worker_settings,
 )
@@ -93,7 +94,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
             requests_per_minute=args.requests_per_minute,
         ),
         access=Access(keys=keys, hosts=(hosts | _LOOPBACK) if hosts or is_local else frozenset()),
-        workers=worker_settings(args, stall_seconds=args.stall_seconds),
+        workers=worker_settings(args),
         drain_seconds=args.drain_seconds,
     )
 
@@ -142,24 +143,17 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     group = add_worker_arguments(parser, ("process", "ray"))
     group.add_argument(
         "--memory-budget-gb",
-        type=_amount,
+        type=amount,
         metavar="GB",
         help="most weights that a worker holds open, in 10^9 bytes; idle models are closed for "
         "others (default: no limit)",
     )
     group.add_argument(
         "--drain-seconds",
-        type=_amount,
+        type=amount,
         default=30.0,
         metavar="S",
         help="how long requests may go on after SIGTERM (default: 30)",
-    )
-    group.add_argument(
-        "--stall-seconds",
-        type=_amount,
-        default=300.0,
-        metavar="S",
-        help="how long a worker may be silent before it is replaced (default: 300)",
     )
 
 
@@ -177,7 +171,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         "with guidance",
         "requests_per_minute": "requests of a key per minute",
     }
-    for names, kind in ((wholes, positive), (amounts, _amount)):
+    for names, kind in ((wholes, positive), (amounts, amount)):
         for name, text in names.items():
             default = getattr(limits, name)
             group.add_argument(
@@ -187,17 +181,6 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
                 metavar="N",
                 help=f"{text} (default: {default:.10g})",
             )
-
-
-def _amount(text: str) -> float:
-    """Read a number above 0, as the type of an argument."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
 
 
 def _bundles(texts: Sequence[str]) -> dict[str, Path]:

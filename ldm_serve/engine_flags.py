@@ -52,8 +52,27 @@ def add_worker_arguments(
         metavar="N",
         help="most images in one call of the UNet (default: 4)",
     )
+    work.add_argument(
+        "--stall-seconds",
+        type=amount,
+        default=WorkerSettings.stall_seconds,
+        metavar="S",
+        help="how long a worker may be silent before it is replaced "
+        f"(default: {WorkerSettings.stall_seconds:g})",
+    )
     _add_cluster_arguments(parser.add_argument_group("Ray"))
     return work
+
+
+def amount(text: str) -> float:
+    """Read a number above 0, as the type of an argument."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,14 +93,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     _add_adapter_arguments(parser.add_argument_group("Adapters"))
 
 
-def worker_settings(
-    args: argparse.Namespace, *, stall_seconds: float = WorkerSettings.stall_seconds
-) -> WorkerSettings:
+def worker_settings(args: argparse.Namespace) -> WorkerSettings:
     """Return the settings of a command line that has the flags of `add_worker_arguments`.
-
-    Args:
-        args: The command line.
-        stall_seconds: How long a worker may be silent over a request before it is replaced.
 
     Raises:
         RequestError: Flags of Ray lack each other.
@@ -96,7 +109,7 @@ def worker_settings(
     return WorkerSettings(
         executor=args.executor,
         count=args.workers,
-        stall_seconds=stall_seconds,
+        stall_seconds=args.stall_seconds,
         address=args.address,
         gpus=args.worker_gpus,
     )

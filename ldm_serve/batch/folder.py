@@ -25,9 +25,11 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         seed: Decides the seeds that requests leave open.
+        requests: Name of the file of requests.
     """
 
     seed: int
+    requests: str | None = None
 
 
 class BatchFolder(Closing):
@@ -38,21 +40,26 @@ class BatchFolder(Closing):
 
     Args:
         path: The folder, made if need be.
+        requests: Name of the file of requests, whose results it has; None takes those of any.
+
+    Attributes:
+        seed: Decides the seeds that requests leave open; the first run has chosen it.
 
     Raises:
         RequestError: Another run has it, or it is a file.
         BatchError: It cannot be written to, or is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, requests: str | None = None) -> None:
         if path.is_file():
             raise RequestError("out", f"{path} is a file; give a folder")
-        self.path = path
+        self.path, self._requests = path, requests
         with self._writing():
             self._lock = _lock(path)
             try:
                 self._remove_parts()
-                self.seed = self._batch_seed()
+                self._record = self._first_record()
+                self.seed = self._record.seed
                 self.log = ResultLog(path / RESULTS_NAME)
             except BaseException:
                 os.close(self._lock)
@@ -108,10 +115,21 @@ class BatchFolder(Closing):
         """Drop all lines of the log but those of these outcomes.
 
         Raises:
+            RequestError: They would all be dropped, and are of a file of another name.
             BatchError: See `add`.
         """
+        known = self._record.requests
+        is_other = None not in (known, self._requests) and known != self._requests
+        if is_other and self.log.has_lines and not outcomes:
+            raise RequestError(
+                "out",
+                f"{self.path} has the results of {known}, which those of {self._requests} would "
+                "replace; give another folder",
+            )
         with self._writing():
             self.log.keep(outcomes)
+            if is_other:
+                self._write(msgspec.structs.replace(self._record, requests=self._requests))
 
     def close(self) -> None:
         """Unlock it. Closing twice is harmless."""
@@ -125,19 +143,22 @@ class BatchFolder(Closing):
         for folder in (self.path, *(each for each in self.path.iterdir() if each.is_dir())):
             remove_stale_parts(folder, seconds=0)
 
-    def _batch_seed(self) -> int:
-        """Return the seed that the first run has chosen."""
+    def _first_record(self) -> BatchRecord:
+        """Return what the first run has written."""
         path = self.path / BATCH_NAME
         try:
-            return msgspec.json.decode(path.read_bytes(), type=BatchRecord).seed
+            return msgspec.json.decode(path.read_bytes(), type=BatchRecord)
         except FileNotFoundError:
-            record = BatchRecord(seed=secrets.randbits(64))
-            write_file(path, msgspec.json.encode(record) + b"\n")
-            return record.seed
+            record = BatchRecord(seed=secrets.randbits(64), requests=self._requests)
+            self._write(record)
+            return record
         except msgspec.DecodeError as error:
             raise BatchError(
                 f"{path} is damaged: {error}; remove it for new seeds where requests have none"
             ) from error
+
+    def _write(self, record: BatchRecord) -> None:
+        write_file(self.path / BATCH_NAME, msgspec.json.encode(record) + b"\n")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

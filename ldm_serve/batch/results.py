@@ -101,6 +101,11 @@ class ResultLog(Closing):
                 self._outcomes[line.place] = line.outcome
         os.ftruncate(self._descriptor, end)  # so that no line is appended to a part of one
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether it says anything of any image."""
+        return bool(self._outcomes)
+
     def outcome(self, unit: Unit) -> Outcome | None:
         """Return what became of this very request, if the log says so."""
         found = self._outcomes.get((unit.line, unit.image))

@@ -66,7 +66,8 @@ class BatchRun:
         """Check all requests, bring the log up to date, and return how many images are missing.
 
         Raises:
-            RequestError: A request is wrong; nothing is generated then.
+            RequestError: A request is wrong, or the folder has the results of another file; nothing
+                is generated then.
             BatchError: The folder cannot be written to.
         """
         missing = 0
@@ -106,7 +107,10 @@ class BatchRun:
             waiting = next(units, None)
             while waiting is not None or self._running:
                 if self._events:
-                    self._take(self._events.popleft())
+                    event = self._events.popleft()
+                    if isinstance(event, Failed):  # of the image, unless no worker is left
+                        self._check_workers(executor.stats())
+                    self._take(event)
                     self._restarts = executor.stats().restarts
                     parts.add()
                 elif waiting is not None and self._can_take(waiting, executor):
@@ -186,7 +190,9 @@ class _Parts:
         self._begin()
 
     def add(self) -> None:
-        """An image is done."""
+        """An image is done; beyond the total there is nothing to report."""
+        if not self._ends:
+            return
         self._done += 1
         end = self._ends[0]
         if self._done < end:

@@ -98,7 +98,8 @@ class BatchModel:
 class RequestFile:
     """A file with a request per line, of which one is in memory at a time.
 
-    Every iteration reads the file from its beginning and yields the same units.
+    Every iteration reads the file from its beginning and yields the same units. What is added to it
+    after the first has begun is not read.
 
     Args:
         path: The file, as `ldm generate --requests` reads it.
@@ -115,6 +116,7 @@ class RequestFile:
                 "requests", f"{path} is not a file; give one with a request per line"
             )
         self._path, self._model, self._batch_seed = path, model, batch_seed
+        self._size = path.stat().st_size
 
     def __iter__(self) -> Iterator[Unit]:
         """Yield the images in the order of the lines.
@@ -124,7 +126,8 @@ class RequestFile:
             OSError: The file cannot be read.
         """
         with self._path.open("rb") as file:
-            has_json = is_json(str(self._path), file.read(_HEAD_BYTES))
+            head = self._without_mark(file.read(_HEAD_BYTES))
+        has_json = is_json(str(self._path), head)
         lines = requests_of_lines(
             self._lines(), str(self._path), is_json=has_json, others=(_ADAPTERS,)
         )
@@ -137,11 +140,15 @@ class RequestFile:
 
     def _lines(self) -> Iterator[bytes]:
         with self._path.open("rb") as file:
-            try:
-                yield without_byte_order_mark(file.readline(), str(self._path))
-            except ValueError as error:
-                raise RequestError("requests", str(error)) from error
-            yield from file
+            yield self._without_mark(file.readline(self._size))
+            while line := file.readline(max(0, self._size - file.tell())):
+                yield line
+
+    def _without_mark(self, data: bytes) -> bytes:
+        try:
+            return without_byte_order_mark(data, str(self._path))
+        except ValueError as error:
+            raise RequestError("requests", str(error)) from error
 
     def _with_seeds(self, request: GenerationRequest, line: int) -> GenerationRequest:
         """Fill in open seeds: the same in every run, and others for every line."""

@@ -1,5 +1,6 @@
 """`ldm batch`: the same images as `ldm generate`, and nothing lost or made twice, whatever dies."""
 
+import codecs
 import errno
 import json
 import os
@@ -24,6 +25,7 @@ from ldm_runtime.testing import tiny_requests, write_tiny_bundle
 from ldm_serve.batch.folder import BatchFolder
 from ldm_serve.batch.units import BatchModel, RequestFile
 from ldm_serve.errors import BatchError
+from ldm_serve.executors.worker import Worker
 from tests.serve.batches import HashExecutor, files_of, results_of, run_batch
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +139,15 @@ class TestImages:
         assert run_batch(file, tmp_path / "out", bundle).generated == 2
         assert sorted(each["line"] for each in results_of(tmp_path / "out")) == [1, 3]
 
+    @pytest.mark.parametrize("name", ["requests", "r.jsonl"])
+    def test_of_json_after_a_byte_order_mark(self, bundle, tmp_path, name):
+        requests = tmp_path / name
+        requests.write_bytes(codecs.BOM_UTF8 + b'{"prompt": "red", "seed": 7}\n')
+
+        run_batch(requests, tmp_path / "out", bundle)
+
+        assert [each["seed"] for each in results_of(tmp_path / "out")] == [7]
+
     def test_of_equal_requests_are_one_file(self, bundle, tmp_path):
         file = write_lines(tmp_path / "r.jsonl", *[{"prompt": "a dog", "seed": 7}] * 3)
         executor = HashExecutor()
@@ -217,6 +228,21 @@ class TestRefusals:
 
         assert message in capsys.readouterr().err
         assert files_of(tmp_path / "out").keys() == {"batch.json"}
+
+    def test_of_another_file_that_would_replace_all_results(self, bundle, tmp_path, capsys):
+        out = tmp_path / "out"
+        requests = write_lines(tmp_path / "a.jsonl", *prompts(2, num_inference_steps=1))
+        assert ldm_batch(requests, out, bundle, "--executor", "inline") == 0
+        lines = results_of(out)
+        other = write_lines(tmp_path / "b.jsonl", {"prompt": "another"})
+
+        assert ldm_batch(other, out, bundle, "--executor", "inline") == 2
+
+        assert "has the results of a.jsonl, which those of b.jsonl" in capsys.readouterr().err
+        assert results_of(out) == lines
+        renamed = requests.rename(tmp_path / "c.jsonl")
+        assert ldm_batch(renamed, out, bundle, "--executor", "inline") == 0
+        assert json.loads((out / "batch.json").read_bytes())["requests"] == "c.jsonl"
 
     def test_of_a_second_run_at_the_same_time(self, bundle, tmp_path, capsys):
         file = write_lines(tmp_path / "r.jsonl", *prompts(1))
@@ -323,6 +349,20 @@ class TestResume:
 
         assert (counts.generated, counts.found) == (3, 2)
         assert sorted(each["line"] for each in results_of(tmp_path / "out")) == [1, 2, 3, 4, 5]
+
+    def test_leaves_lines_that_are_added_meanwhile_for_the_next_run(self, bundle, tmp_path):
+        requests = write_lines(tmp_path / "r.jsonl", *prompts(6))
+
+        class Adding(HashExecutor):
+            async def start(self, report, changed):
+                await super().start(report, changed)
+                with requests.open("a") as file:
+                    file.write('{"prompt": "late"}\n')
+
+        first = run_batch(requests, tmp_path / "out", bundle, Adding())
+        second = run_batch(requests, tmp_path / "out", bundle)
+
+        assert (first.generated, second.generated, second.found) == (6, 1, 6)
 
     def test_drops_lines_that_the_file_no_longer_has(self, bundle, tmp_path):
         file = write_lines(tmp_path / "r.jsonl", *prompts(4))
@@ -460,6 +500,23 @@ def workers_of(pid):
         for child in children
         if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
+
+
+def test_images_of_a_worker_that_ends_are_missing_and_not_failed(bundle, tmp_path, monkeypatch):
+    """As where the machine has no room for another thread."""
+    requests = write_lines(tmp_path / "r.jsonl", *prompts(3, num_inference_steps=1))
+    out = tmp_path / "out"
+
+    def ending(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Worker, "advance", ending)
+        assert ldm_batch(requests, out, bundle, "--executor", "inline") == 1
+    assert results_of(out) == []
+
+    assert ldm_batch(requests, out, bundle, "--executor", "inline") == 0
+    assert len(results_of(out)) == 3
 
 
 class TestFullDisk:
