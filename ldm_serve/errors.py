@@ -1,6 +1,7 @@
 """Errors of the server: what each says, its HTTP status, and its names in OpenAI's API."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ldm_runtime.errors import DeadlineError, LdmError, RequestError
@@ -43,6 +44,17 @@ class ServeError(Exception):
         super().__init__(message)
         self.status, self.kind, self.code, self.param = status, kind, code, param
         self.retry_after, self.should_retry = retry_after, should_retry
+
+    def __reduce__(self) -> tuple[Callable[..., "ServeError"], tuple[int, str, str]]:
+        """Return how to make it again: a pickle of an exception has its message alone."""
+        made = partial(
+            type(self),
+            kind=self.kind,
+            param=self.param,
+            retry_after=self.retry_after,
+            should_retry=self.should_retry,
+        )
+        return made, (self.status, self.code, str(self))
 
     def rename_field(self, names: Mapping[str, str]) -> None:
         """Give the offending field the name that it has in another interface.

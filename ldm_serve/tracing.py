@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm_runtime.errors import RequestError
-from ldm_runtime.version import version
+from ldm_runtime.version import extra, version
 from ldm_serve.jobs import Job
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ def open_tracing(environment: Mapping[str, str]) -> "Tracing | None":
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
-        fix = "`pip install 'ldm-deploy[otel]'`, or unset the variable"
-        message = f"traces need the package {error.name!r}; {fix}"
-        raise RequestError(variable, message) from error
+        fix = f"install {extra('otel')}, or unset the variable"
+        raise RequestError(variable, f"traces need the package {error.name!r}; {fix}") from error
     named = "OTEL_SERVICE_NAME" in environment or "service.name=" in environment.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
     )

@@ -16,6 +16,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 _OFFLINE = {
     **{name: "1" for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "DIFFUSERS_OFFLINE")},
     **{name: "1" for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY")},
+    "ORT_DISABLE_TELEMETRY": "1",  # read when ONNX Runtime is imported
 }
 
 

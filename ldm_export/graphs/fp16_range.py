@@ -26,7 +26,7 @@ _GROWING = frozenset({"Conv", "MatMul", "Gemm", "Add", "Sub", "Mul"})
 def watched_graph(path: Path) -> Iterator[Path]:
     """Write a copy of an fp16 graph, next to it, that also outputs how large its values become.
 
-    Inputs of a softmax are left out, because a mask adds minus infinity there.
+    Sums that a softmax takes are left out, because a mask adds minus infinity there.
 
     Args:
         path: The graph; its weights are found next to it.
@@ -35,9 +35,11 @@ def watched_graph(path: Path) -> Iterator[Path]:
         The copy, with scalar float32 outputs after the graph's own. It is deleted afterwards.
     """
     model = ir.load(path)
-    for value in [node.outputs[0] for node in model.graph if node.op_type in _GROWING]:
-        masked = any(user.op_type == "Softmax" for user in value.consumers())
-        if value.dtype == ir.DataType.FLOAT16 and not masked:
+    for node in [each for each in model.graph if each.op_type in _GROWING]:
+        value = node.outputs[0]
+        feeds_softmax = any(user.op_type == "Softmax" for user in value.consumers())
+        is_masked = node.op_type == "Add" and feeds_softmax
+        if value.dtype == ir.DataType.FLOAT16 and not is_masked:
             _watch(model.graph, value)
     copy = path.with_name(f"{path.name}.watched")
     try:

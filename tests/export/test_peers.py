@@ -357,3 +357,15 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path, monkeypatch):
 
     assert cached_models.random_checkpoint("cin256", narrow=True) == path
     assert path.read_bytes() == b"a checkpoint"
+
+
+@pytest.mark.parametrize("name", [None, "onnx"])
+def test_no_program_of_the_race_reports_to_its_makers(name, monkeypatch):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setattr(environment, "python_of", lambda _: sys.executable)
+
+    found = environment.run_in(
+        name, ["-c", "import os; print(os.environ['ORT_DISABLE_TELEMETRY'])"], threads=1, cache=None
+    )
+
+    assert found.strip() == "1"
