@@ -44,6 +44,7 @@ class HostEngine(Closing):
         sizes: Lengths of the fixed axes, from `specs.model.axis_sizes`.
         errors: Those of the library.
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
+        keeps_scores: Whether the library has all scores of an attention in memory at once.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class HostEngine(Closing):
         sizes: Mapping[str, int],
         errors: NativeErrors,
         spec: ModelSpec | None,
+        *,
+        keeps_scores: bool = True,
     ) -> None:
         self._component, self._sizes, self._errors, self._spec = component, sizes, errors, spec
-        self._held = 0
+        self._keeps_scores, self._held = keeps_scores, 0
 
     @abstractmethod
     def _opened(self) -> Compute | None:
@@ -68,7 +71,7 @@ class HostEngine(Closing):
         lengths = check_inputs(self._component, self._sizes, inputs)
         held = self._held
         if self._spec is not None:
-            held = check_memory(name, self._spec, lengths, held)
+            held = check_memory(name, self._spec, lengths, held, keeps_scores=self._keeps_scores)
         feed = {key: np.ascontiguousarray(array) for key, array in inputs.items()}
         try:
             with flushed_denormals():

@@ -4,6 +4,7 @@ Linux overcommits memory and kills the process that uses it, without a message. 
 cannot fit is therefore refused before its network runs.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,7 +20,14 @@ _NEGLIGIBLE_BYTES = 100_000_000  # always available, and checking takes time
 _MEMINFO, _GROUPS = Path("/proc/meminfo"), ControlGroups()
 
 
-def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: int = 0) -> int:
+def check_memory(
+    name: str,
+    spec: ModelSpec,
+    lengths: Mapping[str, int],
+    held: int = 0,
+    *,
+    keeps_scores: bool = True,
+) -> int:
     """Refuse a run that this machine has no memory for.
 
     Args:
@@ -28,6 +36,7 @@ def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: i
         lengths: Of the network's axes in this run.
         held: The return value for an earlier run. An engine keeps the memory that it once
             allocated, so that a run that needs no more than that allocates nothing.
+        keeps_scores: See `least_bytes`.
 
     Returns:
         Bytes of the run's largest tensor, or `held` if that is more.
@@ -35,7 +44,7 @@ def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: i
     Raises:
         BackendError: Its largest tensor alone exceeds the available memory.
     """
-    wanted = least_bytes(name, spec, lengths)
+    wanted = least_bytes(name, spec, lengths, keeps_scores=keeps_scores)
     if wanted <= max(held, _NEGLIGIBLE_BYTES) or wanted - held <= (there := available_bytes()):
         return max(held, wanted)
     batch, height, width = _batch_and_pixels(spec.autoencoder, lengths)
@@ -48,19 +57,32 @@ def check_memory(name: str, spec: ModelSpec, lengths: Mapping[str, int], held: i
     )
 
 
-def least_bytes(name: str, spec: ModelSpec, lengths: Mapping[str, int]) -> int:
+def least_bytes(
+    name: str, spec: ModelSpec, lengths: Mapping[str, int], *, keeps_scores: bool = True
+) -> int:
     """Return the bytes of the largest tensor of one run, in float32: a lower bound of its need.
 
     That is either all features of the first level or the scores of one attention, of every pixel
     with every other. For the UNet and the autoencoder; 0 for the others, which need little.
+
+    Args:
+        name: Of the network.
+        spec: The model.
+        lengths: Of the network's axes in this run.
+        keeps_scores: Whether all scores of an attention are in memory at once. They are not where a
+            library computes attention block by block (Dao et al., FlashAttention).
     """
     if name == "unet" and spec.unet is not None:
-        values = _unet_values(spec.unet, lengths["height"], lengths["width"])
+        sides = lengths["height"], lengths["width"]
+        features, scores = _unet_features(spec.unet, *sides), _unet_scores(spec.unet, *sides)
     elif isinstance(record := spec.networks[COMPONENTS[name].network], AutoencoderSpec):
-        values = _autoencoder_values(record, *_batch_and_pixels(record, lengths)[1:])
+        sides = _batch_and_pixels(record, lengths)[1:]
+        features = record.channels * record.channel_mult[0] * math.prod(sides)
+        scores = _autoencoder_scores(record, *sides)
     else:
         return 0
-    return _FLOAT32_BYTES * lengths["batch"] * max(values)
+    values = max([features, *scores]) if keeps_scores else features
+    return _FLOAT32_BYTES * lengths["batch"] * values
 
 
 def available_bytes(*, swap: bool = True) -> float:
@@ -97,8 +119,11 @@ def _batch_and_pixels(spec: AutoencoderSpec, lengths: Mapping[str, int]) -> tupl
     return lengths["batch"], lengths["height"] * spec.factor, lengths["width"] * spec.factor
 
 
-def _unet_values(spec: UNetSpec, height: int, width: int) -> Iterator[int]:
-    yield spec.model_channels * spec.channel_mult[0] * height * width
+def _unet_features(spec: UNetSpec, height: int, width: int) -> int:
+    return spec.model_channels * spec.channel_mult[0] * height * width
+
+
+def _unet_scores(spec: UNetSpec, height: int, width: int) -> Iterator[int]:
     last = len(spec.channel_mult) - 1
     for level, mult in enumerate(spec.channel_mult):
         depths = (*spec.input_depths(level), *spec.output_depths(level))
@@ -107,8 +132,7 @@ def _unet_values(spec: UNetSpec, height: int, width: int) -> Iterator[int]:
             yield heads * ((height >> level) * (width >> level)) ** 2
 
 
-def _autoencoder_values(spec: AutoencoderSpec, height: int, width: int) -> Iterator[int]:
-    yield spec.channels * spec.channel_mult[0] * height * width
+def _autoencoder_scores(spec: AutoencoderSpec, height: int, width: int) -> Iterator[int]:
     middle = [len(spec.channel_mult) - 1] if spec.middle_attention else []
     for level in (*spec.attention_levels, *middle):
         yield ((height >> level) * (width >> level)) ** 2

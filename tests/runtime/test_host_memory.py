@@ -99,6 +99,18 @@ def test_the_largest_tensor_is_features_or_scores(name, axes, values):
     assert host_memory.least_bytes(name, SPEC, lengths(**axes)) == 4 * 2 * values
 
 
+def test_scores_that_are_never_kept_do_not_count():
+    sizes = {"unet": {"height": 64, "width": 32}, "vae_decoder": {"height": 64, "width": 128}}
+    features = {"unet": 64 * 64 * 32, "vae_decoder": 32 * 256 * 512}
+
+    found = {
+        name: host_memory.least_bytes(name, SPEC, lengths(**axes), keeps_scores=False)
+        for name, axes in sizes.items()
+    }
+
+    assert found == {name: 4 * 2 * values for name, values in features.items()}
+
+
 def test_fixed_heads_and_attention_beside_the_middle_count():
     unet = replace(UNET, transformer_depth=(1, 0, 0), num_heads=8, num_head_channels=None)
     autoencoder = replace(AUTOENCODER, attention_levels=(1,), middle_attention=False)

@@ -16,7 +16,7 @@ if find_spec("openvino") is None:
     pytest.skip("needs the extra openvino", allow_module_level=True)
 
 from ldm_runtime import Generator
-from ldm_runtime.backends import choose_backend, get_backend
+from ldm_runtime.backends import choose_backend, get_backend, host_memory
 from ldm_runtime.backends.contract import EngineSource, RunOptions
 from ldm_runtime.backends.openvino import kept_shapes, library
 from ldm_runtime.backends.openvino.compiled_models import Latest
@@ -86,6 +86,38 @@ def test_images_in_fp32_are_those_of_onnx_runtime(small_bundle_fp32):
 
 
 @pytest.mark.slow
+@NEEDS_BF16
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_node_has_all_scores_of_an_attention(small_bundle_fp32, name, precision):
+    spec = load_manifest(small_bundle_fp32).spec
+    inputs = random_inputs(name, spec=spec, height=16, width=16)
+
+    with open_component(small_bundle_fp32, name, precision=precision) as engine:
+        engine.run(inputs)
+        shapes = tuple(sorted((key, array.shape) for key, array in inputs.items()))
+        nodes = engine._compiled[shapes]._compiled.get_runtime_model().get_ops()
+
+    kinds = {each.get_rt_info()["layerType"].astype(str) for each in nodes}
+    assert "FullyConnected" in kinds or "Convolution" in kinds
+    assert not kinds & {"Softmax", "MatMul"}
+
+
+@NEEDS_BF16
+def test_images_are_not_refused_for_scores_that_are_in_no_memory(tiny_bundle, monkeypatch):
+    latents = np.zeros((1, 4, 64, 64), np.float32)
+    monkeypatch.setattr(host_memory, "_NEGLIGIBLE_BYTES", 1000)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 10e6)
+
+    with Generator(tiny_bundle, backend="openvino", threads=1) as generator:
+        assert generator.decode(latents)
+    with (
+        Generator(tiny_bundle, backend="onnxruntime", threads=1) as generator,
+        pytest.raises(BackendError, match=r"vae_decoder takes at least 0\.1 GB"),
+    ):
+        generator.decode(latents)
+
+
 def test_weights_of_fp16_are_not_held_in_fp32_as_well(small_bundle_fp16):
     """A conversion of weights that OpenVINO computes once takes twice their bytes in addition."""
     spec = load_manifest(small_bundle_fp16).spec

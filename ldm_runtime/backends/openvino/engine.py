@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ldm_runtime.backends.contract import NO_TENSORS, Precision, Tensors
 from ldm_runtime.backends.host_engine import Compute, HostEngine, NativeErrors
 from ldm_runtime.backends.openvino.compiled_models import Latest
-from ldm_runtime.backends.openvino.library import load_openvino
+from ldm_runtime.backends.openvino.library import keeps_scores, load_openvino
 from ldm_runtime.backends.openvino.model_cache import ModelCache
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.backends.signatures import check_names
@@ -95,7 +95,7 @@ class OpenVinoEngine(HostEngine):
         weights: Tensors = NO_TENSORS,
         branches: Sequence[Branch] = (),
     ) -> None:
-        super().__init__(component, sizes, _ERRORS, spec)
+        super().__init__(component, sizes, _ERRORS, spec, keeps_scores=keeps_scores())
         core = load_openvino().Core()
         model = _read(core, path)
         _replace_weights(model, weights)

@@ -43,6 +43,16 @@ def has_bf16() -> bool:
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def keeps_scores() -> bool:
+    """Return whether all scores of an attention may be in memory at once.
+
+    Where it can compute in bf16, as with AVX-512, the plugin makes one node of matrix product,
+    softmax and matrix product, in either precision, which works block by block. What it does on
+    other processors was not looked at.
+    """
+    return not has_bf16()
+
+
 @cache
 def processor_name() -> str:
     """Return the name of this machine's processor."""
