@@ -28,7 +28,7 @@ from ldm_runtime.errors import BundleError, RequestError
 from ldm_runtime.inputs.images import InputImage
 from ldm_runtime.inputs.reading import MAX_SIDE
 from ldm_runtime.latents.codec import decode_latents, encode_image
-from ldm_runtime.pipeline.continuous import ContinuousBatch
+from ldm_runtime.pipeline.continuous import ContinuousBatch, Sharing
 from ldm_runtime.pipeline.deadline import Deadline
 from ldm_runtime.pipeline.image_pipeline import ImagePipeline
 from ldm_runtime.pipeline.opening import OpeningOptions, open_bundle, open_refiner
@@ -342,7 +342,8 @@ class Generator(Closing):
 
         The number of images in a call changes all the time. Where a backend compiles the UNet for
         each, and keeps fewer than `max_batch` of them, a call has one image, and as many images
-        take turns at it as shapes are kept, which may be of as many sizes.
+        take turns at it as shapes are kept, which may be of as many sizes. With `low_memory` and a
+        refiner the earliest request is served first.
 
         Args:
             max_batch: Most images in one call of the UNet; with guidance it sees twice as many.
@@ -356,9 +357,14 @@ class Generator(Closing):
             self._pipeline,
             resolve=self._resolve,
             preview=self._preview_record,
-            max_shared=max_batch if kept >= max_batch else 1,
-            max_begun=min(kept, max_batch),
-            min_samples=abilities.min_shared_samples,
+            sharing=Sharing(
+                max_shared=max_batch if kept >= max_batch else 1,
+                max_begun=min(kept, max_batch),
+                min_samples=abilities.min_shared_samples,
+                # Or two requests, one with its base and one with its refiner, would have a whole
+                # UNet opened for every call.
+                takes_turns=not (self._network.takes_turns and self._refiner is not None),
+            ),
         )
 
     def close(self) -> None:

@@ -31,13 +31,31 @@ AnyRequest: TypeAlias = GenerationRequest | ResolvedRequest
 _LoopEvent: TypeAlias = LoopItem[Step | GeneratedImages] | LoopEnd
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How requests share calls of the UNet.
+
+    Attributes:
+        max_shared: Most images in a shared call.
+        max_begun: Most images that have begun and not ended; more wait for the end of others.
+        min_samples: Fewest samples of a request in a shared call.
+        takes_turns: Whether images that have no room in the same call take turns; else the earliest
+            is served first.
+    """
+
+    max_shared: int
+    max_begun: int
+    min_samples: int
+    takes_turns: bool
+
+
 class ContinuousBatch(Closing):
     """Requests that share calls of one model's UNet, while others are added and cancelled.
 
     Any requests do: prompts, seeds, steps, samplers and guidance may differ. Those that have begun
     and have no room in the same call, as for another image size, take turns with calls of their
-    own, so none of them waits for the end of another. On the CPU every result is what
-    `Generator.generate` returns, bit for bit.
+    own, so none of them waits for the end of another, unless networks take turns in memory. On the
+    CPU every result is what `Generator.generate` returns, bit for bit.
 
     A request that fails ends with its error and leaves the others alone. When a shared call of the
     UNet fails, as for want of memory, its images are computed one by one.
@@ -48,12 +66,10 @@ class ContinuousBatch(Closing):
         pipeline: The pipeline of the model.
         resolve: Fills in the defaults of a request, for the model.
         preview: Returns how steps get small images.
-        max_shared: Most images in a shared call.
-        max_begun: Most images that have begun and not ended.
-        min_samples: Fewest samples of a request in a shared call.
+        sharing: How requests share calls.
 
     Attributes:
-        max_begun: See above; more images wait for the end of others.
+        max_begun: Most images that have begun and not ended.
     """
 
     def __init__(
@@ -62,18 +78,16 @@ class ContinuousBatch(Closing):
         *,
         resolve: Callable[[AnyRequest], ResolvedRequest],
         preview: Callable[[], PreviewRecord],
-        max_shared: int,
-        max_begun: int,
-        min_samples: int,
+        sharing: Sharing,
     ) -> None:
         self._pipeline, self._resolve, self._preview = pipeline, resolve, preview
-        self.max_begun = max_begun
+        self.max_begun = sharing.max_begun
         samples = samples_per_image(pipeline.model.spec, "unet")
         self._scheduler: LoopScheduler[Step | GeneratedImages] = LoopScheduler(
-            max_samples=samples * max_shared,
-            min_samples=min_samples,
-            max_begun=samples * max_begun,
-            takes_turns=True,
+            max_samples=samples * sharing.max_shared,
+            min_samples=sharing.min_samples,
+            max_begun=samples * sharing.max_begun,
+            takes_turns=sharing.takes_turns,
         )
         self._requests: dict[int, _Request] = {}
         self._images: dict[int, _Image] = {}

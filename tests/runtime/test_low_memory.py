@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from ldm_runtime import Generator
+from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.backends import get_backend
 from ldm_runtime.backends.networks import OpenNetworks
 from ldm_runtime.backends.turns import Turns
@@ -75,6 +75,22 @@ def test_a_second_pass_and_requests_together_open_again_what_they_need(tiny_bund
         found = [each.image.tobytes() for each in generator.run_many(["a", "b"], **larger)]
 
     assert found == expected
+
+
+def test_requests_of_a_batch_do_not_open_base_and_refiner_in_turn(tiny_bundle, opened):
+    request = {"num_inference_steps": 10, "refiner_start": 0.5, "height": 16, "width": 16}
+    options = {"refiner": tiny_bundle, "backend": "onnxruntime", "low_memory": True}
+
+    with Generator(tiny_bundle, **options) as generator, generator.open_batch() as batch:
+        batch.add(GenerationRequest("a", seed=1, **request))
+        for _ in range(6):  # it has come to its refiner
+            batch.advance()
+        batch.add(GenerationRequest("b", seed=2, **request))
+        while batch:
+            batch.advance()
+
+    # two of each request, and one again after the second prompt was encoded
+    assert [names[-1] for names in opened if names].count("unet") == 5
 
 
 def test_threads_wait_for_the_network_that_another_one_runs():
