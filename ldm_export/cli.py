@@ -172,6 +172,7 @@ def _add_model_flags(parser: Parser) -> None:
     )
     features.add_argument(
         "--prediction-type",
+        "--prediction",
         choices=("epsilon", "v_prediction", "sample"),
         help="prediction target of the UNet (default: that of --preset, the configuration or the "
         "file, else what is measured, else a hint such as metadata, else that of the model family)",

@@ -42,7 +42,9 @@ _LEGEND = """
   its networks. The runtime samples with the exporter's networks in torch, with the fp32 ONNX
   graphs, or with the fp16 ones. The bounds are 60, 60 and 35 dB; with a codebook 30, since near
   ties of random weights take other codes. Images are compared after rounding
-  to 8 bits, "equal" to the last of them. A dash: not measured through graphs, which every export
+  to 8 bits, "equal" to the last of them. fp16 graphs run on a CPU here, where ONNX Runtime computes
+  most nodes in fp32: the figure is the price of weights in fp16, and not that of a GPU's rounding.
+  A dash: not measured through graphs, which every export
   compares with torch for itself. Written by `python -m pytest tests/reference --families
   benchmarks/results/families.jsonl`, and with `--graphs`.
 * **RTX engines**: seconds to build the TensorRT-RTX engines of all networks at the released size,

@@ -194,7 +194,7 @@ def _failed(work: Work, error: Exception) -> Failed:
     if isinstance(error, MemoryError):
         return Failed(
             job=work.job,
-            status=503,
+            status=500,
             code="insufficient_memory",
             message="not enough memory; ask for smaller images",
         )

@@ -1,4 +1,4 @@
-"""The page in Debian's Chromium, over a real server with real workers."""
+"""The page in Debian's Chromium, over a real server that generates."""
 
 import subprocess
 

@@ -15,7 +15,7 @@ import pytest
 if find_spec("openvino") is None:
     pytest.skip("needs the extra openvino", allow_module_level=True)
 
-from ldm_runtime import Generator
+from ldm_runtime import GenerationRequest, Generator
 from ldm_runtime.backends import choose_backend, get_backend, host_memory
 from ldm_runtime.backends.contract import EngineSource, RunOptions
 from ldm_runtime.backends.openvino import kept_shapes, library
@@ -26,6 +26,7 @@ from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.diagnostics.measures import psnr, relative_l2
 from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.errors import BackendError, ShapeError
+from ldm_runtime.pipeline.results import Result
 from ldm_runtime.specs.model import Task, axis_sizes, components_of
 from ldm_runtime.testing import tiny_networks, tiny_spec
 from tests.runtime.sockets import can_forbid_sockets, run_without_sockets
@@ -44,6 +45,10 @@ def open_component(bundle, name, precision="fp32", **compilation):
         axis_sizes(manifest.spec, name),
         Compilation(precision=precision, threads=1, **compilation),
     )
+
+
+def pixels_of(result):
+    return [image.tobytes() for image in result.images]
 
 
 def source_of(bundle, name="unet", **changes):
@@ -204,6 +209,31 @@ def test_an_image_does_not_depend_on_how_many_are_generated(small_bundle_fp32):
             ]
 
         assert np.array_equal(together, np.concatenate([each["prediction"] for each in alone]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=NEEDS_BF16)])
+def test_images_alone_and_in_company_are_the_same(tiny_bundle, precision):
+    requests = [
+        GenerationRequest("red", seed=1, num_inference_steps=5),
+        GenerationRequest("blue", seed=2, sampler="heun", num_inference_steps=3),
+        GenerationRequest("a green square", seed=3, guidance_scale=1.0, num_images=2),
+    ]
+    with Generator(tiny_bundle, backend="openvino", precision=precision, threads=1) as generator:
+        alone = [pixels_of(generator.generate(each)) for each in requests]
+        together = [pixels_of(each) for each in generator.run_many(requests)]
+        with generator.open_batch() as batch:
+            numbers = []
+            for request in requests:
+                numbers.append(batch.add(request))
+                batch.advance()
+            ends = {}
+            while batch:
+                ends |= {
+                    number: event for number, event in batch.advance() if isinstance(event, Result)
+                }
+
+    assert together == alone
+    assert [pixels_of(ends[number]) for number in numbers] == alone
 
 
 def test_the_number_of_threads_changes_no_byte(tiny_bundle):

@@ -78,3 +78,11 @@ def test_every_code_of_the_table_is_one_of_the_code():
     for _, codes in rows:
         for code in re.findall(r"`(\w+)`", codes):
             assert f'"{code}"' in sources
+
+
+def test_the_page_has_every_metric(client):
+    declared = re.findall(r"^# TYPE (\w+) ", client.get("/metrics").text, re.MULTILINE)
+    named = {name for name in declared if not name.endswith("_created")}
+
+    assert named
+    assert {name for name in named if f"`{name}`" not in PAGE} == set()
