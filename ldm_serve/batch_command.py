@@ -49,7 +49,7 @@ def add_batch_command(commands: "argparse._SubParsersAction[Parser]") -> None:
         action="store_true",
         help="try images again that failed in an earlier run",
     )
-    add_worker_arguments(parser, ("process", "inline", "ray"))
+    add_worker_arguments(parser)
     add_engine_arguments(parser)
     add_json_flag(parser, "print the counts as JSON")
     parser.set_defaults(run=batch, repeats_messages=True)

@@ -140,7 +140,7 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
-    group = add_worker_arguments(parser, ("process", "ray"))
+    group = add_worker_arguments(parser)
     group.add_argument(
         "--memory-budget-gb",
         type=amount,

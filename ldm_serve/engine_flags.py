@@ -1,7 +1,7 @@
 """Flags of the workers of `ldm serve` and `ldm batch`, and the settings that they make."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
 
@@ -17,26 +17,23 @@ _PLACES: Mapping[ExecutorName, str] = MappingProxyType(
 )
 
 
-def add_worker_arguments(
-    parser: argparse.ArgumentParser, executors: Sequence[ExecutorName]
-) -> argparse._ArgumentGroup:
+def add_worker_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that say where and by how many workers images are generated.
 
     Args:
         parser: The parser of a command.
-        executors: Executors that the command offers, the default first and Ray's last.
 
     Returns:
         The group of those that have nothing to do with Ray.
     """
     work = parser.add_argument_group("Work")
-    *places, last = (_PLACES[each] for each in executors)
+    *places, last = _PLACES.values()
     work.add_argument(
         "--executor",
-        choices=executors,
-        default=executors[0],
+        choices=tuple(_PLACES),
+        default=WorkerSettings.executor,
         help=f"where images are generated: {', '.join(places)}, or {last} "
-        f"(default: {executors[0]})",
+        f"(default: {WorkerSettings.executor})",
     )
     work.add_argument(
         "--workers",
@@ -97,8 +94,12 @@ def worker_settings(args: argparse.Namespace) -> WorkerSettings:
     """Return the settings of a command line that has the flags of `add_worker_arguments`.
 
     Raises:
-        RequestError: Flags of Ray lack each other.
+        RequestError: Flags of Ray lack each other, or this process is to be several workers.
     """
+    if args.executor == "inline" and args.workers > 1:
+        raise RequestError(
+            "workers", f"is {args.workers}, but --executor inline has one; leave one of them out"
+        )
     if args.executor == "ray" and args.address is None:
         raise RequestError(
             "address", "--executor ray needs --address HOST:PORT, the head of a running cluster"

@@ -460,6 +460,20 @@ def test_a_server_that_is_told_to_end_lets_clients_fetch_their_images(bundle, tm
     assert Image.open(io.BytesIO(data)).tobytes() == expected(request)
 
 
+def test_a_server_can_generate_without_other_processes(bundle, tmp_path, expected):
+    body = {"prompt": "red", "size": "256x256", "seed": 1, "num_inference_steps": 4}
+    with (
+        serving(tmp_path, bundle, "--executor", "inline") as server,
+        server.client(timeout=60) as client,
+    ):
+        answer = client.post("/v1/images/generations", json=body | {"response_format": "file"})
+        workers = server.workers()
+
+    image = Image.open(io.BytesIO(answer.content))
+    assert image.tobytes() == expected({**SLOW, "num_inference_steps": 4})
+    assert workers == []
+
+
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_server_at_once(bundle, tmp_path, second):
     request = {**SLOW, "num_inference_steps": 200, "num_images": 8}
