@@ -49,6 +49,8 @@ def create_app(
             settings.bundles, settings.engine, settings.workers, reports_steps=True
         )
     board = JobBoard(executor, settings.limits)
+    for name in models:
+        board.metrics.serves(name, models[name].bundle_sha256)
     site = Site(models=models, board=board, settings=settings, tracing=tracing)
 
     @asynccontextmanager

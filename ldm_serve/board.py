@@ -279,7 +279,9 @@ class JobBoard:
             return
         match event:
             case Progress():
-                job.advance(event)
+                seconds = job.advance(event)
+                if seconds is not None:
+                    self.metrics.stepped(job.checked.model.name, seconds)
             case Finished():
                 self._end(job, "completed", result=event)
             case Failed():

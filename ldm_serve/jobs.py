@@ -55,6 +55,7 @@ class Job:
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
     finished: float | None = None
+    _stepped: dict[int, float] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -80,11 +81,20 @@ class Job:
         steps = self.total * self.checked.request.num_images
         return sum(self.steps.values()) / steps if steps else 0.0
 
-    def advance(self, step: Progress) -> None:
-        """Note a step."""
+    def advance(self, step: Progress) -> float | None:
+        """Note a step.
+
+        Returns:
+            Seconds that it took, on average since the one before that is known; None for the first
+            of an image, before which prompts are encoded.
+        """
+        now, steps = time.monotonic(), step.step - self.steps.get(step.image, 0)
+        before = self._stepped.get(step.image)
         self.steps[step.image], self.total = step.step, step.total
+        self._stepped[step.image] = now
         self.preview = step.preview or self.preview
         self.notify()
+        return None if before is None or steps < 1 else (now - before) / steps
 
     def end(
         self, state: JobState, result: Finished | None = None, error: ServeError | None = None

@@ -51,12 +51,33 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        self._step_seconds = Histogram(
+            "ldm_step_seconds",
+            "Time of a step of an image, waiting for others in turn included.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._model_info = Gauge(
+            "ldm_model_info",
+            "The models, with the hashes of their bundles' manifests.",
+            ["model", "bundle_sha256"],
+            registry=self._registry,
+        )
         self._inflight = Gauge(
             "ldm_inflight", "Requests that are being generated.", registry=self._registry
         )
         depth = Gauge("ldm_queue_depth", "Requests that wait.", registry=self._registry)
         depth.set_function(queue_depth)
         self._registry.register(_ExecutorMetrics(stats))
+
+    def serves(self, model: str, bundle_sha256: str) -> None:
+        """Note a model of the server."""
+        self._model_info.labels(model, bundle_sha256).set(1)
+
+    def stepped(self, model: str, seconds: float) -> None:
+        """Count a step of an image."""
+        self._step_seconds.labels(model).observe(seconds)
 
     def refused(self, model: str, outcome: str) -> None:
         """Count a request that was not taken: "invalid" or "rejected"."""

@@ -319,6 +319,20 @@ def test_what_happens_is_counted(board, submit):
     assert "ldm_workers 1.0" in text
 
 
+def test_the_time_of_a_step_is_counted_from_the_second_on(board, submit, monkeypatch):
+    async def scenario(board, executor):
+        job = submit(board, num_images=2)
+        for second, image, step in ((1, 0, 1), (2, 1, 1), (4, 0, 2), (10, 1, 3)):
+            monkeypatch.setattr("ldm_serve.jobs.time.monotonic", lambda second=second: second)
+            executor.step(job.id, step, image=image)
+        return board.metrics.text().decode()
+
+    text = board(scenario)
+
+    assert 'ldm_step_seconds_count{model="tiny"} 2.0' in text
+    assert 'ldm_step_seconds_sum{model="tiny"} 7.0' in text  # 3 s, and 4 s for each of two
+
+
 def test_a_draining_server_ends_what_takes_longer_while_clients_wait(board, submit):
     """The answer comes before the server closes its connections."""
 

@@ -86,3 +86,14 @@ def test_the_page_has_every_metric(client):
 
     assert named
     assert {name for name in named if f"`{name}`" not in PAGE} == set()
+
+
+def test_metrics_name_the_models_by_the_hashes_of_their_bundles(client):
+    models = {each["name"]: each for each in client.get("/api/models").json()["models"]}
+    text = client.get("/metrics").text
+
+    found = re.findall(r'ldm_model_info\{bundle_sha256="(\w+)",model="([\w-]+)"\} 1.0', text)
+
+    assert {name: sha256 for sha256, name in found} == {
+        name: model["bundle_sha256"] for name, model in models.items()
+    }
