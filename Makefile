@@ -6,7 +6,7 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 PINS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo gallery serve test test-page test-ray check docs bench peers gpu-report clean distclean
+.PHONY: help demo gallery serve test test-page test-ray soak check docs bench peers gpu-report clean distclean
 
 help:
 	@echo "make demo       export the small model that comes along and generate out/demo.png"
@@ -14,6 +14,7 @@ help:
 	@echo "make serve      serve the small model over HTTP, on this machine alone"
 	@echo "make test       all tests, those of the page if there is chromium, then the wheel's, without torch"
 	@echo "make test-ray   the tests that start a Ray cluster on this machine, which takes two minutes"
+	@echo "make soak       ten minutes of clients and faults against a server, every image compared"
 	@echo "make check      format, lint, imports, types, spelling, words and workflows"
 	@echo "make docs       write the pages and pictures of docs/ that come from the code"
 	@echo "make bench      measure this machine"
@@ -51,6 +52,9 @@ test-page: .venv/test.stamp
 # Ray is large and needs sockets, hence an environment of its own and no part of `make test`.
 test-ray: .venv-ray/test.stamp
 	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/serve/test_ray.py
+
+soak: .venv/test.stamp
+	.venv/bin/python benchmarks/soak.py --seconds 600
 
 check: .venv/test.stamp
 	.venv/bin/ruff format --check
