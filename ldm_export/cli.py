@@ -1,12 +1,14 @@
 """`ldm-export`: one checkpoint in, one bundle out."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm_runtime.cli.engine_flags import add_engine_arguments, engine_options
 from ldm_runtime.cli.messages import (
@@ -18,7 +20,7 @@ from ldm_runtime.cli.messages import (
     say,
     show_messages,
 )
-from ldm_runtime.cli.parsing import Parser
+from ldm_runtime.cli.parsing import Parser, add_json_flag
 from ldm_runtime.cli.versions import version_line
 from ldm_runtime.errors import LdmError
 from ldm_runtime.escaping import printable_lines
@@ -54,6 +56,7 @@ def build_parser() -> Parser:
     parser.add_argument("--out", type=Path, help="folder of the bundle")
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     add_message_flags(parser)
+    add_json_flag(parser, "print the bundle's folder, model and sources, or the estimate, as JSON")
     _add_bundle_flags(parser)
     add_engine_arguments(parser)
     _add_model_flags(parser)
@@ -318,14 +321,33 @@ def _export(args: argparse.Namespace) -> None:
 
     options = _options(args)
     if args.estimate:
-        print(printable_lines(estimate_export(options).describe()))
+        estimate = estimate_export(options)
+        print(
+            json.dumps(estimate.as_json(), indent=1)
+            if args.json
+            else printable_lines(estimate.describe())
+        )
         return
     with reporting(args) as progress:
         manifest = export_bundle(options, progress=progress)
     if not args.quiet:
         say_sources(manifest)
         say_next(manifest.spec.task, args.out)
-    print(args.out)
+    print(json.dumps(_result(manifest, args.out), indent=1) if args.json else args.out)
+
+
+def _result(manifest: "Manifest", out: Path) -> dict[str, Any]:
+    spec, build = manifest.spec, manifest.build
+    return {
+        "bundle": str(out),
+        "family": spec.family,
+        "weights": spec.weights,
+        "task": spec.task,
+        "checkpoint": build.checkpoint,
+        "checkpoint_sha256": build.checkpoint_sha256,
+        "seconds": build.seconds,
+        "assumptions": [asdict(each) for each in spec.assumptions],
+    }
 
 
 def _options(args: argparse.Namespace) -> "ExportOptions":

@@ -1,8 +1,9 @@
 """The estimates of an export: its steps, time, memory and size, from the number of parameters."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 from ldm_runtime.bundle.manifest import WeightsDType
 from ldm_runtime.escaping import printable
@@ -61,6 +62,21 @@ class Estimate:
             seconds = dict.fromkeys(seconds, 0.0)
             line = "nothing to do     the bundle is up to date"
         return replace(self, step_seconds=seconds, destination=line)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the estimates as JSON has them."""
+        return {
+            "family": self.spec.family,
+            "weights": self.spec.weights,
+            "task": self.spec.task,
+            "parameters": dict(self.parameters),
+            "seconds": sum(self.step_seconds.values()),
+            "step_seconds": dict(self.step_seconds),
+            "bundle_bytes": self.bundle_bytes,
+            "peak_bytes": self.peak_bytes,
+            "assumptions": [asdict(each) for each in self.spec.assumptions],
+            "destination": self.destination,
+        }
 
     def describe(self) -> str:
         """Return the estimates as lines of text."""

@@ -1,3 +1,4 @@
+import json
 import os
 import platform
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ldm_export.cli import build_parser, main, say_next
+from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.testing import write_tiny_bundle
 from ldm_runtime.version import version
 from tests.export.archives import Entry, write_archive
@@ -103,6 +105,19 @@ def test_a_size_that_the_model_cannot_draw_is_an_error(command, small_checkpoint
     assert status == 1
     assert any("--height" in line for line in lines)
     assert written == set()
+
+
+def test_the_result_and_the_plan_can_be_json(command, tmp_path, small_checkpoint_path):
+    _, plan, _, written = command(small_checkpoint_path, "--estimate", "--json", "--height", "64")
+    status, result, _, _ = command(small_checkpoint_path, "--json", "--engines", "none")
+
+    planned, made = json.loads(plan), json.loads(result)
+    assert (status, written) == (0, set())
+    assert planned["task"] == made["task"] == "text-to-image"
+    assert planned["seconds"] == pytest.approx(sum(planned["step_seconds"].values()))
+    heights = [each for each in planned["assumptions"] if each["field"] == "defaults.height"]
+    assert heights == [{"field": "defaults.height", "value": "64", "source": "flag"}]
+    assert load_manifest(Path(made["bundle"])).build.checkpoint_sha256 == made["checkpoint_sha256"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(command, tmp_path, small_checkpoint_path):
