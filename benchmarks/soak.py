@@ -316,7 +316,9 @@ def _note(status: int, tally: Tally, what: str) -> None:
 def _row(server: RunningServer, tally: Tally, args: argparse.Namespace) -> dict[str, Any]:
     seconds, faults = np.asarray(tally.seconds), Counter(tally.faults)
     statuses = Counter(tally.statuses)
-    may_have_images = statuses[200] + statuses[202] + faults["go_away"]
+    asked_for = 1 + statuses[200] + statuses[202] + faults["go_away"]  # one before the soak
+    cancelled = server.metric("ldm_requests_total", outcome="cancelled")
+    images = server.metric("ldm_images_total")
     return {
         "benchmark": "soak",
         "commit": commit(),
@@ -334,7 +336,7 @@ def _row(server: RunningServer, tally: Tally, args: argparse.Namespace) -> dict[
         "num_faults": len(tally.faults),
         "lost": len(tally.lost),
         "wrong": len(tally.wrong),
-        "duplicate": max(0, int(server.metric("ldm_images_total")) - may_have_images),
+        "duplicate": max(0, int(images + cancelled) - asked_for),
         "worker_restarts": server.metric("ldm_worker_restarts_total"),
         "p50_seconds": round(float(np.percentile(seconds, 50)), 4),
         "p95_seconds": round(float(np.percentile(seconds, 95)), 4),

@@ -75,11 +75,12 @@ class RunningServer:
         kind = f"multipart/form-data; boundary={boundary}"
         return self._call("POST", path, data, {"Content-Type": kind})
 
-    def metric(self, name: str) -> float:
-        """Return the sum of a metric over its labels."""
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric over its labels, or over the lines that have some of them."""
         text = self.get("/metrics").body.decode()
-        lines = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-        return sum(map(float, lines))
+        lines = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
+        wanted = {f'{label}="{value}"' for label, value in labels.items()}
+        return sum(float(value) for found, value in lines if wanted <= set(found.split(",")))
 
     def workers(self) -> list[int]:
         """Return the identifiers of the worker processes."""
