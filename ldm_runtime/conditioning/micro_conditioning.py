@@ -40,7 +40,8 @@ def with_micro_conditioning(
     """Return conditioning of the same prompts for a request whose images have another size.
 
     No network runs: the vector keeps its pooled prompts, and has the features of the numbers that
-    the request's first pass has. Conditioning of a model without such numbers stays as it is.
+    the request's first pass has. Of two and more samples, all but the last are unconditional ones.
+    Conditioning of a model without such numbers stays as it is.
 
     Args:
         conditioning: The conditioning.
@@ -54,7 +55,8 @@ def with_micro_conditioning(
 
     def told(each: Conditioning) -> Conditioning:
         assert each.vector is not None, "a model with micro-conditioning has a vector"
-        return replace(each, vector=np.concatenate([each.vector[:, :pooled], features], axis=1))
+        rows = features[[0] * (len(each.vector) - 1) + [-1]]
+        return replace(each, vector=np.concatenate([each.vector[:, :pooled], rows], axis=1))
 
     return conditioning.changed(told)
 
