@@ -15,7 +15,7 @@ places.
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -37,7 +37,7 @@ from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
 from ldm_runtime.durable import (
     exchange_folders,
     link_or_copy,
-    lock_folder,
+    locked_folder,
     sync,
     sync_folders,
     write_file,
@@ -144,15 +144,10 @@ class Workspace:
             ExportError: Another export to the same place is running.
         """
         self._on_write("lock")
-        try:
-            lock = lock_folder(self._partial)
-        except BlockingIOError:
-            raise ExportError(f"another export to {self.out} is running; wait for it") from None
-        try:
+        running = ExportError(f"another export to {self.out} is running; wait for it")
+        with locked_folder(self._partial, running):
             self._prepare()
             yield
-        finally:
-            os.close(lock)
 
     def find(self, step: ExportStep) -> StepRecord | None:
         """Return the record of a step that is already done, with its files unchanged, or None."""
@@ -227,23 +222,13 @@ class Workspace:
         (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
         self.look()
 
-    @contextmanager
-    def _locked_out(self) -> Iterator[None]:
+    def _locked_out(self) -> AbstractContextManager[None]:
         """Keep builds of engines out of the bundle that is to be replaced, if there is one."""
-        if not self.out.exists():
-            yield
-            return
-        try:
-            lock = lock_folder(self.out)
-        except BlockingIOError:
-            raise ExportError(
-                f"engines are being built in {self.out}, so it is not replaced; export again "
-                "afterwards, which takes over all that is done"
-            ) from None
-        try:
-            yield
-        finally:
-            os.close(lock)
+        building = ExportError(
+            f"engines are being built in {self.out}, so it is not replaced; export again "
+            "afterwards, which takes over all that is done"
+        )
+        return locked_folder(self.out, building) if self.out.exists() else nullcontext()
 
     def _swap(self) -> None:
         self._on_write("swap")

@@ -130,6 +130,23 @@ def lock_folder(folder: Path) -> int:
         os.close(descriptor)
 
 
+@contextmanager
+def locked_folder(folder: Path, refusal: Exception) -> Iterator[None]:
+    """Create a folder if need be and hold its lock, as `lock_folder` does, in a `with` block.
+
+    Raises:
+        Exception: `refusal`, if another process holds the lock.
+    """
+    try:
+        lock = lock_folder(folder)
+    except BlockingIOError:
+        raise refusal from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def exchange_folders(first: Path, second: Path) -> bool:
     """Let two folders change places in one step; return False if the system cannot do that."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -6,12 +6,11 @@ that is missing or outdated: before a folder is replaced, a manifest without it 
 engines are built the bundle's folder is locked, which keeps an export from replacing it.
 """
 
-import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ldm_runtime.bundle.manifest import (
     encode_manifest,
     load_manifest,
 )
-from ldm_runtime.durable import link_or_copy, lock_folder, sync, write_file
+from ldm_runtime.durable import link_or_copy, locked_folder, sync, write_file
 from ldm_runtime.engines.build import build_engine
 from ldm_runtime.engines.build_specs import (
     ComponentFiles,
@@ -356,15 +355,8 @@ def _link(path: Path, folder: Path) -> None:
     link_or_copy(path, target)
 
 
-@contextmanager
-def _locked(bundle: Path) -> Iterator[None]:
-    try:
-        descriptor = lock_folder(bundle)
-    except OSError:
-        raise EngineBuildError(
-            f"another build of engines in {bundle} or an export to it is running; wait for it"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+def _locked(bundle: Path) -> AbstractContextManager[None]:
+    running = EngineBuildError(
+        f"another build of engines in {bundle} or an export to it is running; wait for it"
+    )
+    return locked_folder(bundle, running)

@@ -1,7 +1,6 @@
 """A bundle in a model repository of NVIDIA Triton, complete or not at all."""
 
 import hashlib
-import os
 import re
 import secrets
 import shutil
@@ -15,7 +14,7 @@ from ldm_runtime.bundle.manifest import MANIFEST_NAME, ComponentRecord, Manifest
 from ldm_runtime.durable import (
     exchange_folders,
     link_or_copy,
-    lock_folder,
+    locked_folder,
     sync,
     sync_folders,
     write_file,
@@ -107,17 +106,13 @@ def _working_folder(repository: Path, name: str) -> Iterator[Path]:
     place = repository.resolve()
     parent = place.parent if _can_be_moved(place.parent, place) else place
     folder = parent / f".{place.name}.{name}.partial"
-    try:
-        lock = lock_folder(folder)
-    except BlockingIOError:
-        message = f"another process is adding {name} to {repository}; wait for it"
-        raise RequestError("out", message) from None
-    try:
-        _clear(folder)
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-        os.close(lock)
+    adding = RequestError("out", f"another process is adding {name} to {repository}; wait for it")
+    with locked_folder(folder, adding):
+        try:
+            _clear(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 def _can_be_moved(source: Path, target: Path) -> bool:

@@ -14,8 +14,11 @@ from ldm_runtime.testing import write_tiny_bundle
 from ldm_runtime.version import version
 from tests.export.archives import Entry, write_archive
 from tests.export.opcodes import call, pickled, text
-
-FULL = Path("/dev/full")
+from tests.runtime.command_process import (
+    needs_full_device,
+    run_into_closed_pipe,
+    run_on_full_disk,
+)
 
 pytestmark = pytest.mark.usefixtures("quiet_loggers")
 
@@ -25,13 +28,6 @@ def quiet_loggers(caplog):
     """Let pytest restore the levels that the command sets."""
     for name in ("ldm_export", "ldm_runtime"):
         caplog.set_level("INFO", logger=name)
-
-
-def run_module(*arguments, stdout, **environment):
-    command = [sys.executable, "-m", "ldm_export", *arguments]
-    return subprocess.run(
-        command, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | environment
-    )
 
 
 @pytest.fixture
@@ -349,11 +345,10 @@ def test_quiet_prints_the_folder_alone(tmp_path, capsys, monkeypatch, flags, say
     assert (captured.err == "") is not says
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="there is no full device")
+@needs_full_device
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_disk_under_stdout_is_one_sentence(unbuffered):
-    with FULL.open("wb") as full:
-        done = run_module("--version", stdout=full, PYTHONUNBUFFERED=unbuffered)
+    done = run_on_full_disk("ldm_export", "--version", unbuffered=unbuffered)
 
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: ")
@@ -362,12 +357,8 @@ def test_a_full_disk_under_stdout_is_one_sentence(unbuffered):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_pipe_that_its_reader_closed_ends_the_command_in_silence(unbuffered):
-    reader, writer = os.pipe()
-    os.close(reader)
+    done = run_into_closed_pipe("ldm_export", "--version", unbuffered=unbuffered)
 
-    done = run_module("--version", stdout=writer, PYTHONUNBUFFERED=unbuffered)
-
-    os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
 
 

@@ -6,31 +6,24 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-import ldm_runtime
 from ldm_runtime.backends import get_backend
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_runtime.diagnostics.verify import Check
 from ldm_runtime.pipeline.image_files import save_image
 from ldm_runtime.version import version
+from tests.runtime.command_process import (
+    ROOT,
+    needs_full_device,
+    run_into_closed_pipe,
+    run_module,
+    run_on_full_disk,
+)
 
 COMMANDS = tuple(build_parser().subcommands())
-ROOT = Path(ldm_runtime.__file__).parents[1]
-FULL = Path("/dev/full")
-
-
-def run_module(*arguments, stdout=subprocess.PIPE, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "ldm_runtime", *arguments],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        env=os.environ | environment,
-        cwd=ROOT,
-    )
 
 
 def strict_json(text):
@@ -104,14 +97,14 @@ def test_help_is_plain_ascii(command, capsys):
 def test_what_an_encoding_lacks_is_escaped(tmp_path):
     save_image(Image.new("RGB", (1, 1)), tmp_path / "a.png", {"prompt": "five €, señor"})
 
-    done = run_module("inspect", str(tmp_path / "a.png"), PYTHONIOENCODING="latin-1")
+    done = run_module("ldm_runtime", "inspect", str(tmp_path / "a.png"), PYTHONIOENCODING="latin-1")
 
     assert done.returncode == 0, done.stderr
     assert b"prompt: five \\u20ac, se\xf1or" in done.stdout
 
 
 def test_the_module_is_the_command_and_the_version_names_what_runs_it():
-    done = run_module("--version")
+    done = run_module("ldm_runtime", "--version")
 
     onnxruntime = get_backend("onnxruntime").version()
     assert done.stdout.decode() == (
@@ -166,12 +159,11 @@ def test_a_value_that_json_does_not_have_is_null(value, monkeypatch, capsys):
     assert report["passed"] is (value == math.inf)
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="there is no full device")
+@needs_full_device
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--version"], ["completion", "bash"]])
 def test_a_full_disk_under_stdout_is_one_sentence(arguments, unbuffered):
-    with FULL.open("wb") as full:
-        done = run_module(*arguments, stdout=full, PYTHONUNBUFFERED=unbuffered)
+    done = run_on_full_disk("ldm_runtime", *arguments, unbuffered=unbuffered)
 
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: ")
@@ -180,12 +172,8 @@ def test_a_full_disk_under_stdout_is_one_sentence(arguments, unbuffered):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_pipe_that_its_reader_closed_ends_the_command_in_silence(unbuffered):
-    reader, writer = os.pipe()
-    os.close(reader)
+    done = run_into_closed_pipe("ldm_runtime", "--version", unbuffered=unbuffered)
 
-    done = run_module("--version", stdout=writer, PYTHONUNBUFFERED=unbuffered)
-
-    os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
 
 
@@ -211,8 +199,10 @@ def test_errors_do_not_go_to_stdout_where_stderr_is_closed():
 def test_quiet_says_nothing_and_verbose_says_more(tiny_bundle, tmp_path):
     where = ("--bundle", str(tiny_bundle), "--out-dir", str(tmp_path))
 
-    quiet = run_module("generate", "red " * 40, "--literal-prompt", "--quiet", *where)
-    plain = run_module("generate", "red " * 40, "--literal-prompt", *where)
+    quiet = run_module(
+        "ldm_runtime", "generate", "red " * 40, "--literal-prompt", "--quiet", *where
+    )
+    plain = run_module("ldm_runtime", "generate", "red " * 40, "--literal-prompt", *where)
 
     assert (quiet.returncode, quiet.stderr) == (0, b"")
     assert quiet.stdout.decode().strip() == str(next(tmp_path.glob("0000-*")))
