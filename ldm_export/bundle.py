@@ -85,6 +85,7 @@ def export_bundle(
                 golden_key=steps.golden_key,
                 preview=steps.fit.preview,
                 prediction=prediction,
+                quantization=None,
                 engines=_engine_paths(records),
                 files=workspace.files,
                 build=build_record(source, time.monotonic() - started),

@@ -211,11 +211,25 @@ def why_not(
     wanted, able = options.precision, backend.ABILITIES.precisions
     if reason is None and wanted is not None and wanted not in able:
         return f"{name} computes in {' or '.join(able)}, not in {wanted}"
+    if reason is None and wanted == "int8":
+        reason = _why_not_int8(manifest, adapters)
     if reason is None and adapters == "merged" and not backend.ABILITIES.takes_weights:
         return f"{name} has its weights built in, so that it takes no adapters; use another backend"
     if reason is None and adapters == "live" and not backend.ABILITIES.takes_branches:
         return f"{name} runs graphs as they are, so that it takes no live adapters; merge them"
     return reason
+
+
+def _why_not_int8(manifest: Manifest | None, adapters: AdapterMode) -> str | None:
+    """Say why a bundle cannot run in 8 bits."""
+    if manifest is not None and manifest.quantization is None:
+        return "this bundle has no graphs in 8 bits; make them with `ldm quantize`"
+    if adapters != "none":
+        return (
+            "graphs in 8 bits are measured for the weights of the bundle alone, so that they take "
+            "no adapters; use another precision"
+        )
+    return None
 
 
 def _is_prepared(name: str, manifest: Manifest | None, entries: Mapping[str, BackendEntry]) -> bool:

@@ -20,7 +20,7 @@ Resource = TypeVar("Resource")
 
 
 #: Precisions that a network computes in.
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 #: Arrays by the names of `ldm_runtime.specs.components.COMPONENTS`.
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -180,6 +180,8 @@ class RunOptions:
             (`docs/deployment.md`).
         precision: Precision that networks compute in, of those that the backend has; None is its
             own choice: fp16 on GPUs, and on CPUs bf16 where OpenVINO and the processor have it.
+            With "int8" the UNet computes in 8 bits, from graphs of `ldm quantize`, and whatever has
+            no such graph in the backend's own choice.
         specialization: When TensorRT-RTX compiles kernels for the exact input shapes: "lazy" in
             the background while generic ones run, "eager" before the first result, "none" never.
     """
@@ -293,6 +295,10 @@ class EngineSource:
     def changed_weights(self, path: Path) -> Tensors:
         """Return the weights of the graph at `path` that are not those of its weight file."""
         return self.changes.changed_weights(self.component, path)
+
+    def has_graph(self, variant: GraphVariant) -> bool:
+        """Return whether the component has a graph of that variant."""
+        return any(record.variant == variant for record in self.component.graphs)
 
     def hashes(self, variant: GraphVariant) -> tuple[str, ...]:
         """Return hashes of a graph and its weights, of all that defines the network."""

@@ -20,7 +20,7 @@ from ldm_runtime.bundle.files import sha256_of
 from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import BackendError, LdmError
 
-_BYTES: Mapping[Precision, int] = MappingProxyType({"fp32": 4, "bf16": 2, "fp16": 2})
+_BYTES: Mapping[Precision, int] = MappingProxyType({"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1})
 
 
 @dataclass(frozen=True, kw_only=True)

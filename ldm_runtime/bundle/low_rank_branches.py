@@ -15,24 +15,17 @@ from ldm_runtime.bundle.onnx_messages import (
     ATTRIBUTE_INTEGER,
     ATTRIBUTE_INTEGERS,
     ATTRIBUTE_NAME,
-    DIMENSION_LENGTH,
-    DIMENSION_NAME,
     GRAPH_INITIALIZER,
     GRAPH_INPUT,
     GRAPH_NODE,
     GRAPH_VALUE,
-    MODEL_GRAPH,
     NODE_ATTRIBUTE,
     NODE_INPUT,
-    NODE_NAME,
     NODE_OPERATOR,
     NODE_OUTPUT,
     SHAPE_DIMENSION,
     TENSOR_DIMS,
     TENSOR_NAME,
-    TENSOR_RAW,
-    TENSOR_TYPE,
-    TENSOR_TYPE_ELEMENT,
     TENSOR_TYPE_SHAPE,
     TYPE_TENSOR,
     VALUE_NAME,
@@ -44,10 +37,10 @@ from ldm_runtime.bundle.onnx_messages import (
     read_once,
     texts,
 )
-from ldm_runtime.bundle.protocol_buffer import BYTES, Field, encoded, fields
+from ldm_runtime.bundle.onnx_writing import new_input, new_node, new_tensor, raw_fields, with_graph
+from ldm_runtime.bundle.protocol_buffer import BYTES, Field, encoded
 from ldm_runtime.specs.components import TensorSignature
 
-_FLOAT32, _INT64 = 1, 7
 #: Rank of the inputs of linear layers that a branch can be next to: (batch, tokens, channels).
 _LINEAR_AXES = 3
 #: Name of the shape (batch, channels, pixels) in a graph with branches.
@@ -143,17 +136,10 @@ def with_branches(path: Path, branches: Sequence[Branch]) -> bytes:
         BundleError: The file is not an ONNX graph.
     """
     of_weight = {each.weight: each for each in branches}
-    return read_graph(path, lambda data: _changed_model(data, of_weight))
-
-
-def _changed_model(data: bytes, branches: Mapping[str, Branch]) -> bytes:
-    parts, end = [], 0
-    for field in fields(data, 0, len(data)):
-        is_graph = (field.number, field.kind) == (MODEL_GRAPH, BYTES)
-        changed = b"".join(_changed_graph(data, field, branches)) if is_graph else b""
-        parts.append(encoded(MODEL_GRAPH, changed) if is_graph else data[end : field.end])
-        end = field.end
-    return b"".join(parts)
+    return read_graph(
+        path,
+        lambda data: with_graph(data, lambda model, graph: _changed_graph(model, graph, of_weight)),
+    )
 
 
 def _places(data: bytes) -> Iterator[tuple[str, Place]]:
@@ -223,62 +209,36 @@ def _is_plain(data: bytes, node: Field) -> bool:
 def _changed_graph(data: bytes, graph: Field, branches: Mapping[str, Branch]) -> Iterator[bytes]:
     """Yield the fields of a graph with branches."""
     weights = {node.start: weight for weight, node in _uses(data, graph) if weight in branches}
-    end = graph.start
-    for field in fields(data, graph.start, graph.end):
-        raw, end = data[end : field.end], field.end
+    for field, raw in raw_fields(data, graph):
         if (field.number, field.kind) == (GRAPH_NODE, BYTES) and field.start in weights:
             yield from _branched(data, field, branches[weights[field.start]])
         else:
             yield raw
     for branch in branches.values():
         for name, shape in branch.shapes.items():
-            yield encoded(GRAPH_INPUT, _input(name, shape))
+            yield new_input(name, ("batch", *shape))
     if any(each.place.is_convolution for each in branches.values()):
-        yield encoded(GRAPH_INITIALIZER, _shape_tensor(_FLAT, (0, 0, -1)))
+        yield new_tensor(_FLAT, np.array([0, 0, -1]))
 
 
-def _branched(data: bytes, node: Field, branch: Branch) -> Iterator[bytes]:
+def _branched(data: bytes, user: Field, branch: Branch) -> Iterator[bytes]:
     """Yield a node and the nodes of a branch, whose sum has the name of the node's output."""
-    seen = next(texts(data, node, NODE_INPUT))
-    (result,) = texts(data, node, NODE_OUTPUT)
+    seen = next(texts(data, user, NODE_INPUT))
+    (result,) = texts(data, user, NODE_OUTPUT)
     plain, low, update = (f"{branch.weight}.{each}" for each in ("plain", "low", "update"))
-    parts, end = [], node.start
-    for field in fields(data, node.start, node.end):
-        is_output = field.number == NODE_OUTPUT
-        parts.append(encoded(NODE_OUTPUT, plain.encode()) if is_output else data[end : field.end])
-        end = field.end
+    renamed = encoded(NODE_OUTPUT, plain.encode())
+    parts = (
+        renamed if field.number == NODE_OUTPUT else raw for field, raw in raw_fields(data, user)
+    )
     yield encoded(GRAPH_NODE, b"".join(parts))
     if branch.place.is_convolution:
         flat, raised, shape = (f"{branch.weight}.{each}" for each in ("flat", "raised", "shape"))
-        yield _node("Reshape", (seen, _FLAT), flat)
-        yield _node("MatMul", (branch.down, flat), low)
-        yield _node("MatMul", (branch.up, low), raised)
-        yield _node("Shape", (plain,), shape)
-        yield _node("Reshape", (raised, shape), update)
+        yield new_node("Reshape", (seen, _FLAT), flat)
+        yield new_node("MatMul", (branch.down, flat), low)
+        yield new_node("MatMul", (branch.up, low), raised)
+        yield new_node("Shape", (plain,), shape)
+        yield new_node("Reshape", (raised, shape), update)
     else:
-        yield _node("MatMul", (seen, branch.down), low)
-        yield _node("MatMul", (low, branch.up), update)
-    yield _node("Add", (plain, update), result)
-
-
-def _node(operator: str, inputs: Sequence[str], output: str) -> bytes:
-    """Return a field of a graph: a node that is called after its output."""
-    parts = [encoded(NODE_INPUT, each.encode()) for each in inputs]
-    parts += [encoded(NODE_OUTPUT, output.encode()), encoded(NODE_NAME, f"{output}/add".encode())]
-    return encoded(GRAPH_NODE, b"".join([*parts, encoded(NODE_OPERATOR, operator.encode())]))
-
-
-def _input(name: str, shape: Sequence[int]) -> bytes:
-    """Return a value of 32-bit floats with a batch of any size."""
-    axes = [encoded(DIMENSION_NAME, b"batch")] + [encoded(DIMENSION_LENGTH, each) for each in shape]
-    whole = b"".join(encoded(SHAPE_DIMENSION, each) for each in axes)
-    tensor = encoded(TENSOR_TYPE_ELEMENT, _FLOAT32) + encoded(TENSOR_TYPE_SHAPE, whole)
-    kind = encoded(TYPE_TENSOR, tensor)
-    return encoded(VALUE_NAME, name.encode()) + encoded(VALUE_TYPE, kind)
-
-
-def _shape_tensor(name: str, values: Sequence[int]) -> bytes:
-    """Return a tensor of 64-bit integers."""
-    raw = np.asarray(values, dtype="<i8").tobytes()
-    parts = [encoded(TENSOR_DIMS, len(values)), encoded(TENSOR_TYPE, _INT64)]
-    return b"".join([*parts, encoded(TENSOR_NAME, name.encode()), encoded(TENSOR_RAW, raw)])
+        yield new_node("MatMul", (seen, branch.down), low)
+        yield new_node("MatMul", (low, branch.up), update)
+    yield new_node("Add", (plain, update), result)

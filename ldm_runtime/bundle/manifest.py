@@ -21,17 +21,22 @@ from ldm_runtime.specs.networks import Networks
 from ldm_runtime.specs.plausible import implausible_fields
 from ldm_runtime.specs.tasks import takes_prompts
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 MANIFEST_NAME = "manifest.json"
 _MAX_BYTES = 16 << 20
 
 WeightsDType = Literal["float16", "float32"]
-GraphVariant = Literal["fp16", "fp32"]
+GraphVariant = Literal["fp16", "fp32", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRecord:
-    """One ONNX graph of a component: "fp16" for GPU builders, "fp32" for the CPU engine."""
+    """One ONNX graph of a component.
+
+    Attributes:
+        variant: "fp16" for GPU builders, "fp32" for CPUs, "int8" for CPUs in 8 bits.
+        file: Path of the graph.
+    """
 
     variant: GraphVariant
     file: str
@@ -121,6 +126,28 @@ class PredictionRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizationRecord:
+    """The 8-bit graphs of a bundle, and what they cost.
+
+    Attributes:
+        layers: Layers of the UNet that are computed in 8 bits.
+        kept: Weights of its layers that are not, since that would cost more than was asked for.
+        calls: Calls of the UNet in which the ranges of activations were measured.
+        least_psnr: What was asked for: the least PSNR of an image, in decibels.
+        backend: The backend whose images were compared.
+        psnr: Of every compared image to the one in fp32, in decibels, at most 100: first of the
+            golden images, as torch made them, then of others.
+    """
+
+    layers: int
+    kept: tuple[str, ...]
+    calls: int
+    least_psnr: float
+    backend: str
+    psnr: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """One file of the bundle, by its path inside it."""
 
@@ -174,6 +201,7 @@ class Manifest:
         golden_key: Hash of everything the golden outputs were made from.
         preview: The map from latents to previews, or None if there is none.
         prediction: Measurement of the prediction type, or None if there is none.
+        quantization: The 8-bit graphs, or None without them.
         engines: Paths of the records of TensorRT engines, each next to its engine file.
         files: Every file of the bundle but the manifest itself.
     """
@@ -187,6 +215,7 @@ class Manifest:
     golden_key: str
     preview: PreviewRecord | None
     prediction: PredictionRecord | None
+    quantization: QuantizationRecord | None
     engines: tuple[str, ...]
     files: tuple[FileRecord, ...]
     build: BuildRecord

@@ -19,6 +19,7 @@ from ldm_runtime.cli.messages import (
     show_messages,
 )
 from ldm_runtime.cli.parsing import USAGE, Parser, add_json_flag
+from ldm_runtime.cli.quantize import add_quantize_arguments, quantize
 from ldm_runtime.cli.reports import doctor, inspect, verify
 from ldm_runtime.cli.triton import add_triton_arguments, triton
 from ldm_runtime.cli.trust_flags import add_trust_arguments
@@ -35,19 +36,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="ldm", description="Generate images from a bundle made by ldm-export.")
     parser.add_argument("--version", action="store_true", help="print versions and exit")
     commands = parser.add_subparsers(title="commands", dest="command", parser_class=Parser)
-    generating = commands.add_parser(
-        "generate", help="generate images", usage="%(prog)s [prompt] [flags]"
-    )
-    add_generate_arguments(generating)
-    engine = generating.add_argument_group("Engine")
-    add_backend_arguments(engine)
-    engine.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="hold one network at a time in memory: slower to start, the same images",
-    )
-    add_trust_arguments(engine)
-    generating.set_defaults(run=generate)
+    generating = _generate_parser(commands)
     verifying = commands.add_parser("verify", help="compare this machine's images with torch's")
     verifying.add_argument("bundle", type=Path)
     add_backend_arguments(verifying, default_precision="the backend's most exact")
@@ -66,6 +55,9 @@ def build_parser() -> Parser:
     building = commands.add_parser("build-engines", help="build TensorRT engines into a bundle")
     add_builder_arguments(building)
     building.set_defaults(run=build_engines)
+    quantizing = commands.add_parser("quantize", help="add graphs in 8 bits to a bundle, for CPUs")
+    add_quantize_arguments(quantizing)
+    quantizing.set_defaults(run=quantize)
     exporting = commands.add_parser("triton", help="add a bundle to a Triton model repository")
     add_triton_arguments(exporting)
     exporting.set_defaults(run=triton)
@@ -74,11 +66,29 @@ def build_parser() -> Parser:
     completing.set_defaults(run=_completion)
     for point in entry_points(group=COMMANDS_GROUP):
         point.load()(commands)
-    for command in (generating, verifying, inspecting, diagnosing, building, exporting):
+    for command in (generating, verifying, inspecting, diagnosing, building, quantizing, exporting):
         add_json_flag(command)
     for command in commands.choices.values():
         add_message_flags(command)
     parser.set_defaults(repeats_messages=False)  # a command that runs on says otherwise
+    return parser
+
+
+def _generate_parser(commands: "argparse._SubParsersAction[Parser]") -> Parser:
+    """Add `ldm generate` and return its parser."""
+    parser = commands.add_parser(
+        "generate", help="generate images", usage="%(prog)s [prompt] [flags]"
+    )
+    add_generate_arguments(parser)
+    engine = parser.add_argument_group("Engine")
+    add_backend_arguments(engine)
+    engine.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="hold one network at a time in memory: slower to start, the same images",
+    )
+    add_trust_arguments(engine)
+    parser.set_defaults(run=generate)
     return parser
 
 

@@ -39,6 +39,9 @@ def _bundle_lines(bundle: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "size", f"{defaults['width']}x{defaults['height']} pixels by default; {megabytes}"
     yield "backends", f"{able_backends(bundle['backends'])}, of {', '.join(bundle['backends'])}"
     yield "engines", ", ".join(map(_engine, bundle["engines"])) or "none"
+    if quantization := bundle["quantization"]:
+        layers, lowest = quantization["layers"], min(quantization["psnr"])
+        yield "int8", f"{layers} layers of the UNet; images have {lowest:.1f} dB or more to fp32"
     yield "date", f"{bundle['date']}; manifest.json has sha256 {bundle['sha256']}"
     yield "checkpoint", f"{build['checkpoint']}, sha256 {build['checkpoint_sha256'][:_DIGITS]}..."
     for part in build["components"]:

@@ -67,6 +67,7 @@ def write_tiny_bundle(folder: Path, task: Task = "text-to-image") -> Manifest:
         golden_key="tiny",
         preview=_preview(spec, networks["vae_decoder"]),
         prediction=None,
+        quantization=None,
         engines=(),
         files=tuple(_file_records(folder)),
         build=BuildRecord(

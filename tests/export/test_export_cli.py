@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from ldm_export.cli import build_parser, main, say_next
 from ldm_runtime.bundle.manifest import load_manifest
+from ldm_runtime.bundle.quantized_graphs import Range
 from ldm_runtime.testing import write_tiny_bundle
 from ldm_runtime.version import version
 from tests.export.archives import Entry, write_archive
@@ -114,6 +116,31 @@ def test_the_result_and_the_plan_can_be_json(command, tmp_path, small_checkpoint
     heights = [each for each in planned["assumptions"] if each["field"] == "defaults.height"]
     assert heights == [{"field": "defaults.height", "value": "64", "source": "flag"}]
     assert load_manifest(Path(made["bundle"])).build.checkpoint_sha256 == made["checkpoint_sha256"]
+
+
+def test_an_export_can_add_graphs_in_8_bits(command, small_checkpoint_path, kept_traces):
+    size = ("--height", "64", "--width", "64")
+    flags = ("--engines", "none", "--quantize", "int8", "--json")
+    status, result, _, _ = command(small_checkpoint_path, *flags, *size)
+
+    made = json.loads(result)
+    record = load_manifest(Path(made["bundle"])).quantization
+    assert status == 0
+    assert made["quantization"]["psnr"] == list(record.psnr)
+    assert min(record.psnr) >= record.least_psnr
+
+
+def test_a_bundle_that_8_bits_would_spoil_is_complete_without(
+    command, small_checkpoint_path, kept_traces, monkeypatch
+):
+    monkeypatch.setattr(Range, "scale", 10.0)
+    size = ("--height", "64", "--width", "64")
+    flags = ("--engines", "none", "--quantize", "int8")
+    status, _, lines, _ = command(small_checkpoint_path, *flags, *size)
+
+    (error,) = (line for line in lines if line.startswith("error: "))
+    assert status == 1
+    assert re.match(r"error: .* is complete but for graphs in 8 bits: .* less than 25 dB", error)
 
 
 def test_a_place_that_cannot_be_written_is_one_line(command, tmp_path, small_checkpoint_path):

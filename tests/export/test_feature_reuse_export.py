@@ -1,5 +1,6 @@
 """Bundles with the outermost blocks of the UNet as a graph of their own, for feature reuse."""
 
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -13,8 +14,11 @@ from ldm_export.errors import ExportError
 from ldm_export.networks.loading import build_network, parameter_names
 from ldm_export.source import ExportOptions
 from ldm_runtime import Generator
+from ldm_runtime.diagnostics.measures import psnr
 from ldm_runtime.diagnostics.verify import verify
 from ldm_runtime.errors import RequestError
+from ldm_runtime.quantization.quantize import QuantizationOptions, quantize_bundle
+from ldm_runtime.quantization.requests import SampleOptions
 from ldm_runtime.specs.model import components_of
 from ldm_runtime.specs.networks import UNetSpec
 from tests.export.sd_layout import FakeTensor
@@ -170,3 +174,26 @@ def test_the_shallow_network_has_few_of_the_parameters():
 
     assert sizes[1] < sizes[0] / 2
     assert spec.network(UNetSpec).deep_channels == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_both_graphs_can_be_in_8_bits(bundle, backend, tmp_path):
+    if find_spec(backend) is None:
+        pytest.skip(f"needs the extra {backend}")
+    folder = shutil.copytree(bundle, tmp_path / "engines")
+    samples = SampleOptions(measured=1, compared=1, steps=3)
+    manifest = quantize_bundle(
+        folder, QuantizationOptions(backend="onnxruntime", samples=samples, least_psnr=15.0)
+    )
+
+    for name in ("unet", "unet_shallow"):
+        assert "int8" in {graph.variant for graph in manifest.component(name).graphs}
+    images = {}
+    for precision in ("fp32", "int8"):
+        with Generator(folder, backend=backend, precision=precision, threads=1) as generator:
+            for reuse in (None, "deep:2"):
+                image = generator(PROMPT, reuse=reuse, **FIELDS).image
+                images[precision, reuse] = np.asarray(image)
+    assert 15 < psnr(images["int8", "deep:2"], images["fp32", "deep:2"]) < 90
+    assert not np.array_equal(images["int8", "deep:2"], images["int8", None])

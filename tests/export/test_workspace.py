@@ -104,6 +104,7 @@ def export(out, *, version=None, on_write=never, built=None, exchange=exchange_f
             golden_key=records[-1].key,
             preview=None,
             prediction=None,
+            quantization=None,
             engines=(),
             files=workspace.files,
             build=BuildRecord(

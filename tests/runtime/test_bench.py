@@ -78,13 +78,13 @@ def test_every_backend_is_measured_in_every_precision_that_it_has(bundles):
     )
 
     assert able == [Configuration(backend="onnxruntime", precision="fp32", threads=2)]
-    assert reasons == ["onnxruntime: onnxruntime computes in fp32, not in bf16"]
+    assert reasons == ["onnxruntime: onnxruntime computes in fp32 or int8, not in bf16"]
 
 
 def test_a_backend_without_any_of_the_precisions_is_an_error(bundles):
     subject = open_subject(bundles / "text-to-image")
 
-    with pytest.raises(BackendError, match="onnxruntime computes in fp32, not in bf16"):
+    with pytest.raises(BackendError, match="onnxruntime computes in fp32 or int8, not in bf16"):
         runnable_configurations(["onnxruntime"], subject, precisions=["bf16"])
 
 

@@ -33,6 +33,8 @@ from tests.runtime.sockets import can_forbid_sockets, run_without_sockets
 from tests.runtime.test_onnxruntime_backend import random_inputs
 
 PROMPT = "a large red circle"
+#: Precisions of every bundle; int8 needs graphs of its own, see tests/export/test_quantize.py.
+FLOATING = ("fp32", "bf16")
 NEEDS_BF16 = pytest.mark.skipif(not library.has_bf16(), reason="this processor has no bf16")
 
 
@@ -156,9 +158,11 @@ def test_bf16_is_what_it_computes_in_unless_told_otherwise_and_says_so(small_bun
 
 
 def test_a_precision_that_a_backend_has_not_is_refused_in_a_sentence(tiny_bundle, monkeypatch):
-    with pytest.raises(BackendError, match="onnxruntime computes in fp32, not in bf16"):
+    with pytest.raises(BackendError, match="onnxruntime computes in fp32 or int8, not in bf16"):
         Generator(tiny_bundle, backend="onnxruntime", precision="bf16")
-    with pytest.raises(BackendError, match="openvino computes in fp32 or bf16, not in fp16"):
+    with pytest.raises(
+        BackendError, match="openvino computes in fp32 or bf16 or int8, not in fp16"
+    ):
         Generator(tiny_bundle, backend="openvino", precision="fp16")
     monkeypatch.setattr(library, "has_bf16", lambda: False)
     with pytest.raises(BackendError, match="this processor has no bf16; use --precision fp32"):
@@ -200,7 +204,7 @@ def test_an_image_does_not_depend_on_how_many_are_generated(small_bundle_fp32):
     inputs = random_inputs(
         "unet", spec=load_manifest(small_bundle_fp32).spec, batch=3, height=8, width=8
     )
-    for precision in get_backend("openvino").ABILITIES.precisions:
+    for precision in FLOATING:
         with open_component(small_bundle_fp32, "unet", precision) as engine:
             together = engine.run(inputs)["prediction"]
             alone = [
@@ -368,15 +372,14 @@ class TestModelsOnDisk:
         assert (folder, 0o700) == (blobs[0].parent, folder.stat().st_mode & 0o777)
 
     def test_belong_to_what_they_were_compiled_for(self, tiny_bundle, cache, monkeypatch):
-        precisions = get_backend("openvino").ABILITIES.precisions
-        for precision in precisions:
+        for precision in FLOATING:
             for threads in (1, 2):
                 run_once(tiny_bundle, threads=threads, options=RunOptions(precision=precision))
-        assert len(list(cache.rglob("*.blob"))) == 2 * len(precisions)
+        assert len(list(cache.rglob("*.blob"))) == 2 * len(FLOATING)
 
         monkeypatch.setattr(library, "processor_name", lambda: "another processor")
         run_once(tiny_bundle, threads=1, options=RunOptions(precision="fp32"))
-        assert len(list(cache.rglob("*.blob"))) == 2 * len(precisions) + 1
+        assert len(list(cache.rglob("*.blob"))) == 2 * len(FLOATING) + 1
 
     def test_are_neither_kept_nor_found_without_a_comparison_of_hashes(self, tiny_bundle, cache):
         run_once(tiny_bundle, check_hashes=False)

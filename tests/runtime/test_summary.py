@@ -77,6 +77,7 @@ def test_the_largest_error_of_each_graph_is_shown():
         "size_bytes": 1,
         "backends": {"cuda": "no driver"},
         "engines": [{"component": "unet", "targets": ["sm80", "sm89"]}],
+        "quantization": {"layers": 7, "psnr": [31.04, 28.16]},
         "sha256": "0" * 64,
         "date": "2026-01-01 00:00 UTC",
         "build": {
@@ -91,6 +92,7 @@ def test_the_largest_error_of_each_graph_is_shown():
 
     assert "largest error 2.0e-03 in fp16, 3.0e-05 in fp32; here: by `ldm verify`" in text
     assert "engines     unet for sm80/sm89" in text
+    assert "int8        7 layers of the UNet; images have 28.2 dB or more to fp32" in text
     assert "backends    none can run here, of cuda" in text
     assert r"a\x1b[2J" in text
     assert rf"components  autoencoder from v\x1b, sha256 {'1' * 12}..." in text

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the backend that runs everywhere, and the reference for the others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from ldm_runtime.backends.onnxruntime.session import (
 )
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.backends.signatures import check_names
-from ldm_runtime.bundle.low_rank_branches import Branch, with_branches
+from ldm_runtime.bundle.low_rank_branches import with_branches
 from ldm_runtime.bundle.manifest import ComponentRecord, Manifest
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import ModelSpec
@@ -41,6 +41,7 @@ ABILITIES = Abilities(
     survives_fork=True,
     takes_weights=True,
     takes_branches=True,
+    reduced=("int8",),
 )
 
 _ERRORS = NativeErrors(library="ONNX Runtime", classes=NATIVE_ERRORS, describe=describe)
@@ -64,7 +65,7 @@ class OnnxRuntimeEngine(HostEngine):
         spinning: Whether idle threads wait by running in circles; see `RunOptions`.
         spec: The model, to refuse runs that this machine has no memory for; None refuses none.
         weights: Weights that replace those of the weights file, by name.
-        branches: Low-rank branches that the graph gets.
+        graph: A graph to run in the place of the file's, over the same weights.
 
     Raises:
         BackendError: ONNX Runtime cannot load the graph, or there are more threads than
@@ -81,12 +82,12 @@ class OnnxRuntimeEngine(HostEngine):
         spinning: bool = False,
         spec: ModelSpec | None = None,
         weights: Tensors = NO_TENSORS,
-        branches: Sequence[Branch] = (),
+        graph: bytes | None = None,
     ) -> None:
         super().__init__(component, sizes, _ERRORS, spec)
         session_options = _session_options(compute_threads(threads), spinning=spinning)
         kept = take_weights(session_options, weights)
-        session = _open_session(path, session_options, branches)
+        session = _open_session(path, session_options, graph)
         check_names(path, [each.name for each in session.get_inputs()], component)
         self._loaded: _Loaded | None = _Loaded(session=session, weights=kept)
 
@@ -121,7 +122,8 @@ class _Loaded:
 
 def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
     """Open one component of a bundle; see `ldm_runtime.backends.Backend`."""
-    path = source.graph("fp32")
+    is_reduced = source.options.precision == "int8" and source.has_graph("int8")
+    path = source.graph("int8" if is_reduced else "fp32")
     return OnnxRuntimeEngine(
         path,
         source.component,
@@ -130,7 +132,7 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
         spinning=source.options.spinning,
         spec=source.manifest.spec,
         weights=source.changed_weights(path),
-        branches=source.branches,
+        graph=with_branches(path, source.branches) if source.branches else None,
     )
 
 
@@ -155,13 +157,13 @@ def _session_options(threads: int, *, spinning: bool) -> Any:  # noqa: ANN401  (
     return session_options
 
 
-def _open_session(path: Path, session_options: Any, branches: Sequence[Branch]) -> Any:  # noqa: ANN401
-    graph: Path | bytes = path
-    if branches:
-        graph = with_branches(path, branches)
+def _open_session(path: Path, session_options: Any, graph: bytes | None) -> Any:  # noqa: ANN401
+    if graph is not None:
         session_options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.parent))
     try:
         with flushed_denormals():
-            return onnxruntime.InferenceSession(graph, session_options, providers=list(_PROVIDERS))
+            return onnxruntime.InferenceSession(
+                path if graph is None else graph, session_options, providers=list(_PROVIDERS)
+            )
     except NATIVE_ERRORS as error:
         raise BackendError(f"ONNX Runtime cannot load {path}: {describe(error)}") from error

@@ -1,0 +1,110 @@
+"""`ldm quantize`: graphs in 8 bits added to a bundle, with what they cost its images."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ldm_runtime.cli.backend_flags import add_threads_argument, backend_name
+from ldm_runtime.cli.messages import reporting
+from ldm_runtime.cli.parsing import positive
+from ldm_runtime.errors import RequestError
+
+_MOST_PROMPT_BYTES = 1 << 20
+
+
+def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ldm quantize`."""
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts like those that the model is to get, one per line (default: those of the "
+        "golden requests)",
+    )
+    parser.add_argument(
+        "--images",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="images in which activations are measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compared",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="images that are compared, in addition to the golden ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="steps of each image (default: those of the model)",
+    )
+    parser.add_argument(
+        "--min-psnr",
+        type=float,
+        default=25.0,
+        metavar="DB",
+        help="least PSNR of any compared image to the one in fp32, for which layers are left in "
+        "higher precision (default: %(default)g)",
+    )
+    parser.add_argument(
+        *("-b", "--backend"),
+        type=backend_name,
+        default="auto",
+        metavar="NAME",
+        help="openvino or onnxruntime, whose images are compared (default: auto, the faster that "
+        "can run here)",
+    )
+    add_threads_argument(parser)
+
+
+def quantize(args: argparse.Namespace) -> int:
+    """Run `ldm quantize`."""
+    from ldm_runtime.quantization.quantize import QuantizationOptions, quantize_bundle
+    from ldm_runtime.quantization.requests import SampleOptions
+
+    options = QuantizationOptions(
+        backend=args.backend,
+        threads=args.threads,
+        samples=SampleOptions(
+            measured=args.images,
+            compared=args.compared,
+            prompts=() if args.prompts is None else _prompts(args.prompts),
+            steps=args.steps,
+        ),
+        least_psnr=args.min_psnr,
+    )
+    with reporting(args) as progress:
+        manifest = quantize_bundle(args.bundle, options, progress=progress)
+    record = manifest.quantization
+    assert record is not None, "it was written just now"
+    if args.json:
+        print(json.dumps({"bundle": str(args.bundle), **asdict(record)}, indent=1))
+    else:
+        kept = f", {len(record.kept)} left out" if record.kept else ""
+        lowest, mean = min(record.psnr), sum(record.psnr) / len(record.psnr)
+        print(
+            f"{args.bundle}: {record.layers} layers in 8 bits{kept}; {len(record.psnr)} images "
+            f"have a PSNR of {lowest:.1f} dB or more to fp32, {mean:.1f} dB on average"
+        )
+    return 0
+
+
+def _prompts(path: Path) -> tuple[str, ...]:
+    """Read prompts, one per line; empty lines are none."""
+    with path.open("rb") as file:
+        data = file.read(_MOST_PROMPT_BYTES + 1)
+    if len(data) > _MOST_PROMPT_BYTES:
+        raise RequestError("prompts", f"{path} has more than {_MOST_PROMPT_BYTES} bytes")
+    try:
+        lines = data.decode().splitlines()
+    except UnicodeDecodeError:
+        raise RequestError("prompts", f"{path} is not text in UTF-8") from None
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise RequestError("prompts", f"{path} has no prompt; write one per line")
+    return found
