@@ -82,12 +82,14 @@ def _run(args: "argparse.Namespace") -> int:
     from measuring.rows import commit
     from measuring.shapes_bundle import shapes_bundle
     from peers.flags import compare
-    from released.cached_models import random_bundle
+    from released.cached_models import random_bundle, with_int8
 
     if args.peers:
         return compare(args)
     if args.model:
         bundle = random_bundle(args.model, narrow=args.narrow)
+        if "int8" in (args.precision or []):
+            bundle = with_int8(bundle)
     else:
         bundle = args.bundle or shapes_bundle()
     measure_bundle(bundle, args, commit())

@@ -1,7 +1,7 @@
 """Write docs/trained-models.md from measured rows: `python -m scripts.trained_page`.
 
 The rows are the last ones that `models/shapes/evaluate.py --results` and `evaluate_tasks.py` wrote
-for each model and kind of caption.
+for each model and kind of caption, and those of `models/shapes/evaluate_precision.py`.
 """
 
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring.rows import read_records
+from models.shapes import evaluate_precision
 from models.shapes.catalog.models import MODELS
 from models.shapes.catalog.variants import VARIANTS
 from models.shapes.evaluation.intervals import share_text
@@ -38,6 +39,17 @@ training. Shares come with their 95 % interval (Wilson).
 
 | model | generated from | whole images | prompts |
 |---|---|---|---|
+"""
+
+_PRECISIONS = """
+## What lower precision costs
+
+The same held-out prompts and noise in every precision, in turns on one machine ({device}):
+fp32, bf16, and [8 bits](deployment.md#eight-bits) as `ldm quantize` made them, where everything but
+the UNet computes in bf16. PSNR is that of all images to those in fp32, of which a few that turn out
+otherwise decide. Images of 64×64 pixels are small, so that speed says little of larger ones.
+Measured by `models/shapes/evaluate_precision.py`.
+
 """
 
 _FROM: Mapping[str, str] = {
@@ -81,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def page() -> str:
     """Return the page."""
     rows = [*_shapes_lines(), *_task_lines()]
-    return _INTRODUCTION + "".join(rows) + "".join(_details())
+    return _INTRODUCTION + "".join(rows) + "".join(_details()) + _precisions()
 
 
 def _shapes_lines() -> list[str]:
@@ -169,6 +181,12 @@ def _details() -> list[str]:
             for kind, distance in row.distances.items()
         ]
     return lines
+
+
+def _precisions() -> str:
+    rows = [*read_rows(evaluate_precision.RESULTS)]
+    devices = "; ".join(dict.fromkeys(row.device for row in rows))
+    return _PRECISIONS.format(device=devices) + evaluate_precision.report(rows) + "\n"
 
 
 def _value(score: str, value: float) -> str:

@@ -1,11 +1,15 @@
 """Released models with random weights, written and exported once into a folder that Git ignores."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from ldm_runtime.bundle.manifest import load_manifest
 from ldm_runtime.errors import LdmError
+from ldm_runtime.quantization.quantize import QuantizationOptions, quantize_bundle
+from ldm_runtime.quantization.requests import SampleOptions
 from measuring.rows import ROOT
 from measuring.shapes_bundle import exported_bundle
 from measuring.watched_export import run_apart
@@ -66,6 +70,21 @@ def random_bundle(name: str, *, narrow: bool = False) -> Path:
     """
     checkpoint = random_checkpoint(name, narrow=narrow)
     return exported_bundle(checkpoint, checkpoint.with_name("engines"))
+
+
+def with_int8(bundle: Path) -> Path:
+    """Return a bundle of random weights, with graphs in 8 bits added if it has none.
+
+    What they cost its images means nothing, so that any price will do.
+
+    Raises:
+        LdmError: They cannot be made.
+    """
+    if load_manifest(bundle).quantization is None:
+        samples = SampleOptions(measured=1, compared=1, steps=2)
+        print(f"adding graphs in 8 bits to {bundle}, once", file=sys.stderr)
+        quantize_bundle(bundle, QuantizationOptions(samples=samples, least_psnr=0.0))
+    return bundle
 
 
 def _write(path: Path, model: ReleasedModel) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 from ldm_runtime.cli.backend_flags import add_threads_argument, backend_name
@@ -45,7 +46,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-psnr",
-        type=float,
+        type=_decibels,
         default=25.0,
         metavar="DB",
         help="least PSNR of any compared image to the one in fp32, for which layers are left in "
@@ -92,6 +93,13 @@ def quantize(args: argparse.Namespace) -> int:
             f"have a PSNR of {lowest:.1f} dB or more to fp32, {mean:.1f} dB on average"
         )
     return 0
+
+
+def _decibels(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < inf:
+        raise argparse.ArgumentTypeError(f"must be a number of decibels from 0 on, got {text}")
+    return value
 
 
 def _prompts(path: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ all: the manifest never names a file that is missing or outdated.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,7 @@ def quantize_bundle(
             raise BundleError(f"{folder} has no UNet with golden outputs to compare 8 bits with")
         for record in manifest.files:
             check_file(folder, record)
-        run = RunOptions(precision="int8")
-        name = choose_backend(options.backend, None, options=run)
+        name = choose_backend(options.backend, None, options=RunOptions(precision="int8"))
         quantization = _Quantization(
             bundle=folder,
             manifest=_without(manifest),
@@ -146,7 +146,8 @@ class _Quantization:
 
     def run(self) -> Manifest:
         """Measure, choose, and write."""
-        goldens = [load_golden_output(self.bundle, self.manifest, each) for each in self._golden]
+        load = partial(load_golden_output, self.bundle, self.manifest)
+        goldens = [load(each) for each in self.manifest.golden]
         samples = make_samples(goldens, self.manifest.spec, self.options.samples)
         source = self._source(self.manifest, _REFERENCE, _UNET)
         layers = layers_of(source.graph("fp32"))
@@ -180,10 +181,6 @@ class _Quantization:
             psnr=tuple(min(round(each, 2), _MOST_PSNR) for each in values),
         )
         return self._publish(chosen, record)
-
-    @property
-    def _golden(self) -> tuple[str, ...]:
-        return self.manifest.golden
 
     def _chosen(
         self, source: EngineSource, recorder: RangeRecorder, compared: Sequence[_Comparison]
@@ -347,8 +344,8 @@ def _with(
         FileRecord(path=files[name], sha256=sha256_of(path), size_bytes=path.stat().st_size)
         for name, path in paths.items()
     ]
-    files_ = tuple(sorted((*manifest.files, *records), key=lambda each: each.path))
-    return replace(manifest, components=components, files=files_, quantization=record)
+    listed = tuple(sorted((*manifest.files, *records), key=lambda each: each.path))
+    return replace(manifest, components=components, files=listed, quantization=record)
 
 
 def _without(manifest: Manifest) -> Manifest:

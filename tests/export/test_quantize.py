@@ -326,6 +326,14 @@ def test_a_file_of_no_prompts_is_one_sentence(ready, tmp_path, capsys, data, sai
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "high"])
+def test_a_price_that_is_none_is_bad_usage(ready, capsys, value):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", str(ready), f"--min-psnr={value}"])
+
+    assert value in capsys.readouterr().err
+
+
 def test_more_steps_than_the_schedule_has_are_refused(ready):
     with pytest.raises(RequestError, match="num_inference_steps"):
         quantized(ready, samples=replace(SAMPLES, steps=100_000))
