@@ -146,9 +146,7 @@ def test_a_cancelled_job_says_no_more(executor):
 
 def test_the_jobs_of_a_killed_worker_are_run_again(bundle, expected):
     async def scenario(executor, events):
-        jobs = {
-            f"job{seed}": {**SLOW, "seed": seed, "num_inference_steps": 40} for seed in range(3)
-        }
+        jobs = {f"job{seed}": {**SLOW, "seed": seed} for seed in range(3)}
         for job, fields in jobs.items():
             executor.submit(work(job, fields))
         await events.step_of("job0", 5)
@@ -205,7 +203,7 @@ def test_a_job_that_ends_its_workers_takes_no_other_with_it(bundle, expected):
 
 def test_a_worker_that_stalls_is_replaced(bundle, expected):
     async def scenario(executor, events):
-        executor.submit(work("job", {**SLOW, "num_inference_steps": 40}))
+        executor.submit(work("job", SLOW))
         await events.step_of("job", 3)
         os.kill(worker_pids(executor)[0], signal.SIGSTOP)
         return await events.end_of("job"), executor.stats().restarts
@@ -214,7 +212,7 @@ def test_a_worker_that_stalls_is_replaced(bundle, expected):
     end, restarts = run(executor, scenario)
 
     assert restarts == 1
-    assert pixels(end) == expected({**SLOW, "num_inference_steps": 40})
+    assert pixels(end) == expected(SLOW)
 
 
 def test_a_worker_that_hangs_is_replaced_though_its_clients_go_away(bundle, expected):
@@ -441,13 +439,12 @@ def test_workers_end_with_a_killed_server(bundle, tmp_path):
 
 
 def test_a_server_that_is_told_to_end_lets_clients_fetch_their_images(bundle, tmp_path, expected):
-    request = {**SLOW, "num_inference_steps": 60}
     with serving(tmp_path, bundle) as server, server.client(timeout=60) as client:
-        job = client.post("/api/jobs", json={"request": request}).json()
+        job = client.post("/api/jobs", json={"request": SLOW}).json()
         server.process.send_signal(signal.SIGTERM)
         while client.get("/readyz").status_code == 200:
             time.sleep(0.005)
-        refused = client.post("/api/jobs", json={"request": request})
+        refused = client.post("/api/jobs", json={"request": SLOW})
         while (found := client.get(f"/api/jobs/{job['id']}").json())["state"] != "completed":
             time.sleep(0.05)
         time.sleep(0.5)  # longer than uvicorn looks between two ticks
@@ -457,7 +454,7 @@ def test_a_server_that_is_told_to_end_lets_clients_fetch_their_images(bundle, tm
 
         server.process.wait(4)
     assert (refused.status_code, "is ending" in refused.text) == (503, True)
-    assert Image.open(io.BytesIO(data)).tobytes() == expected(request)
+    assert Image.open(io.BytesIO(data)).tobytes() == expected(SLOW)
 
 
 def test_a_server_can_generate_without_other_processes(bundle, tmp_path, expected):
@@ -491,7 +488,7 @@ def test_a_second_signal_ends_a_server_at_once(bundle, tmp_path, second):
 @pytest.mark.parametrize("told", ["the server", "all its processes"])
 def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, expected, told):
     """A service manager tells all processes of a service."""
-    body = {"prompt": "red", "size": "256x256", "seed": 1, "num_inference_steps": 60}
+    body = {"prompt": "red", "size": "256x256", "seed": 1, "num_inference_steps": 200}
     body |= {"response_format": "file"}
     with (
         serving(tmp_path, bundle) as server,
@@ -509,5 +506,5 @@ def test_a_server_that_is_told_to_end_finishes_what_has_come(bundle, tmp_path, e
 
         server.process.wait(30)
     assert server.process.returncode in (0, -signal.SIGTERM)
-    assert image.tobytes() == expected({**SLOW, "num_inference_steps": 60})
+    assert image.tobytes() == expected(SLOW)
     assert "ended with status" not in server.messages.read_text()

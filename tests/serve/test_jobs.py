@@ -144,7 +144,7 @@ def test_a_job_that_is_over_cannot_be_cancelled(client):
 
 
 def test_a_deadline_ends_a_job(client):
-    state = finished(client, submit(client, SLOW, deadline_seconds=0.05))
+    state = finished(client, submit(client, {**SLOW, "num_images": 4}, deadline_seconds=0.05))
 
     assert (state["state"], state["error"]["code"]) == ("failed", "deadline_exceeded")
 

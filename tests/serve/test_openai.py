@@ -316,6 +316,7 @@ def test_a_client_that_waits_for_less_gets_a_deadline(ask):
     with pytest.raises(openai.InternalServerError, match=r"0.05 s are over") as error:
         ask.with_options(timeout=httpx2.Timeout(30, read=30)).images.generate(
             prompt="red",
+            n=4,
             size="256x256",
             extra_body=slow,
             extra_headers={"x-stainless-read-timeout": "0.05"},
@@ -331,7 +332,7 @@ def test_a_stream_with_partial_images_has_no_deadline(ask):
         "prompt": "red",
         "size": "256x256",
         "stream": True,
-        "extra_body": {"seed": 1, "num_inference_steps": 60},
+        "extra_body": {"seed": 1, "num_inference_steps": 200},
         "extra_headers": {"x-stainless-read-timeout": "0.05"},
     }
 
