@@ -27,6 +27,7 @@ from ldm_runtime.requests.resolved import (
 )
 from ldm_runtime.requests.sampler_names import (
     WEB_UI_SCHEDULES,
+    automatic_schedule,
     known_sampler,
     known_schedule,
     web_ui_sampler,
@@ -41,18 +42,6 @@ MAX_CHARACTERS = 100_000
 #: The web UI's random generators; without a name it takes the GPU's.
 WEB_UI_NOISES: Mapping[str, str] = MappingProxyType(
     {"CPU": "torch-cpu", "GPU": "torch-cuda", "NV": "torch-cuda"}
-)
-#: What the web UI means by the schedule "Automatic", by sampler here. Its LCM and UniPC have noise
-#: levels of their own. Source: `samplers_k_diffusion` and `get_sigmas` in its module
-#: `sd_samplers_kdiffusion.py`, `get_timesteps` in `sd_samplers_timesteps.py`.
-_AUTOMATIC_SCHEDULES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("ddim", "plms"), "leading"),
-        **dict.fromkeys(("euler", "euler_ancestral", "lms", "heun"), "linspace"),
-        **dict.fromkeys(("dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral"), "karras"),
-        **dict.fromkeys(("dpmpp_2m", "dpmpp_sde"), "karras"),
-        **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
-    }
 )
 _SCHEDULE, _AUTOMATIC = "Schedule type", "Automatic"
 #: Schedules of the web UI that are others than those of the same name here.
@@ -228,7 +217,7 @@ def read_infotext(text: str) -> Infotext | None:
         request["negative_prompt"] = parts.negative_prompt
     parameters = parts.values
     others = {name: value for name, value in parameters.items() if not _take(request, name, value)}
-    if others.get(_SCHEDULE) == _AUTOMATIC and (schedule := _automatic_schedule(request)):
+    if others.get(_SCHEDULE) == _AUTOMATIC and (schedule := _automatic(request)):
         request["schedule"] = schedule
         del others[_SCHEDULE]
     if "RNG" not in parameters:
@@ -371,10 +360,10 @@ def _read_schedule(value: str) -> dict[str, Any]:
     return {"schedule": schedule}
 
 
-def _automatic_schedule(request: Mapping[str, Any]) -> str | None:
+def _automatic(request: Mapping[str, Any]) -> str | None:
     """Return the schedule that the web UI gives a sampler, unless its name carries one."""
     carried: str | None = request.get("schedule")
-    return carried or _AUTOMATIC_SCHEDULES.get(request.get("sampler", ""))
+    return carried or automatic_schedule(request.get("sampler", ""))
 
 
 def _read_size(value: str) -> dict[str, Any]:

@@ -74,6 +74,23 @@ WEB_UI_SCHEDULES: Mapping[str, str] = MappingProxyType(
         "sgm_uniform": "SGM Uniform",
     }
 )
+#: What the web UI means by the schedule "Automatic", by sampler here. Its LCM and UniPC have noise
+#: levels of their own. Source: `samplers_k_diffusion` and `get_sigmas` in its module
+#: `sd_samplers_kdiffusion.py`, `get_timesteps` in `sd_samplers_timesteps.py`.
+_AUTOMATIC_SCHEDULES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("ddim", "plms"), "leading"),
+        **dict.fromkeys(("euler", "euler_ancestral", "lms", "heun"), "linspace"),
+        **dict.fromkeys(("dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral"), "karras"),
+        **dict.fromkeys(("dpmpp_2m", "dpmpp_sde"), "karras"),
+        **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
+    }
+)
+
+
+def automatic_schedule(sampler: str) -> str | None:
+    """Return what A1111's schedule "Automatic" is with a sampler, or None if it is none of ours."""
+    return _AUTOMATIC_SCHEDULES.get(sampler)
 
 
 def web_ui_sampler(sampler: str) -> str:

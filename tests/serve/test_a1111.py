@@ -291,6 +291,7 @@ def test_an_image_is_where_it_starts(ask, generator):
         seed=3,
         strength=0.5,
         sampler="euler_ancestral",
+        schedule="linspace",
         num_inference_steps=4,
         guidance_scale=7.0,
         width=16,
@@ -395,6 +396,7 @@ def test_the_second_pass_enlarges(ask, generator):
         hires_scale=2.0,
         hires_strength=0.5,
         sampler="euler_ancestral",
+        schedule="linspace",
         num_inference_steps=4,
         guidance_scale=7.0,
     )
@@ -458,6 +460,41 @@ def test_every_listed_sampler_can_be_sent(client):
         assert info["sampler_name"] == each["name"]
 
 
+@pytest.mark.parametrize("scheduler", [None, "Automatic", "automatic"])
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [
+        # The web UI 1.10: `samplers_k_diffusion` and `get_timesteps`.
+        ("DPM++ 2M", "karras"),
+        ("DPM++ 2M SDE", "exponential"),
+        ("Euler", "linspace"),
+        ("DDIM", "leading"),
+        ("Euler Karras", "karras"),
+        ("UniPC", SAMPLERS["unipc"].schedule),
+    ],
+)
+def test_an_automatic_schedule_is_the_one_of_the_web_ui(
+    client, generator, sampler, schedule, scheduler
+):
+    body = {"prompt": "red", "seed": 4, "steps": 5, "width": 16, "height": 16}
+
+    answer = post(client, "txt2img", body | {"sampler_name": sampler, "scheduler": scheduler})
+
+    name, _ = known_sampler(sampler)
+    fields = {"seed": 4, "num_inference_steps": 5, "width": 16, "height": 16}
+    expected = generator("red", sampler=name, schedule=schedule, **fields).image
+    assert decoded(answer["images"][0]).tobytes() == expected.tobytes()
+
+
+def test_without_a_sampler_the_schedule_is_the_models(client, generator):
+    body = {"prompt": "red", "seed": 4, "steps": 5, "width": 16, "height": 16}
+
+    answer = post(client, "txt2img", body | {"scheduler": "Automatic"})
+
+    expected = generator("red", seed=4, num_inference_steps=5, width=16, height=16).image
+    assert decoded(answer["images"][0]).tobytes() == expected.tobytes()
+
+
 def test_the_defaults_of_every_field_are_taken(client, generator):
     small = {"prompt": "red", "seed": 4, "steps": 4, "width": 16, "height": 16}
 
@@ -466,7 +503,8 @@ def test_the_defaults_of_every_field_are_taken(client, generator):
     mask = {"init_images": [in_base64(RED)], "mask": in_base64(left_half())}
     masked = post(client, "img2img", IMAGE_DEFAULTS | small | mask)
 
-    fields = {"seed": 4, "num_inference_steps": 4, "guidance_scale": 7.0, "sampler": "euler"}
+    fields = {"seed": 4, "num_inference_steps": 4, "guidance_scale": 7.0}
+    fields |= {"sampler": "euler", "schedule": "linspace"}
     expected = generator("red", **fields, width=16, height=16).image
     assert decoded(text["images"][0]).tobytes() == expected.tobytes()
     expected = generator("red", **fields, image=RED, strength=0.75).image

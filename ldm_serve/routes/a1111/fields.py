@@ -3,8 +3,9 @@
 from typing import Any
 
 from ldm_runtime.pipeline.infotext import WEB_UI_NOISES
-from ldm_runtime.requests.sampler_names import known_sampler
+from ldm_runtime.requests.sampler_names import automatic_schedule, known_sampler
 from ldm_runtime.samplers import SAMPLERS
+from ldm_runtime.schedules import BY_SIGMA
 from ldm_runtime.specs.tasks import task_record
 from ldm_serve.errors import invalid
 from ldm_serve.routes.a1111.forms import MASK_BLUR, Form, ImageToImageForm, TextToImageForm
@@ -35,8 +36,8 @@ def request_fields(
         "prompt": form.prompt if form.prompt or "prompt" in takes else None,
         "negative_prompt": form.negative_prompt or None,
         "seed": _seed(form.seed),
-        "sampler": form.sampler_name or form.sampler_index or None,
-        "schedule": _schedule(form.scheduler),
+        "sampler": _sampler(form),
+        "schedule": _schedule(form, model),
         "num_inference_steps": form.steps,
         "guidance_scale": form.cfg_scale,
         "width": form.width,
@@ -96,8 +97,24 @@ def _seed(seed: int | None) -> int | None:
     return None if seed == -1 else seed
 
 
-def _schedule(scheduler: str | None) -> str | None:
-    return None if not scheduler or scheduler.lower() == "automatic" else scheduler
+def _sampler(form: Form) -> str | None:
+    return form.sampler_name or form.sampler_index or None
+
+
+def _schedule(form: Form, model: ServedModel) -> str | None:
+    """Return the schedule that a form means.
+
+    "Automatic", the default, is the web UI's for the sampler that the form names, unless that name
+    carries a schedule or the model has none of its timesteps. It is the model's default without a
+    name.
+    """
+    if form.scheduler and form.scheduler.lower() != "automatic":
+        return form.scheduler
+    sampler, carried = known_sampler(_sampler(form) or "")
+    schedule = carried or automatic_schedule(sampler)
+    if model.spec.edm is not None and schedule not in BY_SIGMA:
+        return None
+    return schedule
 
 
 def _num_images(form: Form) -> int | None:
