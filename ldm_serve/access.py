@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm_serve.answers import error_answer
 from ldm_serve.errors import ServeError
+from ldm_serve.logs import values
 from ldm_serve.settings import MAX_IMAGE_BODY_BYTES, MAX_TEXT_BODY_BYTES, Access
 
 _LOGGER = logging.getLogger(__name__)
@@ -201,8 +202,10 @@ class _Call:
         The path is that of the route: the identifier of a job, which stands in the path itself,
         gives access to its images.
         """
-        spent = time.monotonic() - self._started
+        spent = round(time.monotonic() - self._started, 4)
         key = scope.get("state", {}).get("key", "-")
         path = getattr(scope.get("route"), "path", "-")
         parts = (scope["method"], path, self._status, key, spent, self.request_id)
-        _LOGGER.info("%s %s %d key=%s %.3fs %s", *parts)
+        names = ("method", "route", "status", "key", "seconds", "request_id")
+        extra = values(**dict(zip(names, parts, strict=True)))
+        _LOGGER.info("%s %s %d key=%s %.3fs %s", *parts, extra=extra)

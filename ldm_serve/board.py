@@ -16,6 +16,7 @@ from ldm_serve.executors.contract import Executor, ExecutorStats
 from ldm_serve.executors.messages import Event, Failed, Finished, ImageFormat, Progress, Work
 from ldm_serve.intake import Checked, without_inputs
 from ldm_serve.jobs import Job, new_job_id
+from ldm_serve.logs import values
 from ldm_serve.metrics import Metrics
 from ldm_serve.queue import FairQueue
 from ldm_serve.settings import Limits
@@ -283,6 +284,8 @@ class JobBoard:
                 if seconds is not None:
                     self.metrics.stepped(job.checked.model.name, seconds)
             case Finished():
+                model = job.checked.model.name
+                self.metrics.called(model, event.calls, event.called_images)
                 self._end(job, "completed", result=event)
             case Failed():
                 error = ServeError(
@@ -328,6 +331,7 @@ class JobBoard:
         model = job.checked.model.name
         outcome = _outcome(job)
         self.metrics.ended(model, outcome, began=began)
+        _log_end(job, outcome)
         if job.result is not None and job.finished is not None and job.started is not None:
             seconds = job.finished - job.created
             self.metrics.generated(model, len(job.result.images), seconds, job.result.timings)
@@ -378,6 +382,18 @@ def _work(checked: Checked, wish: Wish) -> Work:
 
 def _too_many(code: str, message: str, retry_after: float) -> ServeError:
     return ServeError(429, code, message, kind="rate_limit_error", retry_after=retry_after)
+
+
+def _log_end(job: Job, outcome: str) -> None:
+    """Say how a job ended, without its identifier, which gives access to its images."""
+    assert job.finished is not None, "it has ended"
+    began = job.finished if job.started is None else job.started
+    seconds, waited = (round(end - job.created, 4) for end in (job.finished, began))
+    images = 0 if job.result is None else len(job.result.images)
+    parts = (job.checked.model.name, outcome, images, job.key, waited, seconds)
+    names = ("model", "outcome", "images", "key", "queue_seconds", "seconds")
+    extra = values(**dict(zip(names, parts, strict=True)))
+    _LOGGER.info("job of %s: %s, images=%d key=%s waited %.3fs of %.3fs", *parts, extra=extra)
 
 
 def _outcome(job: Job) -> str:

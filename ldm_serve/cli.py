@@ -1,11 +1,13 @@
 """`ldm serve`: its flags, and what they refuse before anything is opened."""
 
 import argparse
+import dataclasses
 import ipaddress
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from ldm_runtime.cli.parsing import Parser, positive
 from ldm_runtime.errors import RequestError
@@ -16,7 +18,7 @@ from ldm_serve.engine_flags import (
     engine_settings,
     worker_settings,
 )
-from ldm_serve.settings import Access, Limits, ServeSettings
+from ldm_serve.settings import Access, Limits, LogFormat, LogSettings, ServeSettings
 
 #: Environment variable with a key, or several with their names: `name:key,name:key`.
 KEYS_VARIABLE = "LDM_SERVE_KEYS"
@@ -41,6 +43,13 @@ def add_serve_command(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_work(parser)
     _add_limits(parser.add_argument_group("Limits"))
     add_engine_arguments(parser)
+    parser.add_argument(
+        "--log-format",
+        choices=get_args(LogFormat),
+        default="text",
+        help="format of the messages on stderr: text, or a line of JSON for every call, the end of "
+        "every job and all else; neither has prompts (default: text)",
+    )
     parser.set_defaults(run=serve, repeats_messages=True)
 
 
@@ -55,10 +64,11 @@ def serve(args: argparse.Namespace) -> int:
     settings = settings_of(args, os.environ)
     # Only here, so that `ldm --help` works without the extra.
     from ldm_serve.app import create_app
+    from ldm_serve.logs import show_logs
     from ldm_serve.server import Server
     from ldm_serve.tracing import open_tracing
 
-    logging.getLogger("ldm_serve").setLevel(logging.INFO if args.verbose else logging.WARNING)
+    show_logs(settings.workers.logs, "server")
     app = create_app(settings, tracing=open_tracing(os.environ))
     server = Server(app, settings, host=args.host, port=args.port, uds=args.uds)
     server.run()
@@ -94,7 +104,7 @@ def settings_of(args: argparse.Namespace, environment: Mapping[str, str]) -> Ser
             requests_per_minute=args.requests_per_minute,
         ),
         access=Access(keys=keys, hosts=(hosts | _LOOPBACK) if hosts or is_local else frozenset()),
-        workers=worker_settings(args),
+        workers=dataclasses.replace(worker_settings(args), logs=_logs(args)),
         drain_seconds=args.drain_seconds,
     )
 
@@ -136,6 +146,18 @@ def _add_listening(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--insecure", action="store_true", help="let anyone who reaches the address use it"
+    )
+
+
+def _logs(args: argparse.Namespace) -> LogSettings:
+    """Return what is said on stderr: in JSON, every call and the end of every job."""
+    level = logging.ERROR if args.quiet else logging.WARNING
+    says_more = args.verbose or (args.log_format == "json" and not args.quiet)
+    return LogSettings(
+        format=args.log_format,
+        level=level,
+        own_level=logging.INFO if says_more else level,
+        leaves_out_requests=True,
     )
 
 

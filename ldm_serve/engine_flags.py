@@ -1,6 +1,7 @@
 """Flags of the workers of `ldm serve` and `ldm batch`, and the settings that they make."""
 
 import argparse
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from ldm_runtime.cli.backend_flags import add_backend_arguments
 from ldm_runtime.cli.parsing import positive
 from ldm_runtime.errors import BackendError, RequestError
 from ldm_serve.adapters import adapter_paths
-from ldm_serve.settings import EngineSettings, ExecutorName, WorkerSettings
+from ldm_serve.settings import EngineSettings, ExecutorName, LogSettings, WorkerSettings
 
 _PLACES: Mapping[ExecutorName, str] = MappingProxyType(
     {"process": "worker processes", "inline": "this one", "ray": "the nodes of a Ray cluster"}
@@ -107,12 +108,14 @@ def worker_settings(args: argparse.Namespace) -> WorkerSettings:
     for name in ("address", "worker_gpus"):
         if getattr(args, name) and args.executor != "ray":
             raise RequestError(name, f"is of --executor ray, not of {args.executor}")
+    level = logging.ERROR if args.quiet else logging.WARNING
     return WorkerSettings(
         executor=args.executor,
         count=args.workers,
         stall_seconds=args.stall_seconds,
         address=args.address,
         gpus=args.worker_gpus,
+        logs=LogSettings(level=level, own_level=level),
     )
 
 

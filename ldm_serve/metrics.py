@@ -58,6 +58,15 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        self._batches = Counter(
+            "ldm_batches", "Calls of the UNet.", ["model"], registry=self._registry
+        )
+        self._batch_images = Counter(
+            "ldm_batch_images",
+            "Images in calls of the UNet, each as often as it was in one.",
+            ["model"],
+            registry=self._registry,
+        )
         self._model_info = Gauge(
             "ldm_model_info",
             "The models, with the hashes of their bundles' manifests.",
@@ -103,6 +112,11 @@ class Metrics:
         for network, spent in timings.items():
             if network != "total":
                 self._stage_seconds.labels(model, network).observe(spent)
+
+    def called(self, model: str, calls: int, images: int) -> None:
+        """Count calls of the UNet, and the images in them."""
+        self._batches.labels(model).inc(calls)
+        self._batch_images.labels(model).inc(images)
 
     def text(self) -> bytes:
         """Return all metrics as Prometheus reads them."""

@@ -1,5 +1,6 @@
 """Settings of a server: what it serves, to whom, and how much of it."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from ldm_runtime.backends.contract import Precision
 
 #: Names of the executors: worker processes, a thread of this process, actors of a Ray cluster.
 ExecutorName = Literal["process", "inline", "ray"]
+#: Formats of messages on stderr.
+LogFormat = Literal["text", "json"]
 #: Bytes of a body that may hold images, and of one that may not.
 MAX_IMAGE_BODY_BYTES = 32 * 2**20
 MAX_TEXT_BODY_BYTES = 256 * 2**10
@@ -87,6 +90,28 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What a server and its workers say on stderr.
+
+    Attributes:
+        format: Lines of text, or of JSON.
+        level: Lowest level of the messages that are shown, as `logging` counts them.
+        own_level: That of this package's own.
+        leaves_out_requests: Whether messages about one request, which may quote its prompt, are
+            left out.
+    """
+
+    format: LogFormat = "text"
+    level: int = logging.WARNING
+    own_level: int = logging.WARNING
+    leaves_out_requests: bool = False
+
+
+#: Warnings and errors as text, those about requests too.
+TEXT_LOGS = LogSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
     """Where requests are generated, and by how many workers.
 
@@ -96,6 +121,7 @@ class WorkerSettings:
         stall_seconds: How long a worker may be silent over a request before it is replaced.
         address: Host and port of the Ray cluster, as in "10.0.0.5:6379".
         gpus: GPUs of its node that a worker of the cluster takes.
+        logs: What those in processes of their own say.
     """
 
     executor: ExecutorName = "process"
@@ -103,6 +129,7 @@ class WorkerSettings:
     stall_seconds: float = 300.0
     address: str | None = None
     gpus: float = 0.0
+    logs: LogSettings = TEXT_LOGS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from ldm_runtime.backends.contract import Runner, Tensors
 from ldm_runtime.conditioning.contract import Conditioning, OpenNetwork
 from ldm_runtime.conditioning.micro_conditioning import embed_micro_conditioning
 from ldm_runtime.errors import BundleError, RequestError
+from ldm_runtime.requests.log_records import ABOUT_REQUEST
 from ldm_runtime.requests.resolved import PromptCondition, ResolvedRequest
 from ldm_runtime.requests.scheduled_prompts import prompt_texts, scheduled_prompts
 from ldm_runtime.specs.micro_conditioning import micro_conditioning_kind, pooled_length
@@ -305,6 +306,7 @@ def _literal_chunk(tokenizer: Tokenizer, field: str, text: str, max_tokens: int)
             field,
             max_tokens - 2,
             encoding.cut,
+            extra=ABOUT_REQUEST,
         )
     return [Chunk(field, np.array(encoding.ids), np.ones(max_tokens, dtype=np.float32))]
 

@@ -93,6 +93,7 @@ class ContinuousBatch(Closing):
         self._images: dict[int, _Image] = {}
         self._queue: deque[_Image] = deque()
         self._request_numbers, self._image_numbers = count(), count()
+        self._calls = self._called_images = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -156,6 +157,15 @@ class ContinuousBatch(Closing):
         """
         return list(self._events())
 
+    def take_calls(self) -> tuple[int, int]:
+        """Return the calls of the UNet since this was last asked, and the images in them.
+
+        An image counts as often as it was in a call, so that their ratio is the mean batch.
+        """
+        taken = self._calls, self._called_images
+        self._calls = self._called_images = 0
+        return taken
+
     def close(self) -> None:
         """Stop all requests. Closing twice is harmless."""
         for number in list(self._requests):
@@ -177,6 +187,8 @@ class ContinuousBatch(Closing):
         """Call the UNet for some images at once; one by one if that fails."""
         try:
             yield from self._scheduler.call(chosen)
+            self._calls += 1
+            self._called_images += len(chosen)
         except Exception as error:  # noqa: BLE001  (the request's caller gets it)
             if len(chosen) == 1:
                 self._scheduler.stop(chosen[0])

@@ -24,6 +24,7 @@ from ldm_runtime.pipeline.passes import (
 from ldm_runtime.pipeline.results import Result
 from ldm_runtime.pipeline.sampling import Step, sample_latents
 from ldm_runtime.requests.advice import advice
+from ldm_runtime.requests.log_records import ABOUT_REQUEST
 from ldm_runtime.requests.resolved import ResolvedRequest
 
 _LOGGER = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class RequestRun:
             self.deadline.start()
             model = self.model
             for sentence in advice(self.request, model.spec):
-                _LOGGER.warning("%s", sentence)
+                _LOGGER.warning("%s", sentence, extra=ABOUT_REQUEST)
             self._passes = open_passes(
                 model.network, model.tokenizer, self.request, model.spec, self.refiner
             )

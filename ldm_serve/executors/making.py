@@ -35,7 +35,11 @@ def make_executor(
             from ldm_serve.executors.process import ProcessExecutor
 
             return ProcessExecutor(
-                bundles, engine, workers=workers.count, stall_seconds=workers.stall_seconds
+                bundles,
+                engine,
+                workers=workers.count,
+                stall_seconds=workers.stall_seconds,
+                logs=workers.logs,
             )
         case "ray":
             from ldm_serve.executors.ray import RayExecutor
@@ -49,4 +53,5 @@ def make_executor(
                 gpus=workers.gpus,
                 stall_seconds=workers.stall_seconds,
                 reports_steps=reports_steps,
+                logs=workers.logs,
             )

@@ -102,6 +102,8 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
         metadata: The metadata of each, as its file holds it.
         infotexts: The text of each for AUTOMATIC1111's web UI, if there is one.
         timings: Seconds in each network, and in total.
+        calls: Calls of the model's UNet by this worker since the model's last job was done.
+        called_images: Images in them, each as often as it was in one.
     """
 
     job: str
@@ -110,6 +112,8 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
     metadata: list[dict[str, Any]]
     infotexts: list[str | None]
     timings: dict[str, float]
+    calls: int = 0
+    called_images: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

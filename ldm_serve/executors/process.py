@@ -24,7 +24,7 @@ from ldm_serve.executors.messages import (
 )
 from ldm_serve.executors.pool import FIRST_PAUSE, LONGEST_PAUSE, PoolWorker, WorkerPool
 from ldm_serve.executors.worker_process import work
-from ldm_serve.settings import EngineSettings
+from ldm_serve.settings import TEXT_LOGS, EngineSettings, LogSettings
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class ProcessExecutor:
         settings: How they are opened.
         workers: How many workers.
         stall_seconds: How long a worker may be silent over a job.
+        logs: What workers say on stderr.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class ProcessExecutor:
         *,
         workers: int = 1,
         stall_seconds: float = 300.0,
+        logs: LogSettings = TEXT_LOGS,
     ) -> None:
-        self._bundles, self._settings = dict(bundles), settings
+        self._bundles, self._settings, self._logs = dict(bundles), settings, logs
         self._count, self._stall_seconds = workers, stall_seconds
         self._pool: WorkerPool[_Process] = WorkerPool()
         self._is_closing = False
@@ -117,9 +119,8 @@ class ProcessExecutor:
         """
         ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        process = context.Process(
-            target=work, args=(theirs, self._bundles, self._settings), name="ldm-worker"
-        )
+        arguments = (theirs, self._bundles, self._settings, self._logs)
+        process = context.Process(target=work, args=arguments, name="ldm-worker")
         try:
             process.start()
         finally:

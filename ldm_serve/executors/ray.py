@@ -14,7 +14,7 @@ from ldm_serve.executors.messages import Event, Work, decode_report, encode
 from ldm_serve.executors.pool import PoolWorker, WorkerPool
 from ldm_serve.executors.ray_cluster import connected, live_nodes, ray, sentence
 from ldm_serve.executors.ray_worker import NodeBundles, NodeError, RayWorker
-from ldm_serve.settings import EngineSettings
+from ldm_serve.settings import TEXT_LOGS, EngineSettings, LogSettings
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class RayExecutor:
         workers: How many workers. Those for which no node has room wait.
         gpus: GPUs of its node that a worker takes.
         stall_seconds: How long a worker may be silent over a job.
+        logs: What workers say, which Ray keeps on their nodes.
         reports_steps: Whether steps are reported, all that an actor has done at once: those of a
             large cluster are many messages to one process.
 
@@ -68,9 +69,10 @@ class RayExecutor:
         gpus: float = 0.0,
         stall_seconds: float = 300.0,
         reports_steps: bool = False,
+        logs: LogSettings = TEXT_LOGS,
     ) -> None:
         self._required = NodeBundles.of_this_machine(bundles, settings.adapters.values())
-        self._reports_steps = reports_steps
+        self._reports_steps, self._logs = reports_steps, logs
         self._settings = replace(settings, threads=settings.threads or 1)
         self._cpus, self._gpus = settings.threads or 1, gpus
         self._count, self._stall_seconds = workers, stall_seconds
@@ -119,7 +121,8 @@ class RayExecutor:
         if self._refused:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._refused)})"}
         actor_class = ray.remote(RayWorker).options(**options)
-        actor = _Actor(handle=actor_class.remote(self._required, self._settings))
+        handle = actor_class.remote(self._required, self._settings, self._logs)
+        actor = _Actor(handle=handle)
         self._pool.workers.append(actor)
         self._keep(self._open(actor))
 

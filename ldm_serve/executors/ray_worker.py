@@ -21,7 +21,8 @@ from ldm_serve.executors.messages import (
     encode,
 )
 from ldm_serve.executors.ray_cluster import this_node
-from ldm_serve.settings import EngineSettings
+from ldm_serve.logs import show_logs
+from ldm_serve.settings import EngineSettings, LogSettings
 
 #: How many jobs that were cancelled are known, for those that come after it.
 _KNOWN_CANCELLED = 256
@@ -113,9 +114,11 @@ class RayWorker:
     Args:
         bundles: The models; the first is opened by `open`.
         settings: How they are opened.
+        logs: What is said on stderr, which Ray keeps on the node.
     """
 
-    def __init__(self, bundles: NodeBundles, settings: EngineSettings) -> None:
+    def __init__(self, bundles: NodeBundles, settings: EngineSettings, logs: LogSettings) -> None:
+        show_logs(logs, "worker")
         self._bundles = bundles
         self._executor = InlineExecutor(bundles.folders, settings, self._stopped)
         self._ends: dict[str, asyncio.Future[Finished | Failed | None]] = {}

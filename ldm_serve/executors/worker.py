@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 from PIL import Image
 
 from ldm_runtime.closing import Closing
@@ -141,7 +142,11 @@ class Worker(Closing):
         work = self._works[key]
         if not isinstance(event, Step):
             del self._works[key], self._jobs[work.job]
-        self._send(_event_of(work, event))
+        told = _event_of(work, event)
+        if isinstance(told, Finished):
+            calls, called_images = key[0].batch.take_calls()
+            told = msgspec.structs.replace(told, calls=calls, called_images=called_images)
+        self._send(told)
 
 
 def _event_of(work: Work, event: BatchEvent) -> Event:

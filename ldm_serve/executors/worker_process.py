@@ -14,26 +14,33 @@ from ldm_serve.executors.inline import run
 from ldm_serve.executors.messages import decode_order, encode
 from ldm_serve.executors.open_models import OpenModels
 from ldm_serve.executors.worker import Worker
-from ldm_serve.settings import EngineSettings
+from ldm_serve.logs import show_logs
+from ldm_serve.settings import EngineSettings, LogSettings
 
 _LOGGER = logging.getLogger(__name__)
 # Numbers of prctl(2).
 _SET_PARENT_DEATH_SIGNAL, _SET_NO_NEW_PRIVILEGES = 1, 38
 
 
-def work(connection: Connection, bundles: Mapping[str, Path], settings: EngineSettings) -> None:
+def work(
+    connection: Connection,
+    bundles: Mapping[str, Path],
+    settings: EngineSettings,
+    logs: LogSettings,
+) -> None:
     """Serve the process at the other end of a connection, until it quits or dies.
 
     Args:
         connection: Brings orders and takes reports.
         bundles: Folder of every model; the first is opened at once.
         settings: How they are opened.
+        logs: What is said on stderr.
     """
     # Ctrl-C reaches the whole group, and SIGTERM all of a service: the parent drains.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _tie_to_parent()
-    logging.basicConfig(level=logging.WARNING, format="worker: %(levelname)s: %(message)s")
+    show_logs(logs, "worker")
     models = OpenModels(bundles, settings)
     try:
         with Worker(models, lambda report: connection.send_bytes(encode(report))) as worker:

@@ -49,7 +49,7 @@ class FakeExecutor:
     def step(self, job, step, total=10, image=0, preview=None):
         self.report(Progress(job=job, image=image, step=step, total=total, preview=preview))
 
-    def finish(self, job, image=b"image"):
+    def finish(self, job, image=b"image", **counts):
         work = self.works.pop(job)
         count = range(work.num_images)
         seeds = [work.fields["seed"] + index for index in count]
@@ -61,6 +61,7 @@ class FakeExecutor:
                 metadata=[{} for _ in count],
                 infotexts=[None for _ in count],
                 timings={"total": 0.5},
+                **counts,
             )
         )
         self.changed()

@@ -269,6 +269,7 @@ def test_logs_hold_no_prompt_and_no_address_of_an_image(call, caplog):
     ours = [each.getMessage() for each in caplog.records if each.name.startswith("ldm")]
     assert [each.partition(" key=")[0] for each in ours] == [
         "POST /api/jobs 202",
+        "job of tiny: cancelled, images=0",
         "POST /api/jobs/{job}/cancel 200",
         "GET /api/jobs/{job} 200",
         "GET /api/jobs/{job}/events 200",

@@ -319,6 +319,18 @@ def test_what_happens_is_counted(board, submit):
     assert "ldm_workers 1.0" in text
 
 
+def test_calls_of_the_unet_and_the_images_in_them_are_counted(board, submit):
+    async def scenario(board, executor):
+        executor.finish(submit(board).id, calls=5, called_images=7)
+        executor.finish(submit(board).id, calls=3, called_images=9)
+        return board.metrics.text().decode()
+
+    text = board(scenario)
+
+    assert 'ldm_batches_total{model="tiny"} 8.0' in text
+    assert 'ldm_batch_images_total{model="tiny"} 16.0' in text
+
+
 def test_the_time_of_a_step_is_counted_from_the_second_on(board, submit, monkeypatch):
     async def scenario(board, executor):
         job = submit(board, num_images=2)

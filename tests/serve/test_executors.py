@@ -114,6 +114,21 @@ def test_images_are_those_of_the_generator(executor, expected):
     assert (stats.backend, stats.precision) == ("onnxruntime", "fp32")
 
 
+def test_ends_of_jobs_say_which_calls_of_the_unet_there_were(executor):
+    """Each of these samplers calls once per step, and a call has room for four images."""
+
+    async def scenario(executor, events):
+        executor.submit(work("all", {**QUICK, "num_images": 3, "num_inference_steps": 5}))
+        first = await events.end_of("all")
+        executor.submit(work("one", {**QUICK, "num_inference_steps": 4}))
+        return first, await events.end_of("one")
+
+    first, second = run(executor, scenario)
+
+    assert (first.calls, first.called_images) == (5, 15)
+    assert (second.calls, second.called_images) == (4, 4)
+
+
 def test_wrong_fields_and_deadlines_fail_alone(executor):
     async def scenario(executor, events):
         executor.submit(work("wrong", {"prompt": "red", "height": 17}))

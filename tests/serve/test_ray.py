@@ -41,7 +41,7 @@ from ldm_serve.executors.messages import Work, encode
 from ldm_serve.executors.ray import RayExecutor
 from ldm_serve.executors.ray_worker import NodeBundles, RayWorker
 from ldm_serve.routes.jobs import data_url
-from ldm_serve.settings import EngineSettings, ServeSettings
+from ldm_serve.settings import TEXT_LOGS, EngineSettings, ServeSettings
 from tests.serve.adapter_files import write_lora
 from tests.serve.asgi import calling
 from tests.serve.batches import results_of
@@ -594,7 +594,7 @@ class TestServer:
 
 def test_a_job_that_its_cancellation_overtakes_is_not_begun(bundle):
     """A large request takes longer to an actor than the call that cancels it."""
-    worker = RayWorker(NodeBundles.of_this_machine({"tiny": bundle}), SETTINGS)
+    worker = RayWorker(NodeBundles.of_this_machine({"tiny": bundle}), SETTINGS, TEXT_LOGS)
 
     async def scenario():
         await worker.open()

@@ -1,11 +1,13 @@
+import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from ldm_runtime.cli.commands import build_parser, main
 from ldm_serve.cli import KEYS_VARIABLE, is_loopback, settings_of
-from ldm_serve.settings import WorkerSettings
+from ldm_serve.settings import TEXT_LOGS, WorkerSettings
 
 KEY = "k" * 22
 
@@ -41,9 +43,28 @@ def test_flags_of_ray_become_settings():
         *("--workers", "9", "--stall-seconds", "7"),
     )
 
-    assert found.workers == WorkerSettings(
+    assert replace(found.workers, logs=TEXT_LOGS) == WorkerSettings(
         executor="ray", count=9, stall_seconds=7.0, address="10.0.0.5:6379", gpus=0.5
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "level", "own_level"),
+    [
+        ((), "WARNING", "WARNING"),
+        (("--verbose",), "WARNING", "INFO"),
+        (("--quiet",), "ERROR", "ERROR"),
+        (("--log-format", "json"), "WARNING", "INFO"),
+        (("--log-format", "json", "--quiet"), "ERROR", "ERROR"),
+    ],
+)
+def test_flags_decide_what_is_said(flags, level, own_level):
+    logs = settings(*flags).workers.logs
+
+    names = [logging.getLevelName(each) for each in (logs.level, logs.own_level)]
+    assert names == [level, own_level]
+    assert logs.format == ("json" if "json" in flags else "text")
+    assert logs.leaves_out_requests
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])
