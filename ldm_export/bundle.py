@@ -1,5 +1,6 @@
 """The steps of an export in order: one checkpoint in, one bundle out, or nothing."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -8,7 +9,7 @@ from ldm_export.checkpoint.checkpoint import Checkpoint
 from ldm_export.detection.ignored_tensors import check_not_needed
 from ldm_export.disk_space import full_disk_named
 from ldm_export.engine_steps import engine_steps, expected_engines
-from ldm_export.errors import CheckpointError
+from ldm_export.errors import CheckpointError, ExportError
 from ldm_export.estimate import Estimate, make_estimate
 from ldm_export.golden.prediction import confirmed, warn_of_hint, warn_of_siblings
 from ldm_export.memory import give_back_memory
@@ -31,9 +32,12 @@ from ldm_runtime.bundle.manifest import (
     load_manifest,
 )
 from ldm_runtime.engines.records import ENGINES_FOLDER
-from ldm_runtime.errors import ManifestError
+from ldm_runtime.errors import LdmError, ManifestError
 from ldm_runtime.progress import Progress, Silent
+from ldm_runtime.quantization.quantize import QuantizationOptions, quantize_bundle
 from ldm_runtime.specs.model import components_of
+
+_LOGGER = logging.getLogger(__name__)
 
 __all__ = ["ExportOptions", "estimate_export", "export_bundle"]
 
@@ -90,12 +94,25 @@ def export_bundle(
                 files=workspace.files,
                 build=build_record(source, time.monotonic() - started),
             )
+            drops_int8 = workspace.drops_int8
             workspace.publish(manifest, replace=options.replace)
-    return manifest
+            if drops_int8 and not options.quantize:
+                _LOGGER.warning(
+                    "the bundle before had graphs in 8 bits; `ldm quantize %s` makes new ones",
+                    options.out,
+                )
+    return _quantized(options, listener) if options.quantize else manifest
+
+
+def _quantized(options: ExportOptions, progress: Progress) -> Manifest:
+    try:
+        return quantize_bundle(options.out, QuantizationOptions(), progress=progress)
+    except LdmError as error:
+        raise ExportError(f"{options.out} is complete but for graphs in 8 bits: {error}") from error
 
 
 def estimate_export(options: ExportOptions) -> Estimate:
-    """Estimate what `export_bundle` would do and cost, and write nothing.
+    """Estimate what `export_bundle` would do and cost but for graphs in 8 bits, and write nothing.
 
     Where a bundle is already, the checkpoint is read whole, to tell whether it is of this one.
 
@@ -143,6 +160,11 @@ def with_known_prediction(source: Source, record: PredictionRecord | None) -> So
 def _open_source(options: ExportOptions, checkpoint: Checkpoint, *, hashed: bool = True) -> Source:
     """Open a checkpoint, and check all that can be checked before anything is built."""
     source = open_source(options, checkpoint, hashed=hashed)
+    if options.quantize and source.spec.unet is None:
+        raise ExportError(
+            f"a model of the task {source.spec.task!r} has no UNet to be in 8 bits; leave out "
+            "--quantize"
+        )
     detection = source.detection
     for component in components_of(source.spec):
         if detection.ignored:

@@ -30,7 +30,6 @@ from ldm_runtime.version import extra
 if TYPE_CHECKING:
     from ldm_export.source import ExportOptions
     from ldm_runtime.bundle.manifest import Manifest
-    from ldm_runtime.progress import Progress
     from ldm_runtime.specs.model import Task
 
 
@@ -104,7 +103,8 @@ def _add_bundle_flags(parser: Parser) -> None:
     parser.add_argument(
         "--quantize",
         choices=("int8",),
-        help="add graphs in 8 bits for CPUs in the end, as `ldm quantize` does",
+        help="add graphs in 8 bits for CPUs in the end, as `ldm quantize` does; --estimate counts "
+        "none",
     )
     parser.add_argument(
         "--no-fp16",
@@ -336,22 +336,10 @@ def _export(args: argparse.Namespace) -> None:
         return
     with reporting(args) as progress:
         manifest = export_bundle(options, progress=progress)
-        if args.quantize is not None:
-            manifest = _quantized(args, progress)
     if not args.quiet:
         say_sources(manifest)
         say_next(manifest.spec.task, args.out)
     print(json.dumps(_result(manifest, args.out), indent=1) if args.json else args.out)
-
-
-def _quantized(args: argparse.Namespace, progress: "Progress") -> "Manifest":
-    from ldm_export.errors import ExportError
-    from ldm_runtime.quantization.quantize import QuantizationOptions, quantize_bundle
-
-    try:
-        return quantize_bundle(args.out, QuantizationOptions(), progress=progress)
-    except LdmError as error:
-        raise ExportError(f"{args.out} is complete but for graphs in 8 bits: {error}") from error
 
 
 def _result(manifest: "Manifest", out: Path) -> dict[str, Any]:
@@ -398,6 +386,7 @@ def _options(args: argparse.Namespace) -> "ExportOptions":
         replace=args.replace,
         engines=engine_options(args, args.engines or ("auto" if args.fp16 else "none")),
         fp16=args.fp16,
+        quantize=args.quantize == "int8",
         vae=args.vae,
         tiny_decoder=args.tiny_decoder,
         image_normalizer=args.image_normalizer,

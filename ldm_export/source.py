@@ -54,6 +54,7 @@ class ExportOptions:
         engines: Which TensorRT engines to build; none by default.
         replace: Whether the bundle of another checkpoint at `out` may be replaced.
         fp16: Whether to write the fp16 graphs, which GPUs need and CPUs do not.
+        quantize: Whether to add graphs in 8 bits, as `ldm_runtime.quantization` does.
         vae: File or folder of an autoencoder that takes the place of the checkpoint's.
         text_encoder: File or folder of a CLIP text encoder that does likewise.
         text_encoder_2: File or folder of the second text encoder of SDXL, likewise.
@@ -69,6 +70,7 @@ class ExportOptions:
     engines: EngineOptions = field(default_factory=lambda: EngineOptions(builder="none"))
     replace: bool = False
     fp16: bool = True
+    quantize: bool = False
     vae: Path | None = None
     text_encoder: Path | None = None
     text_encoder_2: Path | None = None

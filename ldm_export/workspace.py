@@ -32,10 +32,13 @@ from ldm_runtime.bundle.manifest import (
     Manifest,
     encode_manifest,
     load_manifest,
+    without_int8,
 )
+from ldm_runtime.bundle.quantized_graphs import INT8_FILES
 from ldm_runtime.diagnostics.golden_requests import SHEET_FILE
 from ldm_runtime.durable import (
     exchange_folders,
+    is_part,
     link_or_copy,
     locked_folder,
     sync,
@@ -157,6 +160,14 @@ class Workspace:
         """Take note of what the bundle in its place has, without locking or changing anything."""
         self._previous = _published_steps(self.out)
 
+    @property
+    def drops_int8(self) -> bool:
+        """Whether the bundle in its place has graphs in 8 bits, which no export takes over."""
+        try:
+            return load_manifest(self.out).quantization is not None
+        except ManifestError:
+            return False
+
     def can_reuse(self, step: ExportStep) -> bool:
         """Return whether a step is already done, with its files unchanged."""
         return self.find(step) is not None
@@ -223,9 +234,9 @@ class Workspace:
         self.look()
 
     def _locked_out(self) -> AbstractContextManager[None]:
-        """Keep builds of engines out of the bundle that is to be replaced, if there is one."""
+        """Keep `ldm build-engines` and others out of the bundle that is to be replaced."""
         building = ExportError(
-            f"engines are being built in {self.out}, so it is not replaced; export again "
+            f"another process is changing {self.out}, so it is not replaced; export again "
             "afterwards, which takes over all that is done"
         )
         return locked_folder(self.out, building) if self.out.exists() else nullcontext()
@@ -330,13 +341,25 @@ def _check_bundle(folder: Path) -> None:
         ) from None
     known = {MANIFEST_NAME, *(file.path for file in listing.files)}
     found = (path.relative_to(folder).as_posix() for path in _files(folder))
-    # Next to engines lie caches of runtimes and files of interrupted builds.
-    other = sorted(path for path in set(found) - known if not path.startswith(f"{ENGINES_FOLDER}/"))
+    other = sorted(path for path in set(found) - known if not _is_left_over(path))
     if other:
         raise ExportError(
             f"{folder} holds files that are not of its bundle and would be lost "
             f"({', '.join(other[:3])}); move them or give --out another folder"
         )
+
+
+def _is_left_over(path: str) -> bool:
+    """Return whether a file is of no use without the process that made it.
+
+    Next to engines lie caches of runtimes and files of interrupted builds, and next to graphs those
+    of a quantisation that was interrupted.
+    """
+    return (
+        path.startswith(f"{ENGINES_FOLDER}/")
+        or PurePosixPath(path).name in INT8_FILES
+        or is_part(PurePosixPath(path).name)
+    )
 
 
 def _published_steps(out: Path) -> dict[str, StepRecord]:
@@ -345,6 +368,7 @@ def _published_steps(out: Path) -> dict[str, StepRecord]:
         manifest = load_manifest(out)
     except ManifestError:
         return {}
+    manifest = without_int8(manifest)  # measured with networks and outputs that may be others now
     files = {
         each.path: each for each in manifest.files if ".." not in PurePosixPath(each.path).parts
     }

@@ -60,6 +60,11 @@ def whole_file(path: Path, *, replace: bool = True, synced: bool = True) -> Iter
         partial.unlink(missing_ok=True)
 
 
+def is_part(name: str) -> bool:
+    """Return whether a file of that name is one that `whole_file` is writing, or left behind."""
+    return _PART.fullmatch(name) is not None
+
+
 def remove_stale_parts(folder: Path, seconds: float = _STALE_SECONDS) -> None:
     """Remove what processes that were killed while they wrote to a folder have left there.
 

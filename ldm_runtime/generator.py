@@ -352,7 +352,7 @@ class Generator(Closing):
         check_positive("max_batch", max_batch)
         abilities, kept = get_backend(self.backend).ABILITIES, max_batch
         if abilities.kept_shapes is not None and self.spec.unet is not None:
-            kept = abilities.kept_shapes(self.manifest.weights_bytes("unet"))
+            kept = abilities.kept_shapes(self.manifest.compiled_bytes("unet", self.precision))
         return ContinuousBatch(
             self._pipeline,
             resolve=self._resolve,

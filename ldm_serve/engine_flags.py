@@ -125,8 +125,13 @@ def engine_settings(
     """Return the settings of a command line that has the flags of this module.
 
     Raises:
-        RequestError: An adapter has no name of its own, or the backend takes none.
+        RequestError: An adapter has no name of its own, or the backend or the precision takes none.
     """
+    if args.adapter and args.precision == "int8":
+        raise RequestError(
+            "adapter",
+            "changes weights, whose 8 bits were measured without it; leave out --precision int8",
+        )
     if args.adapter:
         _check_takes_adapters(args.backend, live=args.live_adapters)
     return EngineSettings(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ldm_runtime.bundle.files import checked_file
 from ldm_runtime.bundle.graph_files import check_graph_files
 from ldm_runtime.bundle.low_rank_branches import Branch
-from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest
+from ldm_runtime.bundle.manifest import ComponentRecord, GraphVariant, Manifest, has_graph
 from ldm_runtime.errors import BackendError
 from ldm_runtime.specs.model import axis_sizes
 
@@ -298,7 +298,7 @@ class EngineSource:
 
     def has_graph(self, variant: GraphVariant) -> bool:
         """Return whether the component has a graph of that variant."""
-        return any(record.variant == variant for record in self.component.graphs)
+        return has_graph(self.component, variant)
 
     def hashes(self, variant: GraphVariant) -> tuple[str, ...]:
         """Return hashes of a graph and its weights, of all that defines the network."""

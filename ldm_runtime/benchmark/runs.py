@@ -21,6 +21,8 @@ from ldm_runtime.bundle.manifest import MANIFEST_NAME
 from ldm_runtime.errors import BackendError, LdmError
 
 _BYTES: Mapping[Precision, int] = MappingProxyType({"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1})
+#: Networks that have graphs in 8 bits; the others are in another precision then.
+_IN_8_BITS = frozenset({"unet", "unet_shallow"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +153,13 @@ def shares(work: Work, row: Row, ceilings: Ceilings) -> tuple[float | None, floa
 
     The second counts weights in the row's precision, read once, the least that any engine has to
     move. Ceilings are of the processor, and that of products of float32: None is the share of a
-    ceiling that a row is not measured against.
+    ceiling that a row is not measured against: in 8 bits, that of a network that is not.
     """
     if get_backend(row.backend).ABILITIES.variant != "fp32":  # on a GPU
         return None, None
     precision = cast("Precision", row.settings["precision"])
+    if precision == "int8" and row.name not in _IN_8_BITS:
+        return None, None
     seconds, moved = row.median_seconds, _BYTES[precision] * work.parameters
     return (
         work.flops / seconds / ceilings.matmul_flops if precision == "fp32" else None,

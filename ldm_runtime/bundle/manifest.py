@@ -8,7 +8,7 @@ describes a checkpoint, everything else is derived from it.
 import hashlib
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -246,6 +246,41 @@ class Manifest:
         weights_file = self.component(name).weights_file
         return sum(record.size_bytes for record in self.files if record.path == weights_file)
 
+    def compiled_bytes(self, name: str, precision: str) -> int:
+        """Return the size of the weights of component `name` in a precision, as it is compiled.
+
+        In 8 bits each weight is a byte, where the component has a graph for that; in any other
+        precision the size is that of the file.
+
+        Raises:
+            BundleError: The bundle has no such component.
+        """
+        stored = self.weights_bytes(name)
+        if precision != "int8" or not has_graph(self.component(name), "int8"):
+            return stored
+        return stored // (2 if self.weights_dtype == "float16" else 4)
+
+
+def has_graph(component: ComponentRecord, variant: GraphVariant) -> bool:
+    """Return whether a component has a graph of a variant."""
+    return any(graph.variant == variant for graph in component.graphs)
+
+
+def without_int8(manifest: Manifest) -> Manifest:
+    """Return a manifest without graphs in 8 bits."""
+    dropped = {
+        graph.file
+        for component in manifest.components
+        for graph in component.graphs
+        if graph.variant == "int8"
+    }
+    components = tuple(
+        replace(each, graphs=tuple(graph for graph in each.graphs if graph.file not in dropped))
+        for each in manifest.components
+    )
+    files = tuple(each for each in manifest.files if each.path not in dropped)
+    return replace(manifest, components=components, files=files, quantization=None)
+
 
 def load_manifest(bundle: Path, *, sha256: str | None = None) -> Manifest:
     """Read and check `bundle/manifest.json`.
@@ -379,6 +414,10 @@ def _check_sense(path: Path, manifest: Manifest) -> None:
     wrong = [f"spec.{field}" for field in implausible_fields(manifest.spec)]
     if takes_prompts(manifest.spec) and manifest.tokenizer_file is None:
         wrong.append("tokenizer_file")
+    record = manifest.quantization
+    in_8_bits = any(has_graph(each, "int8") for each in manifest.components)
+    if (record is not None) != in_8_bits or (record is not None and not record.psnr):
+        wrong.append("quantization")
     if wrong:
         raise ManifestError(f"{path}: {wrong[0]} cannot be what it is; export the bundle again")
     listed = {file.path for file in manifest.files}

@@ -2,7 +2,8 @@
 
 A quantised graph has the weights file of the graph that it is made of. Before each of its layers,
 what goes in and the weight are quantised and dequantised again, at scales that the graph holds; a
-runtime makes of that pattern products of 8-bit integers, and quantises weights when it compiles.
+runtime makes of that pattern products of 8-bit integers, and quantises weights when it compiles:
+OpenVINO in both kinds of layers, ONNX Runtime in matrix products alone.
 
 Activations are unsigned, with one scale and zero point per tensor. Weights are signed and
 symmetric, with one scale per output channel.
@@ -40,6 +41,11 @@ from ldm_runtime.bundle.onnx_writing import (
     with_graph,
 )
 from ldm_runtime.bundle.protocol_buffer import BYTES, Field, encoded
+
+#: Name of a component's graph in 8 bits, and of one that is only tried.
+GRAPH_FILE = "model.int8.onnx"
+CANDIDATE_FILE = "model.int8.candidate.onnx"
+INT8_FILES = frozenset({GRAPH_FILE, CANDIDATE_FILE})
 
 #: Layers that are computed in 8 bits, with the axis of the weight's output channels.
 _CHANNEL_AXES: Mapping[str, int] = MappingProxyType({"Conv": 0, "MatMul": 1})

@@ -9,9 +9,8 @@ from pathlib import Path
 from ldm_runtime.cli.backend_flags import add_threads_argument, backend_name
 from ldm_runtime.cli.messages import reporting
 from ldm_runtime.cli.parsing import positive
+from ldm_runtime.cli.standard_input import decoded, place_of, read_data
 from ldm_runtime.errors import RequestError
-
-_MOST_PROMPT_BYTES = 1 << 20
 
 
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +18,9 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
         "--prompts",
-        type=Path,
         metavar="FILE",
-        help="prompts like those that the model is to get, one per line (default: those of the "
-        "golden requests)",
+        help="prompts like those that the model is to get, one per line, or - for standard input "
+        "(default: those of the golden requests)",
     )
     parser.add_argument(
         "--images",
@@ -42,7 +40,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=positive,
         metavar="N",
-        help="steps of each image (default: those of the model)",
+        help="steps of each image but the golden ones (default: those of the model)",
     )
     parser.add_argument(
         "--min-psnr",
@@ -57,8 +55,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         type=backend_name,
         default="auto",
         metavar="NAME",
-        help="openvino or onnxruntime, whose images are compared (default: auto, the faster that "
-        "can run here)",
+        help="openvino or onnxruntime, whose images are compared with those of onnxruntime in fp32 "
+        "(default: auto, the faster that can run here)",
     )
     add_threads_argument(parser)
 
@@ -96,23 +94,20 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def _decibels(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < inf:
-        raise argparse.ArgumentTypeError(f"must be a number of decibels from 0 on, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number of decibels from 0 on, got {text!r}")
     return value
 
 
-def _prompts(path: Path) -> tuple[str, ...]:
+def _prompts(name: str) -> tuple[str, ...]:
     """Read prompts, one per line; empty lines are none."""
-    with path.open("rb") as file:
-        data = file.read(_MOST_PROMPT_BYTES + 1)
-    if len(data) > _MOST_PROMPT_BYTES:
-        raise RequestError("prompts", f"{path} has more than {_MOST_PROMPT_BYTES} bytes")
-    try:
-        lines = data.decode().splitlines()
-    except UnicodeDecodeError:
-        raise RequestError("prompts", f"{path} is not text in UTF-8") from None
+    place = place_of(name)
+    lines = decoded(read_data(name, "prompts"), "prompts", place).splitlines()
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:
-        raise RequestError("prompts", f"{path} has no prompt; write one per line")
+        raise RequestError("prompts", f"{place} has no prompt; write one per line")
     return found

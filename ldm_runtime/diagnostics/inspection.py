@@ -168,6 +168,7 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         "backends": {name: why_not(name, manifest, path) for name in BACKENDS},
         "size_bytes": sum(record.size_bytes for record in manifest.files),
         **_shortened(description | {"engines": engines}),
+        "quantization": description["quantization"],  # its images are few, and each counts
     }
 
 

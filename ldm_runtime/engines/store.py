@@ -356,7 +356,5 @@ def _link(path: Path, folder: Path) -> None:
 
 
 def _locked(bundle: Path) -> AbstractContextManager[None]:
-    running = EngineBuildError(
-        f"another build of engines in {bundle} or an export to it is running; wait for it"
-    )
+    running = EngineBuildError(f"another process is changing {bundle}; wait for it")
     return locked_folder(bundle, running)

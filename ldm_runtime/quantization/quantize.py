@@ -27,13 +27,21 @@ from ldm_runtime.bundle.manifest import (
     QuantizationRecord,
     encode_manifest,
     load_manifest,
+    without_int8,
 )
-from ldm_runtime.bundle.quantized_graphs import Layer, Range, layers_of, quantized_graph
+from ldm_runtime.bundle.quantized_graphs import (
+    CANDIDATE_FILE,
+    GRAPH_FILE,
+    Layer,
+    Range,
+    layers_of,
+    quantized_graph,
+)
 from ldm_runtime.conditioning import open_tokenizer
 from ldm_runtime.diagnostics.golden_outputs import load_golden_output
 from ldm_runtime.diagnostics.golden_requests import golden_latents
 from ldm_runtime.diagnostics.measures import psnr
-from ldm_runtime.durable import locked_folder, write_file
+from ldm_runtime.durable import locked_folder, remove_stale_parts, write_file
 from ldm_runtime.errors import BundleError
 from ldm_runtime.latents.codec import decode_latents
 from ldm_runtime.pipeline.passes import ImagePasses, open_passes
@@ -46,8 +54,6 @@ from ldm_runtime.text import Tokenizer
 _UNET = "unet"
 #: Networks whose layers are those of the UNet.
 _DENOISERS = (_UNET, "unet_shallow")
-_GRAPH_FILE = "model.int8.onnx"
-_PARTIAL = ".partial"
 _REFERENCE = "onnxruntime"
 #: Most of the layers that may be left out, as a fraction; with more, 8 bits are not worth it.
 _MOST_KEPT = 0.5
@@ -97,20 +103,28 @@ def quantize_bundle(
             another process holds it; or images are less like those in fp32 than was asked for even
             if half of the layers is left out.
         BackendError: The backend cannot run graphs in 8 bits here.
-        RequestError: A prompt or the number of steps is not one that the model takes.
+        RequestError: A prompt or the number of steps is not one that the model takes, or there are
+            prompts for a model that takes none.
+        ValueError: No image is to be measured or compared.
     """
     folder = Path(bundle).resolve()
     load_manifest(folder)  # raises if this is not a bundle
     with _locked(folder):
         manifest = load_manifest(folder)
         if manifest.spec.unet is None or not manifest.golden:
-            raise BundleError(f"{folder} has no UNet with golden outputs to compare 8 bits with")
+            raise BundleError(
+                f"{folder} has no UNet, or no golden outputs to compare 8 bits with; quantise a "
+                "bundle of a model that samples images"
+            )
+        _remove_leftovers(folder)
+        manifest = without_int8(manifest)
         for record in manifest.files:
             check_file(folder, record)
+        get_backend(_REFERENCE)
         name = choose_backend(options.backend, None, options=RunOptions(precision="int8"))
         quantization = _Quantization(
             bundle=folder,
-            manifest=_without(manifest),
+            manifest=manifest,
             backend=name,
             options=options,
             progress=progress or Silent(),
@@ -152,7 +166,10 @@ class _Quantization:
         source = self._source(self.manifest, _REFERENCE, _UNET)
         layers = layers_of(source.graph("fp32"))
         if not layers:
-            raise BundleError(f"the UNet of {self.bundle} has no layers for 8 bits")
+            raise BundleError(
+                f"the UNet of {self.bundle} has no convolution or matrix product with a weight of "
+                "its own, so nothing can be in 8 bits; run it in another precision"
+            )
         with ExitStack() as opened:
             network = _Networks(self._open(self.manifest, _REFERENCE), opened)
             engine = opened.enter_context(open_recorder(source, layers))
@@ -274,10 +291,10 @@ class _Quantization:
     @contextmanager
     def _candidate(self, ranges: Mapping[Layer, Range]) -> Iterator[Manifest]:
         """Write the graph of the UNet under a name that nothing else knows, for a while."""
-        path = self.bundle / _UNET / (_GRAPH_FILE + _PARTIAL)
+        path = self.bundle / _UNET / CANDIDATE_FILE
         component = self.manifest.component(_UNET)
         try:
-            path.write_bytes(self._graph(component, ranges))
+            write_file(path, self._graph(component, ranges))
             record = QuantizationRecord(
                 layers=len(ranges), kept=(), calls=0, least_psnr=0.0, backend="", psnr=()
             )
@@ -300,7 +317,7 @@ class _Quantization:
         paths = {}
         for component in self.manifest.components:
             if component.name in _DENOISERS:
-                paths[component.name] = self.bundle / component.name / _GRAPH_FILE
+                paths[component.name] = self.bundle / component.name / GRAPH_FILE
                 write_file(paths[component.name], self._graph(component, ranges))
         published = _with(self.manifest, self.bundle, paths, record)
         self._write_manifest(published)
@@ -348,20 +365,11 @@ def _with(
     return replace(manifest, components=components, files=listed, quantization=record)
 
 
-def _without(manifest: Manifest) -> Manifest:
-    """Return a manifest without 8-bit graphs."""
-    dropped = {
-        graph.file
-        for component in manifest.components
-        for graph in component.graphs
-        if graph.variant == "int8"
-    }
-    components = tuple(
-        replace(each, graphs=tuple(graph for graph in each.graphs if graph.file not in dropped))
-        for each in manifest.components
-    )
-    files = tuple(each for each in manifest.files if each.path not in dropped)
-    return replace(manifest, components=components, files=files, quantization=None)
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a quantisation has left that was killed."""
+    for name in _DENOISERS:
+        (folder / name / CANDIDATE_FILE).unlink(missing_ok=True)
+        remove_stale_parts(folder / name, seconds=0)
 
 
 def _locked(bundle: Path) -> AbstractContextManager[None]:

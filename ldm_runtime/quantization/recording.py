@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm_runtime.backends.contract import Engine, EngineSource, Tensors
-from ldm_runtime.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from ldm_runtime.bundle.quantized_graphs import (
     Layer,
     Range,
@@ -17,6 +17,9 @@ from ldm_runtime.bundle.quantized_graphs import (
     with_ranges,
 )
 from ldm_runtime.specs.components import TensorSignature
+
+if TYPE_CHECKING:
+    from ldm_runtime.backends.onnxruntime.cpu import OnnxRuntimeEngine
 
 _KEPT_INPUTS = 5  # calls in which layers are compared, of all
 
@@ -28,7 +31,7 @@ class RangeRecorder:
         is_recording: Whether it does.
         ranges: The ranges of all calls that it recorded.
         calls: How many these are.
-        inputs: Their inputs.
+        inputs: Inputs of some of them, evenly spread.
 
     Args:
         engine: The UNet, whose graph is that of `with_ranges`.
@@ -40,25 +43,30 @@ class RangeRecorder:
         self._engine, self._outputs, self._layers = engine, outputs, layers
         self.is_recording = True
         self.ranges: dict[Layer, Range] = {}
+        self.calls = 0
         self.inputs: list[Tensors] = []
-
-    @property
-    def calls(self) -> int:
-        """Number of calls that it recorded."""
-        return len(self.inputs)
+        self._stride = 1  # of so many calls the inputs of one are kept
 
     def run(self, inputs: Tensors) -> Tensors:
         """Run once; see `ldm_runtime.backends.contract.Runner`."""
         found = self._engine.run(inputs)
         if self.is_recording:
-            self.inputs.append({name: array.copy() for name, array in inputs.items()})
+            self._keep(inputs)
             for layer in self._layers:
                 seen = _range(found, layer)
                 self.ranges[layer] = seen.joined(self.ranges.get(layer, seen))
         return {name: found[name] for name in self._outputs}
 
+    def _keep(self, inputs: Tensors) -> None:
+        if self.calls % self._stride == 0:
+            self.inputs.append({name: array.copy() for name, array in inputs.items()})
+        if len(self.inputs) == 2 * _KEPT_INPUTS:
+            del self.inputs[1::2]
+            self._stride *= 2
+        self.calls += 1
 
-def open_recorder(source: EngineSource, layers: Sequence[Layer]) -> OnnxRuntimeEngine:
+
+def open_recorder(source: EngineSource, layers: Sequence[Layer]) -> "OnnxRuntimeEngine":
     """Open a network whose outputs include the range of what goes into every layer.
 
     Args:
@@ -103,7 +111,9 @@ def most_expensive_first(
 
 def _open(
     source: EngineSource, path: Path, graph: bytes, outputs: Iterable[str]
-) -> OnnxRuntimeEngine:
+) -> "OnnxRuntimeEngine":
+    from ldm_runtime.backends.onnxruntime.cpu import OnnxRuntimeEngine
+
     more = tuple(TensorSignature(name=name, dtype="float32", axes=()) for name in outputs)
     component = replace(source.component, outputs=source.component.outputs + more)
     return OnnxRuntimeEngine(

@@ -306,16 +306,21 @@ CEILINGS = Ceilings(matmul_flops=10**11, copy_bytes=10**10, threads=2)
 
 
 @pytest.mark.parametrize(
-    ("backend", "precision", "expected"),
+    ("backend", "precision", "name", "expected"),
     [
-        ("onnxruntime", "fp32", (0.2, 0.004)),
-        ("openvino", "bf16", (None, 0.002)),
-        ("tensorrt", "fp16", (None, None)),
-        ("cuda", "fp16", (None, None)),
+        ("onnxruntime", "fp32", "unet", (0.2, 0.004)),
+        ("openvino", "bf16", "unet", (None, 0.002)),
+        ("openvino", "int8", "unet", (None, 0.001)),
+        ("openvino", "int8", "unet_shallow", (None, 0.001)),
+        ("openvino", "int8", "vae_decoder", (None, None)),
+        ("tensorrt", "fp16", "unet", (None, None)),
+        ("cuda", "fp16", "unet", (None, None)),
     ],
 )
-def test_a_row_is_measured_against_the_ceilings_that_are_its_own(backend, precision, expected):
-    measured = row(0.1, backend=backend, settings={"precision": precision})
+def test_a_row_is_measured_against_the_ceilings_that_are_its_own(
+    backend, precision, name, expected
+):
+    measured = row(0.1, name=name, backend=backend, settings={"precision": precision})
 
     assert runs.shares(WORK, measured, CEILINGS) == pytest.approx(expected)
 

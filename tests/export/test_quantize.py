@@ -1,5 +1,6 @@
 """Graphs in 8 bits: what they compute, how layers are chosen, and what they leave in a bundle."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -9,10 +10,16 @@ import onnx
 import onnx.reference
 import pytest
 
+from ldm_export import export
+from ldm_export.detection.overrides import Overrides
+from ldm_export.workspace import check_destination
 from ldm_runtime import Generator
+from ldm_runtime.backends.onnxruntime.tensorrt import PROVIDER, provider_for
 from ldm_runtime.bundle.files import check_file
-from ldm_runtime.bundle.manifest import MANIFEST_NAME, load_manifest
+from ldm_runtime.bundle.manifest import MANIFEST_NAME, encode_manifest, load_manifest, without_int8
 from ldm_runtime.bundle.quantized_graphs import (
+    CANDIDATE_FILE,
+    GRAPH_FILE,
     Layer,
     Range,
     error_outputs,
@@ -23,18 +30,31 @@ from ldm_runtime.bundle.quantized_graphs import (
     with_ranges,
 )
 from ldm_runtime.cli.commands import main
+from ldm_runtime.cli.quantize import _prompts
+from ldm_runtime.diagnostics.golden_outputs import GoldenOutput
 from ldm_runtime.diagnostics.measures import psnr, relative_l2
 from ldm_runtime.diagnostics.verify import QUANTIZED_MARGIN, verify
 from ldm_runtime.durable import locked_folder
-from ldm_runtime.errors import BackendError, BundleError, RequestError
+from ldm_runtime.engines.build_specs import EngineOptions
+from ldm_runtime.errors import BackendError, BundleError, ManifestError, RequestError
 from ldm_runtime.quantization import quantize
 from ldm_runtime.quantization.quantize import QuantizationOptions, quantize_bundle
-from ldm_runtime.quantization.requests import SampleOptions
+from ldm_runtime.quantization.recording import RangeRecorder
+from ldm_runtime.quantization.requests import SampleOptions, make_samples
+from ldm_runtime.requests.resolution import resolve
+from ldm_runtime.specs.tasks import TASKS, task_record
+from ldm_runtime.testing import tiny_requests, tiny_spec
 from tests.export.small_checkpoint import SIZE
 from tests.serve.adapter_files import write_lora
 
 BACKENDS = ("onnxruntime", "openvino")
 FIELDS = {"prompt": "red", "num_inference_steps": 3, "height": SIZE, "width": SIZE, "seed": 5}
+#: Tasks whose golden requests have an image or a map of the size of the result.
+GIVEN_SIZES = {
+    *("semantic-synthesis", "super-resolution", "text-super-resolution", "inpainting"),
+    *("text-inpainting", "image-editing", "depth-to-image"),
+}
+NO_ENGINES = EngineOptions(builder="none")
 SAMPLES = SampleOptions(measured=2, compared=1, steps=3)
 
 
@@ -247,7 +267,7 @@ def test_graphs_are_replaced_but_never_named_before_they_are_there(bundle, monke
     write_file = quantize.write_file
 
     def interrupted(path, data):
-        if path.name != MANIFEST_NAME:
+        if path.name == GRAPH_FILE:
             raise KeyboardInterrupt
         write_file(path, data)
 
@@ -316,7 +336,7 @@ def test_the_command_adds_graphs_and_says_what_they_cost(bundle, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"\n \n", "has no prompt"), (b"\xff\xfe", "is not text"), (b"a" * (1 << 21), "more than")],
+    [(b"\n \n", "has no prompt"), (b"\xff\xfe", "UTF-16"), (b"red \xe9", "not UTF-8 at byte 4")],
 )
 def test_a_file_of_no_prompts_is_one_sentence(ready, tmp_path, capsys, data, said):
     path = tmp_path / "prompts.txt"
@@ -326,12 +346,181 @@ def test_a_file_of_no_prompts_is_one_sentence(ready, tmp_path, capsys, data, sai
     assert said in capsys.readouterr().err
 
 
+def test_prompts_come_from_standard_input_without_a_byte_order_mark(monkeypatch):
+    data = "\ufeffa red circle\n\n a blue square \n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    assert _prompts("-") == ("a red circle", "a blue square")
+
+
+def test_prompts_without_an_image_are_said(bundle, caplog):
+    quantized(bundle, samples=replace(SAMPLES, prompts=("one", "two", "three", "four")))
+
+    assert "4 prompts are for 3 images, so that the last ones are not used" in caplog.text
+
+
+@pytest.mark.parametrize("counts", [{"measured": 0}, {"compared": -1}])
+def test_there_must_be_images(ready, counts):
+    with pytest.raises(ValueError, match=r"(measured|compared) must be at least 1 and whole"):
+        quantized(ready, samples=replace(SAMPLES, **counts))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_of_every_task_have_the_size_that_users_get(task):
+    spec = tiny_spec(task)
+    if not task_record(spec).samples:
+        return
+    large = replace(spec, defaults=replace(spec.defaults, height=48, width=48))
+    goldens = [
+        GoldenOutput(name="", request=resolve(each, spec), latents=None, images=[])
+        for each in tiny_requests(task)
+    ]
+
+    samples = make_samples(goldens, large, SampleOptions(measured=1, compared=1))
+
+    for each in (*samples.measured, *samples.compared):
+        given = task in GIVEN_SIZES
+        assert ((each.height, each.width) == (48, 48)) is not given
+
+
+def test_prompts_for_a_model_that_takes_none_are_refused():
+    with pytest.raises(RequestError, match="'class-to-image' has none; leave them out"):
+        make_samples([], tiny_spec("class-to-image"), SampleOptions(prompts=("red",)))
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "high"])
 def test_a_price_that_is_none_is_bad_usage(ready, capsys, value):
     with pytest.raises(SystemExit, match="2"):
         main(["quantize", str(ready), f"--min-psnr={value}"])
 
-    assert value in capsys.readouterr().err
+    assert f"must be a number of decibels from 0 on, got {value!r}" in capsys.readouterr().err
+
+
+def test_the_inputs_of_a_few_calls_are_kept_evenly_spread():
+    class Engine:
+        def run(self, inputs):
+            return {"prediction": inputs["latents"]}
+
+    recorder = RangeRecorder(Engine(), ["prediction"], [])
+    for number in range(1000):
+        recorder.run({"latents": np.array([number])})
+
+    kept = [int(each["latents"][0]) for each in recorder.inputs]
+    assert recorder.calls == 1000
+    assert 5 <= len(kept) < 10
+    assert kept[0] == 0
+    assert len(set(np.diff(kept))) == 1
+    assert kept[-1] >= 800
+
+
+def test_what_a_killed_quantisation_left_is_no_obstacle(bundle):
+    """Neither to an export, which would lose nothing, nor to the next one, which removes it."""
+    left = [bundle / "unet" / name for name in (CANDIDATE_FILE, ".model.int8.onnx.0123abcd.part")]
+    for path in left:
+        path.write_bytes(b"half")
+
+    check_destination(bundle)
+    quantized(bundle)
+
+    assert not [path for path in left if path.exists()]
+    assert {path.relative_to(bundle).as_posix() for path in contents(bundle)} == {
+        MANIFEST_NAME,
+        *(each.path for each in load_manifest(bundle).files),
+    }
+
+
+def test_a_link_in_the_place_of_a_graph_leads_to_nothing_that_is_written(bundle, tmp_path):
+    other = tmp_path / "precious"
+    other.write_text("data")
+    for name in (GRAPH_FILE, CANDIDATE_FILE):
+        (bundle / "unet" / name).symlink_to(other)
+
+    quantized(bundle)
+
+    assert other.read_text() == "data"
+    assert not (bundle / "unet" / GRAPH_FILE).is_symlink()
+
+
+@pytest.mark.parametrize("damage", ["gone", "other"])
+def test_a_damaged_graph_in_8_bits_is_made_anew(bundle, damage):
+    quantized(bundle)
+    (file,) = (each.file for each in load_manifest(bundle).component("unet").graphs[-1:])
+    if damage == "gone":
+        (bundle / file).unlink()
+    else:
+        (bundle / file).write_bytes(b"other")
+
+    quantized(bundle)
+
+    assert all(check.passed for check in verify(bundle, backend="onnxruntime", threads=1))
+
+
+def test_an_export_over_a_bundle_in_8_bits_says_that_they_go(
+    ready, small_checkpoint_path, kept_traces, tmp_path, caplog
+):
+    folder = shutil.copytree(ready, tmp_path / "engines")
+    overrides = Overrides(height=SIZE, width=SIZE)
+
+    manifest = export(small_checkpoint_path, folder, engines=NO_ENGINES, overrides=overrides)
+
+    assert manifest.quantization is None
+    assert not [graph for each in manifest.components for graph in each.graphs if "8" in graph.file]
+    assert not list(folder.rglob("*int8*"))
+    assert "graphs in 8 bits; `ldm quantize" in caplog.text
+
+
+def test_graphs_in_8_bits_do_not_let_a_gpu_compute_in_fp16_what_it_cannot(ready):
+    """One file for fp32 and fp16 is that of a network that fp16 cannot hold."""
+    component = load_manifest(ready).component("unet")
+    (whole,) = (each for each in component.graphs if each.variant == "fp32")
+    graphs = (whole, replace(whole, variant="fp16"), *component.graphs[-1:])
+
+    assert provider_for(component) is PROVIDER
+    found = provider_for(replace(component, graphs=graphs))
+    assert found.options["trt_fp16_enable"] == "0"
+
+
+def test_a_description_has_every_compared_image(ready, capsys, tmp_path):
+    folder = shutil.copytree(ready, tmp_path / "engines")
+    manifest = load_manifest(folder)
+    psnr = tuple(30.0 + each for each in range(40))
+    many = replace(manifest, quantization=replace(manifest.quantization, psnr=psnr))
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(many))
+
+    assert main(["inspect", str(folder)]) == 0
+    assert "images have 30.0 dB or more to fp32" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantization"]["psnr"] == list(psnr)
+
+
+@pytest.mark.parametrize("wrong", ["no record", "no graph", "no image"])
+def test_a_manifest_whose_record_of_8_bits_is_not_that_of_its_graphs_is_refused(
+    ready, tmp_path, wrong
+):
+    folder = shutil.copytree(ready, tmp_path / "engines")
+    manifest = load_manifest(folder)
+    record = manifest.quantization
+    changed = {
+        "no record": replace(manifest, quantization=None),
+        "no graph": replace(without_int8(manifest), quantization=record),
+        "no image": replace(manifest, quantization=replace(record, psnr=())),
+    }[wrong]
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+
+    with pytest.raises(ManifestError, match="quantization cannot be what it is"):
+        load_manifest(folder)
+
+
+def test_weights_in_8_bits_are_a_byte_each(ready, small_bundle_fp16):
+    size = load_manifest(ready).weights_bytes("unet")
+
+    assert load_manifest(ready).compiled_bytes("unet", "int8") == size // 2
+    assert load_manifest(ready).compiled_bytes("unet", "bf16") == size
+    for name, bundle in (("vae_decoder", ready), ("unet", small_bundle_fp16)):
+        manifest = load_manifest(bundle)
+        assert manifest.compiled_bytes(name, "int8") == manifest.weights_bytes(name)
+    wide = replace(load_manifest(ready), weights_dtype="float32")
+    assert wide.compiled_bytes("unet", "int8") == size // 4
 
 
 def test_more_steps_than_the_schedule_has_are_refused(ready):

@@ -529,7 +529,7 @@ def test_the_lock_goes_with_the_first_export(out):
 def test_a_bundle_in_which_engines_are_built_is_not_replaced(out, finished, exchange):
     export(out)
     lock = lock_folder(out)  # as `ldm build-engines` holds it
-    with pytest.raises(ExportError, match=r"engines are being built in .*engines, so it is not"):
+    with pytest.raises(ExportError, match=r"another process is changing .*engines, so it is not"):
         export(out, version=NEW, exchange=exchange)
     os.close(lock)
     built = []

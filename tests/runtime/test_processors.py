@@ -1,10 +1,14 @@
 """Threads and memory follow the limits of this process: its affinity and its control groups."""
 
 import math
+import sys
 
 import pytest
 
+from ldm_runtime.backends import get_backend
+from ldm_runtime.backends.contract import RunOptions
 from ldm_runtime.backends.control_groups import ControlGroups
+from ldm_runtime.backends.processor_features import why_not_int8
 from ldm_runtime.backends.processors import default_threads, usable_processors
 
 V2 = "0::/app/worker\n"
@@ -96,3 +100,39 @@ def test_there_is_a_thread_per_core_within_affinity_and_quota(
 def test_a_machine_has_processors(groups_of):
     assert usable_processors(groups_of("0::/\n", **{"cpu.max": "1000 100000"})) == 1
     assert 1 <= default_threads() <= usable_processors()
+
+
+@pytest.mark.parametrize(
+    ("flags", "machine", "can"),
+    [
+        ("fpu avx2 avx512f avx512_vnni amx_tile", "x86_64", True),
+        ("fpu avx2 avx_vnni", "AMD64", True),
+        ("fpu amx_int8", "x86_64", True),
+        ("fpu avx2 avx512f avx512bw", "x86_64", False),
+        ("fpu sse4_2", "x86_64", False),
+        ("asimd asimddp", "aarch64", True),
+    ],
+)
+def test_x86_processors_without_vnni_run_nothing_in_8_bits(tmp_path, flags, machine, can):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"model name\t: avx_vnni\nflags\t\t: {flags}\nbugs\t\t: none\n")
+
+    reason = why_not_int8(info, machine)
+
+    assert (reason is None) is can
+    assert can or "has no VNNI" in reason
+
+
+def test_what_the_system_does_not_say_of_a_processor_is_no_reason_against_8_bits(tmp_path):
+    assert why_not_int8(tmp_path / "none", "x86_64") is None
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_processor_without_vnni_is_a_reason_of_both_backends(name, monkeypatch):
+    if name == "openvino":
+        pytest.importorskip("openvino", reason="needs the extra openvino")
+    module = sys.modules[get_backend(name).__name__]
+    monkeypatch.setattr(module, "why_not_int8", lambda: "none here")
+
+    assert module.why_not(None, options=RunOptions(precision="int8")) == "none here"
+    assert module.why_not(None, options=RunOptions(precision="fp32")) is None

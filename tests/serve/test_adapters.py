@@ -417,6 +417,16 @@ class TestStart:
             error = self.refused(capsys, small_bundle_fp32, "--adapter", f"x={tmp_path / name}")
             assert f"error: adapter: {tmp_path / name}" in error
 
+    @pytest.mark.parametrize("live", [(), ("--live-adapters",)])
+    def test_adapters_of_graphs_in_8_bits(self, small_bundle_fp32, tmp_path, capsys, live):
+        style = write_lora(tmp_path / "style.safetensors")
+
+        error = self.refused(
+            capsys, small_bundle_fp32, "--adapter", f"x={style}", "--precision", "int8", *live
+        )
+
+        assert "error: adapter: changes weights, whose 8 bits were measured without it" in error
+
     def test_adapters_of_other_models(self, small_bundle_fp32, bundle, tmp_path, capsys):
         wide = write_lora(tmp_path / "wide.safetensors", width=96)
         deep = [each.replace("mid_block", "mid_block_7") for each in LAYERS]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ldm_runtime.backends.contract import (
+    DEFAULT_OPTIONS,
     NO_TENSORS,
     Abilities,
     EngineSource,
@@ -26,6 +27,7 @@ from ldm_runtime.backends.onnxruntime.session import (
     describe,
     take_weights,
 )
+from ldm_runtime.backends.processor_features import why_not_int8
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.backends.signatures import check_names
 from ldm_runtime.bundle.low_rank_branches import with_branches
@@ -137,10 +139,14 @@ def open_engine(source: EngineSource) -> OnnxRuntimeEngine:
 
 
 def why_not(
-    manifest: Manifest | None, _bundle: Path | None = None, _options: RunOptions | None = None
+    manifest: Manifest | None,
+    _bundle: Path | None = None,
+    options: RunOptions = DEFAULT_OPTIONS,
 ) -> str | None:
-    """Say why a bundle cannot run: only one without graphs for the CPU cannot."""
-    return lacks_graph("onnxruntime", "fp32", manifest)
+    """Say why a bundle cannot run: without graphs for the CPU, or in 8 bits on some processors."""
+    if reason := lacks_graph("onnxruntime", "fp32", manifest):
+        return reason
+    return why_not_int8() if options.precision == "int8" else None
 
 
 def version() -> str:

@@ -48,7 +48,8 @@ def open_engine(source: EngineSource) -> DeviceEngine:
 
 def provider_for(component: ComponentRecord) -> Provider:
     """Return the provider; a network that fp16 cannot hold has one graph, and computes in fp32."""
-    if len({graph.file for graph in component.graphs}) > 1:
+    files = {graph.file for graph in component.graphs if graph.variant in ("fp16", "fp32")}
+    if len(files) > 1:
         return PROVIDER
     options = {**PROVIDER.options, "trt_fp16_enable": "0"}
     return replace(PROVIDER, options=MappingProxyType(options))

@@ -17,6 +17,7 @@ from ldm_runtime.backends.contract import (
     RunOptions,
     lacks_graph,
 )
+from ldm_runtime.backends.processor_features import why_not_int8
 from ldm_runtime.backends.processors import compute_threads
 from ldm_runtime.bundle.manifest import GraphVariant, Manifest
 from ldm_runtime.errors import BackendError
@@ -29,11 +30,9 @@ if TYPE_CHECKING:
 
 #: Bytes of weights from which a network is compiled in every process: reading what was compiled is
 #: hardly faster then (1.6 s after 1.9 s for Stable Diffusion 1.5's UNet), takes as much memory more
-#: as it has weights, since OpenVINO reads those too for its key, and as much of the disk.
+#: as it has weights, since OpenVINO reads those too for its key, and as much of the disk. A graph
+#: in 8 bits is kept whatever its size: it takes 24 s to compile that UNet's, 3 s to read it.
 _LARGE_BYTES = 1_000_000_000
-#: Bytes of a stored weight, mostly in half precision, for one of an integer. A graph in 8 bits is
-#: slow to compile: 24 s for that UNet, 3 s from the cache.
-_BYTES_OF_INT8 = 2
 #: Compiled shapes of a component that stay in memory, at least and at most, and bytes of weights
 #: that they may have together. Each has its own copy, in the order and precision of its kernels.
 _FEWEST_SHAPES, _MOST_SHAPES, _MOST_BYTES = 2, 16, 1_000_000_000
@@ -56,7 +55,7 @@ def kept_shapes(weights_bytes: int) -> int:
     would be compiled again and again.
 
     Args:
-        weights_bytes: Size of its weights.
+        weights_bytes: Size of its weights, see `Manifest.compiled_bytes`.
     """
     return max(_FEWEST_SHAPES, min(_MOST_SHAPES, _MOST_BYTES // max(1, weights_bytes)))
 
@@ -83,12 +82,12 @@ def open_engine(source: EngineSource) -> "OpenVinoEngine":
     path = source.graph(variant)
     if precision == "int8":  # what is not in 8 bits
         precision = _fastest()
-    weights_bytes = source.manifest.weights_bytes(component.name)
-    compiled_bytes = weights_bytes // _BYTES_OF_INT8 if variant == "int8" else weights_bytes
+    compiled_bytes = source.manifest.compiled_bytes(component.name, variant)
+    is_cached = variant == "int8" or compiled_bytes <= _LARGE_BYTES
     compilation = Compilation(
         precision=precision,
         threads=source.threads,
-        cache=None if compiled_bytes > _LARGE_BYTES else _cache(source, precision, variant),
+        cache=_cache(source, precision, variant) if is_cached else None,
         kept=kept_shapes(compiled_bytes),
     )
     return OpenVinoEngine(
@@ -142,7 +141,7 @@ def why_not(
         return str(error)
     if options.precision == "bf16" and not can_reduce:
         return "this processor has no bf16; use --precision fp32"
-    return None
+    return why_not_int8() if options.precision == "int8" else None
 
 
 def version() -> str:

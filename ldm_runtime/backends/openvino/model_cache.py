@@ -24,7 +24,7 @@ from ldm_runtime.engines.trust import cache_folder, make_own_folder
 _LOGGER = logging.getLogger(__name__)
 _FOLDER, _PARTIAL = "openvino", "partial-"
 #: Most bytes on disk; the models that were used longest ago go first. One holds the weights of its
-#: network once more, which are at most 1 GB in the bundle.
+#: network once more.
 MOST_BYTES = 20_000_000_000
 _STALE_SECONDS = 3600.0
 
