@@ -353,7 +353,7 @@ def test_what_an_interrupted_build_finished_is_taken_over(bundle, vendor):
 
 def test_a_second_build_in_the_same_bundle_is_told_to_wait(bundle, vendor):
     def on_write(_):
-        with pytest.raises(EngineBuildError, match="another build"):
+        with pytest.raises(EngineBuildError, match="another process is changing"):
             add_engines(bundle, RTX)
         with pytest.raises(BlockingIOError):
             lock_folder(bundle)  # as an export does before it replaces the bundle
